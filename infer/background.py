@@ -1,0 +1,76 @@
+"""Run an iterator in its own thread, a few items ahead of the caller."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Iterator[T], Generic[T]):
+    """Iterate over `source` in a thread that is at most `capacity` finished items ahead.
+
+    `source` builds the iterator inside the thread, so thread-local settings (streams, thread counts, gradient mode) hold
+    for it. An error in the thread is raised by the call that waits for the next item, at once: items that were finished
+    before it are dropped. `close` stops the thread after the item it is busy with and waits for it.
+    """
+
+    def __init__(self, source: Callable[[], Iterator[T]], *, capacity: int, name: str) -> None:
+        self._source = source
+        self._slots = threading.Semaphore(capacity)
+        self._finished: queue.SimpleQueue[T | None] = queue.SimpleQueue()  # None: the thread has ended
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        item = None if self._error else self._finished.get()
+        if item is None or self._error:
+            self.close()
+            error, self._error = self._error, None
+            if error:
+                raise error
+            raise StopIteration
+        self._slots.release()
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait until it has ended. Closing twice does nothing."""
+        self._ended = self._stopping = True
+        self._slots.release()
+        self._thread.join()
+
+    def __enter__(self) -> Background[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        iterator = None
+        try:
+            iterator = self._source()
+            while True:
+                self._slots.acquire()
+                if self._stopping:
+                    break
+                item = next(iterator)
+                self._finished.put(item)
+        except StopIteration:
+            pass
+        except BaseException as error:  # noqa: BLE001 - not swallowed: raised where the caller waits
+            self._error = error
+        finally:
+            if iterator is not None and hasattr(iterator, "close"):
+                iterator.close()  # type: ignore[union-attr]
+            self._finished.put(None)
