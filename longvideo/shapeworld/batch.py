@@ -1,0 +1,122 @@
+"""Scenes as tensors: what a trainer keeps on the GPU by the ten thousand and indexes.
+
+B scenes, N sprites (always MAX_SPRITES; absent ones have `present` 0).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MAX_SPRITES, MOTIONS, SHAPES, SIZES, Scene, Sprite
+
+SPEED = (35.0, 45.0)
+"""World units a second."""
+PERIOD = (2.5, 4.0)
+"""Seconds of an orbit, a zigzag or a pulse."""
+SPIN_PERIOD = (3.0, 4.0)
+ORBIT_RADIUS = (24.0, 32.0)
+ZIGZAG_AMPLITUDE = (20.0, 26.0)
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """A struct of tensors; every field has B first, so indexing and moving act on all of them."""
+
+    background_B: Tensor
+    present_BN: Tensor
+    shape_BN: Tensor
+    motion_BN: Tensor
+    wraps_BN: Tensor
+    color_BN3: Tensor  # in [-1, 1]
+    radius_BN: Tensor
+    room_BN2: Tensor  # left and right end of the sprite's room, as fractions of the frame's width
+    place_BN2: Tensor  # x and y as fractions of the free room
+    speed_BN: Tensor
+    period_BN: Tensor
+    phase_BN: Tensor  # in turns
+    reach_BN: Tensor  # orbit radius, or amplitude of the zigzag
+    direction_BN: Tensor  # +1 or -1: of a zigzag's drift and of a spin
+    lead_BN: Tensor  # 0: the first bounce comes as soon as allowed; 1: after the whole room is crossed
+
+    @classmethod
+    def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
+        """Build the tensors on the CPU; layout, speeds and phases follow from each scene's seed."""
+        rows = [_scene_rows(scene) for scene in scenes]
+        sprites = torch.tensor(rows, dtype=torch.float64).view(len(scenes), MAX_SPRITES, -1)
+        column = {name: sprites[..., i] for i, name in enumerate(_COLUMNS)}
+
+        def floats(*names: str) -> Tensor:
+            return torch.stack([column[name] for name in names], -1).float().contiguous()
+
+        return cls(
+            background_B=torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
+            present_BN=floats("present").squeeze(-1),
+            shape_BN=column["shape"].long(),
+            motion_BN=column["motion"].long(),
+            wraps_BN=column["wraps"].bool(),
+            color_BN3=floats("red", "green", "blue") / 127.5 - 1,
+            radius_BN=floats("radius").squeeze(-1),
+            room_BN2=floats("room_left", "room_right"),
+            place_BN2=floats("place_x", "place_y"),
+            speed_BN=floats("speed").squeeze(-1),
+            period_BN=floats("period").squeeze(-1),
+            phase_BN=floats("phase").squeeze(-1),
+            reach_BN=floats("reach").squeeze(-1),
+            direction_BN=floats("direction").squeeze(-1),
+            lead_BN=floats("lead").squeeze(-1),
+        )
+
+    def to(self, device: torch.device | str) -> SceneBatch:
+        """Move every tensor."""
+        return SceneBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def __getitem__(self, index: Tensor | slice | list[int]) -> SceneBatch:
+        """Select scenes by an index tensor, a list or a slice."""
+        return SceneBatch(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def __len__(self) -> int:
+        return self.background_B.shape[0]
+
+
+_COLUMNS = (
+    *("present", "shape", "motion", "wraps", "red", "green", "blue", "radius", "room_left", "room_right"),
+    *("place_x", "place_y", "speed", "period", "phase", "reach", "direction", "lead"),
+)
+
+
+def _scene_rows(scene: Scene) -> list[list[float]]:
+    """One row of numbers, in the order of _COLUMNS, for each of MAX_SPRITES sprites."""
+    generator = random.Random(f"shapeworld layout {scene.seed}")
+    swap = generator.random() < 0.5
+    rows = []
+    for i in range(MAX_SPRITES):
+        room = (0.0, 1.0)
+        if len(scene.sprites) > 1:
+            room = (0.5, 1.0) if (i == 0) == swap else (0.0, 0.5)
+        present = i < len(scene.sprites)
+        sprite = scene.sprites[i if present else 0]
+        rows.append([float(present), *_sprite_row(sprite, room, generator)])
+    return rows
+
+
+def _sprite_row(sprite: Sprite, room: tuple[float, float], generator: random.Random) -> list[float]:
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * generator.random()
+
+    place = (generator.random(), generator.random())
+    speed = between(*SPEED)
+    period = between(*(SPIN_PERIOD if sprite.motion == "spinning" else PERIOD))
+    phase = generator.random()
+    reach = between(*(ZIGZAG_AMPLITUDE if sprite.motion == "zigzag" else ORBIT_RADIUS))
+    direction = 1.0 if generator.random() < 0.5 else -1.0
+    lead = generator.random()
+    return [
+        *(SHAPES.index(sprite.shape), MOTIONS.index(sprite.motion), float(sprite.edge == "wrap")),
+        *COLORS[sprite.color],
+        *(SIZES[sprite.size], *room, *place, speed, period, phase, reach, direction, lead),
+    ]

@@ -1,0 +1,103 @@
+"""The six shapes as one formula: a signed distance to a folded half plane, or to a ring.
+
+A shape with n-fold symmetry is folded into half a sector, 0 <= angle <= pi / n, where its outline is one straight line
+(two for the cross). So one short expression draws every polygon, with tables instead of branches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.shapeworld.world import SHAPES
+
+UNBOUNDED = 1e3
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A shape of nominal radius 1. Angles turn clockwise on the screen, since y points down."""
+
+    folds: int = 1
+    upright: float = 0.0  # angle of the fold's axis when the shape stands upright
+    normal_x: float = 0.0  # the half plane normal . p <= offset in the folded sector
+    normal_y: float = 0.0
+    offset: float = UNBOUNDED
+    ceiling: float = UNBOUNDED  # and y <= ceiling there
+    band_radius: float = 0.0  # round shapes: | |p| - band_radius | <= band_half
+    band_half: float = UNBOUNDED
+    half_width: float = 1.0  # extents from the centre, upright
+    above: float = 1.0
+    below: float = 1.0
+    bound: float = 1.0  # radius of the circle around the centre that holds the shape at any angle
+
+
+def _square(half: float) -> Outline:
+    bound = half * math.sqrt(2)
+    return Outline(4, 0.0, 1.0, 0.0, half, half_width=half, above=half, below=half, bound=bound)
+
+
+def _triangle(tip: float) -> Outline:
+    width = tip * math.cos(math.pi / 6)
+    return Outline(3, math.pi / 2, 1.0, 0.0, tip / 2, half_width=width, above=tip, below=tip / 2, bound=tip)
+
+
+def _star(tip: float, notch: float) -> Outline:
+    notch_x, notch_y = notch * math.cos(math.pi / 5), notch * math.sin(math.pi / 5)
+    length = math.hypot(tip - notch_x, notch_y)
+    normal_x, normal_y = notch_y / length, (tip - notch_x) / length
+    width, below = tip * math.cos(math.pi / 10), tip * math.cos(math.pi / 5)
+    return Outline(
+        *(5, -math.pi / 2, normal_x, normal_y, normal_x * tip), half_width=width, above=tip, below=below, bound=tip
+    )
+
+
+def _cross(arm: float, half: float) -> Outline:
+    bound = math.hypot(arm, half)
+    return Outline(4, 0.0, 1.0, 0.0, arm, half, half_width=arm, above=arm, below=arm, bound=bound)
+
+
+def _band(inner: float, outer: float) -> Outline:
+    middle, half = (inner + outer) / 2, (outer - inner) / 2
+    return Outline(
+        band_radius=middle, band_half=half, half_width=outer, above=outer, below=outer, bound=outer
+    )
+
+
+OUTLINES: dict[str, Outline] = {
+    "circle": _band(-1.0, 1.0),
+    "square": _square(0.88),
+    "triangle": _triangle(1.3),
+    "star": _star(1.26, 0.6),
+    "cross": _cross(1.1, 0.4),
+    "ring": _band(0.58, 1.06),
+}
+
+
+def outline_table(name: str, shape_BN: Tensor) -> Tensor:
+    """Look up one field of the outlines: [B, N] float on the device of `shape_BN`."""
+    values = [float(getattr(OUTLINES[shape], name)) for shape in SHAPES]
+    return torch.tensor(values, device=shape_BN.device)[shape_BN]
+
+
+def signed_distance(x: Tensor, y: Tensor, *, shape_B: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
+    """Distance to the outline, negative inside; exact next to straight and round edges, mitred at corners.
+
+    x, y: offsets from the centre, [B, T, H, W] by broadcasting; radius, angle: [B, T, 1, 1]; shape_B: [B].
+    """
+
+    def table(name: str) -> Tensor:
+        return outline_table(name, shape_B)[:, None, None, None]
+
+    distance = torch.sqrt(x * x + y * y)
+    sector = 2 * math.pi / table("folds")
+    turn = (torch.atan2(y, x) - angle - table("upright")) / sector
+    folded = (turn - torch.round(turn)).abs() * sector
+    along, across = distance * torch.cos(folded), distance * torch.sin(folded)
+    half_plane = table("normal_x") * along + table("normal_y") * across - table("offset") * radius
+    ceiling = across - table("ceiling") * radius
+    band = (distance - table("band_radius") * radius).abs() - table("band_half") * radius
+    return torch.maximum(torch.maximum(half_plane, ceiling), band)

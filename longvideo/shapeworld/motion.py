@@ -1,0 +1,137 @@
+"""Where every sprite is at any time: an exact function of (scene, time), in world units.
+
+B scenes, T times, N sprites. Phases are wrapped before they are scaled, so an hour is as exact as a second.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.shapeworld.batch import SceneBatch
+from longvideo.shapeworld.geometry import outline_table
+from longvideo.shapeworld.world import MOTIONS, WORLD_HEIGHT
+
+FIRST_BOUNCE_SECONDS = 1.5
+"""A bouncing sprite shows its direction at least this long before it meets the first wall."""
+PULSE = 0.28
+"""Relative change of the radius of a pulsing sprite, to both sides."""
+HALF_GAP = 2.0
+"""Distance that a sprite of a scene of two keeps from the middle of the frame."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Centre, radius (world units) and angle (radians, clockwise) of every sprite at every time."""
+
+    x_BTN: Tensor
+    y_BTN: Tensor
+    radius_BTN: Tensor
+    angle_BTN: Tensor
+
+
+def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> Trajectory:
+    """Compute all poses at `times_BT` (seconds) in a frame `width` units wide; computed in the dtype of the times."""
+    dtype = times_BT.dtype
+    time = times_BT[..., None]
+
+    def column(values_BN: Tensor) -> Tensor:
+        return values_BN.to(dtype)[:, None]
+
+    def moves(*names: str) -> Tensor:
+        codes = torch.tensor([MOTIONS.index(name) for name in names], device=batch.motion_BN.device)
+        return torch.isin(batch.motion_BN, codes)[:, None]
+
+    room = _Room.of(batch, width, changes_outline=moves("spinning", "pulsing")[:, 0], pulses=moves("pulsing")[:, 0])
+    low_x, high_x = column(room.low_x), column(room.high_x)
+    low_y, high_y = column(room.low_y), column(room.high_y)
+    speed, lead, wraps = column(batch.speed_BN), column(batch.lead_BN), batch.wraps_BN[:, None]
+    turns = time / column(batch.period_BN) + column(batch.phase_BN)
+    orbits, zigzags = moves("clockwise", "counterclockwise"), moves("zigzag")
+
+    half_x, half_y = (high_x - low_x) / 2, (high_y - low_y) / 2
+    reach_y = torch.where(orbits | zigzags, torch.minimum(column(batch.reach_BN), half_y), 0.0)
+    reach_y = torch.where(orbits, torch.minimum(reach_y, half_x), reach_y)
+    reach_x = torch.where(orbits, reach_y, 0.0)
+    place_x, place_y = column(batch.place_BN2[..., 0]), column(batch.place_BN2[..., 1])
+    x = low_x + reach_x + place_x * 2 * (half_x - reach_x)
+    y = low_y + reach_y + place_y * 2 * (half_y - reach_y)
+
+    orbit_angle = 2 * math.pi * _fraction(torch.where(moves("counterclockwise"), -turns, turns))
+    swing = 2 * _triangle_wave(turns) - 1
+    travel_x = torch.where(moves("left"), -1.0, torch.where(moves("right"), 1.0, column(batch.direction_BN)))
+    travel_y = torch.where(moves("up"), -1.0, 1.0).to(dtype)
+    along_x = _travel(x, time, low_x, high_x, travel_x, speed=speed, lead=lead, wraps=wraps, size=width)
+    along_y = _travel(y, time, low_y, high_y, travel_y, speed=speed, lead=lead, wraps=wraps, size=WORLD_HEIGHT)
+    x = torch.where(moves("left", "right", "zigzag"), along_x, x + reach_x * torch.cos(orbit_angle))
+    y = torch.where(orbits, y + reach_y * torch.sin(orbit_angle), torch.where(zigzags, y + reach_y * swing, y))
+    y = torch.where(moves("up", "down"), along_y, y)
+
+    pulse = torch.where(moves("pulsing"), 1 + PULSE * torch.sin(2 * math.pi * _fraction(turns)), 1.0)
+    spin_turns = time / column(batch.period_BN) * column(batch.direction_BN)
+    angle = torch.where(moves("spinning"), 2 * math.pi * _fraction(spin_turns), 0.0)
+    return Trajectory(x, y, column(batch.radius_BN) * pulse, angle.to(dtype))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The rectangle in which a sprite's centre may lie so that all of it is inside its part of the frame; [B, N]."""
+
+    low_x: Tensor
+    high_x: Tensor
+    low_y: Tensor
+    high_y: Tensor
+
+    @classmethod
+    def of(cls, batch: SceneBatch, width: float, *, changes_outline: Tensor, pulses: Tensor) -> _Room:
+        radius = batch.radius_BN * torch.where(pulses, 1 + PULSE, 1.0)
+
+        def extent(name: str) -> Tensor:
+            field = torch.where(
+                changes_outline & ~pulses,
+                outline_table("bound", batch.shape_BN),
+                outline_table(name, batch.shape_BN),
+            )
+            return radius * field
+
+        left, right = batch.room_BN2[..., 0], batch.room_BN2[..., 1]
+        low_x = left * width + torch.where(left > 0, HALF_GAP, 0.0) + extent("half_width")
+        high_x = right * width - torch.where(right < 1, HALF_GAP, 0.0) - extent("half_width")
+        low_y, high_y = extent("above"), WORLD_HEIGHT - extent("below")
+        return cls(low_x, torch.maximum(low_x, high_x), low_y, torch.maximum(low_y, high_y))
+
+
+def _travel(
+    start: Tensor,
+    time: Tensor,
+    low: Tensor,
+    high: Tensor,
+    direction: Tensor,
+    *,
+    speed: Tensor,
+    lead: Tensor,
+    wraps: Tensor,
+    size: float,
+) -> Tensor:
+    """Move along one axis: round the torus of length `size`, or to and fro between low and high."""
+    wrapped = size * _fraction(start / size + direction * time * (speed / size))
+    length = (high - low).clamp_min(torch.finfo(torch.float32).eps)
+    slow = torch.minimum(speed, length / FIRST_BOUNCE_SECONDS)
+    first_bounce = FIRST_BOUNCE_SECONDS + lead * (length / slow - FIRST_BOUNCE_SECONDS)
+    # half a period is one crossing; the wave is 0 at the wall behind and 1 at the wall ahead
+    crossed = 0.5 + (time - first_bounce) * (slow / length) / 2
+    progress = length * _triangle_wave(crossed)
+    bounced = torch.where(direction > 0, low + progress, high - progress)
+    return torch.where(wraps, wrapped, bounced)
+
+
+def _fraction(turns: Tensor) -> Tensor:
+    return turns - torch.floor(turns)
+
+
+def _triangle_wave(turns: Tensor) -> Tensor:
+    """0 at whole turns, 1 half-way between them, straight in between."""
+    return 1 - (2 * _fraction(turns) - 1).abs()

@@ -1,0 +1,153 @@
+"""The words and rules of ShapeWorld: what a scene can hold, how scenes are drawn, which ones training never sees.
+
+A scene says what is shown; its seed fixes where, how fast and in which phase (see `batch.py`). Lengths are in world
+units: the frame is 128 units high whatever its size in pixels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from longvideo.errors import UserError
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (224, 32, 38),
+    "orange": (255, 136, 10),
+    "yellow": (255, 226, 40),
+    "green": (34, 190, 66),
+    "cyan": (24, 212, 232),
+    "blue": (38, 82, 242),
+    "purple": (146, 48, 216),
+    "pink": (255, 124, 196),
+}
+SIZES: dict[str, float] = {"small": 11.0, "large": 20.0}
+"""Nominal radius of each size in world units."""
+MOTIONS = (
+    "still",
+    "left",
+    "right",
+    "up",
+    "down",
+    "clockwise",
+    "counterclockwise",
+    "spinning",
+    "pulsing",
+    "zigzag",
+)
+TRAVELLING = ("left", "right", "up", "down", "zigzag")
+"""Motions that reach the edge of the frame, so that `Sprite.edge` matters."""
+ROUND_SHAPES = ("circle", "ring")
+"""Shapes on which spinning cannot be seen."""
+EDGES = ("bounce", "wrap")
+BACKGROUNDS = ("black", "gray", "cream", "night", "meadow", "checkerboard")
+
+WORLD_HEIGHT = 128.0
+MAX_SPRITES = 2
+SINGLE_SPRITE_SHARE = 0.65
+HELD_OUT_MODULUS = 10
+
+Split = Literal["train", "heldout"]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One object. `edge` says what happens at the border and matters for travelling motions only."""
+
+    shape: str
+    color: str
+    size: str
+    motion: str
+    edge: str = "bounce"
+
+    def __post_init__(self) -> None:
+        check_word("shape", self.shape, SHAPES)
+        check_word("color", self.color, tuple(COLORS))
+        check_word("size", self.size, tuple(SIZES))
+        check_word("motion", self.motion, MOTIONS)
+        check_word("edge", self.edge, EDGES)
+        if self.motion == "spinning" and self.shape in ROUND_SHAPES:
+            raise UserError(f"a spinning {self.shape} looks still; choose a shape other than {' and '.join(ROUND_SHAPES)}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two sprites on a background; `seed` fixes place, phase, speed and layout.
+
+    Two sprites have distinct colours, live in their own half of the frame and bounce.
+    """
+
+    sprites: tuple[Sprite, ...]
+    background: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_word("background", self.background, BACKGROUNDS)
+        if not 1 <= len(self.sprites) <= MAX_SPRITES:
+            raise UserError(f"a scene has {len(self.sprites)} sprites; give 1 to {MAX_SPRITES}")
+        if len({sprite.color for sprite in self.sprites}) < len(self.sprites):
+            raise UserError(f"two sprites are {self.sprites[0].color}; give them distinct colors")
+        if len(self.sprites) > 1 and any(sprite.edge != "bounce" for sprite in self.sprites):
+            raise UserError("a sprite of a scene of two has edge 'wrap'; each stays in its own half, use 'bounce'")
+
+
+def sample_scene(seed: int, *, split: Split, num_sprites: int | None = None) -> Scene:
+    """Draw the scene of `seed`, about 65 % of them with one sprite unless `num_sprites` is given.
+
+    `train` scenes have no held-out sprite, `heldout` scenes at least one. Equal arguments give equal scenes.
+    """
+    generator = random.Random(f"shapeworld scene {split} {seed}")
+    background = pick(generator, BACKGROUNDS)
+    single = generator.random() < SINGLE_SPRITE_SHARE
+    count = num_sprites if num_sprites is not None else (1 if single else MAX_SPRITES)
+    while True:
+        sprites = _sample_sprites(generator, count)
+        scene = Scene(sprites, background, seed)
+        if is_held_out(scene) == (split == "heldout"):
+            return scene
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether training never sees this scene: one of its sprites is a held-out combination."""
+    return any(is_held_out_sprite(sprite) for sprite in scene.sprites)
+
+
+def is_held_out_sprite(sprite: Sprite) -> bool:
+    """Hold out one triple (shape, color, motion) in ten.
+
+    The multipliers 1, 3 and 7 are units modulo 10, so every pair of two properties is held out with at most one value
+    of the third, and every shape, color, motion and pair of them is still seen in training.
+    """
+    color = tuple(COLORS).index(sprite.color)
+    code = SHAPES.index(sprite.shape) + 3 * color + 7 * MOTIONS.index(sprite.motion)
+    return code % HELD_OUT_MODULUS == 0
+
+
+def pick(generator: random.Random, items: Sequence[Item]) -> Item:
+    """Choose one item. Only `random()` is used: its sequence is the same in every Python version."""
+    return items[int(generator.random() * len(items))]
+
+
+def check_word(name: str, word: str, words: Sequence[str]) -> None:
+    """Raise UserError unless `word` is one of `words`."""
+    if word not in words:
+        raise UserError(f"unknown {name} {word!r}; choose from {', '.join(words)}")
+
+
+def _sample_sprites(generator: random.Random, count: int) -> tuple[Sprite, ...]:
+    colors = list(COLORS)
+    sprites = []
+    for _ in range(count):
+        motion = pick(generator, MOTIONS)
+        shape = pick(generator, [s for s in SHAPES if motion != "spinning" or s not in ROUND_SHAPES])
+        color = colors.pop(int(generator.random() * len(colors)))
+        size = pick(generator, tuple(SIZES))
+        edge = pick(generator, EDGES)
+        if count > 1 or motion not in TRAVELLING:
+            edge = "bounce"
+        sprites.append(Sprite(shape, color, size, motion, edge))
+    return tuple(sprites)
