@@ -1,0 +1,118 @@
+"""Who attends to whom. The caller passes one of these to the model, which knows nothing else about context.
+
+A pattern receives queries and keys before rotation, so that it decides in which form keys are kept. Shapes: B batch,
+L tokens, N heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longvideo.model.cache import KVCache
+from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import Rope, rotate
+
+
+class AttentionPattern(Protocol):
+    """Self-attention of one layer: q, k, v [B, L, N, K] before rotation -> [B, L, N, K]."""
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor: ...
+
+
+class Full:
+    """Every token attends to every token: the bidirectional Wan model."""
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+        return attend(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
+
+
+class Masked:
+    """Block-causal and teacher-forcing attention over a whole video in one pass.
+
+    A clean token sees the clean tokens of its own chunk and of the earlier chunks it may see; a noisy token sees the
+    clean tokens of those earlier chunks and the noisy tokens of its own chunk. Layouts without noisy tokens are thus
+    block-causal. visible: bool [num_chunks, num_chunks], by default all earlier chunks; `visible_chunks` gives the
+    table of a rollout with a window, so that training sees exactly what streaming will.
+
+    On CUDA the mask is a FlexAttention block mask; elsewhere, where FlexAttention has no backward, a dense mask.
+    """
+
+    def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
+        chunk, noisy = layout.chunk_L, layout.is_noisy_L
+        self._length = chunk.numel()
+        if visible is None:
+            num_chunks = int(chunk.max()) + 1
+            visible = torch.ones(num_chunks, num_chunks, dtype=torch.bool).tril()
+        visible = visible.to(chunk.device)
+
+        def allowed(batch: Tensor | int, head: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
+            same, seen = chunk[q] == chunk[k], visible[chunk[q], chunk[k]]
+            from_clean = ~noisy[q] & ~noisy[k] & seen
+            from_noisy = noisy[q] & ((noisy[k] & same) | (~noisy[k] & seen & ~same))
+            return from_clean | from_noisy
+
+        self._dense_LL: Tensor | None = None
+        self._block_mask = None
+        if chunk.device.type == "cuda":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            self._block_mask = create_block_mask(allowed, None, None, self._length, self._length, device="cuda")
+        else:
+            index = torch.arange(self._length)
+            self._dense_LL = allowed(0, 0, index[:, None], index[None, :])
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+        q, k = rotate(q_BLNK, rope).to(v_BLNK.dtype), rotate(k_BLNK, rope).to(v_BLNK.dtype)
+        if self._block_mask is None:
+            return attend(q, k, v_BLNK, self._dense_LL)
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v_BLNK))
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        out = flex(q, k, v, block_mask=self._block_mask)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+
+class Cached:
+    """The live chunk attends to itself and to the chunks in the cache.
+
+    Without autograd the live keys and values are written into their own slot and all slots are attended to where they
+    lie. Under autograd they are concatenated to detached copies, so nothing that a gradient needs is overwritten and
+    no gradient reaches the past.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+        q, k = rotate(q_BLNK, rope), rotate(k_BLNK, rope)
+        if torch.is_grad_enabled():
+            past_k, past_v = self.cache.past(layer)
+            return attend(q, torch.cat((past_k.to(k), k), 1), torch.cat((past_v.to(v_BLNK), v_BLNK), 1))
+        self.cache.store(layer, k, v_BLNK)
+        keys, values = self.cache.attended(layer)
+        return attend(q, keys, values)
+
+    def store(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> None:
+        """Keep keys and values of a layer whose attention output nobody needs."""
+        self.cache.store(layer, rotate(k_BLNK, rope), v_BLNK)
+
+
+def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention in [B, L, N, K] layout."""
+    q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask_LS).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

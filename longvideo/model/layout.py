@@ -1,0 +1,119 @@
+"""What every token is: its chunk, whether it is noisy, and where it stands in the video.
+
+The attention mask, the RoPE positions and the order in which ranks hold tokens all come from here, so reordering the
+frames of a layout together with the latents changes nothing but the order of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.model.spec import ChunkSpec
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """chunk_L int64, is_noisy_L bool, position_BL3 int64 (time, height, width; B is 1 unless samples differ)."""
+
+    chunk_L: Tensor
+    is_noisy_L: Tensor
+    position_BL3: Tensor
+    tokens_per_frame: int
+
+    @classmethod
+    def from_frames(
+        cls, spec: ChunkSpec, *, chunk: Sequence[int], is_noisy: Sequence[bool], time: Tensor | Sequence[int]
+    ) -> TokenLayout:
+        """Expand per-frame facts to tokens, frame by frame, rows before columns.
+
+        time: temporal positions, [T], or [B, T] when the shots of the samples start at different chunks.
+        """
+        time_BT = torch.as_tensor(time).long()
+        time_BT = time_BT if time_BT.ndim == 2 else time_BT.unsqueeze(0)
+        height, width = spec.grid_height, spec.grid_width
+        shape = (*time_BT.shape, height, width)
+        position = torch.stack(
+            (
+                time_BT[:, :, None, None].expand(shape),
+                torch.arange(height)[None, None, :, None].expand(shape),
+                torch.arange(width).expand(shape),
+            ),
+            dim=-1,
+        )
+        per_token = spec.tokens_per_frame
+        return cls(
+            chunk_L=torch.tensor(chunk).repeat_interleave(per_token),
+            is_noisy_L=torch.tensor(is_noisy).repeat_interleave(per_token),
+            position_BL3=position.flatten(1, 3),
+            tokens_per_frame=per_token,
+        )
+
+    @classmethod
+    def block_causal(cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None) -> TokenLayout:
+        """Lay out one copy of a video, each chunk seeing itself and every earlier chunk."""
+        frames = num_chunks * spec.chunk_frames
+        return cls.from_frames(
+            spec,
+            chunk=[frame // spec.chunk_frames for frame in range(frames)],
+            is_noisy=[False] * frames,
+            time=frame_times(spec, num_chunks, cuts),
+        )
+
+    @classmethod
+    def teacher_forcing(
+        cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None
+    ) -> TokenLayout:
+        """Lay out a clean copy followed by a noisy copy of the same frames, at the same positions.
+
+        cuts: [num_chunks] or [B, num_chunks], true where a chunk starts a shot.
+        """
+        frames = num_chunks * spec.chunk_frames
+        time = torch.as_tensor(frame_times(spec, num_chunks, cuts))
+        return cls.from_frames(
+            spec,
+            chunk=[frame // spec.chunk_frames for frame in range(frames)] * 2,
+            is_noisy=[False] * frames + [True] * frames,
+            time=torch.cat((time, time), dim=-1),
+        )
+
+    @classmethod
+    def one_chunk(cls, spec: ChunkSpec, index: int, *, shot: int = 0) -> TokenLayout:
+        """Lay out chunk `index` (from 0) of a rollout, `shot` cuts after the start."""
+        start = index * spec.chunk_frames + shot * spec.offset_per_shot
+        return cls.from_frames(
+            spec,
+            chunk=[index] * spec.chunk_frames,
+            is_noisy=[True] * spec.chunk_frames,
+            time=range(start, start + spec.chunk_frames),
+        )
+
+    @property
+    def num_frames(self) -> int:
+        return self.chunk_L.numel() // self.tokens_per_frame
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        return TokenLayout(
+            self.chunk_L.to(device), self.is_noisy_L.to(device), self.position_BL3.to(device), self.tokens_per_frame
+        )
+
+    def permute_frames(self, order: Sequence[int]) -> TokenLayout:
+        """Return the layout of the same video with its frames in another order."""
+        frames = torch.tensor(order, device=self.chunk_L.device)
+        per_frame = torch.arange(self.tokens_per_frame, device=frames.device)
+        tokens = (frames[:, None] * self.tokens_per_frame + per_frame).flatten()
+        return TokenLayout(
+            self.chunk_L[tokens], self.is_noisy_L[tokens], self.position_BL3[:, tokens], self.tokens_per_frame
+        )
+
+
+def frame_times(spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None) -> Tensor:
+    """Return the temporal position of every latent frame, [T] or [B, T], counting the offset of every cut before it."""
+    time = torch.arange(num_chunks * spec.chunk_frames)
+    if cuts is None:
+        return time
+    shot = torch.as_tensor(cuts).long().cpu().cumsum(-1)
+    return time + spec.offset_per_shot * shot.repeat_interleave(spec.chunk_frames, dim=-1)

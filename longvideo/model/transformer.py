@@ -1,0 +1,280 @@
+"""The causal diffusion transformer, in the Wan2.2-TI2V-5B family (arXiv 2503.20314).
+
+One forward pass and one clean pass that fills a cache. What a token may attend to comes in as an AttentionPattern,
+where tokens stand as a TokenLayout, how noisy every frame is as sigma. Module names are those of the official weights.
+
+Shapes: B batch, C channels, T latent frames, H W latent size, L tokens, D model dim, N heads, K head dim, S time
+embeddings per frame (1, or tokens per frame), P distinct prompts, J text positions, G groups of tokens with one prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from longvideo.model.attention import AttentionPattern, attend
+from longvideo.model.config import TransformerConfig
+from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import Rope, rope_from_positions
+
+if TYPE_CHECKING:
+    from longvideo.model.attention import Cached
+
+TIMESTEPS = 1000.0
+MAX_PERIOD = 10000.0
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Cross-attention keys and values of P prompts, one [P, J, N, K] tensor per layer; made once per prompt."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections of self-attention; queries and keys are normalised over the full width before the head split."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def keys_values(self, h_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self.norm_k(self.k(h_BLD))), self._heads(self.v(h_BLD))
+
+    def forward(self, h_BLD: Tensor, rope: Rope, attention: AttentionPattern, layer: int) -> Tensor:
+        q_BLNK = self._heads(self.norm_q(self.q(h_BLD)))
+        k_BLNK, v_BLNK = self.keys_values(h_BLD)
+        return self.o(attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(h_BLD.dtype))
+
+    def _heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.num_heads, -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of every group of tokens to its own prompt, padding included as Wan does it."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def keys_values(self, text_PJD: Tensor) -> tuple[Tensor, Tensor]:
+        split = (self.num_heads, -1)
+        return self.norm_k(self.k(text_PJD)).unflatten(-1, split), self.v(text_PJD).unflatten(-1, split)
+
+    def forward(self, h_BLD: Tensor, keys_PJNK: Tensor, values_PJNK: Tensor, prompt_index_BG: Tensor) -> Tensor:
+        batch, groups = prompt_index_BG.shape
+        q_BLNK = self.norm_q(self.q(h_BLD)).unflatten(-1, (self.num_heads, -1))
+        grouped = rearrange(q_BLNK, "b (g l) n k -> (b g) l n k", g=groups)
+        rows = prompt_index_BG.flatten()
+        out = attend(grouped, keys_PJNK[rows], values_PJNK[rows])
+        return self.o(rearrange(out, "(b g) l n k -> b (g l) (n k)", b=batch).to(h_BLD.dtype))
+
+
+class Block(nn.Module):
+    """Modulated self-attention, cross-attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, heads, eps = config.dim, config.num_attention_heads, config.eps
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, heads, eps)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        h_BLD: Tensor,
+        time_BTS6D: Tensor,
+        text: tuple[Tensor, Tensor],
+        prompt_index_BG: Tensor,
+        rope: Rope,
+        attention: AttentionPattern,
+        layer: int,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
+        attended = self.self_attn(modulate(self.norm1, h_BLD, shift1, scale1), rope, attention, layer)
+        h_BLD = add_gated(h_BLD, attended, gate1)
+        h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text, prompt_index_BG)
+        return add_gated(h_BLD, self.ffn(modulate(self.norm2, h_BLD, shift2, scale2)), gate2)
+
+    def self_keys_values(self, h_BLD: Tensor, time_BTS6D: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the block's self-attention keys and values without running the block."""
+        shift, scale, *_ = self._modulation(time_BTS6D)
+        return self.self_attn.keys_values(modulate(self.norm1, h_BLD, shift, scale))
+
+    def _modulation(self, time_BTS6D: Tensor) -> tuple[Tensor, ...]:
+        return (self.modulation.float() + time_BTS6D.float()).unbind(-2)
+
+
+class Head(nn.Module):
+    """Modulated projection from tokens to the patches they stand for."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        _, height, width = config.patch_size
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, height * width * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, h_BLD: Tensor, time_BTSD: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time_BTSD.float().unsqueeze(-2)).unbind(-2)
+        return self.head(modulate(self.norm, h_BLD, shift, scale))
+
+
+class CausalTransformer(nn.Module):
+    """Velocity of noisy latents, given what they may attend to. See `forward`."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw fresh weights for training: Xavier everywhere, and a head that starts at zero velocity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.text_embedding, self.time_embedding):
+            for layer in (embedding[0], embedding[2]):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for modulation in (self.head.modulation, *(block.modulation for block in self.blocks)):
+            nn.init.normal_(modulation, std=self.config.dim**-0.5, generator=generator)
+        nn.init.zeros_(self.head.head.weight)
+
+    def encode_text(self, features_PJD: Tensor) -> TextContext:
+        """Compute every layer's text keys and values.
+
+        features_PJD: output of the text encoder, zero-padded to J = config.text_len. Differentiable.
+        """
+        if features_PJD.shape[1:] != (self.config.text_len, self.config.text_dim):
+            raise ValueError(
+                f"text features are {tuple(features_PJD.shape)},"
+                f" wanted [prompts, {self.config.text_len}, {self.config.text_dim}]"
+            )
+        text_PJD = self.text_embedding(features_PJD.to(self.text_embedding[0].weight.dtype))
+        pairs = [block.cross_attn.keys_values(text_PJD) for block in self.blocks]
+        return TextContext(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
+
+    def forward(
+        self,
+        latents_BCTHW: Tensor,
+        sigma_BT: Tensor,
+        text: TextContext,
+        prompt_index_BG: Tensor,
+        *,
+        layout: TokenLayout,
+        attention: AttentionPattern,
+    ) -> Tensor:
+        """Return the flow velocity (noise minus clean) of every latent frame, [B, C, T, H, W] float32.
+
+        sigma_BT: noise level of every frame in [0, 1]; [B, T, tokens per frame] gives every token its own.
+        prompt_index_BG: row of `text` for each of G equal runs of tokens, in the order of the layout.
+        layout: position of every token; it must describe T frames.
+        """
+        h_BLD, time_BTSD, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
+        for layer, block in enumerate(self.blocks):
+            pair = (text.keys[layer], text.values[layer])
+            h_BLD = block(h_BLD, time_BTS6D, pair, prompt_index_BG, rope, attention, layer)
+        patches = self.head(h_BLD, time_BTSD).float()
+        _, _, frames, height, width = latents_BCTHW.shape
+        _, p, q = self.config.patch_size
+        return rearrange(
+            patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, w=width // q, p=p, q=q
+        )
+
+    def fill_cache(
+        self,
+        latents_BCTHW: Tensor,
+        sigma_BT: Tensor,
+        text: TextContext,
+        prompt_index_BG: Tensor,
+        *,
+        layout: TokenLayout,
+        attention: Cached,
+    ) -> None:
+        """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
+        h_BLD, _, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            if layer == last:
+                attention.store(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
+                return
+            pair = (text.keys[layer], text.values[layer])
+            h_BLD = block(h_BLD, time_BTS6D, pair, prompt_index_BG, rope, attention, layer)
+
+    def _embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor, Rope]:
+        assert layout.num_frames == latents_BCTHW.shape[2], (layout.num_frames, latents_BCTHW.shape)
+        weight = self.patch_embedding.weight
+        h_BLD = self.patch_embedding(latents_BCTHW.to(weight.dtype)).flatten(2).transpose(1, 2)
+        sigma_BTS = sigma_BT if sigma_BT.ndim == 3 else sigma_BT.unsqueeze(-1)
+        frequencies = timestep_frequencies(sigma_BTS * TIMESTEPS, self.config.freq_dim)
+        time_BTSD = self.time_embedding(frequencies.to(weight.dtype))
+        time_BTS6D = self.time_projection(time_BTSD).unflatten(-1, (6, -1))
+        rope = rope_from_positions(layout.position_BL3, self.config.attention_head_dim)
+        return h_BLD, time_BTSD, time_BTS6D, rope
+
+
+def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:
+    """Embed timesteps in [0, 1000] as cosines then sines of `freq_dim / 2` frequencies; float64 inside, float32 out."""
+    half = freq_dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angle = timestep.double().unsqueeze(-1) * MAX_PERIOD**-exponent
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def normalize(norm: nn.LayerNorm, h_BLD: Tensor) -> Tensor:
+    """Apply a LayerNorm in float32."""
+    weight = None if norm.weight is None else norm.weight.float()
+    bias = None if norm.bias is None else norm.bias.float()
+    return F.layer_norm(h_BLD.float(), norm.normalized_shape, weight, bias, norm.eps).to(h_BLD.dtype)
+
+
+def modulate(norm: nn.LayerNorm, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor) -> Tensor:
+    """Normalise, then scale and shift every frame by its own modulation, in float32."""
+    frames = shift_BTSD.shape[1]
+    normed = F.layer_norm(h_BLD.float(), norm.normalized_shape, eps=norm.eps).unflatten(1, (frames, -1))
+    return (normed * (1 + scale_BTSD) + shift_BTSD).flatten(1, 2).to(h_BLD.dtype)
+
+
+def add_gated(h_BLD: Tensor, update_BLD: Tensor, gate_BTSD: Tensor) -> Tensor:
+    """Add an update scaled by its frame's gate, in float32."""
+    frames = gate_BTSD.shape[1]
+    gated = update_BLD.float().unflatten(1, (frames, -1)) * gate_BTSD
+    return (h_BLD.float() + gated.flatten(1, 2)).to(h_BLD.dtype)

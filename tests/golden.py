@@ -1,0 +1,66 @@
+"""The reference's inputs, weights and outputs (small sizes, fp32, CPU), as this project's objects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longvideo.model.config import TransformerConfig
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TOLERANCE = 1e-5
+
+
+def load(name: str) -> dict[str, Tensor]:
+    return load_file(FIXTURES / f"{name}.safetensors")
+
+
+def sizes() -> dict:
+    return json.loads((FIXTURES / "causal_a.json").read_text())
+
+
+def spec(*, multi_shot: bool = False) -> ChunkSpec:
+    s = sizes()
+    return ChunkSpec(
+        grid_height=s["h"] // 2,
+        grid_width=s["w"] // 2,
+        chunk_frames=s["chunk"],
+        window_frames=s["window"],
+        sink_frames=s["sink"],
+        pin_shots=multi_shot,
+        offset_per_shot=8 if multi_shot else 0,
+    )
+
+
+def model() -> CausalTransformer:
+    s = sizes()
+    config = TransformerConfig(
+        num_attention_heads=s["num_heads"],
+        attention_head_dim=s["dim"] // s["num_heads"],
+        in_channels=s["ch"],
+        out_channels=s["ch"],
+        text_dim=s["text_dim"],
+        text_len=s["text_len"],
+        ffn_dim=s["ffn_dim"],
+        num_layers=s["num_layers"],
+        freq_dim=s["freq_dim"],
+    )
+    transformer = CausalTransformer(config)
+    weights = {name.removeprefix("model."): value for name, value in load("causal_a.weights").items()}
+    transformer.load_state_dict(weights, strict=True)
+    return transformer.eval()
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def per_chunk(num_chunks: int) -> Tensor:
+    """Prompt index [1, num_chunks]: every chunk has its own prompt."""
+    return torch.arange(num_chunks).unsqueeze(0)
