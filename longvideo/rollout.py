@@ -1,0 +1,125 @@
+"""Make latents chunk by chunk: denoise against the cache, run the clean pass, commit, go on.
+
+Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longvideo.conditioning import Conditioning
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.flow.unipc import UniPC
+from longvideo.model.attention import Cached
+from longvideo.model.cache import KVCache
+from longvideo.model.layout import TokenLayout
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+
+
+def rollout(
+    model: CausalTransformer,
+    chunks: Iterable[Conditioning],
+    *,
+    spec: ChunkSpec,
+    solver: UniPC,
+    generators: Sequence[torch.Generator],
+    guidance: float = 1.0,
+) -> Iterator[Tensor]:
+    """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
+
+    chunks: read one at a time, just before a chunk is begun, so a caller can decide late; it may never end.
+    generators: one CPU generator per sample; a sample's noise does not depend on the batch it is in.
+    guidance: classifier-free guidance scale; at 1 the negative prompt is not run. Otherwise every sample runs twice in
+        one batch, each copy with its own cache.
+    """
+    device = model.patch_embedding.weight.device
+    cache: KVCache | None = None
+    shot = 0
+    for index, conditioning in enumerate(chunks):
+        with torch.inference_mode():
+            branches = 1 if guidance == 1.0 else 2
+            if cache is None:
+                cache = _new_cache(model, spec, batch=branches * len(generators))
+            shot += conditioning.cut and index > 0
+            layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
+            prompt_index = _prompt_rows(conditioning, branches)
+            noise = _noise(model, spec, generators).to(device)
+            latents = _denoise(model, conditioning, prompt_index, noise, layout, Cached(cache), solver, guidance)
+            clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
+            model.fill_cache(
+                latents.repeat(branches, 1, 1, 1, 1),
+                clean_sigma,
+                conditioning.text,
+                prompt_index,
+                layout=layout,
+                attention=Cached(cache),
+            )
+            cache.commit(cut=conditioning.cut)
+        yield latents
+
+
+def _denoise(
+    model: CausalTransformer,
+    conditioning: Conditioning,
+    prompt_index_BG: Tensor,
+    noise: Tensor,
+    layout: TokenLayout,
+    attention: Cached,
+    solver: UniPC,
+    guidance: float,
+) -> Tensor:
+    batch, _, frames, _, _ = noise.shape
+    branches = prompt_index_BG.shape[0] // batch
+    first = conditioning.first_latent
+    trajectory = solver.start(noise)
+    for timestep in solver.timesteps:
+        sigma = torch.full((batch, frames), timestep / NUM_TRAIN_TIMESTEPS, device=noise.device)
+        if first is not None:
+            trajectory.replace(slice(0, 1), first)
+            sigma[:, 0] = 0.0
+        velocity = model(
+            trajectory.sample.repeat(branches, 1, 1, 1, 1),
+            sigma.repeat(branches, 1),
+            conditioning.text,
+            prompt_index_BG,
+            layout=layout,
+            attention=attention,
+        )
+        if branches == 2:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = unconditional + guidance * (conditional - unconditional)
+        trajectory.step(velocity)
+    if first is not None:
+        trajectory.replace(slice(0, 1), first)
+    return trajectory.sample
+
+
+def _prompt_rows(conditioning: Conditioning, branches: int) -> Tensor:
+    rows = [conditioning.prompt_index]
+    if branches == 2:
+        assert conditioning.negative_index is not None, "guidance needs a negative prompt"
+        rows.append(conditioning.negative_index)
+    return torch.cat(rows).unsqueeze(1)
+
+
+def _noise(model: CausalTransformer, spec: ChunkSpec, generators: Sequence[torch.Generator]) -> Tensor:
+    _, p, q = model.config.patch_size
+    shape = (model.config.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _new_cache(model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> KVCache:
+    weight = model.patch_embedding.weight
+    return KVCache(
+        spec,
+        num_layers=model.config.num_layers,
+        num_heads=model.config.num_attention_heads,
+        head_dim=model.config.attention_head_dim,
+        batch=batch,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
