@@ -1,0 +1,158 @@
+"""Shape of the video autoencoder, key for key the configuration of diffusers' AutoencoderKLWan."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from longvideo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Describe a Wan2.2-form autoencoder: 2x2 patches, residual shortcuts, 16 x 16 x 4 compression.
+
+    `temperal_downsample` is diffusers' spelling. Levels are those of `dim_mult`; every level but the last halves the
+    grid. Raises ConfigError where no such autoencoder exists.
+    """
+
+    base_dim: int
+    decoder_base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temperal_downsample: tuple[bool, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    is_residual: bool
+    in_channels: int
+    out_channels: int
+    patch_size: int
+    scale_factor_spatial: int
+    scale_factor_temporal: int = 4
+    attn_scales: tuple[float, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_form()
+        self._check_levels()
+        for key in ("latents_mean", "latents_std"):
+            values = getattr(self, key)
+            if len(values) != self.z_dim:
+                raise ConfigError(f"{key} has {len(values)} values, wanted z_dim={self.z_dim}")
+        if min(self.latents_std) <= 0:
+            raise ConfigError(f"latents_std holds {min(self.latents_std)}, wanted values above 0")
+
+    def _check_form(self) -> None:
+        wanted = {"is_residual": True, "attn_scales": (), "dropout": 0.0}
+        for key, value in wanted.items():
+            if getattr(self, key) != value:
+                raise ConfigError(f"{key}={getattr(self, key)!r} is not the Wan2.2 form, wanted {value!r}")
+        for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)}, wanted 1 or more")
+        for key in ("in_channels", "out_channels"):
+            if getattr(self, key) != 3 * self.patch_size**2:
+                raise ConfigError(
+                    f"{key}={getattr(self, key)}, wanted {3 * self.patch_size**2}: 3 colours x patch_size squared"
+                )
+
+    def _check_levels(self) -> None:
+        num_downsamples = len(self.dim_mult) - 1
+        if num_downsamples < 1 or len(self.temperal_downsample) != num_downsamples:
+            raise ConfigError(
+                f"dim_mult has {len(self.dim_mult)} levels and temperal_downsample {len(self.temperal_downsample)} "
+                "entries, wanted one entry for every level but the last"
+            )
+        if self.scale_factor_spatial != self.patch_size * 2**num_downsamples:
+            raise ConfigError(
+                f"scale_factor_spatial={self.scale_factor_spatial}, wanted {self.patch_size * 2**num_downsamples}: "
+                f"patch_size x 2 for each of {num_downsamples} downsamples"
+            )
+        if self.scale_factor_temporal != 2 ** sum(self.temperal_downsample):
+            raise ConfigError(
+                f"scale_factor_temporal={self.scale_factor_temporal}, wanted {2 ** sum(self.temperal_downsample)}: "
+                "2 for each True in temperal_downsample"
+            )
+        pairs = zip(self.dim_mult[:-1], self.dim_mult[1:], (*self.temperal_downsample[1:], None))
+        # The parameter-free shortcuts move the halved axes into channels, so a level can widen by 1, 2, 4 or 8 at most.
+        for narrow, wide, halves_time in pairs:
+            most = 1 if halves_time is None else 8 if halves_time else 4
+            if wide % narrow or most % (wide // narrow):
+                raise ConfigError(
+                    f"dim_mult={list(self.dim_mult)} goes from {narrow} to {wide}; wanted a factor that divides {most}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AutoencoderConfig":
+        """Read a diffusers config.json. Keys starting with "_" are metadata; any other unknown key is an error."""
+        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        # Wan2.2's published file carries this key, which the class it names never reads.
+        given.pop("clip_output", None)
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(given.keys() - known):
+            raise ConfigError(f"autoencoder config has unknown keys {unknown}; known are {sorted(known)}")
+        required = {field.name for field in fields(cls) if field.default is MISSING} - {"decoder_base_dim"}
+        if missing := sorted(required - given.keys()):
+            raise ConfigError(f"autoencoder config lacks the keys {missing}")
+        if given.get("decoder_base_dim") is None:
+            given["decoder_base_dim"] = given["base_dim"]
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"_class_name": "AutoencoderKLWan", **values}
+
+    @classmethod
+    def wan22(cls) -> "AutoencoderConfig":
+        """Return the shape and the latent statistics of Wan2.2-TI2V-5B's autoencoder."""
+        return cls(
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            dim_mult=(1, 2, 4, 4),
+            num_res_blocks=2,
+            latents_mean=WAN22_LATENTS_MEAN,
+            latents_std=WAN22_LATENTS_STD,
+            **WAN22_FORM,
+        )
+
+    @classmethod
+    def tiny(cls) -> "AutoencoderConfig":
+        """Return the shape of the shipped autoencoder, before its latent statistics are measured."""
+        return cls(
+            base_dim=24,
+            decoder_base_dim=32,
+            z_dim=24,
+            dim_mult=(1, 2, 2, 2),
+            num_res_blocks=1,
+            latents_mean=(0.0,) * 24,
+            latents_std=(1.0,) * 24,
+            **WAN22_FORM,
+        )
+
+
+WAN22_FORM: dict[str, Any] = {
+    "temperal_downsample": (False, True, True),
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+
+# fmt: off
+WAN22_LATENTS_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+WAN22_LATENTS_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on

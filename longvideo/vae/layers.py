@@ -1,0 +1,235 @@
+"""Layers of the causal video autoencoder: each takes any number of frames and the few it remembers from before.
+
+Shapes: B batch, C channels, T frames, H W grid. A first call holds the frame that opens the video, which the layers
+that change the frame rate treat apart: it stands alone, where later frames come in pairs.
+"""
+
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+State: TypeAlias = tuple[Tensor, ...]
+
+
+class Memory:
+    """Hand the causal layers, in module order, the frames they kept, and collect what they keep for the next call."""
+
+    def __init__(self, state: State | None) -> None:
+        self.is_first = state is None
+        self._past = state or ()
+        self._kept: list[Tensor] = []
+
+    def recall(self) -> Tensor | None:
+        """Return what the layer whose turn it is kept in the call before, None in a first call."""
+        return None if self.is_first else self._past[len(self._kept)]
+
+    def keep(self, frames_BCTHW: Tensor) -> None:
+        """Store a copy of the frames, so that neither the activations nor their gradient graph stay alive."""
+        self._kept.append(frames_BCTHW.detach().clone())
+
+    def state(self) -> State:
+        return tuple(self._kept)
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolve in space and time, seeing for each frame that frame and those before it."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=(0, kernel_size[1] // 2, kernel_size[2] // 2))
+        self.history = kernel_size[0] - 1
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        past = memory.recall()
+        if past is None:
+            x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, self.history, 0))
+        else:
+            x_BCTHW = torch.cat([past.to(x_BCTHW.dtype), x_BCTHW], dim=2)
+        memory.keep(x_BCTHW[:, :, -self.history :])
+        return super().forward(x_BCTHW)
+
+
+class RMSNorm(nn.Module):
+    """Scale the channels of every pixel to unit mean square, then by a learned gain."""
+
+    def __init__(self, channels: int, num_axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma * self.gamma.shape[0] ** 0.5
+        return (F.normalize(x.float(), dim=1) * gamma).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(in_channels, num_axes=3)
+        self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3))
+        self.norm2 = RMSNorm(out_channels, num_axes=3)
+        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3))
+        self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        h_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW)), memory)
+        h_BCTHW = self.conv2(F.silu(self.norm2(h_BCTHW)), memory)
+        return self.conv_shortcut(x_BCTHW) + h_BCTHW
+
+
+class FrameAttention(nn.Module):
+    """Attend with one head among the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        _, _, num_frames, height, _ = x_BCTHW.shape
+        x_NCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        qkv_N1LC = self.to_qkv(self.norm(x_NCHW)).flatten(2).transpose(1, 2).unsqueeze(1)
+        h_N1LC = F.scaled_dot_product_attention(*qkv_N1LC.chunk(3, dim=-1))
+        h_NCHW = self.proj(h_N1LC.squeeze(1).transpose(1, 2).unflatten(2, (height, -1)))
+        return x_BCTHW + h_NCHW.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
+        self.attentions = nn.ModuleList([FrameAttention(channels)])
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        x_BCTHW = self.resnets[0](x_BCTHW, memory)
+        return self.resnets[1](self.attentions[0](x_BCTHW), memory)
+
+
+class Downsample(nn.Module):
+    """Halve the grid, and the frame rate if asked; the frame that opens the video keeps its own latent."""
+
+    def __init__(self, channels: int, halves_time: bool) -> None:
+        super().__init__()
+        # Index 1 in a Sequential is where the published weights have this convolution.
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if halves_time else None
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        x_BCTHW = per_frame(self.resample, x_BCTHW)
+        if self.time_conv is None:
+            return x_BCTHW
+        past = memory.recall()
+        memory.keep(x_BCTHW[:, :, -1:])
+        if past is not None:
+            return self.time_conv(torch.cat([past.to(x_BCTHW.dtype), x_BCTHW], dim=2))
+        if x_BCTHW.shape[2] == 1:
+            return x_BCTHW
+        return torch.cat([x_BCTHW[:, :, :1], self.time_conv(x_BCTHW)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double the grid, and the frame rate if asked; the frame that opens the video stays one frame."""
+
+    def __init__(self, channels: int, doubles_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if doubles_time else None
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        if self.time_conv is not None:
+            x_BCTHW = self._double_time(self.time_conv, x_BCTHW, memory)
+        return per_frame(self.resample, x_BCTHW)
+
+    @staticmethod
+    def _double_time(time_conv: CausalConv3d, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        opening, later = x_BCTHW.split([1, x_BCTHW.shape[2] - 1], dim=2) if memory.is_first else (None, x_BCTHW)
+        if later.shape[2] == 0:
+            # The second frame sees zeros where the opening one was: that one never enters the history.
+            memory.keep(torch.zeros_like(x_BCTHW).expand(-1, -1, time_conv.history, -1, -1))
+            return x_BCTHW
+        pairs_BCTHW = time_conv(later, memory).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return pairs_BCTHW if opening is None else torch.cat([opening, pairs_BCTHW], dim=2)
+
+
+class DownBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, halves_time: bool | None) -> None:
+        """`halves_time` is None in the last level, which keeps grid and frame rate."""
+        super().__init__()
+        channels = [in_channels] + [out_channels] * num_res_blocks
+        self.out_channels = out_channels
+        self.factors = (1, 1, 1) if halves_time is None else (2 if halves_time else 1, 2, 2)
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(channels)])
+        self.downsampler = None if halves_time is None else Downsample(out_channels, halves_time)
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        shortcut = fold_into_channels(x_BCTHW, self.out_channels, self.factors)
+        for resnet in self.resnets:
+            x_BCTHW = resnet(x_BCTHW, memory)
+        if self.downsampler is not None:
+            x_BCTHW = self.downsampler(x_BCTHW, memory)
+        return x_BCTHW + shortcut
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, doubles_time: bool | None) -> None:
+        """`doubles_time` is None in the last level, which keeps grid and frame rate and has no outer shortcut."""
+        super().__init__()
+        channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
+        self.out_channels = out_channels
+        self.factors = (2 if doubles_time else 1, 2, 2)
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(channels)])
+        self.upsampler = None if doubles_time is None else Upsample(out_channels, doubles_time)
+
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+        h_BCTHW = x_BCTHW
+        for resnet in self.resnets:
+            h_BCTHW = resnet(h_BCTHW, memory)
+        if self.upsampler is None:
+            return h_BCTHW
+        shortcut = unfold_from_channels(x_BCTHW, self.out_channels, self.factors)
+        if memory.is_first:
+            shortcut = shortcut[:, :, self.factors[0] - 1 :]
+        return self.upsampler(h_BCTHW, memory) + shortcut
+
+
+def num_remembering(module: nn.Module) -> int:
+    """Count the layers that keep frames from one call to the next, which is the length of a State."""
+    layers = list(module.modules())
+    causal = sum(isinstance(layer, CausalConv3d) for layer in layers)
+    return causal + sum(isinstance(layer, Downsample) and layer.time_conv is not None for layer in layers)
+
+
+def per_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+    """Apply a layer of images to every frame."""
+    x_NCHW = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return x_NCHW.unflatten(0, (-1, x_BCTHW.shape[2])).transpose(1, 2)
+
+
+def fold_into_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int, int, int]) -> Tensor:
+    """Shrink time, height and width by the factors: pixel offsets become channels, averaged down to `out_channels`.
+
+    Frames are completed in front with zeros to a multiple of the time factor, which only an opening frame needs.
+    """
+    time, height, width = factors
+    if missing := -x_BCTHW.shape[2] % time:
+        x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, missing, 0))
+    x = x_BCTHW.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, time))
+    x_BTHWF = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    return x_BTHWF.unflatten(4, (out_channels, -1)).mean(-1).permute(0, 4, 1, 2, 3)
+
+
+def unfold_from_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int, int, int]) -> Tensor:
+    """Grow time, height and width by the factors: surplus channels become pixel offsets, the rest is repeated."""
+    surplus = x_BCTHW.shape[1] // out_channels
+    offsets = []
+    for factor in factors:
+        offsets.append(factor if surplus > 1 else 1)
+        surplus //= offsets[-1]
+    x = x_BCTHW.unflatten(1, (out_channels, *offsets)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    batch, channels, num_frames, _, height, _, width, _ = x.shape
+    x = x.expand(batch, channels, num_frames, factors[0], height, factors[1], width, factors[2])
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
