@@ -1,0 +1,263 @@
+"""Properties of the model, its layout and its cache, each against a slow or direct definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.errors import ConfigError
+from longvideo.model.attention import Cached, Full, Masked
+from longvideo.model.cache import ChunkWindow, KVCache, visible_chunks
+from longvideo.model.config import PRESETS
+from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import rope_from_positions, rotate
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from tests.golden import relative_error
+from tests.model import small
+
+
+def cached_rollout(
+    model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
+) -> Tensor:
+    """Velocity of every noisy chunk given the clean chunks that the cache still holds."""
+    config = model.config
+    cache = KVCache(
+        spec, num_layers=config.num_layers, num_heads=config.num_attention_heads, head_dim=config.attention_head_dim
+    )
+    attention, text, shot, out = Cached(cache), model.encode_text(small.features(len(cuts))), 0, []
+    for chunk, cut in enumerate(cuts):
+        shot += cut and chunk > 0
+        frames = slice(chunk * spec.chunk_frames, (chunk + 1) * spec.chunk_frames)
+        layout = TokenLayout.one_chunk(spec, chunk, shot=shot)
+        index = torch.tensor([[chunk]])
+        out.append(model(noisy[:, :, frames], sigma[:, frames], text, index, layout=layout, attention=attention))
+        zero = torch.zeros(1, spec.chunk_frames)
+        model.fill_cache(clean[:, :, frames], zero, text, index, layout=layout, attention=attention)
+        cache.commit(cut=cut)
+    return torch.cat(out, 2)
+
+
+def masked_pass(
+    model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
+) -> Tensor:
+    """The same velocities from one teacher-forcing pass."""
+    layout = TokenLayout.teacher_forcing(spec, len(cuts), [cut and i > 0 for i, cut in enumerate(cuts)])
+    text, index = model.encode_text(small.features(len(cuts))), torch.arange(len(cuts)).repeat(2).unsqueeze(0)
+    attention = Masked(layout, visible_chunks(spec, cuts))
+    sigma = torch.cat((torch.zeros_like(sigma), sigma), 1)
+    flow = model(torch.cat((clean, noisy), 2), sigma, text, index, layout=layout, attention=attention)
+    return flow[:, :, clean.shape[2] :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut_chunks"),
+    [
+        ({"window_frames": 18, "sink_frames": 0}, ()),
+        ({"window_frames": 6, "sink_frames": 2}, ()),
+        ({"window_frames": 6, "sink_frames": 0, "pin_shots": True, "offset_per_shot": 3}, (2, 5)),
+        ({"window_frames": 8, "sink_frames": 2, "pin_shots": True, "offset_per_shot": 8}, (3, 6)),
+    ],
+)
+@torch.no_grad()
+def test_cached_rollout_equals_masked_pass(changes: dict, cut_chunks: tuple[int, ...]) -> None:
+    spec, num_chunks = dataclasses.replace(small.SPEC, **changes), 9
+    cuts = [chunk in cut_chunks for chunk in range(num_chunks)]
+    clean, noisy = small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)
+    sigma = torch.rand(1, num_chunks).repeat_interleave(spec.chunk_frames, 1)
+    model = small.model()
+    got, wanted = (f(model, clean, noisy, sigma, spec, cuts) for f in (cached_rollout, masked_pass))
+    assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("frame_prompts", [False, True])
+@torch.no_grad()
+def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
+    spec, num_chunks, model = small.SPEC, 4, small.model()
+    frames = num_chunks * spec.chunk_frames
+    layout = TokenLayout.teacher_forcing(spec, num_chunks, [False, True, False, False])
+    x = torch.cat((small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)), 2)
+    sigma = torch.cat((torch.zeros(1, frames), torch.rand(1, frames)), 1)
+    text = model.encode_text(small.features(num_chunks))
+    index = layout.chunk_L[:: layout.tokens_per_frame].unsqueeze(0)
+    wanted = model(x, sigma, text, index, layout=layout, attention=Masked(layout))
+    # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
+    balanced = [f + copy for start in (0, frames // 2) for copy in (0, frames) for f in range(start, start + frames // 2)]
+    order = torch.randperm(2 * frames).tolist() if frame_prompts else balanced
+    permuted = layout.permute_frames(order)
+    got = model(
+        x[:, :, order], sigma[:, order], text, index[:, order], layout=permuted, attention=Masked(permuted)
+    )
+    assert relative_error(got, wanted[:, :, order]) < 1e-6
+
+
+def test_window_and_sink_equal_their_definition() -> None:
+    spec = ChunkSpec(1, 1, chunk_frames=8, window_frames=40, sink_frames=16, pin_shots=False)
+    visible = visible_chunks(spec, [False] * 30)
+    for live in range(30):
+        recent = range(max(0, live - (5 - 2) + 1), live + 1)
+        wanted = {0, 1} & set(range(live + 1)) | set(recent) if live >= 5 else set(range(live + 1))
+        assert set(visible[live].nonzero().flatten().tolist()) == wanted
+
+
+def test_pin_equals_the_reference_trace() -> None:
+    """Window 32, sink 8, chunk 8, cuts at chunks 4 and 9: the published rule, traced by hand from the reference."""
+    spec = ChunkSpec(1, 1)
+    visible = visible_chunks(spec, [chunk in (4, 9) for chunk in range(13)])
+    trace = {
+        3: [0, 1, 2, 3],
+        4: [0, 2, 3, 4],
+        5: [0, 3, 4, 5],
+        6: [0, 4, 5, 6],
+        7: [0, 4, 6, 7],
+        8: [0, 4, 7, 8],
+        9: [0, 4, 8, 9],
+        10: [0, 8, 9, 10],
+        11: [0, 9, 10, 11],
+        12: [0, 9, 11, 12],
+    }
+    for chunk, wanted in trace.items():
+        assert visible[chunk].nonzero().flatten().tolist() == wanted, chunk
+
+
+def test_nothing_is_moved_when_the_window_slides() -> None:
+    spec = dataclasses.replace(small.SPEC, window_frames=6, sink_frames=2)
+    cache = KVCache(spec, num_layers=1, num_heads=1, head_dim=2)
+    addresses = None
+    for chunk in range(6):
+        value = torch.full((1, spec.tokens_per_chunk, 1, 2), float(chunk))
+        cache.store(0, value, value)
+        keys, values = cache.attended(0)
+        addresses = addresses or (keys.data_ptr(), values.data_ptr())
+        assert (keys.data_ptr(), values.data_ptr()) == addresses
+        held = keys.view(-1, spec.tokens_per_chunk * 2)
+        assert (held == held[:, :1]).all(), "a slot holds tokens of two chunks"
+        assert sorted(held[:, 0].int().tolist()) == sorted({0, max(chunk - 1, 0), chunk}), chunk
+        cache.commit()
+
+
+def test_window_begin_is_idempotent() -> None:
+    window = ChunkWindow(small.SPEC)
+    for _ in range(9):
+        slots = {window.begin() for _ in range(3)}
+        assert len(slots) == 1
+        window.commit()
+
+
+@torch.no_grad()
+def test_shot_offset_shifts_time_only_between_shots() -> None:
+    spec = dataclasses.replace(small.SPEC, offset_per_shot=5)
+    times = TokenLayout.block_causal(spec, 4, [False, True, False, True]).position_BL3[0, :: spec.tokens_per_frame, 0]
+    assert times.tolist() == [0, 1, 2 + 5, 3 + 5, 4 + 5, 5 + 5, 6 + 10, 7 + 10]
+    per_sample = TokenLayout.block_causal(spec, 2, torch.tensor([[False, False], [False, True]])).position_BL3
+    assert per_sample[:, :: spec.tokens_per_frame, 0].tolist() == [[0, 1, 2, 3], [0, 1, 7, 8]]
+    assert TokenLayout.one_chunk(spec, 3, shot=2).position_BL3[0, 0, 0] == 6 + 10
+
+
+@torch.no_grad()
+def test_attention_depends_on_distance_alone_however_far() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 5, 2, 12, generator=generator).unbind(0)
+    position = torch.randint(0, 9, (1, 5, 3), generator=generator)
+    scores = []
+    for start in (0, 1023, 10_000_000):
+        rope = rope_from_positions(position + torch.tensor([start, 0, 0]), 12)
+        scores.append(torch.einsum("blnk,bsnk->bnls", rotate(q, rope), rotate(k, rope)))
+    assert relative_error(scores[1], scores[0]) < 1e-6 and relative_error(scores[2], scores[0]) < 1e-5
+
+
+def test_gradient_flows_to_every_parameter() -> None:
+    model, spec, num_chunks = small.model(), small.SPEC, 3
+    layout = TokenLayout.teacher_forcing(spec, num_chunks)
+    x = torch.cat((small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)), 2)
+    sigma = torch.rand(1, x.shape[2])
+    text = model.encode_text(small.features(num_chunks))
+    index = torch.arange(num_chunks).repeat(2).unsqueeze(0)
+    model(x, sigma, text, index, layout=layout, attention=Masked(layout)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 1e-6, name
+
+
+def test_no_gradient_through_the_cache() -> None:
+    """Under autograd a chunk sees the same context, and nothing of an earlier chunk's graph."""
+    model, spec, config = small.model(), small.SPEC, small.CONFIG
+    cache = KVCache(spec, num_layers=config.num_layers, num_heads=2, head_dim=config.attention_head_dim)
+    text, index = model.encode_text(small.features(1)), torch.zeros(1, 1, dtype=torch.long)
+    first, second = (small.latents(1, seed=s).requires_grad_() for s in (3, 4))
+    sigma = torch.full((1, spec.chunk_frames), 0.5)
+    layouts = [TokenLayout.one_chunk(spec, i) for i in (0, 1)]
+    model(first, sigma, text, index, layout=layouts[0], attention=Cached(cache))
+    with torch.no_grad():
+        model.fill_cache(first, 0 * sigma, text, index, layout=layouts[0], attention=Cached(cache))
+        cache.commit()
+        wanted = model(second, sigma, text, index, layout=layouts[1], attention=Cached(cache))
+    got = model(second, sigma, text, index, layout=layouts[1], attention=Cached(cache))
+    assert relative_error(got.detach(), wanted) < 1e-6
+    got.sum().backward()
+    assert first.grad is None and second.grad is not None and second.grad.norm() > 0
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@torch.no_grad()
+def test_agrees_with_diffusers(per_token: bool) -> None:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    from longvideo.checkpoint.names import to_official
+
+    config, spec = small.CONFIG, small.SPEC
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.attention_head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = CausalTransformer(config).eval()
+    ours.load_state_dict({to_official(name): value for name, value in theirs.state_dict().items()}, strict=True)
+    x, text = small.latents(2, batch=2), small.features(2)
+    layout = TokenLayout.block_causal(spec, 2)
+    frames, tokens = x.shape[2], layout.chunk_L.numel()
+    if per_token:
+        timestep = torch.rand(2, tokens) * 1000
+        sigma = (timestep / 1000).unflatten(1, (frames, -1))
+    else:
+        timestep = torch.tensor([311.0, 987.0])
+        sigma = (timestep / 1000).unsqueeze(1).expand(2, frames)
+    wanted = theirs(x, timestep, text, return_dict=False)[0]
+    index = torch.arange(2).unsqueeze(1)
+    got = ours(x, sigma, ours.encode_text(text), index, layout=layout, attention=Full())
+    assert relative_error(got, wanted) < 1e-5
+
+
+def test_5b_preset_has_the_published_size() -> None:
+    with torch.device("meta"):
+        model = CausalTransformer(PRESETS["wan2.2-ti2v-5b"])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 4) == 4.9998
+    linears = [m for block in model.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window_frames": 12}, "multiple of chunk_frames"),
+        ({"window_frames": 8, "sink_frames": 8}, "no room"),
+        ({"chunk_frames": 0}, "at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ChunkSpec(**{"grid_height": 4, "grid_width": 7, **changes})
