@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MAX_SPRITES, MOTIONS, SHAPES, SIZES, Scene, Sprite
+from longvideo.shapeworld.geometry import OUTLINE_FIELDS, outline_row
+from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MAX_SPRITES, MOTIONS, SIZES, Scene, Sprite
 
 SPEED = (35.0, 45.0)
 """World units a second."""
@@ -29,7 +30,7 @@ class SceneBatch:
 
     background_B: Tensor
     present_BN: Tensor
-    shape_BN: Tensor
+    outline_BNF: Tensor  # geometry.OUTLINE_FIELDS
     motion_BN: Tensor
     wraps_BN: Tensor
     color_BN3: Tensor  # in [-1, 1]
@@ -56,7 +57,7 @@ class SceneBatch:
         return cls(
             background_B=torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
             present_BN=floats("present").squeeze(-1),
-            shape_BN=column["shape"].long(),
+            outline_BNF=floats(*OUTLINE_FIELDS),
             motion_BN=column["motion"].long(),
             wraps_BN=column["wraps"].bool(),
             color_BN3=floats("red", "green", "blue") / 127.5 - 1,
@@ -71,6 +72,10 @@ class SceneBatch:
             lead_BN=floats("lead").squeeze(-1),
         )
 
+    def outline_BN(self, name: str) -> Tensor:
+        """One number of the outlines."""
+        return self.outline_BNF[..., OUTLINE_FIELDS.index(name)]
+
     def to(self, device: torch.device | str) -> SceneBatch:
         """Move every tensor."""
         return SceneBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -84,7 +89,7 @@ class SceneBatch:
 
 
 _COLUMNS = (
-    *("present", "shape", "motion", "wraps", "red", "green", "blue", "radius", "room_left", "room_right"),
+    *(*OUTLINE_FIELDS, "present", "motion", "wraps", "red", "green", "blue", "radius", "room_left", "room_right"),
     *("place_x", "place_y", "speed", "period", "phase", "reach", "direction", "lead"),
 )
 
@@ -100,7 +105,7 @@ def _scene_rows(scene: Scene) -> list[list[float]]:
             room = (0.5, 1.0) if (i == 0) == swap else (0.0, 0.5)
         present = i < len(scene.sprites)
         sprite = scene.sprites[i if present else 0]
-        rows.append([float(present), *_sprite_row(sprite, room, generator)])
+        rows.append([*outline_row(sprite.shape), float(present), *_sprite_row(sprite, room, generator)])
     return rows
 
 
@@ -116,7 +121,7 @@ def _sprite_row(sprite: Sprite, room: tuple[float, float], generator: random.Ran
     direction = 1.0 if generator.random() < 0.5 else -1.0
     lead = generator.random()
     return [
-        *(SHAPES.index(sprite.shape), MOTIONS.index(sprite.motion), float(sprite.edge == "wrap")),
+        *(MOTIONS.index(sprite.motion), float(sprite.edge == "wrap")),
         *COLORS[sprite.color],
         *(SIZES[sprite.size], *room, *place, speed, period, phase, reach, direction, lead),
     ]

@@ -7,12 +7,10 @@ A shape with n-fold symmetry is folded into half a sector, 0 <= angle <= pi / n,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-from longvideo.shapeworld.world import SHAPES
 
 UNBOUNDED = 1e3
 
@@ -62,9 +60,7 @@ def _cross(arm: float, half: float) -> Outline:
 
 def _band(inner: float, outer: float) -> Outline:
     middle, half = (inner + outer) / 2, (outer - inner) / 2
-    return Outline(
-        band_radius=middle, band_half=half, half_width=outer, above=outer, below=outer, bound=outer
-    )
+    return Outline(band_radius=middle, band_half=half, half_width=outer, above=outer, below=outer, bound=outer)
 
 
 OUTLINES: dict[str, Outline] = {
@@ -77,27 +73,29 @@ OUTLINES: dict[str, Outline] = {
 }
 
 
-def outline_table(name: str, shape_BN: Tensor) -> Tensor:
-    """Look up one field of the outlines: [B, N] float on the device of `shape_BN`."""
-    values = [float(getattr(OUTLINES[shape], name)) for shape in SHAPES]
-    return torch.tensor(values, device=shape_BN.device)[shape_BN]
+OUTLINE_FIELDS = tuple(field.name for field in fields(Outline))
 
 
-def signed_distance(x: Tensor, y: Tensor, *, shape_B: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
+def outline_row(shape: str) -> list[float]:
+    """The numbers of a shape in the order of OUTLINE_FIELDS."""
+    return [float(getattr(OUTLINES[shape], name)) for name in OUTLINE_FIELDS]
+
+
+def signed_distance(x: Tensor, y: Tensor, *, outline_BF: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
     """Distance to the outline, negative inside; exact next to straight and round edges, mitred at corners.
 
-    x, y: offsets from the centre, [B, T, H, W] by broadcasting; radius, angle: [B, T, 1, 1]; shape_B: [B].
+    x, y: offsets from the centre, [B, T, H, W] by broadcasting; radius, angle: [B, T, 1, 1]; F is OUTLINE_FIELDS.
     """
 
-    def table(name: str) -> Tensor:
-        return outline_table(name, shape_B)[:, None, None, None]
+    def number(name: str) -> Tensor:
+        return outline_BF[:, OUTLINE_FIELDS.index(name), None, None, None]
 
     distance = torch.sqrt(x * x + y * y)
-    sector = 2 * math.pi / table("folds")
-    turn = (torch.atan2(y, x) - angle - table("upright")) / sector
+    sector = 2 * math.pi / number("folds")
+    turn = (torch.atan2(y, x) - angle - number("upright")) / sector
     folded = (turn - torch.round(turn)).abs() * sector
     along, across = distance * torch.cos(folded), distance * torch.sin(folded)
-    half_plane = table("normal_x") * along + table("normal_y") * across - table("offset") * radius
-    ceiling = across - table("ceiling") * radius
-    band = (distance - table("band_radius") * radius).abs() - table("band_half") * radius
+    half_plane = number("normal_x") * along + number("normal_y") * across - number("offset") * radius
+    ceiling = across - number("ceiling") * radius
+    band = (distance - number("band_radius") * radius).abs() - number("band_half") * radius
     return torch.maximum(torch.maximum(half_plane, ceiling), band)

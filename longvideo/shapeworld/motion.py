@@ -5,14 +5,15 @@ B scenes, T times, N sprites. Phases are wrapped before they are scaled, so an h
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longvideo.shapeworld.batch import SceneBatch
-from longvideo.shapeworld.geometry import outline_table
 from longvideo.shapeworld.world import MOTIONS, WORLD_HEIGHT
 
 FIRST_BOUNCE_SECONDS = 1.5
@@ -42,10 +43,9 @@ def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> Trajecto
         return values_BN.to(dtype)[:, None]
 
     def moves(*names: str) -> Tensor:
-        codes = torch.tensor([MOTIONS.index(name) for name in names], device=batch.motion_BN.device)
-        return torch.isin(batch.motion_BN, codes)[:, None]
+        return _moves(batch, *names)[:, None]
 
-    room = _Room.of(batch, width, changes_outline=moves("spinning", "pulsing")[:, 0], pulses=moves("pulsing")[:, 0])
+    room = _Room.of(batch, width)
     low_x, high_x = column(room.low_x), column(room.high_x)
     low_y, high_y = column(room.low_y), column(room.high_y)
     speed, lead, wraps = column(batch.speed_BN), column(batch.lead_BN), batch.wraps_BN[:, None]
@@ -86,22 +86,24 @@ class _Room:
     high_y: Tensor
 
     @classmethod
-    def of(cls, batch: SceneBatch, width: float, *, changes_outline: Tensor, pulses: Tensor) -> _Room:
-        radius = batch.radius_BN * torch.where(pulses, 1 + PULSE, 1.0)
+    def of(cls, batch: SceneBatch, width: float) -> _Room:
+        radius = batch.radius_BN * torch.where(_moves(batch, "pulsing"), 1 + PULSE, 1.0)
+        spins = _moves(batch, "spinning")
 
         def extent(name: str) -> Tensor:
-            field = torch.where(
-                changes_outline & ~pulses,
-                outline_table("bound", batch.shape_BN),
-                outline_table(name, batch.shape_BN),
-            )
-            return radius * field
+            return radius * torch.where(spins, batch.outline_BN("bound"), batch.outline_BN(name))
 
         left, right = batch.room_BN2[..., 0], batch.room_BN2[..., 1]
         low_x = left * width + torch.where(left > 0, HALF_GAP, 0.0) + extent("half_width")
         high_x = right * width - torch.where(right < 1, HALF_GAP, 0.0) - extent("half_width")
         low_y, high_y = extent("above"), WORLD_HEIGHT - extent("below")
         return cls(low_x, torch.maximum(low_x, high_x), low_y, torch.maximum(low_y, high_y))
+
+
+def _moves(batch: SceneBatch, *names: str) -> Tensor:
+    """Whether a sprite has one of the motions: [B, N] bool. No tensor is made on the host."""
+    code = batch.motion_BN
+    return functools.reduce(operator.or_, [code == MOTIONS.index(name) for name in names])
 
 
 def _travel(

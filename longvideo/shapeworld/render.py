@@ -6,7 +6,7 @@ equals the same frame of a clip.
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def _coverage(batch: SceneBatch, times_BT: Tensor, *, height: int, width: int) -
         distance = signed_distance(
             _nearest_on_torus(pixel_x - center_x, world_width),
             _nearest_on_torus(pixel_y[:, None] - center_y, WORLD_HEIGHT),
-            shape_B=batch.shape_BN[:, i],
+            outline_BF=batch.outline_BNF[:, i],
             radius=poses.radius_BTN[:, :, i, None, None].float(),
             angle=poses.angle_BTN[:, :, i, None, None].float(),
         )
@@ -95,12 +95,11 @@ def _nearest_on_torus(offset: Tensor, size: float) -> Tensor:
 
 
 def _union(covers: list[Tensor]) -> Tensor:
-    uncovered = math.prod((1 - cover for cover in covers[1:]), start=1 - covers[0])
-    return 1 - uncovered
+    """Sprites never overlap, so the larger cover is the whole."""
+    return functools.reduce(torch.maximum, covers)
 
 
 def _blend(weight_HW: Tensor, first: tuple[int, int, int], second: tuple[int, int, int]) -> Tensor:
-    """Mix two 8-bit colours: [3, H, W] in [-1, 1]."""
-    first_color = torch.tensor(first, device=weight_HW.device)[:, None, None] / 127.5 - 1
-    second_color = torch.tensor(second, device=weight_HW.device)[:, None, None] / 127.5 - 1
-    return first_color + (second_color - first_color) * weight_HW
+    """Mix two 8-bit colours: [3, H, W] in [-1, 1]. Written with numbers, so that no tensor comes from the host."""
+    channels = [(low + (high - low) * weight_HW) / 127.5 - 1 for low, high in zip(first, second, strict=True)]
+    return torch.stack(channels)

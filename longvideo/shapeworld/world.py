@@ -71,7 +71,9 @@ class Sprite:
         check_word("motion", self.motion, MOTIONS)
         check_word("edge", self.edge, EDGES)
         if self.motion == "spinning" and self.shape in ROUND_SHAPES:
-            raise UserError(f"a spinning {self.shape} looks still; choose a shape other than {' and '.join(ROUND_SHAPES)}")
+            raise UserError(
+                f"a spinning {self.shape} looks still; choose a shape other than {' and '.join(ROUND_SHAPES)}"
+            )
 
 
 @dataclass(frozen=True)
