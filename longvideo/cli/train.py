@@ -1,0 +1,147 @@
+"""`longvideo train vae` and `longvideo train ar`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longvideo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longvideo.train.optimizer import OptimizerConfig
+    from longvideo.train.trainer import Recipe, TrainerConfig
+
+app = typer.Typer(no_args_is_help=True, help="Train the models: first the autoencoder, then the transformer.")
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file or the name of a packaged one, then settings that replace its own,"
+        " such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: checkpoints, metrics, samples and the model.")]
+Resume = Annotated[
+    str, typer.Option(help="`auto` goes on from the newest checkpoint in the run folder; `never` refuses to.")
+]
+MaxMinutes = Annotated[
+    float | None, typer.Option(help="Stop in time, save and export, ready to be resumed by the same command.")
+]
+Device = Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")]
+DryRun = Annotated[
+    int, typer.Option("--dry-run", metavar="STEPS", help="Time this many steps of each stage, write nothing, and end.")
+]
+
+
+@app.command(no_args_is_help=False)
+def vae(
+    arguments: Arguments = None,
+    out: Out = Path("runs/vae"),
+    resume: Resume = "auto",
+    max_minutes: MaxMinutes = None,
+    device: Device = None,
+    dry_run: DryRun = 0,
+) -> None:
+    """Train the video autoencoder on ShapeWorld.
+
+    The run folder holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `samples/` (given and
+    reconstructed clips) and `model/` (the averaged weights, in diffusers' layout, with latent statistics).
+
+    Example: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
+    """
+
+    def build(config: VaeTraining, target: torch.device) -> Recipe:
+        from longvideo.train.vae import VaeRecipe
+
+        return VaeRecipe(config, target)
+
+    from longvideo.train.vae import VaeTraining
+
+    _train(VaeTraining, build, arguments or ["tiny/vae"], out, resume, max_minutes, device, dry_run)
+
+
+@app.command(no_args_is_help=False)
+def ar(
+    arguments: Arguments = None,
+    out: Out = Path("runs/ar"),
+    resume: Resume = "auto",
+    max_minutes: MaxMinutes = None,
+    device: Device = None,
+    dry_run: DryRun = 0,
+) -> None:
+    """Train the causal transformer and its text encoder on latents of ShapeWorld, by teacher forcing.
+
+    The autoencoder comes from the model folder that `longvideo train vae` wrote: `vae=runs/vae/model`. The run folder
+    is laid out as that of `train vae`; its `model/` is complete and streams: `longvideo generate --model runs/ar/model`.
+
+    Example: `longvideo train ar tiny/ar vae=runs/vae/model --out runs/ar --max-minutes 9`
+    """
+
+    def build(config: ArTraining, target: torch.device) -> Recipe:
+        from longvideo.train.ar import ArRecipe
+
+        return ArRecipe(config, target)
+
+    from longvideo.train.ar import ArTraining
+
+    _train(ArTraining, build, arguments or ["tiny/ar"], out, resume, max_minutes, device, dry_run)
+
+
+def _train(
+    schema: type,
+    build: Callable[..., Recipe],
+    arguments: list[str],
+    out: Path,
+    resume: str,
+    max_minutes: float | None,
+    device: str | None,
+    dry_run: int,
+) -> None:
+    began = time.monotonic()
+    if max_minutes is not None and max_minutes <= 0:
+        raise ConfigError(f"--max-minutes {max_minutes} must be above 0")
+    from longvideo.config import find_config, load_config, to_yaml
+
+    overrides = [argument for argument in arguments if "=" in argument]
+    files = [find_config(argument) for argument in arguments if "=" not in argument]
+    config = load_config(schema, files, overrides)
+
+    from longvideo.train.trainer import Trainer
+
+    target = _device(device)
+    trainer_config: TrainerConfig = config.trainer
+    optimizer: OptimizerConfig = config.optimizer
+    trainer = Trainer(build(config, target), out, config=trainer_config, optimizer=optimizer, device=target)
+    if dry_run:
+        from longvideo.train.profile import profile
+
+        for stage in profile(trainer, dry_run):
+            typer.echo(stage.line())
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(to_yaml(config))
+    deadline = began + 60 * max_minutes if max_minutes is not None else math.inf
+    trainer.run(resume=resume, deadline=deadline)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is no device; use cuda, cuda:N or cpu") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return device

@@ -1,0 +1,51 @@
+"""An exact running average of the weights, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.errors import ConfigError
+
+
+class ExponentialMovingAverage:
+    """average <- decay * average + (1 - decay) * weight after every step.
+
+    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten.
+    """
+
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float):
+        if not 0 <= decay < 1:
+            raise ConfigError(f"trainer.ema_decay={decay} must be at least 0 and below 1")
+        self.decay = decay
+        self.names = list(named_parameters)
+        self.parameters = [p.detach() for p in named_parameters.values()]
+        self.average = [p.detach().float().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Average in the weights that exist after step `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.float() for p in self.parameters], 1.0 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Put the averaged weights in place inside the block; the trained ones are back, bit for bit, after it."""
+        trained = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.parameters, trained)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.average, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, average in zip(self.names, self.average, strict=True):
+            average.copy_(state[name])

@@ -1,0 +1,44 @@
+"""What a trainer can run: an objective that turns a batch into a loss, and a source that makes batches."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """A module whose parameters are trained and whose forward returns the loss and its metrics.
+
+    A metric is a scalar, or `ratio(total, weight)` where the mean over steps must be weighted. Metrics stay on the
+    device until a log step.
+    """
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+
+class BatchSource(Protocol):
+    """Batches as a function of the step alone, so that a resumed run sees what an uninterrupted one would."""
+
+    unit: str
+    """What `size` counts, for the step line: "tok", "frame"."""
+
+    def batch(self, step: int) -> Any: ...
+
+    def size(self, step: int) -> int:
+        """Return how many units the batch of a step holds."""
+        ...
+
+
+def ratio(total: Tensor, weight: Tensor) -> Tensor:
+    """Return a metric whose value is the sum of totals over the sum of weights of all steps since the last log line."""
+    return torch.stack((total.detach().float(), weight.detach().float()))
+
+
+def seeded(generator: torch.Generator, *parts: int | str) -> torch.Generator:
+    """Seed `generator` from all parts together, so that streams of numbers with different parts are independent."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return generator.manual_seed(int.from_bytes(digest, "big") >> 1)

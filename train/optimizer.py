@@ -1,0 +1,62 @@
+"""AdamW and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from longvideo.errors import ConfigError
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a constant rate or a cosine down to `final_fraction` of it."""
+
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optimizer.schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"optimizer.learning_rate={self.learning_rate} must be above 0")
+
+
+@dataclass(frozen=True)
+class RateSegment:
+    """A run of steps; `learning_rate` replaces the optimiser's peak there."""
+
+    steps: int
+    learning_rate: float | None = None
+
+
+def rate_schedule(config: OptimizerConfig, segments: Sequence[RateSegment]) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step, over all segments together."""
+    total = sum(segment.steps for segment in segments)
+
+    def peak(step: int) -> float:
+        for segment in segments:
+            if step < segment.steps:
+                return segment.learning_rate or config.learning_rate
+            step -= segment.steps
+        return segments[-1].learning_rate or config.learning_rate
+
+    def rate(step: int) -> float:
+        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "constant":
+            return peak(step) * warmup
+        progress = min(1.0, step / max(1, total))
+        cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak(step) * warmup * cosine
+
+    return rate

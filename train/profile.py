@@ -1,0 +1,80 @@
+"""A few steps of every stage, timed, so that a run can be planned before it is paid for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from longvideo.train.run_log import peak_memory_gib
+from longvideo.train.trainer import Trainer, Window, synchronize
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """first_seconds: the first step, compilation included. seconds: mean of the steps after the second."""
+
+    stage: int
+    steps: int
+    first_seconds: float
+    seconds: float
+    batch_seconds: float
+    rate: float
+    unit: str
+    memory_gib: float
+
+    def line(self) -> str:
+        minutes = self.steps * self.seconds / 60 + self.first_seconds / 60
+        return (
+            f"stage {self.stage} | {self.steps} steps | first {self.first_seconds:.1f} s"
+            f" | step {self.seconds * 1000:.1f} ms, of it {self.batch_seconds * 1000:.1f} ms for the batch"
+            f" | {self.rate:.3g} {self.unit}/s | {self.memory_gib:.1f} GiB | {minutes:.1f} min"
+        )
+
+
+def profile(trainer: Trainer, steps: int) -> Iterator[StageProfile]:
+    """Run 2 + `steps` steps of every stage in turn and yield what they took. Nothing is written."""
+    trainer.recipe.start(0)
+    begin = 0
+    for number, segment in enumerate(trainer.recipe.segments):
+        if not segment.steps:
+            continue
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        first = _timed(trainer, begin, 1)
+        _timed(trainer, begin, 1)
+        seconds = _timed(trainer, begin, steps)
+        size = trainer.recipe.source.size(begin)
+        yield StageProfile(
+            stage=number,
+            steps=segment.steps,
+            first_seconds=first,
+            seconds=seconds,
+            batch_seconds=_timed_batches(trainer, begin, steps),
+            rate=size / seconds,
+            unit=trainer.recipe.source.unit,
+            memory_gib=peak_memory_gib(trainer.device),
+        )
+        begin += segment.steps
+
+
+def _timed(trainer: Trainer, step: int, count: int) -> float:
+    """Return seconds a step."""
+    window = Window(trainer.device)
+    synchronize(trainer.device)
+    began = time.monotonic()
+    for _ in range(count):
+        trainer.one_step(step, window)
+    synchronize(trainer.device)
+    return (time.monotonic() - began) / count
+
+
+def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
+    synchronize(trainer.device)
+    began = time.monotonic()
+    for _ in range(count):
+        trainer.recipe.source.batch(step)
+    synchronize(trainer.device)
+    return (time.monotonic() - began) / count

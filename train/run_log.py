@@ -1,0 +1,145 @@
+"""What a run says: one line per log step, metrics.jsonl, TensorBoard when asked, and a record of where it ran."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longvideo import __version__
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means since the last log line. seconds: per step; rate: units a second; memory_gib: peak."""
+
+    step: int
+    total_steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    rate: float
+    unit: str
+    memory_gib: float
+    metrics: Mapping[str, float]
+
+    def line(self) -> str:
+        eta = _duration((self.total_steps - self.step) * self.seconds)
+        parts = [
+            f"step {self.step}/{self.total_steps}",
+            f"loss {self.loss:.4f}",
+            f"grad {self.gradient_norm:.2f}",
+            f"lr {self.learning_rate:.1e}",
+            f"{self.seconds:.2f} s" if self.seconds >= 0.1 else f"{self.seconds * 1000:.1f} ms",
+            f"{_thousands(self.rate)} {self.unit}/s",
+            f"{self.memory_gib:.1f} GiB",
+            f"eta {eta}",
+        ]
+        parts += [f"{name} {value:.4g}" for name, value in self.metrics.items()]
+        return " | ".join(parts)
+
+    def record(self) -> dict[str, float]:
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "grad": self.gradient_norm,
+            "lr": self.learning_rate,
+            "seconds": self.seconds,
+            f"{self.unit}/s": self.rate,
+            "memory_gib": self.memory_gib,
+            **self.metrics,
+        }
+
+
+class RunLog:
+    """Writes to `folder`; the file of a resumed run loses the lines after the step it resumes from."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool, start_step: int = 0):
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def step(self, report: StepReport) -> None:
+        print(report.line(), flush=True)
+        self.record(report.record())
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Append one line of numbers; `step` must be among them."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(values)) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(values["step"]))
+            self._board.flush()
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return versions, device and git commit, for the record."""
+    facts = {
+        "longvideo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "cuda": torch.version.cuda or "none",
+        "command": " ".join(sys.argv[1:]),
+    }
+    root = Path(__file__).resolve().parent.parent
+    for name, command in (("commit", ["rev-parse", "HEAD"]), ("changed", ["status", "--porcelain"])):
+        facts[name] = _git(root, command)
+    return facts
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak of what torch holds on a CUDA device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _git(root: Path, command: list[str]) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        # a line cut short by a crash is dropped
+        return sys.maxsize
+
+
+def _thousands(value: float) -> str:
+    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= bound:
+            return f"{value / bound:.1f}{letter}"
+    return f"{value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

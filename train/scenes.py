@@ -1,0 +1,78 @@
+"""A pool of ShapeWorld scenes on the training device, drawn from without the host.
+
+B clips, T frames, S scenes of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import ConfigError
+from longvideo.shapeworld.batch import SceneBatch
+from longvideo.shapeworld.render import render_with_mask
+from longvideo.shapeworld.world import Scene, Split, sample_scene
+
+FPS = 24.0
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Which scenes are drawn, how large, and how far into their endless motion a clip may begin."""
+
+    count: int = 20000
+    pair_fraction: float = 0.45
+    max_seconds: float = 60.0
+    height: int = 128
+    width: int = 224
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"scenes.count={self.count} must be at least 1")
+        if not 0 <= self.pair_fraction <= 1:
+            raise ConfigError(f"scenes.pair_fraction={self.pair_fraction} must be from 0 to 1")
+
+
+def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) -> list[Scene]:
+    """Draw scenes, the share `pair_fraction` of them with two sprites, evenly spread."""
+    scenes = []
+    for index in range(count):
+        pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
+        scenes.append(sample_scene(seed * 10_000_000 + index, split=split, num_sprites=2 if pair else 1))
+    return scenes
+
+
+class ScenePool:
+    """Scenes as tensors on `device`; frames are drawn from them there."""
+
+    def __init__(self, scenes: Sequence[Scene], *, height: int, width: int, device: torch.device):
+        self.scenes = list(scenes)
+        self.batch = SceneBatch.from_scenes(self.scenes).to(device)
+        self.height, self.width = height, width
+        self.device = device
+        # compiled, a render is a few kernels; eager, it is some two hundred and waits for the host at every table
+        self._render: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.compile(render_with_mask, dynamic=False) if device.type == "cuda" else render_with_mask
+        )
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def draw(self, scene_BT: Tensor, seconds_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw frame by frame, so that a clip may cut anywhere: video [B, 3, T, H, W], soft mask [B, 1, T, H, W]."""
+        batch, frames = scene_BT.shape
+        flat = self.batch[scene_BT.flatten()]
+        video, mask = self._render(flat, seconds_BT.reshape(-1, 1), height=self.height, width=self.width)
+        return _to_clips(video, batch, frames), _to_clips(mask, batch, frames)
+
+
+def frame_seconds(start_B: Tensor, num_frames: int) -> Tensor:
+    """Return the times [B, T] of consecutive frames."""
+    return start_B[:, None] + torch.arange(num_frames, device=start_B.device) / FPS
+
+
+def _to_clips(frames: Tensor, batch: int, num_frames: int) -> Tensor:
+    return frames.squeeze(2).unflatten(0, (batch, num_frames)).transpose(1, 2)
