@@ -1,0 +1,234 @@
+"""Read and write video files with PyAV, and read images: frames are uint8 [T, H, W, 3] RGB tensors.
+
+Reading at another frame rate takes the nearest frame in time; reading at another size scales with the aspect kept and
+crops the centre. Nothing is ever stretched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    import av
+
+TIME_TOLERANCE = 1e-6
+"""Seconds by which two times may differ and count as equal."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says of itself; height and width are those of the picture as shown, in square pixels."""
+
+    height: int
+    width: int
+    fps: float
+    seconds: float
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Read the header of a video. Raises UserError when the file is no video."""
+    with _opened(path) as (container, stream):
+        height, width = _shown_size(stream.height, stream.width, _pixel_aspect(stream))
+        return VideoInfo(height, width, float(_frame_rate(stream, path)), _duration(container, stream))
+
+
+def read_video(
+    path: Path,
+    *,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+    start_seconds: float = 0.0,
+    max_frames: int | None = None,
+) -> Tensor:
+    """Read frames as one tensor; see `iterate_frames`."""
+    frames = list(iterate_frames(path, fps=fps, size=size, start_seconds=start_seconds, max_frames=max_frames))
+    if not frames:
+        raise UserError(f"{path} has no frame at {start_seconds:g} s or later")
+    return torch.stack(frames)
+
+
+def iterate_frames(
+    path: Path,
+    *,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+    start_seconds: float = 0.0,
+    max_frames: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield frames uint8 [H, W, 3] from `start_seconds` on, one by one.
+
+    fps: frames a second of the result, each the nearest frame of the file in time; None keeps those of the file.
+    size: (height, width) of the result, by scaling and cropping the centre; None keeps that of the file.
+    Raises UserError when the file is missing, no video, or damaged.
+    """
+    import av
+
+    with _opened(path) as (container, stream):
+        rate = float(_frame_rate(stream, path))
+        step = 1 / (fps or rate)
+        if start_seconds > 0:
+            container.seek(int(start_seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
+        emitted = 0
+        try:
+            for frame, begin, end in _timed_frames(container, stream, rate):
+                # a file's frame stands for the times nearer to it than to its neighbours
+                while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
+                    if emitted == max_frames:
+                        return
+                    yield _picture(frame, size, _pixel_aspect(stream))
+                    emitted += 1
+        except av.FFmpegError as error:
+            raise UserError(f"{path} is damaged after {emitted} frames: {error.strerror}") from error
+
+
+def write_video(
+    path: Path, frames: Iterable[Tensor], *, fps: float, crf: int = 12, pixel_format: str = "yuv420p"
+) -> int:
+    """Write chunks of frames uint8 [T, H, W, 3] as H.264 and return the number of frames.
+
+    The file appears under its name only when it is complete. crf 12 is visually lossless; yuv444p keeps colour at full
+    resolution but not every player shows it. Raises UserError for a size that the pixel format cannot hold.
+    """
+    import av
+
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    count = 0
+    try:
+        with av.open(str(partial), "w", format="mp4") as container:
+            stream: Any = None
+            for chunk in frames:
+                if stream is None:
+                    _, height, width, _ = chunk.shape
+                    if pixel_format == "yuv420p" and (height % 2 or width % 2):
+                        raise UserError(f"{path} would be {height}x{width}; yuv420p needs even sizes")
+                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                    stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
+                    stream.options = {"crf": str(crf), "preset": "medium"}
+                for picture in chunk:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.cpu().numpy(), format="rgb24")))
+                    count += 1
+            if stream is None:
+                raise UserError(f"no frames to write to {path}")
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
+    """Read a picture as uint8 [H, W, 3]; `size` (height, width) scales with the aspect kept and crops the centre.
+
+    The rotation that cameras note is applied; transparent parts become black. Raises UserError when it is no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise UserError(f"no image at {path}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image that can be read; give a PNG or JPEG file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is a damaged image: {error}") from error
+    image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    if size is not None:
+        image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3)
+
+
+class _opened:
+    """An open container and its first video stream; errors of opening become UserError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import av
+
+        if not self.path.is_file():
+            raise UserError(f"no video at {self.path}")
+        try:
+            self.container = av.open(str(self.path))
+        except av.FFmpegError as error:
+            raise UserError(f"{self.path} is not a video that can be read: {error.strerror}") from error
+        streams = self.container.streams.video
+        if not streams or not streams[0].height or not streams[0].width:
+            self.container.close()
+            raise UserError(f"{self.path} has no video stream")
+        streams[0].thread_type = "AUTO"
+        return self.container, streams[0]
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+
+def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
+    """Yield frames with the span of times to which each is nearest, in seconds from the stream's start."""
+    origin = float((stream.start_time or 0) * stream.time_base)
+    held: tuple[Any, float] | None = None
+    begin = -1 / rate
+    for number, frame in enumerate(container.decode(stream)):
+        time = number / rate if frame.pts is None else float(frame.pts * frame.time_base) - origin
+        if held is not None:
+            middle = (held[1] + time) / 2
+            yield held[0], begin, middle
+            begin = middle
+        held = (frame, time)
+    if held is not None:
+        yield held[0], begin, held[1] + 0.5 / rate
+
+
+def _picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -> Tensor:
+    """Convert to RGB, upright and with square pixels, scaled and cropped to `size`."""
+    turned = frame.rotation % 180 != 0
+    target = size if size is None or not turned else (size[1], size[0])
+    height, width = _shown_size(frame.height, frame.width, pixel_aspect)
+    if target is not None:
+        scale = max(target[0] / height, target[1] / width)
+        height, width = max(target[0], round(height * scale)), max(target[1], round(width * scale))
+    interpolation = "AREA" if height < frame.height else "BICUBIC"
+    array = frame.reformat(width=width, height=height, format="rgb24", interpolation=interpolation).to_ndarray()
+    picture = torch.from_numpy(array)
+    if target is not None:
+        top, left = (height - target[0]) // 2, (width - target[1]) // 2
+        picture = picture[top : top + target[0], left : left + target[1]]
+    if frame.rotation % 360:
+        picture = torch.rot90(picture, frame.rotation // 90, (0, 1))
+    return picture.contiguous()
+
+
+def _shown_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, int]:
+    """Size in square pixels; the height of the file is kept."""
+    return height, round(width * pixel_aspect)
+
+
+def _pixel_aspect(stream: Any) -> Fraction:
+    return stream.sample_aspect_ratio or Fraction(1)
+
+
+def _frame_rate(stream: Any, path: Path) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise UserError(f"{path} does not say its frame rate; is it a picture?")
+    return rate
+
+
+def _duration(container: Any, stream: Any) -> float:
+    import av
+
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base
