@@ -54,6 +54,10 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def config_json(self) -> dict[str, Any]:
+        """Return the config.json by which transformers opens the model."""
+        return {**json.loads(self.model.config.to_json_string()), "architectures": ["UMT5EncoderModel"]}
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids and mask, both long [P, S]: S is the longest prompt rounded up to a multiple of 16.
 

@@ -12,16 +12,19 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from longvideo.errors import CheckpointError
 
 MAX_LISTED = 8
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+RANDOM_IN_PLACE = (Tensor.normal_, Tensor.uniform_)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -134,6 +137,25 @@ def check_fits(module: nn.Module, weights: Weights) -> None:
     compare({name: tuple(tensor.shape) for name, tensor in state.items()}, weights, aliases=_aliases(state))
 
 
+class OnMeta(TorchFunctionMode):
+    """Build modules inside without memory for their weights, and without drawing initial ones.
+
+    Under plain `torch.device("meta")` torch imports its compiler, for seconds, as soon as a module draws or scales random
+    numbers. Here drawing is skipped, and torch.randn gives uninitialised memory, not on meta so that it can be scaled.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM_IN_PLACE or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        with torch.device("meta"):
+            return func(*args, **kwargs)
+
+
 def load_weights(
     module: nn.Module,
     weights: Weights,
@@ -162,6 +184,7 @@ def load_weights(
         setattr(module.get_submodule(owner), leaf, loaded[source])
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers {left} are not in the weight file, so they must not be made on the meta device"
+    module.to(device)  # buffers that are never stored
 
 
 def save_weights(
@@ -201,7 +224,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let write fill a temporary neighbour of path, then rename it; a failure leaves path as it was."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
         write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

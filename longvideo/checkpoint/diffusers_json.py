@@ -1,0 +1,86 @@
+"""The JSON files of diffusers' folder layout, as this project's configurations and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.errors import CheckpointError
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.model.config import TransformerConfig
+
+TRANSFORMER_CLASS = "WanTransformer3DModel"
+# what the class can be configured to and our transformer is not
+TRANSFORMER_FORM = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+# longest side of the table of positions that diffusers makes; ours are computed, so it is not read
+ROPE_TABLE = "rope_max_seq_len"
+PART_CLASSES = {
+    "scheduler": ("diffusers", "UniPCMultistepScheduler"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    "transformer": ("diffusers", TRANSFORMER_CLASS),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
+
+
+def transformer_config(values: Mapping[str, Any], *, text_len: int) -> TransformerConfig:
+    """Read transformer/config.json. Raises CheckpointError for a missing, unknown or unsupported key."""
+    given = {key: value for key, value in values.items() if not key.startswith("_") and key != ROPE_TABLE}
+    for key, wanted in TRANSFORMER_FORM.items():
+        if given.pop(key, wanted) != wanted:
+            raise CheckpointError(f"{key}={values[key]!r} is not supported, wanted {wanted!r}")
+    own = [field for field in fields(TransformerConfig) if field.name != "text_len"]
+    if unknown := sorted(given.keys() - {field.name for field in own}):
+        raise CheckpointError(f"unknown keys {unknown}; known are {[field.name for field in own]}")
+    if missing := sorted({field.name for field in own if field.default is MISSING} - given.keys()):
+        raise CheckpointError(f"the keys {missing} are missing")
+    patch_size = given.pop("patch_size", [1, 2, 2])
+    if not (isinstance(patch_size, list) and len(patch_size) == 3 and all(_is_count(size) for size in patch_size)):
+        raise CheckpointError(f"patch_size={patch_size!r}, wanted three whole numbers")
+    for key, value in given.items():
+        if key != "eps" and not _is_count(value):
+            raise CheckpointError(f"{key}={value!r}, wanted a whole number of at least 1")
+    if not isinstance(given.get("eps", 0.0), int | float):
+        raise CheckpointError(f"eps={given['eps']!r}, wanted a number")
+    return TransformerConfig(**given, patch_size=(patch_size[0], patch_size[1], patch_size[2]), text_len=text_len)
+
+
+def transformer_json(config: TransformerConfig) -> dict[str, Any]:
+    """Write the config.json that diffusers' WanTransformer3DModel.from_pretrained reads."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "text_len"}
+    return {"_class_name": TRANSFORMER_CLASS, **values, "patch_size": list(config.patch_size), **TRANSFORMER_FORM}
+
+
+def scheduler_json(settings: ModelSettings) -> dict[str, Any]:
+    """Write the config of the solver by which diffusers' WanPipeline samples the same flow."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": settings.shift,
+        "solver_order": 2,
+    }
+
+
+def model_index(parts: tuple[str, ...]) -> dict[str, Any]:
+    """Write model_index.json for a folder holding these parts."""
+    return {
+        "_class_name": "WanPipeline",
+        "expand_timesteps": True,
+        "boundary_ratio": None,
+        **{part: list(PART_CLASSES[part]) for part in sorted(parts)},
+        "transformer_2": [None, None],
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,43 @@
+"""longvideo.json: how a model folder is meant to be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Geometry and generation defaults of a model; the defaults here are those of Wan2.2-TI2V-5B.
+
+    chunk_frames, window_frames, sink_frames, offset_per_shot: latent frames, as in ChunkSpec. pin_shots: keep the first
+    chunk of the current shot. height, width: pixels. fps: frames a second. text_len: prompt positions.
+    steps, guidance, shift: of the solver.
+    """
+
+    chunk_frames: int = 8
+    window_frames: int = 32
+    sink_frames: int = 8
+    pin_shots: bool = True
+    offset_per_shot: int = 0
+    fps: int = 24
+    height: int = 704
+    width: int = 1280
+    text_len: int = 512
+    steps: int = 50
+    guidance: float = 5.0
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_frames", "window_frames", "fps", "height", "width", "text_len", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}, wanted 1 or more")
+        for name in ("sink_frames", "offset_per_shot", "guidance"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}, wanted 0 or more")
+        if self.steps > NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(f"steps={self.steps}, wanted at most {NUM_TRAIN_TIMESTEPS}")
+        if not self.shift > 0:
+            raise ConfigError(f"shift={self.shift}, wanted more than 0")
