@@ -46,6 +46,7 @@ class Autoencoder(nn.Module):
         """Return video around [-1, 1], not clamped, of latents in the encoder's own scale (see `denormalize`)."""
         self._check_latents(latents_BCTHW, state)
         memory = Memory(state)
+        latents_BCTHW = latents_BCTHW.contiguous(memory_format=torch.channels_last_3d)
         h_BCTHW = self.decoder(self.post_quant_conv(latents_BCTHW), memory)
         return unpatchify(h_BCTHW, self.config.patch_size), memory.state()
 
@@ -122,9 +123,9 @@ class Decoder(nn.Module):
 
 
 def patchify(video_BCTHW: Tensor, patch: int) -> Tensor:
-    """Move each patch x patch square of pixels into channels: colour, then column, then row."""
+    """Move each patch x patch square of pixels into channels: colour, then column, then row. Gives BTHWC memory."""
     x = video_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+    return x.permute(0, 2, 3, 5, 1, 6, 4).flatten(4).permute(0, 4, 1, 2, 3)
 
 
 def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 Shapes: B batch, C channels, T frames, H W grid. A first call holds the frame that opens the video, which the layers
 that change the frame rate treat apart: it stands alone, where later frames come in pairs.
+Activations lie in memory as BTHWC (torch.channels_last_3d): bf16 convolutions and norms are several times quicker so,
+and folding frames into the batch costs nothing. Where values are reordered anyway, they are reordered to that layout.
 """
 
 from itertools import pairwise
@@ -12,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 State: TypeAlias = tuple[Tensor, ...]
+
+
+# F.normalize's bound, which the published autoencoder uses.
+SMALLEST_LENGTH = 1e-12
 
 
 class Memory:
@@ -59,8 +65,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma * self.gamma.shape[0] ** 0.5
-        return (F.normalize(x.float(), dim=1) * gamma).to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+        return x * (self.gamma.shape[0] ** 0.5 / length) * self.gamma
 
 
 class ResidualBlock(nn.Module):
@@ -151,7 +157,9 @@ class Upsample(nn.Module):
             # The second frame sees zeros where the opening one was: that one never enters the history.
             memory.keep(torch.zeros_like(x_BCTHW).expand(-1, -1, time_conv.history, -1, -1))
             return x_BCTHW
-        pairs_BCTHW = time_conv(later, memory).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        pairs_BTHWC = time_conv(later, memory).permute(0, 2, 3, 4, 1)
+        pairs_BTHWC = pairs_BTHWC.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+        pairs_BCTHW = pairs_BTHWC.permute(0, 4, 1, 2, 3)
         return pairs_BCTHW if opening is None else torch.cat([opening, pairs_BCTHW], dim=2)
 
 
@@ -229,7 +237,7 @@ def unfold_from_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int,
     for factor in factors:
         offsets.append(factor if surplus > 1 else 1)
         surplus //= offsets[-1]
-    x = x_BCTHW.unflatten(1, (out_channels, *offsets)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    batch, channels, num_frames, _, height, _, width, _ = x.shape
-    x = x.expand(batch, channels, num_frames, factors[0], height, factors[1], width, factors[2])
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    x = x_BCTHW.unflatten(1, (out_channels, *offsets)).permute(0, 5, 2, 6, 3, 7, 4, 1)
+    batch, num_frames, _, height, _, width, _, _ = x.shape
+    x = x.expand(batch, num_frames, factors[0], height, factors[1], width, factors[2], out_channels)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
