@@ -1,0 +1,264 @@
+"""Find the background of a clip and the coloured objects in front of it.
+
+T frames, H W pixels. Pictures are float32 in [0, 255]. The frame is a torus for an object that leaves on one side and
+enters on the other: its parts count as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from longvideo.shapeworld.render import render_backgrounds
+from longvideo.shapeworld.world import BACKGROUNDS, COLORS, WORLD_HEIGHT
+
+UNKNOWN = "unknown"
+FOREGROUND_DISTANCE = 45.0  # grey levels; the palest pair of object and background lies 100 apart
+BACKGROUND_DISTANCE = 24.0  # the clip's own median replaces the ideal background where it is this close
+UNKNOWN_BACKGROUND = 40.0
+MIN_AREA = 60.0  # square world units: half of a small star when it pulses to its least size
+MIN_PRESENCE = 0.35  # share of the frames in which an object must be seen
+SAME_OBJECT_OVERLAP = 0.3  # two colours seen together less often than this are one object that flickers
+TOUCHING_SHARE = 0.2
+LIGHTNESS_WEIGHT = 0.5
+UNKNOWN_COLOR = 48.0  # distance in CIELAB from every known colour
+TABLE_BITS = 5
+
+
+@dataclass(frozen=True)
+class Background:
+    """The known background nearest to the clip's, and the picture to subtract from each frame."""
+
+    name: str
+    picture_HW3: np.ndarray
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One object through the clip: where it is seen, by frame."""
+
+    colors: tuple[int, ...]  # indices into COLORS; more than one when its colour flickers
+    frames: np.ndarray  # indices of the frames that show it
+    masks: np.ndarray  # bool, one for each of `frames`
+
+
+@dataclass
+class Component:
+    """A connected region of one frame, as runs (row, first column, last column + 1)."""
+
+    runs: list[tuple[int, int, int]]
+    area: int
+    votes: np.ndarray  # pixels of each known colour, away from the outline where possible
+
+
+def fit_background(frames: np.ndarray) -> Background:
+    """Choose the known background by the median distance of the clip's temporal median to it."""
+    median = np.median(frames[:: max(1, len(frames) // 9)], axis=0).astype(np.float32)
+    templates = background_pictures(*median.shape[:2])
+    coarse = median[::2, ::2]
+    spread = [float(np.median(np.abs(coarse - t[::2, ::2]).max(-1))) for t in templates]
+    best = int(np.argmin(spread))
+    shift = np.median((coarse - templates[best][::2, ::2]).reshape(-1, 3), axis=0)
+    ideal = templates[best] + shift
+    is_bare = np.abs(median - ideal).max(-1, keepdims=True) < BACKGROUND_DISTANCE
+    name = BACKGROUNDS[best] if spread[best] < UNKNOWN_BACKGROUND else UNKNOWN
+    return Background(name, np.where(is_bare, median, ideal))
+
+
+def find_blobs(frames: np.ndarray, background: Background) -> tuple[list[Blob], int]:
+    """Return the objects, largest first, and how many separate regions a frame typically shows."""
+    height = frames.shape[1]
+    difference = frames.astype(np.float32)
+    difference -= background.picture_HW3
+    mask = np.einsum("thwc,thwc->thw", difference, difference) > FOREGROUND_DISTANCE**2
+    core = erode(mask)
+    min_area = MIN_AREA * (height / WORLD_HEIGHT) ** 2
+    by_frame = []
+    labels = np.full(mask.shape, -1, np.int8)
+    labels[mask] = nearest_color(frames[mask])
+    for frame_mask, frame_core, frame_labels in zip(mask, core, labels, strict=True):
+        parts = connected_components(frame_mask, frame_core, frame_labels)
+        parts = join_across_border(parts, frame_mask.shape, min_area=min_area)
+        by_frame.append([part for part in parts if part.area >= min_area])
+    groups = group_colors(by_frame)
+    count = int(np.median([len(parts) for parts in by_frame]) + 0.5) if by_frame else 0
+    return [blob for blob in (collect_blob(g, groups, by_frame, labels) for g in groups) if len(blob.frames)], count
+
+
+@lru_cache(maxsize=4)
+def background_pictures(height: int, width: int) -> np.ndarray:
+    """Draw all known backgrounds: [6, H, W, 3] in [0, 255]."""
+    return ((render_backgrounds(height, width).permute(0, 2, 3, 1).numpy() + 1) * 127.5).astype(np.float32)
+
+
+def erode(mask: np.ndarray) -> np.ndarray:
+    """Keep the pixels whose four neighbours are set too; beyond the border counts as set."""
+    kept = mask.copy()
+    kept[..., 1:, :] &= mask[..., :-1, :]
+    kept[..., :-1, :] &= mask[..., 1:, :]
+    kept[..., :, 1:] &= mask[..., :, :-1]
+    kept[..., :, :-1] &= mask[..., :, 1:]
+    return kept
+
+
+def dilate(mask: np.ndarray) -> np.ndarray:
+    """Add the four neighbours of every set pixel."""
+    grown = mask.copy()
+    grown[..., 1:, :] |= mask[..., :-1, :]
+    grown[..., :-1, :] |= mask[..., 1:, :]
+    grown[..., :, 1:] |= mask[..., :, :-1]
+    grown[..., :, :-1] |= mask[..., :, 1:]
+    return grown
+
+
+def connected_components(mask: np.ndarray, core: np.ndarray, labels: np.ndarray) -> list[Component]:
+    """Label one frame by joining runs of neighbouring rows."""
+    padded = np.zeros((mask.shape[0], mask.shape[1] + 2), np.int8)
+    padded[:, 1:-1] = mask
+    rows, columns = np.nonzero(np.diff(padded, axis=1))
+    runs = list(zip(rows[::2].tolist(), columns[::2].tolist(), columns[1::2].tolist(), strict=True))
+    parent = list(range(len(runs)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    above: list[int] = []
+    current: list[int] = []
+    current_row = -1
+    for index, (row, first, last) in enumerate(runs):
+        if row != current_row:
+            above = current if row == current_row + 1 else []
+            current, current_row = [], row
+        for other in above:
+            if runs[other][1] < last and first < runs[other][2]:
+                parent[root(other)] = root(index)
+        current.append(index)
+    members: dict[int, list[tuple[int, int, int]]] = {}
+    for index, run in enumerate(runs):
+        members.setdefault(root(index), []).append(run)
+    parts = []
+    for part_runs in members.values():
+        area = sum(last - first for _, first, last in part_runs)
+        inner = np.concatenate([labels[r, a:b][core[r, a:b]] for r, a, b in part_runs])
+        if not len(inner):
+            inner = np.concatenate([labels[r, a:b] for r, a, b in part_runs])
+        parts.append(Component(part_runs, area, np.bincount(inner[inner >= 0], minlength=len(COLORS))))
+    return parts
+
+
+def join_across_border(parts: list[Component], size: tuple[int, ...], *, min_area: float) -> list[Component]:
+    """Unite parts that meet across opposite borders, unless both are sizable and differ in colour."""
+    height, width = size
+    joined = list(parts)
+    for edge_of in (
+        lambda part: ({r for r, a, _ in part.runs if a == 0}, {r for r, _, b in part.runs if b == width}),
+        lambda part: (
+            {c for r, a, b in part.runs if r == 0 for c in range(a, b)},
+            {c for r, a, b in part.runs if r == height - 1 for c in range(a, b)},
+        ),
+    ):
+        touching = [(part, *edge_of(part)) for part in joined]
+        low = [(part, cells) for part, cells, _ in touching if cells]
+        high = [(part, cells) for part, _, cells in touching if cells]
+        for first, first_cells in low:
+            for second, second_cells in high:
+                if first is second or not (first_cells & second_cells):
+                    continue
+                if first not in joined or second not in joined:
+                    continue
+                is_same = first.votes.argmax() == second.votes.argmax()
+                if is_same or min(first.area, second.area) < min_area:
+                    larger, smaller = (first, second) if first.area >= second.area else (second, first)
+                    larger.runs.extend(smaller.runs)
+                    larger.area += smaller.area
+                    larger.votes = larger.votes + smaller.votes
+                    joined.remove(smaller)
+    return joined
+
+
+def group_colors(by_frame: list[list[Component]]) -> list[tuple[int, ...]]:
+    """Return the colours of each object, by total area; colours that are hardly ever seen together are one object."""
+    area = np.zeros((len(by_frame), len(COLORS)))
+    for index, parts in enumerate(by_frame):
+        for part in parts:
+            winner = int(part.votes.argmax())
+            for color in range(len(COLORS)):
+                # a component of two objects that touch counts for both
+                share = part.votes[color] / max(1, part.votes.sum())
+                if color == winner:
+                    area[index, color] += part.area
+                elif share >= TOUCHING_SHARE:
+                    area[index, color] += part.area * share
+    seen = area > 0
+    groups: list[list[int]] = []
+    for color in np.argsort(-area.sum(0)).tolist():
+        frames = seen[:, color]
+        if not frames.any():
+            continue
+        for group in groups:
+            together = (frames & seen[:, group].any(1)).sum()
+            if together < SAME_OBJECT_OVERLAP * frames.sum():
+                group.append(color)
+                break
+        else:
+            if frames.sum() >= MIN_PRESENCE * len(by_frame):
+                groups.append([color])
+    return [tuple(group) for group in groups]
+
+
+def collect_blob(
+    colors: tuple[int, ...],
+    groups: list[tuple[int, ...]],
+    by_frame: list[list[Component]],
+    labels: np.ndarray,
+) -> Blob:
+    """Gather the mask of one object in every frame: its largest component, cut by colour where objects touch."""
+    others = [color for group in groups if group != colors for color in group]
+    frames, masks = [], []
+    for index, parts in enumerate(by_frame):
+        own = [part for part in parts if part.votes[list(colors)].sum() > TOUCHING_SHARE * part.votes.sum()]
+        if not own:
+            continue
+        part = max(own, key=lambda part: (int(part.votes[list(colors)].sum()), part.area))
+        mask = np.zeros(labels.shape[1:], bool)
+        for row, first, last in part.runs:
+            mask[row, first:last] = True
+        if others and part.votes[others].sum() > TOUCHING_SHARE * part.votes.sum():
+            mask &= np.isin(labels[index], colors)
+        frames.append(index)
+        masks.append(mask)
+    return Blob(colors, np.array(frames, int), np.array(masks, bool).reshape(-1, *labels.shape[1:]))
+
+
+def nearest_color(pixels_N3: np.ndarray) -> np.ndarray:
+    """Return for each uint8 colour the index of the nearest known one, int8, or -1 when all are far."""
+    shift = 8 - TABLE_BITS
+    red, green, blue = (pixels_N3[..., i].astype(np.int32) >> shift for i in range(3))
+    return color_table()[(red << 2 * TABLE_BITS) | (green << TABLE_BITS) | blue]
+
+
+@lru_cache(maxsize=1)
+def color_table() -> np.ndarray:
+    """Tabulate `nearest_color` for every coarse colour."""
+    levels = (np.arange(2**TABLE_BITS) + 0.5) * 2 ** (8 - TABLE_BITS)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    known = to_lab(np.array(list(COLORS.values()), float))
+    distance = np.sqrt(((to_lab(grid)[:, None] - known) ** 2).sum(-1))
+    return np.where(distance.min(1) < UNKNOWN_COLOR, distance.argmin(1), -1).astype(np.int8)
+
+
+def to_lab(rgb_N3: np.ndarray) -> np.ndarray:
+    """Convert sRGB in [0, 255] to CIELAB (D65) with lightness weighed down: shade matters less than hue."""
+    value = rgb_N3 / 255.0
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    lightness = 116 * f[:, 1] - 16
+    a, b = 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])
+    return np.stack([LIGHTNESS_WEIGHT * lightness, a, b], -1)
