@@ -1,6 +1,6 @@
 """Scenes as tensors: what a trainer keeps on the GPU by the ten thousand and indexes.
 
-B scenes, N sprites (always MAX_SPRITES; absent ones have `present` 0).
+B scenes, N sprites (as many as the fullest scene has; absent ones have `present` 0).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.shapeworld.geometry import OUTLINE_FIELDS, outline_row
-from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MAX_SPRITES, MOTIONS, SIZES, Scene, Sprite
+from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MOTIONS, SIZES, Scene, Sprite
 
 SPEED = (35.0, 45.0)
 """World units a second."""
@@ -47,8 +47,9 @@ class SceneBatch:
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
         """Build the tensors on the CPU; layout, speeds and phases follow from each scene's seed."""
-        rows = [_scene_rows(scene) for scene in scenes]
-        sprites = torch.tensor(rows, dtype=torch.float64).view(len(scenes), MAX_SPRITES, -1)
+        num_sprites = max(len(scene.sprites) for scene in scenes)
+        rows = [_scene_rows(scene, num_sprites) for scene in scenes]
+        sprites = torch.tensor(rows, dtype=torch.float64)
         column = {name: sprites[..., i] for i, name in enumerate(_COLUMNS)}
 
         def floats(*names: str) -> Tensor:
@@ -94,12 +95,12 @@ _COLUMNS = (
 )
 
 
-def _scene_rows(scene: Scene) -> list[list[float]]:
-    """One row of numbers, in the order of _COLUMNS, for each of MAX_SPRITES sprites."""
+def _scene_rows(scene: Scene, num_sprites: int) -> list[list[float]]:
+    """One row of numbers, in the order of _COLUMNS, for each of `num_sprites` sprites."""
     generator = random.Random(f"shapeworld layout {scene.seed}")
     swap = generator.random() < 0.5
     rows = []
-    for i in range(MAX_SPRITES):
+    for i in range(num_sprites):
         room = (0.0, 1.0)
         if len(scene.sprites) > 1:
             room = (0.5, 1.0) if (i == 0) == swap else (0.0, 0.5)

@@ -80,7 +80,7 @@ MOTION_VERBS: dict[str, tuple[tuple[tuple[Verb, ...], tuple[str, ...]], ...]] = 
         ((("gets bigger and smaller", "getting bigger and smaller"),), ("",)),
     ),
     "zigzag": (
-        ((("zigzags", "zigzagging"),), ("", "across", "sideways", "up and down")),
+        ((("zigzags", "zigzagging"),), ("", "sideways", "up and down")),
         ((("moves", "moving"), ("travels", "travelling"), ("flies", "flying")), ("in a zigzag", "in zigzags")),
         ((("follows", "following"),), ("a zigzag path",)),
     ),

@@ -14,7 +14,7 @@ from torch import Tensor
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.geometry import signed_distance
 from longvideo.shapeworld.motion import trajectory
-from longvideo.shapeworld.world import BACKGROUNDS, MAX_SPRITES, WORLD_HEIGHT
+from longvideo.shapeworld.world import BACKGROUNDS, WORLD_HEIGHT
 
 __all__ = ["SceneBatch", "foreground_mask", "render", "render_backgrounds", "render_with_mask"]
 
@@ -74,7 +74,7 @@ def _coverage(batch: SceneBatch, times_BT: Tensor, *, height: int, width: int) -
     pixel_x = (torch.arange(width, device=times_BT.device) + 0.5) * unit
     pixel_y = (torch.arange(height, device=times_BT.device) + 0.5) * unit
     covers = []
-    for i in range(MAX_SPRITES):
+    for i in range(batch.present_BN.shape[1]):
         center_x = poses.x_BTN[:, :, i, None, None].float()
         center_y = poses.y_BTN[:, :, i, None, None].float()
         distance = signed_distance(
