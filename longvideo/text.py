@@ -11,13 +11,16 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
@@ -30,10 +33,10 @@ TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_laye
 class TextEncoder(nn.Module):
     """Tokenizer and UMT5 encoder; features are zero at padded positions and text_len long.
 
-    model: transformers' UMT5EncoderModel. tokenizer: ends each prompt with </s>, pads with id 0.
+    tokenizer: ends each prompt with </s>, pads with id 0.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
+    def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -129,12 +132,12 @@ class TextEncoder(nn.Module):
 def clean_prompt(prompt: str) -> str:
     """Resolve HTML entities, twice as Wan does, and collapse white space.
 
-    Wan also mends mis-decoded text with ftfy when it is installed; that is left out, so the result is the same anywhere.
+    Wan also mends mis-decoded text with ftfy where it is installed; left out, so the result is the same everywhere.
     """
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
-def build_umt5(config: Mapping[str, Any]) -> nn.Module:
+def build_umt5(config: Mapping[str, Any]) -> UMT5EncoderModel:
     """Build transformers' UMT5EncoderModel, on the current default device, from the keys of its config.json.
 
     Raises CheckpointError for values it does not take. Importing transformers takes seconds, hence only here.

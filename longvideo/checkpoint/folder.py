@@ -1,8 +1,7 @@
 """A model on disk: diffusers' folder layout plus longvideo.json, opened, checked, loaded and saved.
 
-    NAME/model_index.json, longvideo.json, scheduler/, tokenizer/,
-         transformer/, vae/: config.json, diffusion_pytorch_model.safetensors (diffusers' names)
-         text_encoder/: config.json, model.safetensors
+model_index.json, longvideo.json, scheduler/, tokenizer/; transformer/ and vae/ with config.json and
+diffusion_pytorch_model.safetensors (diffusers' names); text_encoder/ with config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from longvideo.checkpoint import diffusers_json, names
@@ -41,6 +41,9 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.text import TextEncoder, build_umt5, load_tokenizer, save_tokenizer
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 T = TypeVar("T")
 
@@ -77,7 +80,7 @@ class ModelFolder:
         """
         path = locate(name)
         index = read_json(path / INDEX_FILE)
-        parts = tuple(part for part in WEIGHT_STEMS if index.get(part, [None, None]) != [None, None])
+        parts = tuple(part for part in WEIGHT_STEMS if _listed_class(index.get(part)))
         if not parts:
             raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(WEIGHT_STEMS)}")
         settings_file = path / SETTINGS_FILE
@@ -126,8 +129,15 @@ class ModelFolder:
         weights = open_weights(self.path / part, stem=WEIGHT_STEMS[part])
         return _official(weights) if part == "transformer" else weights
 
+    def kind(self, part: str) -> str:
+        """Name the class that model_index.json gives a part."""
+        self._require(part)
+        return _listed_class(read_json(self.path / INDEX_FILE)[part])
+
     def check(self, part: str) -> None:
         """Raise CheckpointError unless a part's weight files fit its config. Reads headers only."""
+        if part == "text_encoder":
+            self._load_tokenizer()
         check_fits(self._build(part), self.weights(part))
 
     def load_transformer(
@@ -154,17 +164,10 @@ class ModelFolder:
         load_weights(module, self.weights("vae"), device=device, dtype=dtype)
         return module.eval()
 
-    def load_text_encoder(
-        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> TextEncoder:
+    def load_text_encoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
         """Load tokenizer and text encoder. dtype None keeps the stored one."""
-        tokenizer = load_tokenizer(self.path / "tokenizer")
+        tokenizer = self._load_tokenizer()
         module = self._build_umt5()
-        rows = self.text_encoder_config.get("vocab_size", 0)
-        if tokenizer.get_vocab_size() > rows:
-            raise CheckpointError(
-                f"{self.path / 'tokenizer'} has {tokenizer.get_vocab_size()} tokens, the text encoder only {rows}"
-            )
         load_weights(module, self.weights("text_encoder"), device=device, dtype=dtype)
         return TextEncoder(module, tokenizer, text_len=self.settings.text_len).eval()
 
@@ -196,7 +199,8 @@ class ModelFolder:
             if transformer is not None:
                 tensors = {names.to_diffusers(name): tensor for name, tensor in own_tensors(transformer).items()}
                 save_weights(temporary / "transformer", WEIGHT_STEMS["transformer"], tensors, **options)
-                write_json(temporary / "transformer" / "config.json", diffusers_json.transformer_json(transformer.config))
+                config = diffusers_json.transformer_json(transformer.config)
+                write_json(temporary / "transformer" / "config.json", config)
                 parts += ("transformer",)
             if vae is not None:
                 save_weights(temporary / "vae", WEIGHT_STEMS["vae"], own_tensors(vae), **options)
@@ -218,13 +222,21 @@ class ModelFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls(path=folder, settings=opened.settings, parts=opened.parts)
 
+    def _load_tokenizer(self) -> Tokenizer:
+        tokenizer = load_tokenizer(self.path / "tokenizer")
+        num_tokens, rows = tokenizer.get_vocab_size(), self.text_encoder_config.get("vocab_size")
+        if not isinstance(rows, int) or num_tokens > rows:
+            raise CheckpointError(f"{self.path / 'tokenizer'} has {num_tokens} tokens, the text encoder {rows}")
+        return tokenizer
+
     def _check_configs(self) -> None:
         parts = set(self.parts)
         for part in self.parts:
             self._read_config(part, dict)
             self.weights(part)
         if "transformer" in parts and "vae" in parts:
-            self._agree("transformer in_channels", self.transformer_config.in_channels, "vae z_dim", self.vae_config.z_dim)
+            channels, z_dim = self.transformer_config.in_channels, self.vae_config.z_dim
+            self._agree("transformer in_channels", channels, "vae z_dim", z_dim)
             self.spec  # noqa: B018, raises when the picture size or the window does not fit
         if "transformer" in parts and "text_encoder" in parts:
             width = self.text_encoder_config.get("d_model")
@@ -260,7 +272,7 @@ class ModelFolder:
         with OnMeta():
             return Autoencoder(self.vae_config)
 
-    def _build_umt5(self) -> nn.Module:
+    def _build_umt5(self) -> UMT5EncoderModel:
         with OnMeta():
             return build_umt5(self.text_encoder_config)
 
@@ -270,7 +282,7 @@ def locate(name: str | Path) -> Path:
     text = str(name)
     if text in SHIPPED:
         if not SHIPPED[text].is_dir():
-            raise CheckpointError(f"this installation lacks the weights of {text!r} at {SHIPPED[text]}; install it again")
+            raise CheckpointError(f"this installation lacks the weights of {text!r} at {SHIPPED[text]}; install again")
         return SHIPPED[text]
     path = Path(name).expanduser()
     if path.is_dir():
@@ -294,6 +306,11 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(f"no folder {hub_id!r}, and it cannot be had from the hub: {reason}") from error
 
 
+def _listed_class(entry: object) -> str:
+    """Take the class from an entry [library, class] of model_index.json; "" for an absent part."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else ""
+
+
 def _official(weights: Weights) -> Weights:
     try:
         return weights.renamed(names.official_naming(weights.infos))
@@ -304,9 +321,13 @@ def _official(weights: Weights) -> Weights:
 def _check_text_len(
     settings: ModelSettings, transformer: CausalTransformer | None, text_encoder: TextEncoder | None
 ) -> None:
-    lengths = {"transformer": transformer and transformer.config.text_len, "text encoder": text_encoder and text_encoder.text_len}
+    lengths: dict[str, int] = {}
+    if transformer is not None:
+        lengths["transformer"] = transformer.config.text_len
+    if text_encoder is not None:
+        lengths["text encoder"] = text_encoder.text_len
     for part, text_len in lengths.items():
-        if text_len is not None and text_len != settings.text_len:
+        if text_len != settings.text_len:
             raise CheckpointError(f"the {part} takes {text_len} text positions, the settings say {settings.text_len}")
 
 

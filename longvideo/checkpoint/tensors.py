@@ -1,6 +1,6 @@
 """Read and write weight files: headers are compared with the module before a single weight is loaded.
 
-Nothing here executes code found in a file: safetensors, or torch.load(weights_only=True) for foreign .pt and .pth files.
+Nothing here executes code found in a file: safetensors, or torch.load(weights_only=True) for foreign .pt files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from longvideo.checkpoint.names import CHECKPOINT_ENTRIES
 from longvideo.errors import CheckpointError
 
 MAX_LISTED = 8
@@ -112,18 +113,20 @@ def open_weights(path: Path, *, stem: str | None = None, entry: str | None = Non
     raise CheckpointError(f"{path} is not a weight file; wanted .safetensors, .safetensors.index.json, .pt or .pth")
 
 
-def compare(expected: Mapping[str, tuple[int, ...]], weights: Weights, *, aliases: Mapping[str, str] | None = None) -> None:
-    """Raise CheckpointError listing missing, unexpected and wrongly shaped tensors, if any.
+def check_fits(module: nn.Module, weights: Weights) -> None:
+    """Compare the names and shapes a module (on any device, meta too) expects with those on disk.
 
-    aliases: tensors that may be absent because they are the same as another one, by name.
+    Raises CheckpointError listing missing, unexpected and wrongly shaped tensors. Of tied parameters one name suffices.
     """
-    aliases = aliases or {}
-    missing = [name for name in expected if name not in weights.infos and aliases.get(name, name) not in weights.infos]
-    unexpected = [name for name in weights.infos if name not in expected]
+    expected = module.state_dict(keep_vars=True)
+    infos, aliases = weights.infos, _aliases(expected)
+    missing = [name for name in expected if name not in infos and aliases.get(name, name) not in infos]
+    missing = [name for name in missing if not any(aliases.get(other) == name for other in infos)]
+    unexpected = [name for name in infos if name not in expected]
     misshapen = [
-        f"{name} {list(info.shape)}, wanted {list(expected[name])}"
-        for name, info in weights.infos.items()
-        if name in expected and info.shape != tuple(expected[name])
+        f"{name} {list(info.shape)}, wanted {list(expected[name].shape)}"
+        for name, info in infos.items()
+        if name in expected and info.shape != tuple(expected[name].shape)
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
     problems = [f"{len(names)} {kind}: {_listing(names)}" for kind, names in kinds if names]
@@ -131,17 +134,11 @@ def compare(expected: Mapping[str, tuple[int, ...]], weights: Weights, *, aliase
         raise CheckpointError(f"{weights.label} does not fit the model: " + "; ".join(problems))
 
 
-def check_fits(module: nn.Module, weights: Weights) -> None:
-    """Compare the names and shapes a module (on any device, meta too) expects with a header."""
-    state = module.state_dict(keep_vars=True)
-    compare({name: tuple(tensor.shape) for name, tensor in state.items()}, weights, aliases=_aliases(state))
-
-
 class OnMeta(TorchFunctionMode):
     """Build modules inside without memory for their weights, and without drawing initial ones.
 
-    Under plain `torch.device("meta")` torch imports its compiler, for seconds, as soon as a module draws or scales random
-    numbers. Here drawing is skipped, and torch.randn gives uninitialised memory, not on meta so that it can be scaled.
+    Under plain `torch.device("meta")` torch imports its compiler, for seconds, as soon as a module draws or scales
+    random numbers. Here drawing is skipped; torch.randn gives uninitialised memory, off meta so that it can be scaled.
     """
 
     def __torch_function__(
@@ -172,16 +169,16 @@ def load_weights(
     device = torch.device(device)
     state = module.state_dict(keep_vars=True)
     aliases = _aliases(state)
+    stored_as = {aliases.get(name, name): name for name in weights.infos}
     loaded: dict[str, Tensor] = {}
     for name, old in state.items():
-        source = aliases.get(name, name)
-        if source not in loaded:
-            stored = source if source in weights.infos else name
-            tensor = _cast(weights.read(stored, device), dtype)
+        own_name = aliases.get(name, name)
+        if own_name not in loaded:
+            tensor = _cast(weights.read(stored_as[own_name], device), dtype)
             is_parameter = isinstance(old, nn.Parameter)
-            loaded[source] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+            loaded[own_name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, loaded[source])
+        setattr(module.get_submodule(owner), leaf, loaded[own_name])
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers {left} are not in the weight file, so they must not be made on the meta device"
     module.to(device)  # buffers that are never stored
@@ -237,7 +234,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda target: _write_text(target, text))
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -260,6 +257,10 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict(keep_vars=True)
     aliases = _aliases(state)
     return {name: tensor.detach() for name, tensor in state.items() if name not in aliases}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -320,7 +321,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
     size = file.stat().st_size
     try:
         with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
+            slices = {name: handle.get_slice(name) for name in handle.keys()}
             stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         remedy = "copy or download it again"
@@ -343,8 +344,6 @@ def _open_pickle(path: Path, entry: str | None) -> Weights:
 
 
 def _select_entry(path: Path, content: object, entry: str | None) -> dict[str, Tensor]:
-    from longvideo.checkpoint.names import CHECKPOINT_ENTRIES
-
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; wanted a dict of tensors")
     nested = [key for key, value in content.items() if isinstance(value, dict)]

@@ -1,0 +1,144 @@
+"""`longvideo info`: what a model folder holds, and whether its weights fit its configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
+
+MILLION = 1e6
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of a folder as its headers describe it. problem: why its weights do not fit, or None."""
+
+    name: str
+    kind: str
+    num_parameters: int
+    dtypes: tuple[str, ...]
+    num_bytes: int
+    num_files: int
+    problem: str | None
+
+
+def info(
+    model: Annotated[str, typer.Argument(help='"tiny", a model folder, or a hub id like org/name.')] = "tiny",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a model folder holds: its parts, sizes, geometry and default settings.
+
+    Compares every weight file with the configuration beside it, from the headers alone, so it is quick and needs no
+    memory for the weights. Ends with code 2 when something is missing or does not fit.
+    """
+    from longvideo.checkpoint.folder import ModelFolder
+
+    folder = ModelFolder.open(model)
+    parts = [describe_part(folder, part) for part in folder.parts]
+    geometry = describe_geometry(folder)
+    if as_json:
+        settings = asdict(folder.settings)
+        report = {"path": str(folder.path), "parts": [asdict(part) for part in parts], "settings": settings}
+        typer.echo(json.dumps({**report, "geometry": geometry}, indent=2))
+    else:
+        _print_tables(folder, parts, geometry)
+    for part in parts:
+        if part.problem is not None:
+            raise UserError(part.problem)
+
+
+def describe_part(folder: ModelFolder, part: str) -> PartReport:
+    """Read the headers of one part and compare them with the module that its config describes."""
+    weights = folder.weights(part)
+    problem = None
+    try:
+        folder.check(part)
+    except UserError as error:
+        problem = str(error)
+    return PartReport(
+        name=part,
+        kind=folder.kind(part),
+        num_parameters=sum(tensor.num_values for tensor in weights.infos.values()),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.infos.values()})),
+        num_bytes=weights.num_bytes,
+        num_files=len(weights.files),
+        problem=problem,
+    )
+
+
+def describe_geometry(folder: ModelFolder) -> dict[str, Any]:
+    """Work out latent sizes, tokens and durations; empty unless the folder has a transformer and a vae."""
+    if not {"transformer", "vae"} <= set(folder.parts):
+        return {}
+    settings, spec = folder.settings, folder.spec
+    spatial, temporal = folder.vae_config.scale_factor_spatial, folder.vae_config.scale_factor_temporal
+    chunk_pixel_frames = spec.chunk_frames * temporal
+    return {
+        "latent_channels": folder.vae_config.z_dim,
+        "latent_height": settings.height // spatial,
+        "latent_width": settings.width // spatial,
+        "tokens_per_frame": spec.tokens_per_frame,
+        "tokens_per_chunk": spec.tokens_per_chunk,
+        "first_chunk_pixel_frames": chunk_pixel_frames - temporal + 1,
+        "chunk_pixel_frames": chunk_pixel_frames,
+        "chunk_seconds": chunk_pixel_frames / settings.fps,
+        "window_chunks": spec.window_chunks,
+        "window_seconds": spec.window_frames * temporal / settings.fps,
+        "sink_chunks": spec.sink_chunks,
+    }
+
+
+def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    console.print(f"[bold]{folder.path}[/bold]", highlight=False)
+    table = Table("part", "class", "parameters", "dtype", "size", "weights", box=SIMPLE_HEAD, pad_edge=False)
+    for part in parts:
+        table.add_row(
+            part.name,
+            part.kind,
+            f"{part.num_parameters / MILLION:,.2f} M",
+            ", ".join(part.dtypes),
+            f"{part.num_bytes / MEBIBYTE:,.1f} MiB",
+            "fit" if part.problem is None else "[red]do not fit[/red]",
+        )
+    total = sum(part.num_parameters for part in parts), sum(part.num_bytes for part in parts)
+    table.add_section()
+    table.add_row("all", "", f"{total[0] / MILLION:,.2f} M", "", f"{total[1] / MEBIBYTE:,.1f} MiB", "")
+    console.print(table)
+    console.print(_settings_table(folder, geometry))
+
+
+def _settings_table(folder: ModelFolder, geometry: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    settings = folder.settings
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("picture", f"{settings.width} x {settings.height} pixels, {settings.fps} frames a second")
+    if geometry:
+        latent = f"{geometry['latent_channels']} x {geometry['latent_height']} x {geometry['latent_width']}"
+        tokens = f"{geometry['tokens_per_frame']} tokens a latent frame, {geometry['tokens_per_chunk']} a chunk"
+        table.add_row("latent frame", f"{latent} (channels, height, width); {tokens}")
+        table.add_row(
+            "chunk",
+            f"{settings.chunk_frames} latent frames = {geometry['chunk_pixel_frames']} frames"
+            f" = {geometry['chunk_seconds']:.2f} s; the first has {geometry['first_chunk_pixel_frames']} frames",
+        )
+    pin = ", first chunk of the shot kept" if settings.pin_shots else ""
+    table.add_row("window", f"{settings.window_frames} latent frames, {settings.sink_frames} of them sink{pin}")
+    table.add_row("position offset", f"{settings.offset_per_shot} latent frames a cut")
+    table.add_row("text", f"{settings.text_len} positions")
+    defaults = f"{settings.steps} steps, guidance {settings.guidance:g}, shift {settings.shift:g}"
+    table.add_row("defaults", defaults)
+    return table
