@@ -34,7 +34,7 @@ class Memory:
 
     def keep(self, frames_BCTHW: Tensor) -> None:
         """Store a copy of the frames, so that neither the activations nor their gradient graph stay alive."""
-        self._kept.append(frames_BCTHW.detach().clone())
+        self._kept.append(frames_BCTHW.detach().clone(memory_format=torch.channels_last_3d))
 
     def state(self) -> State:
         return tuple(self._kept)
