@@ -36,7 +36,7 @@ class Script:
         if not self.shots:
             raise UserError("no prompt given: write what the video shall show")
         for number, shot in enumerate(self.shots, 1):
-            _check_prompt(shot.prompt, f"shot {number}")
+            check_prompt(shot.prompt, f"the prompt of shot {number}")
             check_seconds(shot.seconds, f"shot {number}")
         check_seconds(self.seconds, "the script")
 
@@ -46,7 +46,7 @@ class Script:
         if isinstance(prompts, str):
             prompts = [prompts]
         for number, prompt in enumerate(prompts, 1):
-            _check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
+            check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         check_seconds(seconds, "the video")
         return cls(tuple(ShotRequest(prompt, seconds / len(prompts)) for prompt in prompts))
 
@@ -158,15 +158,16 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
     return ChunkPlan(timing, tuple(first_chunks), tuple(shot.cut for shot in script.shots), num_frames)
 
 
+def check_prompt(prompt: str, what: str) -> None:
+    """Raise UserError when a prompt says nothing."""
+    if not prompt.strip():
+        raise UserError(f"{what} is empty: write what the video shall show")
+
+
 def check_seconds(seconds: float, what: str) -> None:
     """Raise UserError unless a length is above 0 and at most a day."""
     if not (math.isfinite(seconds) and 0 < seconds <= MAX_SECONDS):
         raise UserError(f"{what} has {seconds:g} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
-
-
-def _check_prompt(prompt: str, what: str) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{what} has an empty prompt: write what the video shall show")
 
 
 def _read_shot(entry: object, where: str) -> ShotRequest:
@@ -179,7 +180,9 @@ def _read_shot(entry: object, where: str) -> ShotRequest:
     prompt, seconds, cut = entry.get("prompt"), entry.get("seconds"), entry.get("cut", True)
     if prompt is None:
         raise UserError(f"{where} has no prompt: add 'prompt: what the shot shows'")
-    _check_prompt(prompt, where)
+    if not isinstance(prompt, str):
+        raise UserError(f"{where} has prompt {prompt!r}; text was expected")
+    check_prompt(prompt, f"{where}: the prompt")
     if seconds is None:
         raise UserError(f"{where} has no seconds: add 'seconds: 5' for a shot of 5 s")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):

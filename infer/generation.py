@@ -1,0 +1,163 @@
+"""From steps to pixels: rollout, decode worker, frames. Everything that makes chunks goes through `generate_chunks`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.conditioning import Conditioning
+from longvideo.flow.unipc import UniPC
+from longvideo.infer.background import Background
+from longvideo.infer.decode import ChunkDecoder, mark_ready
+from longvideo.infer.timeline import Step
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.rollout import rollout
+from longvideo.text import TextEncoder
+from longvideo.vae.autoencoder import Autoencoder
+
+NEGATIVE_PROMPT = ""
+CHUNKS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded parts of a model folder. The autoencoder may be on another device than the other two."""
+
+    transformer: CausalTransformer
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    settings: ModelSettings
+    spec: ChunkSpec
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    @property
+    def decode_device(self) -> torch.device:
+        return self.autoencoder.post_quant_conv.weight.device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chunks are sampled: the solver, the guidance scale, and one generator per sample of the batch."""
+
+    solver: UniPC
+    guidance: float
+    generators: tuple[torch.Generator, ...]
+
+
+@dataclass(frozen=True)
+class GeneratedChunk:
+    """Frames, uint8 [B, T, H, W, 3] in host memory, with the step they were made for.
+
+    seconds: from the moment the chunk was begun to the moment its frames were in host memory.
+    """
+
+    step: Step
+    frames: np.ndarray
+    seconds: float
+
+
+def generate_chunks(
+    models: Models, steps: Iterator[Step], sampling: Sampling, *, first_latent: Tensor | None = None
+) -> Iterator[GeneratedChunk]:
+    """Make the chunks of one video (or of a batch that shares its cuts), in order.
+
+    On CUDA, denoising and decoding run in threads of their own, at most two chunks ahead of each other and of the
+    caller; on a CPU they take turns. first_latent: [B, C, 1, H, W], normalised, held as the first latent frame.
+    """
+    denoise = partial(_denoise, models, steps, sampling, first_latent)
+    if models.device.type == "cpu":
+        yield from _decode(models, denoise())
+        return
+    latents = Background(denoise, capacity=CHUNKS_AHEAD, name="denoise")
+    frames = Background(partial(_decode, models, latents), capacity=CHUNKS_AHEAD, name="decode")
+    try:
+        yield from frames
+    finally:
+        latents.close()  # first, or the decode worker would wait for one more chunk
+        frames.close()
+
+
+@torch.inference_mode()
+def encode_first_frame(models: Models, pixels_HWC: Tensor) -> Tensor:
+    """Encode a uint8 picture of the video's size as the normalised latent [1, C, 1, H, W] of a first frame."""
+    weight = models.autoencoder.post_quant_conv.weight
+    video_HWC = pixels_HWC.to(weight.device).float().div(127.5).sub(1)
+    video_BCTHW = video_HWC.permute(2, 0, 1)[None, :, None].to(weight.dtype)
+    moments, _ = models.autoencoder.encode(video_BCTHW)
+    mean = moments.chunk(2, dim=1)[0].float()
+    return models.autoencoder.normalize(mean).to(models.device)
+
+
+@dataclass(frozen=True)
+class _LatentChunk:
+    step: Step
+    latents: Tensor
+    ready: torch.cuda.Event | None
+    began: float
+
+
+def _denoise(
+    models: Models, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
+) -> Iterator[_LatentChunk]:
+    begun: deque[tuple[Step, float]] = deque()
+    prompts = _Prompts(models, guided=sampling.guidance != 1.0)
+
+    def conditionings() -> Iterator[Conditioning]:
+        for step in steps:
+            begun.append((step, time.perf_counter()))
+            yield prompts.conditioning(step, first_latent if step.index == 0 else None)
+
+    chunks = rollout(
+        models.transformer,
+        conditionings(),
+        spec=models.spec,
+        solver=sampling.solver,
+        generators=sampling.generators,
+        guidance=sampling.guidance,
+    )
+    for latents in chunks:
+        step, began = begun.popleft()
+        yield _LatentChunk(step, latents, mark_ready(latents), began)
+
+
+def _decode(models: Models, chunks: Iterator[_LatentChunk]) -> Iterator[GeneratedChunk]:
+    decoder = ChunkDecoder(models.autoencoder)
+    for chunk in chunks:
+        frames = decoder.decode(chunk.latents, chunk.step.num_frames, ready=chunk.ready)
+        yield GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
+
+
+class _Prompts:
+    """Text context of the prompts in use; it is made when they change, and the one before is let go."""
+
+    def __init__(self, models: Models, *, guided: bool) -> None:
+        self._models = models
+        self._negative = (NEGATIVE_PROMPT,) if guided else ()
+        self._prompts: tuple[str, ...] | None = None
+        self._conditioning: Conditioning | None = None
+
+    @torch.inference_mode()
+    def conditioning(self, step: Step, first_latent: Tensor | None) -> Conditioning:
+        if self._conditioning is None or step.prompts != self._prompts:
+            features_PLD, rows = self._models.text_encoder.encode([*step.prompts, *self._negative])
+            rows = rows.to(self._models.device)
+            batch = len(step.prompts)
+            self._conditioning = Conditioning(
+                text=self._models.transformer.encode_text(features_PLD.to(self._models.device)),
+                prompt_index=rows[:batch],
+                negative_index=rows[batch:].expand(batch) if self._negative else None,
+            )
+            self._prompts = step.prompts
+        return replace(self._conditioning, cut=step.cut, first_latent=first_latent)

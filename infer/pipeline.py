@@ -1,0 +1,221 @@
+"""The public way to make videos: load a model folder, then stream frames as they are made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.errors import UserError
+from longvideo.flow.unipc import UniPC
+from longvideo.infer.generation import GeneratedChunk, Models, Sampling, encode_first_frame, generate_chunks
+from longvideo.infer.options import SamplingOptions
+from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
+from longvideo.infer.session import Session
+from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
+
+__all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
+
+
+class StreamingPipeline:
+    """Text (and an optional first picture) to video, chunk by chunk.
+
+    Same seed, same device and dtype, same bits. One pipeline makes one video at a time.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "tiny",
+        *,
+        device: str | torch.device | None = None,
+        decode_device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StreamingPipeline:
+        """Load a shipped name ("tiny"), a folder or a hub id.
+
+        device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another GPU
+        decodes while the first denoises. dtype: bfloat16 where the hardware multiplies it, else float32.
+        Raises UserError when the device is not there, CheckpointError when the folder is not whole.
+        """
+        where = pick_device(device)
+        decode_where = where if decode_device is None else pick_device(decode_device)
+        folder = ModelFolder.open(name)
+        with ThreadPoolExecutor() as pool:
+            text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
+            transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
+            autoencoder = pool.submit(
+                folder.load_vae, device=decode_where, dtype=dtype or pick_dtype(decode_where)
+            )
+            models = Models(
+                transformer=transformer.result(),
+                autoencoder=autoencoder.result(),
+                text_encoder=text_encoder.result(),
+                settings=folder.settings,
+                spec=folder.spec,
+            )
+        return cls(models)
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of every video this model makes."""
+        return self.models.settings.fps
+
+    def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
+        """Return the chunks that `stream` would make of the same prompts and seconds."""
+        return plan_chunks(as_script(prompts, seconds), self._timing())
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | Script,
+        *,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        image: Path | str | Tensor | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield frames, uint8 [T, H, W, 3], chunk by chunk as they are made.
+
+        prompts: one prompt a shot, each shown equally long, `seconds` in all; or a Script, which has its own lengths.
+        steps, guidance: None takes the model's own. image: first frame, a file or uint8 [H, W, 3]; it is scaled and its
+        centre cropped to the video's size. Wrong values raise UserError here, not when iterating; words that the model
+        never learned give a UserWarning.
+        """
+        script = as_script(prompts, seconds)
+        options = SamplingOptions(steps, guidance, seed)
+        shots = [shot.prompt for shot in script.shots]
+        timeline = planned_steps(plan_chunks(script, self._timing()), [shots])
+        self._warn_unknown_words(shots)
+        chunks = self._generate(timeline, options, [seed], self._first_latent(image))
+        return _frames_only(chunks)
+
+    def session(
+        self,
+        prompt: str,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        image: Path | str | Tensor | None = None,
+    ) -> Session:
+        """Start a video without an end, whose prompt can be changed while it is made. Arguments as in `stream`."""
+        options = SamplingOptions(steps, guidance, seed)
+        live = LiveSteps(prompt, self._timing())
+        self._warn_unknown_words([prompt])
+        first_latent = self._first_latent(image)
+        return Session(
+            live,
+            lambda timeline: self._generate(timeline, options, [seed], first_latent),
+            lambda changed: self._warn_unknown_words([changed]),
+        )
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[str]],
+        *,
+        seconds: Sequence[float],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> np.ndarray:
+        """Make several videos of equal length together; return uint8 [B, T, H, W, 3].
+
+        prompts: for every video, a prompt per shot. seconds: of every shot, the same for all videos.
+        A video's noise depends on its own seed alone.
+        """
+        if not prompts or len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} videos and {len(seeds)} seeds were given; give one seed for each video")
+        if any(len(shots) != len(seconds) for shots in prompts):
+            raise UserError(f"every video needs {len(seconds)} prompts, one for each length in seconds")
+        scripts = [Script(tuple(map(ShotRequest, shots, seconds))) for shots in prompts]
+        options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
+        timeline = planned_steps(plan_chunks(scripts[0], self._timing()), prompts)
+        self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
+        chunks = self._generate(timeline, options[0], seeds, None)
+        return np.concatenate([chunk.frames for chunk in chunks], axis=1)
+
+    def _generate(
+        self, steps: Iterator[Step], options: SamplingOptions, seeds: Sequence[int], first_latent: Tensor | None
+    ) -> Iterator[GeneratedChunk]:
+        settings = self.models.settings
+        sampling = Sampling(
+            solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
+            guidance=settings.guidance if options.guidance is None else options.guidance,
+            generators=tuple(torch.Generator().manual_seed(seed) for seed in seeds),
+        )
+        return generate_chunks(self.models, steps, sampling, first_latent=first_latent)
+
+    def _timing(self) -> ChunkTiming:
+        settings = self.models.settings
+        scale = self.models.autoencoder.config.scale_factor_temporal
+        return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
+
+    def _first_latent(self, image: Path | str | Tensor | None) -> Tensor | None:
+        if image is None:
+            return None
+        size = (self.models.settings.height, self.models.settings.width)
+        if isinstance(image, (str, Path)):
+            from longvideo.data.video import read_image
+
+            image = read_image(Path(image), size=size)
+        if image.dtype != torch.uint8 or image.shape != (*size, 3):
+            raise UserError(f"image is {image.dtype} {list(image.shape)}; wanted uint8 {[*size, 3]}")
+        return encode_first_frame(self.models, image)
+
+    def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
+        unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
+        if unknown:
+            words = ", ".join(repr(word) for word in unknown)
+            warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
+
+
+def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:
+    """Make a Script of prompts that share `seconds`; a Script is returned as it is, and must come without seconds."""
+    if isinstance(prompts, Script):
+        if seconds is not None:
+            raise UserError("a script has the length of each shot; leave seconds out")
+        return prompts
+    if seconds is None:
+        raise UserError("seconds is missing: say how long the video shall be")
+    return Script.from_prompts(prompts, seconds=seconds)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is there; None takes CUDA if there is one. Raises UserError for any other."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {str(device)!r} is none; use cpu, cuda or cuda:1") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r} is not supported; use cpu or cuda")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {str(device)!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
+    return picked
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 on CUDA and on CPUs that multiply it in hardware, float32 elsewhere."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _frames_only(chunks: Iterator[GeneratedChunk]) -> Iterator[np.ndarray]:
+    try:
+        for chunk in chunks:
+            yield chunk.frames[0]
+    finally:
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            close()

@@ -1,0 +1,159 @@
+"""The growing video file: what is in it, when it appears, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+
+from longvideo.errors import UserError
+from longvideo.infer.writer import VideoWriter, check_output
+
+SIZES = [29, 32, 32]
+
+
+def moving_disc(start: int, count: int, *, height: int = 128, width: int = 224) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    frames = np.empty((count, height, width, 3), np.uint8)
+    frames[:] = (30, 60, 120)
+    for index in range(count):
+        inside = (columns - 20 - 3 * (start + index) % (width - 40)) ** 2 + (rows - height // 2) ** 2 < 400
+        frames[index][inside] = (220, 40, 30)
+    return frames
+
+
+def decode(path, *, truncated: bool = False) -> np.ndarray:
+    frames = []
+    with av.open(str(path)) as container:
+        try:
+            frames.extend(frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        except av.error.InvalidDataError:
+            assert truncated
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_rate_and_colours_come_back(tmp_path, suffix: str) -> None:
+    path, start, written = tmp_path / f"out{suffix}", 0, []
+    with VideoWriter(path, fps=24) as writer:
+        for size in SIZES:
+            written.append(moving_disc(start, size))
+            writer.write(written[-1])
+            start += size
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == 24 and (stream.width, stream.height) == (224, 128)
+        times = [frame.time for frame in container.decode(video=0)]
+    assert np.allclose(times, np.arange(sum(SIZES)) / 24, atol=2e-3)
+    error = decode(path).astype(float) - np.concatenate(written)
+    assert 10 * np.log10(255**2 / np.mean(error**2)) > 33
+    assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1.5
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_file_grows_and_plays_at_every_chunk(tmp_path, suffix: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    writer, total = VideoWriter(path, fps=24), 0
+    assert not path.exists()
+    for size in SIZES:
+        writer.write(moving_disc(total, size))
+        total += size
+        copy = tmp_path / f"copy{suffix}"
+        shutil.copy(path, copy)
+        playable = len(decode(copy))
+        assert total - 8 <= playable <= total
+    writer.close()
+    writer.close()
+    assert len(decode(path)) == total
+
+
+def test_a_truncated_file_plays_up_to_the_cut(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 93))
+    data = path.read_bytes()
+    for part in (0.3, 0.6, 0.9):
+        (tmp_path / "cut.mp4").write_bytes(data[: int(len(data) * part)])
+        assert len(decode(tmp_path / "cut.mp4", truncated=True)) > 93 * part * 0.7
+
+
+def test_a_killed_process_leaves_a_file_that_plays(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    code = (
+        "import os, sys, numpy; from longvideo.infer.writer import VideoWriter\n"
+        "writer = VideoWriter(sys.argv[1], fps=24)\n"
+        "for _ in range(2): writer.write(numpy.zeros((32, 64, 64, 3), numpy.uint8))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    assert 64 - 8 <= len(decode(path)) <= 64
+
+
+def test_a_file_made_by_another_meanwhile_is_not_replaced(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    writer = VideoWriter(path, fps=24)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="File exists"):
+        writer.write(moving_disc(0, 2))
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == [path.name]
+
+
+def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    path.write_text("old")
+    with VideoWriter(path, fps=24, overwrite=True):
+        pass
+    with pytest.raises(UserError, match="even width"), VideoWriter(path, fps=24, overwrite=True) as writer:
+        writer.write(np.zeros((2, 63, 64, 3), np.uint8))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+    with VideoWriter(path, fps=24, overwrite=True) as writer:
+        writer.write(moving_disc(0, 5))
+    assert len(decode(path)) == 5
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
+    code = (
+        "import resource, sys, numpy; from longvideo.errors import UserError\n"
+        "from longvideo.infer.writer import VideoWriter\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "noise = numpy.random.default_rng(0).integers(0, 255, (40, 128, 128, 3), numpy.uint8)\n"
+        "try:\n"
+        "    with VideoWriter(sys.argv[1], fps=24, overwrite=True) as writer: writer.write(noise)\n"
+        "except UserError as error: print(error)"
+    )
+    path = tmp_path / "out.mp4"
+    path.write_text("old")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0 and f"cannot write {path}: File too large" in done.stdout, done.stderr
+    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.avi", "must end in .mp4 or .mkv"),
+        ("out", "must end in .mp4 or .mkv"),
+        ("nowhere/out.mp4", "is not a folder; create it first"),
+        ("folder.mp4", "it is a folder"),
+        ("old.mp4", "exists; choose another name or pass --overwrite"),
+    ],
+)
+def test_bad_outputs_are_refused_before_anything_is_written(tmp_path, name: str, message: str) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "old.mp4").write_text("old")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=message):
+        check_output(tmp_path / name, overwrite=False)
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "old.mp4").read_text() == "old"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody may write: /proc")
+def test_an_unwritable_folder_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot write /proc/self/out.mp4"):
+        check_output("/proc/self/out.mp4", overwrite=False)
