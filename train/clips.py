@@ -18,7 +18,10 @@ from longvideo.train.scenes import ScenePool, frame_seconds
 
 @dataclass(frozen=True)
 class ClipStage:
-    """A run of steps on batches of one shape. frames: 1 + 4k; height, width: of the crop; learning_rate: of its peak."""
+    """A run of steps on batches of one shape.
+
+    frames: 1 + 4k. height, width: of the crop. learning_rate: replaces the optimiser's peak.
+    """
 
     frames: int = 1
     height: int = 128
@@ -29,7 +32,9 @@ class ClipStage:
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:
-            raise ConfigError(f"a stage has frames={self.frames}; use 1 + 4k, such as {max(0, self.frames) // 4 * 4 + 1}")
+            raise ConfigError(
+                f"a stage has frames={self.frames}; use 1 + 4k, such as {max(0, self.frames) // 4 * 4 + 1}"
+            )
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ConfigError(f"a stage has {name}={getattr(self, name)}; use a multiple of 16")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.tensors import own_tensors
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.train.objective import Objective
 from longvideo.train.optimizer import OptimizerConfig
@@ -67,7 +68,8 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
-        return dict(self.objective.state_dict())
+        """Return parameters and persistent buffers; tied ones once."""
+        return own_tensors(self.objective)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the moments and step counts as flat tensors, named after the parameters they belong to."""
@@ -76,7 +78,7 @@ class Engine:
 
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         """Take back what `weights` and `optimizer_state` gave; raises CheckpointError when the model differs."""
-        own = self.objective.state_dict()
+        own = own_tensors(self.objective)
         different = [k for k in own.keys() | weights.keys() if k not in own or k not in weights]
         different += [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
         if different:
@@ -84,7 +86,8 @@ class Engine:
                 f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
                 f" {', '.join(sorted(different)[:3])}; use the configuration it was made with, or another --out"
             )
-        self.objective.load_state_dict(dict(weights))
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
         for name, parameter in self.named.items():
             prefix = f"{name}/"
             self.optimizer.state[parameter] = {

@@ -64,7 +64,7 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """Runs a recipe inside a run folder: checkpoints/, samples/, model/, metrics.jsonl, config.yaml, environment.json."""
+    """Runs a recipe inside a run folder: checkpoints/, samples/, model/, metrics.jsonl and environment.json."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, *, config: TrainerConfig, optimizer: OptimizerConfig, device: torch.device

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.tensors import check_fits, open_weights, own_tensors, save_weights, write_json
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.tensors import load_weights
 from longvideo.errors import ConfigError
+from longvideo.shapeworld.world import Split
 from longvideo.train.clips import ClipSource, ClipStage
 from longvideo.train.objective import seeded
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.reconstruction import Reconstruction, ReconstructionConfig, psnr
 from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds, sample_scenes
-from longvideo.shapeworld.world import Split
 from longvideo.train.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -82,7 +85,7 @@ class VaeRecipe:
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.autoencoder = build_autoencoder(config.model.build(), seed=config.seed, device=device)
         if config.initialize is not None:
-            load_autoencoder(self.autoencoder, Path(config.initialize))
+            load_weights(self.autoencoder, ModelFolder.open(config.initialize).weights("vae"), device=device)
         self.objective = Reconstruction(self.autoencoder, config.loss, device=device)
         self.pool = self._pool("train", config.scenes.count)
         self.source = ClipSource(
@@ -110,8 +113,9 @@ class VaeRecipe:
             output = self._stream(video)
             for found, values in zip((overall, objects), psnr(output, video, mask), strict=True):
                 found.append(values)
-            for index in range(max(0, min(config.shown - first, len(scenes)))):
-                rows += [_pixels(video[index]), _pixels(output[index])]
+            num_shown = max(0, min(config.shown - first, len(scenes)))
+            for given, made in zip(to_pixels(video[:num_shown]), to_pixels(output[:num_shown]), strict=True):
+                rows += [given, made]
         folder.mkdir(parents=True, exist_ok=True)
         values_overall, values_objects = torch.cat(overall), torch.cat(objects)
         captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
@@ -125,10 +129,12 @@ class VaeRecipe:
     def export(self, folder: Path) -> None:
         """Write `vae/` of a model folder, with the latent statistics of training clips."""
         mean, std = self._statistics()
-        config = replace(self.autoencoder.config, latents_mean=mean, latents_std=std)
-        (folder / "vae").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "vae" / "config.json", config.to_dict())
-        save_weights(folder / "vae", "diffusion_pytorch_model", own_tensors(self.autoencoder))
+        exported = Autoencoder(replace(self.autoencoder.config, latents_mean=mean, latents_std=std))
+        exported.load_state_dict(self.autoencoder.state_dict())
+        scenes = self.config.scenes
+        ModelFolder.save(
+            folder, settings=ModelSettings(height=scenes.height, width=scenes.width), vae=exported, overwrite=True
+        )
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation of every latent channel over training clips."""
@@ -185,16 +191,7 @@ def build_autoencoder(config: AutoencoderConfig, *, seed: int, device: torch.dev
     return autoencoder.to(device)
 
 
-def load_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
-    """Copy in the weights of `vae/` of a model folder; raises CheckpointError where they do not fit."""
-    weights = open_weights(folder / "vae", stem="diffusion_pytorch_model")
-    check_fits(autoencoder, weights)
-    device = next(autoencoder.parameters()).device
-    with torch.no_grad():
-        for name, tensor in autoencoder.state_dict().items():
-            tensor.copy_(weights.read(name, device))
-
-
-def _pixels(video_CTHW: Tensor):
-    frames = video_CTHW.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return frames.permute(1, 2, 3, 0).cpu().numpy()
+def to_pixels(video_BCTHW: Tensor) -> np.ndarray:
+    """Map [-1, 1] to uint8 [B, T, H, W, 3] on the host."""
+    pixels = video_BCTHW.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()

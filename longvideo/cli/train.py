@@ -80,7 +80,7 @@ def ar(
     """Train the causal transformer and its text encoder on latents of ShapeWorld, by teacher forcing.
 
     The autoencoder comes from the model folder that `longvideo train vae` wrote: `vae=runs/vae/model`. The run folder
-    is laid out as that of `train vae`; its `model/` is complete and streams: `longvideo generate --model runs/ar/model`.
+    is laid out as that of `train vae`; its `model/` is complete: `longvideo generate --model runs/ar/model`.
 
     Example: `longvideo train ar tiny/ar vae=runs/vae/model --out runs/ar --max-minutes 9`
     """

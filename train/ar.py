@@ -1,0 +1,243 @@
+"""Train the causal transformer and its text encoder on ShapeWorld: build, roll out, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.conditioning import Conditioning
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.flow.unipc import UniPC
+from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.rollout import rollout
+from longvideo.shapeworld.captions import caption, vocabulary
+from longvideo.shapeworld.world import Scene
+from longvideo.text import TextEncoder
+from longvideo.train.captions import tokenize_captions
+from longvideo.train.latent_bank import BankConfig, LatentBank
+from longvideo.train.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.trainer import TrainerConfig
+from longvideo.train.vae import to_pixels
+from longvideo.train.views import ViewConfig, ViewSource
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """A preset, with any of its sizes replaced. Channels and text width come from the autoencoder and text encoder."""
+
+    preset: str = "tiny"
+    num_attention_heads: int | None = None
+    attention_head_dim: int | None = None
+    ffn_dim: int | None = None
+    num_layers: int | None = None
+    text_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"model.preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+
+    def build(self, *, channels: int, text_dim: int) -> TransformerConfig:
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
+        return replace(PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **given)
+
+
+@dataclass(frozen=True)
+class ArStage:
+    """A run of steps; `learning_rate` replaces the optimiser's peak there."""
+
+    steps: int = 10000
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Held-out prompts rolled out on the way; the judge says what share of them shows what it should."""
+
+    prompts: int = 24
+    shown: int = 6
+    chunks: int = 4
+    judge: bool = True
+
+
+@dataclass(frozen=True)
+class ArTraining:
+    """`longvideo train ar`. vae: a model folder that holds an autoencoder. initialize: one to take weights from."""
+
+    seed: int = 0
+    vae: str = "runs/vae/model"
+    initialize: str | None = None
+    export_dtype: str = "bf16"
+    model: TransformerShape = field(default_factory=TransformerShape)
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    objective: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
+    stages: list[ArStage] = field(default_factory=lambda: [ArStage()])
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        if self.export_dtype not in DTYPES:
+            raise ConfigError(f"export_dtype={self.export_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
+            raise ConfigError(
+                f"settings.height and width are {self.settings.height}x{self.settings.width}, those of the scenes"
+                f" {self.scenes.height}x{self.scenes.width}; they must be equal"
+            )
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ArRecipe:
+    """What the trainer runs for `longvideo train ar`."""
+
+    def __init__(self, config: ArTraining, device: torch.device):
+        self.config = config
+        self.device = device
+        self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
+        self.autoencoder = ModelFolder.open(config.vae).load_vae(device=device, dtype=torch.float32)
+        self.autoencoder.requires_grad_(False)
+        self.transformer, self.text_encoder = self._build_model()
+        self.spec = chunk_spec(config.settings, self.autoencoder.config.scale_factor_spatial)
+        schedule = FlowSchedule(config.settings.shift)
+        self.objective = TeacherForcing(
+            self.transformer,
+            self.text_encoder,
+            config.objective,
+            spec=self.spec,
+            num_chunks=config.views.chunks,
+            schedule=schedule,
+            device=device,
+        )
+        scenes = config.scenes
+        pool = ScenePool(
+            sample_scenes(scenes.count, seed=config.seed, split="train", pair_fraction=scenes.pair_fraction),
+            height=scenes.height,
+            width=scenes.width,
+            device=device,
+        )
+        tokens = tokenize_captions(
+            pool.scenes,
+            self.text_encoder,
+            phrasings=config.views.phrasings,
+            omit=config.views.caption_omit,
+            device=device,
+        )
+        bank = LatentBank(
+            self.autoencoder,
+            pool,
+            config.bank,
+            chunk_frames=self.spec.chunk_frames,
+            seed=config.seed,
+            precision=config.trainer.precision,
+        )
+        self.source = ViewSource(
+            bank, tokens, config.views, schedule, seed=config.seed, tokens_per_chunk=self.spec.tokens_per_chunk
+        )
+
+    def start(self, step: int) -> None:
+        """Encode the bank."""
+        self.source.start(step)
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""
+        from longvideo.evaluation.sheet import film_strip
+
+        config = self.config.rollout
+        scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
+        prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
+        videos = self.roll_out(prompts)
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = slice(0, config.shown)
+        film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
+        return judge_all(videos, scenes) if config.judge else {}
+
+    @torch.no_grad()
+    def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Generate one clip a prompt in one batch: uint8 [T, H, W, 3] each."""
+        settings = self.config.settings
+        features, rows = self.text_encoder.encode([*prompts, ""])
+        conditioning = Conditioning(
+            text=self.transformer.encode_text(features),
+            prompt_index=rows[:-1],
+            negative_index=rows[-1:].expand(len(prompts)),
+        )
+        chunks = rollout(
+            self.transformer,
+            [conditioning] * self.config.rollout.chunks,
+            spec=self.spec,
+            solver=UniPC(settings.steps, settings.shift),
+            generators=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
+            guidance=settings.guidance,
+        )
+        state, frames = None, []
+        for latents in chunks:
+            video, state = self.autoencoder.decode(self.autoencoder.denormalize(latents), state)
+            frames.append(to_pixels(video))
+        return list(np.concatenate(frames, axis=1))
+
+    def export(self, folder: Path) -> None:
+        """Write a complete model folder."""
+        ModelFolder.save(
+            folder,
+            settings=replace(self.config.settings, text_len=self.transformer.config.text_len),
+            transformer=self.transformer,
+            vae=self.autoencoder,
+            text_encoder=self.text_encoder,
+            dtype=DTYPES[self.config.export_dtype],
+            overwrite=True,
+        )
+
+    def _build_model(self) -> tuple[CausalTransformer, TextEncoder]:
+        config = self.config
+        if config.initialize is not None:
+            folder = ModelFolder.open(config.initialize)
+            transformer = folder.load_transformer(device=self.device, dtype=torch.float32)
+            return transformer, folder.load_text_encoder(device=self.device, dtype=torch.float32)
+        text_len = config.model.text_len or PRESETS[config.model.preset].text_len
+        text_encoder = TextEncoder.build_tiny(vocabulary(), seed=config.seed, text_len=text_len).to(self.device)
+        text_dim = text_encoder.config_json()["d_model"]
+        transformer = CausalTransformer(config.model.build(channels=self.autoencoder.config.z_dim, text_dim=text_dim))
+        transformer.initialize(torch.Generator().manual_seed(config.seed))
+        return transformer.to(self.device), text_encoder
+
+
+def chunk_spec(settings: ModelSettings, spatial_scale: int) -> ChunkSpec:
+    """Return the chunk and window sizes of a model at its own picture size."""
+    patch = 2 * spatial_scale
+    if settings.height % patch or settings.width % patch:
+        raise ConfigError(f"pictures of {settings.height}x{settings.width} do not divide into {patch}-pixel patches")
+    return ChunkSpec(
+        grid_height=settings.height // patch,
+        grid_width=settings.width // patch,
+        chunk_frames=settings.chunk_frames,
+        window_frames=settings.window_frames,
+        sink_frames=settings.sink_frames,
+        pin_shots=settings.pin_shots,
+        offset_per_shot=settings.offset_per_shot,
+    )
+
+
+def judge_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the share of videos in which each property is right."""
+    from longvideo.evaluation.judge import judge
+
+    verdicts = [judge(video, scene, FPS) for video, scene in zip(videos, scenes, strict=True)]
+    names = ("color", "shape", "size", "motion", "background")
+    scores = {f"judge_{name}": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
+    both = [verdict.both for verdict in verdicts if verdict.both is not None]
+    return scores | ({"judge_both": float(np.mean(both))} if both else {})

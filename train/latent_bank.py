@@ -1,0 +1,147 @@
+"""Latents of ShapeWorld clips, kept on the training device and replaced little by little.
+
+Clips are encoded in groups. Content c of the bank (a group of clips with their scenes, cuts and times) is a function of
+the seed and c alone and lies in place c mod groups, so what the bank holds at a step follows from the step.
+Shapes: N clips, C channels, T latent frames, H W latent grid, Q chunks of a clip.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import ConfigError
+from longvideo.train.objective import seeded
+from longvideo.train.scenes import FPS, ScenePool
+from longvideo.vae.autoencoder import Autoencoder
+
+TEMPORAL_SCALE = 4
+"""Pixel frames of a latent frame; the first latent frame of a video holds one."""
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
+
+    refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
+    them between chunks.
+    """
+
+    clips: int = 8192
+    initial_clips: int = 4096
+    group: int = 32
+    refresh_every: int = 8
+    chunks: int = 4
+    cut_fraction: float = 0.35
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "initial_clips"):
+            if getattr(self, name) < self.group or getattr(self, name) % self.group:
+                raise ConfigError(f"bank.{name}={getattr(self, name)} must be a multiple of bank.group={self.group}")
+        if self.initial_clips > self.clips:
+            raise ConfigError(f"bank.initial_clips={self.initial_clips} exceeds bank.clips={self.clips}")
+        if self.refresh_every < 1:
+            raise ConfigError(f"bank.refresh_every={self.refresh_every} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """Which scene each chunk shows, and the scene's time at the clip's first frame; [N, Q] each."""
+
+    scene: Tensor
+    start_seconds: Tensor
+
+
+class LatentBank:
+    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        pool: ScenePool,
+        config: BankConfig,
+        *,
+        chunk_frames: int,
+        seed: int,
+        precision: str,
+    ):
+        self.autoencoder = autoencoder
+        self.pool = pool
+        self.config = config
+        self.chunk_frames = chunk_frames
+        self.seed = seed
+        self.precision = precision
+        scale = autoencoder.config.scale_factor_spatial
+        frames = config.chunks * chunk_frames
+        shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
+        self.latents = torch.zeros(shape, dtype=torch.float16, device=pool.device)
+        self.scene = torch.zeros(config.clips, config.chunks, dtype=torch.long, device=pool.device)
+        self.generator = torch.Generator(pool.device)
+        self.groups = config.clips // config.group
+        self.contents = 0
+
+    @property
+    def filled(self) -> int:
+        """Clips that can be drawn."""
+        return min(self.contents, self.groups) * self.config.group
+
+    def start(self, step: int) -> None:
+        """Fill the bank as it is at `step`, whatever it holds now."""
+        began = time.monotonic()
+        self.contents = max(0, self._contents_at(step) - self.groups)
+        self.advance(step)
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+        print(f"bank of {self.filled} clips encoded in {time.monotonic() - began:.1f} s", flush=True)
+
+    def advance(self, step: int) -> None:
+        """Encode the groups that are due by `step`."""
+        while self.contents < self._contents_at(step):
+            self._write(self.contents)
+            self.contents += 1
+
+    def _contents_at(self, step: int) -> int:
+        return self.config.initial_clips // self.config.group + step // self.config.refresh_every
+
+    @torch.no_grad()
+    def _write(self, content: int) -> None:
+        first = content % self.groups * self.config.group
+        place = slice(first, first + self.config.group)
+        plan = self.plan(content)
+        self.latents[place] = self.encode(plan)
+        self.scene[place] = plan.scene
+
+    def plan(self, content: int) -> ClipPlan:
+        """Draw the scenes, cuts and times of a group."""
+        generator = seeded(self.generator, self.seed, "bank", content)
+        device, count, chunks = self.pool.device, self.config.group, self.config.chunks
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        rank = rand(count, chunks - 1).argsort(1).argsort(1)
+        num_cuts = (rand(count, 1) < self.config.cut_fraction) * (1 + (rand(count, 1) < 0.4).long())
+        cut = torch.cat((torch.zeros(count, 1, dtype=torch.bool, device=device), rank < num_cuts), dim=1)
+        shot = cut.long().cumsum(1)
+        scenes = torch.randint(len(self.pool), (count, chunks), generator=generator, device=device)
+        seconds = rand(count, chunks) * self.config.max_seconds
+        return ClipPlan(scene=scenes.gather(1, shot), start_seconds=seconds.gather(1, shot))
+
+    @torch.no_grad()
+    def encode(self, plan: ClipPlan) -> Tensor:
+        """Draw and encode clips chunk by chunk, as a stream: normalised mean latents [N, C, T, H, W], float32."""
+        state, latents, begin = None, [], 0
+        for chunk in range(plan.scene.shape[1]):
+            frames = self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1 if chunk == 0 else 0)
+            clock = (begin + torch.arange(frames, device=self.pool.device)) / FPS
+            seconds = plan.start_seconds[:, chunk, None] + clock
+            video, _ = self.pool.draw(plan.scene[:, chunk, None].expand(-1, frames), seconds)
+            with torch.autocast(self.pool.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                moments, state = self.autoencoder.encode(video, state)
+            latents.append(self.autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+            begin += frames
+        return torch.cat(latents, dim=2)

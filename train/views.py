@@ -1,0 +1,134 @@
+"""Batches for the transformer: views of consecutive chunks of the bank's clips, their captions, noise levels and noise.
+
+Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunks of a view, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.train.captions import TokenTable
+from longvideo.train.latent_bank import LatentBank
+from longvideo.train.objective import seeded
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """chunks: of a view. start_fraction: share of views that begin where the video does.
+
+    The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
+    context_noise_fraction: share of context chunks that get noise of sigma up to context_noise_max, which the model is
+    not told. image_fraction: share of opening views whose first latent frame is given, as for image to video.
+    caption_omit: share of captions that leave out the sizes, and the background.
+    """
+
+    batch: int = 64
+    chunks: int = 3
+    start_fraction: float = 0.4
+    prompt_dropout: float = 0.1
+    context_noise_fraction: float = 0.7
+    context_noise_max: float = 0.15
+    image_fraction: float = 0.1
+    phrasings: int = 6
+    caption_omit: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.chunks < 1 or self.phrasings < 1:
+            raise ConfigError(
+                f"views.batch={self.batch}, views.chunks={self.chunks} and views.phrasings={self.phrasings}"
+                " must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T]; ids, mask [B, Q, S].
+
+    sigma is what the noisy copy gets and the model is told; context_sigma what the clean copy gets, told as 0.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    context_noise: Tensor
+    sigma: Tensor
+    context_sigma: Tensor
+    loss_mask: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+class ViewSource:
+    """Views drawn on the device, as a function of seed and step."""
+
+    unit = "tok"
+
+    def __init__(
+        self,
+        bank: LatentBank,
+        tokens: TokenTable,
+        config: ViewConfig,
+        schedule: FlowSchedule,
+        *,
+        seed: int,
+        tokens_per_chunk: int,
+    ):
+        if config.chunks > bank.config.chunks:
+            raise ConfigError(f"views.chunks={config.chunks} exceeds bank.chunks={bank.config.chunks}")
+        self.bank = bank
+        self.tokens = tokens
+        self.config = config
+        self.seed = seed
+        self.device = bank.latents.device
+        self.sigmas = schedule.sigmas.to(self.device, torch.float32)
+        self.generator = torch.Generator(self.device)
+        self.tokens_per_batch = config.batch * config.chunks * tokens_per_chunk
+
+    def start(self, step: int) -> None:
+        self.bank.start(step)
+
+    def size(self, step: int) -> int:
+        """Return the clean latent tokens of a batch; the noisy copy is not counted."""
+        return self.tokens_per_batch
+
+    def batch(self, step: int) -> ViewBatch:
+        self.bank.advance(step)
+        config, frames_per_chunk = self.config, self.bank.chunk_frames
+        count, chunks, frames = config.batch, config.chunks, config.chunks * frames_per_chunk
+        generator = seeded(self.generator, self.seed, "views", step)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=self.device)
+
+        def index(limit: int, *shape: int) -> Tensor:
+            return torch.randint(limit, shape, generator=generator, device=self.device)
+
+        clip = index(self.bank.filled, count)
+        opening = rand(count) < config.start_fraction
+        latest = self.bank.config.chunks - config.chunks
+        first_chunk = torch.where(opening | (latest == 0), 0, 1 + index(max(1, latest), count))
+        opening = first_chunk == 0
+        frame = first_chunk[:, None] * frames_per_chunk + torch.arange(frames, device=self.device)
+        clean = self.bank.latents[clip[:, None], :, frame].transpose(1, 2).float()
+
+        scene = self.bank.scene[clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)]
+        phrasing = index(self.tokens.phrasings, count, 1)
+        dropped = (rand(count) < config.prompt_dropout)[:, None, None]
+        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[scene, phrasing])
+        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[scene, phrasing])
+
+        sigma = self.sigmas[index(len(self.sigmas), count, chunks)].repeat_interleave(frames_per_chunk, dim=1)
+        context_sigma = (rand(count, chunks) < config.context_noise_fraction) * rand(count, chunks)
+        context_sigma = (config.context_noise_max * context_sigma).repeat_interleave(frames_per_chunk, dim=1)
+        loss_mask = torch.ones(count, frames, device=self.device)
+        loss_mask[:, :frames_per_chunk] = opening[:, None].float()
+        given = opening & (rand(count) < config.image_fraction)
+        sigma[:, 0] = torch.where(given, 0.0, sigma[:, 0])
+        loss_mask[:, 0] = torch.where(given, 0.0, loss_mask[:, 0])
+
+        noise, context_noise = (torch.randn(clean.shape, generator=generator, device=self.device) for _ in range(2))
+        return ViewBatch(clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask)
