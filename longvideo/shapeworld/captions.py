@@ -42,14 +42,14 @@ MOTION_VERBS: dict[str, tuple[tuple[tuple[Verb, ...], tuple[str, ...]], ...]] = 
         ((("rests", "resting"), ("sits", "sitting"), ("stays", "staying")), ("in place", "without moving")),
         ((("does not move", "not moving"), ("is motionless", "motionless"), ("is still", "standing still")), ("",)),
     ),
-    "left": ((_GOING, ("left", "left", "to the left", "towards the left", "leftward")),),
-    "right": ((_GOING, ("right", "right", "to the right", "towards the right", "rightward")),),
+    "left": ((_GOING, ("left", "left", "left", "to the left", "towards the left", "leftward")),),
+    "right": ((_GOING, ("right", "right", "right", "to the right", "towards the right", "rightward")),),
     "up": (
-        (_GOING, ("up", "upward", "upwards", "to the top")),
+        (_GOING, ("up", "up", "upward", "upwards", "to the top")),
         ((("rises", "rising"), ("climbs", "climbing")), ("",)),
     ),
     "down": (
-        (_GOING, ("down", "downward", "downwards", "to the bottom")),
+        (_GOING, ("down", "down", "downward", "downwards", "to the bottom")),
         ((("falls", "falling"), ("sinks", "sinking"), ("descends", "descending")), ("",)),
     ),
     "clockwise": (
@@ -105,7 +105,13 @@ WRAPS: tuple[Verb, ...] = (
     (", reappearing on the opposite side", ", reappearing on the opposite side"),
 )
 BACKDROPS: dict[str, tuple[str, ...]] = {
-    "black": ("a black background", "a black background", "a plain black background", "an empty black background"),
+    "black": (
+        "a black background",
+        "a black background",
+        "a black background",
+        "a plain black background",
+        "an empty black background",
+    ),
     "gray": ("a gray background", "a grey background", "a plain gray background", "a plain grey background"),
     "cream": ("a cream background", "a pale cream background", "a beige background", "an ivory background"),
     "night": ("a night sky", "the night sky", "a dark night sky", "a navy sky"),

@@ -20,8 +20,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 226, 40),
     "green": (34, 190, 66),
     "cyan": (24, 212, 232),
-    "blue": (38, 82, 242),
-    "purple": (146, 48, 216),
+    "blue": (30, 90, 245),
+    "purple": (156, 40, 196),
     "pink": (255, 124, 196),
 }
 SIZES: dict[str, float] = {"small": 11.0, "large": 20.0}

@@ -1,0 +1,113 @@
+"""Clips from a ShapeWorld data set keep their cuts on chunk boundaries and show what their captions' scenes show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvideo.cli.main import main
+from longvideo.data.clips import ChunkFrames, iterate_clips, plan_clips, read_clip
+from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest
+from longvideo.data.video import read_video
+from longvideo.errors import UserError
+from longvideo.shapeworld.dataset import chunk_start, render_script, sample_script
+
+SIZE = (64, 112)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    code = main(
+        ["data", "shapeworld", "--out", str(out), "--clips", "2", "--seconds", "7", "--shots", "3"]
+        + ["--height", "64", "--width", "112", "--seed", "40"]
+    )
+    assert code == 0
+    return out
+
+
+def test_the_command_writes_what_the_scripts_say(folder: Path) -> None:
+    entries = read_manifest(folder / "manifest.jsonl")
+    assert len(entries) == 2
+    for seed, entry in zip((40, 41), entries, strict=True):
+        script = sample_script(seed, split="train", num_shots=3, num_chunks=6)
+        assert (entry.fps, entry.num_frames) == (24.0, 189)
+        assert [(shot.start, shot.end) for shot in entry.shots] == [(s.start, s.end) for s in script.frames()]
+        assert [shot.caption for shot in entry.shots] == [shot.caption for shot in script.shots]
+        rendered = torch.cat(list(render_script(script, height=64, width=112))).float()
+        error = (read_video(entry.video).float() - rendered).square().mean()
+        assert 10 * torch.log10(255**2 / error) > 33
+
+
+def test_clips_keep_cuts_on_chunk_boundaries(folder: Path) -> None:
+    entries = read_manifest(folder / "manifest.jsonl")
+    references = plan_clips(entries, num_chunks=2)
+    assert [round(reference.start_seconds * 24) for reference in references] == [0, 64, 128] * 2
+    for entry in entries:
+        for first_chunk, reference in zip((0, 2, 4), [r for r in references if r.video == entry.video], strict=True):
+            for i in range(2):
+                middle = chunk_start(first_chunk + i) + 16
+                (shot,) = [shot for shot in entry.shots if shot.start <= middle < shot.end]
+                assert reference.captions[i] == shot.caption
+            assert reference.cuts[0]
+            assert reference.cuts[1] == (reference.captions[0] != reference.captions[1])
+    clips = list(iterate_clips(references, size=SIZE))
+    assert all(clip.frames.shape == (61, *SIZE, 3) for clip in clips)
+    assert torch.equal(clips[1].frames, read_video(entries[0].video)[64:125])
+
+
+def test_chunks_without_a_shot_are_left_out(tmp_path: Path) -> None:
+    entry = VideoEntry(tmp_path / "a.mp4", 24.0, 300, (ShotEntry(0, 61, "one"), ShotEntry(130, 300, "two")))
+    references = plan_clips([entry], num_chunks=1)
+    assert [round(r.start_seconds * 24) for r in references] == [0, 32, 128, 160, 192, 224, 256]
+    assert [r.captions[0] for r in references] == ["one"] * 2 + ["two"] * 5
+    with pytest.raises(UserError, match="none of 1 videos has a captioned stretch of 13.21 s"):
+        plan_clips([entry], num_chunks=10)
+
+
+def test_other_chunk_sizes_and_rates(tmp_path: Path) -> None:
+    entry = VideoEntry(tmp_path / "a.mp4", 48.0, 130, (ShotEntry(0, 130, "one"),))
+    references = plan_clips([entry], num_chunks=2, chunks=ChunkFrames(13, 16))
+    assert [r.start_seconds * 24 for r in references] == [0, 32]
+
+
+def test_a_manifest_that_promises_too_much_is_named(folder: Path) -> None:
+    entry = read_manifest(folder / "manifest.jsonl")[0]
+    longer = VideoEntry(entry.video, 24.0, 400, (ShotEntry(0, 400, "one"),))
+    reference = plan_clips([longer], num_chunks=2)[3]
+    with pytest.raises(UserError, match=r"frames after|no frame at"):
+        read_clip(reference, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--clips", "0"], "--clips"),
+        (["--clips", "1", "--seconds", "0"], "--seconds is 0; give more than 0"),
+        (["--clips", "1", "--seconds", "nan"], "--seconds is nan"),
+        (["--clips", "1", "--seconds", "1e9"], "at most 3600"),
+        (["--clips", "1", "--shots", "9"], "9 shots do not fit 4 s"),
+        (["--clips", "1", "--height", "100"], "--height is 100, not a multiple of 16; use 96"),
+        (["--clips", "1", "--width", "96"], "less than --height"),
+        (["--clips", "1", "--split", "test"], "--split"),
+    ],
+)
+def test_bad_options_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["data", "shapeworld", "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_kept_unless_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "manifest.jsonl").read_bytes()
+    options = ["--clips", "1", "--seconds", "1", "--height", "32", "--width", "64"]
+    assert main(["data", "shapeworld", "--out", str(folder), *options]) == 2
+    assert "not empty; choose another folder or add --overwrite" in capsys.readouterr().err
+    assert (folder / "manifest.jsonl").read_bytes() == before
+    other = folder.parent / "other"
+    for _ in range(2):
+        assert main(["data", "shapeworld", "--out", str(other), *options, "--overwrite"]) == 0
+    assert read_manifest(other / "manifest.jsonl")[0].num_frames == 29

@@ -1,0 +1,67 @@
+"""A manifest is read as written, and every mistake in it is named with file and line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
+from longvideo.errors import UserError
+
+SHOT = {"start": 0, "end": 29, "caption": "a small red circle drifts left"}
+LINE: dict[str, Any] = {"video": "a.mp4", "fps": 24, "num_frames": 61, "shots": [SHOT]}
+
+
+def manifest(folder: Path, *lines: str) -> Path:
+    (folder / "a.mp4").write_bytes(b"")
+    path = folder / "manifest.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"")
+    shots = (ShotEntry(0, 29, "one"), ShotEntry(40, 61, "two"))
+    write_manifest(tmp_path / "manifest.jsonl", [VideoEntry(Path("videos/a.mp4"), 23.976, 61, shots)])
+    (entry,) = read_manifest(tmp_path / "manifest.jsonl")
+    assert entry == VideoEntry(tmp_path / "videos" / "a.mp4", 23.976, 61, shots)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", r"got \[1\], wanted an object with the keys video, fps, num_frames, shots"),
+        (json.dumps(LINE | {"frames": 3}), "unknown key 'frames'; did you mean 'num_frames'"),
+        (json.dumps({"video": "a.mp4"}), "missing fps, num_frames, shots; add them"),
+        (json.dumps(LINE | {"video": 3}), "video is 3, wanted a file name"),
+        (json.dumps(LINE | {"video": "b.mp4"}), "no video at .*b.mp4"),
+        (json.dumps(LINE | {"fps": "24"}), 'fps is "24", wanted a number above 0'),
+        (json.dumps(LINE | {"fps": True}), "fps is true"),
+        (json.dumps(LINE | {"fps": float("nan")}), "fps is NaN"),
+        (json.dumps(LINE | {"num_frames": 61.5}), "num_frames is 61.5, wanted a whole number"),
+        (json.dumps(LINE | {"shots": []}), r"shots is \[\], wanted a list of at least one shot"),
+        (json.dumps(LINE | {"shots": [SHOT | {"caption": " "}]}), r"shots\[0\]: caption is"),
+        (json.dumps(LINE | {"shots": [SHOT | {"end": 62}]}), r"shots\[0\]: end is 62, wanted .* 1\.\.61"),
+        (json.dumps(LINE | {"shots": [SHOT, SHOT]}), r"shots\[1\]: start is 0, wanted a whole number of at least 29"),
+        (json.dumps(LINE | {"shots": [SHOT | {"text": ""}]}), r"shots\[0\]: unknown key 'text'"),
+    ],
+)
+def test_mistakes_name_file_line_and_remedy(tmp_path: Path, line: str, message: str) -> None:
+    path = manifest(tmp_path, json.dumps(LINE), "", line)
+    with pytest.raises(UserError, match=rf"manifest\.jsonl:3: (.*: )?.*{message}|manifest\.jsonl:3: {message}"):
+        read_manifest(path)
+
+
+def test_missing_empty_and_binary_manifests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no manifest at"):
+        read_manifest(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is a folder"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="names no video"):
+        read_manifest(manifest(tmp_path, "", ""))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        read_manifest(tmp_path / "binary.jsonl")

