@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,27 @@ import numpy as np
 from longvideo.errors import UserError
 from longvideo.evaluation.motion_reading import Track, read_motion, unwrap
 from longvideo.evaluation.outline_matching import fold_angle, match_outlines, unit_area
-from longvideo.evaluation.segmentation import UNKNOWN, Background, Blob, dilate, find_blobs, fit_background, nearest_color
-from longvideo.shapeworld.world import COLORS, ROUND_SHAPES, SHAPES, SIZES, WORLD_HEIGHT, Scene, Sprite
+from longvideo.evaluation.request import Request, RequestedSprite
+from longvideo.evaluation.segmentation import (
+    UNKNOWN,
+    Background,
+    Blob,
+    dilate,
+    find_blobs,
+    fit_background,
+    nearest_color,
+)
+from longvideo.shapeworld.world import COLORS, MOTIONS, ROUND_SHAPES, SHAPES, SIZES, WORLD_HEIGHT, Scene, Sprite
 
-MAX_FRAMES = 48
+AskedSprite = Sprite | RequestedSprite
+AskedScene = Scene | Request
+
+MAX_FRAMES = 32
 LEAST_MATCH = 0.6
 SIZE_BORDER = math.sqrt(SIZES["small"] * SIZES["large"])
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 MIN_PIXELS = 8
+PATCH_MARGIN = 6
 
 
 @dataclass(frozen=True)
@@ -51,10 +65,10 @@ class Percept:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Answers about a clip. color, shape, size and motion ask for it of every object of the scene.
+    """Answers about a clip. color, shape, size and motion ask for it of every object that was asked for.
 
-    `both` says whether both objects of a scene of two are there in the right colour and shape; None for one object.
-    `pairs` holds each asked sprite with the one taken for it, or None when it is missing.
+    What a request leaves open counts as right. `both` says whether both objects of two are there in the right color and
+    shape; None when one was asked for. `pairs` holds each asked sprite with the one taken for it, None when missing.
     """
 
     color: bool
@@ -64,10 +78,10 @@ class Verdict:
     background: bool
     count: bool
     both: bool | None
-    pairs: tuple[tuple[Sprite, PerceivedSprite | None], ...] = ()
+    pairs: tuple[tuple[AskedSprite, PerceivedSprite | None], ...] = ()
 
 
-def judge(frames: np.ndarray, scene: Scene, fps: float = 24.0, *, from_start: bool = True) -> Verdict:
+def judge(frames: np.ndarray, scene: AskedScene, fps: float = 24.0, *, from_start: bool = True) -> Verdict:
     """Perceive uint8 [T, H, W, 3] frames and compare them with `scene`; see `compare`."""
     return compare(perceive(frames, fps), scene, from_start=from_start)
 
@@ -84,48 +98,52 @@ def perceive(frames: np.ndarray, fps: float = 24.0) -> Percept:
     return Percept(tuple(sprite for sprite in sprites if sprite is not None), background.name, count)
 
 
-def compare(percept: Percept, scene: Scene, *, from_start: bool = True) -> Verdict:
-    """Compare a percept with a scene, each object with the one that suits it best.
+def compare(percept: Percept, scene: AskedScene, *, from_start: bool = True) -> Verdict:
+    """Compare a percept with a scene or request, each object with the one that suits it best.
 
     A bouncing object has turned round at some later time: without `from_start` its opposite direction counts too.
     """
     pairs = assign(scene.sprites, percept.sprites)
-    found = [sprite for _, sprite in pairs]
 
     def right(name: str) -> bool:
-        return all(seen is not None and getattr(seen, name) == getattr(asked, name) for asked, seen in pairs)
+        return all(
+            seen is not None and getattr(seen, name) in allowed(asked, name, from_start=from_start)
+            for asked, seen in pairs
+        )
 
     color, shape = right("color"), right("shape")
-    motion = all(
-        seen is not None and seen.motion in allowed_motions(asked, from_start=from_start) for asked, seen in pairs
-    )
     return Verdict(
         color=color,
         shape=shape,
         size=right("size"),
-        motion=motion,
-        background=percept.background == scene.background,
+        motion=right("motion"),
+        background=scene.background in (None, percept.background),
         count=percept.count == len(scene.sprites) and len(percept.sprites) == len(scene.sprites),
-        both=(color and shape and None not in found) if len(scene.sprites) > 1 else None,
+        both=(color and shape) if len(scene.sprites) > 1 else None,
         pairs=pairs,
     )
 
 
-def allowed_motions(asked: Sprite, *, from_start: bool) -> set[str]:
-    """Return the motions that count as the one asked for."""
-    is_turning = not from_start and asked.edge == "bounce" and asked.motion in OPPOSITE
-    return {asked.motion, OPPOSITE[asked.motion]} if is_turning else {asked.motion}
+def allowed(asked: AskedSprite, name: str, *, from_start: bool = True) -> tuple[str, ...]:
+    """Return the values of a property that fulfil the request."""
+    value = getattr(asked, name)
+    if value is None:
+        return {"size": tuple(SIZES), "motion": MOTIONS}[name]
+    if name == "motion" and not from_start and asked.edge == "bounce" and value in OPPOSITE:
+        return value, OPPOSITE[value]
+    return (value,)
 
 
 def assign(
-    asked: tuple[Sprite, ...], seen: tuple[PerceivedSprite, ...]
-) -> tuple[tuple[Sprite, PerceivedSprite | None], ...]:
+    asked: tuple[AskedSprite, ...], seen: tuple[PerceivedSprite, ...]
+) -> tuple[tuple[AskedSprite, PerceivedSprite | None], ...]:
     """Pair the asked sprites with distinct seen ones so that most properties agree."""
     candidates: list[PerceivedSprite | None] = [*seen, *([None] * len(asked))]
+    worth = {"color": 4.0, "shape": 2.0, "size": 1.0, "motion": 1.0}
 
     def agreement(chosen: tuple[PerceivedSprite | None, ...]) -> float:
         return sum(
-            0.1 + 4 * (b.color == a.color) + 2 * (b.shape == a.shape) + (b.size == a.size) + (b.motion == a.motion)
+            0.1 + sum(weight * (getattr(b, name) in allowed(a, name)) for name, weight in worth.items())
             for a, b in zip(asked, chosen, strict=True)
             if b is not None
         )
@@ -185,52 +203,52 @@ class Patches:
     corner: np.ndarray  # [N, 2] row and column of the first pixel; may be negative
     soft: np.ndarray  # [N, P, P] coverage in [0, 1]
     solid: np.ndarray  # [N, P, P] bool, covered by half or more
-    colors: np.ndarray  # [N, 3] uint8, typical colour of the object in each frame
+    colors: np.ndarray  # [N, 3] in [0, 255], mean colour of the object in each frame
 
 
 def cut_patches(frames: np.ndarray, blob: Blob, background: Background) -> Patches:
     """Cut the object out and divide each pixel's difference from the background by the object's own."""
-    height, width = frames.shape[1:3]
-    middle_y, half_y = torus_extent(blob.masks.sum(2))
-    middle_x, half_x = torus_extent(blob.masks.sum(1))
-    half = int(min(max(half_y, half_x) + 6, min(height, width) // 2 - 1))
+    middle_y, half_y = torus_extent(blob.masks.any(2))
+    middle_x, half_x = torus_extent(blob.masks.any(1))
+    half = int(min(max(half_y, half_x) + PATCH_MARGIN, min(frames.shape[1:3]) // 2 - 1))
     offset = np.arange(-half, half + 1)
-    corner = np.stack([middle_y - half, middle_x - half], 1)
-    rows = ((middle_y[:, None] + offset) % height)[:, :, None]
-    columns = ((middle_x[:, None] + offset) % width)[:, None, :]
-    mask = blob.masks[np.arange(len(rows))[:, None, None], rows, columns]
-    pictures = frames[blob.frames[:, None, None], rows, columns]
-    bare = background.picture_HW3[rows, columns]
-    difference = pictures.astype(np.float32) - bare
+    rows, columns = middle_y[:, None] + offset, middle_x[:, None] + offset
+
+    def cut(pictures: Iterable[np.ndarray]) -> np.ndarray:
+        places = zip(pictures, rows, columns, strict=False)
+        return np.stack([p.take(r, 0, mode="wrap").take(c, 1, mode="wrap") for p, r, c in places])
+
+    mask = cut(blob.masks)
+    pictures = cut(frames[index] for index in blob.frames)
+    bare = cut(itertools.repeat(background.picture_HW3, len(rows)))
+    difference = pictures - bare
     strength = np.where(mask, np.einsum("nyxc,nyxc->nyx", difference, difference), 0.0)
-    # the half of the object that differs most is free of the soft edge
-    colors = np.stack([inner_color(p, s) for p, s in zip(pictures, strength, strict=True)])
+    # squared differences of at least half the greatest: the object without its soft edge
+    inner = strength >= np.maximum(0.5 * strength.max((1, 2), keepdims=True), 1.0)
+    total = np.einsum("nyx,nyxc->nc", inner.astype(np.float32), pictures.astype(np.float32))
+    colors = total / np.maximum(inner.sum((1, 2)), 1)[:, None]
     contrast = np.median(colors, axis=0).astype(np.float32) - bare
     cover = np.einsum("nyxc,nyxc->nyx", difference, contrast) / np.einsum("nyxc,nyxc->nyx", contrast, contrast)
-    near = dilate(mask)
-    cover = np.where(near, cover, 0.0)
-    return Patches(corner, np.clip(2 * cover - 0.5, 0, 1).astype(np.float32), cover > 0.5, colors)
+    cover = np.where(dilate(mask), cover, 0.0)
+    soft = np.clip(2 * cover - 0.5, 0, 1).astype(np.float32)
+    return Patches(np.stack([rows[:, 0], columns[:, 0]], 1), soft, cover > 0.5, colors)
 
 
-def inner_color(picture: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """Median colour of the stronger half of the pixels with positive strength."""
-    positive = strength[strength > 0]
-    return np.median(picture[strength >= max(np.median(positive), 1e-6)], axis=0).astype(np.uint8)
-
-
-def torus_extent(counts_NL: np.ndarray) -> tuple[np.ndarray, int]:
-    """Circular mean of each row of counts, and the greatest distance from it that the typical row reaches."""
-    length = counts_NL.shape[1]
-    turn = np.exp(2j * math.pi * np.arange(length) / length)
-    middle = np.round(np.angle(counts_NL @ turn) / (2 * math.pi) * length).astype(int) % length
+def torus_extent(occupied_NL: np.ndarray) -> tuple[np.ndarray, int]:
+    """Circular mean of each row of booleans, and the greatest distance from it that a typical row reaches."""
+    length = occupied_NL.shape[1]
+    turn = 2 * math.pi * np.arange(length, dtype=np.float32) / length
+    occupied = occupied_NL.astype(np.float32)
+    middle = np.round(np.arctan2(occupied @ np.sin(turn), occupied @ np.cos(turn)) / (2 * math.pi) * length)
+    middle = middle.astype(int) % length
     distance = np.abs((np.arange(length) - middle[:, None] + length // 2) % length - length // 2)
-    reach = np.where(counts_NL > 0, distance, 0).max(1)
+    reach = np.where(occupied_NL, distance, 0).max(1)
     return middle, int(np.percentile(reach, 95))
 
 
 def name_color(colors_N3: np.ndarray) -> str:
     """Name the colour that most frames show."""
-    names = nearest_color(colors_N3)
+    names = nearest_color(colors_N3.round().astype(np.uint8))
     known = names[names >= 0]
     if len(known) * 2 < len(names):
         return UNKNOWN

@@ -7,14 +7,18 @@ a seed alone; the judge sees pixels alone; the verdict compares what the judge s
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from longvideo.evaluation.judge import Percept, Verdict, compare, perceive
-from longvideo.evaluation.sheet import film_strip, plot_curves
+from longvideo.evaluation.judge import AskedScene, Percept, Verdict, compare, judge, perceive
+from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scene
 
@@ -24,26 +28,28 @@ OPENING_SECONDS = 4.0
 CUT_LAG_FRAMES = 4  # a latent frame lasts 4 pixel frames, so a cut may be smeared over as many
 CUT_DIFFERENCE = 8.0  # mean absolute grey levels across CUT_LAG_FRAMES; motion alone stays below 4
 CUT_PROMINENCE = 2.0  # times the median of the clip
-SHOWN_FAILURES = 12
+SHOWN_CLIPS = 12
+SHOWN_FRAMES = 8
+SECOND_STRIDE = 3  # every third frame tells colour and shape
 QUESTIONS = ("count", "color", "shape", "size", "motion", "background", "both")
 
-Generate = Callable[[list[str], float, int], Iterator[np.ndarray]]
-"""(prompt of every shot, seconds of a shot, seed) -> uint8 [T, H, W, 3] pieces of one video, in order."""
+Generate = Callable[[list[str], float, int], Iterable[np.ndarray]]
+"""(prompt of every shot, seconds in all, seed) -> uint8 [T, H, W, 3] pieces of one video, in order."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One video to make and judge: `scenes` and `prompts` have an entry a shot, `seconds` is the length of a shot."""
+    """One video to make and judge; `scenes`, `prompts` and `seconds` have an entry for each shot."""
 
-    scenes: tuple[Scene, ...]
+    scenes: tuple[AskedScene, ...]
     prompts: tuple[str, ...]
-    seconds: float
+    seconds: tuple[float, ...]
     seed: int
 
     @property
-    def shot_frames(self) -> int:
-        """Frames asked for in a shot."""
-        return round(self.seconds * FPS)
+    def starts(self) -> list[int]:
+        """Frame at which each shot is asked to begin."""
+        return [round(sum(self.seconds[:shot]) * FPS) for shot in range(len(self.scenes))]
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class ShotResult:
     """What one shot showed; `cut_frame` is None for the first shot and when no cut was found near `asked_frame`."""
 
     prompt: str
-    scene: Scene
+    scene: AskedScene
     percept: Percept
     verdict: Verdict
     asked_frame: int = 0
@@ -81,19 +87,21 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right answers with the 95 % interval of Wilson (1927)."""
+    """How many answers were right."""
 
     right: int
     total: int
-    share: float = field(init=False)
-    low: float = field(init=False)
-    high: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        share, low, high = wilson_interval(self.right, self.total)
-        object.__setattr__(self, "share", share)
-        object.__setattr__(self, "low", low)
-        object.__setattr__(self, "high", high)
+    @property
+    def share(self) -> float:
+        """Right answers over all."""
+        return self.right / self.total if self.total else float("nan")
+
+    def record(self) -> dict[str, float]:
+        """Return the numbers with the 95 % interval, ready for JSON."""
+        low, high = wilson_interval(self.right, self.total)
+        rounded = {"share": round(self.share, 4), "low": round(low, 4), "high": round(high, 4)}
+        return {"right": self.right, "total": self.total, **rounded}
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,8 @@ class Report:
             "num_videos": self.num_videos,
             "seconds": self.seconds,
             "num_shots": self.num_shots,
-            "opening": {name: asdict(score) for name, score in self.opening.items()},
-            "shots": {name: asdict(score) for name, score in self.shots.items()},
+            "opening": {name: score.record() for name, score in self.opening.items()},
+            "shots": {name: score.record() for name, score in self.shots.items()},
             "by_second": self.curves,
             "motion_by_opening": self.motion_curve,
             "confusions": self.confusions,
@@ -125,7 +133,10 @@ class Report:
 
 
 def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, split: str = "heldout") -> list[Task]:
-    """Return `num` tasks of `shots` shots. Neighbouring shots differ in background, so that a cut can be seen."""
+    """Return `num` tasks of `shots` shots of `seconds` each.
+
+    Neighbouring shots differ in background: with the same one, two videos of small objects hardly differ as pictures.
+    """
     tasks = []
     for index in range(num):
         first = (seed * num + index) * shots * len(QUESTIONS)
@@ -137,86 +148,95 @@ def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, spli
                 scenes.append(scene)
             candidate += 1
         prompts = tuple(caption(scene, first + shot) for shot, scene in enumerate(scenes))
-        tasks.append(Task(tuple(scenes), prompts, seconds, seed=seed * num + index))
+        tasks.append(Task(tuple(scenes), prompts, (seconds,) * shots, seed=seed * num + index))
     return tasks
 
 
-def evaluate(generate: Generate, tasks: Sequence[Task], *, out: Path | None = None) -> Report:
-    """Generate and judge every task one after another; with `out`, write results.json and pictures there."""
-    return evaluate_videos(make_videos(generate, tasks), out=out)
+def evaluate(generate: Generate, tasks: Sequence[Task], *, out: Path | None = None, workers: int = 1) -> Report:
+    """Generate and judge every task; with `out`, write results.json and pictures there."""
+    return evaluate_videos(make_videos(generate, tasks), out=out, workers=workers)
 
 
 def make_videos(generate: Generate, tasks: Iterable[Task]) -> Iterator[tuple[Task, np.ndarray]]:
     """Run `generate` on each task and yield the task with its whole video."""
     for task in tasks:
-        yield task, np.concatenate(list(generate(list(task.prompts), task.seconds, task.seed)))
+        yield task, np.concatenate(list(generate(list(task.prompts), sum(task.seconds), task.seed)))
 
 
-def evaluate_videos(videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | None = None) -> Report:
-    """Judge (task, uint8 [T, H, W, 3]) pairs as they arrive; with `out`, write results.json and pictures there."""
-    results: list[TaskResult] = []
-    failures: list[tuple[str, np.ndarray]] = []
-    successes: list[tuple[str, np.ndarray]] = []
+def evaluate_videos(videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | None = None, workers: int = 1) -> Report:
+    """Judge (task, uint8 [T, H, W, 3]) pairs as they arrive; with `out`, write results.json and pictures there.
+
+    `workers` above 1 judges in that many processes while the next videos are made.
+    """
     tasks: list[Task] = []
-    for task, frames in videos:
-        result = judge_video(task, frames)
+    results: list[TaskResult] = []
+    right: list[tuple[str, np.ndarray]] = []
+    wrong: list[tuple[str, np.ndarray]] = []
+    for task, shown, result in judge_videos(videos, workers=workers):
         tasks.append(task)
         results.append(result)
-        shown = frames[:: max(1, len(frames) // 96)].copy()
-        wrong = [f"shot {i + 1} {q}" for i, shot in enumerate(result.shots) for q in wrong_answers(shot.verdict)]
-        line = " / ".join(task.prompts)
-        if wrong and len(failures) < SHOWN_FAILURES:
-            failures.append((f"[{', '.join(wrong)}] {line}", shown))
-        elif not wrong and len(successes) < SHOWN_FAILURES:
-            successes.append((line, shown))
+        failed = [f"shot {i} {q}" for i, shot in enumerate(result.shots, 1) for q in wrong_answers(shot.verdict)]
+        line = f"{task.seed}: {' / '.join(task.prompts)}"
+        clips, line = (wrong, f"[{', '.join(failed)}] {line}") if failed else (right, line)
+        if len(clips) < SHOWN_CLIPS:
+            clips.append((line, shown))
     report = summarize(results, tasks)
     if out is not None:
-        write_report(report, out, failures=failures, successes=successes)
+        write_report(report, out, failures=wrong, successes=right)
     return report
+
+
+def judge_videos(
+    videos: Iterable[tuple[Task, np.ndarray]], *, workers: int
+) -> Iterator[tuple[Task, np.ndarray, TaskResult]]:
+    """Yield each task with a few frames of its video and the result, in order."""
+
+    def few(frames: np.ndarray) -> np.ndarray:
+        return frames[spaced_indices(len(frames), SHOWN_FRAMES)]
+
+    if workers <= 1:
+        for task, frames in videos:
+            yield task, few(frames), judge_video(task, frames)
+        return
+    # a forked child would inherit the CUDA context of a generating parent
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting: deque[tuple[Task, np.ndarray, Future[TaskResult]]] = deque()
+        for task, frames in videos:
+            waiting.append((task, few(frames), pool.submit(judge_video, task, frames)))
+            while len(waiting) > 2 * workers or (waiting and waiting[0][2].done()):
+                done, shown, future = waiting.popleft()
+                yield done, shown, future.result()
+        for done, shown, future in waiting:
+            yield done, shown, future.result()
 
 
 def judge_video(task: Task, frames: np.ndarray) -> TaskResult:
     """Judge one video: shots at the cuts found, and for a single shot also every second to the end."""
     opening = round(OPENING_SECONDS * FPS)
-    starts, cuts = shot_starts(frames, num_shots=len(task.scenes), shot_frames=task.shot_frames)
+    cuts = [find_cut(frames, asked) if shot else None for shot, asked in enumerate(task.starts)]
+    # a shot is judged from where it begins; where no cut was found, from where it was asked
+    begins = [asked if cut is None else cut for asked, cut in zip(task.starts, cuts, strict=True)]
     shots = []
     for index, (scene, prompt) in enumerate(zip(task.scenes, task.prompts, strict=True)):
-        end = starts[index + 1] - CUT_LAG_FRAMES if index + 1 < len(starts) else len(frames)
-        window = frames[starts[index] : min(end, starts[index] + opening)]
-        percept = perceive(window, FPS)
-        shots.append(
-            ShotResult(prompt, scene, percept, compare(percept, scene), index * task.shot_frames, cuts[index])
-        )
+        first = min(begins[index] + (CUT_LAG_FRAMES if index else 0), len(frames) - 1)
+        last = begins[index + 1] - CUT_LAG_FRAMES if index + 1 < len(begins) else len(frames)
+        percept = perceive(frames[first : max(first + 1, min(last, first + opening))], FPS)
+        shots.append(ShotResult(prompt, scene, percept, compare(percept, scene), task.starts[index], cuts[index]))
     if len(task.scenes) > 1:
         return TaskResult(task.seed, len(frames), tuple(shots))
-    scene = task.scenes[0]
     return TaskResult(
         task.seed,
         len(frames),
         tuple(shots),
-        by_second=tuple(compare(perceive(window, FPS), scene) for window in whole_windows(frames, FPS)),
-        by_opening=tuple(compare(perceive(window, FPS), scene) for window in whole_windows(frames, opening)),
+        by_second=judge_windows(frames[::SECOND_STRIDE], task.scenes[0], FPS // SECOND_STRIDE),
+        by_opening=judge_windows(frames, task.scenes[0], opening),
     )
 
 
-def whole_windows(frames: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Yield consecutive windows of `length` frames; a remainder of at least half the length counts as one."""
-    for start in range(0, len(frames), length):
-        window = frames[start : start + length]
-        if len(window) * 2 >= length:
-            yield window
-
-
-def shot_starts(frames: np.ndarray, *, num_shots: int, shot_frames: int) -> tuple[list[int], list[int | None]]:
-    """Return for each shot its first settled frame, and the cut found within one chunk of where it was asked."""
-    starts: list[int] = [0]
-    cuts: list[int | None] = [None]
-    for shot in range(1, num_shots):
-        asked = min(shot * shot_frames, len(frames) - 1)
-        cut = find_cut(frames, asked)
-        cuts.append(cut)
-        starts.append(min((asked if cut is None else cut) + CUT_LAG_FRAMES, len(frames) - 1))
-    return starts, cuts
+def judge_windows(frames: np.ndarray, scene: AskedScene, length: int) -> tuple[Verdict, ...]:
+    """Judge consecutive windows of `length` frames; a remainder of at least half the length counts as one."""
+    starts = [start for start in range(0, len(frames), length) if 2 * (len(frames) - start) >= length]
+    return tuple(judge(frames[start : start + length], scene, FPS, from_start=start == 0) for start in starts)
 
 
 def find_cut(frames: np.ndarray, asked: int, *, reach: int = CHUNK_FRAMES) -> int | None:
@@ -256,13 +276,13 @@ def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> Report:
     motion = [share([r.by_opening[i] for r in results if i < len(r.by_opening)], "motion") for i in range(openings)]
     return Report(
         num_videos=len(results),
-        seconds=tasks[0].seconds if tasks else 0.0,
-        num_shots=len(tasks[0].scenes) if tasks else 0,
+        seconds=max((sum(task.seconds) for task in tasks), default=0.0),
+        num_shots=max((len(task.scenes) for task in tasks), default=0),
         opening=scores(first),
         shots=shots,
         curves=curves,
         motion_curve=motion,
-        confusions=count_confusions(every),
+        confusions=count_confusions(shot.verdict for shot in every),
         results=tuple(results),
     )
 
@@ -287,27 +307,28 @@ def wrong_answers(verdict: Verdict) -> list[str]:
     return [name for name in QUESTIONS if getattr(verdict, name) is False]
 
 
-def count_confusions(shots: Iterable[ShotResult]) -> dict[str, int]:
-    """Count (asked, seen) pairs that differ, as 'motion: left -> zigzag', the most frequent first."""
-    counts: dict[str, int] = {}
-    for shot in shots:
-        for asked, seen in shot.verdict.pairs:
-            for name in ("color", "shape", "size", "motion"):
-                wanted, got = getattr(asked, name), getattr(seen, name) if seen is not None else "missing"
-                if wanted != got:
-                    key = f"{name}: {wanted} -> {got}"
-                    counts[key] = counts.get(key, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+def count_confusions(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """Count what was asked and what was seen instead, as 'motion: left -> zigzag', the most frequent first."""
+    return dict(Counter(name for verdict in verdicts for name in confusion_names(verdict)).most_common())
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float, float]:
-    """Return the share and the bounds of Wilson's score interval (JASA 22, 1927)."""
+def confusion_names(verdict: Verdict) -> Iterator[str]:
+    """Yield 'property: asked -> seen' for everything that differs."""
+    for asked, seen in verdict.pairs:
+        for name in ("color", "shape", "size", "motion"):
+            wanted, got = getattr(asked, name), getattr(seen, name) if seen is not None else "missing"
+            if wanted not in (None, got):
+                yield f"{name}: {wanted} -> {got}"
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the bounds of the score interval for a share (Wilson, JASA 22, 1927)."""
     if total == 0:
-        return float("nan"), 0.0, 1.0
-    p = right / total
-    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return p, max(0.0, float(middle - half)), min(1.0, float(middle + half))
+        return 0.0, 1.0
+    share = right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def write_report(
@@ -331,6 +352,5 @@ def write_report(
         ).save(out / "scores.png")
     for name, clips in (("failures.png", failures), ("successes.png", successes)):
         if clips:
-            film_strip([frames for _, frames in clips], captions=[line for line, _ in clips], scale=0.6).save(
-                out / name
-            )
+            sheet = film_strip([frames for _, frames in clips], captions=[line for line, _ in clips], scale=0.6)
+            sheet.save(out / name)

@@ -1,0 +1,42 @@
+"""Captions say what the scene holds, and are read back without loss."""
+
+import pytest
+
+from longvideo.errors import UserError
+from longvideo.evaluation.request import Request, RequestedSprite, read_caption
+from longvideo.shapeworld.captions import caption
+from longvideo.shapeworld.world import TRAVELLING, Scene, sample_scene
+
+
+def summary(scene: Scene | Request, *, sizes: bool = True) -> tuple:
+    sprites = {
+        (s.shape, s.color, s.size if sizes else None, s.motion, s.edge if s.motion in TRAVELLING else None)
+        for s in scene.sprites
+    }
+    return sprites, scene.background
+
+
+def test_five_hundred_captions_are_read_back_exactly():
+    for seed in range(500):
+        scene = sample_scene(seed, split="heldout" if seed % 2 else "train")
+        assert summary(read_caption(caption(scene, seed))) == summary(scene), caption(scene, seed)
+
+
+def test_what_a_caption_leaves_out_is_none():
+    for seed in range(200):
+        scene = sample_scene(seed, split="train")
+        request = read_caption(caption(scene, seed, omit=1.0))
+        assert request.background is None
+        assert all(sprite.size is None for sprite in request.sprites)
+        assert summary(request)[0] == summary(scene, sizes=False)[0]
+
+
+def test_free_wording_is_understood_as_far_as_it_goes():
+    assert read_caption("A red ball, the best ever") == Request(
+        (RequestedSprite("circle", "red", None, None, "wrap"),), None
+    )
+
+
+def test_a_caption_without_shapes_is_a_user_error():
+    with pytest.raises(UserError, match="names 0 coloured shapes"):
+        read_caption("a horse gallops over a meadow")
