@@ -67,7 +67,8 @@ def iterate_frames(
 ) -> Iterator[Tensor]:
     """Yield frames uint8 [H, W, 3] from `start_seconds` on, one by one.
 
-    fps: frames a second of the result, each the nearest frame of the file in time (the later of two); None keeps those of the file.
+    fps: frames a second of the result, each the nearest frame of the file in time (the later of two equally near);
+        None keeps those of the file.
     size: (height, width) of the result, by scaling and cropping the centre; None keeps that of the file.
     Raises UserError when the file is missing, no video, or damaged.
     """
