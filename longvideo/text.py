@@ -36,6 +36,9 @@ class TextEncoder(nn.Module):
     tokenizer: ends each prompt with </s>, pads with id 0.
     """
 
+    model: UMT5EncoderModel
+    tokenizer: Tokenizer
+
     def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
         super().__init__()
         self.model = model

@@ -103,7 +103,9 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
 
     console = Console(soft_wrap=True)
     console.print(f"[bold]{folder.path}[/bold]", highlight=False)
-    table = Table("part", "class", "parameters", "dtype", "size", "weights", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("part", "class", "parameters", "dtype", "size", "weights"):
+        table.add_column(heading, no_wrap=True)
     for part in parts:
         table.add_row(
             part.name,
