@@ -10,19 +10,7 @@ ROOMS = {
     "longvideo.infer": "infer",
     "longvideo.configs": "configs",
 }
-DATA_FILES = [
-    "py.typed",
-    "*.yaml",
-    "*.json",
-    "*.jsonl",
-    "*.txt",
-    "*.safetensors",
-    "*.html",
-    "*.css",
-    "*.js",
-    "*.png",
-    "*.svg",
-]
+DATA_SUFFIXES = ("yaml", "json", "jsonl", "txt", "safetensors", "html", "css", "js", "png", "svg")
 
 
 def packages() -> list[str]:
@@ -33,4 +21,8 @@ def packages() -> list[str]:
     return names
 
 
-setup(packages=packages(), package_dir=ROOMS, package_data={"": DATA_FILES})
+setup(
+    packages=packages(),
+    package_dir=ROOMS,
+    package_data={"": ["py.typed", *(f"*.{suffix}" for suffix in DATA_SUFFIXES)]},
+)

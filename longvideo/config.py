@@ -138,7 +138,7 @@ class _Checker:
     source: str
 
     def check(self, value: Any, annotation: Any, key: str) -> Any:
-        """Return `value` ready to be merged, dataclasses inside sequences typed; raise ConfigError where it is wrong."""
+        """Return `value` ready to be merged, dataclasses inside tuples typed; raise ConfigError where it is wrong."""
         annotation, optional = _strip_optional(annotation)
         if (value is None and optional) or _is_open(value):
             return value

@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_every_file_of_the_rooms_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     missing = {place for _, place in shipped_files()} - set(wheel.namelist())
-    assert not missing, f"add their suffix to DATA_FILES in setup.py: {sorted(missing)}"
+    assert not missing, f"add their suffix to DATA_SUFFIXES in setup.py: {sorted(missing)}"
 
 
 def test_files_arrive_unchanged(wheel: zipfile.ZipFile) -> None:
