@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.tensors import own_tensors
-from longvideo.errors import CheckpointError, ConfigError
+from longvideo.errors import CheckpointError
 from longvideo.train.objective import Objective
 from longvideo.train.optimizer import OptimizerConfig
 
@@ -26,8 +26,7 @@ class Engine:
     """
 
     def __init__(self, objective: Objective, config: OptimizerConfig, *, precision: str, device: torch.device):
-        if precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        assert precision in PRECISIONS, precision
         self.objective = objective
         self.device = device
         self.precision = precision

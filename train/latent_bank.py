@@ -27,7 +27,8 @@ class BankConfig:
     """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
 
     refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
-    them between chunks.
+    them between chunks. late_fraction: share of clips that begin up to max_seconds into their first scene; a caption
+    tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
     """
 
     clips: int = 8192
@@ -36,6 +37,7 @@ class BankConfig:
     refresh_every: int = 8
     chunks: int = 4
     cut_fraction: float = 0.35
+    late_fraction: float = 0.4
     max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -50,14 +52,15 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which scene each chunk shows, and the scene's time at the clip's first frame; [N, Q] each."""
+    """Which scene each chunk shows, and the scene's time at the clip's first frame, [N, Q] each; late [N]: see above."""
 
     scene: Tensor
     start_seconds: Tensor
+    late: Tensor
 
 
 class LatentBank:
-    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool."""
+    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool. late: [N]."""
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class LatentBank:
         shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
         self.latents = torch.zeros(shape, dtype=torch.float16, device=pool.device)
         self.scene = torch.zeros(config.clips, config.chunks, dtype=torch.long, device=pool.device)
+        self.late = torch.zeros(config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
         self.groups = config.clips // config.group
         self.contents = 0
@@ -114,6 +118,7 @@ class LatentBank:
         plan = self.plan(content)
         self.latents[place] = self.encode(plan)
         self.scene[place] = plan.scene
+        self.late[place] = plan.late
 
     def plan(self, content: int) -> ClipPlan:
         """Draw the scenes, cuts and times of a group."""
@@ -128,8 +133,12 @@ class LatentBank:
         cut = torch.cat((torch.zeros(count, 1, dtype=torch.bool, device=device), rank < num_cuts), dim=1)
         shot = cut.long().cumsum(1)
         scenes = torch.randint(len(self.pool), (count, chunks), generator=generator, device=device)
-        seconds = rand(count, chunks) * self.config.max_seconds
-        return ClipPlan(scene=scenes.gather(1, shot), start_seconds=seconds.gather(1, shot))
+        late = rand(count) < self.config.late_fraction
+        number = torch.arange(chunks, device=device)
+        opening_chunk = (number * cut).cummax(1).values
+        frames_before = (opening_chunk * self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1)).clamp(min=0)
+        seconds = torch.where(shot == 0, (late * rand(count))[:, None] * self.config.max_seconds, -frames_before / FPS)
+        return ClipPlan(scene=scenes.gather(1, shot), start_seconds=seconds, late=late)
 
     @torch.no_grad()
     def encode(self, plan: ClipPlan) -> Tensor:

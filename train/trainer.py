@@ -17,7 +17,7 @@ from torch import Tensor
 from longvideo.errors import ConfigError, UserError
 from longvideo.train.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.train.ema import ExponentialMovingAverage
-from longvideo.train.engine import Engine
+from longvideo.train.engine import PRECISIONS, Engine
 from longvideo.train.objective import BatchSource, Objective
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.train.run_log import RunLog, StepReport, environment, peak_memory_gib
@@ -37,6 +37,15 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 50
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        if self.log_every < 1 or self.keep_checkpoints < 1:
+            raise ConfigError(
+                f"trainer.log_every={self.log_every} and trainer.keep_checkpoints={self.keep_checkpoints}"
+                " must be at least 1"
+            )
 
 
 class Recipe(Protocol):

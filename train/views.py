@@ -19,7 +19,7 @@ from longvideo.train.objective import seeded
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """chunks: of a view. start_fraction: share of views that begin where the video does.
+    """chunks: of a view. start_fraction: share of views, of clips that are not late, that begin where the video does.
 
     The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
     context_noise_fraction: share of context chunks that get noise of sigma up to context_noise_max, which the model is
@@ -29,7 +29,7 @@ class ViewConfig:
 
     batch: int = 64
     chunks: int = 3
-    start_fraction: float = 0.4
+    start_fraction: float = 0.65
     prompt_dropout: float = 0.1
     context_noise_fraction: float = 0.7
     context_noise_max: float = 0.15
@@ -108,10 +108,10 @@ class ViewSource:
             return torch.randint(limit, shape, generator=generator, device=self.device)
 
         clip = index(self.bank.filled, count)
-        opening = rand(count) < config.start_fraction
+        opening = (rand(count) < config.start_fraction) & ~self.bank.late[clip]
         latest = self.bank.config.chunks - config.chunks
         first_chunk = torch.where(opening | (latest == 0), 0, 1 + index(max(1, latest), count))
-        opening = first_chunk == 0
+        opening = (first_chunk == 0) & ~self.bank.late[clip]
         frame = first_chunk[:, None] * frames_per_chunk + torch.arange(frames, device=self.device)
         clean = self.bank.latents[clip[:, None], :, frame].transpose(1, 2).float()
 

@@ -24,7 +24,7 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="A YAML file or the name of a packaged one, then settings that replace its own,"
+        help="A YAML file or the name of a packaged one (`tiny/vae` or `tiny/ar` when none is given), then settings that replace its own,"
         " such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
     ),
 ]
@@ -65,7 +65,7 @@ def vae(
 
     from longvideo.train.vae import VaeTraining
 
-    _train(VaeTraining, build, arguments or ["tiny/vae"], out, resume, max_minutes, device, dry_run)
+    _train(VaeTraining, build, "tiny/vae", arguments or [], out, resume, max_minutes, device, dry_run)
 
 
 @app.command(no_args_is_help=False)
@@ -92,12 +92,13 @@ def ar(
 
     from longvideo.train.ar import ArTraining
 
-    _train(ArTraining, build, arguments or ["tiny/ar"], out, resume, max_minutes, device, dry_run)
+    _train(ArTraining, build, "tiny/ar", arguments or [], out, resume, max_minutes, device, dry_run)
 
 
 def _train(
     schema: type,
     build: Callable[..., Recipe],
+    default_config: str,
     arguments: list[str],
     out: Path,
     resume: str,
@@ -111,7 +112,8 @@ def _train(
     from longvideo.config import find_config, load_config, to_yaml
 
     overrides = [argument for argument in arguments if "=" in argument]
-    files = [find_config(argument) for argument in arguments if "=" not in argument]
+    names = [argument for argument in arguments if "=" not in argument] or [default_config]
+    files = [find_config(name) for name in names]
     config = load_config(schema, files, overrides)
 
     from longvideo.train.trainer import Trainer

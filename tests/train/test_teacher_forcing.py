@@ -1,0 +1,214 @@
+"""The bank of latents, the views drawn from it, and the objective of the transformer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.model.config import TransformerConfig
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.shapeworld.captions import vocabulary
+from longvideo.text import TextEncoder
+from longvideo.train.captions import tokenize_captions
+from longvideo.train.engine import Engine
+from longvideo.train.latent_bank import BankConfig, LatentBank
+from longvideo.train.objective import seeded
+from longvideo.train.optimizer import OptimizerConfig
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.views import ViewConfig, ViewSource
+
+from .toy import CPU, small_autoencoder, small_pool
+
+SPEC = ChunkSpec(grid_height=1, grid_width=2, chunk_frames=2, window_frames=6, sink_frames=0, pin_shots=False)
+BANK = BankConfig(clips=8, initial_clips=4, group=2, refresh_every=3)
+TEXT_LEN = 48
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder.build_tiny(vocabulary(), text_len=TEXT_LEN)
+
+
+def small_bank(config: BankConfig = BANK) -> LatentBank:
+    return LatentBank(
+        small_autoencoder(), small_pool(), config, chunk_frames=SPEC.chunk_frames, seed=3, precision="fp32"
+    )
+
+
+def view_source(encoder: TextEncoder, config: ViewConfig, bank: BankConfig = BANK) -> ViewSource:
+    tokens = tokenize_captions(small_pool().scenes, encoder, phrasings=2, omit=0.0, device=CPU)
+    return ViewSource(
+        small_bank(bank), tokens, config, FlowSchedule(5.0), seed=3, tokens_per_chunk=SPEC.tokens_per_chunk
+    )
+
+
+def small_objective(encoder: TextEncoder) -> TeacherForcing:
+    config = TransformerConfig(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=128,
+        ffn_dim=32,
+        num_layers=2,
+        text_len=TEXT_LEN,
+    )
+    transformer = CausalTransformer(config)
+    transformer.initialize(torch.Generator().manual_seed(0))
+    return TeacherForcing(
+        transformer,
+        encoder,
+        TeacherForcingConfig(),
+        spec=SPEC,
+        num_chunks=3,
+        schedule=FlowSchedule(5.0),
+        device=CPU,
+    )
+
+
+def test_bank_of_a_resumed_run_equals_that_of_an_uninterrupted_one() -> None:
+    whole, resumed = small_bank(), small_bank()
+    whole.start(0)
+    assert whole.filled == 4
+    for step in range(1, 20):
+        whole.advance(step)
+    assert whole.filled == 8
+    resumed.start(19)
+    assert torch.equal(whole.latents, resumed.latents)
+    assert torch.equal(whole.scene, resumed.scene)
+    resumed.start(2)
+    assert not torch.equal(whole.latents, resumed.latents)
+
+
+def test_bank_streams_what_one_pass_encodes() -> None:
+    bank = small_bank()
+    plan = bank.plan(0)
+    frames = 4 * SPEC.chunk_frames * BANK.chunks - 3
+    chunk = torch.cat((torch.zeros(5), torch.arange(8, 8 * BANK.chunks) // 8)).long()
+    seconds = plan.start_seconds[:, chunk] + torch.arange(frames) / 24
+    video, _ = bank.pool.draw(plan.scene[:, chunk], seconds)
+    with torch.no_grad():
+        moments, _ = bank.autoencoder.encode(video)
+    expected = bank.autoencoder.normalize(moments.chunk(2, 1)[0])
+    torch.testing.assert_close(bank.encode(plan), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cuts_fall_between_chunks_in_the_asked_share_of_clips() -> None:
+    bank = small_bank(replace(BANK, clips=256, initial_clips=256, group=256))
+    scene = bank.plan(0).scene
+    cuts = (scene[:, 1:] != scene[:, :-1]).sum(1)
+    assert 0.22 < (cuts > 0).float().mean() < 0.45
+    assert cuts.max() == 2
+
+
+def test_views_say_what_they_hold(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(batch=64, start_fraction=0.5, image_fraction=0.5, phrasings=2))
+    source.start(0)
+    batch = source.batch(0)
+    bank = source.bank
+    opening = (batch.loss_mask[:, 1] == 1).nonzero().flatten()
+    later = (batch.loss_mask[:, 1] == 0).nonzero().flatten()
+    assert 16 < len(opening) < 48
+    assert (batch.loss_mask[later, 2:] == 1).all() and (batch.loss_mask[later, :2] == 0).all()
+    given = opening[batch.loss_mask[opening, 0] == 0]
+    assert len(given) > 4 and (batch.sigma[given, 0] == 0).all() and (batch.sigma[given, 1] > 0).all()
+    firsts = bank.latents[: bank.filled, :, :6].float()
+    for row in opening:
+        assert (firsts == batch.clean[row]).flatten(1).all(1).any()
+    for row in later:
+        assert (bank.latents[: bank.filled, :, 2:].float() == batch.clean[row]).flatten(1).all(1).any()
+    assert (batch.sigma[:, 2] == batch.sigma[:, 3]).all() and not (batch.sigma[:, 2] == batch.sigma[:, 4]).all()
+    assert batch.context_sigma.max() <= 0.15
+    assert 0.55 < (batch.context_sigma > 0).float().mean() < 0.85
+
+
+def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> None:
+    cutting = replace(BANK, cut_fraction=1.0)
+    source = view_source(encoder, ViewConfig(batch=32, prompt_dropout=0.25, start_fraction=1.0, phrasings=2), cutting)
+    source.start(0)
+    batch = source.batch(1)
+    tokens, bank = source.tokens, source.bank
+    dropped = (batch.ids == tokens.empty_ids).all(-1)
+    assert (dropped.any(1) == dropped.all(1)).all()
+    assert 2 < int(dropped.all(1).sum()) < 16
+    firsts = bank.latents[: bank.filled, :, :6].float()
+    for row in (~dropped.all(1)).nonzero().flatten():
+        clips = (firsts == batch.clean[row]).flatten(1).all(1).nonzero().flatten()
+        for chunk in range(3):
+            known = tokens.ids[bank.scene[clips, chunk]].flatten(0, 1)
+            assert (known == batch.ids[row, chunk]).all(-1).any()
+
+
+def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(batch=5, phrasings=2))
+    source.start(0)
+    batch = source.batch(7)
+    objective = small_objective(encoder)
+    with torch.no_grad():
+        torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
+        loss, metrics = objective(batch)
+        context = batch.clean + batch.context_sigma[:, None, :, None, None] * (batch.context_noise - batch.clean)
+        noisy = batch.clean + batch.sigma[:, None, :, None, None] * (batch.noise - batch.clean)
+        total, count, plain = 0.0, 0, 0.0
+        for row in range(5):
+            features = encoder(batch.ids[row], batch.mask[row])
+            one = slice(row, row + 1)
+            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], features)
+            for frame in range(6):
+                if batch.loss_mask[row, frame] == 0:
+                    continue
+                wanted = batch.noise[row, :, frame] - batch.clean[row, :, frame]
+                error = (velocity[0, :, frame] - wanted).square().mean()
+                total += (objective.schedule.loss_weight(batch.sigma[row, frame]) * error).item()
+                plain += error.item()
+                count += 1
+    assert 0 < count < 30
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert metrics["mse"].tolist() == pytest.approx([plain, count], rel=1e-5)
+    buckets = torch.stack([value for name, value in metrics.items() if name.startswith("mse_")])
+    assert buckets.sum(0).tolist() == pytest.approx([plain, count], rel=1e-5)
+
+
+def test_context_only_chunk_gets_no_loss_but_gives_gradient(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(batch=4, start_fraction=0.0, phrasings=2))
+    source.start(0)
+    batch = source.batch(0)
+    objective = small_objective(encoder)
+    torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
+    noise = batch.noise.clone().requires_grad_()
+    context_noise = batch.context_noise.clone().requires_grad_()
+    context_sigma = batch.context_sigma + 0.1
+    loss, _ = objective(replace(batch, noise=noise, context_noise=context_noise, context_sigma=context_sigma))
+    loss.backward()
+    assert noise.grad is not None and context_noise.grad is not None
+    assert (noise.grad[:, :, :2] == 0).all() and (noise.grad[:, :, 2:] != 0).any()
+    assert (context_noise.grad[:, :, :2] != 0).any() and (context_noise.grad[:, :, 4:] == 0).all()
+
+
+def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(batch=8, phrasings=2))
+    source.start(0)
+    objective = small_objective(encoder)
+    engine = Engine(objective, OptimizerConfig(), precision="fp32", device=CPU)
+    before = {name: value.clone() for name, value in engine.weights().items()}
+    batch, losses = source.batch(0), []
+    for _ in range(30):
+        loss, _ = engine.loss(batch)
+        engine.backward(loss)
+        engine.step(1e-2, engine.clip())
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    moved = {name for name, value in engine.weights().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("text_encoder.") for name in moved)
+
+
+def test_impossible_banks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bank.clips=9 must be a multiple of bank.group=2"):
+        BankConfig(clips=9, initial_clips=4, group=2)
+    with pytest.raises(ConfigError, match="bank.initial_clips=8 exceeds bank.clips=4"):
+        BankConfig(clips=4, initial_clips=8, group=2)

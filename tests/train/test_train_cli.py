@@ -1,0 +1,85 @@
+"""`longvideo train`, from the configuration to a model folder, in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+
+from .toy import Toy
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", "vae", "tiny/vae", *Toy.vae, "--out", str(folder / "vae"), "--device", "cpu"]) == 0
+    return folder
+
+
+def ar_arguments(folder: Path, name: str, *more: str) -> list[str]:
+    vae = f"vae={folder / 'vae' / 'model'}"
+    return ["train", "ar", "tiny/ar", vae, *Toy.ar, *more, "--out", str(folder / name), "--device", "cpu"]
+
+
+def test_autoencoder_run_leaves_a_model_with_latent_statistics(trained: Path) -> None:
+    run = trained / "vae"
+    config = ModelFolder.open(run / "model").vae_config
+    assert len(config.latents_std) == 4 and min(config.latents_std) > 0
+    assert any(mean != 0 for mean in config.latents_mean)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert {"psnr", "object", "kl"} <= lines[0].keys() and "val_object" in lines[-1]
+    assert (run / "samples" / "vae_0000004.png").is_file()
+    assert "base_dim: 8" in (run / "config.yaml").read_text()
+    assert {"torch", "commit", "device"} <= json.loads((run / "environment.json").read_text()).keys()
+
+
+def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Path) -> None:
+    assert main(ar_arguments(trained, "whole")) == 0
+    assert main(ar_arguments(trained, "cut", "stages=[{steps: 2}]", "optimizer.schedule=constant")) == 0
+    assert main(ar_arguments(trained, "cut", "optimizer.schedule=constant")) == 0
+    assert main(ar_arguments(trained, "constant", "optimizer.schedule=constant")) == 0
+    weights = [
+        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors")
+        for name in ("cut", "constant", "whole")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert not all(torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
+    folder = ModelFolder.open(trained / "whole" / "model")
+    assert folder.parts == ("transformer", "vae", "text_encoder")
+    assert folder.load_transformer().patch_embedding.weight.dtype == torch.bfloat16
+    assert (trained / "whole" / "samples" / "ar_0000004.png").is_file()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "vae", *Toy.vae, "--out", str(out), "--device", "cpu", "--dry-run", "1"]) == 0
+    assert capsys.readouterr().out.startswith("stage 0 | 4 steps | first ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vae", "optimiser.learning_rate=1"], "unknown key 'optimiser'; nearest is 'optimizer'"),
+        (["vae", "tiny/vea"], "did you mean 'tiny/vae'?"),
+        (["vae", "trainer.precision=fp8"], "trainer.precision='fp8' is unknown; use one of fp32, bf16"),
+        (["ar", "vae=nowhere/model"], "no model 'nowhere/model'"),
+        (["vae", "--max-minutes", "0"], "--max-minutes 0.0 must be above 0"),
+        (["vae", "--device", "abacus"], "--device abacus is no device"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

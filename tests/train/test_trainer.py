@@ -1,0 +1,161 @@
+"""The trainer over a problem of 36 parameters: what a run keeps, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvideo.errors import CheckpointError, ConfigError
+from longvideo.train.ema import ExponentialMovingAverage
+from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.train.trainer import Diverged, Trainer
+
+from .toy import toy_trainer
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    engine = trainer.engine
+    parts = {"weights": engine.weights(), "optimizer": engine.optimizer_state(), "ema": trainer.ema.state()}
+    return {f"{part}/{name}": tensor.clone() for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path) -> None:
+    whole = toy_trainer(tmp_path / "whole", 40)
+    assert whole.run()
+    # stopped in mid-run: the checkpoint of step 20 is the newest when the second process starts
+    first = toy_trainer(tmp_path / "cut", 40)
+    window = __import__("longvideo.train.trainer", fromlist=["Window"]).Window(first.device)
+    for step in range(20):
+        first.one_step(step, window)
+    first.save(20)
+    second = toy_trainer(tmp_path / "cut", 40)
+    assert second.run(resume="auto")
+    assert_same_bits(state_of(whole), state_of(second))
+    assert torch.equal(whole.recipe.exported[-1], second.recipe.exported[-1])
+
+
+def test_loss_falls_thirtyfold(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 150)
+    trainer.run()
+    losses = [record["loss"] for record in records(tmp_path) if "loss" in record]
+    assert losses[-1] < losses[0] / 30
+
+
+def test_run_stops_at_the_deadline_and_goes_on(tmp_path: Path) -> None:
+    stopped = toy_trainer(tmp_path, 20)
+    assert not stopped.run(deadline=-math.inf)
+    assert (tmp_path / "model").is_dir()
+    again = toy_trainer(tmp_path, 20)
+    assert again.run(resume="auto")
+    assert again.checkpoints.steps() == [10, 20]
+
+
+def test_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 20)
+    trainer.run()
+    part = tmp_path / "checkpoints" / ".step_0000030.part"
+    part.mkdir()
+    (part / "weights.safetensors").write_bytes(b"cut short")
+    assert toy_trainer(tmp_path, 20).restore("auto") == 20
+    newest = tmp_path / "checkpoints" / "step_0000020" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match="step_0000020 is damaged"):
+        toy_trainer(tmp_path, 20).restore("auto")
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 40, keep_checkpoints=3)
+    trainer.run()
+    assert trainer.checkpoints.steps() == [20, 30, 40]
+
+
+def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, 10).run()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        toy_trainer(tmp_path, 10).run(resume="never")
+    with pytest.raises(ConfigError, match="--resume sometimes is unknown"):
+        toy_trainer(tmp_path, 10).run(resume="sometimes")
+
+
+def test_step_without_finite_gradient_changes_nothing(tmp_path: Path) -> None:
+    from longvideo.train.trainer import Window
+
+    trainer = toy_trainer(tmp_path, 10, bad_steps=frozenset({3}))
+    window = Window(trainer.device)
+    for step in range(3):
+        trainer.one_step(step, window)
+    before = {name: value for name, value in state_of(trainer).items() if not name.startswith("ema")}
+    trainer.one_step(3, window)
+    after = {name: value for name, value in state_of(trainer).items() if not name.startswith("ema")}
+    assert_same_bits(before, after)
+    assert int(trainer.engine.skipped) == 1
+    trainer.one_step(4, window)
+    assert not torch.equal(before["weights/linear.weight"], trainer.engine.weights()["linear.weight"])
+
+
+def test_run_that_never_recovers_raises(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset(range(5, 40)), max_skipped_steps=12)
+    with pytest.raises(Diverged, match="15 steps up to step 20"):
+        trainer.run()
+
+
+def test_average_equals_its_definition() -> None:
+    weight = torch.nn.Parameter(torch.zeros(5))
+    average = ExponentialMovingAverage({"weight": weight}, decay=0.7)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for step in range(50):
+        with torch.no_grad():
+            weight += torch.randn(5, generator=torch.Generator().manual_seed(step))
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight.detach().double()
+        average.update(step)
+    torch.testing.assert_close(average.state()["weight"].double(), expected, rtol=1e-6, atol=1e-6)
+    trained = weight.detach().clone()
+    with average.applied():
+        assert torch.equal(weight, average.state()["weight"])
+    assert torch.equal(weight, trained)
+
+
+def test_metrics_are_weighted_means_over_the_window(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 5)
+    trainer.run()
+    logged = records(tmp_path)[0]
+    assert logged["step"] == 5
+    assert logged["weighted"] == pytest.approx(logged["loss"] / 2, rel=1e-5)
+    assert logged["worst"] > logged["loss"]
+
+
+def test_step_line_reads_as_documented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy_trainer(tmp_path, 5).run()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step"))
+    pattern = (
+        r"step 5/5 \| loss \d+\.\d{4} \| grad \d+\.\d\d \| lr \d\.\de-\d\d \| [\d.]+ m?s"
+        r" \| [\d.]+[kMG]? row/s \| [\d.]+ GiB \| eta 0m00s \| worst"
+    )
+    assert re.match(pattern, line), line
+
+
+def test_learning_rate_warms_up_and_follows_its_segments() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=10, final_fraction=0.1)
+    rate = rate_schedule(config, [RateSegment(50), RateSegment(50, 0.5)])
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(9) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.09)))
+    assert rate(50) == pytest.approx(0.5 * 0.55)
+    assert rate(100) == pytest.approx(0.5 * 0.1)
+    constant = rate_schedule(OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0), [RateSegment(9)])
+    assert {constant(step) for step in range(9)} == {1.0}

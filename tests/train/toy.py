@@ -1,0 +1,132 @@
+"""The smallest thing a trainer can run, and small ShapeWorld parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.train.objective import Objective, ratio, seeded
+from longvideo.train.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.scenes import ScenePool, sample_scenes
+from longvideo.train.trainer import Trainer, TrainerConfig
+from longvideo.train.vae import AutoencoderShape, build_autoencoder
+from longvideo.vae.autoencoder import Autoencoder
+
+CPU = torch.device("cpu")
+
+
+class Regression(Objective):
+    """Learn a fixed linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        nn.init.constant_(self.linear.weight, 0.1)
+        nn.init.zeros_(self.linear.bias)
+        self.target = torch.linspace(-1, 1, 32).view(4, 8)
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (self.linear(batch) - batch @ self.target.T).square().mean(1)
+        return error.mean(), {"worst": error.max(), "weighted": ratio(error.sum(), torch.tensor(2.0 * len(error)))}
+
+
+class Numbers:
+    unit = "row"
+
+    def __init__(self, bad_steps: frozenset[int] = frozenset()):
+        self.bad_steps = bad_steps
+
+    def batch(self, step: int) -> Tensor:
+        batch = torch.randn(16, 8, generator=seeded(torch.Generator(), 0, step))
+        return batch * float("nan") if step in self.bad_steps else batch
+
+    def size(self, step: int) -> int:
+        return 16
+
+
+class ToyRecipe:
+    def __init__(self, steps: int, bad_steps: frozenset[int] = frozenset()):
+        self.objective = Regression()
+        self.source = Numbers(bad_steps)
+        self.segments = [RateSegment(steps)]
+        self.exported: list[Tensor] = []
+
+    def start(self, step: int) -> None: ...
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        return {"half_step": step / 2}
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.exported.append(self.objective.linear.weight.detach().clone())
+
+
+def toy_trainer(folder: Path, steps: int, *, bad_steps: frozenset[int] = frozenset(), **config) -> Trainer:
+    settings = {"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config
+    return Trainer(
+        ToyRecipe(steps, bad_steps),
+        folder,
+        config=TrainerConfig(**settings),
+        optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=5),
+        device=CPU,
+    )
+
+
+def small_pool(count: int = 12, *, height: int = 32, width: int = 64) -> ScenePool:
+    scenes = sample_scenes(count, seed=0, split="train", pair_fraction=0.5)
+    return ScenePool(scenes, height=height, width=width, device=CPU)
+
+
+def small_autoencoder() -> Autoencoder:
+    shape = AutoencoderShape(base_dim=8, decoder_base_dim=8, z_dim=4)
+    return build_autoencoder(shape.build(), seed=0, device=CPU)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Overrides that make the packaged configurations run in seconds."""
+
+    vae: tuple[str, ...] = (
+        "stages=[{frames: 5, height: 32, width: 32, batch: 2, steps: 4}]",
+        "model.base_dim=8",
+        "model.decoder_base_dim=8",
+        "model.z_dim=4",
+        "scenes.count=12",
+        "scenes.height=32",
+        "scenes.width=64",
+        "validation.clips=2",
+        "validation.shown=1",
+        "validation.batch=2",
+        "validation.statistics_clips=2",
+        "trainer.precision=fp32",
+        "trainer.log_every=2",
+        "trainer.sample_every=0",
+    )
+    ar: tuple[str, ...] = (
+        "stages=[{steps: 4}]",
+        "model.num_attention_heads=2",
+        "model.attention_head_dim=12",
+        "model.ffn_dim=32",
+        "model.num_layers=2",
+        "model.text_len=48",
+        "scenes.count=12",
+        "scenes.height=32",
+        "scenes.width=64",
+        "settings.height=32",
+        "settings.width=64",
+        "settings.steps=2",
+        "bank.clips=8",
+        "bank.initial_clips=4",
+        "bank.group=2",
+        "bank.refresh_every=2",
+        "views.batch=2",
+        "rollout.prompts=2",
+        "rollout.shown=1",
+        "rollout.chunks=2",
+        "trainer.precision=fp32",
+        "trainer.log_every=2",
+        "trainer.sample_every=0",
+    )
