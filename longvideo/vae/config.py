@@ -73,9 +73,9 @@ class AutoencoderConfig:
                 f"scale_factor_temporal={self.scale_factor_temporal}, wanted {2 ** sum(self.temperal_downsample)}: "
                 "2 for each True in temperal_downsample"
             )
-        pairs = zip(self.dim_mult[:-1], self.dim_mult[1:], (*self.temperal_downsample[1:], None))
-        # The parameter-free shortcuts move the halved axes into channels, so a level can widen by 1, 2, 4 or 8 at most.
-        for narrow, wide, halves_time in pairs:
+        # The parameter-free shortcuts trade halved axes for channels, so a level can widen by no more than it shrinks.
+        narrow_to_wide = zip((1, *self.dim_mult[:-1]), self.dim_mult, strict=True)
+        for (narrow, wide), halves_time in zip(narrow_to_wide, (*self.temperal_downsample, None), strict=True):
             most = 1 if halves_time is None else 8 if halves_time else 4
             if wide % narrow or most % (wide // narrow):
                 raise ConfigError(
@@ -85,7 +85,7 @@ class AutoencoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AutoencoderConfig":
         """Read a diffusers config.json. Keys starting with "_" are metadata; any other unknown key is an error."""
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        given: dict[str, Any] = {key: values[key] for key in values if not key.startswith("_")}
         # Wan2.2's published file carries this key, which the class it names never reads.
         given.pop("clip_output", None)
         known = {field.name for field in fields(cls)}
@@ -96,7 +96,8 @@ class AutoencoderConfig:
             raise ConfigError(f"autoencoder config lacks the keys {missing}")
         if given.get("decoder_base_dim") is None:
             given["decoder_base_dim"] = given["base_dim"]
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        for key, value in given.items():
+            given[key] = tuple(value) if isinstance(value, list) else value
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, kernel_size[1] // 2, kernel_size[2] // 2))
         self.history = kernel_size[0] - 1
 
-    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         past = memory.recall()
         if past is None:
             x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, self.history, 0))
@@ -66,7 +66,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST_LENGTH)
-        return x * (self.gamma.shape[0] ** 0.5 / length) * self.gamma
+        # Under autocast the gain is fp32; what is kept for the backward pass stays as narrow as what came in.
+        return (x * (self.gamma.shape[0] ** 0.5 / length) * self.gamma).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
