@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 import types
 from typing import Annotated
 
@@ -12,7 +11,8 @@ from longvideo.cli import main as cli
 from longvideo.errors import ConfigError
 
 HEAVY = ("torch", "diffusers", "transformers", "av", "matplotlib", "peft")
-HELP_SECONDS = 3.0
+# processor time, which does not grow when the machine is busy; a third of a second when nothing heavy is imported
+HELP_SECONDS = 1.5
 
 ERRORS = {
     "user": ConfigError("steps is 0, wanted 1 or more"),
@@ -114,10 +114,9 @@ def test_a_group_without_a_command_prints_its_help(capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["data"], ["eval"], ["info"]])
 def test_help_starts_quickly_and_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (
-        "import sys; from longvideo.cli.main import main; code = main(sys.argv[1:]);"
-        f"print('heavy:', [name for name in {HEAVY} if name in sys.modules]); sys.exit(code)"
+        "import sys, time; from longvideo.cli.main import main; code = main(sys.argv[1:]);"
+        f"print(); print([name for name in {HEAVY} if name in sys.modules], time.process_time()); sys.exit(code)"
     )
-    start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments, "--help"],
         capture_output=True,
@@ -126,8 +125,8 @@ def test_help_starts_quickly_and_imports_nothing_heavy(arguments: list[str]) -> 
         env={**os.environ, "COLUMNS": "100"},
         check=False,
     )
-    seconds = time.perf_counter() - start
     assert result.returncode == 0, result.stderr
     assert "Usage: longvideo" in result.stdout
-    assert result.stdout.endswith("heavy: []\n")
-    assert seconds < HELP_SECONDS
+    heavy, seconds = result.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < HELP_SECONDS
