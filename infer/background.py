@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 class Background(Iterator[T], Generic[T]):
     """Iterate over `source` in a thread that is at most `capacity` finished items ahead.
 
-    `source` builds the iterator inside the thread, so thread-local settings (streams, thread counts, gradient mode) hold
-    for it. An error in the thread is raised by the call that waits for the next item, at once: items that were finished
-    before it are dropped. `close` stops the thread after the item it is busy with and waits for it.
+    `source` builds the iterator inside the thread, so that settings of a thread (stream, gradient mode) hold for it. An
+    error in the thread is raised by the call that waits for the next item, at once: items that were finished before it
+    are dropped. `close` stops the thread after the item it is busy with and waits for it.
     """
 
-    def __init__(self, source: Callable[[], Iterator[T]], *, capacity: int, name: str) -> None:
+    def __init__(self, source: Callable[[], Generator[T, None, None]], *, capacity: int, name: str) -> None:
         self._source = source
         self._slots = threading.Semaphore(capacity)
         self._finished: queue.SimpleQueue[T | None] = queue.SimpleQueue()  # None: the thread has ended
@@ -71,6 +71,6 @@ class Background(Iterator[T], Generic[T]):
         except BaseException as error:  # noqa: BLE001 - not swallowed: raised where the caller waits
             self._error = error
         finally:
-            if iterator is not None and hasattr(iterator, "close"):
-                iterator.close()  # type: ignore[union-attr]
+            if iterator is not None:
+                iterator.close()
             self._finished.put(None)

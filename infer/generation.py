@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -70,14 +70,14 @@ class GeneratedChunk:
 
 def generate_chunks(
     models: Models, steps: Iterator[Step], sampling: Sampling, *, first_latent: Tensor | None = None
-) -> Iterator[GeneratedChunk]:
+) -> Generator[GeneratedChunk, None, None]:
     """Make the chunks of one video (or of a batch that shares its cuts), in order.
 
     On CUDA, denoising and decoding run in threads of their own, at most two chunks ahead of each other and of the
     caller; on a CPU they take turns. first_latent: [B, C, 1, H, W], normalised, held as the first latent frame.
     """
     denoise = partial(_denoise, models, steps, sampling, first_latent)
-    if models.device.type == "cpu":
+    if not runs_concurrently(models):
         yield from _decode(models, denoise())
         return
     latents = Background(denoise, capacity=CHUNKS_AHEAD, name="denoise")
@@ -87,6 +87,11 @@ def generate_chunks(
     finally:
         latents.close()  # first, or the decode worker would wait for one more chunk
         frames.close()
+
+
+def runs_concurrently(models: Models) -> bool:
+    """Say whether denoising and decoding have hardware of their own: on a CPU they would take it from each other."""
+    return models.device.type == "cuda" or models.decode_device.type == "cuda"
 
 
 @torch.inference_mode()
@@ -110,7 +115,7 @@ class _LatentChunk:
 
 def _denoise(
     models: Models, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
-) -> Iterator[_LatentChunk]:
+) -> Generator[_LatentChunk, None, None]:
     begun: deque[tuple[Step, float]] = deque()
     prompts = _Prompts(models, guided=sampling.guidance != 1.0)
 
@@ -132,7 +137,7 @@ def _denoise(
         yield _LatentChunk(step, latents, mark_ready(latents), began)
 
 
-def _decode(models: Models, chunks: Iterator[_LatentChunk]) -> Iterator[GeneratedChunk]:
+def _decode(models: Models, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
     decoder = ChunkDecoder(models.autoencoder)
     for chunk in chunks:
         frames = decoder.decode(chunk.latents, chunk.step.num_frames, ready=chunk.ready)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, encode_first_frame, generate_chunks
@@ -19,6 +21,7 @@ from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
+from longvideo.vae.config import AutoencoderConfig
 
 __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
@@ -43,19 +46,28 @@ class StreamingPipeline:
     ) -> StreamingPipeline:
         """Load a shipped name ("tiny"), a folder or a hub id.
 
-        device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another GPU
-        decodes while the first denoises. dtype: bfloat16 where the hardware multiplies it, else float32.
+        device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another
+        GPU decodes while the first denoises. dtype: bfloat16 where the hardware multiplies it, else float32.
         Raises UserError when the device is not there, CheckpointError when the folder is not whole.
         """
+        return cls.load(ModelFolder.open(name), device=device, decode_device=decode_device, dtype=dtype)
+
+    @classmethod
+    def load(
+        cls,
+        folder: ModelFolder,
+        *,
+        device: str | torch.device | None = None,
+        decode_device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StreamingPipeline:
+        """Load the weights of an opened folder; arguments as in `from_pretrained`."""
         where = pick_device(device)
         decode_where = where if decode_device is None else pick_device(decode_device)
-        folder = ModelFolder.open(name)
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
             transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
-            autoencoder = pool.submit(
-                folder.load_vae, device=decode_where, dtype=dtype or pick_dtype(decode_where)
-            )
+            autoencoder = pool.submit(folder.load_vae, device=decode_where, dtype=dtype or pick_dtype(decode_where))
             models = Models(
                 transformer=transformer.result(),
                 autoencoder=autoencoder.result(),
@@ -72,7 +84,7 @@ class StreamingPipeline:
 
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
         """Return the chunks that `stream` would make of the same prompts and seconds."""
-        return plan_chunks(as_script(prompts, seconds), self._timing())
+        return plan_chunks(as_script(prompts, seconds), self._timing)
 
     def stream(
         self,
@@ -83,7 +95,7 @@ class StreamingPipeline:
         guidance: float | None = None,
         seed: int = 0,
         image: Path | str | Tensor | None = None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Yield frames, uint8 [T, H, W, 3], chunk by chunk as they are made.
 
         prompts: one prompt a shot, each shown equally long, `seconds` in all; or a Script, which has its own lengths.
@@ -94,10 +106,9 @@ class StreamingPipeline:
         script = as_script(prompts, seconds)
         options = SamplingOptions(steps, guidance, seed)
         shots = [shot.prompt for shot in script.shots]
-        timeline = planned_steps(plan_chunks(script, self._timing()), [shots])
+        timeline = planned_steps(plan_chunks(script, self._timing), [shots])
         self._warn_unknown_words(shots)
-        chunks = self._generate(timeline, options, [seed], self._first_latent(image))
-        return _frames_only(chunks)
+        return _frames_only(self._generate(timeline, options, [seed], self._first_latent(image)))
 
     def session(
         self,
@@ -110,7 +121,7 @@ class StreamingPipeline:
     ) -> Session:
         """Start a video without an end, whose prompt can be changed while it is made. Arguments as in `stream`."""
         options = SamplingOptions(steps, guidance, seed)
-        live = LiveSteps(prompt, self._timing())
+        live = LiveSteps(prompt, self._timing)
         self._warn_unknown_words([prompt])
         first_latent = self._first_latent(image)
         return Session(
@@ -139,14 +150,14 @@ class StreamingPipeline:
             raise UserError(f"every video needs {len(seconds)} prompts, one for each length in seconds")
         scripts = [Script(tuple(map(ShotRequest, shots, seconds))) for shots in prompts]
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
-        timeline = planned_steps(plan_chunks(scripts[0], self._timing()), prompts)
+        timeline = planned_steps(plan_chunks(scripts[0], self._timing), prompts)
         self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
         chunks = self._generate(timeline, options[0], seeds, None)
         return np.concatenate([chunk.frames for chunk in chunks], axis=1)
 
     def _generate(
         self, steps: Iterator[Step], options: SamplingOptions, seeds: Sequence[int], first_latent: Tensor | None
-    ) -> Iterator[GeneratedChunk]:
+    ) -> Generator[GeneratedChunk, None, None]:
         settings = self.models.settings
         sampling = Sampling(
             solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
@@ -155,10 +166,9 @@ class StreamingPipeline:
         )
         return generate_chunks(self.models, steps, sampling, first_latent=first_latent)
 
+    @property
     def _timing(self) -> ChunkTiming:
-        settings = self.models.settings
-        scale = self.models.autoencoder.config.scale_factor_temporal
-        return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
+        return chunk_timing(self.models.settings, self.models.autoencoder.config)
 
     def _first_latent(self, image: Path | str | Tensor | None) -> Tensor | None:
         if image is None:
@@ -190,6 +200,12 @@ def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> S
     return Script.from_prompts(prompts, seconds=seconds)
 
 
+def chunk_timing(settings: ModelSettings, autoencoder: AutoencoderConfig) -> ChunkTiming:
+    """Return how a model's chunks divide pixel frames."""
+    scale = autoencoder.scale_factor_temporal
+    return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
+
+
 def pick_device(device: str | torch.device | None) -> torch.device:
     """Return a device that is there; None takes CUDA if there is one. Raises UserError for any other."""
     if device is None:
@@ -211,11 +227,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _frames_only(chunks: Iterator[GeneratedChunk]) -> Iterator[np.ndarray]:
-    try:
+def _frames_only(chunks: Generator[GeneratedChunk, None, None]) -> Generator[np.ndarray, None, None]:
+    with closing(chunks):
         for chunk in chunks:
             yield chunk.frames[0]
-    finally:
-        close = getattr(chunks, "close", None)
-        if close is not None:
-            close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 
 from longvideo.infer.generation import GeneratedChunk
@@ -18,7 +18,7 @@ class Session(Iterator[GeneratedChunk]):
     def __init__(
         self,
         steps: LiveSteps,
-        generate: Callable[[LiveSteps], Iterator[GeneratedChunk]],
+        generate: Callable[[LiveSteps], Generator[GeneratedChunk, None, None]],
         check_words: Callable[[str], None],
     ) -> None:
         self._steps = steps
@@ -40,9 +40,7 @@ class Session(Iterator[GeneratedChunk]):
 
     def close(self) -> None:
         """Stop making chunks. Closing twice does nothing."""
-        close = getattr(self._chunks, "close", None)
-        if close is not None:
-            close()
+        self._chunks.close()
 
     def __enter__(self) -> Session:
         return self

@@ -132,7 +132,7 @@ class _Output:
         self.stream: VideoStream = self.container.add_stream("libx264", rate=fps, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         codec: Any = self.stream.codec_context
-        codec.thread_count = 1  # slices of a small frame gain nothing and cost bits; the other cores make the next chunk
+        codec.thread_count = 1  # threads would slice the frame, which costs bits, and take cores from the model
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # limited range
 

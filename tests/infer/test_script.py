@@ -72,7 +72,8 @@ def test_shots_shorter_than_a_chunk_are_refused_with_the_shot_named() -> None:
 def test_yaml_script_is_read(tmp_path) -> None:
     path = tmp_path / "shots.yaml"
     path.write_text(
-        "- prompt: a red ball bounces\n  seconds: 4\n- {prompt: 'at night', seconds: 2.5, cut: false}\n", encoding="utf-8"
+        "- prompt: a red ball bounces\n  seconds: 4\n- {prompt: 'at night', seconds: 2.5, cut: false}\n",
+        encoding="utf-8",
     )
     script = Script.from_yaml(path)
     assert script.shots == (ShotRequest("a red ball bounces", 4.0), ShotRequest("at night", 2.5, cut=False))

@@ -1,0 +1,237 @@
+"""`longvideo generate`: prompts in, a video file that grows chunk by chunk out."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import typer
+
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.script import ChunkPlan, Script
+
+DEFAULT_SECONDS = 10.0
+EXIT_INTERRUPTED = 130
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What the video shows. Each further prompt is a shot after a cut."),
+    ] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(help="YAML list of shots, each with `prompt`, `seconds` and `cut`, instead of prompts."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help=f"Length of the whole video, shared equally by its shots.  [default: {DEFAULT_SECONDS:g}]"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps a chunk: more is slower and finer.  [default: the model's own]")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How strongly to follow the prompt; other than 1 doubles the work.  [default: the model's own]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives another video, the same seed the same one.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from, scaled and cropped to the video.")] = None,
+    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: the GPU if any]")] = None,
+    decode_device: Annotated[
+        str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
+) -> None:
+    """Make a video from prompts, chunk by chunk.
+
+    The file grows while it is made and can be played at any time; after Ctrl-C it holds what was finished.
+
+    `longvideo generate "a red ball bounces on grass" -o ball.mp4`
+
+    `longvideo generate "a red ball bounces" "a blue square spins" --seconds 20 -o two_shots.mp4`
+
+    `longvideo generate --script shots.yaml -o film.mp4`, where `shots.yaml` holds
+
+    `- {prompt: a red ball bounces, seconds: 4}`
+
+    `- {prompt: a small red ball bounces at night, seconds: 6, cut: false}`
+
+    A shot starts at the chunk (1.33 s at 24 frames a second) nearest to where it was asked. With `cut: false` the scene
+    goes on and only the text changes.
+    """
+    started = time.perf_counter()
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.writer import VideoWriter, check_output
+
+    shots = _read_shots(prompts or [], script, seconds)
+    options = SamplingOptions(steps, guidance, seed)
+    check_output(output, overwrite=overwrite)
+    pipeline, plan = _load(model, shots, image, device, decode_device)
+    chunks = _start(pipeline, shots, options, image)
+    tally = Tally(started, plan.num_chunks, plan.num_frames)
+    interrupted = False
+    with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer, _display(tally) as display:
+        try:
+            with closing(chunks):
+                for frames in chunks:
+                    writer.write(frames)
+                    tally.add(len(frames))
+                    display.show(tally)
+        except KeyboardInterrupt:
+            interrupted = True
+    print(_summary(output, tally, pipeline.fps))
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@dataclass
+class Tally:
+    """Counts and times of a run, from the start of the command."""
+
+    started: float
+    num_chunks: int
+    num_frames: int
+    chunks: int = 0
+    frames: int = 0
+    first_frames: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
+
+    def add(self, frames: int) -> None:
+        self.last_at = time.perf_counter()
+        if self.chunks == 0:
+            self.first_at, self.first_frames = self.last_at, frames
+        self.chunks += 1
+        self.frames += frames
+
+    @property
+    def seconds_to_first_frame(self) -> float:
+        return self.first_at - self.started
+
+    @property
+    def frames_a_second(self) -> float | None:
+        """Rate since the first chunk; None until there are two."""
+        return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.chunks > 1 else None
+
+    def line(self) -> str:
+        rate = self.frames_a_second
+        speed = f"{rate:.1f} frames/s" if rate is not None else "-"
+        return (
+            f"chunk {self.chunks}/{self.num_chunks} | {self.frames}/{self.num_frames} frames | {speed}"
+            f" | first frame after {self.seconds_to_first_frame:.1f} s"
+        )
+
+
+class Display(Protocol):
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def show(self, tally: Tally) -> None: ...
+
+
+class PlainLines:
+    """A line a chunk, for logs."""
+
+    def __enter__(self) -> PlainLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def show(self, tally: Tally) -> None:
+        print(tally.line(), file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A bar that stays in its line, for terminals."""
+
+    def __init__(self, tally: Tally) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(bar_width=30), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("making the first chunk", total=tally.num_frames)
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, tally: Tally) -> None:
+        self._progress.update(self._task, completed=tally.frames, description=tally.line())
+
+
+def _display(tally: Tally) -> Display:
+    return ProgressBar(tally) if sys.stderr.isatty() else PlainLines()
+
+
+def _read_shots(prompts: list[str], script: Path | None, seconds: float | None) -> Script:
+    from longvideo.infer.script import Script
+
+    if script is None:
+        return Script.from_prompts(prompts, seconds=DEFAULT_SECONDS if seconds is None else seconds)
+    if prompts:
+        raise UserError("give prompts or --script, not both")
+    if seconds is not None:
+        raise UserError(f"--seconds and --script exclude each other: {script} says how long each shot is")
+    return Script.from_yaml(script)
+
+
+def _load(
+    model: str, shots: Script, image: Path | None, device: str | None, decode_device: str | None
+) -> tuple[StreamingPipeline, ChunkPlan]:
+    """Check all that can be checked without weights, then load them."""
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.data.video import read_image
+    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device
+    from longvideo.infer.script import plan_chunks
+
+    if image is not None:
+        read_image(image)
+    for name in (device, decode_device):
+        pick_device(name)
+    folder = ModelFolder.open(model)
+    plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
+    return StreamingPipeline.load(folder, device=device, decode_device=decode_device), plan
+
+
+def _start(
+    pipeline: StreamingPipeline, shots: Script, options: SamplingOptions, image: Path | None
+) -> Generator[np.ndarray, None, None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        chunks = pipeline.stream(shots, steps=options.steps, guidance=options.guidance, seed=options.seed, image=image)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return chunks
+
+
+def _summary(output: Path, tally: Tally, fps: float) -> str:
+    if tally.chunks == 0:
+        return "no frames were made; nothing was written"
+    rate = tally.frames_a_second
+    speed = f", {rate:.1f} frames/s after the first chunk" if rate is not None else ""
+    return (
+        f"{output}: {tally.frames} frames, {tally.frames / fps:.2f} s at {fps:g} frames/s, "
+        f"{output.stat().st_size / 2**20:.2f} MiB; first frame after {tally.seconds_to_first_frame:.1f} s{speed}"
+    )

@@ -1,0 +1,193 @@
+"""The pipeline on a small random model: frames, seeds, batches, pictures, prompts, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longvideo.errors import CheckpointError, UserError
+from longvideo.infer import generation
+from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
+from tests.infer.conftest import HEIGHT, WIDTH
+
+PROMPTS = ["a red ball bounces", "a blue square spins"]
+
+
+def video(pipeline: StreamingPipeline, prompts, **options) -> np.ndarray:
+    return np.concatenate(list(pipeline.stream(prompts, **options)))
+
+
+def test_chunks_have_the_frames_that_were_asked_for(pipeline: StreamingPipeline) -> None:
+    chunks = list(pipeline.stream(PROMPTS, seconds=4))
+    assert [len(chunk) for chunk in chunks] == [29, 32, 32, 3]
+    assert all(chunk.dtype == np.uint8 and chunk.shape[1:] == (HEIGHT, WIDTH, 3) for chunk in chunks)
+    assert pipeline.plan(PROMPTS, seconds=4).num_chunks == 4
+
+
+def test_a_shorter_video_is_the_beginning_of_a_longer_one(pipeline: StreamingPipeline) -> None:
+    longer = video(pipeline, PROMPTS[0], seconds=3)
+    for seconds in (1 / 24, 0.5, 1.5):
+        assert np.array_equal(video(pipeline, PROMPTS[0], seconds=seconds), longer[: round(seconds * 24)])
+
+
+def test_same_seed_same_bits_and_another_seed_another_video(pipeline: StreamingPipeline) -> None:
+    first, again, other = (video(pipeline, PROMPTS, seconds=3, seed=seed) for seed in (7, 7, 8))
+    assert np.array_equal(first, again)
+    assert np.abs(first.astype(int) - other).mean() > 1
+
+
+def test_the_streamed_video_equals_latents_decoded_at_once(pipeline: StreamingPipeline, monkeypatch) -> None:
+    latents = []
+    rollout = generation.rollout
+
+    def recording(*args, **kwargs):
+        for chunk in rollout(*args, **kwargs):
+            latents.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr(generation, "rollout", recording)
+    streamed = video(pipeline, PROMPTS[0], seconds=93 / 24)
+    autoencoder = pipeline.models.autoencoder
+    with torch.no_grad():
+        whole, _ = autoencoder.decode(autoencoder.denormalize(torch.cat(latents, dim=2)))
+    expected = (whole[0].clamp(-1, 1) + 1) * 127.5
+    assert np.abs(streamed - expected.permute(1, 2, 3, 0).numpy()).max() < 0.51
+
+
+def test_a_batch_holds_what_each_video_is_alone(pipeline: StreamingPipeline) -> None:
+    scripts = [PROMPTS, PROMPTS[::-1]]
+    batch = pipeline.generate_batch(scripts, seconds=[2, 2], seeds=[3, 4], guidance=2.0)
+    assert batch.shape == (2, 96, HEIGHT, WIDTH, 3) and batch.dtype == np.uint8
+    for row, (prompts, seed) in enumerate(zip(scripts, (3, 4), strict=True)):
+        alone = video(pipeline, prompts, seconds=4, seed=seed, guidance=2.0)
+        assert np.abs(alone.astype(int) - batch[row]).max() <= 1
+
+
+def test_prompt_guidance_and_steps_change_the_video(pipeline: StreamingPipeline) -> None:
+    base = video(pipeline, PROMPTS[0], seconds=1)
+    for prompt, options in ((PROMPTS[1], {}), (PROMPTS[0], {"guidance": 3.0}), (PROMPTS[0], {"steps": 4})):
+        assert not np.array_equal(video(pipeline, prompt, seconds=1, **options), base)
+
+
+def test_the_second_shot_leaves_the_first_alone(pipeline: StreamingPipeline) -> None:
+    one, two = video(pipeline, PROMPTS[0], seconds=4), video(pipeline, PROMPTS, seconds=4)
+    changed = np.flatnonzero((one != two).any(axis=(1, 2, 3)))
+    assert changed[0] in range(61, 66)  # asked at frame 48, nearest boundary 61
+
+
+def test_a_first_picture_is_held_as_the_first_frame(pipeline: StreamingPipeline, tmp_path) -> None:
+    pixels = np.zeros((HEIGHT * 3, WIDTH * 2, 3), np.uint8)
+    pixels[..., 0], pixels[:, WIDTH:, 1] = 200, 90
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    frames = video(pipeline, PROMPTS[0], seconds=1, image=tmp_path / "first.png")
+    crop = Image.fromarray(pixels).crop((0, HEIGHT, WIDTH * 2, HEIGHT * 2)).resize((WIDTH, HEIGHT))
+    autoencoder = pipeline.models.autoencoder
+    with torch.no_grad():
+        picture = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        moments, _ = autoencoder.encode(picture)
+        decoded, _ = autoencoder.decode(moments[:, : moments.shape[1] // 2])
+    expected = (decoded[0, :, 0].clamp(-1, 1) + 1) * 127.5
+    difference = np.abs(frames[0] - expected.permute(1, 2, 0).numpy())
+    assert np.median(difference) < 1 and difference.mean() < 2  # the resampling filters differ at the one edge
+    assert not np.array_equal(frames, video(pipeline, PROMPTS[0], seconds=1))
+
+
+def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> None:
+    with pytest.warns(UserWarning, match="never learned 'zebra', 'gallops'"):
+        pipeline.stream(["a red zebra", "a zebra gallops"], seconds=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.stream("a red ball, at night.", seconds=4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("", {"seconds": 4}, "prompt is empty"),
+        ([], {"seconds": 4}, "no prompt given"),
+        (["a", " "], {"seconds": 4}, "prompt 2 is empty"),
+        ("a", {}, "seconds is missing"),
+        ("a", {"seconds": 0}, "has 0 seconds"),
+        ("a", {"seconds": -2}, "has -2 seconds"),
+        ("a", {"seconds": 1e7}, "at most 86400"),
+        ("a", {"seconds": 4, "steps": 0}, "steps is 0"),
+        ("a", {"seconds": 4, "steps": 1001}, "steps is 1001"),
+        ("a", {"seconds": 4, "guidance": -1}, "guidance is -1"),
+        ("a", {"seconds": 4, "guidance": float("nan")}, "guidance is nan"),
+        ("a", {"seconds": 4, "seed": -1}, "seed is -1"),
+        ("a", {"seconds": 4, "image": "nothing.png"}, "no image at nothing.png"),
+        ("a", {"seconds": 4, "image": torch.zeros(3, 3, 3, dtype=torch.uint8)}, "image is torch.uint8"),
+        (["a", "a", "a"], {"seconds": 2}, "give every shot 1.33 s or more"),
+        (Script((ShotRequest("a", 3.0),)), {"seconds": 4}, "leave seconds out"),
+    ],
+)
+def test_wrong_values_are_refused_when_called_not_when_iterated(pipeline, prompts, options, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.stream(prompts, **options)
+
+
+def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline, model_folder) -> None:
+    with pytest.raises(UserError, match="one seed for each video"):
+        pipeline.generate_batch([PROMPTS], seconds=[2, 2], seeds=[1, 2])
+    with pytest.raises(UserError, match="every video needs 1 prompts"):
+        pipeline.generate_batch([PROMPTS], seconds=[2], seeds=[1])
+    with pytest.raises(UserError, match="device 'tpu'"):
+        StreamingPipeline.from_pretrained(model_folder, device="tpu")
+    with pytest.raises(UserError, match="device 'cuda:97' is not there"):
+        StreamingPipeline.from_pretrained(model_folder, device="cuda:97")
+    with pytest.raises(CheckpointError, match="no model 'tinny'.*did you mean 'tiny'"):
+        StreamingPipeline.from_pretrained("tinny")
+
+
+def test_a_decoder_error_is_raised_to_the_caller(pipeline: StreamingPipeline, monkeypatch) -> None:
+    calls = []
+
+    def failing(self, latents, num_frames, *, ready=None):
+        calls.append(num_frames)
+        raise RuntimeError("decoder broke")
+
+    monkeypatch.setattr(generation.ChunkDecoder, "decode", failing)
+    threads = threading.active_count()
+    for concurrent in (False, True):
+        monkeypatch.setattr(generation, "runs_concurrently", lambda models, answer=concurrent: answer)
+        with pytest.raises(RuntimeError, match="decoder broke"):
+            next(pipeline.stream(PROMPTS[0], seconds=600))
+    assert len(calls) == 2 and threading.active_count() == threads
+
+
+def test_threads_change_no_bit_and_end_with_the_stream(pipeline: StreamingPipeline, monkeypatch) -> None:
+    threads = threading.active_count()
+    in_turn = video(pipeline, PROMPTS, seconds=4)
+    monkeypatch.setattr(generation, "runs_concurrently", lambda models: True)
+    assert np.array_equal(video(pipeline, PROMPTS, seconds=4), in_turn)
+    stream = pipeline.stream(PROMPTS[0], seconds=600)
+    assert np.array_equal(next(stream), in_turn[:29])
+    stream.close()
+    assert threading.active_count() == threads
+
+
+def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPipeline) -> None:
+    with pipeline.session(PROMPTS[0], seed=5) as session:
+        chunks = list(islice(session, 2))
+        assert session.set_prompt(PROMPTS[1], mode="keep") == 2
+        chunks += islice(session, 1)
+        assert session.set_prompt(PROMPTS[0], mode="cut") == 3
+        with pytest.raises(UserError, match="empty"):
+            session.set_prompt(" ")
+        with pytest.warns(UserWarning, match="'zebra'"):
+            session.set_prompt("a zebra", mode="keep")
+        chunks += islice(session, 2)
+    assert [chunk.step.index for chunk in chunks] == [0, 1, 2, 3, 4]
+    assert [chunk.step.prompts[0] for chunk in chunks] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], "a zebra", "a zebra"]
+    assert [chunk.step.cut for chunk in chunks] == [False, False, False, True, False]
+    assert all(chunk.seconds > 0 for chunk in chunks)
+    script = Script((ShotRequest(PROMPTS[0], 61 / 24), ShotRequest(PROMPTS[1], 32 / 24, cut=False)))
+    expected = video(pipeline, script, seed=5)
+    assert np.array_equal(np.concatenate([chunk.frames[0] for chunk in chunks[:3]]), expected)
+    assert next(session, None) is None
