@@ -52,7 +52,7 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which scene each chunk shows, and the scene's time at the clip's first frame, [N, Q] each; late [N]: see above."""
+    """scene: what each chunk shows, start_seconds: its time at the clip's first frame, [N, Q]; late [N]: see above."""
 
     scene: Tensor
     start_seconds: Tensor

@@ -11,6 +11,9 @@ import torch
 from longvideo.train.run_log import peak_memory_gib
 from longvideo.train.trainer import Trainer, Window, synchronize
 
+TRACED_STEPS = 3
+LISTED = 20
+
 
 @dataclass(frozen=True)
 class StageProfile:
@@ -24,6 +27,7 @@ class StageProfile:
     rate: float
     unit: str
     memory_gib: float
+    operations: str = ""
 
     def line(self) -> str:
         minutes = self.steps * self.seconds / 60 + self.first_seconds / 60
@@ -34,8 +38,11 @@ class StageProfile:
         )
 
 
-def profile(trainer: Trainer, steps: int) -> Iterator[StageProfile]:
-    """Run 2 + `steps` steps of every stage in turn and yield what they took. Nothing is written."""
+def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[StageProfile]:
+    """Run 2 + `steps` steps of every stage in turn and yield what they took. Nothing is written.
+
+    trace: also list the operations that take longest.
+    """
     trainer.recipe.start(0)
     begin = 0
     for number, segment in enumerate(trainer.recipe.segments):
@@ -56,6 +63,7 @@ def profile(trainer: Trainer, steps: int) -> Iterator[StageProfile]:
             rate=size / seconds,
             unit=trainer.recipe.source.unit,
             memory_gib=peak_memory_gib(trainer.device),
+            operations=_operations(trainer, begin) if trace else "",
         )
         begin += segment.steps
 
@@ -78,3 +86,15 @@ def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
         trainer.recipe.source.batch(step)
     synchronize(trainer.device)
     return (time.monotonic() - began) / count
+
+
+def _operations(trainer: Trainer, step: int) -> str:
+    """Return a table of the operations of three steps that take most time of their own."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as recorded:
+        _timed(trainer, step, TRACED_STEPS)
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=order, row_limit=LISTED, max_name_column_width=90)

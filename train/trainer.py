@@ -102,7 +102,13 @@ class Trainer:
         self.recipe.start(step)
         saved, sampled = step, step
         window = Window(self.device)
+        starts = segment_starts(self.recipe.segments)
         while step < self.total_steps and time.monotonic() < deadline:
+            if step in starts and step > saved:
+                # the first step of a stage may compile for longer than the time that is left
+                with window.paused():
+                    self.save(step)
+                saved = step
             self.one_step(step, window)
             step += 1
             if step % self.config.log_every == 0 or step == self.total_steps:
@@ -234,6 +240,11 @@ class Window:
         self.steps = 0
         self.size = 0
         self.began = time.monotonic()
+
+
+def segment_starts(segments: Sequence[RateSegment]) -> set[int]:
+    """Return the first steps of all segments."""
+    return {sum(segment.steps for segment in segments[:number]) for number in range(len(segments))}
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,8 +24,8 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="A YAML file or the name of a packaged one (`tiny/vae` or `tiny/ar` when none is given), then settings that replace its own,"
-        " such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
+        help="A YAML file or the name of a packaged one (`tiny/vae` or `tiny/ar` when none is given), then settings"
+        " that replace its own, such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: checkpoints, metrics, samples and the model.")]
@@ -39,6 +39,7 @@ Device = Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the
 DryRun = Annotated[
     int, typer.Option("--dry-run", metavar="STEPS", help="Time this many steps of each stage, write nothing, and end.")
 ]
+Trace = Annotated[bool, typer.Option(help="With `--dry-run`: also list the operations that take longest.")]
 
 
 @app.command(no_args_is_help=False)
@@ -49,6 +50,7 @@ def vae(
     max_minutes: MaxMinutes = None,
     device: Device = None,
     dry_run: DryRun = 0,
+    trace: Trace = False,
 ) -> None:
     """Train the video autoencoder on ShapeWorld.
 
@@ -65,7 +67,7 @@ def vae(
 
     from longvideo.train.vae import VaeTraining
 
-    _train(VaeTraining, build, "tiny/vae", arguments or [], out, resume, max_minutes, device, dry_run)
+    _train(VaeTraining, build, "tiny/vae", arguments or [], out, resume, max_minutes, device, dry_run, trace)
 
 
 @app.command(no_args_is_help=False)
@@ -76,6 +78,7 @@ def ar(
     max_minutes: MaxMinutes = None,
     device: Device = None,
     dry_run: DryRun = 0,
+    trace: Trace = False,
 ) -> None:
     """Train the causal transformer and its text encoder on latents of ShapeWorld, by teacher forcing.
 
@@ -92,7 +95,7 @@ def ar(
 
     from longvideo.train.ar import ArTraining
 
-    _train(ArTraining, build, "tiny/ar", arguments or [], out, resume, max_minutes, device, dry_run)
+    _train(ArTraining, build, "tiny/ar", arguments or [], out, resume, max_minutes, device, dry_run, trace)
 
 
 def _train(
@@ -105,6 +108,7 @@ def _train(
     max_minutes: float | None,
     device: str | None,
     dry_run: int,
+    trace: bool,
 ) -> None:
     began = time.monotonic()
     if max_minutes is not None and max_minutes <= 0:
@@ -125,8 +129,10 @@ def _train(
     if dry_run:
         from longvideo.train.profile import profile
 
-        for stage in profile(trainer, dry_run):
+        for stage in profile(trainer, dry_run, trace=trace):
             typer.echo(stage.line())
+            if stage.operations:
+                typer.echo(stage.operations)
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(to_yaml(config))

@@ -12,7 +12,7 @@ from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.shapeworld.captions import vocabulary
+from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.engine import Engine
@@ -25,7 +25,7 @@ from longvideo.train.views import ViewConfig, ViewSource
 from .toy import CPU, small_autoencoder, small_pool
 
 SPEC = ChunkSpec(grid_height=1, grid_width=2, chunk_frames=2, window_frames=6, sink_frames=0, pin_shots=False)
-BANK = BankConfig(clips=8, initial_clips=4, group=2, refresh_every=3)
+BANK = BankConfig(clips=8, initial_clips=4, group=2, refresh_every=3, late_fraction=0.0)
 TEXT_LEN = 48
 
 
@@ -142,6 +142,16 @@ def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> Non
         for chunk in range(3):
             known = tokens.ids[bank.scene[clips, chunk]].flatten(0, 1)
             assert (known == batch.ids[row, chunk]).all(-1).any()
+
+
+def test_captions_are_tokenised_as_prompts_are(encoder: TextEncoder) -> None:
+    scenes = small_pool().scenes
+    table = tokenize_captions(scenes, encoder, phrasings=2, omit=0.0, device=CPU)
+    ids, mask = encoder.tokenize([caption(scene, 2 * i + p) for i, scene in enumerate(scenes) for p in range(2)])
+    assert torch.equal(table.ids.flatten(0, 1), ids) and torch.equal(table.mask.flatten(0, 1), mask)
+    empty_ids, empty_mask = encoder.tokenize([""])
+    count = empty_ids.shape[1]
+    assert torch.equal(table.empty_ids[:count], empty_ids[0]) and int(table.empty_mask.sum()) == int(empty_mask.sum())
 
 
 def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:

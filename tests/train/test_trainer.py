@@ -13,7 +13,7 @@ import torch
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.train.ema import ExponentialMovingAverage
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
-from longvideo.train.trainer import Diverged, Trainer
+from longvideo.train.trainer import Diverged, Trainer, Window
 
 from .toy import toy_trainer
 
@@ -39,7 +39,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path) -> Non
     assert whole.run()
     # stopped in mid-run: the checkpoint of step 20 is the newest when the second process starts
     first = toy_trainer(tmp_path / "cut", 40)
-    window = __import__("longvideo.train.trainer", fromlist=["Window"]).Window(first.device)
+    window = Window(first.device)
     for step in range(20):
         first.one_step(step, window)
     first.save(20)
@@ -93,8 +93,6 @@ def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
 
 
 def test_step_without_finite_gradient_changes_nothing(tmp_path: Path) -> None:
-    from longvideo.train.trainer import Window
-
     trainer = toy_trainer(tmp_path, 10, bad_steps=frozenset({3}))
     window = Window(trainer.device)
     for step in range(3):
