@@ -106,7 +106,9 @@ class TextEncoder(nn.Module):
         return list(dict.fromkeys(text[start:end] for start, end in spans))
 
     def _encode_one(self, prompt: str) -> Tensor:
-        version = sum(parameter._version for parameter in self.model.parameters()) + id(self.model)
+        # tensors made in inference mode count no versions, and cannot be changed outside it
+        counted = (parameter for parameter in self.model.parameters() if not parameter.is_inference())
+        version = sum(parameter._version for parameter in counted) + id(self.model)
         if version != self._features_version or self.training:
             self._features.clear()
             self._features_version = version
