@@ -1,0 +1,178 @@
+"""`longvideo generate`: the file it makes, Ctrl-C, and every kind of bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from longvideo.cli.main import main
+
+
+def probe(path: Path) -> tuple[int, float, tuple[int, int]]:
+    """Decode a file; return its frames, rate and size."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = sum(1 for _ in container.decode(video=0))
+        return frames, float(stream.average_rate or 0), (stream.height, stream.width)
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return main(["generate", "--model", str(folder), "--device", "cpu", *arguments])
+
+
+def test_two_prompts_make_a_file_of_the_asked_length(model_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.mp4"
+    code = run(model_folder, "a red ball", "a blue square", "--seconds", "4", "-o", str(out))
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert probe(out) == (96, 24.0, (32, 64))
+    assert "96 frames, 4.00 s at 24 frames/s" in printed.out and printed.out.count("\n") == 1
+    lines = [line for line in printed.err.splitlines() if line.startswith("chunk")]
+    assert len(lines) == 4 and lines[-1].startswith("chunk 4/4 | 96/96 frames | ")
+
+
+def test_a_script_a_picture_and_overwriting(model_folder: Path, tmp_path: Path, capsys) -> None:
+    script, picture, out = tmp_path / "shots.yaml", tmp_path / "first.png", tmp_path / "out.mkv"
+    script.write_text("- {prompt: a red ball, seconds: 2}\n- {prompt: a blue zebra, seconds: 2.5, cut: false}\n")
+    Image.fromarray(np.full((50, 50, 3), 200, np.uint8)).save(picture)
+    out.write_text("old")
+    code = run(model_folder, "--script", str(script), "--image", str(picture), "--overwrite", "-o", str(out))
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert probe(out)[0] == 108
+    assert "warning: the model never learned 'zebra'" in printed.err
+
+
+def test_ctrl_c_leaves_what_was_made(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model_folder), "--device", "cpu", "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("chunk 3/"):
+            break
+    playable_while_running = probe(out)[0]
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    frames = probe(out)[0]
+    assert frames >= 93 >= playable_while_running >= 61
+    assert f"out.mp4: {frames} frames" in stdout
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, threading, time, os\n"
+        "from longvideo.infer import generation\n"
+        "from longvideo.cli.main import main\n"
+        "def slow(*arguments, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "    yield\n"
+        "generation.rollout = slow\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out.mp4"
+    out.write_text("old")
+    arguments = ["generate", "a red ball", "--model", str(model_folder), "--device", "cpu", "--overwrite"]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *arguments, "-o", str(out)], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and time.monotonic() - started < 60
+    assert "nothing was written" in done.stdout
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.mp4"]
+
+
+BAD = {
+    "no prompt": ([], "no prompt given"),
+    "empty prompt": ([""], "the prompt is empty"),
+    "empty second prompt": (["a", "  "], "prompt 2 is empty"),
+    "zero seconds": (["a", "--seconds", "0"], "has 0 seconds"),
+    "negative seconds": (["a", "--seconds", "-4"], "has -4 seconds"),
+    "absurd seconds": (["a", "--seconds", "1e12"], "at most 86400"),
+    "seconds that are no number": (["a", "--seconds", "long"], "long"),
+    "too short for its shots": (["a", "b", "--seconds", "1"], "give every shot 1.33 s or more"),
+    "zero steps": (["a", "--steps", "0"], "steps is 0; it must be from 1 to 1000"),
+    "too many steps": (["a", "--steps", "5000"], "steps is 5000"),
+    "negative guidance": (["a", "--guidance", "-1"], "guidance is -1; it must be from 0 to 50"),
+    "absurd guidance": (["a", "--guidance", "1000"], "guidance is 1000"),
+    "negative seed": (["a", "--seed", "-1"], "seed is -1"),
+    "unknown model": (["a", "--model", "{tmp}/nothing"], "nothing"),
+    "model that is a file": (["a", "--model", "{tmp}/text.png"], "wanted a model folder"),
+    "unknown device": (["a", "--device", "abacus"], "device 'abacus'"),
+    "absent device": (["a", "--decode-device", "cuda:64"], "device 'cuda:64' is not there"),
+    "picture that is none": (["a", "--image", "{tmp}/text.png"], "text.png is not an image"),
+    "picture that is absent": (["a", "--image", "{tmp}/none.png"], "no image at"),
+    "script and prompt": (["a", "--script", "{tmp}/good.yaml"], "not both"),
+    "script and seconds": (["--script", "{tmp}/good.yaml", "--seconds", "3"], "exclude each other"),
+    "absent script": (["--script", "{tmp}/none.yaml"], "cannot read the script"),
+    "script with an unknown key": (["--script", "{tmp}/key.yaml"], "shot 1 has the unknown key 'secs'"),
+    "script with a negative length": (["--script", "{tmp}/negative.yaml"], "shot 2 has -1 seconds"),
+    "output that exists": (["a", "-o", "{tmp}/old.mp4"], "old.mp4 exists"),
+    "output of another kind": (["a", "-o", "{tmp}/new.gif"], "must end in .mp4 or .mkv"),
+    "output in no folder": (["a", "-o", "{tmp}/none/new.mp4"], "is not a folder"),
+    "output that cannot be written": (["a", "-o", "/proc/self/new.mp4"], "cannot write /proc/self/new.mp4"),
+    "unknown option": (["a", "--secnds", "4"], "--secnds"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_code_two(name: str, model_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "old.mp4": "old",
+        "text.png": "no picture",
+        "good.yaml": "- {prompt: a, seconds: 2}",
+        "key.yaml": "- {prompt: a, secs: 2}",
+        "negative.yaml": "- {prompt: a, seconds: 2}\n- {prompt: b, seconds: -1}",
+    }
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    arguments, message = BAD[name]
+    assert run(model_folder, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and "Traceback" not in printed.err
+    assert printed.out == ""
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "misshapen", "no index"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_damaged_folder_is_one_line_and_code_two(
+    part: str, damage: str, model_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (weights,) = (folder / part).glob("*.safetensors")
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "misshapen":
+        tensors = load_file(weights)
+        name = next(iter(tensors))
+        save_file({**tensors, name: tensors[name].flatten()[:1].clone()}, weights)
+    else:
+        (folder / "model_index.json").unlink()
+    assert run(folder, "a red ball") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert ("model_index.json" if damage == "no index" else part) in printed.err
+    assert not (tmp_path / "out.mp4").exists()
