@@ -23,8 +23,10 @@ class Objective(nn.Module):
 class BatchSource(Protocol):
     """Batches as a function of the step alone, so that a resumed run sees what an uninterrupted one would."""
 
-    unit: str
-    """What `size` counts, for the step line: "tok", "frame"."""
+    @property
+    def unit(self) -> str:
+        """What `size` counts, for the step line: "tok", "frame"."""
+        ...
 
     def batch(self, step: int) -> Any: ...
 

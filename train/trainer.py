@@ -51,9 +51,14 @@ class TrainerConfig:
 class Recipe(Protocol):
     """What is trained and on what, and what is made of it on the way. Built by `train.vae` and `train.ar`."""
 
-    objective: Objective
-    source: BatchSource
-    segments: Sequence[RateSegment]
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def source(self) -> BatchSource: ...
+
+    @property
+    def segments(self) -> Sequence[RateSegment]: ...
 
     def start(self, step: int) -> None:
         """Get ready to give the batch of `step`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longvideo.train.objective import Objective, ratio, seeded
@@ -48,11 +50,10 @@ class Numbers:
 
 
 class ToyRecipe:
-    def __init__(self, steps: int, bad_steps: frozenset[int] = frozenset()):
+    def __init__(self, segments: Sequence[RateSegment], bad_steps: frozenset[int]):
         self.objective = Regression()
         self.source = Numbers(bad_steps)
-        self.segments = [RateSegment(steps)]
-        self.exported: list[Tensor] = []
+        self.segments = segments
 
     def start(self, step: int) -> None: ...
 
@@ -61,13 +62,14 @@ class ToyRecipe:
 
     def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.exported.append(self.objective.linear.weight.detach().clone())
+        save_file(dict(self.objective.state_dict()), folder / "model.safetensors")
 
 
-def toy_trainer(folder: Path, steps: int, *, bad_steps: frozenset[int] = frozenset(), **config) -> Trainer:
+def toy_trainer(folder: Path, *steps: int, bad_steps: frozenset[int] = frozenset(), **config) -> Trainer:
+    """Build a trainer over segments of so many steps."""
     settings = {"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config
     return Trainer(
-        ToyRecipe(steps, bad_steps),
+        ToyRecipe([RateSegment(count) for count in steps], bad_steps),
         folder,
         config=TrainerConfig(**settings),
         optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=5),
