@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -171,7 +172,7 @@ def read_tasks(folder: Path) -> list[Task]:
     for index, entry in enumerate(read_manifest(folder / "manifest.jsonl")):
         starts = [shot.start for shot in entry.shots] + [entry.shots[-1].end]
         captions = tuple(shot.caption for shot in entry.shots)
-        seconds = tuple((b - a) / entry.fps for a, b in zip(starts, starts[1:], strict=False))
+        seconds = tuple((b - a) / entry.fps for a, b in pairwise(starts))
         tasks.append(Task(tuple(read_caption(text) for text in captions), captions, seconds, seed=index))
     return tasks
 

@@ -137,9 +137,9 @@ def allowed(asked: AskedSprite, name: str, *, from_start: bool = True) -> tuple[
 def assign(
     asked: tuple[AskedSprite, ...], seen: tuple[PerceivedSprite, ...]
 ) -> tuple[tuple[AskedSprite, PerceivedSprite | None], ...]:
-    """Pair the asked sprites with distinct seen ones so that most properties agree."""
+    """Pair the asked sprites with distinct seen ones so that most properties agree, color first."""
     candidates: list[PerceivedSprite | None] = [*seen, *([None] * len(asked))]
-    worth = {"color": 4.0, "shape": 2.0, "size": 1.0, "motion": 1.0}
+    worth = {"color": 4.5, "shape": 2.0, "size": 1.0, "motion": 1.0}
 
     def agreement(chosen: tuple[PerceivedSprite | None, ...]) -> float:
         return sum(

@@ -22,6 +22,7 @@ MIN_AREA = 60.0  # square world units: half of a small star when it pulses to it
 MIN_PRESENCE = 0.35  # share of the frames in which an object must be seen
 SAME_OBJECT_OVERLAP = 0.3  # two colours seen together less often than this are one object that flickers
 TOUCHING_SHARE = 0.2
+LEAST_ALONE = 0.2  # share of the frames in which an object must be apart from others
 LIGHTNESS_WEIGHT = 0.5
 UNKNOWN_COLOR = 48.0  # distance in CIELAB from every known colour
 TABLE_BITS = 5
@@ -207,17 +208,17 @@ def join_across_border(parts: list[Component], size: tuple[int, ...], *, min_are
 def group_colors(by_frame: list[list[Component]]) -> list[tuple[int, ...]]:
     """Return the colours of each object, by total area; colours that are hardly ever seen together are one object."""
     area = np.zeros((len(by_frame), len(COLORS)))
+    minor = np.zeros_like(area)
     for index, parts in enumerate(by_frame):
         for part in parts:
             winner = int(part.votes.argmax())
-            for color in range(len(COLORS)):
-                # a component of two objects that touch counts for both
-                share = part.votes[color] / max(1, part.votes.sum())
-                if color == winner:
-                    area[index, color] += part.area
-                elif share >= TOUCHING_SHARE:
-                    area[index, color] += part.area * share
-    seen = area > 0
+            area[index, winner] += part.area
+            share = part.votes / max(1, part.votes.sum())
+            share[winner] = 0.0
+            minor[index] += np.where(share >= TOUCHING_SHARE, share * part.area, 0.0)
+    # an object that touches another counts there too; a colour that never stands alone is a soft edge
+    stands_alone = (area > 0).mean(0) >= LEAST_ALONE
+    seen = (area > 0) | ((minor > 0) & stands_alone)
     groups: list[list[int]] = []
     for color in np.argsort(-area.sum(0)).tolist():
         frames = seen[:, color]

@@ -213,7 +213,9 @@ def judge_videos(
 def judge_video(task: Task, frames: np.ndarray) -> TaskResult:
     """Judge one video: shots at the cuts found, and for a single shot also every second to the end."""
     opening = round(OPENING_SECONDS * FPS)
-    cuts = [find_cut(frames, asked) if shot else None for shot, asked in enumerate(task.starts)]
+    cuts: list[int | None] = [None]
+    for asked in task.starts[1:]:
+        cuts.append(find_cut(frames, asked, after=(cuts[-1] or 0) + CUT_LAG_FRAMES))
     # a shot is judged from where it begins; where no cut was found, from where it was asked
     begins = [asked if cut is None else cut for asked, cut in zip(task.starts, cuts, strict=True)]
     shots = []
@@ -239,12 +241,13 @@ def judge_windows(frames: np.ndarray, scene: AskedScene, length: int) -> tuple[V
     return tuple(judge(frames[start : start + length], scene, FPS, from_start=start == 0) for start in starts)
 
 
-def find_cut(frames: np.ndarray, asked: int, *, reach: int = CHUNK_FRAMES) -> int | None:
-    """Return the frame at which the picture changes most within `reach` frames of `asked`, or None if none stands out.
+def find_cut(frames: np.ndarray, asked: int, *, after: int = 0, reach: int = CHUNK_FRAMES) -> int | None:
+    """Return the frame after `after` at which the picture changes most, within `reach` frames of `asked`.
 
-    Compares frames CUT_LAG_FRAMES apart on a coarse grid, so that neither noise nor a smeared transition matters.
+    None where no change stands out. Compares frames CUT_LAG_FRAMES apart on a coarse grid, so that neither noise nor a
+    smeared transition matters.
     """
-    first, last = max(0, asked - reach - CUT_LAG_FRAMES), min(len(frames), asked + reach + CUT_LAG_FRAMES + 1)
+    first, last = max(after, asked - reach - CUT_LAG_FRAMES), min(len(frames), asked + reach + CUT_LAG_FRAMES + 1)
     coarse = frames[first:last, ::4, ::4].astype(np.float32)
     if len(coarse) <= CUT_LAG_FRAMES:
         return None
