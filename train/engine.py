@@ -15,18 +15,16 @@ from longvideo.checkpoint.tensors import own_tensors
 from longvideo.errors import CheckpointError
 from longvideo.train.objective import Objective
 from longvideo.train.optimizer import OptimizerConfig
-
-PRECISIONS = ("fp32", "bf16")
+from longvideo.train.precision import autocast
 
 
 class Engine:
-    """Runs an objective and its optimiser: fp32 weights, forward under autocast when `precision` is bf16.
+    """Runs an objective and its optimiser: fp32 weights, forward under `train.precision.autocast`.
 
     A step whose gradient is not finite changes neither weights nor optimiser; it is counted in `skipped`.
     """
 
     def __init__(self, objective: Objective, config: OptimizerConfig, *, precision: str, device: torch.device):
-        assert precision in PRECISIONS, precision
         self.objective = objective
         self.device = device
         self.precision = precision
@@ -44,7 +42,7 @@ class Engine:
         self.skipped = torch.zeros((), device=device)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision, self.device):
             return self.objective(batch)
 
     def backward(self, loss: Tensor) -> None:

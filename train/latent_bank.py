@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longvideo.errors import ConfigError
 from longvideo.train.objective import seeded
+from longvideo.train.precision import autocast
 from longvideo.train.scenes import FPS, ScenePool
 from longvideo.vae.autoencoder import Autoencoder
 
@@ -149,7 +150,7 @@ class LatentBank:
             clock = (begin + torch.arange(frames, device=self.pool.device)) / FPS
             seconds = plan.start_seconds[:, chunk, None] + clock
             video, _ = self.pool.draw(plan.scene[:, chunk, None].expand(-1, frames), seconds)
-            with torch.autocast(self.pool.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with autocast(self.precision, self.pool.device):
                 moments, state = self.autoencoder.encode(video, state)
             latents.append(self.autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
             begin += frames

@@ -17,9 +17,10 @@ from torch import Tensor
 from longvideo.errors import ConfigError, UserError
 from longvideo.train.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.train.ema import ExponentialMovingAverage
-from longvideo.train.engine import PRECISIONS, Engine
+from longvideo.train.engine import Engine
 from longvideo.train.objective import BatchSource, Objective
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.train.precision import PRECISIONS
 from longvideo.train.run_log import RunLog, StepReport, environment, peak_memory_gib
 
 RESUME = ("auto", "never")
@@ -29,7 +30,7 @@ RESUME = ("auto", "never")
 class TrainerConfig:
     """How any objective is run. A `*_every` of 0 means only at the end."""
 
-    precision: str = "bf16"
+    precision: str = "auto"
     ema_decay: float = 0.999
     log_every: int = 20
     sample_every: int = 0

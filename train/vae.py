@@ -17,6 +17,7 @@ from longvideo.shapeworld.world import Split
 from longvideo.train.clips import ClipSource, ClipStage
 from longvideo.train.objective import seeded
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.precision import autocast
 from longvideo.train.reconstruction import Reconstruction, ReconstructionConfig, psnr
 from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds, sample_scenes
 from longvideo.train.trainer import TrainerConfig
@@ -180,7 +181,7 @@ class VaeRecipe:
         return torch.cat(output, dim=2)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.precision == "bf16")
+        return autocast(self.config.trainer.precision, self.device)
 
 
 def build_autoencoder(config: AutoencoderConfig, *, seed: int, device: torch.device) -> Autoencoder:
