@@ -17,7 +17,7 @@ from longvideo.model.attention import Cached
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
-from longvideo.model.transformer import CausalTransformer
+from longvideo.model.transformer import CausalTransformer, TextContext
 
 
 def rollout(
@@ -46,15 +46,16 @@ def rollout(
                 cache = _new_cache(model, spec, batch=branches * len(generators))
             shot += conditioning.cut and index > 0
             layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
-            prompt_index = _prompt_rows(conditioning, branches)
+            text = conditioning.text.select(_prompt_rows(conditioning, branches))
             noise = _noise(model, spec, generators).to(device)
-            latents = _denoise(model, conditioning, prompt_index, noise, layout, Cached(cache), solver, guidance)
+            latents = _denoise(
+                model, text, conditioning.first_latent, noise, layout, Cached(cache), solver, guidance
+            )
             clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
             model.fill_cache(
                 latents.repeat(branches, 1, 1, 1, 1),
                 clean_sigma,
-                conditioning.text,
-                prompt_index,
+                text,
                 layout=layout,
                 attention=Cached(cache),
             )
@@ -64,8 +65,8 @@ def rollout(
 
 def _denoise(
     model: CausalTransformer,
-    conditioning: Conditioning,
-    prompt_index_BG: Tensor,
+    text: TextContext,
+    first: Tensor | None,
     noise: Tensor,
     layout: TokenLayout,
     attention: Cached,
@@ -73,8 +74,7 @@ def _denoise(
     guidance: float,
 ) -> Tensor:
     batch, _, frames, _, _ = noise.shape
-    branches = prompt_index_BG.shape[0] // batch
-    first = conditioning.first_latent
+    branches = text.num_prompts // batch
     trajectory = solver.start(noise)
     for timestep in solver.timesteps:
         sigma = torch.full((batch, frames), timestep / NUM_TRAIN_TIMESTEPS, device=noise.device)
@@ -84,8 +84,7 @@ def _denoise(
         velocity = model(
             trajectory.sample.repeat(branches, 1, 1, 1, 1),
             sigma.repeat(branches, 1),
-            conditioning.text,
-            prompt_index_BG,
+            text,
             layout=layout,
             attention=attention,
         )
@@ -103,7 +102,7 @@ def _prompt_rows(conditioning: Conditioning, branches: int) -> Tensor:
     if branches == 2:
         assert conditioning.negative_index is not None, "guidance needs a negative prompt"
         rows.append(conditioning.negative_index)
-    return torch.cat(rows).unsqueeze(1)
+    return torch.cat(rows)
 
 
 def _noise(model: CausalTransformer, spec: ChunkSpec, generators: Sequence[torch.Generator]) -> Tensor:

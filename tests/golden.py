@@ -59,8 +59,3 @@ def model() -> CausalTransformer:
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-def per_chunk(num_chunks: int) -> Tensor:
-    """Prompt index [1, num_chunks]: every chunk has its own prompt."""
-    return torch.arange(num_chunks).unsqueeze(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.flow.schedule import FlowSchedule
-from longvideo.model.attention import Masked
+from longvideo.model.attention import Blockwise
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -51,8 +51,12 @@ class TeacherForcing(Objective):
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.num_chunks = num_chunks
-        self.layout = TokenLayout.teacher_forcing(spec, num_chunks).to(device)
-        self.attention = Masked(self.layout)
+        # the clean and the noisy copy of a chunk side by side, so that they share one prompt's keys and values
+        clean = torch.arange(num_chunks * spec.chunk_frames).view(num_chunks, -1)
+        order = torch.cat((clean, clean + clean.numel()), dim=1).flatten().tolist()
+        layout = TokenLayout.teacher_forcing(spec, num_chunks).permute_frames(order)
+        self.attention = Blockwise(layout)
+        self.layout = layout.to(device)
         self._predict: Callable[..., Tensor] = self.velocity
         self._encode: Callable[..., Tensor] = self.text_encoder.forward
         if config.compile and device.type == "cuda":
@@ -72,17 +76,19 @@ class TeacherForcing(Objective):
 
     def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, features_PLD: Tensor) -> Tensor:
         """Return the velocity of the noisy copy, [B, C, T, H, W]. Row b * Q + q of the features belongs to chunk q."""
-        batch, frames = sigma_BT.shape
-        rows = torch.arange(batch * self.num_chunks, device=sigma_BT.device).view(batch, -1)
         velocity = self.transformer(
-            torch.cat((context, noisy), dim=2),
-            torch.cat((torch.zeros_like(sigma_BT), sigma_BT), dim=1),
+            self._side_by_side(context, noisy, dim=2),
+            self._side_by_side(torch.zeros_like(sigma_BT), sigma_BT, dim=1),
             self.transformer.encode_text(features_PLD),
-            torch.cat((rows, rows), dim=1),
             layout=self.layout,
             attention=self.attention,
         )
-        return velocity[:, :, frames:]
+        return velocity.unflatten(2, (self.num_chunks, 2, -1))[:, :, :, 1].flatten(2, 3)
+
+    def _side_by_side(self, clean: Tensor, noisy: Tensor, *, dim: int) -> Tensor:
+        """Join two copies along time, chunk by chunk, in the order of the layout."""
+        chunks = [x.unflatten(dim, (self.num_chunks, -1)) for x in (clean, noisy)]
+        return torch.stack(chunks, dim=dim + 1).flatten(dim, dim + 2)
 
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:

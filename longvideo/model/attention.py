@@ -7,6 +7,7 @@ L tokens, N heads, K head dim.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -80,6 +81,34 @@ class Masked:
         return out.transpose(1, 2)
 
 
+class Blockwise:
+    """What `Masked` computes, run by run without a mask: every run of tokens of one chunk and one copy attends to the
+    runs it may see. No product is spent on hidden keys, whatever the size of a chunk, and the plain attention kernels
+    serve; but every run that sees several others copies their keys, so this is for a few short chunks.
+    """
+
+    def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
+        runs = _runs(layout)
+        self._lengths = [end - start for start, end, _, _ in runs]
+        self._seen: list[list[slice]] = []
+        for _, _, chunk, noisy in runs:
+            seen = []
+            for start, end, other, other_noisy in runs:
+                same = other == chunk
+                earlier = (other < chunk if visible is None else bool(visible[chunk, other])) and not same
+                if (same and noisy == other_noisy) or (earlier and not other_noisy):
+                    seen.append(slice(start, end))
+            self._seen.append(seen)
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+        q, k = rotate(q_BLNK, rope), rotate(k_BLNK, rope)
+        out = []
+        for q_run, seen in zip(q.split(self._lengths, dim=1), self._seen, strict=True):
+            keys, values = (torch.cat([x[:, span] for span in seen], dim=1) for x in (k, v_BLNK))
+            out.append(attend(q_run, keys, values))
+        return torch.cat(out, dim=1)
+
+
 class Cached:
     """The live chunk attends to itself and to the chunks in the cache.
 
@@ -109,6 +138,17 @@ def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | Non
     """Scaled dot-product attention in [B, L, N, K] layout."""
     q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask_LS).transpose(1, 2)
+
+
+def _runs(layout: TokenLayout) -> list[tuple[int, int, int, bool]]:
+    """Return start, end, chunk and noisiness of every run of neighbouring tokens that share the last two."""
+    kinds = list(zip(layout.chunk_L.tolist(), layout.is_noisy_L.tolist(), strict=True))
+    runs, start = [], 0
+    for kind, group in itertools.groupby(kinds):
+        end = start + len(list(group))
+        runs.append((start, end, *kind))
+        start = end
+    return runs
 
 
 @functools.cache

@@ -4,7 +4,7 @@ One forward pass and one clean pass that fills a cache. What a token may attend 
 where tokens stand as a TokenLayout, how noisy every frame is as sigma. Module names are those of the official weights.
 
 Shapes: B batch, C channels, T latent frames, H W latent size, L tokens, D model dim, N heads, K head dim, S time
-embeddings per frame (1, or tokens per frame), P distinct prompts, J text positions, G groups of tokens with one prompt.
+embeddings per frame (1, or tokens per frame), P prompts, J text positions, G groups of tokens with one prompt each.
 """
 
 from __future__ import annotations
@@ -31,10 +31,22 @@ MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True)
 class TextContext:
-    """Cross-attention keys and values of P prompts, one [P, J, N, K] tensor per layer; made once per prompt."""
+    """Cross-attention keys and values of P prompts, one [P, J, N, K] tensor per layer; made once per prompt.
+
+    The model wants them in the order of use: prompt b * G + g belongs to the g-th group of tokens of sample b.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        return self.keys[0].shape[0]
+
+    def select(self, rows: Tensor) -> TextContext:
+        """Return the prompts in the order of `rows` (int64, any shape), repeated where a row is."""
+        rows = rows.flatten()
+        return TextContext(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
 
 
 class RMSNorm(nn.Module):
@@ -83,13 +95,12 @@ class CrossAttention(nn.Module):
         split = (self.num_heads, -1)
         return self.norm_k(self.k(text_PJD)).unflatten(-1, split), self.v(text_PJD).unflatten(-1, split)
 
-    def forward(self, h_BLD: Tensor, keys_PJNK: Tensor, values_PJNK: Tensor, prompt_index_BG: Tensor) -> Tensor:
-        batch, groups = prompt_index_BG.shape
+    def forward(self, h_BLD: Tensor, keys_PJNK: Tensor, values_PJNK: Tensor) -> Tensor:
+        batch, prompts = h_BLD.shape[0], keys_PJNK.shape[0]
         q_BLNK = self.norm_q(self.q(h_BLD)).unflatten(-1, (self.num_heads, -1))
-        grouped = rearrange(q_BLNK, "b (g l) n k -> (b g) l n k", g=groups)
-        rows = prompt_index_BG.flatten()
-        out = attend(grouped, keys_PJNK[rows], values_PJNK[rows])
-        return self.o(rearrange(out, "(b g) l n k -> b (g l) (n k)", b=batch).to(h_BLD.dtype))
+        grouped_PLNK = rearrange(q_BLNK, "b (g l) n k -> (b g) l n k", g=prompts // batch)
+        out_PLNK = attend(grouped_PLNK, keys_PJNK, values_PJNK)
+        return self.o(rearrange(out_PLNK, "(b g) l n k -> b (g l) (n k)", b=batch).to(h_BLD.dtype))
 
 
 class Block(nn.Module):
@@ -113,7 +124,6 @@ class Block(nn.Module):
         h_BLD: Tensor,
         time_BTS6D: Tensor,
         text: tuple[Tensor, Tensor],
-        prompt_index_BG: Tensor,
         rope: Rope,
         attention: AttentionPattern,
         layer: int,
@@ -121,7 +131,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
         attended = self.self_attn(modulate(self.norm1, h_BLD, shift1, scale1), rope, attention, layer)
         h_BLD = add_gated(h_BLD, attended, gate1)
-        h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text, prompt_index_BG)
+        h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text)
         return add_gated(h_BLD, self.ffn(modulate(self.norm2, h_BLD, shift2, scale2)), gate2)
 
     def self_keys_values(self, h_BLD: Tensor, time_BTS6D: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +207,6 @@ class CausalTransformer(nn.Module):
         latents_BCTHW: Tensor,
         sigma_BT: Tensor,
         text: TextContext,
-        prompt_index_BG: Tensor,
         *,
         layout: TokenLayout,
         attention: AttentionPattern,
@@ -205,13 +214,14 @@ class CausalTransformer(nn.Module):
         """Return the flow velocity (noise minus clean) of every latent frame, [B, C, T, H, W] float32.
 
         sigma_BT: noise level of every frame in [0, 1]; [B, T, tokens per frame] gives every token its own.
-        prompt_index_BG: row of `text` for each of G equal runs of tokens, in the order of the layout.
+        text: for each sample, a prompt for each of G equal runs of tokens, in the order of the layout; a rollout has
+            G = 1, a training pass one for each chunk. See `TextContext.select`.
         layout: position of every token; it must describe T frames.
         """
         h_BLD, time_BTSD, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
         for layer, block in enumerate(self.blocks):
             pair = (text.keys[layer], text.values[layer])
-            h_BLD = block(h_BLD, time_BTS6D, pair, prompt_index_BG, rope, attention, layer)
+            h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
         patches = self.head(h_BLD, time_BTSD).float()
         _, _, frames, height, width = latents_BCTHW.shape
         _, p, q = self.config.patch_size
@@ -224,7 +234,6 @@ class CausalTransformer(nn.Module):
         latents_BCTHW: Tensor,
         sigma_BT: Tensor,
         text: TextContext,
-        prompt_index_BG: Tensor,
         *,
         layout: TokenLayout,
         attention: Cached,
@@ -237,7 +246,7 @@ class CausalTransformer(nn.Module):
                 attention.store(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
                 return
             pair = (text.keys[layer], text.values[layer])
-            h_BLD = block(h_BLD, time_BTS6D, pair, prompt_index_BG, rope, attention, layer)
+            h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
 
     def _embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor, Rope]:
         assert layout.num_frames == latents_BCTHW.shape[2], (layout.num_frames, latents_BCTHW.shape)

@@ -21,7 +21,6 @@ def test_rollout_agrees_with_the_reference(name: str) -> None:
         spec, num_layers=config.num_layers, num_heads=config.num_attention_heads, head_dim=config.attention_head_dim
     )
     attention, shot = Cached(cache), 0
-    index = torch.zeros(1, 1, dtype=torch.long)
     for chunk in range(golden.sizes()["chunks"]):
         cut = chunk in facts["cuts"]
         shot += cut
@@ -30,11 +29,11 @@ def test_rollout_agrees_with_the_reference(name: str) -> None:
         for call, timestep in enumerate(facts["timesteps"]):
             latents = case[f"{chunk}.{call}.latent"].unsqueeze(0)
             sigma = torch.full((1, spec.chunk_frames), timestep / 1000)
-            flow = model(latents, sigma, text, index, layout=layout, attention=attention)
+            flow = model(latents, sigma, text, layout=layout, attention=attention)
             error = golden.relative_error(flow[0], case[f"{chunk}.{call}.flow"])
             assert error < golden.TOLERANCE, (chunk, call, error)
         # the clean pass once more, in the truncated form that streaming uses, must leave the same cache
-        model.fill_cache(latents, sigma, text, index, layout=layout, attention=attention)
+        model.fill_cache(latents, sigma, text, layout=layout, attention=attention)
         cache.commit(cut=cut)
 
 
@@ -45,13 +44,13 @@ def test_training_pass_agrees_with_the_reference(name: str) -> None:
     clean, noisy = case["clean"].unsqueeze(0), case["noisy"].unsqueeze(0)
     sigma = case["timestep"].unsqueeze(0) / 1000
     num_chunks = sigma.shape[1] // spec.chunk_frames
-    index, text = golden.per_chunk(num_chunks), model.encode_text(case["text"])
+    text = model.encode_text(case["text"])
     if name == "teacher_forcing":
         layout = TokenLayout.teacher_forcing(spec, num_chunks)
         noisy, sigma = torch.cat((clean, noisy), 2), torch.cat((torch.zeros_like(sigma), sigma), 1)
-        index = torch.cat((index, index), 1)
+        text = text.select(torch.arange(num_chunks).repeat(2))
     else:
         layout = TokenLayout.block_causal(spec, num_chunks)
-    flow = model(noisy, sigma, text, index, layout=layout, attention=Masked(layout))
+    flow = model(noisy, sigma, text, layout=layout, attention=Masked(layout))
     frames = num_chunks * spec.chunk_frames
     assert golden.relative_error(flow[0, :, -frames:], case[f"{name}_flow"]) < golden.TOLERANCE

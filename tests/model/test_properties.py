@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.model.attention import Cached, Full, Masked
+from longvideo.model.attention import Blockwise, Cached, Full, Masked
 from longvideo.model.cache import ChunkWindow, KVCache, visible_chunks
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
@@ -33,10 +33,10 @@ def cached_rollout(
         shot += cut and chunk > 0
         frames = slice(chunk * spec.chunk_frames, (chunk + 1) * spec.chunk_frames)
         layout = TokenLayout.one_chunk(spec, chunk, shot=shot)
-        index = torch.tensor([[chunk]])
-        out.append(model(noisy[:, :, frames], sigma[:, frames], text, index, layout=layout, attention=attention))
+        own = text.select(torch.tensor([chunk]))
+        out.append(model(noisy[:, :, frames], sigma[:, frames], own, layout=layout, attention=attention))
         zero = torch.zeros(1, spec.chunk_frames)
-        model.fill_cache(clean[:, :, frames], zero, text, index, layout=layout, attention=attention)
+        model.fill_cache(clean[:, :, frames], zero, own, layout=layout, attention=attention)
         cache.commit(cut=cut)
     return torch.cat(out, 2)
 
@@ -46,10 +46,10 @@ def masked_pass(
 ) -> Tensor:
     """The same velocities from one teacher-forcing pass."""
     layout = TokenLayout.teacher_forcing(spec, len(cuts), [cut and i > 0 for i, cut in enumerate(cuts)])
-    text, index = model.encode_text(small.features(len(cuts))), torch.arange(len(cuts)).repeat(2).unsqueeze(0)
+    text = model.encode_text(small.features(len(cuts))).select(torch.arange(len(cuts)).repeat(2))
     attention = Masked(layout, visible_chunks(spec, cuts))
     sigma = torch.cat((torch.zeros_like(sigma), sigma), 1)
-    flow = model(torch.cat((clean, noisy), 2), sigma, text, index, layout=layout, attention=attention)
+    flow = model(torch.cat((clean, noisy), 2), sigma, text, layout=layout, attention=attention)
     return flow[:, :, clean.shape[2] :]
 
 
@@ -82,16 +82,31 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
     x = torch.cat((small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)), 2)
     sigma = torch.cat((torch.zeros(1, frames), torch.rand(1, frames)), 1)
     text = model.encode_text(small.features(num_chunks))
-    index = layout.chunk_L[:: layout.tokens_per_frame].unsqueeze(0)
-    wanted = model(x, sigma, text, index, layout=layout, attention=Masked(layout))
+    index = layout.chunk_L[:: layout.tokens_per_frame]
+    wanted = model(x, sigma, text.select(index), layout=layout, attention=Masked(layout))
     # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
     balanced = [f + copy for start in (0, frames // 2) for copy in (0, frames) for f in range(start, start + frames // 2)]
     order = torch.randperm(2 * frames).tolist() if frame_prompts else balanced
     permuted = layout.permute_frames(order)
     got = model(
-        x[:, :, order], sigma[:, order], text, index[:, order], layout=permuted, attention=Masked(permuted)
+        x[:, :, order], sigma[:, order], text.select(index[order]), layout=permuted, attention=Masked(permuted)
     )
     assert relative_error(got, wanted[:, :, order]) < 1e-6
+
+
+@pytest.mark.parametrize("window_frames", [6, 18])
+@torch.no_grad()
+def test_blockwise_attention_equals_masked(window_frames: int) -> None:
+    spec = dataclasses.replace(small.SPEC, window_frames=window_frames, sink_frames=2)
+    visible = visible_chunks(spec, [False] * 5)
+    natural = TokenLayout.teacher_forcing(spec, 5)
+    q, k, v = torch.randn(3, 2, natural.chunk_L.numel(), 2, 12).unbind(0)
+    interleaved = [f + copy for start in range(0, 10, 2) for copy in (0, 10) for f in (start, start + 1)]
+    for layout in (natural, natural.permute_frames(interleaved), TokenLayout.block_causal(spec, 10)):
+        rope = rope_from_positions(layout.position_BL3, 12)
+        table = visible if layout.is_noisy_L.any() else None
+        wanted, got = (pattern(layout, table)(0, q, k, v, rope) for pattern in (Masked, Blockwise))
+        assert relative_error(got, wanted) < 1e-6
 
 
 def test_window_and_sink_equal_their_definition() -> None:
@@ -174,9 +189,8 @@ def test_gradient_flows_to_every_parameter() -> None:
     layout = TokenLayout.teacher_forcing(spec, num_chunks)
     x = torch.cat((small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)), 2)
     sigma = torch.rand(1, x.shape[2])
-    text = model.encode_text(small.features(num_chunks))
-    index = torch.arange(num_chunks).repeat(2).unsqueeze(0)
-    model(x, sigma, text, index, layout=layout, attention=Masked(layout)).square().sum().backward()
+    text = model.encode_text(small.features(num_chunks)).select(torch.arange(num_chunks).repeat(2))
+    model(x, sigma, text, layout=layout, attention=Masked(layout)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 1e-6, name
 
@@ -185,16 +199,16 @@ def test_no_gradient_through_the_cache() -> None:
     """Under autograd a chunk sees the same context, and nothing of an earlier chunk's graph."""
     model, spec, config = small.model(), small.SPEC, small.CONFIG
     cache = KVCache(spec, num_layers=config.num_layers, num_heads=2, head_dim=config.attention_head_dim)
-    text, index = model.encode_text(small.features(1)), torch.zeros(1, 1, dtype=torch.long)
+    text = model.encode_text(small.features(1))
     first, second = (small.latents(1, seed=s).requires_grad_() for s in (3, 4))
     sigma = torch.full((1, spec.chunk_frames), 0.5)
     layouts = [TokenLayout.one_chunk(spec, i) for i in (0, 1)]
-    model(first, sigma, text, index, layout=layouts[0], attention=Cached(cache))
+    model(first, sigma, text, layout=layouts[0], attention=Cached(cache))
     with torch.no_grad():
-        model.fill_cache(first, 0 * sigma, text, index, layout=layouts[0], attention=Cached(cache))
+        model.fill_cache(first, 0 * sigma, text, layout=layouts[0], attention=Cached(cache))
         cache.commit()
-        wanted = model(second, sigma, text, index, layout=layouts[1], attention=Cached(cache))
-    got = model(second, sigma, text, index, layout=layouts[1], attention=Cached(cache))
+        wanted = model(second, sigma, text, layout=layouts[1], attention=Cached(cache))
+    got = model(second, sigma, text, layout=layouts[1], attention=Cached(cache))
     assert relative_error(got.detach(), wanted) < 1e-6
     got.sum().backward()
     assert first.grad is None and second.grad is not None and second.grad.norm() > 0
@@ -237,8 +251,7 @@ def test_agrees_with_diffusers(per_token: bool) -> None:
         timestep = torch.tensor([311.0, 987.0])
         sigma = (timestep / 1000).unsqueeze(1).expand(2, frames)
     wanted = theirs(x, timestep, text, return_dict=False)[0]
-    index = torch.arange(2).unsqueeze(1)
-    got = ours(x, sigma, ours.encode_text(text), index, layout=layout, attention=Full())
+    got = ours(x, sigma, ours.encode_text(text), layout=layout, attention=Full())
     assert relative_error(got, wanted) < 1e-5
 
 
