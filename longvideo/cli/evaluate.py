@@ -30,8 +30,8 @@ HEADINGS = {
     "motion": "motion",
     "background": "background",
     "both": "both",
-    "shows_prompt": "prompt shown",
-    "cut_in_time": "cut in time",
+    "shows_prompt": "shown",
+    "cut_in_time": "cut",
 }
 
 
@@ -101,7 +101,9 @@ def shapeworld(
 
     Generates videos of scenes that training never sees, and asks the classical-vision judge for number, color, shape,
     size, motion and background. Writes `results.json` (every video with what was asked, seen and right), `scores.png`
-    (color, shape and background in each second), and film strips of failures and successes.
+    (color, shape and background in each second), and film strips of failures and successes. With several shots, "shown"
+    says how often a shot has every object of its prompt in its color and shape, and "cut" how often it begins within
+    one chunk of where it was asked.
 
     Example: `longvideo eval shapeworld --num 20 --seconds 20 --out runs/eval20`
     """
@@ -225,7 +227,9 @@ def _table(corner: str, rows: dict[str, dict[str, Score]]):
     from rich.table import Table
 
     names = [name for name in HEADINGS if any(name in scores for scores in rows.values())]
-    table = Table(corner, *(HEADINGS[name] for name in names), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (corner, *(HEADINGS[name] for name in names)):
+        table.add_column(heading, no_wrap=True)
     for row, scores in rows.items():
         cells = (f"{scores[name].share:.1%}" if name in scores else "" for name in names)
         table.add_row(row, *cells)

@@ -208,8 +208,8 @@ class Patches:
 
 def cut_patches(frames: np.ndarray, blob: Blob, background: Background) -> Patches:
     """Cut the object out and divide each pixel's difference from the background by the object's own."""
-    middle_y, half_y = torus_extent(blob.masks.any(2))
-    middle_x, half_x = torus_extent(blob.masks.any(1))
+    middle_y, half_y = torus_extent(np.any(blob.masks, axis=2))
+    middle_x, half_x = torus_extent(np.any(blob.masks, axis=1))
     half = int(min(max(half_y, half_x) + PATCH_MARGIN, min(frames.shape[1:3]) // 2 - 1))
     offset = np.arange(-half, half + 1)
     rows, columns = middle_y[:, None] + offset, middle_x[:, None] + offset

@@ -20,14 +20,15 @@ import numpy as np
 from longvideo.evaluation.judge import AskedScene, Percept, Verdict, compare, judge, perceive
 from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices
 from longvideo.shapeworld.captions import caption
-from longvideo.shapeworld.world import Scene, sample_scene
+from longvideo.shapeworld.world import Scene, Split, sample_scene
 
 FPS = 24
 CHUNK_FRAMES = 32
 OPENING_SECONDS = 4.0
 CUT_LAG_FRAMES = 4  # a latent frame lasts 4 pixel frames, so a cut may be smeared over as many
-CUT_DIFFERENCE = 8.0  # mean absolute grey levels across CUT_LAG_FRAMES; motion alone stays below 4
-CUT_PROMINENCE = 2.0  # times the median of the clip
+CHANGED_LEVELS = 40  # grey levels by which a pixel counts as changed; noise stays below
+CUT_SHARE = 0.01  # least share of changed pixels: a small object that jumps changes 0.025
+CUT_PROMINENCE = 1.35  # times what motion changes at other moments
 SHOWN_CLIPS = 12
 SHOWN_FRAMES = 8
 SECOND_STRIDE = 3  # every third frame tells colour and shape
@@ -132,7 +133,7 @@ class Report:
         }
 
 
-def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, split: str = "heldout") -> list[Task]:
+def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, split: Split = "heldout") -> list[Task]:
     """Return `num` tasks of `shots` shots of `seconds` each.
 
     Neighbouring shots differ in background: with the same one, two videos of small objects hardly differ as pictures.
@@ -224,39 +225,42 @@ def judge_video(task: Task, frames: np.ndarray) -> TaskResult:
         last = begins[index + 1] - CUT_LAG_FRAMES if index + 1 < len(begins) else len(frames)
         percept = perceive(frames[first : max(first + 1, min(last, first + opening))], FPS)
         shots.append(ShotResult(prompt, scene, percept, compare(percept, scene), task.starts[index], cuts[index]))
-    if len(task.scenes) > 1:
-        return TaskResult(task.seed, len(frames), tuple(shots))
+    (scene, *others) = task.scenes
     return TaskResult(
         task.seed,
         len(frames),
         tuple(shots),
-        by_second=judge_windows(frames[::SECOND_STRIDE], task.scenes[0], FPS // SECOND_STRIDE),
-        by_opening=judge_windows(frames, task.scenes[0], opening),
+        by_second=() if others else judge_windows(frames, scene, FPS, stride=SECOND_STRIDE),
+        by_opening=() if others else judge_windows(frames, scene, opening),
     )
 
 
-def judge_windows(frames: np.ndarray, scene: AskedScene, length: int) -> tuple[Verdict, ...]:
-    """Judge consecutive windows of `length` frames; a remainder of at least half the length counts as one."""
+def judge_windows(frames: np.ndarray, scene: AskedScene, length: int, *, stride: int = 1) -> tuple[Verdict, ...]:
+    """Judge every `stride`-th frame of consecutive windows of `length` frames; the last may be half as long."""
     starts = [start for start in range(0, len(frames), length) if 2 * (len(frames) - start) >= length]
-    return tuple(judge(frames[start : start + length], scene, FPS, from_start=start == 0) for start in starts)
+    return tuple(
+        judge(frames[start : start + length : stride], scene, FPS / stride, from_start=start == 0) for start in starts
+    )
 
 
 def find_cut(frames: np.ndarray, asked: int, *, after: int = 0, reach: int = CHUNK_FRAMES) -> int | None:
-    """Return the frame after `after` at which the picture changes most, within `reach` frames of `asked`.
+    """Return the frame after `after` at which most pixels change, within `reach` frames of `asked`.
 
-    None where no change stands out. Compares frames CUT_LAG_FRAMES apart on a coarse grid, so that neither noise nor a
-    smeared transition matters.
+    None where no moment stands out. Compares frames CUT_LAG_FRAMES apart, so that a smeared transition counts as one.
     """
     first, last = max(after, asked - reach - CUT_LAG_FRAMES), min(len(frames), asked + reach + CUT_LAG_FRAMES + 1)
-    coarse = frames[first:last, ::4, ::4].astype(np.float32)
+    coarse = frames[first:last, ::2, ::2].astype(np.int16)
     if len(coarse) <= CUT_LAG_FRAMES:
         return None
-    change = np.abs(coarse[CUT_LAG_FRAMES:] - coarse[:-CUT_LAG_FRAMES]).mean((1, 2, 3))
-    peak = float(change.max())
-    if peak < CUT_DIFFERENCE or peak < CUT_PROMINENCE * float(np.median(change)):
+    change = (np.abs(coarse[CUT_LAG_FRAMES:] - coarse[:-CUT_LAG_FRAMES]).max(-1) > CHANGED_LEVELS).mean((1, 2))
+    peak = int(change.argmax())
+    elsewhere = change[np.abs(np.arange(len(change)) - peak) > 2 * CUT_LAG_FRAMES]
+    usual = float(np.percentile(elsewhere, 90)) if len(elsewhere) else 0.0
+    if change[peak] < max(CUT_SHARE, CUT_PROMINENCE * usual):
         return None
     # a sharp cut gives a plateau of CUT_LAG_FRAMES equal changes; its last one starts just before the cut
-    cut = first + int(np.flatnonzero(change > 0.95 * peak)[-1]) + 1
+    plateau = np.flatnonzero((change > 0.9 * change[peak]) & (np.abs(np.arange(len(change)) - peak) < CUT_LAG_FRAMES))
+    cut = first + int(plateau[-1]) + 1
     return cut if abs(cut - asked) <= reach else None
 
 
