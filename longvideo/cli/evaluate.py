@@ -126,6 +126,8 @@ def shapeworld(
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
         pipeline = StreamingPipeline.from_pretrained(model, device=device)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
+    # before the work, so that a folder that cannot be made costs no time
+    out.mkdir(parents=True, exist_ok=True)
     with _progress(console) as progress:
         bar = progress.add_task("videos", total=len(tasks))
 
@@ -199,7 +201,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
     if (out / "results.json").exists() and not overwrite:
         raise UserError(f"--out {out} already holds results.json; choose another folder or add --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _print_report(report: Report, out: Path, console) -> None:

@@ -33,7 +33,7 @@ AskedSprite = Sprite | RequestedSprite
 AskedScene = Scene | Request
 
 MAX_FRAMES = 32
-LEAST_MATCH = 0.6
+LEAST_MATCH = 0.75
 SIZE_BORDER = math.sqrt(SIZES["small"] * SIZES["large"])
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 MIN_PIXELS = 8

@@ -16,7 +16,7 @@ from longvideo.shapeworld.world import BACKGROUNDS, COLORS, WORLD_HEIGHT
 
 UNKNOWN = "unknown"
 FOREGROUND_DISTANCE = 45.0  # grey levels; the palest pair of object and background lies 100 apart
-BACKGROUND_DISTANCE = 24.0  # the clip's own median replaces the ideal background where it is this close
+BACKGROUND_DISTANCE = 40.0  # the clip's own median replaces the ideal background where it is this close
 UNKNOWN_BACKGROUND = 40.0
 MIN_AREA = 60.0  # square world units: half of a small star when it pulses to its least size
 MIN_PRESENCE = 0.35  # share of the frames in which an object must be seen

@@ -1,0 +1,76 @@
+"""`longvideo eval` judges folders and models, prints what it found, and refuses bad options in one line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from longvideo.cli.evaluate import generate_videos
+from longvideo.cli.main import main
+from longvideo.evaluation.shapeworld import build_tasks
+
+
+class Painter:
+    """Stands in for the pipeline: frames hold the seed, so that it shows which video is which."""
+
+    def stream(self, prompts, *, seconds, steps, guidance, seed):
+        assert (steps, guidance) == (4, None)
+        for _ in range(2):
+            yield np.full((round(seconds * 12), 2, 2, 3), seed, np.uint8)
+
+    def generate_batch(self, prompts, *, seconds, seeds, steps, guidance):
+        assert len(prompts) == len(seeds) and all(len(shots) == len(seconds) for shots in prompts)
+        return np.stack([np.full((round(sum(seconds) * 24), 2, 2, 3), seed, np.uint8) for seed in seeds])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_every_task_gets_its_own_video_whatever_the_batch(batch):
+    tasks = build_tasks(5, seconds=2, shots=2, seed=3)
+    made = list(generate_videos(Painter(), tasks, batch=batch, steps=4, guidance=None))
+    assert [task for task, _ in made] == tasks
+    for task, frames in made:
+        assert frames.shape == (96, 2, 2, 3)
+        assert (frames == task.seed).all()
+
+
+def test_judge_command_prints_json_for_every_condition(capsys):
+    assert main(["eval", "judge", "--num", "1"]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert [row["condition"] for row in record] == ["clean", "soft", "compressed"]
+    assert all(row["scores"]["color"]["right"] == 1 for row in record)
+    assert "motion" in printed.err
+
+
+def test_a_folder_of_ground_truth_videos_scores_full(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    options = ["--clips", "1", "--seconds", "7", "--shots", "2", "--split", "heldout"]
+    assert main(["data", "shapeworld", "--out", str(data), *options]) == 0
+    assert main(["eval", "shapeworld", "--videos", str(data), "--out", str(out)]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["num_shots"] == 2
+    for question in ("color", "shape", "background", "shows_prompt", "cut_in_time"):
+        assert record["shots"][question]["share"] == 1.0, question
+    capsys.readouterr()
+    before = (out / "results.json").read_bytes()
+    assert main(["eval", "shapeworld", "--videos", str(data), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--num", "0"], "--num"),
+        (["--seconds", "-1"], "more than 0"),
+        (["--seconds", "nan"], "more than 0"),
+        (["--seconds", "1", "--shots", "3"], "1.5 s"),
+        (["--videos", "nowhere"], "nowhere"),
+        (["--model", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2(options, named, tmp_path, capsys):
+    assert main(["eval", "shapeworld", "--out", str(tmp_path / "out"), *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+    assert not (tmp_path / "out").exists()
