@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -21,6 +23,16 @@ PROMPTS = ["a red ball bounces", "a blue square spins"]
 
 def video(pipeline: StreamingPipeline, prompts, **options) -> np.ndarray:
     return np.concatenate(list(pipeline.stream(prompts, **options)))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_chunks_have_the_frames_that_were_asked_for(pipeline: StreamingPipeline) -> None:
@@ -146,34 +158,35 @@ def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline
 
 
 def test_a_decoder_error_is_raised_to_the_caller(pipeline: StreamingPipeline, monkeypatch) -> None:
-    calls = []
+    calls: list[int] = []
 
     def failing(self, latents, num_frames, *, ready=None):
         calls.append(num_frames)
         raise RuntimeError("decoder broke")
 
     monkeypatch.setattr(generation.ChunkDecoder, "decode", failing)
-    threads = threading.active_count()
-    for concurrent in (False, True):
-        monkeypatch.setattr(generation, "runs_concurrently", lambda models, answer=concurrent: answer)
-        with pytest.raises(RuntimeError, match="decoder broke"):
+    running = threading.active_count()
+    for threads in (1, 2):
+        with torch_threads(threads), pytest.raises(RuntimeError, match="decoder broke"):
             next(pipeline.stream(PROMPTS[0], seconds=600))
-    assert len(calls) == 2 and threading.active_count() == threads
+    assert len(calls) == 2 and threading.active_count() == running
 
 
-def test_threads_change_no_bit_and_end_with_the_stream(pipeline: StreamingPipeline, monkeypatch) -> None:
-    threads = threading.active_count()
-    in_turn = video(pipeline, PROMPTS, seconds=4)
-    monkeypatch.setattr(generation, "runs_concurrently", lambda models: True)
-    assert np.array_equal(video(pipeline, PROMPTS, seconds=4), in_turn)
-    stream = pipeline.stream(PROMPTS[0], seconds=600)
-    assert np.array_equal(next(stream), in_turn[:29])
-    stream.close()
-    assert threading.active_count() == threads
+def test_threads_change_no_bit_and_end_with_the_stream(pipeline: StreamingPipeline) -> None:
+    running = threading.active_count()
+    with torch_threads(1):
+        in_turn = video(pipeline, PROMPTS, seconds=4)
+    with torch_threads(2):
+        assert np.array_equal(video(pipeline, PROMPTS, seconds=4), in_turn)
+        stream = pipeline.stream(PROMPTS[0], seconds=600)
+        assert np.array_equal(next(stream), in_turn[:29])
+        assert threading.active_count() == running + 2
+        stream.close()
+        assert threading.active_count() == running and torch.get_num_threads() == 2
 
 
 def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPipeline) -> None:
-    with pipeline.session(PROMPTS[0], seed=5) as session:
+    with torch_threads(1), pipeline.session(PROMPTS[0], seed=5) as session:
         chunks = list(islice(session, 2))
         assert session.set_prompt(PROMPTS[1], mode="keep") == 2
         chunks += islice(session, 1)
@@ -191,3 +204,15 @@ def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPip
     expected = video(pipeline, script, seed=5)
     assert np.array_equal(np.concatenate([chunk.frames[0] for chunk in chunks[:3]]), expected)
     assert next(session, None) is None
+
+
+def test_a_session_that_runs_ahead_keeps_its_word(pipeline: StreamingPipeline) -> None:
+    with torch_threads(2), pipeline.session(PROMPTS[0]) as session:
+        chunks = list(islice(session, 3))
+        switch = session.set_prompt(PROMPTS[1])
+        assert 3 <= switch <= 6
+        chunks += islice(session, switch)
+    assert [chunk.step.prompts[0] == PROMPTS[1] for chunk in chunks] == [
+        index >= switch for index in range(len(chunks))
+    ]
+    assert [chunk.step.index for chunk in chunks if chunk.step.cut] == [switch]
