@@ -176,9 +176,10 @@ def evaluate_videos(videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | No
     for task, shown, result in judge_videos(videos, workers=workers):
         tasks.append(task)
         results.append(result)
-        failed = [f"shot {i} {q}" for i, shot in enumerate(result.shots, 1) for q in wrong_answers(shot.verdict)]
+        number = "" if len(result.shots) == 1 else " {}"
+        failed = [q + number.format(i) for i, shot in enumerate(result.shots, 1) for q in wrong_answers(shot.verdict)]
         line = f"{task.seed}: {' / '.join(task.prompts)}"
-        clips, line = (wrong, f"[{', '.join(failed)}] {line}") if failed else (right, line)
+        clips, line = (wrong, f"wrong: {', '.join(failed)} | {line}") if failed else (right, line)
         if len(clips) < SHOWN_CLIPS:
             clips.append((line, shown))
     report = summarize(results, tasks)
