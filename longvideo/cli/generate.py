@@ -82,19 +82,22 @@ def generate(
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
     check_output(output, overwrite=overwrite)
-    pipeline, plan = _load(model, shots, image, device, decode_device)
-    chunks = _start(pipeline, shots, options, image)
-    tally = Tally(started, plan.num_chunks, plan.num_frames)
     interrupted = False
-    with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer, _display(tally) as display:
-        try:
-            with closing(chunks):
-                for frames in chunks:
-                    writer.write(frames)
-                    tally.add(len(frames))
-                    display.show(tally)
-        except KeyboardInterrupt:
-            interrupted = True
+    with _display() as display:
+        display.say(f"loading {model}")
+        pipeline, plan = _load(model, shots, image, device, decode_device)
+        chunks = _start(pipeline, shots, options, image)
+        tally = Tally(started, plan.num_chunks, plan.num_frames)
+        display.say("making the first chunk")
+        with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer:
+            try:
+                with closing(chunks):
+                    for frames in chunks:
+                        writer.write(frames)
+                        tally.add(len(frames))
+                        display.show(tally)
+            except KeyboardInterrupt:
+                interrupted = True
     print(_summary(output, tally, pipeline.fps))
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -133,8 +136,7 @@ class Tally:
         rate = self.frames_a_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
         return (
-            f"chunk {self.chunks}/{self.num_chunks} | {self.frames}/{self.num_frames} frames | {speed}"
-            f" | first frame after {self.seconds_to_first_frame:.1f} s"
+            f"chunk {self.chunks}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
         )
 
 
@@ -142,6 +144,8 @@ class Display(Protocol):
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *error: object) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def show(self, tally: Tally) -> None: ...
 
@@ -155,20 +159,23 @@ class PlainLines:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
     def show(self, tally: Tally) -> None:
         print(tally.line(), file=sys.stderr, flush=True)
 
 
 class ProgressBar:
-    """A bar that stays in its line, for terminals."""
+    """A bar that stays in its line and vanishes at the end, for terminals."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(bar_width=30), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("making the first chunk", total=tally.num_frames)
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -177,12 +184,15 @@ class ProgressBar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def say(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
     def show(self, tally: Tally) -> None:
-        self._progress.update(self._task, completed=tally.frames, description=tally.line())
+        self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
 
 
-def _display(tally: Tally) -> Display:
-    return ProgressBar(tally) if sys.stderr.isatty() else PlainLines()
+def _display() -> Display:
+    return ProgressBar() if sys.stderr.isatty() else PlainLines()
 
 
 def _read_shots(prompts: list[str], script: Path | None, seconds: float | None) -> Script:

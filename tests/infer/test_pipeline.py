@@ -216,3 +216,20 @@ def test_a_session_that_runs_ahead_keeps_its_word(pipeline: StreamingPipeline) -
         index >= switch for index in range(len(chunks))
     ]
     assert [chunk.step.index for chunk in chunks if chunk.step.cut] == [switch]
+
+
+@pytest.mark.gpu
+def test_a_stream_on_cuda_shows_what_the_cpu_shows(pipeline: StreamingPipeline, model_folder) -> None:
+    on_gpu = StreamingPipeline.from_pretrained(model_folder, device="cuda", dtype=torch.float32)
+    expected, frames = (video(pipe, PROMPTS, seconds=8, guidance=2.0).astype(int) for pipe in (pipeline, on_gpu))
+    assert np.abs(frames - expected).mean() < 1
+    assert np.array_equal(frames, video(on_gpu, PROMPTS, seconds=8, guidance=2.0))
+
+
+@pytest.mark.multigpu
+def test_decoding_on_a_second_gpu_changes_no_bit(model_folder) -> None:
+    one, two = (
+        StreamingPipeline.from_pretrained(model_folder, device="cuda:0", decode_device=decode)
+        for decode in ("cuda:0", "cuda:1")
+    )
+    assert np.array_equal(video(one, PROMPTS, seconds=20), video(two, PROMPTS, seconds=20))

@@ -10,6 +10,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from av.error import InvalidDataError
 
 from longvideo.errors import UserError
 from longvideo.infer.writer import VideoWriter, check_output
@@ -32,7 +33,7 @@ def decode(path, *, truncated: bool = False) -> np.ndarray:
     with av.open(str(path)) as container:
         try:
             frames.extend(frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
-        except av.error.InvalidDataError:
+        except InvalidDataError:
             assert truncated
     return np.stack(frames)
 
