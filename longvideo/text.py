@@ -9,25 +9,23 @@ import html
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+from longvideo.umt5 import UMT5Config, UMT5Encoder
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 PUNCTUATION = ".,;:!?'\"-()"
 TOKENS_MULTIPLE = 16
 MAX_CACHED_PROMPTS = 64
-TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2, "dropout_rate": 0.0}
+TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2}
 
 
 class TextEncoder(nn.Module):
@@ -36,10 +34,10 @@ class TextEncoder(nn.Module):
     tokenizer: ends each prompt with </s>, pads with id 0.
     """
 
-    model: UMT5EncoderModel
+    model: UMT5Encoder
     tokenizer: Tokenizer
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
+    def __init__(self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -52,8 +50,8 @@ class TextEncoder(nn.Module):
         """Build a small random encoder that knows exactly these words and common punctuation."""
         tokenizer = word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build_umt5({**TINY_SIZES, "vocab_size": tokenizer.get_vocab_size()})
+            model = UMT5Encoder(UMT5Config(vocab_size=tokenizer.get_vocab_size(), **TINY_SIZES))
+        model.initialize(torch.Generator().manual_seed(seed))
         return cls(model, tokenizer, text_len=text_len)
 
     @property
@@ -62,7 +60,7 @@ class TextEncoder(nn.Module):
 
     def config_json(self) -> dict[str, Any]:
         """Return the config.json by which transformers opens the model."""
-        return {**json.loads(self.model.config.to_json_string()), "architectures": ["UMT5EncoderModel"]}
+        return self.model.config.to_dict()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids and mask, both long [P, S]: S is the longest prompt rounded up to a multiple of 16.
@@ -81,7 +79,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
         """Encode tokens to features [P, L, D]. Padding is masked inside and zero in the result."""
-        features_PSD = self.model(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
+        features_PSD = self.model(ids_PS, mask_PS)
         features_PSD = features_PSD.masked_fill(mask_PS.unsqueeze(-1) == 0, 0.0)
         return nn.functional.pad(features_PSD, (0, 0, 0, self.text_len - features_PSD.shape[1]))
 
@@ -140,22 +138,6 @@ def clean_prompt(prompt: str) -> str:
     Wan also mends mis-decoded text with ftfy where it is installed; left out, so the result is the same everywhere.
     """
     return " ".join(html.unescape(html.unescape(prompt)).split())
-
-
-def build_umt5(config: Mapping[str, Any]) -> UMT5EncoderModel:
-    """Build transformers' UMT5EncoderModel, on the current default device, from the keys of its config.json.
-
-    Raises CheckpointError for values it does not take. Importing transformers takes seconds, hence only here.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.models.umt5.configuration_umt5 import UMT5Config
-    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
-
-    try:
-        umt5_config = UMT5Config.from_dict(dict(config))
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"the text encoder's config is not one of UMT5: {error}") from error
-    return UMT5EncoderModel(umt5_config).eval()
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:

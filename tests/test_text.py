@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +55,26 @@ def test_short_computation_equals_padding_to_512_in_full(encoder: TextEncoder) -
     features = encoder(ids, mask)
     full_ids = torch.nn.functional.pad(ids, (0, 512 - 32))
     full_mask = torch.nn.functional.pad(mask, (0, 512 - 32))
-    hidden = encoder.model(input_ids=full_ids, attention_mask=full_mask).last_hidden_state
+    hidden = encoder.model(full_ids, full_mask)
     assert golden.relative_error(features, hidden * full_mask.unsqueeze(-1)) < 1e-6
     assert features[full_mask == 0].abs().max() == 0
     assert hidden[full_mask == 0].abs().max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_those_of_transformers(encoder: TextEncoder, dtype: torch.dtype) -> None:
+    from transformers.models.umt5.configuration_umt5 import UMT5Config
+    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+    theirs: Any = UMT5EncoderModel(UMT5Config.from_dict(encoder.config_json())).eval()
+    theirs.load_state_dict(encoder.model.state_dict())
+    ids = torch.randint(encoder.tokenizer.get_vocab_size(), (3, 400), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(400) < torch.tensor([[400], [150], [2]])).long()
+    expected = theirs.to(dtype)(input_ids=ids, attention_mask=mask).last_hidden_state
+    features = copy.deepcopy(encoder.model).to(dtype)(ids, mask)
+    assert features.dtype == expected.dtype == dtype
+    assert golden.relative_error(features[mask == 1], expected[mask == 1]) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_distinct_prompts_are_computed_once(encoder: TextEncoder) -> None:

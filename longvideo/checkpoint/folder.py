@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -38,12 +38,10 @@ from longvideo.errors import CheckpointError, UserError
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.text import TextEncoder, build_umt5, load_tokenizer, save_tokenizer
+from longvideo.text import TextEncoder, load_tokenizer, save_tokenizer
+from longvideo.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
-
-if TYPE_CHECKING:
-    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 T = TypeVar("T")
 
@@ -99,8 +97,8 @@ class ModelFolder:
         return self._read_config("vae", AutoencoderConfig.from_dict)
 
     @cached_property
-    def text_encoder_config(self) -> dict[str, Any]:
-        return self._read_config("text_encoder", dict)
+    def text_encoder_config(self) -> UMT5Config:
+        return self._read_config("text_encoder", UMT5Config.from_dict)
 
     @cached_property
     def spec(self) -> ChunkSpec:
@@ -224,8 +222,8 @@ class ModelFolder:
 
     def _load_tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.path / "tokenizer")
-        num_tokens, rows = tokenizer.get_vocab_size(), self.text_encoder_config.get("vocab_size")
-        if not isinstance(rows, int) or num_tokens > rows:
+        num_tokens, rows = tokenizer.get_vocab_size(), self.text_encoder_config.vocab_size
+        if num_tokens > rows:
             raise CheckpointError(f"{self.path / 'tokenizer'} has {num_tokens} tokens, the text encoder {rows}")
         return tokenizer
 
@@ -239,7 +237,7 @@ class ModelFolder:
             self._agree("transformer in_channels", channels, "vae z_dim", z_dim)
             self.spec  # noqa: B018, raises when the picture size or the window does not fit
         if "transformer" in parts and "text_encoder" in parts:
-            width = self.text_encoder_config.get("d_model")
+            width = self.text_encoder_config.d_model
             self._agree("transformer text_dim", self.transformer_config.text_dim, "text encoder d_model", width)
 
     def _agree(self, one: str, one_value: object, other: str, other_value: object) -> None:
@@ -272,9 +270,9 @@ class ModelFolder:
         with OnMeta():
             return Autoencoder(self.vae_config)
 
-    def _build_umt5(self) -> UMT5EncoderModel:
+    def _build_umt5(self) -> UMT5Encoder:
         with OnMeta():
-            return build_umt5(self.text_encoder_config)
+            return UMT5Encoder(self.text_encoder_config)
 
 
 def locate(name: str | Path) -> Path:
