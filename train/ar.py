@@ -29,7 +29,7 @@ from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
 from longvideo.train.vae import to_pixels
-from longvideo.train.views import ViewConfig, ViewSource
+from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,6 @@ class TransformerShape:
     def build(self, *, channels: int, text_dim: int) -> TransformerConfig:
         given = {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
         return replace(PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **given)
-
-
-@dataclass(frozen=True)
-class ArStage:
-    """A run of steps; `learning_rate` replaces the optimiser's peak there."""
-
-    steps: int = 10000
-    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class ArTraining:
     bank: BankConfig = field(default_factory=BankConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     objective: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
-    stages: list[ArStage] = field(default_factory=lambda: [ArStage()])
+    stages: list[ViewStage] = field(default_factory=lambda: [ViewStage()])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -119,7 +111,7 @@ class ArRecipe:
             self.text_encoder,
             config.objective,
             spec=self.spec,
-            num_chunks=config.views.chunks,
+            chunk_counts={stage.chunks for stage in config.stages},
             schedule=schedule,
             device=device,
         )
@@ -146,7 +138,13 @@ class ArRecipe:
             precision=config.trainer.precision,
         )
         self.source = ViewSource(
-            bank, tokens, config.views, schedule, seed=config.seed, tokens_per_chunk=self.spec.tokens_per_chunk
+            bank,
+            tokens,
+            config.stages,
+            config.views,
+            schedule,
+            seed=config.seed,
+            tokens_per_chunk=self.spec.tokens_per_chunk,
         )
 
     def start(self, step: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.train.objective import seeded
+from longvideo.train.objective import seeded, stage_at
 from longvideo.train.scenes import ScenePool, frame_seconds
 
 
@@ -80,19 +80,12 @@ class ClipSource:
         self.latent_channels = latent_channels
         self.generator = torch.Generator(pool.device)
 
-    def stage(self, step: int) -> ClipStage:
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
     def size(self, step: int) -> int:
-        stage = self.stage(step)
+        stage = stage_at(self.stages, step)
         return stage.batch * stage.frames
 
     def batch(self, step: int) -> ClipBatch:
-        stage = self.stage(step)
+        stage = stage_at(self.stages, step)
         generator = seeded(self.generator, self.seed, "clips", step)
         video, mask = self.pool.draw(*self._draw(stage, generator))
         if (stage.height, stage.width) != (self.pool.height, self.pool.width):

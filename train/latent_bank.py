@@ -42,6 +42,8 @@ class BankConfig:
     max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.late_fraction < 1:
+            raise ConfigError(f"bank.late_fraction={self.late_fraction} must be from 0 up to, but not, 1")
         for name in ("clips", "initial_clips"):
             if getattr(self, name) < self.group or getattr(self, name) % self.group:
                 raise ConfigError(f"bank.{name}={getattr(self, name)} must be a multiple of bank.group={self.group}")
@@ -87,12 +89,19 @@ class LatentBank:
         self.late = torch.zeros(config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
         self.groups = config.clips // config.group
+        self.num_late = round(config.late_fraction * config.group)
         self.contents = 0
 
     @property
     def filled(self) -> int:
         """Clips that can be drawn."""
         return min(self.contents, self.groups) * self.config.group
+
+    def draw_opening(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw clips that are not late, [count]; the late ones are the first of every group."""
+        group, device = self.config.group, self.pool.device
+        row = torch.randint(self.filled // group, (count,), generator=generator, device=device)
+        return row * group + torch.randint(self.num_late, group, (count,), generator=generator, device=device)
 
     def start(self, step: int) -> None:
         """Fill the bank as it is at `step`, whatever it holds now."""
@@ -134,7 +143,7 @@ class LatentBank:
         cut = torch.cat((torch.zeros(count, 1, dtype=torch.bool, device=device), rank < num_cuts), dim=1)
         shot = cut.long().cumsum(1)
         scenes = torch.randint(len(self.pool), (count, chunks), generator=generator, device=device)
-        late = rand(count) < self.config.late_fraction
+        late = torch.arange(count, device=device) < self.num_late
         number = torch.arange(chunks, device=device)
         opening_chunk = (number * cut).cummax(1).values
         frames_before = (opening_chunk * self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1)).clamp(min=0)

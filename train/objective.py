@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,25 @@ class BatchSource(Protocol):
     def size(self, step: int) -> int:
         """Return how many units the batch of a step holds."""
         ...
+
+
+class Stage(Protocol):
+    """A run of steps."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+AnyStage = TypeVar("AnyStage", bound=Stage)
+
+
+def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:
+    """Return the stage that a step belongs to; steps past the end belong to the last."""
+    for stage in stages:
+        if step < stage.steps:
+            return stage
+        step -= stage.steps
+    return stages[-1]
 
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:

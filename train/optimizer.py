@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
+from longvideo.train.objective import stage_at
 
 SCHEDULES = ("constant", "cosine")
 
@@ -44,19 +45,13 @@ def rate_schedule(config: OptimizerConfig, segments: Sequence[RateSegment]) -> C
     """Return the learning rate as a function of the step, over all segments together."""
     total = sum(segment.steps for segment in segments)
 
-    def peak(step: int) -> float:
-        for segment in segments:
-            if step < segment.steps:
-                return segment.learning_rate or config.learning_rate
-            step -= segment.steps
-        return segments[-1].learning_rate or config.learning_rate
-
     def rate(step: int) -> float:
+        peak = stage_at(segments, step).learning_rate or config.learning_rate
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "constant":
-            return peak(step) * warmup
+            return peak * warmup
         progress = min(1.0, step / max(1, total))
         cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-        return peak(step) * warmup * cosine
+        return peak * warmup * cosine
 
     return rate

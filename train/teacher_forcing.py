@@ -1,11 +1,11 @@
 """Teacher forcing: predict the velocity of every chunk of a noisy copy, given clean earlier chunks, in one pass.
 
-Shapes: B views, C channels, T latent frames, H W latent grid, Q chunks, S tokens, L text positions, D features.
+Shapes: B views, C channels, T latent frames, H W latent grid, Q chunks, S tokens of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,20 @@ class TeacherForcingConfig:
     """How the objective is run; compilation happens on CUDA alone."""
 
     compile: bool = True
-    compile_text: bool = False
     compile_mode: str = "default"
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What depends on the number of chunks of a view alone. rows: the chunk whose prompt each run of tokens has."""
+
+    layout: TokenLayout
+    attention: Blockwise
+    rows: Tensor
+
+
 class TeacherForcing(Objective):
-    """Trains transformer and text encoder together."""
+    """Trains transformer and text encoder together, on views of any of the lengths in `chunk_counts`."""
 
     def __init__(
         self,
@@ -42,7 +50,7 @@ class TeacherForcing(Objective):
         config: TeacherForcingConfig,
         *,
         spec: ChunkSpec,
-        num_chunks: int,
+        chunk_counts: Collection[int],
         schedule: FlowSchedule,
         device: torch.device,
     ):
@@ -50,45 +58,42 @@ class TeacherForcing(Objective):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
-        self.num_chunks = num_chunks
-        # the clean and the noisy copy of a chunk side by side, so that they share one prompt's keys and values
-        clean = torch.arange(num_chunks * spec.chunk_frames).view(num_chunks, -1)
-        order = torch.cat((clean, clean + clean.numel()), dim=1).flatten().tolist()
-        layout = TokenLayout.teacher_forcing(spec, num_chunks).permute_frames(order)
-        self.attention = Blockwise(layout)
-        self.layout = layout.to(device)
+        self._passes = {count: _prepare(spec, count, device) for count in chunk_counts}
         self._predict: Callable[..., Tensor] = self.velocity
-        self._encode: Callable[..., Tensor] = self.text_encoder.forward
         if config.compile and device.type == "cuda":
             self._predict = torch.compile(self.velocity, dynamic=False, mode=config.compile_mode)
-            if config.compile_text:
-                self._encode = torch.compile(self.text_encoder.forward, dynamic=False)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        features_PLD = self._encode(batch.ids.flatten(0, 1), batch.mask.flatten(0, 1))
         context = self.schedule.add_noise(batch.clean, batch.context_noise, batch.context_sigma)
         noisy = self.schedule.add_noise(batch.clean, batch.noise, batch.sigma)
-        velocity = self._predict(context, noisy, batch.sigma, features_PLD)
+        velocity = self._predict(context, noisy, batch.sigma, batch.ids, batch.mask)
         target = self.schedule.velocity(batch.clean, batch.noise)
         error_BT = (velocity - target).square().mean((1, 3, 4))
         loss = masked_mean(self.schedule.loss_weight(batch.sigma) * error_BT, batch.loss_mask)
         return loss, _metrics(error_BT, batch.sigma, batch.loss_mask)
 
-    def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, features_PLD: Tensor) -> Tensor:
-        """Return the velocity of the noisy copy, [B, C, T, H, W]. Row b * Q + q of the features belongs to chunk q."""
+    def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, ids_BQS: Tensor, mask_BQS: Tensor) -> Tensor:
+        """Return the velocity of the noisy copy, [B, C, T, H, W]."""
+        batch, chunks, _ = ids_BQS.shape
+        frames = sigma_BT.shape[1]
+        seen = frames - frames // chunks  # the last chunk is nobody's context
+        prepared = self._passes[chunks]
+        text = self.transformer.encode_text(self.text_encoder(ids_BQS.flatten(0, 1), mask_BQS.flatten(0, 1)))
+        first_row = chunks * torch.arange(batch, device=sigma_BT.device)
         velocity = self.transformer(
-            self._side_by_side(context, noisy, dim=2),
-            self._side_by_side(torch.zeros_like(sigma_BT), sigma_BT, dim=1),
-            self.transformer.encode_text(features_PLD),
-            layout=self.layout,
-            attention=self.attention,
+            torch.cat((context[:, :, :seen], noisy), dim=2),
+            torch.cat((torch.zeros_like(sigma_BT[:, :seen]), sigma_BT), dim=1),
+            text.select(first_row[:, None] + prepared.rows),
+            layout=prepared.layout,
+            attention=prepared.attention,
         )
-        return velocity.unflatten(2, (self.num_chunks, 2, -1))[:, :, :, 1].flatten(2, 3)
+        return velocity[:, :, seen:]
 
-    def _side_by_side(self, clean: Tensor, noisy: Tensor, *, dim: int) -> Tensor:
-        """Join two copies along time, chunk by chunk, in the order of the layout."""
-        chunks = [x.unflatten(dim, (self.num_chunks, -1)) for x in (clean, noisy)]
-        return torch.stack(chunks, dim=dim + 1).flatten(dim, dim + 2)
+
+def _prepare(spec: ChunkSpec, num_chunks: int, device: torch.device) -> _Pass:
+    layout = TokenLayout.training(spec, num_chunks)
+    chunk = torch.arange(num_chunks, device=device)
+    return _Pass(layout.to(device), Blockwise(layout), torch.cat((chunk[:-1], chunk)))
 
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:

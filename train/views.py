@@ -5,6 +5,7 @@ Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,31 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.captions import TokenTable
 from longvideo.train.latent_bank import LatentBank
-from longvideo.train.objective import seeded
+from longvideo.train.objective import seeded, stage_at
+
+
+@dataclass(frozen=True)
+class ViewStage:
+    """A run of steps on `batch` views of `chunks` chunks; `learning_rate` replaces the optimiser's peak there.
+
+    Views of one chunk show how a video begins: all that is in them must come from the prompt.
+    """
+
+    steps: int = 10000
+    batch: int = 64
+    chunks: int = 3
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 1 or self.chunks < 1:
+            raise ConfigError(
+                f"a stage has steps={self.steps}, batch={self.batch}, chunks={self.chunks}; use at least 0, 1 and 1"
+            )
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """chunks: of a view. start_fraction: share of views, of clips that are not late, that begin where the video does.
+    """start_fraction: share of views, of clips that are not late, that begin where the video does.
 
     The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
     context_noise_fraction: share of context chunks that get noise of sigma up to context_noise_max, which the model is
@@ -27,8 +47,6 @@ class ViewConfig:
     caption_omit: share of captions that leave out the sizes, and the background.
     """
 
-    batch: int = 64
-    chunks: int = 3
     start_fraction: float = 0.65
     prompt_dropout: float = 0.1
     context_noise_fraction: float = 0.7
@@ -38,11 +56,8 @@ class ViewConfig:
     caption_omit: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.chunks < 1 or self.phrasings < 1:
-            raise ConfigError(
-                f"views.batch={self.batch}, views.chunks={self.chunks} and views.phrasings={self.phrasings}"
-                " must be at least 1"
-            )
+        if self.phrasings < 1:
+            raise ConfigError(f"views.phrasings={self.phrasings} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -71,34 +86,38 @@ class ViewSource:
         self,
         bank: LatentBank,
         tokens: TokenTable,
+        stages: Sequence[ViewStage],
         config: ViewConfig,
         schedule: FlowSchedule,
         *,
         seed: int,
         tokens_per_chunk: int,
     ):
-        if config.chunks > bank.config.chunks:
-            raise ConfigError(f"views.chunks={config.chunks} exceeds bank.chunks={bank.config.chunks}")
+        for stage in stages:
+            if stage.chunks > bank.config.chunks:
+                raise ConfigError(f"a stage has chunks={stage.chunks}, more than bank.chunks={bank.config.chunks}")
         self.bank = bank
         self.tokens = tokens
+        self.stages = list(stages)
         self.config = config
         self.seed = seed
         self.device = bank.latents.device
         self.sigmas = schedule.sigmas.to(self.device, torch.float32)
         self.generator = torch.Generator(self.device)
-        self.tokens_per_batch = config.batch * config.chunks * tokens_per_chunk
+        self.tokens_per_chunk = tokens_per_chunk
 
     def start(self, step: int) -> None:
         self.bank.start(step)
 
     def size(self, step: int) -> int:
         """Return the clean latent tokens of a batch; the noisy copy is not counted."""
-        return self.tokens_per_batch
+        stage = stage_at(self.stages, step)
+        return stage.batch * stage.chunks * self.tokens_per_chunk
 
     def batch(self, step: int) -> ViewBatch:
         self.bank.advance(step)
-        config, frames_per_chunk = self.config, self.bank.chunk_frames
-        count, chunks, frames = config.batch, config.chunks, config.chunks * frames_per_chunk
+        config, stage, frames_per_chunk = self.config, stage_at(self.stages, step), self.bank.chunk_frames
+        count, chunks, frames = stage.batch, stage.chunks, stage.chunks * frames_per_chunk
         generator = seeded(self.generator, self.seed, "views", step)
 
         def rand(*shape: int) -> Tensor:
@@ -107,10 +126,14 @@ class ViewSource:
         def index(limit: int, *shape: int) -> Tensor:
             return torch.randint(limit, shape, generator=generator, device=self.device)
 
-        clip = index(self.bank.filled, count)
-        opening = (rand(count) < config.start_fraction) & ~self.bank.late[clip]
-        latest = self.bank.config.chunks - config.chunks
-        first_chunk = torch.where(opening | (latest == 0), 0, 1 + index(max(1, latest), count))
+        if chunks == 1:
+            clip = self.bank.draw_opening(count, generator)
+            first_chunk = torch.zeros(count, dtype=torch.long, device=self.device)
+        else:
+            clip = index(self.bank.filled, count)
+            latest = self.bank.config.chunks - chunks
+            opening = (rand(count) < config.start_fraction) & ~self.bank.late[clip]
+            first_chunk = torch.where(opening | (latest == 0), 0, 1 + index(max(1, latest), count))
         opening = (first_chunk == 0) & ~self.bank.late[clip]
         frame = first_chunk[:, None] * frames_per_chunk + torch.arange(frames, device=self.device)
         clean = self.bank.latents[clip[:, None], :, frame].transpose(1, 2).float()

@@ -28,7 +28,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ConfigError(f"attention_head_dim={self.attention_head_dim} must be even and at least 6 for 3-axis RoPE")
+            raise ConfigError(
+                f"attention_head_dim={self.attention_head_dim} must be even and at least 6 for 3-axis RoPE"
+            )
         if self.patch_size[0] != 1:
             raise ConfigError(f"patch_size={self.patch_size} joins latent frames; the temporal patch must be 1")
         if self.freq_dim % 2:

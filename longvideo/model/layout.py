@@ -81,6 +81,14 @@ class TokenLayout:
         )
 
     @classmethod
+    def training(cls, spec: ChunkSpec, num_chunks: int) -> TokenLayout:
+        """Lay out what a teacher-forcing step computes: `teacher_forcing` without the clean copy of the last chunk,
+        which nothing looks at."""
+        frames, last = num_chunks * spec.chunk_frames, (num_chunks - 1) * spec.chunk_frames
+        whole = cls.teacher_forcing(spec, num_chunks)
+        return whole.permute_frames([*range(last), *range(frames, 2 * frames)])
+
+    @classmethod
     def one_chunk(cls, spec: ChunkSpec, index: int, *, shot: int = 0) -> TokenLayout:
         """Lay out chunk `index` (from 0) of a rollout, `shot` cuts after the start."""
         start = index * spec.chunk_frames + shot * spec.offset_per_shot

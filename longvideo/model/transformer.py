@@ -248,10 +248,15 @@ class CausalTransformer(nn.Module):
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
 
-    def _embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor, Rope]:
+    def _embed(
+        self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor, Tensor, Rope]:
         assert layout.num_frames == latents_BCTHW.shape[2], (layout.num_frames, latents_BCTHW.shape)
         weight = self.patch_embedding.weight
-        h_BLD = self.patch_embedding(latents_BCTHW.to(weight.dtype)).flatten(2).transpose(1, 2)
+        _, p, q = self.config.patch_size
+        patches = rearrange(latents_BCTHW.to(weight.dtype), "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=q)
+        # a convolution whose stride is its kernel is a product, for which libraries have faster kernels
+        h_BLD = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         sigma_BTS = sigma_BT if sigma_BT.ndim == 3 else sigma_BT.unsqueeze(-1)
         frequencies = timestep_frequencies(sigma_BTS * TIMESTEPS, self.config.freq_dim)
         time_BTSD = self.time_embedding(frequencies.to(weight.dtype))

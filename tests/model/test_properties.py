@@ -85,12 +85,11 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
     index = layout.chunk_L[:: layout.tokens_per_frame]
     wanted = model(x, sigma, text.select(index), layout=layout, attention=Masked(layout))
     # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
-    balanced = [f + copy for start in (0, frames // 2) for copy in (0, frames) for f in range(start, start + frames // 2)]
+    half = frames // 2
+    balanced = [f + copy for start in (0, half) for copy in (0, frames) for f in range(start, start + half)]
     order = torch.randperm(2 * frames).tolist() if frame_prompts else balanced
     permuted = layout.permute_frames(order)
-    got = model(
-        x[:, :, order], sigma[:, order], text.select(index[order]), layout=permuted, attention=Masked(permuted)
-    )
+    got = model(x[:, :, order], sigma[:, order], text.select(index[order]), layout=permuted, attention=Masked(permuted))
     assert relative_error(got, wanted[:, :, order]) < 1e-6
 
 

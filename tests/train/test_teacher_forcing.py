@@ -9,7 +9,9 @@ import torch
 
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.model.attention import Masked
 from longvideo.model.config import TransformerConfig
+from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.shapeworld.captions import caption, vocabulary
@@ -20,7 +22,7 @@ from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.objective import seeded
 from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.train.views import ViewConfig, ViewSource
+from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 
 from .toy import CPU, small_autoencoder, small_pool
 
@@ -40,10 +42,18 @@ def small_bank(config: BankConfig = BANK) -> LatentBank:
     )
 
 
-def view_source(encoder: TextEncoder, config: ViewConfig, bank: BankConfig = BANK) -> ViewSource:
+def view_source(
+    encoder: TextEncoder, config: ViewConfig, bank: BankConfig = BANK, *, batch: int, chunks: int = 3
+) -> ViewSource:
     tokens = tokenize_captions(small_pool().scenes, encoder, phrasings=2, omit=0.0, device=CPU)
     return ViewSource(
-        small_bank(bank), tokens, config, FlowSchedule(5.0), seed=3, tokens_per_chunk=SPEC.tokens_per_chunk
+        small_bank(bank),
+        tokens,
+        [ViewStage(batch=batch, chunks=chunks)],
+        config,
+        FlowSchedule(5.0),
+        seed=3,
+        tokens_per_chunk=SPEC.tokens_per_chunk,
     )
 
 
@@ -65,7 +75,7 @@ def small_objective(encoder: TextEncoder) -> TeacherForcing:
         encoder,
         TeacherForcingConfig(),
         spec=SPEC,
-        num_chunks=3,
+        chunk_counts=(1, 3),
         schedule=FlowSchedule(5.0),
         device=CPU,
     )
@@ -107,7 +117,7 @@ def test_cuts_fall_between_chunks_in_the_asked_share_of_clips() -> None:
 
 
 def test_views_say_what_they_hold(encoder: TextEncoder) -> None:
-    source = view_source(encoder, ViewConfig(batch=64, start_fraction=0.5, image_fraction=0.5, phrasings=2))
+    source = view_source(encoder, ViewConfig(start_fraction=0.5, image_fraction=0.5, phrasings=2), batch=64)
     source.start(0)
     batch = source.batch(0)
     bank = source.bank
@@ -129,7 +139,7 @@ def test_views_say_what_they_hold(encoder: TextEncoder) -> None:
 
 def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> None:
     cutting = replace(BANK, cut_fraction=1.0)
-    source = view_source(encoder, ViewConfig(batch=32, prompt_dropout=0.25, start_fraction=1.0, phrasings=2), cutting)
+    source = view_source(encoder, ViewConfig(prompt_dropout=0.25, start_fraction=1.0, phrasings=2), cutting, batch=32)
     source.start(0)
     batch = source.batch(1)
     tokens, bank = source.tokens, source.bank
@@ -155,7 +165,7 @@ def test_captions_are_tokenised_as_prompts_are(encoder: TextEncoder) -> None:
 
 
 def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
-    source = view_source(encoder, ViewConfig(batch=5, phrasings=2))
+    source = view_source(encoder, ViewConfig(phrasings=2), batch=5)
     source.start(0)
     batch = source.batch(7)
     objective = small_objective(encoder)
@@ -166,9 +176,8 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         noisy = batch.clean + batch.sigma[:, None, :, None, None] * (batch.noise - batch.clean)
         total, count, plain = 0.0, 0, 0.0
         for row in range(5):
-            features = encoder(batch.ids[row], batch.mask[row])
             one = slice(row, row + 1)
-            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], features)
+            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], batch.ids[one], batch.mask[one])
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
@@ -184,8 +193,47 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
     assert buckets.sum(0).tolist() == pytest.approx([plain, count], rel=1e-5)
 
 
+@torch.no_grad()
+def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(phrasings=2), batch=2)
+    source.start(0)
+    batch, objective = source.batch(0), small_objective(encoder)
+    torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
+    layout = TokenLayout.teacher_forcing(SPEC, 3)
+    text = objective.transformer.encode_text(encoder(batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)))
+    wanted = objective.transformer(
+        torch.cat((batch.context_noise, batch.noise), 2),
+        torch.cat((torch.zeros_like(batch.sigma), batch.sigma), 1),
+        text.select(torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])),
+        layout=layout,
+        attention=Masked(layout),
+    )[:, :, 6:]
+    got = objective.velocity(batch.context_noise, batch.noise, batch.sigma, batch.ids, batch.mask)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_one_chunk_open_their_video(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(image_fraction=0.0), replace(BANK, late_fraction=0.5), batch=16, chunks=1)
+    source.start(0)
+    batch, bank = source.batch(0), source.bank
+    assert batch.clean.shape[2] == SPEC.chunk_frames and (batch.loss_mask == 1).all()
+    openings = bank.latents[: bank.filled][~bank.late[: bank.filled], :, : SPEC.chunk_frames].float()
+    assert 0 < len(openings) < bank.filled
+    assert all((openings == row).flatten(1).all(1).any() for row in batch.clean)
+
+
+def test_shots_begin_at_second_zero_unless_the_clip_is_late() -> None:
+    bank = small_bank(replace(BANK, cut_fraction=0.5, late_fraction=0.5, clips=64, initial_clips=64, group=64))
+    plan = bank.plan(0)
+    frames_before = torch.tensor([0, 5, 13, 21])
+    begins = plan.start_seconds + frames_before / 24
+    cut = plan.scene[:, 1:] != plan.scene[:, :-1]
+    assert cut.any() and torch.allclose(begins[:, 1:][cut], torch.zeros(int(cut.sum())), atol=1e-6)
+    assert (begins[~plan.late, 0] == 0).all() and (begins[plan.late, 0] > 0).float().mean() > 0.9
+
+
 def test_context_only_chunk_gets_no_loss_but_gives_gradient(encoder: TextEncoder) -> None:
-    source = view_source(encoder, ViewConfig(batch=4, start_fraction=0.0, phrasings=2))
+    source = view_source(encoder, ViewConfig(start_fraction=0.0, phrasings=2), batch=4)
     source.start(0)
     batch = source.batch(0)
     objective = small_objective(encoder)
@@ -201,7 +249,7 @@ def test_context_only_chunk_gets_no_loss_but_gives_gradient(encoder: TextEncoder
 
 
 def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
-    source = view_source(encoder, ViewConfig(batch=8, phrasings=2))
+    source = view_source(encoder, ViewConfig(phrasings=2), batch=8)
     source.start(0)
     objective = small_objective(encoder)
     engine = Engine(objective, OptimizerConfig(), precision="fp32", device=CPU)

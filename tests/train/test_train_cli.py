@@ -42,7 +42,10 @@ def test_autoencoder_run_leaves_a_model_with_latent_statistics(trained: Path) ->
 
 def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Path) -> None:
     assert main(ar_arguments(trained, "whole")) == 0
-    assert main(ar_arguments(trained, "cut", "stages=[{steps: 2}]", "optimizer.schedule=constant")) == 0
+    assert (
+        main(ar_arguments(trained, "cut", "stages=[{steps: 2, chunks: 1, batch: 3}]", "optimizer.schedule=constant"))
+        == 0
+    )
     assert main(ar_arguments(trained, "cut", "optimizer.schedule=constant")) == 0
     assert main(ar_arguments(trained, "constant", "optimizer.schedule=constant")) == 0
     weights = [

@@ -108,7 +108,7 @@ class Toy:
         "trainer.sample_every=0",
     )
     ar: tuple[str, ...] = (
-        "stages=[{steps: 4}]",
+        "stages=[{steps: 2, chunks: 1, batch: 3}, {steps: 2, chunks: 3, batch: 2}]",
         "model.num_attention_heads=2",
         "model.attention_head_dim=12",
         "model.ffn_dim=32",
@@ -124,7 +124,6 @@ class Toy:
         "bank.initial_clips=4",
         "bank.group=2",
         "bank.refresh_every=2",
-        "views.batch=2",
         "rollout.prompts=2",
         "rollout.shown=1",
         "rollout.chunks=2",
