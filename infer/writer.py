@@ -150,11 +150,9 @@ class _Output:
 
     def publish(self, path: Path, *, overwrite: bool) -> None:
         assert self.temporary is not None
-        if overwrite:
-            os.replace(self.temporary, path)
-        else:
-            os.link(self.temporary, path)  # fails if the name has been taken meanwhile, where a rename would replace
-            self.temporary.unlink()
+        if not overwrite:
+            path.open("xb").close()  # takes the name, or fails if another has taken it meanwhile
+        os.replace(self.temporary, path)
         self.temporary = None
 
     def finish(self) -> None:

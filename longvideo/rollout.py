@@ -48,9 +48,7 @@ def rollout(
             layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
             text = conditioning.text.select(_prompt_rows(conditioning, branches))
             noise = _noise(model, spec, generators).to(device)
-            latents = _denoise(
-                model, text, conditioning.first_latent, noise, layout, Cached(cache), solver, guidance
-            )
+            latents = _denoise(model, text, conditioning.first_latent, noise, layout, Cached(cache), solver, guidance)
             clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
             model.fill_cache(
                 latents.repeat(branches, 1, 1, 1, 1),
