@@ -10,7 +10,7 @@ embeddings per frame (1, or tokens per frame), P prompts, J text positions, G gr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,10 +181,10 @@ class CausalTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embedding in (self.text_embedding, self.time_embedding):
-            for layer in (embedding[0], embedding[2]):
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02, generator=generator)
-        for modulation in (self.head.modulation, *(block.modulation for block in self.blocks)):
+        for modulation in (self.head.modulation, *(block.modulation for block in self._blocks())):
             nn.init.normal_(modulation, std=self.config.dim**-0.5, generator=generator)
         nn.init.zeros_(self.head.head.weight)
 
@@ -198,8 +198,8 @@ class CausalTransformer(nn.Module):
                 f"text features are {tuple(features_PJD.shape)},"
                 f" wanted [prompts, {self.config.text_len}, {self.config.text_dim}]"
             )
-        text_PJD = self.text_embedding(features_PJD.to(self.text_embedding[0].weight.dtype))
-        pairs = [block.cross_attn.keys_values(text_PJD) for block in self.blocks]
+        text_PJD = self.text_embedding(features_PJD.to(self.patch_embedding.weight.dtype))
+        pairs = [block.cross_attn.keys_values(text_PJD) for block in self._blocks()]
         return TextContext(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
 
     def forward(
@@ -219,7 +219,7 @@ class CausalTransformer(nn.Module):
         layout: position of every token; it must describe T frames.
         """
         h_BLD, time_BTSD, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._blocks()):
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
         patches = self.head(h_BLD, time_BTSD).float()
@@ -241,12 +241,15 @@ class CausalTransformer(nn.Module):
         """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
         h_BLD, _, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
         last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._blocks()):
             if layer == last:
                 attention.store(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
                 return
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
     def _embed(
         self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout
