@@ -1,0 +1,107 @@
+"""The chunk-by-chunk rollout: what it holds fixed, what it depends on, and what it reads when."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longvideo.conditioning import Conditioning
+from longvideo.flow.unipc import UniPC
+from longvideo.model.attention import Full
+from longvideo.model.layout import TokenLayout
+from longvideo.model.transformer import CausalTransformer
+from longvideo.rollout import rollout
+from tests.golden import relative_error
+from tests.model import small
+
+STEPS = 3
+
+
+def conditioning(model: CausalTransformer, rows: list[int], **changes) -> Conditioning:
+    """Samples follow the prompts `rows`; the negative prompt is the last of four."""
+    text = model.encode_text(small.features(4))
+    negative = torch.full((len(rows),), 3)
+    return Conditioning(text=text, prompt_index=torch.tensor(rows), negative_index=negative, **changes)
+
+
+def make(model: CausalTransformer, chunks: list[Conditioning], seeds: list[int], guidance: float = 1.0) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    made = rollout(model, chunks, spec=small.SPEC, solver=UniPC(STEPS), generators=generators, guidance=guidance)
+    return torch.cat(list(made), 2)
+
+
+def test_one_chunk_equals_solving_without_a_cache() -> None:
+    model = small.model()
+    got = make(model, [conditioning(model, [1])], [5])
+    trajectory = UniPC(STEPS).start(torch.randn(got.shape[1:], generator=torch.Generator().manual_seed(5))[None])
+    layout, text = TokenLayout.one_chunk(small.SPEC, 0), model.encode_text(small.features(4)).select(torch.tensor([1]))
+    with torch.no_grad():
+        for timestep in UniPC(STEPS).timesteps:
+            sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
+            trajectory.step(model(trajectory.sample, sigma, text, layout=layout, attention=Full()))
+    assert relative_error(got, trajectory.sample) < 1e-5
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    model = small.model()
+    for guidance in (1.0, 2.5):
+        together = make(model, [conditioning(model, [0, 2])] * 3, [5, 6], guidance)
+        alone = [make(model, [conditioning(model, [row])] * 3, [seed], guidance) for row, seed in ((0, 5), (2, 6))]
+        assert relative_error(together, torch.cat(alone)) < 1e-5
+
+
+def test_same_seed_same_bits_and_another_seed_another_video() -> None:
+    model = small.model()
+    first, again, other = (make(model, [conditioning(model, [0])] * 2, [seed]) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and relative_error(other, first) > 0.1
+
+
+def test_guidance_towards_the_negative_prompt_itself_changes_nothing() -> None:
+    model = small.model()
+    plain = make(model, [conditioning(model, [3])] * 2, [5])
+    guided = make(model, [conditioning(model, [3])] * 2, [5], guidance=4.0)
+    assert relative_error(guided, plain) < 1e-4
+    assert relative_error(make(model, [conditioning(model, [0])] * 2, [5], guidance=4.0), plain) > 0.01
+
+
+def test_first_latent_is_kept_and_seen_by_what_follows() -> None:
+    model = small.model()
+    first = small.latents(1, seed=9)[:, :, :1]
+    given = [conditioning(model, [0], first_latent=first), conditioning(model, [0])]
+    got = make(model, given, [5])
+    free = make(model, [conditioning(model, [0])] * 2, [5])
+    assert torch.equal(got[:, :, :1], first)
+    assert relative_error(got[:, :, 1:], free[:, :, 1:]) > 0.01
+
+
+def test_chunks_are_read_one_at_a_time_and_only_when_wanted() -> None:
+    model, read = small.model(), []
+
+    def endless() -> Iterator[Conditioning]:
+        while True:
+            read.append(len(read))
+            yield conditioning(model, [0])
+
+    generators = [torch.Generator().manual_seed(0)]
+    made = rollout(model, endless(), spec=small.SPEC, solver=UniPC(1), generators=generators)
+    for count in range(1, 4):
+        next(made)
+        assert len(read) == count
+
+
+def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
+    model = small.model()
+    spec = dataclasses.replace(small.SPEC, offset_per_shot=4)
+    chunks = [conditioning(model, [0]), conditioning(model, [0], cut=True)]
+
+    def run(chosen) -> Tensor:
+        generators = [torch.Generator().manual_seed(1)]
+        return torch.cat(list(rollout(model, chunks, spec=chosen, solver=UniPC(2), generators=generators)), 2)
+
+    shifted, plain = run(spec), run(small.SPEC)
+    frames = small.SPEC.chunk_frames
+    assert torch.equal(shifted[:, :, :frames], plain[:, :, :frames])
+    assert relative_error(shifted[:, :, frames:], plain[:, :, frames:]) > 1e-4
