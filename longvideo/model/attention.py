@@ -90,22 +90,23 @@ class Blockwise:
     def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
         runs = _runs(layout)
         self._lengths = [end - start for start, end, _, _ in runs]
-        self._seen: list[list[slice]] = []
+        self._seen: list[list[int]] = []
         for _, _, chunk, noisy in runs:
             seen = []
-            for start, end, other, other_noisy in runs:
+            for number, (_, _, other, other_noisy) in enumerate(runs):
                 same = other == chunk
                 earlier = (other < chunk if visible is None else bool(visible[chunk, other])) and not same
                 if (same and noisy == other_noisy) or (earlier and not other_noisy):
-                    seen.append(slice(start, end))
+                    seen.append(number)
             self._seen.append(seen)
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
-        q, k = rotate(q_BLNK, rope), rotate(k_BLNK, rope)
+        rotated = (rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
+        q_runs, k_runs, v_runs = (x.split(self._lengths, dim=1) for x in rotated)
         out = []
-        for q_run, seen in zip(q.split(self._lengths, dim=1), self._seen, strict=True):
-            keys, values = (torch.cat([x[:, span] for span in seen], dim=1) for x in (k, v_BLNK))
-            out.append(attend(q_run, keys, values))
+        for q, seen in zip(q_runs, self._seen, strict=True):
+            keys, values = (torch.cat([runs[number] for number in seen], dim=1) for runs in (k_runs, v_runs))
+            out.append(attend(q, keys, values))
         return torch.cat(out, dim=1)
 
 
