@@ -140,6 +140,88 @@ def shapeworld(
     _print_report(report, out, console)
 
 
+@app.command()
+def sheet(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="What each clip shows; six prompts of ShapeWorld if none is given."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
+    seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 5.0,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every clip.")] = 0,
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two pictures.")] = Path("runs/sheet"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are already there.")] = False,
+) -> None:
+    """Draw a contact sheet and a looping GIF of what a model makes of some prompts.
+
+    Writes `NAME.png`, a row of frames for each clip, and `NAME.gif`, all clips side by side, where NAME is the last
+    part of the model's name.
+
+    Example: `longvideo eval sheet --model tiny --out docs/images --overwrite`
+    """
+    import numpy as np
+    from rich.console import Console
+
+    from longvideo.evaluation.showcase import PROMPTS, write_showcase
+    from longvideo.infer.pipeline import StreamingPipeline
+
+    shown = list(prompts or PROMPTS)
+    name = Path(model).name
+    targets = [out / f"{name}{suffix}" for suffix in (".png", ".gif")]
+    for target in targets:
+        _check_target(target, overwrite)
+    pipeline = StreamingPipeline.from_pretrained(model, device=device)
+    streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
+    # before the work, so that a folder that cannot be made costs no time
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        clips = [np.concatenate(list(stream)) for stream in progress.track(streams, description="clips")]
+    write_showcase(clips, shown, out, name, fps=pipeline.fps)
+    console.print(f"written: {', '.join(map(str, targets))}", soft_wrap=True)
+
+
+@app.command()
+def curves(
+    metrics: Annotated[list[Path], typer.Argument(metavar="METRICS...", help="metrics.jsonl of one or more runs.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What to draw, once for each name in the file.  [default: loss]")
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Lay the runs end to end, when each goes on from the one before.")
+    ] = False,
+    title: Annotated[str, typer.Option(help="Line above the picture.")] = "",
+    low: Annotated[float | None, typer.Option(help="Lower end of the y axis; fits the values if not given.")] = None,
+    high: Annotated[float | None, typer.Option(help="Upper end of the y axis; fits the values if not given.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("curves.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture if it exists.")] = False,
+) -> None:
+    """Draw the curves of training runs.
+
+    Example: `longvideo eval curves runs/vae/metrics.jsonl --metric psnr --metric object --out vae.png`
+    """
+    from longvideo.evaluation.curves import draw_curves, read_metrics
+
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: the name must end in .png")
+    if low is not None and high is not None and not low < high:
+        raise UserError(f"--low {low:g} is not below --high {high:g}")
+    _check_target(out, overwrite)
+    names = metric or ["loss"]
+    picture = draw_curves(
+        [read_metrics(path) for path in metrics],
+        names,
+        title=title or ", ".join(names),
+        join=join,
+        y_range=(low, high),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out, optimize=True)
+
+
 def generate_videos(
     pipeline: StreamingPipeline, tasks: list[Task], *, batch: int, steps: int | None, guidance: float | None
 ) -> Iterator[tuple[Task, np.ndarray]]:
@@ -201,6 +283,13 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
     if (out / "results.json").exists() and not overwrite:
         raise UserError(f"--out {out} already holds results.json; choose another folder or add --overwrite")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; choose another name")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; choose another place or add --overwrite")
 
 
 def _print_report(report: Report, out: Path, console) -> None:

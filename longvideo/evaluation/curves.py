@@ -1,0 +1,127 @@
+"""Curves of training runs, out of the metrics.jsonl that each of them writes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from longvideo.errors import UserError
+from longvideo.evaluation.sheet import plot_curves
+
+NUM_INTERVALS = 5
+"""Stretches into which `plot_curves` divides the y axis."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of one metrics.jsonl, in order; each has `step` and some of the run's numbers."""
+
+    run: str
+    lines: tuple[dict[str, float], ...]
+
+    @property
+    def last_step(self) -> float:
+        return max(line["step"] for line in self.lines)
+
+    def names(self) -> list[str]:
+        """Return what was recorded, in the order of its first appearance."""
+        return list(dict.fromkeys(name for line in self.lines for name in line if name != "step"))
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) wherever `name` was recorded."""
+        return [(line["step"], line[name]) for line in self.lines if name in line]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read the metrics.jsonl of a run. Raises UserError naming file and line when it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give the metrics.jsonl of a run folder") from error
+    lines = [_read_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no numbers yet; a run writes a line every trainer.log_every steps")
+    return Metrics(path.resolve().parent.name, tuple(lines))
+
+
+def draw_curves(
+    runs: Sequence[Metrics],
+    names: Sequence[str],
+    *,
+    title: str,
+    join: bool = False,
+    y_range: tuple[float | None, float | None] = (None, None),
+) -> Image.Image:
+    """Draw `names` of every run against the step. Raises UserError for a name that no run recorded.
+
+    join: lay the runs end to end, as one that goes on from the other. y_range: None takes a round number around the
+    values; what lies outside is drawn on the border.
+    """
+    check_names(runs, names)
+    series: dict[str, list[tuple[float, float]]] = {}
+    offset = 0.0
+    for run in runs:
+        for name in names:
+            label = name if join or len(runs) == 1 else f"{run.run} {name}"
+            points = [(step + offset, value) for step, value in run.points(name)]
+            if points:
+                series.setdefault(label, []).extend(points)
+        offset += run.last_step if join else 0.0
+    steps = sorted({step for points in series.values() for step, _ in points})
+    values = [value for points in series.values() for _, value in points if math.isfinite(value)]
+    if not values:
+        raise UserError(f"no value of {', '.join(names)} is finite; nothing to plot")
+    low, high = round_range(min(values), max(values))
+    return plot_curves(
+        {label: fill_gaps(points, steps) for label, points in series.items()},
+        steps,
+        title=title,
+        x_label="steps",
+        y_range=(low if y_range[0] is None else y_range[0], high if y_range[1] is None else y_range[1]),
+        percent=False,
+    )
+
+
+def check_names(runs: Sequence[Metrics], names: Sequence[str]) -> None:
+    """Raise UserError unless every name was recorded by some run."""
+    known = list(dict.fromkeys(name for run in runs for name in run.names()))
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
+            raise UserError(f"no run recorded {name!r}; {hint}")
+
+
+def fill_gaps(points: Sequence[tuple[float, float]], steps: Sequence[float]) -> list[float]:
+    """Return a value at each of `steps`: straight lines between the points, NaN before the first and after the last."""
+    at, values = zip(*points, strict=True)
+    return np.interp(steps, at, values, left=math.nan, right=math.nan).tolist()
+
+
+def round_range(low: float, high: float) -> tuple[float, float]:
+    """Return bounds around [low, high] whose NUM_INTERVALS stretches are 1, 2, 2.5 or 5 times a power of ten."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / NUM_INTERVALS))
+    for factor in (1, 2, 2.5, 5, 10, 20):
+        step = factor * power
+        bottom = math.floor(low / step) * step
+        if bottom + NUM_INTERVALS * step >= high:
+            return bottom, bottom + NUM_INTERVALS * step
+    raise AssertionError("twenty times the power of ten below a fifth of the span always suffices")
+
+
+def _read_line(line: str, where: str) -> dict[str, float]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}); give the metrics.jsonl of a run folder") from error
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise UserError(f"{where}: has no step; give the metrics.jsonl of a run folder")
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

@@ -1,0 +1,83 @@
+"""The two pictures on a model's page: a contact sheet and a looping GIF of the same clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from longvideo.evaluation.sheet import INK, PAPER, film_strip, spaced_indices, write_gif
+
+PROMPTS = (
+    "a large purple star spins above a meadow",
+    "a small orange ball drifts left at night, bouncing off the edges",
+    "a big green ring pulses over a black background",
+    "a large pink cross circles clockwise over a checkerboard",
+    "a small red triangle falls and a big blue square moves right over a gray background, both bouncing off the walls",
+    "a small green square stays still while a large cyan star circles clockwise on a cream background",
+)
+"""Prompts whose combinations of shape, color and motion are held out: no model of ShapeWorld was trained on them."""
+
+SHEET_COLUMNS = 8
+SHEET_SCALE = 0.6
+NUM_COLORS = 240
+GIF_COLUMNS = 3
+GIF_FPS = 12.0
+GAP = 6
+FONT_SIZE = 12
+CAPTION_LINES = 3
+
+
+def write_showcase(clips: Sequence[np.ndarray], prompts: Sequence[str], folder: Path, name: str, *, fps: float) -> None:
+    """Write `name`.png (a row of frames for each clip) and `name`.gif (the clips side by side) into `folder`.
+
+    clips: uint8 [T, H, W, 3] of `fps` frames a second, all of one shape.
+    """
+    sheet = film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE)
+    sheet.quantize(palette=choose_palette(sheet), dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
+    write_gif(limit_colors(tile_clips(clips, prompts)), folder / f"{name}.gif", fps=GIF_FPS, source_fps=fps)
+
+
+def choose_palette(picture: Image.Image) -> Image.Image:
+    """Choose NUM_COLORS colors that also serve small areas: a median cut spends them all on the backgrounds."""
+    return picture.quantize(NUM_COLORS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+
+
+def limit_colors(frames: np.ndarray) -> np.ndarray:
+    """Replace every pixel of uint8 [T, H, W, 3] by the nearest color of one palette."""
+    palette = choose_palette(Image.fromarray(np.concatenate([frames[i] for i in spaced_indices(len(frames), 8)])))
+    limited = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in limited])
+
+
+def tile_clips(clips: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = GIF_COLUMNS) -> np.ndarray:
+    """Lay clips uint8 [T, H, W, 3] of one shape out in rows, each with its caption below; return [T, H', W', 3]."""
+    frames, height, width, _ = clips[0].shape
+    font = ImageFont.load_default(size=FONT_SIZE)
+    line = round(1.3 * FONT_SIZE)
+    columns = min(columns, len(clips))
+    rows = -(-len(clips) // columns)
+    down, across = height + CAPTION_LINES * line + GAP, width + GAP
+    page = Image.new("RGB", (GAP + columns * across, GAP + rows * down), PAPER)
+    draw = ImageDraw.Draw(page)
+    corners = [(GAP + index // columns * down, GAP + index % columns * across) for index in range(len(clips))]
+    for (top, left), caption in zip(corners, captions, strict=True):
+        for number, text in enumerate(wrap_text(caption, font, width)[:CAPTION_LINES]):
+            draw.text((left, top + height + 1 + number * line), text, fill=INK, font=font)
+    video = np.repeat(np.asarray(page)[None], frames, axis=0)
+    for (top, left), clip in zip(corners, clips, strict=True):
+        video[:, top : top + height, left : left + width] = clip
+    return video
+
+
+def wrap_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break `text` between words into lines of at most `width` pixels; a longer word gets a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,73 @@
+"""The pictures of a model's page ask for what training never saw, keep small colored areas, and stay small."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from longvideo.cli.main import main
+from longvideo.evaluation.request import read_caption
+from longvideo.evaluation.showcase import PROMPTS, limit_colors, tile_clips, wrap_text, write_showcase
+from longvideo.shapeworld.batch import SceneBatch
+from longvideo.shapeworld.captions import vocabulary
+from longvideo.shapeworld.dataset import to_uint8
+from longvideo.shapeworld.render import render
+from longvideo.shapeworld.world import BACKGROUNDS, Scene, Sprite, is_held_out
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [_scene(prompt, index) for index, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def clips(scenes: list[Scene]) -> list[np.ndarray]:
+    times = torch.arange(24)[None] / 8
+    return [to_uint8(render(SceneBatch.from_scenes([scene]), times)[0]).numpy() for scene in scenes]
+
+
+def test_every_prompt_is_held_out_and_made_of_known_words(scenes):
+    assert all(is_held_out(scene) for scene in scenes)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    known = set(vocabulary())
+    assert [word for prompt in PROMPTS for word in prompt.replace(",", "").split() if word not in known] == []
+
+
+def test_a_small_object_keeps_its_color(clips):
+    video = tile_clips(clips, PROMPTS)
+    error = np.abs(limit_colors(video).astype(int) - video).max(-1)
+    assert np.percentile(error, 99.9) <= 16
+
+
+def test_the_pictures_hold_every_clip_and_are_small(clips, tmp_path):
+    write_showcase(clips, PROMPTS, tmp_path, "model", fps=8)
+    assert (tmp_path / "model.png").stat().st_size < 400_000
+    assert (tmp_path / "model.gif").stat().st_size < 2_000_000
+    with Image.open(tmp_path / "model.gif") as gif:
+        assert gif.size[0] == 6 + 3 * (224 + 6)
+        frame = np.asarray(gif.convert("RGB"))
+    for column, clip in enumerate(clips[:3]):
+        left = 6 + column * 230
+        assert np.abs(frame[6 : 6 + 128, left : left + 224].astype(int) - clip[0]).mean() < 4
+
+
+def test_text_breaks_between_words_and_loses_none():
+    font = ImageFont.load_default(size=12)
+    lines = wrap_text(PROMPTS[-1], font, 224)
+    assert 1 < len(lines) <= 3
+    assert " ".join(lines) == PROMPTS[-1]
+    assert all(font.getlength(line) <= 224 for line in lines)
+
+
+def test_existing_pictures_are_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "tiny.gif").write_bytes(b"old")
+    assert main(["eval", "sheet", "--out", str(tmp_path)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "tiny.gif").read_bytes() == b"old"
+
+
+def _scene(prompt: str, seed: int) -> Scene:
+    asked = read_caption(prompt)
+    assert asked.background is not None
+    sprites = [Sprite(s.shape, s.color, s.size or "small", s.motion or "still") for s in asked.sprites]
+    return Scene(tuple(sprites), asked.background, seed)
