@@ -1,4 +1,4 @@
-"""Make latents chunk by chunk: denoise against the cache, run the clean pass, commit, go on.
+"""Make latents chunk by chunk: denoise against the cache, hand the result out, run the clean pass, commit, go on.
 
 Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,28 +38,37 @@ def rollout(
         one batch, each copy with its own cache.
     """
     device = model.patch_embedding.weight.device
-    cache: KVCache | None = None
-    shot = 0
+    branches = 1 if guidance == 1.0 else 2
+    clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
+    attention = Cached(_new_cache(model, spec, batch=branches * len(generators)))
+    shot, finish = 0, None
     for index, conditioning in enumerate(chunks):
         with torch.inference_mode():
-            branches = 1 if guidance == 1.0 else 2
-            if cache is None:
-                cache = _new_cache(model, spec, batch=branches * len(generators))
+            if finish is not None:
+                finish()
             shot += conditioning.cut and index > 0
-            layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
             text = conditioning.text.select(_prompt_rows(conditioning, branches))
+            layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
             noise = _noise(model, spec, generators).to(device)
-            latents = _denoise(model, text, conditioning.first_latent, noise, layout, Cached(cache), solver, guidance)
-            clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
-            model.fill_cache(
-                latents.repeat(branches, 1, 1, 1, 1),
-                clean_sigma,
-                text,
-                layout=layout,
-                attention=Cached(cache),
-            )
-            cache.commit(cut=conditioning.cut)
+            latents = _denoise(model, text, conditioning.first_latent, noise, layout, attention, solver, guidance)
+        finish = partial(
+            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, layout, attention, conditioning.cut
+        )
         yield latents
+
+
+def _commit(
+    model: CausalTransformer,
+    latents: Tensor,
+    sigma: Tensor,
+    text: TextContext,
+    layout: TokenLayout,
+    attention: Cached,
+    cut: bool,
+) -> None:
+    """Run the clean pass: only when another chunk is wanted, so that latents leave early and the last need none."""
+    model.fill_cache(latents, sigma, text, layout=layout, attention=attention)
+    attention.cache.commit(cut=cut)
 
 
 def _denoise(
