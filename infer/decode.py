@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvideo.pixels import to_uint8
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.layers import State
 
@@ -74,9 +75,3 @@ def mark_ready(latents: Tensor) -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(latents.device))
     return event
-
-
-def to_uint8(video_BCTHW: Tensor) -> Tensor:
-    """Map [-1, 1] to 0..255 with rounding: [B, 3, T, H, W] -> uint8 [B, T, H, W, 3], contiguous."""
-    pixels = video_BCTHW.float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).contiguous()

@@ -18,6 +18,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.pixels import to_uint8
 from longvideo.rollout import rollout
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.shapeworld.world import Scene
@@ -28,7 +29,6 @@ from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
-from longvideo.train.vae import to_pixels
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 
 
@@ -185,7 +185,7 @@ class ArRecipe:
         state, frames = None, []
         for latents in chunks:
             video, state = self.autoencoder.decode(self.autoencoder.denormalize(latents), state)
-            frames.append(to_pixels(video))
+            frames.append(to_uint8(video).cpu().numpy())
         return list(np.concatenate(frames, axis=1))
 
     def export(self, folder: Path) -> None:

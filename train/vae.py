@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import load_weights
 from longvideo.errors import ConfigError
+from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split
 from longvideo.train.clips import ClipSource, ClipStage
 from longvideo.train.objective import seeded
@@ -115,7 +115,9 @@ class VaeRecipe:
             for found, values in zip((overall, objects), psnr(output, video, mask), strict=True):
                 found.append(values)
             num_shown = max(0, min(config.shown - first, len(scenes)))
-            for given, made in zip(to_pixels(video[:num_shown]), to_pixels(output[:num_shown]), strict=True):
+            for given, made in zip(
+                *(to_uint8(clips[:num_shown]).cpu().numpy() for clips in (video, output)), strict=True
+            ):
                 rows += [given, made]
         folder.mkdir(parents=True, exist_ok=True)
         values_overall, values_objects = torch.cat(overall), torch.cat(objects)
@@ -190,9 +192,3 @@ def build_autoencoder(config: AutoencoderConfig, *, seed: int, device: torch.dev
         torch.manual_seed(seed)
         autoencoder = Autoencoder(config)
     return autoencoder.to(device)
-
-
-def to_pixels(video_BCTHW: Tensor) -> np.ndarray:
-    """Map [-1, 1] to uint8 [B, T, H, W, 3] on the host."""
-    pixels = video_BCTHW.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -1,6 +1,6 @@
-"""Clips of ShapeWorld: scripts of several shots drawn as long videos, and batches drawn on the fly for training.
+"""Scripts of several shots, drawn as long videos.
 
-B clips, G chunks, T pixel frames. Cuts fall on chunk boundaries; the clock of a scene starts at 0 at its cut.
+T pixel frames. Cuts fall on chunk boundaries; the clock of a scene starts at 0 at its cut.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
+from longvideo.pixels import to_uint8
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.render import render_with_mask
@@ -114,108 +115,5 @@ def render_script(script: SceneScript, *, height: int = 128, width: int = 224) -
             end = start + (FIRST_CHUNK_FRAMES if start == 0 else CHUNK_FRAMES)
             frames = torch.arange(start - span.start, end - span.start, dtype=torch.float64)
             times = span.start_seconds + frames / FPS
-            yield to_uint8(render_with_mask(batch, times[None], height=height, width=width)[0][0])
+            yield to_uint8(render_with_mask(batch, times[None], height=height, width=width)[0])[0]
             start = end
-
-
-def to_uint8(video_CTHW: Tensor) -> Tensor:
-    """Turn one clip in [-1, 1] into 8-bit frames [T, H, W, 3]."""
-    return ((video_CTHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-@dataclass(frozen=True)
-class ClipPlan:
-    """What a batch of training clips shows: for every chunk its scene, its caption and when the scene began."""
-
-    scene_BG: Tensor  # long, row of the pool's scenes
-    caption_BG: Tensor  # long, row of the pool's captions
-    cut_BG: Tensor  # bool: the chunk begins a shot; always true for chunk 0
-    start_B: Tensor  # seconds that the first shot had run before the clip begins
-
-
-@dataclass(frozen=True)
-class ScenePool:
-    """Thousands of scenes on one device with several captions each, to draw training clips from.
-
-    Captions are rows `scene * captions_per_scene + variant` of `captions`, so that their tokens can be prepared once.
-    """
-
-    scenes: SceneBatch
-    captions: list[str]
-    captions_per_scene: int
-
-    @classmethod
-    def build(
-        cls,
-        num_scenes: int,
-        *,
-        split: Split = "train",
-        first_seed: int = 0,
-        captions_per_scene: int = 4,
-        omit: float = 0.0,
-    ) -> ScenePool:
-        """Draw the scenes of seeds first_seed ... first_seed + num_scenes - 1; `omit` as in `caption`."""
-        scenes = [sample_scene(first_seed + i, split=split) for i in range(num_scenes)]
-        captions = [
-            caption(scene, scene.seed * captions_per_scene + variant, omit=omit)
-            for scene in scenes
-            for variant in range(captions_per_scene)
-        ]
-        return cls(SceneBatch.from_scenes(scenes), captions, captions_per_scene)
-
-    def to(self, device: torch.device | str) -> ScenePool:
-        """Move the scenes."""
-        return ScenePool(self.scenes.to(device), self.captions, self.captions_per_scene)
-
-    def sample(
-        self,
-        batch_size: int,
-        *,
-        num_chunks: int,
-        generator: torch.Generator,
-        cut_probability: float = 0.0,
-        max_start_seconds: float = 0.0,
-    ) -> ClipPlan:
-        """Plan clips with random scenes; each chunk but the first begins a new shot with `cut_probability`.
-
-        A first shot begins at a random time up to `max_start_seconds` (a later time may show a sprite that has already
-        bounced, so its first chunk alone does not follow from the caption). Draws on the generator's device, without
-        a host sync when that is the pool's.
-        """
-        device = self.scenes.background_B.device
-        shape = (batch_size, num_chunks)
-
-        def uniform(*size: int) -> Tensor:
-            return torch.rand(size, generator=generator, device=generator.device).to(device)
-
-        cut_BG = uniform(*shape) < cut_probability
-        cut_BG[:, 0] = True
-        fresh_BG = (uniform(*shape) * len(self.scenes)).long().clamp_max(len(self.scenes) - 1)
-        variant_BG = (uniform(*shape) * self.captions_per_scene).long().clamp_max(self.captions_per_scene - 1)
-        shot_BG = _shot_begin(cut_BG)
-        scene_BG = fresh_BG.gather(1, shot_BG)
-        caption_BG = scene_BG * self.captions_per_scene + variant_BG.gather(1, shot_BG)
-        return ClipPlan(scene_BG, caption_BG, cut_BG, uniform(batch_size) * max_start_seconds)
-
-    def render(self, plan: ClipPlan, *, height: int = 128, width: int = 224) -> tuple[Tensor, Tensor]:
-        """Draw planned clips: video [B, 3, T, H, W] in [-1, 1] and foreground mask [B, 1, T, H, W]."""
-        begin_BG = _shot_begin(plan.cut_BG)
-        videos, masks = [], []
-        for chunk in range(plan.scene_BG.shape[1]):
-            first = chunk_start(chunk)
-            frames = torch.arange(first, chunk_start(chunk + 1), device=begin_BG.device)
-            begin_B = begin_BG[:, chunk]
-            begin_frame_B = (begin_B > 0) * (FIRST_CHUNK_FRAMES + (begin_B - 1) * CHUNK_FRAMES)
-            elapsed_B = torch.where(begin_B > 0, 0.0, plan.start_B)
-            times_BT = elapsed_B[:, None] + (frames - begin_frame_B[:, None]) / FPS
-            scenes = self.scenes[plan.scene_BG[:, chunk]]
-            video, mask = render_with_mask(scenes, times_BT, height=height, width=width)
-            videos.append(video)
-            masks.append(mask)
-        return torch.cat(videos, 2), torch.cat(masks, 2)
-
-
-def _shot_begin(cut_BG: Tensor) -> Tensor:
-    """The chunk in which the shot of each chunk began."""
-    index_G = torch.arange(cut_BG.shape[1], device=cut_BG.device)
-    return torch.where(cut_BG, index_G, 0).cummax(1).values

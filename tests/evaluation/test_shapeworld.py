@@ -19,8 +19,8 @@ from longvideo.evaluation.shapeworld import (
     judge_video,
     wilson_interval,
 )
+from longvideo.pixels import to_uint8
 from longvideo.shapeworld.batch import SceneBatch
-from longvideo.shapeworld.dataset import to_uint8
 from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import Scene, Sprite, is_held_out
 
@@ -38,7 +38,7 @@ def film(task: Task, *, delay: int = 0) -> np.ndarray:
     shots = []
     for scene, start, end in zip(task.scenes, starts, ends, strict=True):
         times = torch.arange(end - start) / FPS
-        shots.append(to_uint8(render(SceneBatch.from_scenes([drawn(scene)]), times[None])[0]).numpy())
+        shots.append(to_uint8(render(SceneBatch.from_scenes([drawn(scene)]), times[None]))[0].numpy())
     return np.concatenate(shots)
 
 

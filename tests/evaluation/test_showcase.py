@@ -8,9 +8,9 @@ from PIL import Image, ImageFont
 from longvideo.cli.main import main
 from longvideo.evaluation.request import read_caption
 from longvideo.evaluation.showcase import PROMPTS, limit_colors, tile_clips, wrap_text, write_showcase
+from longvideo.pixels import to_uint8
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.captions import vocabulary
-from longvideo.shapeworld.dataset import to_uint8
 from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import BACKGROUNDS, Scene, Sprite, is_held_out
 
@@ -23,7 +23,7 @@ def scenes() -> list[Scene]:
 @pytest.fixture(scope="module")
 def clips(scenes: list[Scene]) -> list[np.ndarray]:
     times = torch.arange(24)[None] / 8
-    return [to_uint8(render(SceneBatch.from_scenes([scene]), times)[0]).numpy() for scene in scenes]
+    return [to_uint8(render(SceneBatch.from_scenes([scene]), times))[0].numpy() for scene in scenes]
 
 
 def test_every_prompt_is_held_out_and_made_of_known_words(scenes):
