@@ -23,6 +23,7 @@ PROMPTS = (
 SHEET_COLUMNS = 8
 SHEET_SCALE = 0.6
 NUM_COLORS = 240
+SMOOTH_COLORS = 160
 GIF_COLUMNS = 3
 GIF_FPS = 12.0
 GAP = 6
@@ -41,8 +42,18 @@ def write_showcase(clips: Sequence[np.ndarray], prompts: Sequence[str], folder: 
 
 
 def choose_palette(picture: Image.Image) -> Image.Image:
-    """Choose NUM_COLORS colors that also serve small areas: a median cut spends them all on the backgrounds."""
-    return picture.quantize(NUM_COLORS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    """Choose NUM_COLORS colors: most for the large areas, so that slopes stay smooth, the rest for small objects.
+
+    A median cut spends all of them on the backgrounds; maximum coverage leaves a slope only a few steps.
+    """
+    smooth = picture.quantize(SMOOTH_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    spread = picture.quantize(
+        NUM_COLORS - SMOOTH_COLORS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
+    )
+    colors = [level for part in (smooth, spread) for level in part.getpalette() or []]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors)
+    return palette
 
 
 def limit_colors(frames: np.ndarray) -> np.ndarray:
