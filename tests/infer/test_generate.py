@@ -74,6 +74,11 @@ def test_a_frame_of_real_footage_is_where_the_video_starts(
     assert np.corrcoef((first @ luma).ravel(), (expected @ luma).ravel())[0, 1] > 0.98
 
 
+def hear_interrupts() -> None:
+    """A shell starts background jobs with interrupts ignored, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_what_was_made(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
@@ -83,6 +88,7 @@ def test_ctrl_c_leaves_what_was_made(model_folder: Path, tmp_path: Path) -> None
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=hear_interrupts,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -113,7 +119,8 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     out.write_text("old")
     arguments = ["generate", "a red ball", "--model", str(model_folder), "--device", "cpu", "--overwrite"]
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *arguments, "-o", str(out)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *arguments, "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_interrupts)
     assert done.returncode == 130 and "Traceback" not in done.stderr and time.monotonic() - started < 60
     assert "nothing was written" in done.stdout
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.mp4"]
