@@ -86,7 +86,12 @@ class VaeRecipe:
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.autoencoder = build_autoencoder(config.model.build(), seed=config.seed, device=device)
         if config.initialize is not None:
-            load_weights(self.autoencoder, ModelFolder.open(config.initialize).weights("vae"), device=device)
+            load_weights(
+                self.autoencoder,
+                ModelFolder.open(config.initialize).weights("vae"),
+                device=device,
+                dtype=torch.float32,
+            )
         self.objective = Reconstruction(self.autoencoder, config.loss, device=device)
         self.pool = self._pool("train", config.scenes.count)
         self.source = ClipSource(
