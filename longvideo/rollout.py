@@ -17,6 +17,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import Cached
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 
@@ -48,11 +49,11 @@ def rollout(
                 finish()
             shot += conditioning.cut and index > 0
             text = conditioning.text.select(_prompt_rows(conditioning, branches))
-            layout = TokenLayout.one_chunk(spec, index, shot=shot).to(device)
+            rope = model.rope(TokenLayout.one_chunk(spec, index, shot=shot).to(device))
             noise = _noise(model, spec, generators).to(device)
-            latents = _denoise(model, text, conditioning.first_latent, noise, layout, attention, solver, guidance)
+            latents = _denoise(model, text, conditioning.first_latent, noise, rope, attention, solver, guidance)
         finish = partial(
-            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, layout, attention, conditioning.cut
+            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, rope, attention, conditioning.cut
         )
         yield latents
 
@@ -62,12 +63,12 @@ def _commit(
     latents: Tensor,
     sigma: Tensor,
     text: TextContext,
-    layout: TokenLayout,
+    rope: Rope,
     attention: Cached,
     cut: bool,
 ) -> None:
     """Run the clean pass: only when another chunk is wanted, so that latents leave early and the last need none."""
-    model.fill_cache(latents, sigma, text, layout=layout, attention=attention)
+    model.fill_cache(latents, sigma, text, rope=rope, attention=attention)
     attention.cache.commit(cut=cut)
 
 
@@ -76,7 +77,7 @@ def _denoise(
     text: TextContext,
     first: Tensor | None,
     noise: Tensor,
-    layout: TokenLayout,
+    rope: Rope,
     attention: Cached,
     solver: UniPC,
     guidance: float,
@@ -93,7 +94,7 @@ def _denoise(
             trajectory.sample.repeat(branches, 1, 1, 1, 1),
             sigma.repeat(branches, 1),
             text,
-            layout=layout,
+            rope=rope,
             attention=attention,
         )
         if branches == 2:

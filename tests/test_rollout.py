@@ -41,7 +41,7 @@ def test_one_chunk_equals_solving_without_a_cache() -> None:
     with torch.no_grad():
         for timestep in UniPC(STEPS).timesteps:
             sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
-            trajectory.step(model(trajectory.sample, sigma, text, layout=layout, attention=Full()))
+            trajectory.step(model(trajectory.sample, sigma, text, rope=model.rope(layout), attention=Full()))
     assert relative_error(got, trajectory.sample) < 1e-5
 
 

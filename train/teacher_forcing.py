@@ -14,6 +14,7 @@ from torch import Tensor
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.attention import Blockwise
 from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.text import TextEncoder
@@ -35,7 +36,7 @@ class TeacherForcingConfig:
 class _Pass:
     """What depends on the number of chunks of a view alone. rows: the chunk whose prompt each run of tokens has."""
 
-    layout: TokenLayout
+    rope: Rope
     attention: Blockwise
     rows: Tensor
 
@@ -58,7 +59,7 @@ class TeacherForcing(Objective):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
-        self._passes = {count: _prepare(spec, count, device) for count in chunk_counts}
+        self._passes = {count: _prepare(transformer, spec, count, device) for count in chunk_counts}
         self._predict: Callable[..., Tensor] = self.velocity
         if config.compile and device.type == "cuda":
             self._predict = torch.compile(self.velocity, dynamic=False, mode=config.compile_mode)
@@ -84,16 +85,16 @@ class TeacherForcing(Objective):
             torch.cat((context[:, :, :seen], noisy), dim=2),
             torch.cat((torch.zeros_like(sigma_BT[:, :seen]), sigma_BT), dim=1),
             text.select(first_row[:, None] + prepared.rows),
-            layout=prepared.layout,
+            rope=prepared.rope,
             attention=prepared.attention,
         )
         return velocity[:, :, seen:]
 
 
-def _prepare(spec: ChunkSpec, num_chunks: int, device: torch.device) -> _Pass:
+def _prepare(transformer: CausalTransformer, spec: ChunkSpec, num_chunks: int, device: torch.device) -> _Pass:
     layout = TokenLayout.training(spec, num_chunks)
     chunk = torch.arange(num_chunks, device=device)
-    return _Pass(layout.to(device), Blockwise(layout), torch.cat((chunk[:-1], chunk)))
+    return _Pass(transformer.rope(layout.to(device)), Blockwise(layout), torch.cat((chunk[:-1], chunk)))
 
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:

@@ -188,6 +188,10 @@ class CausalTransformer(nn.Module):
             nn.init.normal_(modulation, std=self.config.dim**-0.5, generator=generator)
         nn.init.zeros_(self.head.head.weight)
 
+    def rope(self, layout: TokenLayout) -> Rope:
+        """Compute the rotation of every token of a layout, on the layout's device; once a chunk, or once a run."""
+        return rope_from_positions(layout.position_BL3, self.config.attention_head_dim)
+
     def encode_text(self, features_PJD: Tensor) -> TextContext:
         """Compute every layer's text keys and values.
 
@@ -208,7 +212,7 @@ class CausalTransformer(nn.Module):
         sigma_BT: Tensor,
         text: TextContext,
         *,
-        layout: TokenLayout,
+        rope: Rope,
         attention: AttentionPattern,
     ) -> Tensor:
         """Return the flow velocity (noise minus clean) of every latent frame, [B, C, T, H, W] float32.
@@ -216,9 +220,9 @@ class CausalTransformer(nn.Module):
         sigma_BT: noise level of every frame in [0, 1]; [B, T, tokens per frame] gives every token its own.
         text: for each sample, a prompt for each of G equal runs of tokens, in the order of the layout; a rollout has
             G = 1, a training pass one for each chunk. See `TextContext.select`.
-        layout: position of every token; it must describe T frames.
+        rope: rotation of every token, from `rope`; it must be of T frames.
         """
-        h_BLD, time_BTSD, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
+        h_BLD, time_BTSD, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
         for layer, block in enumerate(self._blocks()):
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
@@ -235,11 +239,11 @@ class CausalTransformer(nn.Module):
         sigma_BT: Tensor,
         text: TextContext,
         *,
-        layout: TokenLayout,
+        rope: Rope,
         attention: Cached,
     ) -> None:
         """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
-        h_BLD, _, time_BTS6D, rope = self._embed(latents_BCTHW, sigma_BT, layout)
+        h_BLD, _, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self._blocks()):
             if layer == last:
@@ -251,21 +255,17 @@ class CausalTransformer(nn.Module):
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
-    def _embed(
-        self, latents_BCTHW: Tensor, sigma_BT: Tensor, layout: TokenLayout
-    ) -> tuple[Tensor, Tensor, Tensor, Rope]:
-        assert layout.num_frames == latents_BCTHW.shape[2], (layout.num_frames, latents_BCTHW.shape)
+    def _embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.patch_embedding.weight
         _, p, q = self.config.patch_size
         patches = rearrange(latents_BCTHW.to(weight.dtype), "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=q)
+        assert rope.cos.shape[1] == patches.shape[1], (rope.cos.shape, latents_BCTHW.shape)
         # a convolution whose stride is its kernel is a product, for which libraries have faster kernels
         h_BLD = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         sigma_BTS = sigma_BT if sigma_BT.ndim == 3 else sigma_BT.unsqueeze(-1)
         frequencies = timestep_frequencies(sigma_BTS * TIMESTEPS, self.config.freq_dim)
         time_BTSD = self.time_embedding(frequencies.to(weight.dtype))
-        time_BTS6D = self.time_projection(time_BTSD).unflatten(-1, (6, -1))
-        rope = rope_from_positions(layout.position_BL3, self.config.attention_head_dim)
-        return h_BLD, time_BTSD, time_BTS6D, rope
+        return h_BLD, time_BTSD, self.time_projection(time_BTSD).unflatten(-1, (6, -1))
 
 
 def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:

@@ -97,7 +97,7 @@ def test_diffusers_reads_the_transformer_with_equal_outputs(saved: ModelFolder) 
     latents, features = torch.randn(1, 4, 8, 4, 6), torch.randn(1, small.SETTINGS.text_len, 128)
     layout = TokenLayout.block_causal(saved.spec, 1)
     text = ours.encode_text(features)
-    flow = ours(latents, torch.full((1, 8), 0.7), text, layout=layout, attention=Full())
+    flow = ours(latents, torch.full((1, 8), 0.7), text, rope=ours.rope(layout), attention=Full())
     expected = theirs(latents, torch.tensor([700.0]), features, return_dict=False)[0]
     assert golden.relative_error(flow, expected) < TOLERANCE
 

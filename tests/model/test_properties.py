@@ -34,9 +34,9 @@ def cached_rollout(
         frames = slice(chunk * spec.chunk_frames, (chunk + 1) * spec.chunk_frames)
         layout = TokenLayout.one_chunk(spec, chunk, shot=shot)
         own = text.select(torch.tensor([chunk]))
-        out.append(model(noisy[:, :, frames], sigma[:, frames], own, layout=layout, attention=attention))
+        out.append(model(noisy[:, :, frames], sigma[:, frames], own, rope=model.rope(layout), attention=attention))
         zero = torch.zeros(1, spec.chunk_frames)
-        model.fill_cache(clean[:, :, frames], zero, own, layout=layout, attention=attention)
+        model.fill_cache(clean[:, :, frames], zero, own, rope=model.rope(layout), attention=attention)
         cache.commit(cut=cut)
     return torch.cat(out, 2)
 
@@ -49,7 +49,7 @@ def masked_pass(
     text = model.encode_text(small.features(len(cuts))).select(torch.arange(len(cuts)).repeat(2))
     attention = Masked(layout, visible_chunks(spec, cuts))
     sigma = torch.cat((torch.zeros_like(sigma), sigma), 1)
-    flow = model(torch.cat((clean, noisy), 2), sigma, text, layout=layout, attention=attention)
+    flow = model(torch.cat((clean, noisy), 2), sigma, text, rope=model.rope(layout), attention=attention)
     return flow[:, :, clean.shape[2] :]
 
 
@@ -83,13 +83,19 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
     sigma = torch.cat((torch.zeros(1, frames), torch.rand(1, frames)), 1)
     text = model.encode_text(small.features(num_chunks))
     index = layout.chunk_L[:: layout.tokens_per_frame]
-    wanted = model(x, sigma, text.select(index), layout=layout, attention=Masked(layout))
+    wanted = model(x, sigma, text.select(index), rope=model.rope(layout), attention=Masked(layout))
     # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
     half = frames // 2
     balanced = [f + copy for start in (0, half) for copy in (0, frames) for f in range(start, start + half)]
     order = torch.randperm(2 * frames).tolist() if frame_prompts else balanced
     permuted = layout.permute_frames(order)
-    got = model(x[:, :, order], sigma[:, order], text.select(index[order]), layout=permuted, attention=Masked(permuted))
+    got = model(
+        x[:, :, order],
+        sigma[:, order],
+        text.select(index[order]),
+        rope=model.rope(permuted),
+        attention=Masked(permuted),
+    )
     assert relative_error(got, wanted[:, :, order]) < 1e-6
 
 
@@ -189,7 +195,7 @@ def test_gradient_flows_to_every_parameter() -> None:
     x = torch.cat((small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)), 2)
     sigma = torch.rand(1, x.shape[2])
     text = model.encode_text(small.features(num_chunks)).select(torch.arange(num_chunks).repeat(2))
-    model(x, sigma, text, layout=layout, attention=Masked(layout)).square().sum().backward()
+    model(x, sigma, text, rope=model.rope(layout), attention=Masked(layout)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 1e-6, name
 
@@ -202,12 +208,12 @@ def test_no_gradient_through_the_cache() -> None:
     first, second = (small.latents(1, seed=s).requires_grad_() for s in (3, 4))
     sigma = torch.full((1, spec.chunk_frames), 0.5)
     layouts = [TokenLayout.one_chunk(spec, i) for i in (0, 1)]
-    model(first, sigma, text, layout=layouts[0], attention=Cached(cache))
+    model(first, sigma, text, rope=model.rope(layouts[0]), attention=Cached(cache))
     with torch.no_grad():
-        model.fill_cache(first, 0 * sigma, text, layout=layouts[0], attention=Cached(cache))
+        model.fill_cache(first, 0 * sigma, text, rope=model.rope(layouts[0]), attention=Cached(cache))
         cache.commit()
-        wanted = model(second, sigma, text, layout=layouts[1], attention=Cached(cache))
-    got = model(second, sigma, text, layout=layouts[1], attention=Cached(cache))
+        wanted = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
+    got = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
     assert relative_error(got.detach(), wanted) < 1e-6
     got.sum().backward()
     assert first.grad is None and second.grad is not None and second.grad.norm() > 0
@@ -250,7 +256,7 @@ def test_agrees_with_diffusers(per_token: bool) -> None:
         timestep = torch.tensor([311.0, 987.0])
         sigma = (timestep / 1000).unsqueeze(1).expand(2, frames)
     wanted = theirs(x, timestep, text, return_dict=False)[0]
-    got = ours(x, sigma, ours.encode_text(text), layout=layout, attention=Full())
+    got = ours(x, sigma, ours.encode_text(text), rope=ours.rope(layout), attention=Full())
     assert relative_error(got, wanted) < 1e-5
 
 

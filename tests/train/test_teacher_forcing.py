@@ -205,7 +205,7 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
         torch.cat((batch.context_noise, batch.noise), 2),
         torch.cat((torch.zeros_like(batch.sigma), batch.sigma), 1),
         text.select(torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])),
-        layout=layout,
+        rope=objective.transformer.rope(layout),
         attention=Masked(layout),
     )[:, :, 6:]
     got = objective.velocity(batch.context_noise, batch.noise, batch.sigma, batch.ids, batch.mask)
