@@ -1,0 +1,55 @@
+"""What runs differently on a GPU agrees with what the CPU defines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from longvideo.model.attention import Blockwise, Masked
+from longvideo.model.cache import visible_chunks
+from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import rope_from_positions
+from tests.golden import relative_error
+from tests.model import small
+
+pytestmark = pytest.mark.gpu
+HEADS, HEAD_DIM = 2, 32
+
+
+@pytest.mark.parametrize("pattern", [Masked, Blockwise])
+def test_training_attention_and_its_gradient_equal_the_dense_mask(pattern: type) -> None:
+    spec = dataclasses.replace(small.SPEC, grid_height=5, grid_width=7, window_frames=6, sink_frames=2)
+    layout, visible = TokenLayout.teacher_forcing(spec, 5), visible_chunks(spec, [False] * 5)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 2, layout.chunk_L.numel(), HEADS, HEAD_DIM, generator=generator)
+
+    def run(device: str, chosen: type) -> tuple[torch.Tensor, torch.Tensor]:
+        placed = layout.to(device)
+        q, k, v, upstream = (x.to(device) for x in inputs.unbind(0))
+        tracked = [x.requires_grad_() for x in (q, k, v)]
+        out = chosen(placed, visible)(0, *tracked, rope_from_positions(placed.position_BL3, HEAD_DIM))
+        (out * upstream).sum().backward()
+        gradients = [x.grad for x in tracked if x.grad is not None]
+        assert len(gradients) == 3
+        return out.detach().cpu(), torch.stack(gradients).cpu()
+
+    for got, wanted in zip(run("cuda", pattern), run("cpu", Masked), strict=True):
+        assert relative_error(got, wanted) < 2e-3  # fp32 products may run in tf32 there
+
+
+@torch.no_grad()
+def test_forward_in_fp32_equals_the_cpu() -> None:
+    model, spec = small.model(), small.SPEC
+    layout, text = TokenLayout.block_causal(spec, 2), small.features(2)
+    latents, sigma = small.latents(2), torch.rand(1, 2 * spec.chunk_frames)
+
+    def run(device: str) -> torch.Tensor:
+        placed, on_device = layout.to(device), model.to(device)
+        context, rope = on_device.encode_text(text.to(device)), on_device.rope(placed)
+        attention = Blockwise(placed)
+        return on_device(latents.to(device), sigma.to(device), context, rope=rope, attention=attention).cpu()
+
+    wanted = run("cpu")
+    assert relative_error(run("cuda"), wanted) < 1e-3
