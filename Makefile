@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# modules are compiled when first imported: compiling all of torch takes longer than installing it
-INSTALL := $(PIP) install -q --no-compile -c constraints.txt
+INSTALL := $(PIP) install -q -c constraints.txt
 INSTALL_FILES := pyproject.toml setup.py constraints.txt
 PROMPTS := "a small red circle drifts left over a black background" "a large blue star spins on a meadow"
 

@@ -34,10 +34,12 @@ def bench(
     started = _process_start()
     import torch
 
+    from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.writer import VideoWriter
 
     imported = time.time()
+    release_large_blocks()
     pipeline = StreamingPipeline.from_pretrained(model, device=device, decode_device=decode_device)
     requested = time.time()
     times: list[float] = []

@@ -213,6 +213,7 @@ def _load(
     """Check all that can be checked without weights, then load them."""
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.video import read_image
+    from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device
     from longvideo.infer.script import plan_chunks
 
@@ -222,6 +223,7 @@ def _load(
         pick_device(name)
     folder = ModelFolder.open(model)
     plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
+    release_large_blocks()
     return StreamingPipeline.load(folder, device=device, decode_device=decode_device), plan
 
 
