@@ -23,25 +23,23 @@ from longvideo.train.objective import Objective, ratio
 from longvideo.train.views import ViewBatch
 
 SIGMA_BUCKETS = 4
-LOSS_WEIGHTS = ("bell", "uniform")
 
 
 @dataclass(frozen=True)
 class TeacherForcingConfig:
     """How the objective is run; compilation happens on CUDA alone.
 
-    loss_weight: of the velocity's error. "bell" as Wan trains: most around sigma 0.5 and none at sigma 1; "uniform".
+    weight_floor: added to the bell-shaped weight of the velocity's error, which is zero at sigma 1: what only the
+    prompt can tell (which way round a circle is run) is decided at high noise.
     """
 
     compile: bool = True
     compile_mode: str = "default"
-    loss_weight: str = "bell"
+    weight_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss_weight not in LOSS_WEIGHTS:
-            raise ConfigError(
-                f"objective.loss_weight={self.loss_weight!r} is unknown; use one of {', '.join(LOSS_WEIGHTS)}"
-            )
+        if self.weight_floor < 0:
+            raise ConfigError(f"objective.weight_floor={self.weight_floor} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class TeacherForcing(Objective):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
-        self.bell = config.loss_weight == "bell"
+        self.weight_floor = config.weight_floor
         self._passes = {count: _prepare(transformer, spec, count, device) for count in chunk_counts}
         self._run: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._loss
         if config.compile and device.type == "cuda":
@@ -93,7 +91,7 @@ class TeacherForcing(Objective):
         context = self.schedule.add_noise(clean, context_noise, context_sigma)
         velocity = self.velocity(context, self.schedule.add_noise(clean, noise, sigma), sigma, ids, mask)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
-        weight_BT = self.schedule.loss_weight(sigma) if self.bell else torch.ones_like(sigma)
+        weight_BT = self.schedule.loss_weight(sigma) + self.weight_floor
         return masked_mean(weight_BT * error_BT, loss_mask), _metrics(error_BT, sigma, loss_mask)
 
     def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, ids_BQS: Tensor, mask_BQS: Tensor) -> Tensor:

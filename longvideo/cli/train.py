@@ -24,8 +24,8 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="A YAML file or the name of a packaged one (`tiny/vae` or `tiny/ar` when none is given), then settings"
-        " that replace its own, such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
+        help="A YAML file or the name of a packaged one (`tiny/vae` or `tiny/ar_opening` when none is given), then"
+        " settings that replace its own, such as `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: checkpoints, metrics, samples and the model.")]
@@ -82,10 +82,12 @@ def ar(
 ) -> None:
     """Train the causal transformer and its text encoder on latents of ShapeWorld, by teacher forcing.
 
-    The autoencoder comes from the model folder that `longvideo train vae` wrote: `vae=runs/vae/model`. The run folder
-    is laid out as that of `train vae`; its `model/` is complete: `longvideo generate --model runs/ar/model`.
+    The autoencoder comes from a model folder, `vae=runs/vae/model` or `vae=tiny`; `initialize=` names one to take the
+    transformer and text encoder from. The preset `tiny/ar_opening` trains how videos begin, `tiny/ar` goes on from it
+    with how they continue. The run folder is laid out as that of `train vae`; its `model/` is complete:
+    `longvideo generate --model runs/ar/model`.
 
-    Example: `longvideo train ar tiny/ar vae=runs/vae/model --out runs/ar --max-minutes 9`
+    Example: `longvideo train ar tiny/ar_opening vae=tiny --out runs/ar_opening --max-minutes 9`
     """
 
     def build(config: ArTraining, target: torch.device) -> Recipe:
@@ -95,7 +97,7 @@ def ar(
 
     from longvideo.train.ar import ArTraining
 
-    _train(ArTraining, build, "tiny/ar", arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    _train(ArTraining, build, "tiny/ar_opening", arguments or [], out, resume, max_minutes, device, dry_run, trace)
 
 
 def _train(
