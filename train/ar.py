@@ -117,13 +117,7 @@ class ArRecipe:
         )
         scenes = config.scenes
         pool = ScenePool(
-            sample_scenes(
-                scenes.count,
-                seed=config.seed,
-                split="train",
-                pair_fraction=scenes.pair_fraction,
-                circling_fraction=scenes.circling_fraction,
-            ),
+            sample_scenes(scenes.count, seed=config.seed, split="train", pair_fraction=scenes.pair_fraction),
             height=scenes.height,
             width=scenes.width,
             device=device,

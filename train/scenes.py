@@ -17,22 +17,14 @@ from longvideo.shapeworld.render import render_with_mask
 from longvideo.shapeworld.world import Scene, Split, sample_scene
 
 FPS = 24.0
-CIRCLING = ("clockwise", "counterclockwise")
-SEEDS_PER_RUN, SEEDS_PER_TRY = 10_000_000, 100_000
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Which scenes are drawn, how large, and how far into their endless motion a clip may begin.
-
-    pair_fraction: share of scenes with two sprites. circling_fraction: share of scenes that are redrawn until a sprite
-    circles. At every single moment circling one way round looks as circling the other way, so this motion is the
-    hardest to tell from its caption; chance gives 0.2 of single sprites.
-    """
+    """Which scenes are drawn, how large, and how far into their endless motion a clip may begin."""
 
     count: int = 20000
     pair_fraction: float = 0.45
-    circling_fraction: float = 0.0
     max_seconds: float = 60.0
     height: int = 128
     width: int = 224
@@ -40,29 +32,17 @@ class SceneConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"scenes.count={self.count} must be at least 1")
-        for name in ("pair_fraction", "circling_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"scenes.{name}={getattr(self, name)} must be from 0 to 1")
+        if not 0 <= self.pair_fraction <= 1:
+            raise ConfigError(f"scenes.pair_fraction={self.pair_fraction} must be from 0 to 1")
 
 
-def sample_scenes(
-    count: int, *, seed: int, split: Split, pair_fraction: float, circling_fraction: float = 0.0
-) -> list[Scene]:
-    """Draw scenes, each fraction of them evenly spread; see `SceneConfig`."""
+def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) -> list[Scene]:
+    """Draw scenes, the share `pair_fraction` of them with two sprites, evenly spread."""
     scenes = []
     for index in range(count):
-        num_sprites = 2 if _has_turn(index, pair_fraction) else 1
-        scene_seed = seed * SEEDS_PER_RUN + index
-        scene = sample_scene(scene_seed, split=split, num_sprites=num_sprites)
-        while _has_turn(index, circling_fraction) and not any(sprite.motion in CIRCLING for sprite in scene.sprites):
-            scene_seed += SEEDS_PER_TRY
-            scene = sample_scene(scene_seed, split=split, num_sprites=num_sprites)
-        scenes.append(scene)
+        pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
+        scenes.append(sample_scene(seed * 10_000_000 + index, split=split, num_sprites=2 if pair else 1))
     return scenes
-
-
-def _has_turn(index: int, fraction: float) -> bool:
-    return int((index + 1) * fraction) > int(index * fraction)
 
 
 class ScenePool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.attention import Blockwise
 from longvideo.model.layout import TokenLayout
@@ -27,19 +26,10 @@ SIGMA_BUCKETS = 4
 
 @dataclass(frozen=True)
 class TeacherForcingConfig:
-    """How the objective is run; compilation happens on CUDA alone.
-
-    weight_floor: added to the bell-shaped weight of the velocity's error, which is zero at sigma 1: what only the
-    prompt can tell (which way round a circle is run) is decided at high noise.
-    """
+    """How the objective is run; compilation happens on CUDA alone."""
 
     compile: bool = True
     compile_mode: str = "default"
-    weight_floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.weight_floor < 0:
-            raise ConfigError(f"objective.weight_floor={self.weight_floor} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,6 @@ class TeacherForcing(Objective):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
-        self.weight_floor = config.weight_floor
         self._passes = {count: _prepare(transformer, spec, count, device) for count in chunk_counts}
         self._run: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._loss
         if config.compile and device.type == "cuda":
@@ -91,8 +80,8 @@ class TeacherForcing(Objective):
         context = self.schedule.add_noise(clean, context_noise, context_sigma)
         velocity = self.velocity(context, self.schedule.add_noise(clean, noise, sigma), sigma, ids, mask)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
-        weight_BT = self.schedule.loss_weight(sigma) + self.weight_floor
-        return masked_mean(weight_BT * error_BT, loss_mask), _metrics(error_BT, sigma, loss_mask)
+        loss = masked_mean(self.schedule.loss_weight(sigma) * error_BT, loss_mask)
+        return loss, _metrics(error_BT, sigma, loss_mask)
 
     def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, ids_BQS: Tensor, mask_BQS: Tensor) -> Tensor:
         """Return the velocity of the noisy copy, [B, C, T, H, W]."""

@@ -161,13 +161,7 @@ class VaeRecipe:
 
     def _pool(self, split: Split, count: int) -> ScenePool:
         config = self.config.scenes
-        scenes = sample_scenes(
-            count,
-            seed=self.config.seed,
-            split=split,
-            pair_fraction=config.pair_fraction,
-            circling_fraction=config.circling_fraction,
-        )
+        scenes = sample_scenes(count, seed=self.config.seed, split=split, pair_fraction=config.pair_fraction)
         return ScenePool(scenes, height=config.height, width=config.width, device=self.device)
 
     def _clips(self, pool: ScenePool, scene_B: Tensor, *, stream: str) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,11 @@ PERIOD = (2.5, 4.0)
 """Seconds of an orbit, a zigzag or a pulse."""
 SPIN_PERIOD = (3.0, 4.0)
 ORBIT_RADIUS = (24.0, 32.0)
+ORBIT_TOP = {"clockwise": 0.75, "counterclockwise": 0.25}
+"""Turns at the highest point of the circle."""
+ORBIT_START_TURNS = 0.125
+"""How far from there an orbit begins at most, so that the way round tells where the sprite goes first. Begun anywhere on
+the circle, the two ways would look alike at every single moment."""
 ZIGZAG_AMPLITUDE = (20.0, 26.0)
 
 
@@ -118,6 +123,8 @@ def _sprite_row(sprite: Sprite, room: tuple[float, float], generator: random.Ran
     speed = between(*SPEED)
     period = between(*(SPIN_PERIOD if sprite.motion == "spinning" else PERIOD))
     phase = generator.random()
+    if sprite.motion in ORBIT_TOP:
+        phase = ORBIT_TOP[sprite.motion] + (2 * phase - 1) * ORBIT_START_TURNS
     reach = between(*(ZIGZAG_AMPLITUDE if sprite.motion == "zigzag" else ORBIT_RADIUS))
     direction = 1.0 if generator.random() < 0.5 else -1.0
     lead = generator.random()

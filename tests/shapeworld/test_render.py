@@ -163,6 +163,17 @@ def test_circling_turns_the_way_it_says() -> None:
             assert 8 / 4 - 0.1 < turn < 8 / 2.5 + 0.1
 
 
+def test_circling_begins_near_the_top_and_goes_its_own_way_first() -> None:
+    for motion, sign in (("clockwise", 1), ("counterclockwise", -1)):
+        for seed in range(8):
+            x, y = centers(masks(one(motion, seed=seed), seconds(8)))
+            height = (y.max() - y[0]) / (y.max() - y.min())
+            assert height > (1 + math.cos(2 * math.pi / 8)) / 2 - 0.02
+            sideways = (x - x[0]) * sign / ((x.max() - x.min()) / 2)
+            assert sideways[:10].min() > -0.02  # a quarter of a second: at the slowest 23 of 45 degrees
+            assert sideways[:25].max() > 0.25  # at the least from 45 degrees to 90
+
+
 def test_spinning_changes_the_outline_and_nothing_else() -> None:
     for shape in ("square", "triangle", "star", "cross"):
         mask = masks(one("spinning", shape=shape, size="large"), seconds(4))
