@@ -24,8 +24,8 @@ ORBIT_RADIUS = (24.0, 32.0)
 ORBIT_TOP = {"clockwise": 0.75, "counterclockwise": 0.25}
 """Turns at the highest point of the circle."""
 ORBIT_START_TURNS = 0.125
-"""How far from there an orbit begins at most, so that the way round tells where the sprite goes first. Begun anywhere on
-the circle, the two ways would look alike at every single moment."""
+"""How far from there an orbit begins at most, so that the way round tells where the sprite goes first. Begun anywhere
+on the circle, the two ways would look alike at every single moment."""
 ZIGZAG_AMPLITUDE = (20.0, 26.0)
 
 

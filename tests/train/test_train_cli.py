@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ar_arguments(folder: Path, name: str, *more: str) -> list[str]:
     vae = f"vae={folder / 'vae' / 'model'}"
-    return ["train", "ar", "tiny/ar", vae, *Toy.ar, *more, "--out", str(folder / name), "--device", "cpu"]
+    return ["train", "ar", "tiny/ar_opening", vae, *Toy.ar, *more, "--out", str(folder / name), "--device", "cpu"]
 
 
 def test_autoencoder_run_leaves_a_model_with_latent_statistics(trained: Path) -> None:

@@ -121,6 +121,8 @@ class Toy:
         "settings.width=64",
         "settings.steps=2",
         "bank.clips=8",
+        "bank.chunks=4",
+        "bank.late_fraction=0.4",
         "bank.initial_clips=4",
         "bank.group=2",
         "bank.refresh_every=2",
