@@ -75,7 +75,8 @@ def test_packages_with_code_have_an_init(wheel: zipfile.ZipFile) -> None:
 
 def test_the_presets_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    assert {"longvideo/configs/tiny/vae.yaml", "longvideo/configs/tiny/ar_opening.yaml", "longvideo/py.typed"} <= names
+    presets = {f"longvideo/configs/tiny/{name}.yaml" for name in ("vae", "vae_refine", "ar_opening", "ar")}
+    assert presets | {"longvideo/py.typed"} <= names
 
 
 def test_the_shipped_model_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:

@@ -48,8 +48,18 @@ class TransformerShape:
             raise ConfigError(f"model.preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
 
     def build(self, *, channels: int, text_dim: int) -> TransformerConfig:
-        given = {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
-        return replace(PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **given)
+        return replace(
+            PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **self._given()
+        )
+
+    def check(self, found: TransformerConfig, folder: str) -> None:
+        """Raise ConfigError where a size given here is not that of the model a run goes on from."""
+        for name, value in self._given().items():
+            if getattr(found, name) != value:
+                raise ConfigError(f"model.{name}={value}, but the model in {folder} has {getattr(found, name)}")
+
+    def _given(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
 
 
 @dataclass(frozen=True)
@@ -205,6 +215,7 @@ class ArRecipe:
         if config.initialize is not None:
             folder = ModelFolder.open(config.initialize)
             transformer = folder.load_transformer(device=self.device, dtype=torch.float32)
+            config.model.check(transformer.config, config.initialize)
             return transformer, folder.load_text_encoder(device=self.device, dtype=torch.float32)
         text_len = config.model.text_len or PRESETS[config.model.preset].text_len
         text_encoder = TextEncoder.build_tiny(vocabulary(), seed=config.seed, text_len=text_len).to(self.device)

@@ -61,6 +61,20 @@ def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Pat
     assert (trained / "whole" / "samples" / "ar_0000004.png").is_file()
 
 
+def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ar_arguments(trained, "first", "export_dtype=fp32")) == 0
+    initialize = f"initialize={trained / 'first' / 'model'}"
+    one_small_step = ("stages=[{steps: 1, chunks: 3, batch: 2}]", "optimizer.learning_rate=1e-7")
+    assert main(ar_arguments(trained, "second", initialize, *one_small_step, "export_dtype=fp32")) == 0
+    models = [ModelFolder.open(trained / name / "model") for name in ("first", "second")]
+    first, second = (model.load_transformer(dtype=torch.float32).state_dict() for model in models)
+    change = max(float((second[name] - tensor).abs().max()) for name, tensor in first.items())
+    assert 0 < change < 1e-6
+    capsys.readouterr()
+    assert main(ar_arguments(trained, "third", initialize, "model.num_layers=3")) == 2
+    assert "model.num_layers=3, but the model in" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["train", "vae", *Toy.vae, "--out", str(out), "--device", "cpu", "--dry-run", "1"]) == 0
