@@ -1,0 +1,51 @@
+"""What a 4-bit KV cache holds for one layer: quantised keys before rotation and values, slot by slot.
+
+Keys are quantised less their mean over the tokens of their chunk, channel by channel ("K-smoothing", SageAttention,
+arXiv 2410.02367). The mean is kept and added back, so nothing is approximated by it: what is left to quantise is merely
+smaller. Shapes: S slots, B samples, L tokens of a chunk, N heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.format import GROUP
+
+
+@dataclass(frozen=True)
+class QuantizedSlots:
+    """Storage of one layer, allocated once; kernels read it, `write_slot` fills it.
+
+    codes: uint8 [2, S, B, L, N, K/2], keys then values. scales: float8_e4m3fn [2, S, B, L, N, K/16].
+    tensor_scale: float32 [2, S, B]. key_mean: bfloat16 [S, B, N, K].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    key_mean: Tensor
+
+    @classmethod
+    def allocate(
+        cls, *, slots: int, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> QuantizedSlots:
+        """Raise ValueError unless 16 divides the head dim."""
+        if head_dim % GROUP:
+            raise ValueError(
+                f"head_dim={head_dim} is not a multiple of {GROUP}, so its keys and values have no NVFP4 groups"
+            )
+        shape = (2, slots, batch, tokens, heads)
+        return cls(
+            codes=torch.empty(*shape, head_dim // 2, dtype=torch.uint8, device=device),
+            scales=torch.empty(*shape, head_dim // GROUP, dtype=torch.float8_e4m3fn, device=device),
+            tensor_scale=torch.empty(shape[:3], dtype=torch.float32, device=device),
+            key_mean=torch.empty(slots, batch, heads, head_dim, dtype=torch.bfloat16, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scales, self.tensor_scale, self.key_mean)
+        return sum(part.numel() * part.element_size() for part in parts)

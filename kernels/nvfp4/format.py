@@ -1,0 +1,101 @@
+"""The NVFP4 format: 4-bit E2M1 codes, an E4M3 scale for every 16 of them, one float32 scale for the tensor.
+
+A value is `code x (group scale x tensor scale)`. Codes lie two in a byte, the first in the low nibble, as torchao and
+TransformerEngine have them. Source: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+GROUP = 16
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-6  # the smallest normal number, and the smallest scale a group gets
+ADAPTIVE_SCALE_MAX = 256.0  # leaves room for 1.5 times the scale
+FLOAT32_TINY = 2.0**-126  # the smallest tensor scale, so that its reciprocal is finite
+
+
+class Rule(str, Enum):
+    """How the scale of a group is found.
+
+    static6, static4: the group's largest magnitude is mapped to 6, or to 4. The adaptive rules ("four over six", arXiv
+    2512.02010) try both and keep the one with the lower error: squared, absolute, or the largest; 6 where they are equal.
+    """
+
+    STATIC6 = "static6"
+    STATIC4 = "static4"
+    ADAPTIVE = "adaptive"
+    ADAPTIVE_ABS = "adaptive-abs"
+    ADAPTIVE_MAX = "adaptive-max"
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self not in (Rule.STATIC6, Rule.STATIC4)
+
+    @property
+    def largest_product(self) -> float:
+        """Largest code times largest group scale: what the largest magnitude of a tensor is mapped to."""
+        if self is Rule.STATIC4:
+            return 4.0 * E4M3_MAX
+        return E2M1_MAX * (ADAPTIVE_SCALE_MAX if self.is_adaptive else E4M3_MAX)
+
+
+@dataclass(frozen=True)
+class NVFP4Tensor:
+    """A quantised tensor whose groups run along the last dimension.
+
+    codes: uint8 [..., K/2], two codes a byte. scales: float8_e4m3fn [..., K/16], row by row; tiles of 16 x 16 repeat
+    theirs in all 16 rows. tensor_scale: float32, a scalar or anything that broadcasts against scales.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+
+    def __post_init__(self) -> None:
+        shape = (*self.codes.shape[:-1], self.codes.shape[-1] * 2 // GROUP)
+        if self.scales.shape != shape or self.codes.shape[-1] * 2 % GROUP:
+            raise ValueError(f"codes {list(self.codes.shape)} need scales {list(shape)}, got {list(self.scales.shape)}")
+        dtypes = (self.codes.dtype, self.scales.dtype, self.tensor_scale.dtype)
+        if dtypes != (torch.uint8, torch.float8_e4m3fn, torch.float32):
+            raise ValueError(f"codes, scales and tensor scale are {dtypes}; wanted uint8, float8_e4m3fn and float32")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that is represented."""
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 2))
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scales, self.tensor_scale)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+@dataclass(frozen=True)
+class ExactOperand:
+    """A quantised tensor without its tensor scale, written out for a product on hardware without FP4 units.
+
+    values: `code x group scale`, which bfloat16 holds exactly, since an E2M1 times an E4M3 number has six significant
+    bits. The value represented is `values x tensor_scale`.
+    """
+
+    values: Tensor
+    tensor_scale: Tensor
+
+
+def check_groups(shape: torch.Size, *, tile_rows: int = 1) -> None:
+    """Raise ValueError unless groups of 16 (and tiles of 16 rows) divide a shape."""
+    if not shape or shape[-1] % GROUP:
+        raise ValueError(
+            f"the last dimension of {list(shape)} is not a multiple of {GROUP}; NVFP4 needs groups of {GROUP}"
+        )
+    if tile_rows not in (1, GROUP):
+        raise ValueError(f"tile_rows={tile_rows}, wanted 1 or {GROUP}")
+    if tile_rows == GROUP and (len(shape) != 2 or shape[0] % GROUP):
+        raise ValueError(f"tiles of {GROUP} x {GROUP} need a matrix whose rows {GROUP} divides, got {list(shape)}")

@@ -1,0 +1,298 @@
+"""NVFP4 in plain torch: the definition that every kernel is compared with, and the way to run it on any device.
+
+static6 equals torchao's `nvfp4_quantize` (and with it TransformerEngine's reference) bit for bit; the adaptive rules
+equal the public four-over-six code. Sums of errors are taken in a fixed order, a tree of neighbouring pairs, so that a
+kernel can repeat them exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.format import (
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    E4M3_TINY,
+    FLOAT32_TINY,
+    GROUP,
+    ExactOperand,
+    NVFP4Tensor,
+    Rule,
+    check_groups,
+)
+
+SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
+MX_GROUP = 32
+# signs of the 16-point random Hadamard transform; any fixed choice serves, this one is the reference's
+HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+def quantize(
+    x: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    tile_rows: int = 1,
+    tensor_scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    name: str | None = None,
+) -> NVFP4Tensor:
+    """Quantise along the last dimension, whose size 16 must divide.
+
+    tile_rows: 16 gives every 16 x 16 tile of a matrix one scale, so that its transpose has the same codes.
+    tensor_scale: float32, broadcasting against [..., K/16]; by default from the largest magnitude of the whole tensor.
+    generator: on x's device, rounds stochastically; without it, to nearest, ties to even.
+    name: of the tensor; when given, NaN and infinity raise ValueError with it. That waits for the device. Without it
+        they turn the tensor scale, and so every value, into NaN or infinity.
+    Raises ValueError for shapes that groups do not divide, and for stochastic rounding with an adaptive rule, whose
+    choice after the rounding would be biased.
+    """
+    values, scales, tensor_scale = _round(x, rule, tile_rows, tensor_scale, generator, name)
+    return NVFP4Tensor(pack(encode(values)).view(*x.shape[:-1], -1), scales, tensor_scale)
+
+
+def quantize_exact(
+    x: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    tile_rows: int = 1,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ExactOperand:
+    """Quantise and write out `code x group scale` at once: `exact(quantize(x))` without packing in between."""
+    values, scales, tensor_scale = _round(x, rule, tile_rows, None, generator, None)
+    return ExactOperand((values * scales.float().unsqueeze(-1)).view(x.shape).to(dtype), tensor_scale)
+
+
+def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
+    """Write out `code x group scale`; bfloat16 and wider dtypes hold it exactly."""
+    values = decode(unpack(quantized.codes), dtype).unflatten(-1, (-1, GROUP))
+    # both factors are exact in dtype and so is their product
+    product = values * quantized.scales.to(dtype).unsqueeze(-1)
+    return ExactOperand(product.flatten(-2), quantized.tensor_scale)
+
+
+def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the represented values, computed in float32 and rounded once to dtype."""
+    values = decode(unpack(quantized.codes)).unflatten(-1, (-1, GROUP))
+    scale = quantized.scales.float() * quantized.tensor_scale
+    return (values * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def matmul(a: NVFP4Tensor, b: NVFP4Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply a [..., M, K] by the transpose of b [N, K]: float32 products of exact operands, scaled at the end."""
+    left, right = exact(a, torch.float32), exact(b, torch.float32)
+    product = left.values @ right.values.t() * (left.tensor_scale * right.tensor_scale)
+    return product if bias is None else product + bias.float()
+
+
+def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
+    """Transpose a matrix quantised in 16 x 16 tiles, without another rounding."""
+    rows, columns = quantized.shape
+    check_groups(torch.Size((columns, rows)), tile_rows=GROUP)
+    tiles = quantized.scales.view(torch.uint8).unflatten(0, (-1, GROUP))
+    if not torch.equal(tiles, tiles[:, :1].expand_as(tiles)):
+        raise ValueError("only a matrix quantised with tile_rows=16 can be transposed without another rounding")
+    scales = tiles[:, 0].t().repeat_interleave(GROUP, 0).contiguous().view(torch.float8_e4m3fn)
+    return NVFP4Tensor(pack(unpack(quantized.codes).t().contiguous()), scales, quantized.tensor_scale)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Put two uint8 codes [..., K] into a byte [..., K/2], the first in the low nibble."""
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Return uint8 codes [..., K] of bytes [..., K/2]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def encode(values: Tensor) -> Tensor:
+    """Return the uint8 codes of E2M1 values; the sign of zero is kept."""
+    index = (values.abs() * 2).to(torch.int32)
+    magnitudes = _encoding_table(values.device)[index]
+    return magnitudes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the E2M1 values of uint8 codes."""
+    return _decoding_table(codes.device, dtype)[codes.int()]
+
+
+def swizzle_scales(scales: Tensor) -> Tensor:
+    """Lay E4M3 scales [R, C] out as Blackwell's tensor cores read them: flat uint8, tiles of 128 x 4 padded with zeros.
+
+    Inside a tile, row r and column c lie at byte 16 (r mod 32) + 4 (r div 32) + c. Source: cuBLAS documentation, "1D
+    block scaling factors layout".
+    """
+    rows, columns = scales.shape
+    tile_rows, tile_columns = -(-rows // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
+    padded = scales.new_zeros(tile_rows * SWIZZLE_ROWS, tile_columns * SWIZZLE_COLUMNS, dtype=torch.uint8)
+    padded[:rows, :columns] = scales.view(torch.uint8)
+    return padded.view(tile_rows, 4, 32, tile_columns, 4).permute(0, 3, 2, 1, 4).flatten()
+
+
+def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `swizzle_scales`: float8_e4m3fn [rows, columns]."""
+    tile_rows, tile_columns = -(-rows // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
+    wanted = tile_rows * tile_columns * SWIZZLE_ROWS * SWIZZLE_COLUMNS
+    if swizzled.numel() != wanted:
+        raise ValueError(f"{swizzled.numel()} swizzled scales, wanted {wanted} for {rows} x {columns}")
+    tiles = swizzled.view(torch.uint8).view(tile_rows, tile_columns, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    padded = tiles.reshape(tile_rows * SWIZZLE_ROWS, tile_columns * SWIZZLE_COLUMNS)
+    return padded[:rows, :columns].contiguous().view(torch.float8_e4m3fn)
+
+
+def random_hadamard(x: Tensor) -> Tensor:
+    """Apply the orthogonal 16-point transform to every 16 neighbours of the last dimension, after fixed sign flips.
+
+    It spreads an outlier over its group. Applied to both operands of a product along the dimension that is summed, it
+    leaves the product as it was.
+    """
+    check_groups(x.shape)
+    return (x.float().unflatten(-1, (-1, GROUP)) @ _hadamard(x.device)).flatten(-2).to(x.dtype)
+
+
+def quantize_dequantize_mxfp4(x: Tensor) -> Tensor:
+    """Round to MXFP4 and back, for comparison: E2M1 codes, a power of two for every 32 of them, no tensor scale.
+
+    Source: OCP Microscaling Formats specification 1.0, 6.3: the scale is 2 to the floor of log2 of the largest
+    magnitude, less 2, the exponent of the largest E2M1 number.
+    """
+    if x.shape[-1] % MX_GROUP:
+        raise ValueError(f"the last dimension of {list(x.shape)} is not a multiple of {MX_GROUP}")
+    groups = x.float().unflatten(-1, (-1, MX_GROUP))
+    exponent = torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - 2
+    scale = torch.exp2(exponent.clamp(-127, 127).float())
+    return (_to_nearest((groups / scale).clamp(-E2M1_MAX, E2M1_MAX)) * scale).flatten(-2).to(x.dtype)
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return max |x| as a float32 scalar; NaN if there is one."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).float()
+
+
+def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
+    """Return the tensor scale for a largest magnitude."""
+    return (amax.float() / rule.largest_product).clamp_min(FLOAT32_TINY)
+
+
+def _round(
+    x: Tensor,
+    rule: Rule,
+    tile_rows: int,
+    tensor_scale: Tensor | None,
+    generator: torch.Generator | None,
+    name: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E2M1 values [..., G, 16] in float32, E4M3 scales [..., G] and the tensor scale."""
+    check_groups(x.shape, tile_rows=tile_rows)
+    if generator is not None and rule.is_adaptive:
+        raise ValueError(
+            f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
+        )
+    if name is not None and not torch.isfinite(x).all():
+        raise ValueError(f"{name} {list(x.shape)} holds NaN or infinity and cannot be quantised")
+    if tensor_scale is None:
+        tensor_scale = tensor_scale_of(largest_magnitude(x), rule)
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    amax = groups.abs().amax(-1)
+    if tile_rows == GROUP:
+        amax = amax.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
+    largest = 4.0 if rule is Rule.STATIC4 else E2M1_MAX
+    wanted = amax / largest / tensor_scale
+    # torchao gives no group less than a normal number; the public adaptive code goes down to zero
+    smallest = 0.0 if rule.is_adaptive else E4M3_TINY
+    scales = _to_e4m3(wanted.clamp(smallest, E4M3_MAX), round_up=generator is not None)
+    values = _scaled(groups, scales, tensor_scale)
+    if generator is not None:
+        return _stochastically(values, generator), scales, tensor_scale
+    values = _to_nearest(values)
+    if rule.is_adaptive:
+        to_four = _to_e4m3((wanted * 1.5).clamp(smallest, E4M3_MAX), round_up=False)
+        values_to_four = _to_nearest(_scaled(groups, to_four, tensor_scale))
+        error_of = functools.partial(_error, groups, tensor_scale, rule, tile_rows)
+        better = error_of(values_to_four, to_four) < error_of(values, scales)
+        values = torch.where(better.unsqueeze(-1), values_to_four, values)
+        scales = torch.where(better, to_four.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
+    return values, scales, tensor_scale
+
+
+def _scaled(groups: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    # a group whose scale rounds to zero is zero
+    factor = torch.where(scales.float() > 0, tensor_scale.reciprocal() / scales.float(), 0.0)
+    return (groups * factor.unsqueeze(-1)).clamp(-E2M1_MAX, E2M1_MAX)
+
+
+def _error(groups: Tensor, tensor_scale: Tensor, rule: Rule, tile_rows: int, values: Tensor, scales: Tensor) -> Tensor:
+    """Return the error of every group, summed over its tile if there are tiles."""
+    error = values * (scales.float() * tensor_scale).unsqueeze(-1) - groups
+    if rule is Rule.ADAPTIVE_MAX:
+        worst = error.abs().amax(-1)
+        if tile_rows == GROUP:
+            worst = worst.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
+        return worst
+    total = _pairwise_sum(error.square() if rule is Rule.ADAPTIVE else error.abs())
+    if tile_rows == GROUP:
+        total = _pairwise_sum(total.unflatten(0, (-1, GROUP)).transpose(1, -1)).repeat_interleave(GROUP, 0)
+    return total
+
+
+def _pairwise_sum(x: Tensor) -> Tensor:
+    """Sum 16 numbers of the last dimension as a tree of neighbouring pairs."""
+    while x.shape[-1] > 1:
+        x = x[..., ::2] + x[..., 1::2]
+    return x.squeeze(-1)
+
+
+def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:
+    """Round a scale in [0, 448] to E4M3: to nearest, ties to even, or up, so that nothing scaled exceeds 6."""
+    rounded = scale.to(torch.float8_e4m3fn)
+    if round_up:
+        # positive E4M3 numbers are ordered as their bytes are
+        below = rounded.float() < scale
+        rounded = (rounded.view(torch.uint8) + below.to(torch.uint8)).view(torch.float8_e4m3fn)
+    return rounded
+
+
+def _to_nearest(x: Tensor) -> Tensor:
+    """Round to E2M1, ties to the even code. The grid is finer near zero: steps of 1/2 below 2, of 1 below 4, then 2."""
+    magnitude = x.abs()
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    return torch.round(x / step) * step
+
+
+def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Round to one of the two E2M1 neighbours, to the upper with the probability that makes the mean exact."""
+    magnitude = x.abs()
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    return torch.copysign(torch.floor(magnitude / step + draw) * step, x)
+
+
+@functools.cache
+def _encoding_table(device: torch.device) -> Tensor:
+    table = torch.zeros(int(E2M1_MAX * 2) + 1, dtype=torch.uint8)
+    for code, value in enumerate(E2M1_VALUES):
+        table[int(value * 2)] = code
+    return table.to(device)
+
+
+@functools.cache
+def _decoding_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    positive = torch.tensor(E2M1_VALUES, dtype=dtype)
+    return torch.cat((positive, -positive)).to(device)
+
+
+@functools.cache
+def _hadamard(device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < GROUP:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    signs = torch.tensor(HADAMARD_SIGNS, dtype=torch.float32)
+    return (signs.unsqueeze(1) * matrix / GROUP**0.5).to(device)
