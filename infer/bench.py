@@ -28,6 +28,8 @@ def bench(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`.")] = None,
     decode_device: Annotated[str | None, typer.Option(help="Where latents become pixels.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, nvfp4 or nvfp4-weights.")] = None,
+    kv_cache: Annotated[str, typer.Option(help="bf16 or nvfp4.")] = "bf16",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the video too, and time that.")] = None,
 ) -> None:
     """Stream a video and print what it took, as JSON."""
@@ -40,7 +42,9 @@ def bench(
 
     imported = time.time()
     release_large_blocks()
-    pipeline = StreamingPipeline.from_pretrained(model, device=device, decode_device=decode_device)
+    pipeline = StreamingPipeline.from_pretrained(
+        model, device=device, decode_device=decode_device, precision=precision, kv_cache=kv_cache
+    )
     requested = time.time()
     times: list[float] = []
     frames_made: list[int] = []
@@ -60,6 +64,8 @@ def bench(
         "device": _device_name(models.device),
         "decode_device": _device_name(models.decode_device),
         "dtype": str(models.transformer.patch_embedding.weight.dtype).removeprefix("torch."),
+        "precision": precision,
+        "kv_cache": kv_cache,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "steps": models.settings.steps if steps is None else steps,

@@ -19,6 +19,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
 from longvideo.infer.decode import ChunkDecoder, mark_ready
 from longvideo.infer.timeline import Step
+from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import rollout
@@ -40,6 +41,7 @@ class Models:
     text_encoder: TextEncoder
     settings: ModelSettings
     spec: ChunkSpec
+    cache_type: type[ChunkCache] = KVCache
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +143,7 @@ def _denoise(
         solver=sampling.solver,
         generators=sampling.generators,
         guidance=sampling.guidance,
+        cache_type=models.cache_type,
     )
     for latents in chunks:
         step, began = begun.popleft()

@@ -17,11 +17,19 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, encode_first_frame, generate_chunks
-from longvideo.infer.options import SamplingOptions
+from longvideo.infer.options import NumberFormats, SamplingOptions
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.model.cache import KVCache
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import is_packed, quantize_layers, set_product, w4a4
+from longvideo.quantization.products import W4A16
 from longvideo.vae.config import AutoencoderConfig
+
+DEFAULT_FORMATS = NumberFormats()
 
 __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
@@ -43,14 +51,21 @@ class StreamingPipeline:
         device: str | torch.device | None = None,
         decode_device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        precision: str | None = None,
+        kv_cache: str = "bf16",
     ) -> StreamingPipeline:
         """Load a shipped name ("tiny"), a folder or a hub id.
 
         device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another
         GPU decodes while the first denoises. dtype: bfloat16 where the hardware multiplies it, else float32.
+        precision: "bf16", "nvfp4" (4-bit weights and inputs of the blocks) or "nvfp4-weights"; by default what the
+        folder holds. kv_cache: "bf16" or "nvfp4", how the chunks already made are kept.
         Raises UserError when the device is not there, CheckpointError when the folder is not whole.
         """
-        return cls.load(ModelFolder.open(name), device=device, decode_device=decode_device, dtype=dtype)
+        formats = NumberFormats(precision, kv_cache)
+        return cls.load(
+            ModelFolder.open(name), device=device, decode_device=decode_device, dtype=dtype, formats=formats
+        )
 
     @classmethod
     def load(
@@ -60,8 +75,10 @@ class StreamingPipeline:
         device: str | torch.device | None = None,
         decode_device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        formats: NumberFormats = DEFAULT_FORMATS,
     ) -> StreamingPipeline:
         """Load the weights of an opened folder; arguments as in `from_pretrained`."""
+        check_formats(folder, formats)
         where = pick_device(device)
         decode_where = where if decode_device is None else pick_device(decode_device)
         with ThreadPoolExecutor() as pool:
@@ -69,11 +86,12 @@ class StreamingPipeline:
             transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
             autoencoder = pool.submit(folder.load_vae, device=decode_where, dtype=dtype or pick_dtype(decode_where))
             models = Models(
-                transformer=transformer.result(),
+                transformer=with_precision(transformer.result(), formats.precision),
                 autoencoder=autoencoder.result(),
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
+                cache_type=NVFP4KVCache if formats.kv_cache == "nvfp4" else KVCache,
             )
         return cls(models)
 
@@ -187,6 +205,29 @@ class StreamingPipeline:
         if unknown:
             words = ", ".join(repr(word) for word in unknown)
             warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
+
+
+def check_formats(folder: ModelFolder, formats: NumberFormats) -> None:
+    """Raise UserError where a folder's model cannot be run in these formats. Reads no weight."""
+    if formats.precision == "bf16" and folder.is_packed:
+        raise UserError(f"{folder.path} holds packed 4-bit weights; use --precision nvfp4 or nvfp4-weights")
+    head_dim = folder.transformer_config.attention_head_dim
+    if formats.kv_cache == "nvfp4" and head_dim % GROUP:
+        raise UserError(f"a 4-bit KV cache needs a head dim that {GROUP} divides; {folder.path} has {head_dim}")
+
+
+def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
+    """Pack a transformer's layers if need be and say how they multiply; see `NumberFormats`."""
+    packed = is_packed(transformer)
+    if precision is None:
+        precision = "nvfp4" if packed else "bf16"
+    if precision == "bf16":
+        return transformer
+    if not packed:
+        quantize_layers(transformer)
+    device = transformer.patch_embedding.weight.device
+    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else w4a4(device))
+    return transformer
 
 
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:

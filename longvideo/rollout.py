@@ -14,8 +14,8 @@ from torch import Tensor
 from longvideo.conditioning import Conditioning
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
-from longvideo.model.attention import Cached
-from longvideo.model.cache import KVCache
+from longvideo.model.attention import Cached, Filling
+from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
@@ -30,6 +30,7 @@ def rollout(
     solver: UniPC,
     generators: Sequence[torch.Generator],
     guidance: float = 1.0,
+    cache_type: type[ChunkCache] = KVCache,
 ) -> Iterator[Tensor]:
     """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
 
@@ -37,11 +38,13 @@ def rollout(
     generators: one CPU generator per sample; a sample's noise does not depend on the batch it is in.
     guidance: classifier-free guidance scale; at 1 the negative prompt is not run. Otherwise every sample runs twice in
         one batch, each copy with its own cache.
+    cache_type: how the chunks already made are kept, for example NVFP4KVCache.
     """
     device = model.patch_embedding.weight.device
     branches = 1 if guidance == 1.0 else 2
     clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
-    attention = Cached(_new_cache(model, spec, batch=branches * len(generators)))
+    cache = _new_cache(cache_type, model, spec, batch=branches * len(generators))
+    attention = Cached(cache)
     shot, finish = 0, None
     for index, conditioning in enumerate(chunks):
         with torch.inference_mode():
@@ -53,7 +56,7 @@ def rollout(
             noise = _noise(model, spec, generators).to(device)
             latents = _denoise(model, text, conditioning.first_latent, noise, rope, attention, solver, guidance)
         finish = partial(
-            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, rope, attention, conditioning.cut
+            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, rope, cache, conditioning.cut
         )
         yield latents
 
@@ -64,12 +67,12 @@ def _commit(
     sigma: Tensor,
     text: TextContext,
     rope: Rope,
-    attention: Cached,
+    cache: ChunkCache,
     cut: bool,
 ) -> None:
     """Run the clean pass: only when another chunk is wanted, so that latents leave early and the last need none."""
-    model.fill_cache(latents, sigma, text, rope=rope, attention=attention)
-    attention.cache.commit(cut=cut)
+    model.fill_cache(latents, sigma, text, rope=rope, attention=Filling(cache))
+    cache.commit(cut=cut)
 
 
 def _denoise(
@@ -120,9 +123,9 @@ def _noise(model: CausalTransformer, spec: ChunkSpec, generators: Sequence[torch
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def _new_cache(model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> KVCache:
+def _new_cache(cache_type: type[ChunkCache], model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> ChunkCache:
     weight = model.patch_embedding.weight
-    return KVCache(
+    return cache_type(
         spec,
         num_layers=model.config.num_layers,
         num_heads=model.config.num_attention_heads,

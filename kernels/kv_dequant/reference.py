@@ -43,7 +43,7 @@ def rebuild(
 
     which: slot numbers, int32 [count]. cos, sin: rotation of every token of every slot, float32 [S, L, K/2].
     keys, values: the workspace, [B, S, L, N, K]; slots not named are left as they are. Arithmetic is float32: code
-    times (scale times tensor scale), plus the mean, rotated in interleaved pairs, rounded once to the workspace's dtype.
+    times (scale times tensor scale), plus the mean, rotated in interleaved pairs, then rounded once.
     """
     for slot in which.tolist():
         key_BLNK = _dequantize(slots, KEYS, slot) + slots.key_mean[slot].float().unsqueeze(1)

@@ -18,14 +18,15 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-6  # the smallest normal number, and the smallest scale a group gets
 ADAPTIVE_SCALE_MAX = 256.0  # leaves room for 1.5 times the scale
-FLOAT32_TINY = 2.0**-126  # the smallest tensor scale, so that its reciprocal is finite
+# the smallest tensor scale: times the smallest code and group scale it is a normal float32, and no reciprocal overflows
+TENSOR_SCALE_MIN = 2.0**-116
 
 
 class Rule(str, Enum):
     """How the scale of a group is found.
 
     static6, static4: the group's largest magnitude is mapped to 6, or to 4. The adaptive rules ("four over six", arXiv
-    2512.02010) try both and keep the one with the lower error: squared, absolute, or the largest; 6 where they are equal.
+    2512.02010) try both and keep the one with the lower error: squared, absolute, or the largest; 6 if they are equal.
     """
 
     STATIC6 = "static6"

@@ -1,8 +1,8 @@
 """NVFP4 in plain torch: the definition that every kernel is compared with, and the way to run it on any device.
 
-static6 equals torchao's `nvfp4_quantize` (and with it TransformerEngine's reference) bit for bit; the adaptive rules
-equal the public four-over-six code. Sums of errors are taken in a fixed order, a tree of neighbouring pairs, so that a
-kernel can repeat them exactly.
+static6 equals torchao's `nvfp4_quantize` bit for bit, and TransformerEngine's reference but for ties and for groups whose
+scale lies below E4M3's normal numbers; the adaptive rules equal the public four-over-six code. Sums of errors are taken
+in a fixed order, a tree of neighbouring pairs, so that a kernel can repeat them exactly.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from longvideo.kernels.nvfp4.format import (
     E2M1_VALUES,
     E4M3_MAX,
     E4M3_TINY,
-    FLOAT32_TINY,
     GROUP,
+    TENSOR_SCALE_MIN,
     ExactOperand,
     NVFP4Tensor,
     Rule,
@@ -113,7 +113,8 @@ def unpack(packed: Tensor) -> Tensor:
 
 def encode(values: Tensor) -> Tensor:
     """Return the uint8 codes of E2M1 values; the sign of zero is kept."""
-    index = (values.abs() * 2).to(torch.int32)
+    # NaN becomes any integer, which must not index past the table
+    index = (values.abs() * 2).to(torch.int32).clamp(0, int(E2M1_MAX * 2))
     magnitudes = _encoding_table(values.device)[index]
     return magnitudes | (torch.signbit(values).to(torch.uint8) << 3)
 
@@ -179,7 +180,7 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
     """Return the tensor scale for a largest magnitude."""
-    return (amax.float() / rule.largest_product).clamp_min(FLOAT32_TINY)
+    return (amax.float() / rule.largest_product).clamp_min(TENSOR_SCALE_MIN)
 
 
 def _round(
@@ -289,7 +290,9 @@ def _decoding_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat((positive, -positive)).to(device)
 
 
+# a matrix made and kept in inference mode could not be multiplied under autograd afterwards
 @functools.cache
+@torch.inference_mode(False)
 def _hadamard(device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < GROUP:

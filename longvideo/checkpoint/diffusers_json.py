@@ -22,6 +22,9 @@ TRANSFORMER_FORM = {
 }
 # longest side of the table of positions that diffusers makes; ours are computed, so it is not read
 ROPE_TABLE = "rope_max_seq_len"
+# tells diffusers that it cannot read packed weights; ours say themselves what they are
+QUANTIZATION = "quantization_config"
+NOT_READ = (ROPE_TABLE, QUANTIZATION)
 PART_CLASSES = {
     "scheduler": ("diffusers", "UniPCMultistepScheduler"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
@@ -33,7 +36,7 @@ PART_CLASSES = {
 
 def transformer_config(values: Mapping[str, Any], *, text_len: int) -> TransformerConfig:
     """Read transformer/config.json. Raises CheckpointError for a missing, unknown or unsupported key."""
-    given = {key: value for key, value in values.items() if not key.startswith("_") and key != ROPE_TABLE}
+    given = {key: value for key, value in values.items() if not key.startswith("_") and key not in NOT_READ}
     for key, wanted in TRANSFORMER_FORM.items():
         if given.pop(key, wanted) != wanted:
             raise CheckpointError(f"{key}={values[key]!r} is not supported, wanted {wanted!r}")

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from longvideo.checkpoint import diffusers_json, names
+from longvideo.checkpoint import diffusers_json, names, packed
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import (
     OnMeta,
@@ -38,6 +38,7 @@ from longvideo.errors import CheckpointError, UserError
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import expect_packed
 from longvideo.text import TextEncoder, load_tokenizer, save_tokenizer
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
@@ -132,11 +133,18 @@ class ModelFolder:
         self._require(part)
         return _listed_class(read_json(self.path / INDEX_FILE)[part])
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the transformer's weights are NVFP4."""
+        return packed.is_packed(self.weights("transformer"))
+
     def check(self, part: str) -> None:
         """Raise CheckpointError unless a part's weight files fit its config. Reads headers only."""
         if part == "text_encoder":
             self._load_tokenizer()
-        check_fits(self._build(part), self.weights(part))
+        weights = self.weights(part)
+        module = self._build_transformer(weights) if part == "transformer" else self._build(part)
+        check_fits(module, weights)
 
     def load_transformer(
         self,
@@ -146,13 +154,13 @@ class ModelFolder:
         weights: Path | None = None,
         entry: str | None = None,
     ) -> CausalTransformer:
-        """Load the transformer. dtype None keeps the stored one.
+        """Load the transformer. dtype None keeps the stored one; packed layers stay packed whatever it is.
 
         weights: take them from this file instead (.safetensors, index, .pt), in official or diffusers names; entry
         selects the dict of a training checkpoint, for example "generator_ema".
         """
         source = self.weights("transformer") if weights is None else _official(open_weights(weights, entry=entry))
-        module = self._build_transformer()
+        module = self._build_transformer(source)
         load_weights(module, source, device=device, dtype=dtype)
         return module.eval()
 
@@ -195,10 +203,14 @@ class ModelFolder:
         parts: tuple[str, ...] = ("scheduler",)
         try:
             if transformer is not None:
-                tensors = {names.to_diffusers(name): tensor for name, tensor in own_tensors(transformer).items()}
-                save_weights(temporary / "transformer", WEIGHT_STEMS["transformer"], tensors, **options)
+                own, metadata = packed.to_save(transformer, own_tensors(transformer), dtype)
+                tensors = {names.to_diffusers(name): tensor for name, tensor in own.items()}
+                stem = WEIGHT_STEMS["transformer"]
+                save_weights(
+                    temporary / "transformer", stem, tensors, max_shard_bytes=max_shard_bytes, metadata=metadata
+                )
                 config = diffusers_json.transformer_json(transformer.config)
-                write_json(temporary / "transformer" / "config.json", config)
+                write_json(temporary / "transformer" / "config.json", {**config, **packed.config_entry(metadata)})
                 parts += ("transformer",)
             if vae is not None:
                 save_weights(temporary / "vae", WEIGHT_STEMS["vae"], own_tensors(vae), **options)
@@ -259,12 +271,15 @@ class ModelFolder:
             raise CheckpointError(f"{file}: {error}") from error
 
     def _build(self, part: str) -> nn.Module:
-        build = {"transformer": self._build_transformer, "vae": self._build_vae, "text_encoder": self._build_umt5}
-        return build[part]()
+        return {"vae": self._build_vae, "text_encoder": self._build_umt5}[part]()
 
-    def _build_transformer(self) -> CausalTransformer:
+    def _build_transformer(self, weights: Weights) -> CausalTransformer:
+        """Build the module that these weights fit: packed layers where they hold codes."""
+        packed.check_convention(weights)
         with OnMeta():
-            return CausalTransformer(self.transformer_config)
+            model = CausalTransformer(self.transformer_config)
+        expect_packed(model, weights.infos)
+        return model
 
     def _build_vae(self) -> Autoencoder:
         with OnMeta():

@@ -57,7 +57,7 @@ class TensorInfo:
 class Weights:
     """Tensors by name, on disk, of which only names, shapes and dtypes have been read.
 
-    infos: TensorInfo by name. files: the files they live in.
+    infos: TensorInfo by name. files: the files they live in. metadata: of safetensors headers, all files together.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class Weights:
         infos: Mapping[str, TensorInfo],
         files: Sequence[Path],
         read: Callable[[str, torch.device], Tensor],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.infos = dict(infos)
         self.files = tuple(files)
+        self.metadata = dict(metadata or {})
         self._read = read
 
     @property
@@ -90,7 +92,7 @@ class Weights:
                 raise CheckpointError(f"{self.label}: {originals[new_name]!r} and {name!r} both mean {new_name!r}")
             originals[new_name] = name
         infos = {new_name: self.infos[name] for new_name, name in originals.items()}
-        return Weights(infos, self.files, lambda name, device: self._read(originals[name], device))
+        return Weights(infos, self.files, lambda name, device: self._read(originals[name], device), self.metadata)
 
 
 def open_weights(path: Path, *, stem: str | None = None, entry: str | None = None) -> Weights:
@@ -163,7 +165,8 @@ def load_weights(
     """Put weights into a module built on the meta device (or any other), after check_fits.
 
     Parameters become new tensors on device, floating ones cast to dtype (None keeps what is stored), so optimisers are
-    built afterwards. Tied parameters stay tied. Raises CheckpointError before anything is loaded if anything is amiss.
+    built afterwards; buffers, such as packed codes and their scales, keep what is stored. Tied parameters stay tied.
+    Raises CheckpointError before anything is loaded if anything is amiss.
     """
     check_fits(module, weights)
     device = torch.device(device)
@@ -174,9 +177,10 @@ def load_weights(
     for name, old in state.items():
         own_name = aliases.get(name, name)
         if own_name not in loaded:
-            tensor = _cast(weights.read(stored_as[own_name], device), dtype)
-            is_parameter = isinstance(old, nn.Parameter)
-            loaded[own_name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+            tensor = weights.read(stored_as[own_name], device)
+            if isinstance(old, nn.Parameter):
+                tensor = nn.Parameter(_cast(tensor, dtype), requires_grad=old.requires_grad)
+            loaded[own_name] = tensor
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded[own_name])
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
@@ -191,12 +195,14 @@ def save_weights(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write folder/stem.safetensors, or numbered shards with an index when they would exceed max_shard_bytes.
 
-    Floating tensors are cast to dtype (None keeps theirs). Each file is written under a temporary name and renamed,
-    the index last; shards of an earlier save are deleted after that.
+    Floating tensors are cast to dtype (None keeps theirs). metadata goes into the header of every file. Each file is
+    written under a temporary name and renamed, the index last; shards of an earlier save are deleted after that.
     """
+    header = {"format": "pt", **(metadata or {})}
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, dtype, max_shard_bytes)
     before = {file for file in folder.glob(f"{stem}*.safetensors*") if file.is_file()}
@@ -205,7 +211,7 @@ def save_weights(
     for number, names in enumerate(shards, start=1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {key: _cast(tensors[key].detach(), dtype).cpu().contiguous() for key in names}
-        write_atomically(folder / name, lambda target, shard=shard: save_file(shard, target, metadata={"format": "pt"}))
+        write_atomically(folder / name, lambda target, shard=shard: save_file(shard, target, metadata=header))
         weight_map.update(dict.fromkeys(names, name))
         written.add(folder / name)
     if len(shards) > 1:
@@ -298,8 +304,15 @@ def _open_index(path: Path) -> Weights:
 def _open_safetensors(files: Sequence[Path]) -> Weights:
     infos: dict[str, TensorInfo] = {}
     home: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        for name, info in _header(file).items():
+        own_infos, own_metadata = _header(file)
+        for key, value in own_metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"{file} says {key}={value!r}, another file of the same weights {metadata[key]!r}"
+                )
+        for name, info in own_infos.items():
             if name in home:
                 raise CheckpointError(f"{name!r} is both in {home[name]} and in {file}")
             infos[name], home[name] = info, file
@@ -312,10 +325,10 @@ def _open_safetensors(files: Sequence[Path]) -> Weights:
             handles[key] = safe_open(key[0], framework="pt", device=key[1])
         return handles[key].get_tensor(name)
 
-    return Weights(infos, files, read)
+    return Weights(infos, files, read, metadata)
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
+def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not file.is_file():
         raise CheckpointError(f"no weight file {file}")
     size = file.stat().st_size
@@ -323,13 +336,14 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}
             stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         remedy = "copy or download it again"
         raise CheckpointError(f"{file} ({size} bytes) is truncated or not safetensors: {error}; {remedy}") from error
     foreign = sorted({dtype for _, dtype in stored.values()} - DTYPES.keys())
     if foreign:
         raise CheckpointError(f"{file} stores tensors as {', '.join(foreign)}; wanted one of {', '.join(DTYPES)}")
-    return {name: TensorInfo(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}
+    return {name: TensorInfo(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}, metadata
 
 
 def _open_pickle(path: Path, entry: str | None) -> Weights:

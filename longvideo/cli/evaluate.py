@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.cli.generate import KV_CACHE_HELP, PRECISION_HELP
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def shapeworld(
     batch: Annotated[int, typer.Option(min=1, help="Videos made together; more is faster on a GPU.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes that judge while the next videos are made.")] = 1,
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
 ) -> None:
@@ -124,7 +127,7 @@ def shapeworld(
         from longvideo.infer.pipeline import StreamingPipeline
 
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
-        pipeline = StreamingPipeline.from_pretrained(model, device=device)
+        pipeline = StreamingPipeline.from_pretrained(model, device=device, precision=precision, kv_cache=kv_cache)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)

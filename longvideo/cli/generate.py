@@ -18,11 +18,16 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.options import NumberFormats, SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.script import ChunkPlan, Script
 
 DEFAULT_SECONDS = 10.0
+PRECISION_HELP = (
+    "Of the transformer: `bf16`, `nvfp4` (weights and inputs of the blocks in 4 bits) or `nvfp4-weights`."
+    "  [default: as the model is stored]"
+)
+KV_CACHE_HELP = "How the chunks already made are kept: `bf16`, or `nvfp4` in 0.28 of the memory."
 EXIT_INTERRUPTED = 130
 
 
@@ -55,6 +60,8 @@ def generate(
     decode_device: Annotated[
         str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
     ] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
@@ -76,16 +83,17 @@ def generate(
     goes on and only the text changes.
     """
     started = time.perf_counter()
-    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.options import NumberFormats, SamplingOptions
     from longvideo.infer.writer import VideoWriter, check_output
 
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
+    formats = NumberFormats(precision, kv_cache)
     check_output(output, overwrite=overwrite)
     interrupted = False
     with _display() as display:
         display.say(f"loading {model}")
-        pipeline, plan = _load(model, shots, image, device, decode_device)
+        pipeline, plan = _load(model, shots, image, device, decode_device, formats)
         chunks = _start(pipeline, shots, options, image)
         tally = Tally(started, plan.num_chunks, plan.num_frames)
         display.say("making the first chunk")
@@ -208,13 +216,18 @@ def _read_shots(prompts: list[str], script: Path | None, seconds: float | None) 
 
 
 def _load(
-    model: str, shots: Script, image: Path | None, device: str | None, decode_device: str | None
+    model: str,
+    shots: Script,
+    image: Path | None,
+    device: str | None,
+    decode_device: str | None,
+    formats: NumberFormats,
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.video import read_image
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device
+    from longvideo.infer.pipeline import StreamingPipeline, check_formats, chunk_timing, pick_device
     from longvideo.infer.script import plan_chunks
 
     if image is not None:
@@ -222,9 +235,10 @@ def _load(
     for name in (device, decode_device):
         pick_device(name)
     folder = ModelFolder.open(model)
+    check_formats(folder, formats)
     plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
     release_large_blocks()
-    return StreamingPipeline.load(folder, device=device, decode_device=decode_device), plan
+    return StreamingPipeline.load(folder, device=device, decode_device=decode_device, formats=formats), plan
 
 
 def _start(

@@ -57,6 +57,8 @@ def info(
 
 def describe_part(folder: ModelFolder, part: str) -> PartReport:
     """Read the headers of one part and compare them with the module that its config describes."""
+    from longvideo.checkpoint.packed import num_represented
+
     weights = folder.weights(part)
     problem = None
     try:
@@ -66,7 +68,7 @@ def describe_part(folder: ModelFolder, part: str) -> PartReport:
     return PartReport(
         name=part,
         kind=folder.kind(part),
-        num_parameters=sum(tensor.num_values for tensor in weights.infos.values()),
+        num_parameters=sum(num_represented(name, tensor.num_values) for name, tensor in weights.infos.items()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.infos.values()})),
         num_bytes=weights.num_bytes,
         num_files=len(weights.files),

@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",
+    "quantize": "longvideo.cli.quantize:quantize",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

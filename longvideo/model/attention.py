@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.model.cache import KVCache
+from longvideo.model.cache import ChunkCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rotate
 
@@ -113,26 +113,35 @@ class Blockwise:
 class Cached:
     """The live chunk attends to itself and to the chunks in the cache.
 
-    Without autograd the live keys and values are written into their own slot and all slots are attended to where they
-    lie. Under autograd they are concatenated to detached copies, so nothing that a gradient needs is overwritten and
-    no gradient reaches the past.
+    Under autograd the live keys and values are concatenated to detached copies of the past, so nothing that a gradient
+    needs is overwritten and no gradient reaches the past.
     """
 
-    def __init__(self, cache: KVCache):
+    def __init__(self, cache: ChunkCache):
         self.cache = cache
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
-        q, k = rotate(q_BLNK, rope), rotate(k_BLNK, rope)
+        q = rotate(q_BLNK, rope)
         if torch.is_grad_enabled():
-            past_k, past_v = self.cache.past(layer)
+            k, (past_k, past_v) = rotate(k_BLNK, rope), self.cache.past(layer)
             return attend(q, torch.cat((past_k.to(k), k), 1), torch.cat((past_v.to(v_BLNK), v_BLNK), 1))
-        self.cache.store(layer, k, v_BLNK)
-        keys, values = self.cache.attended(layer)
-        return attend(q, keys, values)
+        return attend(q, *self.cache.attended(layer, k_BLNK, v_BLNK, rope))
 
-    def store(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> None:
+
+class Filling:
+    """`Cached` for the clean pass: keys and values of the live chunk, which is now finished, stay in the cache."""
+
+    def __init__(self, cache: ChunkCache):
+        self.cache = cache
+
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+        attended = attend(rotate(q_BLNK, rope), *self.cache.attended(layer, k_BLNK, v_BLNK, rope))
+        self.cache.keep(layer, k_BLNK, v_BLNK, rope)
+        return attended
+
+    def keep(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> None:
         """Keep keys and values of a layer whose attention output nobody needs."""
-        self.cache.store(layer, rotate(k_BLNK, rope), v_BLNK)
+        self.cache.keep(layer, k_BLNK, v_BLNK, rope)
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:

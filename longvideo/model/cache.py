@@ -7,9 +7,12 @@ about the order of keys, so slots are attended to where they lie.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from longvideo.model.rope import Rope, rotate
 from longvideo.model.spec import ChunkSpec
 
 
@@ -43,6 +46,11 @@ class ChunkWindow:
         self.next_chunk += 1
         self.live_slot = None
 
+    def past_slots(self) -> list[int]:
+        """Return the slots that the live chunk may look back at."""
+        live = self.begin()
+        return [slot for slot in range(self.num_slots) if slot != live]
+
     @property
     def num_slots(self) -> int:
         """Slots in use, the live one included; they are always the first ones."""
@@ -60,10 +68,56 @@ def visible_chunks(spec: ChunkSpec, cuts: list[bool]) -> Tensor:
     return visible
 
 
-class KVCache:
-    """Rotated keys and values of every layer, `[B, slots * tokens_per_chunk, N, K]`, allocated once.
+class ChunkCache(Protocol):
+    """What a rollout keeps of the chunks already made. Samples of one batch share their cuts and so their slots.
 
-    Samples of one batch share their cuts, since they share the slots.
+    The live chunk's keys come before rotation. `attended` may be called any number of times a chunk, `keep` once a
+    layer, in the clean pass; `commit` ends the chunk.
+    """
+
+    window: ChunkWindow
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None: ...
+
+    def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Return rotated keys and values of all slots in use, [B, S * L, N, K], the live chunk's among them.
+
+        They are valid until the next call, for whatever layer.
+        """
+        ...
+
+    def past(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return copies of rotated keys and values of the kept slots only, detached, for use under autograd."""
+        ...
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
+        """Make these keys and values what is attended to once the live chunk is part of the past."""
+        ...
+
+    def commit(self, *, cut: bool = False) -> None:
+        """Make the live chunk, which the clean pass has kept, part of the past."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that grow with layers and slots; not what all layers share."""
+        ...
+
+
+class KVCache:
+    """Rotated keys and values of every layer, `[B, slots * tokens_per_chunk, N, K]`, allocated once. See `ChunkCache`.
+
+    The live chunk is written into its slot, and all slots are attended to where they lie, without a copy.
     """
 
     def __init__(
@@ -83,34 +137,28 @@ class KVCache:
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
-    def store(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
-        """Write the live chunk's rotated keys and its values into its slot."""
-        live = self._span(self.window.begin())
-        self._keys[layer][:, live] = keys_BLNK.to(self._keys[layer].dtype)
-        self._values[layer][:, live] = values_BLNK.to(self._values[layer].dtype)
-
-    def attended(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of all slots in use, the live one included, without a copy."""
+    def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        self.keep(layer, keys_BLNK, values_BLNK, rope)
         end = self.window.num_slots * self.spec.tokens_per_chunk
         return self._keys[layer][:, :end], self._values[layer][:, :end]
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return copies of keys and values of the committed slots only, detached, for use under autograd."""
-        live = self.window.begin()
-        slots = [slot for slot in range(self.window.num_slots) if slot != live]
         shape = (self.spec.window_chunks, self.spec.tokens_per_chunk)
+        slots = self.window.past_slots()
         keys, values = (
             stored[layer].unflatten(1, shape)[:, slots].flatten(1, 2).detach() for stored in (self._keys, self._values)
         )
         return keys, values
 
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
+        start = self.window.begin() * self.spec.tokens_per_chunk
+        live = slice(start, start + self.spec.tokens_per_chunk)
+        self._keys[layer][:, live] = rotate(keys_BLNK, rope).to(self._keys[layer].dtype)
+        self._values[layer][:, live] = values_BLNK.to(self._values[layer].dtype)
+
     def commit(self, *, cut: bool = False) -> None:
-        """Make the live chunk, filled by the clean pass, part of the past."""
         self.window.commit(cut=cut)
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
-
-    def _span(self, slot: int) -> slice:
-        return slice(slot * self.spec.tokens_per_chunk, (slot + 1) * self.spec.tokens_per_chunk)

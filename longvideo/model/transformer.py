@@ -23,7 +23,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rope_from_positions
 
 if TYPE_CHECKING:
-    from longvideo.model.attention import Cached
+    from longvideo.model.attention import Filling
 
 TIMESTEPS = 1000.0
 MAX_PERIOD = 10000.0
@@ -62,20 +62,26 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections of self-attention; queries and keys are normalised over the full width before the head split."""
+    """Projections of self-attention; queries and keys are normalised over the full width before the head split.
+
+    shared_input: what is done once to the input of q, k and v; nothing here, quantising it in a quantised model.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
+        self.shared_input = nn.Identity()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def keys_values(self, h_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k(self.k(h_BLD))), self._heads(self.v(h_BLD))
+        shared = self.shared_input(h_BLD)
+        return self._heads(self.norm_k(self.k(shared))), self._heads(self.v(shared))
 
     def forward(self, h_BLD: Tensor, rope: Rope, attention: AttentionPattern, layer: int) -> Tensor:
-        q_BLNK = self._heads(self.norm_q(self.q(h_BLD)))
-        k_BLNK, v_BLNK = self.keys_values(h_BLD)
+        shared = self.shared_input(h_BLD)
+        q_BLNK = self._heads(self.norm_q(self.q(shared)))
+        k_BLNK, v_BLNK = self._heads(self.norm_k(self.k(shared))), self._heads(self.v(shared))
         return self.o(attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(h_BLD.dtype))
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
@@ -83,17 +89,21 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of every group of tokens to its own prompt, padding included as Wan does it."""
+    """Attention of every group of tokens to its own prompt, padding included as Wan does it.
+
+    shared_input: what is done once to the input of k and v.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
+        self.shared_input = nn.Identity()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def keys_values(self, text_PJD: Tensor) -> tuple[Tensor, Tensor]:
-        split = (self.num_heads, -1)
-        return self.norm_k(self.k(text_PJD)).unflatten(-1, split), self.v(text_PJD).unflatten(-1, split)
+        shared, split = self.shared_input(text_PJD), (self.num_heads, -1)
+        return self.norm_k(self.k(shared)).unflatten(-1, split), self.v(shared).unflatten(-1, split)
 
     def forward(self, h_BLD: Tensor, keys_PJNK: Tensor, values_PJNK: Tensor) -> Tensor:
         batch, prompts = h_BLD.shape[0], keys_PJNK.shape[0]
@@ -240,14 +250,14 @@ class CausalTransformer(nn.Module):
         text: TextContext,
         *,
         rope: Rope,
-        attention: Cached,
+        attention: Filling,
     ) -> None:
         """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
         h_BLD, _, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self._blocks()):
             if layer == last:
-                attention.store(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
+                attention.keep(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
                 return
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longvideo.model.attention import Cached, Masked
+from longvideo.model.attention import Cached, Filling, Masked
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
 from tests import golden
@@ -33,7 +33,7 @@ def test_rollout_agrees_with_the_reference(name: str) -> None:
             error = golden.relative_error(flow[0], case[f"{chunk}.{call}.flow"])
             assert error < golden.TOLERANCE, (chunk, call, error)
         # the clean pass once more, in the truncated form that streaming uses, must leave the same cache
-        model.fill_cache(latents, sigma, text, rope=model.rope(layout), attention=attention)
+        model.fill_cache(latents, sigma, text, rope=model.rope(layout), attention=Filling(cache))
         cache.commit(cut=cut)
 
 

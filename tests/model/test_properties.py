@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.model.attention import Blockwise, Cached, Full, Masked
+from longvideo.model.attention import Blockwise, Cached, Filling, Full, Masked
 from longvideo.model.cache import ChunkWindow, KVCache, visible_chunks
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
-from longvideo.model.rope import rope_from_positions, rotate
+from longvideo.model.rope import Rope, rope_from_positions, rotate
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.golden import relative_error
@@ -36,7 +36,7 @@ def cached_rollout(
         own = text.select(torch.tensor([chunk]))
         out.append(model(noisy[:, :, frames], sigma[:, frames], own, rope=model.rope(layout), attention=attention))
         zero = torch.zeros(1, spec.chunk_frames)
-        model.fill_cache(clean[:, :, frames], zero, own, rope=model.rope(layout), attention=attention)
+        model.fill_cache(clean[:, :, frames], zero, own, rope=model.rope(layout), attention=Filling(cache))
         cache.commit(cut=cut)
     return torch.cat(out, 2)
 
@@ -146,11 +146,13 @@ def test_pin_equals_the_reference_trace() -> None:
 def test_nothing_is_moved_when_the_window_slides() -> None:
     spec = dataclasses.replace(small.SPEC, window_frames=6, sink_frames=2)
     cache = KVCache(spec, num_layers=1, num_heads=1, head_dim=2)
-    addresses = None
+    addresses, still = (
+        None,
+        Rope(torch.ones(1, spec.tokens_per_chunk, 1, 1), torch.zeros(1, spec.tokens_per_chunk, 1, 1)),
+    )
     for chunk in range(6):
         value = torch.full((1, spec.tokens_per_chunk, 1, 2), float(chunk))
-        cache.store(0, value, value)
-        keys, values = cache.attended(0)
+        keys, values = cache.attended(0, value, value, still)
         addresses = addresses or (keys.data_ptr(), values.data_ptr())
         assert (keys.data_ptr(), values.data_ptr()) == addresses
         held = keys.view(-1, spec.tokens_per_chunk * 2)
@@ -210,7 +212,7 @@ def test_no_gradient_through_the_cache() -> None:
     layouts = [TokenLayout.one_chunk(spec, i) for i in (0, 1)]
     model(first, sigma, text, rope=model.rope(layouts[0]), attention=Cached(cache))
     with torch.no_grad():
-        model.fill_cache(first, 0 * sigma, text, rope=model.rope(layouts[0]), attention=Cached(cache))
+        model.fill_cache(first, 0 * sigma, text, rope=model.rope(layouts[0]), attention=Filling(cache))
         cache.commit()
         wanted = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
     got = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))

@@ -1,0 +1,78 @@
+"""Which implementation of an operation runs where. Chosen once, when a module is built; nothing falls back later."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.kv_dequant.format import QuantizedSlots
+from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
+
+
+class KVOperations(Protocol):
+    """What a 4-bit KV cache needs; `longvideo.kernels.kv_dequant.reference` defines it."""
+
+    def write_slot(
+        self, slots: QuantizedSlots, slot: int, keys_BLNK: Tensor, values_BLNK: Tensor, rule: Rule = Rule.ADAPTIVE
+    ) -> None: ...
+
+    def rebuild(
+        self,
+        slots: QuantizedSlots,
+        which: Tensor,
+        cos_SLH: Tensor,
+        sin_SLH: Tensor,
+        keys_BSLNK: Tensor,
+        values_BSLNK: Tensor,
+    ) -> None: ...
+
+
+class NVFP4Operations(Protocol):
+    """What an emulated NVFP4 product needs; `longvideo.kernels.nvfp4.reference` defines it."""
+
+    def quantize_exact(
+        self, x: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
+    ) -> ExactOperand: ...
+
+    def exact(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand: ...
+
+    def dequantize(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+
+def kv_operations(device: torch.device) -> KVOperations:
+    """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        from longvideo.kernels.kv_dequant import triton as operations
+    else:
+        from longvideo.kernels.kv_dequant import reference as operations
+    return cast(KVOperations, operations)
+
+
+def nvfp4_operations(device: torch.device) -> NVFP4Operations:
+    """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        from longvideo.kernels.nvfp4 import triton as operations
+    else:
+        from longvideo.kernels.nvfp4 import reference as operations
+    return cast(NVFP4Operations, operations)
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Return why Triton kernels cannot run on a device, or None when they can."""
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package triton is not installed; it comes with torch's CUDA builds"
+    return None
+
+
+def _wants_triton(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta"):
+        return False
+    if reason := triton_unavailable(device):
+        raise ValueError(f"no NVFP4 kernels for device {device}: {reason}")
+    return True

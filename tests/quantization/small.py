@@ -1,0 +1,31 @@
+"""A small transformer whose sizes 16 divides."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from longvideo.model.attention import Full
+from longvideo.model.layout import TokenLayout
+from longvideo.model.transformer import CausalTransformer
+from tests.model import small
+from tests.model.small import SPEC, features, latents
+
+CONFIG = dataclasses.replace(small.CONFIG, attention_head_dim=16, ffn_dim=48)
+
+__all__ = ["CONFIG", "SPEC", "features", "latents", "model", "velocity"]
+
+
+def model(seed: int = 0) -> CausalTransformer:
+    torch.manual_seed(seed)
+    return CausalTransformer(CONFIG).eval()
+
+
+@torch.no_grad()
+def velocity(transformer: CausalTransformer) -> Tensor:
+    layout = TokenLayout.block_causal(SPEC, 1)
+    text = transformer.encode_text(features(1))
+    sigma = torch.full((1, SPEC.chunk_frames), 0.5)
+    return transformer(latents(1), sigma, text, rope=transformer.rope(layout), attention=Full())

@@ -1,0 +1,150 @@
+"""Which layers are packed, and what a packed model on disk is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.cli.main import main
+from longvideo.errors import CheckpointError, UserError
+from longvideo.kernels.nvfp4.format import ExactOperand, Rule
+from longvideo.model.transformer import SelfAttention
+from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product, w4a4
+from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.products import W4A16
+from tests.golden import relative_error
+from tests.quantization import small
+
+CPU = torch.device("cpu")
+WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
+
+
+def test_all_linear_layers_of_the_blocks_and_nothing_else() -> None:
+    names = layers_to_quantize(small.model())
+    assert len(names) == 10 * small.CONFIG.num_layers and all(name.startswith("blocks.") for name in names)
+
+
+def test_patterns_keep_layers() -> None:
+    names = layers_to_quantize(small.model(), ["blocks.0.*", "*.ffn.2"])
+    assert len(names) == 9 * (small.CONFIG.num_layers - 1)
+    with pytest.raises(UserError, match=r"'blocks.0.selfattn.q' names no linear layer .* 'blocks.0.self_attn.q'"):
+        layers_to_quantize(small.model(), ["blocks.0.selfattn.q"])
+
+
+def test_queries_keys_and_values_share_one_rounded_input() -> None:
+    model = small.model()
+    quantize_layers(model, keep=["blocks.0.self_attn.v"])
+    product = w4a4(CPU)
+    set_product(model, product)
+    first, second = (block.self_attn for block in list(model.blocks)[:2])
+    assert isinstance(first, SelfAttention) and isinstance(second, SelfAttention)
+    h = torch.randn(1, 6, small.CONFIG.dim)
+    assert isinstance(first.shared_input(h), torch.Tensor), "a layer that is not packed needs the input itself"
+    shared = second.shared_input(h)
+    assert isinstance(shared, ExactOperand)
+    torch.testing.assert_close(second.q(shared), second.q(h), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
+def test_quantised_velocity_is_near_the_exact_one(rule: Rule) -> None:
+    model = small.model()
+    exact = small.velocity(model)
+    quantize_layers(model, rule)
+    set_product(model, W4A16(CPU))
+    weights_only = relative_error(small.velocity(model), exact)
+    set_product(model, w4a4(CPU, rule))
+    both = relative_error(small.velocity(model), exact)
+    assert 0 < weights_only < both < 0.2
+
+
+def saved(folder: Path, *, shard_bytes: int = 2**30) -> ModelFolder:
+    model = small.model()
+    quantize_layers(model, keep=["blocks.1.ffn.*"])
+    settings = ModelSettings(text_len=small.CONFIG.text_len)
+    return ModelFolder.save(
+        folder, settings=settings, transformer=model, dtype=torch.bfloat16, max_shard_bytes=shard_bytes
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 6000])
+def test_a_packed_folder_reads_back_bit_for_bit(tmp_path: Path, shard_bytes: int) -> None:
+    folder = saved(tmp_path / "model", shard_bytes=shard_bytes)
+    model, loaded = small.model(), folder.load_transformer()
+    quantize_layers(model, keep=["blocks.1.ffn.*"])
+    assert folder.is_packed
+    for name, wanted in model.state_dict().items():
+        got = loaded.state_dict()[name]
+        packed = name.rpartition(".")[2].startswith("weight_")
+        assert got.dtype == (wanted.dtype if packed else torch.bfloat16), name
+        assert torch.equal(got.float(), (wanted if packed else wanted.bfloat16()).float()), name
+    assert isinstance(loaded.get_submodule("blocks.0.ffn.0"), NVFP4Linear)
+    assert isinstance(loaded.get_submodule("blocks.1.ffn.0"), torch.nn.Linear)
+    set_product(loaded, w4a4(CPU))
+    assert torch.isfinite(small.velocity(loaded)).all()
+
+
+def test_diffusers_refuses_a_packed_folder(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    saved(tmp_path / "model")
+    with pytest.raises(ValueError, match="longvideo_nvfp4"):
+        WanTransformer3DModel.from_pretrained(tmp_path / "model" / "transformer")
+
+
+def test_another_convention_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    file = folder.path / WEIGHTS
+    tensors = load_file(file)
+    for metadata in ({"format": "pt"}, {"format": "pt", "nvfp4_convention": "2: high nibble first"}):
+        save_file(tensors, file, metadata=metadata)
+        with pytest.raises(CheckpointError, match="packed under the convention"):
+            ModelFolder.open(folder.path).load_transformer()
+
+
+def test_a_truncated_packed_file_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    file = folder.path / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="truncated"):
+        ModelFolder.open(folder.path)
+
+
+@pytest.mark.parametrize("leaf", ["weight_codes", "weight_scales", "weight_tensor_scale"])
+def test_a_packed_layer_without_one_of_its_tensors_is_refused(tmp_path: Path, leaf: str) -> None:
+    folder = saved(tmp_path / "model")
+    file = folder.path / WEIGHTS
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(file)
+    del tensors[f"blocks.0.attn1.to_q.{leaf}"]
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(CheckpointError, match="blocks.0.self_attn.q.weight"):
+        ModelFolder.open(folder.path).load_transformer()
+
+
+def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "packed"
+    assert main(["quantize", "tiny", str(target), "--keep", "blocks.0.*"]) == 0
+    printed = capsys.readouterr().out
+    assert "70 layers packed" in printed and "ffn.2: relative error 8." in printed
+    assert main(["info", str(target), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (transformer,) = [part for part in report["parts"] if part["name"] == "transformer"]
+    assert transformer["problem"] is None and abs(transformer["num_parameters"] - 8.06e6) < 0.01e6
+    assert transformer["num_bytes"] < 7 * 2**20
+    for arguments, message in (
+        (["quantize", "tiny", str(target)], "exists"),
+        (["quantize", str(target), str(tmp_path / "twice")], "packed already"),
+        (["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"], "unknown"),
+        (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "names no linear layer"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()

@@ -1,0 +1,156 @@
+"""Packed layers: what they compute, what gradient they give, and LoRA on top of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.format import Rule
+from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.products import W4A16, EmulatedW4A4
+from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
+from tests.golden import relative_error
+
+CPU = torch.device("cpu")
+
+
+def linear(inputs: int = 48, outputs: int = 32, *, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, dtype=dtype)
+
+
+def inputs(rows: int = 20, width: int = 48) -> Tensor:
+    return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_w4a16_multiplies_by_the_dequantised_weight() -> None:
+    layer = linear()
+    packed = NVFP4Linear.from_linear(layer)
+    packed.product = W4A16(CPU)
+    weight = reference.dequantize(reference.quantize(layer.weight.detach()))
+    torch.testing.assert_close(packed(inputs()), nn.functional.linear(inputs(), weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) -> None:
+    layer, x = linear(dtype=dtype), inputs().to(dtype)
+    packed = NVFP4Linear.from_linear(layer)
+    packed.product = EmulatedW4A4(CPU)
+    quantized_x, quantized_w = reference.quantize(x), reference.quantize(layer.weight.detach())
+    exact_x, exact_w = (reference.dequantize(q).double() for q in (quantized_x, quantized_w))
+    assert layer.bias is not None
+    wanted = exact_x @ exact_w.t() + layer.bias.double()
+    bound = 48 * 2.0**-24 * (exact_x.abs() @ exact_w.abs().t())
+    if dtype == torch.bfloat16:
+        # one rounding of the unscaled product, one of the result
+        bound += 2.0**-8 * ((exact_x @ exact_w.t()).abs() + wanted.abs()) + 1e-6
+    assert ((packed(x).double() - wanted).abs() <= bound + 1e-6).all()
+    if dtype == torch.float32:
+        torch.testing.assert_close(reference.matmul(quantized_x, quantized_w, layer.bias), packed(x))
+
+
+def test_the_gradient_of_the_input_is_that_of_the_dequantised_weight() -> None:
+    packed = NVFP4Linear.from_linear(linear())
+    for packed.product in (W4A16(CPU), EmulatedW4A4(CPU)):
+        x, grad = inputs().requires_grad_(), torch.randn(2, 20, 32)
+        packed(x).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ reference.dequantize(packed.quantized_weight))
+
+
+def test_a_layer_without_a_product_cannot_be_run() -> None:
+    with pytest.raises(RuntimeError, match="set_product"):
+        NVFP4Linear.from_linear(linear())(inputs())
+
+
+def test_a_weight_with_nan_is_refused_by_name() -> None:
+    layer = linear()
+    with torch.no_grad():
+        layer.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight .*NaN"):
+        NVFP4Linear.from_linear(layer, name="blocks.0.ffn.0.weight")
+
+
+def test_a_width_without_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a multiple of 16"):
+        NVFP4Linear.from_linear(linear(inputs=24))
+
+
+def training_layer(recipe: TrainingRecipe, seed: int = 0) -> NVFP4TrainingLinear:
+    return NVFP4TrainingLinear.from_linear(linear(), recipe=recipe, generator=torch.Generator().manual_seed(seed))
+
+
+def test_training_products_are_those_of_rounded_operands() -> None:
+    """Without anything random, forward and both backward products equal the slow definition."""
+    recipe = TrainingRecipe(stochastic_gradients=False, hadamard=False)
+    layer, x, grad = (
+        training_layer(recipe),
+        inputs(),
+        torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2)),
+    )
+    x.requires_grad_()
+    output = layer(x)
+    output.backward(grad)
+    flat_x, flat_grad = x.detach().flatten(0, 1), grad.flatten(0, 1)
+    weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=16))
+    forward_x = reference.dequantize(reference.quantize(flat_x))
+    torch.testing.assert_close(output.flatten(0, 1), forward_x @ weight.t() + layer.bias)
+    backward_grad = reference.dequantize(reference.quantize(flat_grad, Rule.STATIC6))
+    assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
+    torch.testing.assert_close(x.grad.flatten(0, 1), backward_grad @ weight)
+    padded = [nn.functional.pad(t, (0, 0, 0, 8)).t().contiguous() for t in (flat_grad, flat_x)]
+    across_grad = reference.dequantize(reference.quantize(padded[0], Rule.STATIC6))
+    across_x = reference.dequantize(reference.quantize(padded[1]))
+    torch.testing.assert_close(layer.weight.grad, across_grad @ across_x.t())
+    torch.testing.assert_close(layer.bias.grad, flat_grad.sum(0))
+
+
+def test_stochastic_gradients_are_unbiased() -> None:
+    """Averaged over many draws both gradients approach those of the same rounded forward operands."""
+    layer, x = training_layer(TrainingRecipe()), inputs()
+    grad = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2))
+    draws = []
+    for _ in range(400):
+        leaf = x.clone().requires_grad_()
+        layer.weight.grad = None
+        layer(leaf).backward(grad)
+        assert leaf.grad is not None and layer.weight.grad is not None
+        draws.append((leaf.grad.flatten(), layer.weight.grad.flatten()))
+    weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=16))
+    across = reference.random_hadamard(nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
+    spun = reference.random_hadamard(nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
+    wanted = (grad @ weight).flatten(), (spun @ reference.dequantize(reference.quantize(across)).t()).flatten()
+    for samples, mean in zip(zip(*draws, strict=True), wanted, strict=True):
+        stacked = torch.stack(samples)
+        z = (stacked.mean(0) - mean) / (stacked.std(0) / len(samples) ** 0.5 + 1e-7)
+        # of n standard normal numbers the squares have mean 1 with a standard error of sqrt(2 / n)
+        assert abs(z.square().mean() - 1) < 5 * (2 / z.numel()) ** 0.5 + 0.02
+        assert z.abs().max() < 5
+
+
+def test_the_same_generator_gives_the_same_gradients() -> None:
+    grads = []
+    for seed in (0, 0, 1):
+        layer, x = training_layer(TrainingRecipe(), seed), inputs().requires_grad_()
+        layer(x).square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1]) and not torch.equal(grads[0], grads[2])
+
+
+def test_training_in_four_bits_fits_a_linear_map() -> None:
+    target, x = linear(), torch.randn(256, 48, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(7)
+    generator = torch.Generator().manual_seed(0)
+    layer = NVFP4TrainingLinear.from_linear(nn.Linear(48, 32), recipe=TrainingRecipe(), generator=generator)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
+    with torch.no_grad():
+        wanted = target(x)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (layer(x) - wanted).square().mean().backward()
+        optimizer.step()
+    best = NVFP4TrainingLinear.from_linear(target, recipe=TrainingRecipe(), generator=generator)
+    rounding_alone = relative_error(best(x).detach(), wanted)
+    assert relative_error(layer(x).detach(), wanted) < 1.25 * rounding_alone < 0.25
