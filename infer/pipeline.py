@@ -211,9 +211,13 @@ def check_formats(folder: ModelFolder, formats: NumberFormats) -> None:
     """Raise UserError where a folder's model cannot be run in these formats. Reads no weight."""
     if formats.precision == "bf16" and folder.is_packed:
         raise UserError(f"{folder.path} holds packed 4-bit weights; use --precision nvfp4 or nvfp4-weights")
-    head_dim = folder.transformer_config.attention_head_dim
-    if formats.kv_cache == "nvfp4" and head_dim % GROUP:
-        raise UserError(f"a 4-bit KV cache needs a head dim that {GROUP} divides; {folder.path} has {head_dim}")
+    config = folder.transformer_config
+    if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
+        raise UserError(
+            f"a 4-bit KV cache needs a head dim that {GROUP} divides; {folder.path} has {config.attention_head_dim}"
+        )
+    if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
+        raise UserError(f"NVFP4 needs widths that {GROUP} divides; {folder.path} has {config.dim} and {config.ffn_dim}")
 
 
 def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:

@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformer = CausalTransformer(
         TransformerConfig(
             num_attention_heads=2,
-            attention_head_dim=12,
+            attention_head_dim=16,
             in_channels=latent_channels,
             out_channels=latent_channels,
             text_dim=128,
