@@ -1,8 +1,8 @@
 """NVFP4 in plain torch: the definition that every kernel is compared with, and the way to run it on any device.
 
-static6 equals torchao's `nvfp4_quantize` bit for bit, and TransformerEngine's reference but for ties and for groups whose
-scale lies below E4M3's normal numbers; the adaptive rules equal the public four-over-six code. Sums of errors are taken
-in a fixed order, a tree of neighbouring pairs, so that a kernel can repeat them exactly.
+static6 equals torchao's `nvfp4_quantize` bit for bit, and TransformerEngine's reference but for ties and for groups
+whose scale lies below E4M3's normal numbers; the adaptive rules equal the public four-over-six code. Sums of errors are
+taken in a fixed order, a tree of neighbouring pairs, so that a kernel can repeat them exactly.
 """
 
 from __future__ import annotations

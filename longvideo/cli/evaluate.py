@@ -225,6 +225,51 @@ def curves(
     picture.save(out, optimize=True)
 
 
+@app.command()
+def quantization(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="A chunk is made for each; two prompts of ShapeWorld if none."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; not packed.")] = "tiny",
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the synthetic tensors and the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the numbers to this JSON file too.")] = None,
+) -> None:
+    """Measure what four bits cost: errors of formats and rules, and the noise of each layer's output.
+
+    Prints two tables in Markdown. The first: relative error of NVFP4 by its rules, and of MXFP4, on synthetic tensors,
+    the model's weights, inputs, keys and values. The second: signal-to-quantisation-noise ratio of every kind of layer
+    with 4-bit weights (W4A16), and with inputs in 4 bits too (W4A4), in decibels.
+
+    Example: `longvideo eval quantization --model tiny --out errors.json`
+    """
+    from dataclasses import asdict
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.evaluation.quantization import as_markdown, measure_quantization
+    from longvideo.evaluation.showcase import PROMPTS
+    from longvideo.flow.unipc import UniPC
+    from longvideo.infer.pipeline import pick_device
+
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    folder, where = ModelFolder.open(model), pick_device(device)
+    if folder.is_packed:
+        raise UserError(f"{folder.path} is packed already; measure the folder it was made from")
+    report = measure_quantization(
+        folder.load_transformer(device=where),
+        folder.load_text_encoder(device=where),
+        spec=folder.spec,
+        solver=UniPC(folder.settings.steps, folder.settings.shift),
+        prompts=list(prompts or PROMPTS[:2]),
+        seed=seed,
+    )
+    typer.echo(as_markdown(report))
+    if out is not None:
+        out.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+
+
 def generate_videos(
     pipeline: StreamingPipeline, tasks: list[Task], *, batch: int, steps: int | None, guidance: float | None
 ) -> Iterator[tuple[Task, np.ndarray]]:

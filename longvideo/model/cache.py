@@ -138,7 +138,7 @@ class KVCache:
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        self.keep(layer, keys_BLNK, values_BLNK, rope)
+        self._write(layer, keys_BLNK, values_BLNK, rope)
         end = self.window.num_slots * self.spec.tokens_per_chunk
         return self._keys[layer][:, :end], self._values[layer][:, :end]
 
@@ -151,6 +151,9 @@ class KVCache:
         return keys, values
 
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
+        self._write(layer, keys_BLNK, values_BLNK, rope)
+
+    def _write(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
         start = self.window.begin() * self.spec.tokens_per_chunk
         live = slice(start, start + self.spec.tokens_per_chunk)
         self._keys[layer][:, live] = rotate(keys_BLNK, rope).to(self._keys[layer].dtype)

@@ -1,0 +1,252 @@
+"""The native NVFP4 backends: their layouts bit for bit anywhere, their products on a Blackwell GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longvideo.kernels.nvfp4 import reference, scaled_mm, te
+from longvideo.kernels.nvfp4.format import NVFP4Tensor, Rule
+
+PUBLIC = load_file(Path(__file__).parents[1] / "fixtures" / "nvfp4_a.safetensors")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FLOAT32_ROUNDING, BFLOAT16_ROUNDING = 2.0**-24, 2.0**-8
+has_scaled_mm = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "scaled_mm"), reason=f"torch {torch.__version__} has no scaled_mm"
+)
+without_blackwell = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0), reason="this GPU has FP4 units"
+)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# layouts
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(1, 32), (37, 96), (128, 256), (130, 32)])
+@pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
+def test_an_operand_holds_the_bytes_of_the_reference(rule: Rule, rows: int, depth: int) -> None:
+    quantized = reference.quantize(gaussian(rows, depth), rule)
+    operand = scaled_mm.operand(quantized)
+    assert operand.packed.dtype == torch.float4_e2m1fn_x2 and operand.scales.dtype == torch.float8_e4m3fn
+    assert torch.equal(operand.packed.view(torch.uint8), quantized.codes)
+    assert torch.equal(operand.scales.view(torch.uint8), reference.swizzle_scales(quantized.scales))
+    assert torch.equal(operand.tensor_scale, quantized.tensor_scale) and operand.tensor_scale.shape == ()
+    back = reference.unswizzle_scales(operand.scales, rows, depth // 16)
+    assert torch.equal(back.view(torch.uint8), quantized.scales.view(torch.uint8))
+
+
+@pytest.mark.parametrize("tile", ["1x16", "16x16"])
+def test_an_operand_equals_the_bytes_of_the_public_code(tile: str) -> None:
+    quantized = reference.quantize(PUBLIC["input"], Rule.ADAPTIVE, tile_rows=int(tile.partition("x")[0]))
+    operand = scaled_mm.operand(quantized)
+    assert torch.equal(operand.packed.view(torch.uint8), PUBLIC[f"mse.{tile}.packed"].view(torch.uint8))
+    wanted = PUBLIC[f"mse.{tile}.scales_swizzled_e4m3"].view(torch.uint8).flatten()
+    assert torch.equal(operand.scales.view(torch.uint8), wanted)
+
+
+def test_operands_that_scaled_mm_cannot_read_raise() -> None:
+    with pytest.raises(ValueError, match=r"matrices whose K 32 divides, got \[4, 48\]"):
+        scaled_mm.operand(reference.quantize(gaussian(4, 48)))
+    with pytest.raises(ValueError, match=r"matrices whose K 32 divides, got \[2, 4, 32\]"):
+        scaled_mm.operand(reference.quantize(gaussian(2, 4, 32)))
+    rows = reference.quantize(gaussian(4, 32), tensor_scale=torch.full((4, 1), 0.01))
+    with pytest.raises(ValueError, match=r"one tensor scale a matrix, got \[4, 1\]"):
+        scaled_mm.operand(rows)
+
+
+def test_products_of_unfit_sizes_raise() -> None:
+    a, b, c = (scaled_mm.operand(reference.quantize(gaussian(*shape))) for shape in ((4, 32), (16, 64), (24, 32)))
+    with pytest.raises(ValueError, match="cannot multiply K=32 by K=64 with N=16"):
+        scaled_mm.matmul(a, b)
+    with pytest.raises(ValueError, match="with N=24; wanted equal K and N a multiple of 16"):
+        scaled_mm.matmul(a, c)
+
+
+@has_scaled_mm
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_torch_accepts_the_operands_on_the_meta_device(bias: bool, out_dtype: torch.dtype) -> None:
+    def on_meta(rows: int) -> scaled_mm.ScaledOperand:
+        q = reference.quantize(gaussian(rows, 96))
+        return scaled_mm.operand(NVFP4Tensor(q.codes.to("meta"), q.scales.to("meta"), q.tensor_scale.to("meta")))
+
+    offset = torch.empty(48, device="meta") if bias else None
+    product = scaled_mm.matmul(on_meta(37), on_meta(48), offset, out_dtype)
+    assert product.shape == (37, 48) and product.dtype == out_dtype
+
+
+@has_scaled_mm
+def test_a_product_on_the_cpu_raises_and_does_not_fall_back() -> None:
+    operand = scaled_mm.operand(reference.quantize(gaussian(16, 32)))
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError)):
+        scaled_mm.matmul(operand, operand)
+
+
+# what is missing
+
+
+@has_scaled_mm
+@without_blackwell
+def test_scaled_mm_says_what_it_lacks() -> None:
+    assert scaled_mm.unavailable(CPU) == "FP4 products need a CUDA GPU, got device 'cpu'"
+    reason = scaled_mm.unavailable(CUDA)
+    wanted = "< 10.0 and so no FP4 units" if torch.cuda.is_available() else "finds none"
+    assert reason is not None and wanted in reason
+
+
+def test_an_older_gpu_is_named_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert scaled_mm.missing_hardware(CUDA) == "NVIDIA H200 has compute capability 9.0 < 10.0 and so no FP4 units"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert scaled_mm.missing_hardware(CUDA) is None
+
+
+def test_a_torch_without_scaled_mm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
+    assert scaled_mm.unavailable(CUDA) == (
+        f"torch {torch.__version__} has no torch.nn.functional.scaled_mm; use torch 2.10 or newer"
+    )
+
+
+@without_blackwell
+def test_te_says_what_it_lacks_and_building_a_layer_raises_with_it() -> None:
+    reason = te.unavailable(CUDA)
+    assert reason is not None
+    assert "transformer_engine cannot be imported" in reason or "FP4" in reason
+    with pytest.raises(ValueError, match=r"the te backend cannot run on 'cuda': (transformer_engine|.*FP4)"):
+        te.build_linear(32, 16, bias=True, device=CUDA)
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, FileNotFoundError, AssertionError])
+def test_a_half_installed_te_is_a_reason_and_not_a_crash(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+            if name.startswith("transformer_engine"):
+                raise error("Found empty `transformer-engine` meta package\nand more")
+
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    reason = te.unavailable(CUDA)
+    assert reason is not None
+    assert f"({error.__name__}: Found empty `transformer-engine` meta package); pip install" in reason
+
+
+def test_te_wants_sizes_that_sixteen_divides() -> None:
+    with pytest.raises(ValueError, match="NVFP4 needs sizes that 16 divides, got 24 x 32"):
+        te.build_linear(32, 24, bias=False, device=CUDA)
+
+
+# TransformerEngine's recipe
+
+
+@pytest.fixture
+def recipe_class() -> Any:
+    try:
+        from transformer_engine.common.recipe import NVFP4BlockScaling  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+        pytest.skip(f"transformer_engine's recipes cannot be imported: {str(error).splitlines()[0]}")
+    return NVFP4BlockScaling
+
+
+def test_the_default_recipe_is_the_pretraining_recipe(recipe_class: Any) -> None:
+    recipe = te.recipe()
+    assert isinstance(recipe, recipe_class)
+    inputs, weights, gradients = recipe.fp4_quant_fwd_inp, recipe.fp4_quant_fwd_weight, recipe.fp4_quant_bwd_grad
+    parts = [
+        (q.random_hadamard_transform, q.stochastic_rounding, q.fp4_2d_quantization)
+        for q in (inputs, weights, gradients)
+    ]
+    assert parts == [(True, False, False), (False, False, True), (True, True, False)]
+    assert getattr(recipe, "nvfp4_4over6", "none") == "none"
+
+
+@pytest.mark.parametrize("setting", ["stochastic_gradients", "hadamard", "tiled_weights"])
+def test_each_setting_switches_one_thing(setting: str, recipe_class: Any) -> None:
+    names = {
+        "stochastic_gradients": "disable_stochastic_rounding",
+        "hadamard": "disable_rht",
+        "tiled_weights": "disable_2d_quantization",
+    }
+    off: Any = {setting: False}
+    recipe = te.recipe(**off)
+    assert {name: getattr(recipe, name) for name in names.values()} == {
+        name: ours == setting for ours, name in names.items()
+    }
+
+
+@pytest.mark.parametrize(("rule", "mode"), [(Rule.ADAPTIVE, "MSE"), (Rule.ADAPTIVE_ABS, "MAE")])
+def test_adaptive_rules_become_4over6(rule: Rule, mode: str, recipe_class: Any) -> None:
+    if not hasattr(recipe_class, "nvfp4_4over6"):
+        with pytest.raises(ValueError, match="needs 2.20 or newer"):
+            te.recipe(rule, hadamard=False)
+        return
+    recipe = te.recipe(rule, hadamard=False)
+    settings = (recipe.nvfp4_4over6, recipe.nvfp4_4over6_e4m3_use_256, recipe.nvfp4_4over6_err_mode)
+    assert settings == ("all", "all", mode) and recipe.disable_rht
+
+
+@pytest.mark.parametrize("rule", [Rule.STATIC4, Rule.ADAPTIVE_MAX])
+def test_rules_that_te_does_not_know_raise(rule: Rule) -> None:
+    with pytest.raises(ValueError, match=f"no rule '{rule.value}'; choose one of .*static6.*adaptive.*adaptive-abs"):
+        te.recipe(rule, hadamard=False)
+
+
+def test_an_adaptive_rule_with_the_hadamard_transform_raises() -> None:
+    with pytest.raises(ValueError, match="cannot combine rule 'adaptive' with the Hadamard transform"):
+        te.recipe(Rule.ADAPTIVE)
+
+
+# products on a Blackwell GPU
+
+
+@pytest.mark.sm100
+@pytest.mark.parametrize("shape", [(1, 16, 32), (37, 48, 192), (128, 256, 1024)])
+@pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
+def test_the_native_product_equals_the_reference(rule: Rule, shape: tuple[int, int, int]) -> None:
+    rows, columns, depth = shape
+    a = reference.quantize(gaussian(rows, depth).to(CUDA), rule)
+    b = reference.quantize(gaussian(columns, depth, seed=1).to(CUDA), rule)
+    bias = gaussian(columns, seed=2).to(CUDA)
+    left, right = reference.exact(a, torch.float64), reference.exact(b, torch.float64)
+    tensor_scale = left.tensor_scale.double() * right.tensor_scale.double()
+    bound = (depth + 1) * FLOAT32_ROUNDING * (left.values.abs() @ right.values.abs().t()) * tensor_scale
+    wanted = reference.matmul(a, b).double()
+    tolerance = 2 * bound + BFLOAT16_ROUNDING * (wanted.abs() + bound)
+    product = scaled_mm.matmul(scaled_mm.operand(a), scaled_mm.operand(b))
+    assert ((product.double() - wanted).abs() <= tolerance).all()
+    biased = scaled_mm.matmul(scaled_mm.operand(a), scaled_mm.operand(b), bias)
+    assert torch.equal(biased, product + bias)
+
+
+@pytest.mark.sm100
+@pytest.mark.parametrize(("rule", "hadamard"), [(Rule.STATIC6, True), (Rule.ADAPTIVE, False)])
+def test_a_te_layer_equals_the_reference_and_has_gradients(rule: Rule, hadamard: bool) -> None:
+    reason = te.unavailable(CUDA)
+    if reason is not None:
+        pytest.skip(reason)
+    layer: Any = te.build_linear(256, 128, bias=True, device=CUDA)
+    x = gaussian(64, 256).to(CUDA).requires_grad_()
+    with te.autocast(te.recipe(rule, hadamard=hadamard)):
+        y = layer(x)
+    y.float().square().sum().backward()
+    weight = reference.quantize(layer.weight.detach(), rule, tile_rows=16)
+    wanted = reference.matmul(reference.quantize(x.detach(), rule), weight, layer.bias.detach())
+    # a few groups may choose the other scale, and ties the other code
+    assert (y.detach().float() - wanted).norm() < 0.02 * wanted.norm()
+    for gradient in (x.grad, layer.weight.grad):
+        assert gradient is not None and torch.isfinite(gradient).all() and gradient.norm() > 0
