@@ -25,8 +25,8 @@ from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.cache import KVCache
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.convert import is_packed, quantize_layers, set_product, w4a4
-from longvideo.quantization.products import W4A16
+from longvideo.quantization.convert import is_packed, quantize_layers, set_product
+from longvideo.quantization.products import W4A16, choose_w4a4
 from longvideo.vae.config import AutoencoderConfig
 
 DEFAULT_FORMATS = NumberFormats()
@@ -230,7 +230,7 @@ def with_precision(transformer: CausalTransformer, precision: str | None) -> Cau
     if not packed:
         quantize_layers(transformer)
     device = transformer.patch_embedding.weight.device
-    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else w4a4(device))
+    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
     return transformer
 
 

@@ -30,7 +30,9 @@ class KVOperations(Protocol):
 
 
 class NVFP4Operations(Protocol):
-    """What an emulated NVFP4 product needs; `longvideo.kernels.nvfp4.reference` defines it."""
+    """What NVFP4 products need; `longvideo.kernels.nvfp4.reference` defines it."""
+
+    def quantize(self, x: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor: ...
 
     def quantize_exact(
         self, x: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
@@ -39,6 +41,8 @@ class NVFP4Operations(Protocol):
     def exact(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand: ...
 
     def dequantize(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+    def add_scaled_bias(self, product: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
 
 def kv_operations(device: torch.device) -> KVOperations:

@@ -89,6 +89,12 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor, bias: Tensor | None = None) -> Tensor
     return product if bias is None else product + bias.float()
 
 
+def add_scaled_bias(product: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Finish the product of exact operands [..., N]: times both tensor scales, plus a bias [N], rounded once more."""
+    scaled = product.float() * scale
+    return (scaled if bias is None else scaled + bias.float()).to(product.dtype)
+
+
 def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
     """Transpose a matrix quantised in 16 x 16 tiles, without another rounding."""
     rows, columns = quantized.shape

@@ -132,7 +132,7 @@ def _synthetic(seed: int) -> dict[str, Tensor]:
 
 
 def _output_hook(measured: _Measurement, name: str, layer: nn.Linear) -> Callable[..., None]:
-    packed = NVFP4Linear.from_linear(layer)
+    weight = NVFP4Linear.from_linear(layer).quantized_weight
     device = layer.weight.device
     products: dict[str, Product] = {"W4A16": W4A16(device), "W4A4": EmulatedW4A4(device)}
 
@@ -140,7 +140,7 @@ def _output_hook(measured: _Measurement, name: str, layer: nn.Linear) -> Callabl
         measured.add("inputs of linear layers", inputs[0])
         exact = nn.functional.linear(inputs[0].float(), layer.weight.float(), _float(layer.bias))
         for label, product in products.items():
-            rounded = product(inputs[0].float(), packed.quantized_weight, layer.bias)
+            rounded = product(inputs[0].float(), weight, layer.bias)
             measured.outputs[label][name].add(rounded, exact)
 
     return hook

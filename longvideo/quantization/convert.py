@@ -6,14 +6,13 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from longvideo.errors import UserError
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import CausalTransformer, CrossAttention, SelfAttention
 from longvideo.quantization.linear import CODES, NVFP4Linear, SharedInput
-from longvideo.quantization.products import EmulatedW4A4, Product
+from longvideo.quantization.products import Product
 
 BLOCKS = "blocks."
 
@@ -78,7 +77,7 @@ def set_product(model: CausalTransformer, product: Product) -> None:
     """Say how the packed layers multiply, and let q, k and v share one quantised input where all three are packed."""
     for module in model.modules():
         if isinstance(module, NVFP4Linear):
-            module.product = product
+            module.set_product(product)
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             readers = (module.q, module.k, module.v) if isinstance(module, SelfAttention) else (module.k, module.v)
@@ -89,11 +88,6 @@ def set_product(model: CausalTransformer, product: Product) -> None:
 def is_packed(model: nn.Module) -> bool:
     """Say whether any layer of a model is packed."""
     return any(isinstance(module, NVFP4Linear) for module in model.modules())
-
-
-def w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE) -> Product:
-    """Choose the product of 4-bit weights and inputs for a device."""
-    return EmulatedW4A4(device, rule)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule, check_groups
-from longvideo.quantization.products import Input, Product
+from longvideo.quantization.products import Input, Product, Weight
 
 CODES, SCALES, TENSOR_SCALE = "weight_codes", "weight_scales", "weight_tensor_scale"
 
@@ -18,7 +18,7 @@ class NVFP4Linear(nn.Module):
     """A frozen packed weight [out, in] in groups of 16 along `in`, and a bias; the input may need a gradient.
 
     The gradient of the input is that of the dequantised weight; the rounding of inputs counts as the identity.
-    product: how it multiplies; None until `set_product`, and a layer without one cannot be run.
+    A layer cannot be run before `set_product`, which is called where its weight will stay.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None):
@@ -26,6 +26,7 @@ class NVFP4Linear(nn.Module):
         check_groups(torch.Size((out_features, in_features)))
         self.in_features, self.out_features = in_features, out_features
         self.product: Product | None = None
+        self._operand: Weight | None = None
         codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device)
         scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float8_e4m3fn, device=device)
         self.register_buffer(CODES, codes)
@@ -45,18 +46,26 @@ class NVFP4Linear(nn.Module):
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return packed
 
+    def set_product(self, product: Product) -> None:
+        """Say how the layer multiplies, and lay its weight out for that."""
+        self.product, self._operand = product, product.prepare_weight(self.quantized_weight)
+
     @property
     def quantized_weight(self) -> NVFP4Tensor:
         return NVFP4Tensor(self.get_buffer(CODES), self.get_buffer(SCALES), self.get_buffer(TENSOR_SCALE))
 
     def forward(self, x: Input) -> Tensor:
-        if self.product is None:
-            raise RuntimeError("this NVFP4Linear has no product; call longvideo.quantization.convert.set_product")
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             output = _FrozenProduct.apply(x, self)
             assert isinstance(output, Tensor)
             return output
-        return self.product(x, self.quantized_weight, self.bias)
+        return self.multiply(x)
+
+    def multiply(self, x: Input) -> Tensor:
+        """Compute the output without a gradient."""
+        if self.product is None or self._operand is None:
+            raise RuntimeError("this NVFP4Linear does not know how to multiply; call its set_product")
+        return self.product(x, self._operand, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {type(self.product).__name__}"
@@ -77,8 +86,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NVFP4Linear) -> Tensor:
         ctx.layer = layer
-        assert layer.product is not None
-        return layer.product(x, layer.quantized_weight, layer.bias)
+        return layer.multiply(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -16,9 +16,9 @@ from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import ExactOperand, Rule
 from longvideo.model.transformer import SelfAttention
-from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product, w4a4
+from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import W4A16
+from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -41,7 +41,7 @@ def test_patterns_keep_layers() -> None:
 def test_queries_keys_and_values_share_one_rounded_input() -> None:
     model = small.model()
     quantize_layers(model, keep=["blocks.0.self_attn.v"])
-    product = w4a4(CPU)
+    product = choose_w4a4(CPU)
     set_product(model, product)
     first, second = (block.self_attn for block in list(model.blocks)[:2])
     assert isinstance(first, SelfAttention) and isinstance(second, SelfAttention)
@@ -59,7 +59,7 @@ def test_quantised_velocity_is_near_the_exact_one(rule: Rule) -> None:
     quantize_layers(model, rule)
     set_product(model, W4A16(CPU))
     weights_only = relative_error(small.velocity(model), exact)
-    set_product(model, w4a4(CPU, rule))
+    set_product(model, choose_w4a4(CPU, rule))
     both = relative_error(small.velocity(model), exact)
     assert 0 < weights_only < both < 0.2
 
@@ -86,7 +86,7 @@ def test_a_packed_folder_reads_back_bit_for_bit(tmp_path: Path, shard_bytes: int
         assert torch.equal(got.float(), (wanted if packed else wanted.bfloat16()).float()), name
     assert isinstance(loaded.get_submodule("blocks.0.ffn.0"), NVFP4Linear)
     assert isinstance(loaded.get_submodule("blocks.1.ffn.0"), torch.nn.Linear)
-    set_product(loaded, w4a4(CPU))
+    set_product(loaded, choose_w4a4(CPU))
     assert torch.isfinite(small.velocity(loaded)).all()
 
 
@@ -148,3 +148,11 @@ def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
+
+
+def test_the_backend_that_can_run_is_chosen_and_the_other_says_what_is_missing() -> None:
+    assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
+    with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
+        choose_w4a4(CPU, backend="torch")
+    with pytest.raises(ValueError, match="use one of torch, emulated"):
+        choose_w4a4(CPU, backend="cutlass")

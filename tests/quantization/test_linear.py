@@ -28,7 +28,7 @@ def inputs(rows: int = 20, width: int = 48) -> Tensor:
 def test_w4a16_multiplies_by_the_dequantised_weight() -> None:
     layer = linear()
     packed = NVFP4Linear.from_linear(layer)
-    packed.product = W4A16(CPU)
+    packed.set_product(W4A16(CPU))
     weight = reference.dequantize(reference.quantize(layer.weight.detach()))
     torch.testing.assert_close(packed(inputs()), nn.functional.linear(inputs(), weight, layer.bias))
 
@@ -37,7 +37,7 @@ def test_w4a16_multiplies_by_the_dequantised_weight() -> None:
 def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) -> None:
     layer, x = linear(dtype=dtype), inputs().to(dtype)
     packed = NVFP4Linear.from_linear(layer)
-    packed.product = EmulatedW4A4(CPU)
+    packed.set_product(EmulatedW4A4(CPU))
     quantized_x, quantized_w = reference.quantize(x), reference.quantize(layer.weight.detach())
     exact_x, exact_w = (reference.dequantize(q).double() for q in (quantized_x, quantized_w))
     assert layer.bias is not None
@@ -53,7 +53,8 @@ def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) ->
 
 def test_the_gradient_of_the_input_is_that_of_the_dequantised_weight() -> None:
     packed = NVFP4Linear.from_linear(linear())
-    for packed.product in (W4A16(CPU), EmulatedW4A4(CPU)):
+    for product in (W4A16(CPU), EmulatedW4A4(CPU)):
+        packed.set_product(product)
         x, grad = inputs().requires_grad_(), torch.randn(2, 20, 32)
         packed(x).backward(grad)
         torch.testing.assert_close(x.grad, grad @ reference.dequantize(packed.quantized_weight))

@@ -7,8 +7,9 @@ import torch
 
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
-from longvideo.quantization.convert import quantize_layers, set_product, w4a4
+from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.lora import NVFP4LoraLinear, add_lora
+from longvideo.quantization.products import EmulatedW4A4
 from tests.quantization import small
 
 
@@ -17,7 +18,7 @@ def test_adapters_train_on_a_packed_backbone_and_switch_off() -> None:
 
     model = small.model()
     quantize_layers(model)
-    set_product(model, w4a4(torch.device("cpu")))
+    set_product(model, EmulatedW4A4(torch.device("cpu")))
     before = small.velocity(model)
     adapted = add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"]))
     assert sum(isinstance(module, NVFP4LoraLinear) for module in model.modules()) == 10 * small.CONFIG.num_layers
