@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",
     "quantize": "longvideo.cli.quantize:quantize",
+    "doctor": "longvideo.cli.doctor:doctor",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

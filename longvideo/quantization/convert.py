@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from longvideo.errors import UserError
@@ -13,6 +14,7 @@ from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import CausalTransformer, CrossAttention, SelfAttention
 from longvideo.quantization.linear import CODES, NVFP4Linear, SharedInput
 from longvideo.quantization.products import Product
+from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
 
 BLOCKS = "blocks."
 
@@ -57,6 +59,22 @@ def quantize_layers(
         packed = NVFP4Linear.from_linear(linear, rule, name=f"{name}.weight")
         model.set_submodule(name, packed)
         on_layer(name, linear, packed)
+    return names
+
+
+def train_in_nvfp4(
+    model: CausalTransformer, recipe: TrainingRecipe, *, generator: torch.Generator, keep: Sequence[str] = ()
+) -> list[str]:
+    """Let linear layers train with NVFP4 products, in place, on the parameters they have; return their names.
+
+    generator: on the model's device, draws the stochastic rounding of all layers. keep: as in `layers_to_quantize`;
+    arXiv 2509.25149 keeps the first and last blocks.
+    """
+    names = layers_to_quantize(model, keep)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, NVFP4TrainingLinear.from_linear(linear, recipe=recipe, generator=generator))
     return names
 
 

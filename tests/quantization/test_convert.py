@@ -15,10 +15,13 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import ExactOperand, Rule
+from longvideo.model.attention import Full
+from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import SelfAttention
-from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product
+from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product, train_in_nvfp4
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
+from longvideo.quantization.training import TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -156,3 +159,19 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_says_what_is_missing()
         choose_w4a4(CPU, backend="torch")
     with pytest.raises(ValueError, match="use one of torch, emulated"):
         choose_w4a4(CPU, backend="cutlass")
+
+
+def test_training_layers_take_over_the_parameters() -> None:
+    model = small.model()
+    exact, parameters = small.velocity(model), dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    names = train_in_nvfp4(model, TrainingRecipe(), generator=generator, keep=["blocks.0.*", "blocks.2.*"])
+    assert len(names) == 10
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert 0 < relative_error(small.velocity(model), exact) < 0.2
+    layout, sigma = TokenLayout.block_causal(small.SPEC, 1), torch.full((1, small.SPEC.chunk_frames), 0.5)
+    text = model.encode_text(small.features(1))
+    flow = model(small.latents(1), sigma, text, rope=model.rope(layout), attention=Full())
+    flow.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, name
