@@ -27,6 +27,8 @@ from longvideo.kernels.nvfp4.format import (
 
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 MX_GROUP = 32
+EXPONENT_BITS = 0x7F800000  # of a float32
+ANCHOR = 1.5 * 2.0**22  # times a power of two: a float32 whose last bit is worth half of that power
 # signs of the 16-point random Hadamard transform; any fixed choice serves, this one is the reference's
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
@@ -69,7 +71,7 @@ def quantize_exact(
 
 def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
     """Write out `code x group scale`; bfloat16 and wider dtypes hold it exactly."""
-    values = decode(unpack(quantized.codes), dtype).unflatten(-1, (-1, GROUP))
+    values = _decode_bytes(quantized.codes, dtype).unflatten(-1, (-1, GROUP))
     # both factors are exact in dtype and so is their product
     product = values * quantized.scales.to(dtype).unsqueeze(-1)
     return ExactOperand(product.flatten(-2), quantized.tensor_scale)
@@ -77,7 +79,7 @@ def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactO
 
 def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the represented values, computed in float32 and rounded once to dtype."""
-    values = decode(unpack(quantized.codes)).unflatten(-1, (-1, GROUP))
+    values = _decode_bytes(quantized.codes, torch.float32).unflatten(-1, (-1, GROUP))
     scale = quantized.scales.float() * quantized.tensor_scale
     return (values * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -268,18 +270,39 @@ def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:
 
 
 def _to_nearest(x: Tensor) -> Tensor:
-    """Round to E2M1, ties to the even code. The grid is finer near zero: steps of 1/2 below 2, of 1 below 4, then 2."""
+    """Round to E2M1, ties to the even code.
+
+    Beside a number whose last bit is worth one step, a sum is rounded to whole steps by float32 itself.
+    """
     magnitude = x.abs()
-    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
-    return torch.round(x / step) * step
+    anchor = _octave(magnitude) * ANCHOR
+    return torch.copysign((magnitude + anchor) - anchor, x)
 
 
 def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """Round to one of the two E2M1 neighbours, to the upper with the probability that makes the mean exact."""
     magnitude = x.abs()
-    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    step = _octave(magnitude) * 0.5
     draw = torch.rand(x.shape, generator=generator, device=x.device)
     return torch.copysign(torch.floor(magnitude / step + draw) * step, x)
+
+
+def _octave(magnitude: Tensor) -> Tensor:
+    """Return the power of two at or below a magnitude, at least 1: twice the step of the E2M1 grid there."""
+    return (magnitude.view(torch.int32) & EXPONENT_BITS).view(torch.float32).clamp_min(1.0)
+
+
+def _decode_bytes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `decode(unpack(codes), dtype)`; both values of a byte are looked up at once, as one number."""
+    pairs = torch.index_select(_pair_table(codes.device, dtype), 0, codes.flatten().int())
+    return pairs.view(dtype).view(*codes.shape[:-1], -1)
+
+
+@functools.cache
+def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    pairs = decode(unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(1)), dtype)
+    whole = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return pairs.contiguous().view(whole).flatten().to(device)
 
 
 @functools.cache

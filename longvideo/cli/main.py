@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "longvideo.cli.info:info",
     "quantize": "longvideo.cli.quantize:quantize",
     "doctor": "longvideo.cli.doctor:doctor",
+    "bench": "longvideo.cli.bench:app",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -12,13 +12,21 @@ from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.tensors import OnMeta
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import ExactOperand, Rule
 from longvideo.model.attention import Full
+from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
-from longvideo.model.transformer import SelfAttention
-from longvideo.quantization.convert import layers_to_quantize, quantize_layers, set_product, train_in_nvfp4
+from longvideo.model.transformer import CausalTransformer, SelfAttention
+from longvideo.quantization.convert import (
+    expect_packed,
+    layers_to_quantize,
+    quantize_layers,
+    set_product,
+    train_in_nvfp4,
+)
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
 from longvideo.quantization.training import TrainingRecipe
@@ -175,3 +183,14 @@ def test_training_layers_take_over_the_parameters() -> None:
     flow.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
+
+
+def test_five_billion_parameters_pack_into_three_gigabytes() -> None:
+    with OnMeta():
+        model = CausalTransformer(PRESETS["wan2.2-ti2v-5b"])
+    names = layers_to_quantize(model)
+    assert len(names) == 300
+    expect_packed(model, [f"{name}.weight_codes" for name in names])
+    packed = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    rest = sum(parameter.numel() * 2 for parameter in model.parameters())
+    assert packed + rest <= 3.0e9

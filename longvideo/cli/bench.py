@@ -1,0 +1,139 @@
+"""`longvideo bench`: how fast the parts are, against what the hardware allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longvideo.model.spec import ChunkSpec
+
+app = typer.Typer(no_args_is_help=True, help="Time the parts against what the hardware allows.")
+
+# tokens of a latent frame, height and width, at the sizes the models are made for
+PRESET_GRIDS = {"wan2.2-ti2v-5b": (22, 40), "tiny": (4, 7)}
+PRESET_HELP = "Whose shapes: `wan2.2-ti2v-5b` or `tiny`.  [default: the former on a GPU]"
+DEVICE_HELP = "`cuda`, `cuda:1` or `cpu`; the GPU if there is one."
+
+
+@app.callback()
+def bench() -> None:
+    """Time the parts against what the hardware allows."""
+
+
+@app.command()
+def kernels(
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+) -> None:
+    """Time each NVFP4 kernel, and say what share of the device's copy bandwidth it reaches.
+
+    Every kernel is compared with its definition first, bit for bit; nothing is timed on a wrong result. The bytes are
+    those that any implementation has to read and write, so a second pass over the input counts as time, not as work.
+
+    Example: `longvideo bench kernels --out kernels.json`
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from longvideo.benchmark.kernels import time_kernels
+    from longvideo.doctor import machine
+    from longvideo.infer.pipeline import pick_device
+    from longvideo.model.config import PRESETS
+
+    where = pick_device(device)
+    name, spec = _shapes(preset, where)
+    _check_folder(out)
+    bandwidth, timings = time_kernels(PRESETS[name], spec, device=where)
+    table = Table("kernel", "size", "time", "bytes", "floor", "share", title=f"copy: {bandwidth / 1e12:.3f} TB/s")
+    for timing in timings:
+        table.add_row(
+            timing.kernel,
+            timing.size,
+            f"{timing.ms:.3f} ms",
+            f"{timing.needed_bytes / 2**20:.1f} MiB",
+            f"{timing.floor_ms:.3f} ms",
+            f"{timing.share:.0%}",
+        )
+    Console(width=120).print(table)
+    if out is not None:
+        report = {
+            "machine": machine(where),
+            "preset": name,
+            "copy_bytes_per_s": bandwidth,
+            "kernels": [{**asdict(timing), "share": timing.share} for timing in timings],
+        }
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def step(
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+) -> None:
+    """Time one denoising step in every number format: bf16, 4-bit weights, 4-bit weights and inputs, 4-bit cache.
+
+    The weights are random. A step is one forward pass of the transformer over one chunk with a full window, batch 1,
+    no guidance, nothing compiled.
+
+    Example: `longvideo bench step --out step.json`
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from longvideo.benchmark.step import time_steps
+    from longvideo.doctor import machine
+    from longvideo.infer.pipeline import pick_device
+    from longvideo.model.config import PRESETS
+
+    where = pick_device(device)
+    name, spec = _shapes(preset, where)
+    _check_folder(out)
+    console = Console(width=120)
+    with console.status("") as status:
+        timings = time_steps(PRESETS[name], spec, device=where, on_case=status.update)
+    table = Table(
+        "precision", "cache", "step", "of bf16", "weights", "cache", "peak on the GPU", title=f"{name}, {where}"
+    )
+    for timing in timings:
+        table.add_row(
+            timing.precision,
+            timing.kv_cache,
+            f"{timing.ms:.1f} ms",
+            f"{timing.ms / timings[0].ms:.3f}",
+            *(f"{size / 1e9:.3f} GB" for size in (timing.model_bytes, timing.cache_bytes, timing.peak_bytes)),
+        )
+    console.print(table)
+    if out is not None:
+        report = {"machine": machine(where), "preset": name, "steps": [asdict(timing) for timing in timings]}
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _shapes(preset: str | None, device: torch.device) -> tuple[str, ChunkSpec]:
+    from longvideo.model.spec import ChunkSpec
+
+    name = preset or ("wan2.2-ti2v-5b" if device.type == "cuda" else "tiny")
+    if name not in PRESET_GRIDS:
+        raise UserError(f"--preset {name!r} is unknown; use one of {', '.join(PRESET_GRIDS)}")
+    height, width = PRESET_GRIDS[name]
+    if name == "tiny":
+        return name, ChunkSpec(height, width, window_frames=24, sink_frames=0, pin_shots=False)
+    return name, ChunkSpec(height, width)
+
+
+def _check_folder(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
