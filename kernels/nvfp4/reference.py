@@ -188,7 +188,7 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
     """Return the tensor scale for a largest magnitude."""
-    return (amax.float() / rule.largest_product).clamp_min(TENSOR_SCALE_MIN)
+    return _divide(amax.float(), rule.largest_product).clamp_min(TENSOR_SCALE_MIN)
 
 
 def _round(
@@ -214,7 +214,7 @@ def _round(
     if tile_rows == GROUP:
         amax = amax.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
     largest = 4.0 if rule is Rule.STATIC4 else E2M1_MAX
-    wanted = amax / largest / tensor_scale
+    wanted = _divide(amax, largest) / tensor_scale
     # torchao gives no group less than a normal number; the public adaptive code goes down to zero
     smallest = 0.0 if rule.is_adaptive else E4M3_TINY
     scales = _to_e4m3(wanted.clamp(smallest, E4M3_MAX), round_up=generator is not None)
@@ -230,6 +230,11 @@ def _round(
         values = torch.where(better.unsqueeze(-1), values_to_four, values)
         scales = torch.where(better, to_four.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
     return values, scales, tensor_scale
+
+
+def _divide(x: Tensor, by: float) -> Tensor:
+    """Divide as IEEE 754 has it on every device; by a Python number, CUDA multiplies by a rounded reciprocal."""
+    return x / torch.full((), by, device=x.device)
 
 
 def _scaled(groups: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
@@ -283,8 +288,11 @@ def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """Round to one of the two E2M1 neighbours, to the upper with the probability that makes the mean exact."""
     magnitude = x.abs()
     step = _octave(magnitude) * 0.5
-    draw = torch.rand(x.shape, generator=generator, device=x.device)
-    return torch.copysign(torch.floor(magnitude / step + draw) * step, x)
+    steps = magnitude / step
+    lower = torch.floor(steps)
+    # not floor(steps + draw): that sum may be rounded up past a number that is on the grid already
+    up = torch.rand(x.shape, generator=generator, device=x.device) < steps - lower
+    return torch.copysign((lower + up) * step, x)
 
 
 def _octave(magnitude: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ def median_ms(work: Callable[[], object], device: torch.device) -> float:
         from triton.testing import do_bench
 
         with torch.cuda.device(device):
-            return float(do_bench(work, warmup=50, rep=200, return_mode="median"))
+            median = do_bench(work, warmup=50, rep=200, return_mode="median")
+        assert isinstance(median, float)
+        return median
     work()
     times = []
     for _ in range(CPU_REPEATS):

@@ -33,9 +33,12 @@ def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> li
             raise UserError(f"keep pattern {pattern!r} names no linear layer of the blocks; {hint}")
     chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in keep)]
     for name in chosen:
-        features = model.get_submodule(name).in_features
-        if features % GROUP:
-            raise UserError(f"{name} has {features} inputs, not a multiple of {GROUP}; keep it with keep={name!r}")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | NVFP4Linear)
+        if layer.in_features % GROUP:
+            raise UserError(
+                f"{name} has {layer.in_features} inputs, not a multiple of {GROUP}; keep it with keep={name!r}"
+            )
     return chosen
 
 

@@ -37,6 +37,7 @@ class NVFP4LoraLinear(nn.Module, LoraLayer):
         for name in self.active_adapters:
             if name in self.lora_A:
                 down, up = self.lora_A[name], self.lora_B[name]
+                assert isinstance(down, nn.Linear)
                 update = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
                 output = output + update.to(output.dtype)
         return output

@@ -390,3 +390,11 @@ def test_mxfp4_keeps_zeros_and_wants_groups_of_thirty_two() -> None:
     assert torch.equal(reference.quantize_dequantize_mxfp4(torch.zeros(2, 32)), torch.zeros(2, 32))
     with pytest.raises(ValueError, match=r"the last dimension of \[2, 48\] is not a multiple of 32"):
         reference.quantize_dequantize_mxfp4(torch.zeros(2, 48))
+
+
+def test_stochastic_rounding_leaves_what_is_on_the_grid() -> None:
+    # 6 is the largest magnitude of every group, so all of these are representable
+    x = torch.tensor([6.0, -6.0, 4.0, 3.0, 0.5, 0.0, 1.5, 2.0] * 2).repeat(65536, 1)
+    generator = torch.Generator().manual_seed(0)
+    operand = reference.quantize_exact(x, Rule.STATIC6, generator=generator, dtype=torch.float32)
+    assert torch.equal(operand.values * operand.tensor_scale, (x / 6 * 2688) * operand.tensor_scale)

@@ -1,0 +1,160 @@
+"""Compile every kernel for GPUs that are not here and print, as JSON, what is in the machine code.
+
+A script, since the Triton interpreter of the tests' process and Triton's compiler exclude each other. The interpreter
+accepts what the compiler rejects: types, layouts, arguments that happen to be 1. Names of kernels select some.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longvideo.kernels.kv_dequant import triton as kv
+from longvideo.kernels.nvfp4 import triton as nvfp4
+from longvideo.kernels.nvfp4.format import Rule
+
+HOPPER, EVERYWHERE, WITH_FP4_UNITS = (90,), (90, 100), (100, 103, 120)
+BF16, FP16, FP32, U8, I32, I64 = "*bf16", "*fp16", "*fp32", "*u8", "*i32", "*i64"
+ADAPTIVE = {"RULE": Rule.ADAPTIVE.value, "ADAPTIVE": True}
+STATIC = {"RULE": Rule.STATIC6.value, "ADAPTIVE": False}
+DIM, HEADS = 3072, 24  # of the 5B model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile. arguments: types by name, or a number or None that the compiler is to know; in order."""
+
+    name: str
+    kernel: Any
+    arguments: list[Any]
+    constants: dict[str, Any]
+    capabilities: tuple[int, ...] = EVERYWHERE
+    num_warps: int = 4
+
+
+def jobs() -> Iterator[Job]:
+    yield from quantising()
+    yield from layer_norms()
+    yield from writing_out()
+    yield from slots()
+    tile = {"BLOCK_M": nvfp4.BLOCK_M, "BLOCK_N": nvfp4.BLOCK_N, "BLOCK_K": nvfp4.BLOCK_K}
+    operands = [U8, U8, FP32, U8, U8, FP32, BF16, "i32", "i32", "i32"]
+    yield Job("scaled product", nvfp4._scaled_product_kernel, operands, tile, WITH_FP4_UNITS, num_warps=8)
+    for name, bias in (("scaled bias", BF16), ("scale", None)):
+        arguments = [BF16, FP32, bias, "i32", "i32"]
+        yield Job(name, nvfp4._scaled_bias_kernel, arguments, {"BLOCK": 4096}, HOPPER, num_warps=8)
+
+
+def quantising() -> Iterator[Job]:
+    block = {"BLOCK": nvfp4.BLOCK_GROUPS}
+    plain = {"STOCHASTIC": False, "GELU": False, "EXACT": False, "PER_GROUP": False} | block
+    packed = [BF16, FP32, None, U8, U8, "i32"]
+    kernel = nvfp4._quantize_kernel
+    for rule in Rule:
+        constants = plain | {"RULE": rule.value, "ADAPTIVE": rule.is_adaptive}
+        capabilities = EVERYWHERE if rule in (Rule.STATIC6, Rule.ADAPTIVE) else HOPPER
+        yield Job(f"quantize {rule.value}", kernel, packed, constants, capabilities)
+    yield Job("quantize float32", kernel, [FP32, *packed[1:]], plain | ADAPTIVE, HOPPER)
+    yield Job("quantize one group", kernel, [FP16, *packed[1:-1], 1], plain | ADAPTIVE, HOPPER)
+    yield Job("quantize per group", kernel, packed, plain | ADAPTIVE | {"PER_GROUP": True}, HOPPER)
+    yield Job("quantize exact", kernel, [BF16, FP32, None, BF16, None, "i32"], plain | ADAPTIVE | {"EXACT": True})
+    yield Job("quantize stochastic", kernel, [BF16, FP32, I64, U8, U8, "i32"], plain | STATIC | {"STOCHASTIC": True})
+    yield Job("gelu quantize", kernel, packed, plain | ADAPTIVE | {"GELU": True})
+    for name, gelu in (("maxima", False), ("gelu maxima", True)):
+        maxima = {"GELU": gelu, "BLOCK": nvfp4.BLOCK_GROUPS * nvfp4.MAXIMA_BLOCKS}
+        yield Job(name, nvfp4._maxima_kernel, [BF16, I32, "i32"], maxima, num_warps=nvfp4.MAXIMA_WARPS)
+    for name, count, size in (("tensor scale", "i32", nvfp4.BLOCK_MAXIMA), ("tensor scale of one", 1, 1)):
+        constants = {"LARGEST_PRODUCT": Rule.ADAPTIVE.largest_product, "BLOCK": size, "ROUNDS": 1 if count == 1 else 3}
+        yield Job(name, nvfp4._tensor_scale_kernel, [I32, FP32, count], constants, HOPPER)
+
+
+def layer_norms() -> Iterator[Job]:
+    inputs = [BF16, FP32, FP32, FP32]
+    for per_token in (False, True):
+        strides = ["i32", "i32", "i32" if per_token else 0] * 2
+        row = {"DIM": DIM, "PER_TOKEN": per_token, "ROWS": nvfp4.BLOCK_ROWS, "BLOCK": 256}
+        suffix, capabilities = (" per token", HOPPER) if per_token else ("", EVERYWHERE)
+        arguments = [*inputs, I32, "i32", "i32", *strides, "fp32"]
+        kernel = nvfp4._layer_norm_maxima_kernel
+        yield Job("layer norm maxima" + suffix, kernel, arguments, row, capabilities, num_warps=8)
+        for name, outputs, exact in (("quantize", [U8, U8], False), ("exact", [BF16, None], True)):
+            arguments = [*inputs, FP32, *outputs, "i32", "i32", *strides]
+            constants = row | ADAPTIVE | {"EXACT": exact}
+            kernel = nvfp4._layer_norm_quantize_kernel
+            yield Job(f"layer norm {name}{suffix}", kernel, arguments, constants, capabilities, num_warps=8)
+
+
+def writing_out() -> Iterator[Job]:
+    for name, scale, out in (("exact", None, BF16), ("dequantize", FP32, BF16), ("dequantize float32", FP32, FP32)):
+        constants = {"SCALED": scale is not None, "PER_GROUP": False}
+        constants |= {"TILES": nvfp4.BLOCK_TILES, "BLOCK": nvfp4.BLOCK_WORDS}
+        yield Job(name, nvfp4._write_out_kernel, [I32, U8, scale, out, "i32"], constants)
+
+
+def slots() -> Iterator[Job]:
+    channels = {"CHANNELS": DIM, "BLOCK": nvfp4.BLOCK_GROUPS}
+    maxima = channels | {"BLOCK": nvfp4.BLOCK_GROUPS * nvfp4.MAXIMA_BLOCKS}
+    yield Job("slot maxima", kv._maxima_kernel, [BF16, BF16, BF16, I32, "i32"], maxima, num_warps=nvfp4.MAXIMA_WARPS)
+    arguments = [BF16, BF16, BF16, FP32, U8, U8, "i32", "i32"]
+    yield Job("slot write", kv._write_kernel, arguments, channels | ADAPTIVE)
+    stored = [I32, U8, FP32, BF16, I32, FP32, FP32]
+    for head_dim in (32, 64, 128):
+        words = head_dim // nvfp4.WORD_CODES
+        shape = {"WORDS": words, "BLOCK_TOKENS": kv.REBUILD_THREADS // words, "BLOCK_HEADS": kv.REBUILD_HEADS}
+        arguments = [*stored, BF16, BF16, *["i32"] * 9]
+        yield Job(f"rebuild {head_dim}", kv._rebuild_kernel, arguments, shape | {"HEADS": HEADS})
+        ones = [*stored, FP32, FP32, 1, 1, 1, *["i32"] * 6]
+        yield Job(f"rebuild one {head_dim}", kv._rebuild_kernel, ones, shape | {"HEADS": 3}, HOPPER)
+
+
+def compile_job(job: Job, capability: int) -> str:
+    """Return the PTX. Pointers and integers are taken as divisible by 16, as in a launch with real shapes."""
+    names = job.kernel.arg_names
+    assert set(names[len(job.arguments) :]) == set(job.constants), f"{job.name}: the kernel has {names}"
+    values = dict(zip(names, job.arguments, strict=False)) | job.constants
+    signature, known, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        if name in job.constants or not isinstance(values[name], str):
+            signature[name], known[(index,)] = "constexpr", values[name]
+            continue
+        signature[name] = values[name]
+        if values[name] != "fp32":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(job.kernel, signature, known, attributes)
+    options = {"num_warps": job.num_warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+def describe(ptx: str) -> dict[str, int]:
+    """Count instructions."""
+    patterns = {
+        "block_scaled": r"mxf4nvf4",
+        "fused_multiply_add": r"\bfma\.rn\.f32",
+        "flush_to_zero": r"\.ftz\.",
+        "shared_memory": r"\bst\.shared",
+        "vector_stores": r"\bst\.global\.v[248]",
+        "scalar_stores": r"\bst\.global\.(?!v)",
+    }
+    return {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    report = {}
+    for job in jobs():
+        for capability in job.capabilities:
+            if not wanted or job.name in wanted:
+                report[f"{job.name} @ {capability}"] = describe(compile_job(job, capability))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
