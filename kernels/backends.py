@@ -38,6 +38,27 @@ class NVFP4Operations(Protocol):
         self, x: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
     ) -> ExactOperand: ...
 
+    def layer_norm_modulate_quantize(
+        self, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, rule: Rule = Rule.ADAPTIVE, *, eps: float
+    ) -> NVFP4Tensor: ...
+
+    def layer_norm_modulate_quantize_exact(
+        self,
+        h_BLD: Tensor,
+        shift_BTSD: Tensor,
+        scale_BTSD: Tensor,
+        rule: Rule = Rule.ADAPTIVE,
+        *,
+        eps: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> ExactOperand: ...
+
+    def gelu_tanh_quantize(self, h: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor: ...
+
+    def gelu_tanh_quantize_exact(
+        self, h: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
+    ) -> ExactOperand: ...
+
     def exact(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand: ...
 
     def dequantize(self, quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...

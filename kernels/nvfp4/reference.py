@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.kernels.nvfp4.format import (
@@ -95,6 +96,41 @@ def add_scaled_bias(product: Tensor, scale: Tensor, bias: Tensor | None = None) 
     """Finish the product of exact operands [..., N]: times both tensor scales, plus a bias [N], rounded once more."""
     scaled = product.float() * scale
     return (scaled if bias is None else scaled + bias.float()).to(product.dtype)
+
+
+def layer_norm_modulate_quantize(
+    h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, rule: Rule = Rule.ADAPTIVE, *, eps: float
+) -> NVFP4Tensor:
+    """Quantise `LayerNorm(h) * (1 + scale) + shift`: float32 inside, no weight or bias, rounded to h's dtype first.
+
+    shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens.
+    """
+    return quantize(_modulated(h_BLD, shift_BTSD, scale_BTSD, eps), rule)
+
+
+def layer_norm_modulate_quantize_exact(
+    h_BLD: Tensor,
+    shift_BTSD: Tensor,
+    scale_BTSD: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    eps: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ExactOperand:
+    """As `layer_norm_modulate_quantize`, written out as `code x group scale`."""
+    return quantize_exact(_modulated(h_BLD, shift_BTSD, scale_BTSD, eps), rule, dtype=dtype)
+
+
+def gelu_tanh_quantize(h: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor:
+    """Quantise GELU by its tanh formula: float32 inside, rounded to h's dtype first."""
+    return quantize(_gelu(h), rule)
+
+
+def gelu_tanh_quantize_exact(
+    h: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
+) -> ExactOperand:
+    """As `gelu_tanh_quantize`, written out as `code x group scale`."""
+    return quantize_exact(_gelu(h), rule, dtype=dtype)
 
 
 def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
@@ -230,6 +266,15 @@ def _round(
         values = torch.where(better.unsqueeze(-1), values_to_four, values)
         scales = torch.where(better, to_four.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
     return values, scales, tensor_scale
+
+
+def _modulated(h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(h_BLD.float(), h_BLD.shape[-1:], eps=eps).unflatten(1, (shift_BTSD.shape[1], -1))
+    return (normed * (1 + scale_BTSD) + shift_BTSD).flatten(1, 2).to(h_BLD.dtype)
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return F.gelu(h.float(), approximate="tanh").to(h.dtype)
 
 
 def _divide(x: Tensor, by: float) -> Tensor:

@@ -61,28 +61,35 @@ class RMSNorm(nn.Module):
         return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Projections of self-attention; queries and keys are normalised over the full width before the head split.
+class ModulatedNorm(nn.Module):
+    """LayerNorm without weight and bias, then every frame scaled and shifted by its own modulation, in float32."""
 
-    shared_input: what is done once to the input of q, k and v; nothing here, quantising it in a quantised model.
-    """
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor) -> Tensor:
+        frames = shift_BTSD.shape[1]
+        normed = F.layer_norm(h_BLD.float(), (self.dim,), eps=self.eps).unflatten(1, (frames, -1))
+        return (normed * (1 + scale_BTSD) + shift_BTSD).flatten(1, 2).to(h_BLD.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections of self-attention; queries and keys are normalised over the full width before the head split."""
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
-        self.shared_input: nn.Module = nn.Identity()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def keys_values(self, h_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        shared = self.shared_input(h_BLD)
-        return self._heads(self.norm_k(self.k(shared))), self._heads(self.v(shared))
+        return self._heads(self.norm_k(self.k(h_BLD))), self._heads(self.v(h_BLD))
 
     def forward(self, h_BLD: Tensor, rope: Rope, attention: AttentionPattern, layer: int) -> Tensor:
-        shared = self.shared_input(h_BLD)
-        q_BLNK = self._heads(self.norm_q(self.q(shared)))
-        k_BLNK, v_BLNK = self._heads(self.norm_k(self.k(shared))), self._heads(self.v(shared))
-        return self.o(attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(h_BLD.dtype))
+        q_BLNK = self._heads(self.norm_q(self.q(h_BLD)))
+        k_BLNK, v_BLNK = self.keys_values(h_BLD)
+        return self.o(attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(q_BLNK.dtype))
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.num_heads, -1))
@@ -91,7 +98,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of every group of tokens to its own prompt, padding included as Wan does it.
 
-    shared_input: what is done once to the input of k and v.
+    shared_input: what is done once to the input of k and v; nothing here, rounding it in a quantised model.
     """
 
     def __init__(self, dim: int, num_heads: int, eps: float):
@@ -114,16 +121,19 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Modulated self-attention, cross-attention and feed-forward, each with a residual."""
+    """Modulated self-attention, cross-attention and feed-forward, each with a residual.
+
+    In a quantised model norm1, norm2 and the GELU round what they hand to the linear layer after them.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         dim, heads, eps = config.dim, config.num_attention_heads, config.eps
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm1: nn.Module = ModulatedNorm(dim, eps)
         self.self_attn = SelfAttention(dim, heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, heads, eps)
-        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm2: nn.Module = ModulatedNorm(dim, eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
@@ -139,15 +149,15 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
-        attended = self.self_attn(modulate(self.norm1, h_BLD, shift1, scale1), rope, attention, layer)
+        attended = self.self_attn(self.norm1(h_BLD, shift1, scale1), rope, attention, layer)
         h_BLD = add_gated(h_BLD, attended, gate1)
         h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text)
-        return add_gated(h_BLD, self.ffn(modulate(self.norm2, h_BLD, shift2, scale2)), gate2)
+        return add_gated(h_BLD, self.ffn(self.norm2(h_BLD, shift2, scale2)), gate2)
 
     def self_keys_values(self, h_BLD: Tensor, time_BTS6D: Tensor) -> tuple[Tensor, Tensor]:
         """Return the block's self-attention keys and values without running the block."""
         shift, scale, *_ = self._modulation(time_BTS6D)
-        return self.self_attn.keys_values(modulate(self.norm1, h_BLD, shift, scale))
+        return self.self_attn.keys_values(self.norm1(h_BLD, shift, scale))
 
     def _modulation(self, time_BTS6D: Tensor) -> tuple[Tensor, ...]:
         return (self.modulation.float() + time_BTS6D.float()).unbind(-2)
@@ -159,13 +169,13 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         _, height, width = config.patch_size
-        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.norm = ModulatedNorm(config.dim, config.eps)
         self.head = nn.Linear(config.dim, height * width * config.out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, h_BLD: Tensor, time_BTSD: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + time_BTSD.float().unsqueeze(-2)).unbind(-2)
-        return self.head(modulate(self.norm, h_BLD, shift, scale))
+        return self.head(self.norm(h_BLD, shift, scale))
 
 
 class CausalTransformer(nn.Module):
@@ -291,13 +301,6 @@ def normalize(norm: nn.LayerNorm, h_BLD: Tensor) -> Tensor:
     weight = None if norm.weight is None else norm.weight.float()
     bias = None if norm.bias is None else norm.bias.float()
     return F.layer_norm(h_BLD.float(), norm.normalized_shape, weight, bias, norm.eps).to(h_BLD.dtype)
-
-
-def modulate(norm: nn.LayerNorm, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor) -> Tensor:
-    """Normalise, then scale and shift every frame by its own modulation, in float32."""
-    frames = shift_BTSD.shape[1]
-    normed = F.layer_norm(h_BLD.float(), norm.normalized_shape, eps=norm.eps).unflatten(1, (frames, -1))
-    return (normed * (1 + scale_BTSD) + shift_BTSD).flatten(1, 2).to(h_BLD.dtype)
 
 
 def add_gated(h_BLD: Tensor, update_BLD: Tensor, gate_BTSD: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import nn
 
 from longvideo.errors import UserError
 from longvideo.kernels.nvfp4.format import GROUP, Rule
-from longvideo.model.transformer import CausalTransformer, CrossAttention, SelfAttention
-from longvideo.quantization.linear import CODES, NVFP4Linear, SharedInput
-from longvideo.quantization.products import Product
+from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
+from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
+from longvideo.quantization.products import W4A4, Product
 from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
 
 BLOCKS = "blocks."
@@ -95,15 +95,35 @@ def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list
 
 
 def set_product(model: CausalTransformer, product: Product) -> None:
-    """Say how the packed layers multiply, and let q, k and v share one quantised input where all three are packed."""
+    """Say how the packed layers multiply. If inputs are rounded, that is done once, by what comes before the layers."""
     for module in model.modules():
         if isinstance(module, NVFP4Linear):
             module.set_product(product)
-    for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention):
-            readers = (module.q, module.k, module.v) if isinstance(module, SelfAttention) else (module.k, module.v)
-            shared = all(isinstance(reader, NVFP4Linear) for reader in readers)
-            module.shared_input = SharedInput(product) if shared else nn.Identity()
+    set_inputs(model, product if isinstance(product, W4A4) else None)
+
+
+def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:
+    """Let norms and GELUs round what only packed layers read, and q, k and v share one rounded input; None: let none.
+
+    A layer whose input is not rounded before it rounds it itself, so this changes no result.
+    """
+
+    def rounds(*readers: nn.Module) -> W4A4 | None:
+        return product if all(isinstance(reader, NVFP4Linear) for reader in readers) else None
+
+    eps = model.config.eps
+    for block in model.modules():
+        if not isinstance(block, Block):
+            continue
+        own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
+        before = rounds(own.q, own.k, own.v)
+        block.norm1 = RoundedModulatedNorm(eps, before) if before else ModulatedNorm(model.config.dim, eps)
+        before = rounds(ffn[0])
+        block.norm2 = RoundedModulatedNorm(eps, before) if before else ModulatedNorm(model.config.dim, eps)
+        before = rounds(ffn[2])
+        ffn[1] = RoundedGELU(before) if before else nn.GELU(approximate="tanh")
+        before = rounds(cross.k, cross.v)
+        cross.shared_input = RoundedInput(before) if before else nn.Identity()
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule, check_groups
-from longvideo.quantization.products import Input, Product, Weight
+from longvideo.quantization.products import W4A4, Input, Product, Weight
 
 CODES, SCALES, TENSOR_SCALE = "weight_codes", "weight_scales", "weight_tensor_scale"
 
@@ -71,15 +71,37 @@ class NVFP4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {type(self.product).__name__}"
 
 
-class SharedInput(nn.Module):
-    """Quantise an input once for all layers that read it."""
+class RoundedInput(nn.Module):
+    """Round an input once for all layers that read it."""
 
-    def __init__(self, product: Product):
+    def __init__(self, product: W4A4):
         super().__init__()
         self.product = product
 
     def forward(self, x: Tensor) -> Input:
         return self.product.prepare(x)
+
+
+class RoundedModulatedNorm(nn.Module):
+    """`ModulatedNorm` whose result is rounded."""
+
+    def __init__(self, eps: float, product: W4A4):
+        super().__init__()
+        self.eps, self.product = eps, product
+
+    def forward(self, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor) -> Input:
+        return self.product.prepare_modulated(h_BLD, shift_BTSD, scale_BTSD, eps=self.eps)
+
+
+class RoundedGELU(nn.Module):
+    """GELU whose result is rounded."""
+
+    def __init__(self, product: W4A4):
+        super().__init__()
+        self.product = product
+
+    def forward(self, h: Tensor) -> Input:
+        return self.product.prepare_gelu(h)
 
 
 class _FrozenProduct(torch.autograd.Function):

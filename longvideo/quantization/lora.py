@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from longvideo.model.transformer import CausalTransformer, CrossAttention, SelfAttention
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import set_inputs
 from longvideo.quantization.linear import NVFP4Linear
 
 
@@ -58,7 +59,5 @@ def add_lora(model: CausalTransformer, config: LoraConfig) -> PeftModel:
     """
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
     adapted = PeftModel(model, config)
-    for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention):
-            module.shared_input = nn.Identity()
+    set_inputs(model, None)
     return adapted

@@ -15,19 +15,20 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import OnMeta
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
-from longvideo.kernels.nvfp4.format import ExactOperand, Rule
+from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Full
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
-from longvideo.model.transformer import CausalTransformer, SelfAttention
+from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.convert import (
     expect_packed,
     layers_to_quantize,
     quantize_layers,
+    set_inputs,
     set_product,
     train_in_nvfp4,
 )
-from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.linear import NVFP4Linear, RoundedGELU, RoundedModulatedNorm
 from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
 from longvideo.quantization.training import TrainingRecipe
 from tests.golden import relative_error
@@ -49,18 +50,19 @@ def test_patterns_keep_layers() -> None:
         layers_to_quantize(small.model(), ["blocks.0.selfattn.q"])
 
 
-def test_queries_keys_and_values_share_one_rounded_input() -> None:
+def test_inputs_are_rounded_once_by_what_comes_before_and_only_for_packed_layers() -> None:
     model = small.model()
-    quantize_layers(model, keep=["blocks.0.self_attn.v"])
-    product = choose_w4a4(CPU)
-    set_product(model, product)
-    first, second = (block.self_attn for block in list(model.blocks)[:2])
-    assert isinstance(first, SelfAttention) and isinstance(second, SelfAttention)
-    h = torch.randn(1, 6, small.CONFIG.dim)
-    assert isinstance(first.shared_input(h), torch.Tensor), "a layer that is not packed needs the input itself"
-    shared = second.shared_input(h)
-    assert isinstance(shared, ExactOperand)
-    torch.testing.assert_close(second.q(shared), second.q(h), rtol=0, atol=0)
+    quantize_layers(model, keep=["blocks.0.self_attn.v", "blocks.0.ffn.2"])
+    set_product(model, choose_w4a4(CPU))
+    first, second = (block for block in list(model.blocks)[:2])
+    assert isinstance(first, Block) and isinstance(second, Block)
+    assert isinstance(first.norm1, ModulatedNorm), "a layer that is not packed needs the input itself"
+    assert isinstance(first.norm2, RoundedModulatedNorm) and isinstance(first.ffn[1], torch.nn.GELU)
+    assert isinstance(second.norm1, RoundedModulatedNorm) and isinstance(second.ffn[1], RoundedGELU)
+    before = small.velocity(model)
+    set_inputs(model, None)
+    assert isinstance(second.norm1, ModulatedNorm)
+    torch.testing.assert_close(small.velocity(model), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
