@@ -155,13 +155,17 @@ def sheet(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every clip.")] = 0,
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    name: Annotated[
+        str | None, typer.Option(help="Of the pictures.  [default: the last part of the model's name]")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two pictures.")] = Path("runs/sheet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are already there.")] = False,
 ) -> None:
     """Draw a contact sheet and a looping GIF of what a model makes of some prompts.
 
-    Writes `NAME.png`, a row of frames for each clip, and `NAME.gif`, all clips side by side, where NAME is the last
-    part of the model's name.
+    Writes `NAME.png`, a row of frames for each clip, and `NAME.gif`, all clips side by side.
 
     Example: `longvideo eval sheet --model tiny --out docs/images --overwrite`
     """
@@ -172,11 +176,11 @@ def sheet(
     from longvideo.infer.pipeline import StreamingPipeline
 
     shown = list(prompts or PROMPTS)
-    name = Path(model).name
+    name = name or Path(model).name
     targets = [out / f"{name}{suffix}" for suffix in (".png", ".gif")]
     for target in targets:
         _check_target(target, overwrite)
-    pipeline = StreamingPipeline.from_pretrained(model, device=device)
+    pipeline = StreamingPipeline.from_pretrained(model, device=device, precision=precision, kv_cache=kv_cache)
     streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,95 @@
+"""Four bits on a GPU: the same velocities as on a CPU, and a step that never waits for the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longvideo.kernels.nvfp4.format import Rule
+from longvideo.model.attention import Cached, Filling
+from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.layout import TokenLayout
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import quantize_layers, set_product
+from longvideo.quantization.products import W4A16, EmulatedW4A4
+from tests.golden import relative_error
+from tests.quantization import small
+
+pytestmark = pytest.mark.gpu
+
+SPEC = ChunkSpec(grid_height=2, grid_width=3, chunk_frames=2, window_frames=6, sink_frames=2, pin_shots=False)
+
+
+def packed(device: str, *, inputs: bool) -> CausalTransformer:
+    model = small.model().bfloat16()
+    quantize_layers(model, Rule.ADAPTIVE)
+    model = model.to(device)
+    where = torch.device(device)
+    set_product(model, EmulatedW4A4(where) if inputs else W4A16(where))
+    return model
+
+
+def roll_out(
+    model: CausalTransformer, cache_type: type[ChunkCache], device: str, *, watch: bool = False
+) -> list[torch.Tensor]:
+    """Velocities of five chunks. watch: let anything that waits for the device raise, within a step."""
+    config = model.config
+    cache = cache_type(
+        SPEC,
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    flows = []
+    with torch.no_grad():
+        text = model.encode_text(small.features(1).to(device))
+        for number in range(5):
+            rope = model.rope(TokenLayout.one_chunk(SPEC, number).to(device))
+            latents = small.latents(1, spec=SPEC, seed=number).to(device)
+            sigma = torch.full((1, SPEC.chunk_frames), 0.5, device=device)
+            flow = model(latents, sigma, text, rope=rope, attention=Cached(cache))
+            if watch:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                flow = model(latents, sigma, text, rope=rope, attention=Cached(cache))
+                model.fill_cache(latents, 0 * sigma, text, rope=rope, attention=Filling(cache))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            cache.commit()
+            flows.append(flow.cpu())
+    return flows
+
+
+@pytest.mark.parametrize("cache_type", [KVCache, NVFP4KVCache])
+@pytest.mark.parametrize("inputs", [False, True])
+def test_velocities_are_those_of_the_cpu(cache_type: type[ChunkCache], inputs: bool) -> None:
+    wanted, got = (roll_out(packed(device, inputs=inputs), cache_type, device) for device in ("cpu", "cuda"))
+    for mine, theirs in zip(got, wanted, strict=True):
+        # inputs that differ in their last bit may round to another of 16 numbers
+        assert relative_error(mine, theirs) < (0.05 if inputs else 0.01)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_step_never_waits_for_the_host(inputs: bool) -> None:
+    roll_out(packed("cuda", inputs=inputs), NVFP4KVCache, "cuda", watch=True)
+
+
+def test_a_layer_is_rebuilt_in_one_launch() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    cache = NVFP4KVCache(SPEC, num_layers=1, num_heads=2, head_dim=16, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1, SPEC.tokens_per_chunk, 2, 16, device="cuda", dtype=torch.bfloat16)
+    rope = small.model().to("cuda").rope(TokenLayout.one_chunk(SPEC, 0).to("cuda"))
+    for _ in range(3):
+        cache.attended(0, x, x, rope)
+        cache.keep(0, x, x, rope)
+        cache.commit()
+    cache.attended(0, x, x, rope)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        cache._rebuild(0)
+    kernels = [event.name for event in recorded.events() if "emcpy" not in event.name]
+    assert len(kernels) == 1 and "rebuild" in kernels[0], kernels
