@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -58,6 +59,10 @@ def add_lora(model: CausalTransformer, config: LoraConfig) -> PeftModel:
     Layers that read one input then round it each for itself, since the adapters want it unrounded.
     """
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
-    adapted = PeftModel(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Unsupported layer type .*NVFP4Linear"
+        )  # it has the two sizes peft wants
+        adapted = PeftModel(model, config)
     set_inputs(model, None)
     return adapted
