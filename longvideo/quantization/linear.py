@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule, check_groups
 from longvideo.quantization.products import W4A4, Input, Product, Weight
@@ -114,5 +115,5 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         # the weight is rebuilt rather than kept: a bf16 copy of every layer is what packing is to avoid
-        weight = reference.dequantize(ctx.layer.quantized_weight, grad.dtype)
+        weight = nvfp4_operations(grad.device).dequantize(ctx.layer.quantized_weight, grad.dtype)
         return grad @ weight, None
