@@ -32,15 +32,22 @@ class StepTiming:
 
 
 @torch.inference_mode()
+def random_model(config: TransformerConfig, device: torch.device) -> CausalTransformer:
+    """Build a transformer in bfloat16 with random weights."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        model = CausalTransformer(config).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02, generator=generator)
+    return model.eval()
+
+
+@torch.inference_mode()
 def time_steps(
     config: TransformerConfig, spec: ChunkSpec, *, device: torch.device, on_case: Callable[[str], None]
 ) -> list[StepTiming]:
     """Time a forward pass over one chunk whose window is full, batch 1, no guidance, without compiling anything."""
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.device(device):
-        model = CausalTransformer(config).to(torch.bfloat16).eval()
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02, generator=generator)
+    model = random_model(config, device)
     timings = []
     for precision in ("bf16", "nvfp4-weights", "nvfp4"):
         if precision == "nvfp4-weights":

@@ -51,3 +51,11 @@ def test_nothing_is_timed_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--preset", "huge"]) == 2
     assert "use one of wan2.2-ti2v-5b, tiny" in capsys.readouterr().err
+
+
+def test_loading_holds_the_packed_weights_and_no_more(tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    assert main(["bench", "load", "--device", "cpu", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    # 15.4 MiB in bfloat16; the file has a header on top of the tensors
+    assert report["model_bytes"] <= report["file_bytes"] < 1.05 * report["model_bytes"] < 6 * 2**20
