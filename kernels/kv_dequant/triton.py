@@ -15,25 +15,30 @@ from torch import Tensor
 
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4.format import GROUP, Rule
-from longvideo.kernels.nvfp4.triton import (
-    BLOCK_GROUPS,
-    MAXIMA_BLOCKS,
-    MAXIMA_WARPS,
+from longvideo.kernels.nvfp4.triton.arithmetic import (
+    GROUP_SIZE,
+    GROUP_WORDS,
     WORD_CODES,
     decode_scale,
     decode_words,
+    load_groups,
     magnitude_bits,
     quantize_groups,
     round_to,
     store_codes,
+)
+from longvideo.kernels.nvfp4.triton.quantizing import (
+    BLOCK_GROUPS,
+    BLOCK_WARPS,
+    MAXIMA_BLOCKS,
+    MAXIMA_WARPS,
     tensor_scales,
 )
 
 REBUILD_WARPS = 4
 REBUILD_THREADS = 32 * REBUILD_WARPS
-REBUILD_HEADS = 8  # heads per program: the rotation of a token is loaded once for them
+REBUILD_HEADS = 4  # heads per program: the rotation of a token is loaded once for them
 
-_GROUP = tl.constexpr(GROUP)
 _WORD_CODES = tl.constexpr(WORD_CODES)
 _WORD_PAIRS = tl.constexpr(WORD_CODES // 2)
 
@@ -60,7 +65,7 @@ def write_slot(
                 f"{name} are {list(x.shape)} with strides {x.stride()}; wanted contiguous "
                 f"{[batch, tokens, heads, head_dim]}, as the slots are"
             )
-    mean_BNK = keys_BLNK.float().mean(1).to(torch.bfloat16)
+    mean_BNK = keys_BLNK.mean(1, dtype=torch.float32).to(torch.bfloat16)
     slots.key_mean[slot] = mean_BNK
     num_groups = tokens * heads * head_dim // GROUP
     channels = heads * head_dim
@@ -84,14 +89,15 @@ def write_slot(
         values_BLNK,
         mean_BNK,
         scale_of_2B,
-        slots.codes[:, slot],
+        slots.codes.view(torch.int32)[:, slot],
         slots.scales.view(torch.uint8)[:, slot],
-        slots.codes.stride(0) // (GROUP // 2),
+        slots.scales.stride(0),
         num_groups,
         RULE=rule.value,
         ADAPTIVE=rule.is_adaptive,
         CHANNELS=channels,
         BLOCK=block_groups,
+        num_warps=BLOCK_WARPS,
         enable_fp_fusion=False,
     )
 
@@ -177,15 +183,13 @@ def _check_slots(slots: QuantizedSlots) -> tuple[int, int, int, int]:
 def _load_smoothed(keys_ptr, values_ptr, mean_ptr, num_groups, group, inside, CHANNELS: tl.constexpr):
     """Load groups of this program's sample: keys less their mean where the third grid index is 0, else values."""
     sample, kind = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    lane = tl.arange(0, _GROUP)[None, :]
-    offset = (sample * num_groups + group)[:, None] * _GROUP + lane
+    own_group = sample * num_groups + group
     if kind == 0:
-        x = tl.load(keys_ptr + offset, mask=inside[:, None], other=0.0).to(tl.float32)
-        channel = (group % (CHANNELS // _GROUP))[:, None] * _GROUP + lane
-        mean = tl.load(mean_ptr + sample * CHANNELS + channel, mask=inside[:, None], other=0.0).to(tl.float32)
-        x -= mean
+        x = load_groups(keys_ptr, own_group, inside)
+        channel_group = group % (CHANNELS // GROUP_SIZE)
+        x -= load_groups(mean_ptr + sample * CHANNELS, channel_group, inside)
     else:
-        x = tl.load(values_ptr + offset, mask=inside[:, None], other=0.0).to(tl.float32)
+        x = load_groups(values_ptr, own_group, inside)
     return x
 
 
@@ -221,7 +225,7 @@ def _write_kernel(
     tensor_scale = tl.load(tensor_scale_ptr + kind * tl.num_programs(1) + sample)
     value, byte, scale = quantize_groups(x, tensor_scale, 0.0, RULE, ADAPTIVE, False)
     first = kind * kind_groups + sample * num_groups
-    store_codes(codes_ptr + first * (_GROUP // 2), scales_ptr + first, x, value, byte, group, inside)
+    store_codes(codes_ptr + first * GROUP_WORDS, scales_ptr + first, x, value, byte, group, inside)
 
 
 @triton.jit

@@ -37,7 +37,8 @@ def kernels(
     """Time each NVFP4 kernel, and say what share of the device's copy bandwidth it reaches.
 
     Every kernel is compared with its definition first, bit for bit; nothing is timed on a wrong result. The bytes are
-    those that any implementation has to read and write, so a second pass over the input counts as time, not as work.
+    those that any implementation has to read and write; quantising takes two passes over its input, the first for the
+    largest magnitude.
 
     Example: `longvideo bench kernels --out kernels.json`
     """

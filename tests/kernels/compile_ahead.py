@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longvideo.kernels.kv_dequant import triton as kv
-from longvideo.kernels.nvfp4 import triton as nvfp4
 from longvideo.kernels.nvfp4.format import Rule
+from longvideo.kernels.nvfp4.triton import arithmetic, layer_norm, products, quantizing
 
 HOPPER, EVERYWHERE, WITH_FP4_UNITS = (90,), (90, 100), (100, 103, 120)
 BF16, FP16, FP32, U8, I32, I64 = "*bf16", "*fp16", "*fp32", "*u8", "*i32", "*i64"
@@ -45,69 +45,99 @@ def jobs() -> Iterator[Job]:
     yield from layer_norms()
     yield from writing_out()
     yield from slots()
-    tile = {"BLOCK_M": nvfp4.BLOCK_M, "BLOCK_N": nvfp4.BLOCK_N, "BLOCK_K": nvfp4.BLOCK_K}
+    tile = {"BLOCK_M": products.BLOCK_M, "BLOCK_N": products.BLOCK_N, "BLOCK_K": products.BLOCK_K}
     operands = [U8, U8, FP32, U8, U8, FP32, BF16, "i32", "i32", "i32"]
-    yield Job("scaled product", nvfp4._scaled_product_kernel, operands, tile, WITH_FP4_UNITS, num_warps=8)
+    yield Job("scaled product", products._scaled_product_kernel, operands, tile, WITH_FP4_UNITS, num_warps=8)
     for name, bias in (("scaled bias", BF16), ("scale", None)):
         arguments = [BF16, FP32, bias, "i32", "i32"]
-        yield Job(name, nvfp4._scaled_bias_kernel, arguments, {"BLOCK": 4096}, HOPPER, num_warps=8)
+        yield Job(name, products._scaled_bias_kernel, arguments, {"BLOCK": 4096}, HOPPER, num_warps=8)
 
 
 def quantising() -> Iterator[Job]:
-    block = {"BLOCK": nvfp4.BLOCK_GROUPS}
+    block = {"BLOCK": quantizing.BLOCK_GROUPS}
     plain = {"STOCHASTIC": False, "GELU": False, "EXACT": False, "PER_GROUP": False} | block
-    packed = [BF16, FP32, None, U8, U8, "i32"]
-    kernel = nvfp4._quantize_kernel
+    packed = [BF16, FP32, None, I32, U8, "i32"]
+    kernel = quantizing._quantize_kernel
     for rule in Rule:
         constants = plain | {"RULE": rule.value, "ADAPTIVE": rule.is_adaptive}
         capabilities = EVERYWHERE if rule in (Rule.STATIC6, Rule.ADAPTIVE) else HOPPER
-        yield Job(f"quantize {rule.value}", kernel, packed, constants, capabilities)
-    yield Job("quantize float32", kernel, [FP32, *packed[1:]], plain | ADAPTIVE, HOPPER)
-    yield Job("quantize one group", kernel, [FP16, *packed[1:-1], 1], plain | ADAPTIVE, HOPPER)
-    yield Job("quantize per group", kernel, packed, plain | ADAPTIVE | {"PER_GROUP": True}, HOPPER)
-    yield Job("quantize exact", kernel, [BF16, FP32, None, BF16, None, "i32"], plain | ADAPTIVE | {"EXACT": True})
-    yield Job("quantize stochastic", kernel, [BF16, FP32, I64, U8, U8, "i32"], plain | STATIC | {"STOCHASTIC": True})
-    yield Job("gelu quantize", kernel, packed, plain | ADAPTIVE | {"GELU": True})
+        yield Job(f"quantize {rule.value}", kernel, packed, constants, capabilities, num_warps=quantizing.BLOCK_WARPS)
+    yield Job(
+        "quantize float32", kernel, [FP32, *packed[1:]], plain | ADAPTIVE, HOPPER, num_warps=quantizing.BLOCK_WARPS
+    )
+    yield Job(
+        "quantize one group",
+        kernel,
+        [FP16, *packed[1:-1], 1],
+        plain | ADAPTIVE,
+        HOPPER,
+        num_warps=quantizing.BLOCK_WARPS,
+    )
+    yield Job(
+        "quantize per group",
+        kernel,
+        packed,
+        plain | ADAPTIVE | {"PER_GROUP": True},
+        HOPPER,
+        num_warps=quantizing.BLOCK_WARPS,
+    )
+    yield Job(
+        "quantize exact",
+        kernel,
+        [BF16, FP32, None, BF16, None, "i32"],
+        plain | ADAPTIVE | {"EXACT": True},
+        num_warps=quantizing.BLOCK_WARPS,
+    )
+    yield Job(
+        "quantize stochastic",
+        kernel,
+        [BF16, FP32, I64, I32, U8, "i32"],
+        plain | STATIC | {"STOCHASTIC": True},
+        num_warps=quantizing.BLOCK_WARPS,
+    )
+    yield Job("gelu quantize", kernel, packed, plain | ADAPTIVE | {"GELU": True}, num_warps=quantizing.BLOCK_WARPS)
     for name, gelu in (("maxima", False), ("gelu maxima", True)):
-        maxima = {"GELU": gelu, "BLOCK": nvfp4.BLOCK_GROUPS * nvfp4.MAXIMA_BLOCKS}
-        yield Job(name, nvfp4._maxima_kernel, [BF16, I32, "i32"], maxima, num_warps=nvfp4.MAXIMA_WARPS)
-    for name, count, size in (("tensor scale", "i32", nvfp4.BLOCK_MAXIMA), ("tensor scale of one", 1, 1)):
+        maxima = {"GELU": gelu, "BLOCK": quantizing.BLOCK_GROUPS * quantizing.MAXIMA_BLOCKS}
+        yield Job(name, quantizing._maxima_kernel, [BF16, I32, "i32"], maxima, num_warps=quantizing.MAXIMA_WARPS)
+    for name, count, size in (("tensor scale", "i32", quantizing.BLOCK_MAXIMA), ("tensor scale of one", 1, 1)):
         constants = {"LARGEST_PRODUCT": Rule.ADAPTIVE.largest_product, "BLOCK": size, "ROUNDS": 1 if count == 1 else 3}
-        yield Job(name, nvfp4._tensor_scale_kernel, [I32, FP32, count], constants, HOPPER)
+        yield Job(name, quantizing._tensor_scale_kernel, [I32, FP32, count], constants, HOPPER)
 
 
 def layer_norms() -> Iterator[Job]:
     inputs = [BF16, FP32, FP32, FP32]
     for per_token in (False, True):
         strides = ["i32", "i32", "i32" if per_token else 0] * 2
-        row = {"DIM": DIM, "PER_TOKEN": per_token, "ROWS": nvfp4.BLOCK_ROWS, "BLOCK": 256}
+        row = {"DIM": DIM, "PER_TOKEN": per_token, "ROWS": layer_norm.BLOCK_ROWS, "BLOCK": 256}
         suffix, capabilities = (" per token", HOPPER) if per_token else ("", EVERYWHERE)
         arguments = [*inputs, I32, "i32", "i32", *strides, "fp32"]
-        kernel = nvfp4._layer_norm_maxima_kernel
+        kernel = layer_norm._layer_norm_maxima_kernel
         yield Job("layer norm maxima" + suffix, kernel, arguments, row, capabilities, num_warps=8)
-        for name, outputs, exact in (("quantize", [U8, U8], False), ("exact", [BF16, None], True)):
+        for name, outputs, exact in (("quantize", [I32, U8], False), ("exact", [BF16, None], True)):
             arguments = [*inputs, FP32, *outputs, "i32", "i32", *strides]
             constants = row | ADAPTIVE | {"EXACT": exact}
-            kernel = nvfp4._layer_norm_quantize_kernel
+            kernel = layer_norm._layer_norm_quantize_kernel
             yield Job(f"layer norm {name}{suffix}", kernel, arguments, constants, capabilities, num_warps=8)
 
 
 def writing_out() -> Iterator[Job]:
     for name, scale, out in (("exact", None, BF16), ("dequantize", FP32, BF16), ("dequantize float32", FP32, FP32)):
         constants = {"SCALED": scale is not None, "PER_GROUP": False}
-        constants |= {"TILES": nvfp4.BLOCK_TILES, "BLOCK": nvfp4.BLOCK_WORDS}
-        yield Job(name, nvfp4._write_out_kernel, [I32, U8, scale, out, "i32"], constants)
+        constants |= {"TILES": products.BLOCK_TILES, "BLOCK": products.BLOCK_WORDS}
+        yield Job(name, products._write_out_kernel, [I32, U8, scale, out, "i32"], constants)
 
 
 def slots() -> Iterator[Job]:
-    channels = {"CHANNELS": DIM, "BLOCK": nvfp4.BLOCK_GROUPS}
-    maxima = channels | {"BLOCK": nvfp4.BLOCK_GROUPS * nvfp4.MAXIMA_BLOCKS}
-    yield Job("slot maxima", kv._maxima_kernel, [BF16, BF16, BF16, I32, "i32"], maxima, num_warps=nvfp4.MAXIMA_WARPS)
-    arguments = [BF16, BF16, BF16, FP32, U8, U8, "i32", "i32"]
-    yield Job("slot write", kv._write_kernel, arguments, channels | ADAPTIVE)
+    channels = {"CHANNELS": DIM, "BLOCK": quantizing.BLOCK_GROUPS}
+    maxima = channels | {"BLOCK": quantizing.BLOCK_GROUPS * quantizing.MAXIMA_BLOCKS}
+    yield Job(
+        "slot maxima", kv._maxima_kernel, [BF16, BF16, BF16, I32, "i32"], maxima, num_warps=quantizing.MAXIMA_WARPS
+    )
+    arguments = [BF16, BF16, BF16, FP32, I32, U8, "i32", "i32"]
+    yield Job("slot write", kv._write_kernel, arguments, channels | ADAPTIVE, num_warps=quantizing.BLOCK_WARPS)
     stored = [I32, U8, FP32, BF16, I32, FP32, FP32]
     for head_dim in (32, 64, 128):
-        words = head_dim // nvfp4.WORD_CODES
+        words = head_dim // arithmetic.WORD_CODES
         shape = {"WORDS": words, "BLOCK_TOKENS": kv.REBUILD_THREADS // words, "BLOCK_HEADS": kv.REBUILD_HEADS}
         arguments = [*stored, BF16, BF16, *["i32"] * 9]
         yield Job(f"rebuild {head_dim}", kv._rebuild_kernel, arguments, shape | {"HEADS": HEADS})
@@ -137,7 +167,8 @@ def describe(ptx: str) -> dict[str, int]:
     """Count instructions."""
     patterns = {
         "block_scaled": r"mxf4nvf4",
-        "fused_multiply_add": r"\bfma\.rn\.f32",
+        # those that round to E2M1 multiply by 2^22, exactly
+        "fused_multiply_add": r"\bfma\.rn\.f32 (?!.*0f[4C]A800000)",
         "flush_to_zero": r"\.ftz\.",
         "shared_memory": r"\bst\.shared",
         "vector_stores": r"\bst\.global\.v[248]",

@@ -24,6 +24,7 @@ from longvideo.kernels.nvfp4.format import (
 
 pytest.importorskip("triton")
 from longvideo.kernels.nvfp4 import triton as kernels
+from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_MAXIMA, tensor_scales
 
 ROWS, COLUMNS = 37, 96
 EPS = 1e-6
@@ -150,10 +151,10 @@ def test_nan_anywhere_makes_everything_nan(rule: Rule, position: tuple[int, int]
 
 def test_the_largest_magnitude_is_found_in_any_program(device: str) -> None:
     """More programs than are reduced at a time."""
-    maxima = torch.arange(1, 1 + 2 * (kernels.BLOCK_MAXIMA + 3), dtype=torch.float32).view(2, -1)
-    for position in (0, kernels.BLOCK_MAXIMA - 1, kernels.BLOCK_MAXIMA + 2):
+    maxima = torch.arange(1, 1 + 2 * (BLOCK_MAXIMA + 3), dtype=torch.float32).view(2, -1)
+    for position in (0, BLOCK_MAXIMA - 1, BLOCK_MAXIMA + 2):
         maxima[1, position] = 3e4 + position
-        got = kernels.tensor_scales(maxima.view(torch.int32).to(device), Rule.STATIC6)
+        got = tensor_scales(maxima.view(torch.int32).to(device), Rule.STATIC6)
         assert torch.equal(got.cpu(), reference.tensor_scale_of(maxima.amax(1), Rule.STATIC6))
 
 

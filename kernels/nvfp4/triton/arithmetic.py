@@ -1,0 +1,241 @@
+"""Rounding, packing and unpacking of groups of 16, as functions for Triton kernels.
+
+To round to E2M1 or E4M3 takes one addition: beside a power of two whose last bit is worth one step, a sum is rounded to
+a whole number of steps, ties to even. A row of a block is a group; one thread has all of it, so that neither its
+maximum nor its errors cross threads.
+"""
+
+# a launch takes more than its function is declared with: options, and constants as plain values
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, E4M3_TINY, GROUP, Rule
+
+WORD_CODES = 8  # codes in 32 bits
+
+GROUP_SIZE = tl.constexpr(GROUP)
+GROUP_WORDS = tl.constexpr(GROUP // WORD_CODES)
+_WORD_CODES = tl.constexpr(WORD_CODES)
+_HALF = tl.constexpr(GROUP // 2)
+_QUARTER = tl.constexpr(GROUP // 4)
+_E2M1_MAX = tl.constexpr(E2M1_MAX)
+_E4M3_MAX = tl.constexpr(E4M3_MAX)
+_E4M3_TINY = tl.constexpr(E4M3_TINY)
+_STATIC4 = tl.constexpr(Rule.STATIC4.value)
+_ADAPTIVE_SQUARED = tl.constexpr(Rule.ADAPTIVE.value)
+_ADAPTIVE_MAX = tl.constexpr(Rule.ADAPTIVE_MAX.value)
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_SIGN = tl.constexpr(0x80000000)
+_EXPONENT = tl.constexpr(0x7F800000)
+_E4M3_NAN = tl.constexpr(0x7F)
+_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+# times a power of two between 1 and 4, float32 whose last bit is worth a step of E2M1
+_E2M1_ANCHOR = tl.constexpr(2.0**22)
+# E2M1 numbers times this, in float32: their codes begin at bit 22, even that of 0.5, which becomes denormal
+_FLOAT32_TO_E2M1 = tl.constexpr(2.0**-126)
+_E2M1_TO_FLOAT32 = tl.constexpr(2.0**126)
+# bits of an E4M3 number moved to where float32 has exponent and mantissa, less the difference of the biases
+_E4M3_TO_FLOAT32 = tl.constexpr(2.0**120)
+# the interpreter's cast to bfloat16 truncates, so it rounds by integer arithmetic; a GPU has an instruction
+_SOFTWARE_ROUNDING = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Round float32 to dtype, to nearest, ties to even, in the interpreter too."""
+    if _SOFTWARE_ROUNDING and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        # half a unit, less one bit where the number below is even; NaN must not be carried into the sign
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(x != x, bits | 0x400000, rounded)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Return |x| as int32 bits: in the order of the magnitudes, NaN last."""
+    return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def decode_words(words, lane):
+    """Return the E2M1 values [R, 8] in float32 of words of eight codes, uint32 [R]; lane: 0 to 7."""
+    codes = words[:, None] >> (lane * 4).to(tl.uint32)[None, :]
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * _E2M1_TO_FLOAT32
+
+
+@triton.jit
+def decode_scale(byte):
+    """Return E4M3 numbers, given as uint8, in float32."""
+    bits = byte.to(tl.uint32)
+    value = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * _E4M3_TO_FLOAT32
+    signed = value.to(tl.uint32, bitcast=True) | ((bits & 0x80) << 24)
+    return tl.where((bits & 0x7F) == _E4M3_NAN, float("nan"), signed.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def encode_scale(scale, ROUND_UP: tl.constexpr):
+    """Round numbers in [0, 448] to E4M3: return the bytes as int32 and the values."""
+    # 2^(20 + e) for a number with exponent e: its last bit is worth 2^(e - 3), a step of E4M3
+    anchor_bits = tl.maximum(scale.to(tl.int32, bitcast=True) & _EXPONENT, (127 - 6) << 23) + (20 << 23)
+    anchor = anchor_bits.to(tl.float32, bitcast=True)
+    total = scale + anchor
+    value = total - anchor
+    byte = total.to(tl.int32, bitcast=True) - anchor_bits + (anchor_bits >> 20) - ((127 - 6 + 20) << 3)
+    if ROUND_UP:
+        step = (anchor_bits - (23 << 23)).to(tl.float32, bitcast=True)
+        below = value < scale
+        byte += below.to(tl.int32)
+        value = tl.where(below, value + step, value)
+    return tl.where(scale == scale, byte, _E4M3_NAN), value
+
+
+@triton.jit
+def _power(magnitude):
+    """Return the power of two below a number, at least 1: two steps of E2M1."""
+    bits = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _EXPONENT, 127 << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_nearest(magnitude):
+    power = _power(magnitude)
+    # the products are exact, so that each line rounds once
+    total = tl.fma(power, _E2M1_ANCHOR, magnitude)
+    return tl.fma(power, -_E2M1_ANCHOR, total)
+
+
+@triton.jit
+def _stochastically(magnitude, draw):
+    step = _power(magnitude) * 0.5
+    steps = tl.div_rn(magnitude, step)
+    lower = tl.floor(steps)
+    # adding the draw to the steps instead would round their sum, up to a number beyond 6 among others
+    return (lower + (draw < steps - lower).to(tl.float32)) * step
+
+
+@triton.jit
+def _scaled(magnitude, reciprocal, scale):
+    # a group whose scale rounds to zero is zero
+    factor = tl.where(scale > 0, tl.div_rn(reciprocal, tl.where(scale > 0, scale, 1.0)), 0.0)
+    return tl.minimum(magnitude * factor[:, None], _E2M1_MAX)
+
+
+@triton.jit
+def _pairwise_sum(x):
+    """Sum 16 columns as a tree of neighbouring pairs."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 8, 2)))
+    even, odd = tl.split(tl.reshape(even + odd, (x.shape[0], 4, 2)))
+    even, odd = tl.split(tl.reshape(even + odd, (x.shape[0], 2, 2)))
+    even, odd = tl.split(even + odd)
+    return even + odd
+
+
+@triton.jit
+def _error(value, scale, tensor_scale, magnitude, RULE: tl.constexpr):
+    error = value * (scale * tensor_scale)[:, None] - magnitude
+    if RULE == _ADAPTIVE_MAX:
+        return tl.max(tl.abs(error), axis=1)
+    elif RULE == _ADAPTIVE_SQUARED:
+        return _pairwise_sum(error * error)
+    else:
+        return _pairwise_sum(tl.abs(error))
+
+
+@triton.jit
+def _larger(left, right):
+    return tl.maximum(left, right, propagate_nan=_KEEP_NAN)
+
+
+@triton.jit
+def quantize_groups(x, tensor_scale, draw, RULE: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Quantise float32 [G, 16] by a tensor scale, scalar or [G]. Return E2M1 magnitudes, scales as bytes and values."""
+    magnitude = tl.abs(x)
+    amax = tl.reduce(magnitude, 1, _larger)
+    if RULE == _STATIC4:
+        wanted = tl.div_rn(tl.div_rn(amax, 4.0), tensor_scale)
+    else:
+        wanted = tl.div_rn(tl.div_rn(amax, _E2M1_MAX), tensor_scale)
+    reciprocal = tl.div_rn(1.0, tensor_scale)
+    if ADAPTIVE:
+        byte, scale = encode_scale(_clamp(wanted, 0.0), False)
+        value = _to_nearest(_scaled(magnitude, reciprocal, scale))
+        byte_to_four, scale_to_four = encode_scale(_clamp(wanted * 1.5, 0.0), False)
+        value_to_four = _to_nearest(_scaled(magnitude, reciprocal, scale_to_four))
+        error = _error(value, scale, tensor_scale, magnitude, RULE)
+        better = _error(value_to_four, scale_to_four, tensor_scale, magnitude, RULE) < error
+        value = tl.where(better[:, None], value_to_four, value)
+        byte = tl.where(better, byte_to_four, byte)
+        scale = tl.where(better, scale_to_four, scale)
+    else:
+        byte, scale = encode_scale(_clamp(wanted, _E4M3_TINY), STOCHASTIC)
+        scaled = _scaled(magnitude, reciprocal, scale)
+        if STOCHASTIC:
+            value = _stochastically(scaled, draw)
+        else:
+            value = _to_nearest(scaled)
+    return value, byte, scale
+
+
+@triton.jit
+def _clamp(wanted, smallest):
+    clamped = tl.minimum(tl.maximum(wanted, smallest), _E4M3_MAX)
+    return tl.where(wanted == wanted, clamped, wanted)
+
+
+@triton.jit
+def load_groups(ptr, group, inside):
+    """Load groups as float32 [G, 16], zeros where not inside. Each thread loads rows of one, 16 bytes at a time."""
+    start = group[:, None] * GROUP_SIZE
+    if ptr.dtype.element_ty.primitive_bitwidth == 32:
+        ptr += start + tl.arange(0, _QUARTER)[None, :]
+        first = _beside(_load(ptr, inside), _load(ptr + _QUARTER, inside))
+        second = _beside(_load(ptr + 2 * _QUARTER, inside), _load(ptr + 3 * _QUARTER, inside))
+        return _beside(first, second)
+    else:
+        ptr += start + tl.arange(0, _HALF)[None, :]
+        return _beside(_load(ptr, inside), _load(ptr + _HALF, inside)).to(tl.float32)
+
+
+@triton.jit
+def _load(ptr, inside):
+    return tl.load(ptr, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _beside(left, right):
+    joined = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(joined, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def store_codes(words_ptr, scales_ptr, x, value, byte, group, inside):
+    """Store the codes of groups, two words each, with the signs of x, and their scales."""
+    code = (value * _FLOAT32_TO_E2M1).to(tl.uint32, bitcast=True) << 6
+    code |= x.to(tl.uint32, bitcast=True) & _SIGN
+    code = code >> (28 - 4 * (tl.arange(0, GROUP_SIZE) % _WORD_CODES)).to(tl.uint32)[None, :]
+    words = tl.sum(tl.reshape(code, (x.shape[0], GROUP_WORDS, _WORD_CODES)), axis=2)
+    offset = group[:, None] * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, :]
+    tl.store(words_ptr + offset, words.to(tl.int32, bitcast=True), mask=inside[:, None])
+    tl.store(scales_ptr + group, byte.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def store_exact(values_ptr, x, value, scale, group, inside):
+    """Store code x group scale, with the signs of x, in a dtype that holds it."""
+    signed = (value * scale[:, None]).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & _SIGN)
+    # exact, so it does not matter how the cast rounds
+    exact_value = signed.to(tl.float32, bitcast=True).to(values_ptr.dtype.element_ty)
+    halves = tl.permute(tl.reshape(exact_value, (x.shape[0], 2, _HALF)), (0, 2, 1))
+    first, second = tl.split(halves)
+    values_ptr += group[:, None] * GROUP_SIZE + tl.arange(0, _HALF)[None, :]
+    tl.store(values_ptr, first, mask=inside[:, None])
+    tl.store(values_ptr + _HALF, second, mask=inside[:, None])

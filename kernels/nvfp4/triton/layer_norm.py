@@ -1,0 +1,239 @@
+"""Quantise the result of a modulated LayerNorm."""
+
+# a launch takes more than its function is declared with: options, and constants as plain values
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule
+from longvideo.kernels.nvfp4.triton.arithmetic import (
+    GROUP_SIZE,
+    GROUP_WORDS,
+    load_groups,
+    magnitude_bits,
+    quantize_groups,
+    round_to,
+    store_codes,
+    store_exact,
+)
+from longvideo.kernels.nvfp4.triton.quantizing import check_input, empty_outputs, tensor_scales
+
+BLOCK_ROWS = 4  # rows per program, which share their frame's modulation
+
+
+def layer_norm_modulate_quantize(
+    h_BLD: Tensor,
+    shift_BTSD: Tensor,
+    scale_BTSD: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    eps: float,
+    block_rows: int = BLOCK_ROWS,
+) -> NVFP4Tensor:
+    """Quantise `LayerNorm(h) * (1 + scale) + shift`: float32 inside, no weight or bias, rounded to h's dtype first.
+
+    h: contiguous [B, L, D]. shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens, D
+    contiguous. It is computed twice, once for the largest magnitude and the mean and deviation of each row: to store it
+    in between would move 2 E more bytes. Bytes moved: 2 E + 9/16, and 16/D for the rows' statistics.
+    Raises ValueError for shapes that do not fit and for h that is not contiguous.
+    """
+    codes, scales, tensor_scale = _layer_norm_quantize(
+        h_BLD, shift_BTSD, scale_BTSD, rule, eps, block_rows, exact_dtype=None
+    )
+    return NVFP4Tensor(codes, scales, tensor_scale)
+
+
+def layer_norm_modulate_quantize_exact(
+    h_BLD: Tensor,
+    shift_BTSD: Tensor,
+    scale_BTSD: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    eps: float,
+    dtype: torch.dtype = torch.bfloat16,
+    block_rows: int = BLOCK_ROWS,
+) -> ExactOperand:
+    """As `layer_norm_modulate_quantize`, written out as `code x group scale`. Bytes moved: 2 E + 2, and 16/D."""
+    values, _, tensor_scale = _layer_norm_quantize(
+        h_BLD, shift_BTSD, scale_BTSD, rule, eps, block_rows, exact_dtype=dtype
+    )
+    return ExactOperand(values, tensor_scale)
+
+
+def _layer_norm_quantize(
+    h_BLD: Tensor,
+    shift_BTSD: Tensor,
+    scale_BTSD: Tensor,
+    rule: Rule,
+    eps: float,
+    block_rows: int,
+    *,
+    exact_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_input(h_BLD)
+    if h_BLD.dim() != 3:
+        raise ValueError(f"h is {list(h_BLD.shape)}, wanted [B, L, D]")
+    batch, length, dim = h_BLD.shape
+    frames = shift_BTSD.shape[1]
+    if length % frames:
+        raise ValueError(f"{length} tokens are not a multiple of {frames} frames, which shift and scale are given for")
+    tokens = length // frames
+    shifts, scales_ = (m.expand(batch, frames, tokens, dim) for m in (shift_BTSD, scale_BTSD))
+    for m in (shifts, scales_):
+        if m.dtype != torch.float32 or m.stride(-1) != 1:
+            raise ValueError(
+                f"shift and scale are {m.dtype} with a last stride of {m.stride(-1)}, wanted float32 and 1"
+            )
+    # a modulation that is the same for all tokens of a frame is loaded once for all rows of a program
+    per_token = bool(shifts.stride(2) or scales_.stride(2)) and tokens > 1
+    grid = (batch * frames, triton.cdiv(tokens, block_rows))
+    statistics = torch.empty(batch * length, 2, dtype=torch.float32, device=h_BLD.device)
+    maxima = torch.empty(1, grid[0] * grid[1], dtype=torch.int32, device=h_BLD.device)
+    inputs = (h_BLD, shifts, scales_, statistics)
+    layout = (frames, tokens, *shifts.stride()[:3], *scales_.stride()[:3])
+    block_groups = triton.next_power_of_2(dim // GROUP)
+    constants = {
+        "DIM": dim,
+        "PER_TOKEN": per_token,
+        "ROWS": block_rows,
+        "BLOCK": block_groups,
+        "num_warps": min(max(block_groups // 32, 1), 8),
+        "enable_fp_fusion": False,
+    }
+    _layer_norm_maxima_kernel[grid](*inputs, maxima, *layout, eps, **constants)
+    tensor_scale = tensor_scales(maxima, rule).squeeze(0)
+    codes, scales = empty_outputs(h_BLD, exact_dtype)
+    _layer_norm_quantize_kernel[grid](
+        *inputs,
+        tensor_scale,
+        codes if exact_dtype else codes.view(torch.int32),
+        None if exact_dtype else scales,
+        *layout,
+        RULE=rule.value,
+        ADAPTIVE=rule.is_adaptive,
+        EXACT=exact_dtype is not None,
+        **constants,
+    )
+    return codes, scales.view(torch.float8_e4m3fn), tensor_scale
+
+
+@triton.jit
+def _modulated(x, mean, deviation_reciprocal, shift, scale, dtype: tl.constexpr):
+    normed = (x - mean) * deviation_reciprocal
+    return round_to(normed * (1.0 + scale) + shift, dtype).to(tl.float32)
+
+
+@triton.jit
+def _layer_norm_maxima_kernel(
+    h_ptr,
+    shift_ptr,
+    scale_ptr,
+    statistics_ptr,
+    maxima_ptr,
+    frames,
+    tokens,
+    shift_stride_b,
+    shift_stride_t,
+    shift_stride_s,
+    scale_stride_b,
+    scale_stride_t,
+    scale_stride_s,
+    eps,
+    DIM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    frame, block = tl.program_id(0), tl.program_id(1)
+    group = tl.arange(0, BLOCK)
+    inside = group < DIM // GROUP_SIZE
+    shift_ptr += (frame // frames) * shift_stride_b + (frame % frames) * shift_stride_t
+    scale_ptr += (frame // frames) * scale_stride_b + (frame % frames) * scale_stride_t
+    if not PER_TOKEN:
+        shift = load_groups(shift_ptr, group, inside)
+        scale = load_groups(scale_ptr, group, inside)
+    largest = tl.zeros([BLOCK, GROUP_SIZE], dtype=tl.int32)
+    for index in range(ROWS):
+        token = block * ROWS + index
+        if token < tokens:
+            row = (frame * tokens + token).to(tl.int64)
+            x = load_groups(h_ptr + row * DIM, group, inside)
+            mean = tl.sum(tl.sum(x, axis=1), axis=0) / DIM
+            centred = tl.where(inside[:, None], x - mean, 0.0)
+            variance = tl.sum(tl.sum(centred * centred, axis=1), axis=0) / DIM
+            reciprocal = tl.rsqrt(variance + eps)
+            tl.store(statistics_ptr + row * 2, mean)
+            tl.store(statistics_ptr + row * 2 + 1, reciprocal)
+            if PER_TOKEN:
+                shift = load_groups(shift_ptr + token * shift_stride_s, group, inside)
+                scale = load_groups(scale_ptr + token * scale_stride_s, group, inside)
+            modulated = _modulated(x, mean, reciprocal, shift, scale, h_ptr.dtype.element_ty)
+            largest = tl.maximum(largest, tl.where(inside[:, None], magnitude_bits(modulated), 0))
+    program = frame * tl.num_programs(1) + block
+    tl.store(maxima_ptr + program, tl.max(tl.max(largest, axis=1), axis=0))
+
+
+@triton.jit
+def _layer_norm_quantize_kernel(
+    h_ptr,
+    shift_ptr,
+    scale_ptr,
+    statistics_ptr,
+    tensor_scale_ptr,
+    codes_ptr,
+    scales_ptr,
+    frames,
+    tokens,
+    shift_stride_b,
+    shift_stride_t,
+    shift_stride_s,
+    scale_stride_b,
+    scale_stride_t,
+    scale_stride_s,
+    RULE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    frame, block = tl.program_id(0), tl.program_id(1)
+    group = tl.arange(0, BLOCK)
+    inside = group < DIM // GROUP_SIZE
+    shift_ptr += (frame // frames) * shift_stride_b + (frame % frames) * shift_stride_t
+    scale_ptr += (frame // frames) * scale_stride_b + (frame % frames) * scale_stride_t
+    tensor_scale = tl.load(tensor_scale_ptr)
+    if not PER_TOKEN:
+        shift = load_groups(shift_ptr, group, inside)
+        scale = load_groups(scale_ptr, group, inside)
+    for index in range(ROWS):
+        token = block * ROWS + index
+        if token < tokens:
+            row = (frame * tokens + token).to(tl.int64)
+            x = load_groups(h_ptr + row * DIM, group, inside)
+            mean = tl.load(statistics_ptr + row * 2)
+            reciprocal = tl.load(statistics_ptr + row * 2 + 1)
+            if PER_TOKEN:
+                shift = load_groups(shift_ptr + token * shift_stride_s, group, inside)
+                scale = load_groups(scale_ptr + token * scale_stride_s, group, inside)
+            modulated = _modulated(x, mean, reciprocal, shift, scale, h_ptr.dtype.element_ty)
+            value, byte, group_scale = quantize_groups(modulated, tensor_scale, 0.0, RULE, ADAPTIVE, False)
+            if EXACT:
+                store_exact(codes_ptr + row * DIM, modulated, value, group_scale, group, inside)
+            else:
+                row_scales_ptr = scales_ptr + row * (DIM // GROUP_SIZE)
+                store_codes(
+                    codes_ptr + row * (DIM // GROUP_SIZE * GROUP_WORDS),
+                    row_scales_ptr,
+                    modulated,
+                    value,
+                    byte,
+                    group,
+                    inside,
+                )

@@ -1,0 +1,246 @@
+"""Quantise a tensor, or GELU of it."""
+
+# a launch takes more than its function is declared with: options, and constants as plain values
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.format import GROUP, TENSOR_SCALE_MIN, ExactOperand, NVFP4Tensor, Rule, check_groups
+from longvideo.kernels.nvfp4.triton.arithmetic import (
+    GROUP_SIZE,
+    GROUP_WORDS,
+    load_groups,
+    magnitude_bits,
+    quantize_groups,
+    round_to,
+    store_codes,
+    store_exact,
+)
+
+BLOCK_GROUPS = 64  # groups per program, one for each of its threads
+BLOCK_WARPS = 2
+MAXIMA_BLOCKS = 16  # times the groups in a program that only looks for their largest magnitude
+MAXIMA_WARPS = 8
+BLOCK_MAXIMA = 4096  # results of such programs that are reduced at a time
+
+_TENSOR_SCALE_MIN = tl.constexpr(TENSOR_SCALE_MIN)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+
+
+def quantize(
+    x: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    tensor_scale: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    block_groups: int = BLOCK_GROUPS,
+) -> NVFP4Tensor:
+    """Quantise a contiguous [..., K] tensor along its last dimension, as `reference.quantize` does. Waits for nothing.
+
+    tensor_scale: float32, broadcasting against [..., K/16]; by default from the largest magnitude of the whole tensor.
+    seed: an integer or int64 scalar on the device, rounds stochastically: scales up, codes to one of both neighbours.
+        Element i of the tensor draws number i of the seed's Philox stream.
+    NaN and infinity turn the tensor scale, and so every value, into NaN or infinity.
+    Bytes moved: 2 E + 9/16, or E + 9/16 with a tensor scale.
+    Raises ValueError for shapes that groups do not divide, memory that is not contiguous, and a seed with an adaptive
+    rule, whose choice after the rounding would be biased.
+    """
+    codes, scales, tensor_scale = _quantize(x, rule, tensor_scale, seed, block_groups, exact_dtype=None, gelu=False)
+    return NVFP4Tensor(codes, scales, tensor_scale)
+
+
+def quantize_exact(
+    x: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    seed: int | Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    block_groups: int = BLOCK_GROUPS,
+) -> ExactOperand:
+    """Quantise and write out `code x group scale` at once. As `quantize` otherwise; bytes moved: 2 E + 2."""
+    values, _, tensor_scale = _quantize(x, rule, None, seed, block_groups, exact_dtype=dtype, gelu=False)
+    return ExactOperand(values, tensor_scale)
+
+
+def gelu_tanh_quantize(h: Tensor, rule: Rule = Rule.ADAPTIVE, *, block_groups: int = BLOCK_GROUPS) -> NVFP4Tensor:
+    """Quantise GELU, by its tanh formula, of a contiguous [..., K] tensor; float32 inside, rounded to h's dtype first.
+
+    It is computed twice, once for the largest magnitude: to store it in between would move 2 E more bytes. Bytes moved:
+    2 E + 9/16. Raises as `quantize`.
+    """
+    return NVFP4Tensor(*_quantize(h, rule, None, None, block_groups, exact_dtype=None, gelu=True))
+
+
+def gelu_tanh_quantize_exact(
+    h: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    block_groups: int = BLOCK_GROUPS,
+) -> ExactOperand:
+    """As `gelu_tanh_quantize`, written out as `code x group scale`. Bytes moved: 2 E + 2."""
+    values, _, tensor_scale = _quantize(h, rule, None, None, block_groups, exact_dtype=dtype, gelu=True)
+    return ExactOperand(values, tensor_scale)
+
+
+def tensor_scales(maxima: Tensor, rule: Rule) -> Tensor:
+    """Return the tensor scale of each row of maxima: int32 [R, P], bits of the largest magnitudes P programs found.
+
+    As integers, magnitudes are ordered as they are as numbers, and NaN is above all of them.
+    """
+    rows, count = maxima.shape
+    out = torch.empty(rows, dtype=torch.float32, device=maxima.device)
+    block = min(BLOCK_MAXIMA, triton.next_power_of_2(count))
+    _tensor_scale_kernel[(rows,)](
+        maxima,
+        out,
+        count,
+        LARGEST_PRODUCT=rule.largest_product,
+        ROUNDS=triton.cdiv(count, block),
+        BLOCK=block,
+        num_warps=MAXIMA_WARPS,
+    )
+    return out
+
+
+def _quantize(
+    x: Tensor,
+    rule: Rule,
+    tensor_scale: Tensor | None,
+    seed: int | Tensor | None,
+    block_groups: int,
+    *,
+    exact_dtype: torch.dtype | None,
+    gelu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes or exact values, scales and the tensor scale."""
+    check_input(x)
+    if seed is not None and rule.is_adaptive:
+        raise ValueError(
+            f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
+        )
+    num_groups = x.numel() // GROUP
+    grid = (triton.cdiv(num_groups, block_groups),)
+    if tensor_scale is None:
+        block_maxima = block_groups * MAXIMA_BLOCKS
+        maxima = torch.empty(1, triton.cdiv(num_groups, block_maxima), dtype=torch.int32, device=x.device)
+        _maxima_kernel[(maxima.numel(),)](
+            x, maxima, num_groups, GELU=gelu, BLOCK=block_maxima, num_warps=MAXIMA_WARPS, enable_fp_fusion=False
+        )
+        tensor_scale = tensor_scales(maxima, rule).squeeze(0)
+    codes, scales = empty_outputs(x, exact_dtype)
+    per_group = tensor_scale.numel() > 1
+    _quantize_kernel[grid](
+        x,
+        tensor_scale.expand(scales.shape).contiguous() if per_group else tensor_scale,
+        torch.full((), seed, dtype=torch.int64, device=x.device) if isinstance(seed, int) else seed,
+        codes if exact_dtype else codes.view(torch.int32),
+        None if exact_dtype else scales,
+        num_groups,
+        RULE=rule.value,
+        ADAPTIVE=rule.is_adaptive,
+        STOCHASTIC=seed is not None,
+        GELU=gelu,
+        EXACT=exact_dtype is not None,
+        PER_GROUP=per_group,
+        BLOCK=block_groups,
+        num_warps=BLOCK_WARPS,
+        enable_fp_fusion=False,
+    )
+    return codes, scales.view(torch.float8_e4m3fn), tensor_scale
+
+
+def empty_outputs(x: Tensor, exact_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Return memory for codes, or for exact values of a dtype, and for scales as bytes."""
+    scales = torch.empty(*x.shape[:-1], x.shape[-1] // GROUP, dtype=torch.uint8, device=x.device)
+    if exact_dtype is not None:
+        return torch.empty(x.shape, dtype=exact_dtype, device=x.device), scales
+    return torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device), scales
+
+
+def check_input(x: Tensor) -> None:
+    check_groups(x.shape)
+    check_contiguous(x, "the tensor to quantise")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"cannot quantise {x.dtype}; wanted bfloat16, float16 or float32")
+    if not x.numel():
+        raise ValueError(f"cannot quantise an empty tensor {list(x.shape)}: it has no largest magnitude")
+
+
+def check_contiguous(x: Tensor, name: str) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"{name} {list(x.shape)} has strides {x.stride()}; call .contiguous() first")
+
+
+@triton.jit
+def _load_input(x_ptr, group, inside, GELU: tl.constexpr):
+    x = load_groups(x_ptr, group, inside)
+    if GELU:
+        # 1 + tanh(u) is 2 / (1 + exp(-2u)), without the cancellation
+        u = _SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
+        x = round_to(x / (1.0 + tl.exp(-2.0 * u)), x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _maxima_kernel(x_ptr, maxima_ptr, num_groups, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * BLOCK
+    group = tl.arange(0, BLOCK)
+    x = _load_input(x_ptr + first * GROUP_SIZE, group, group < num_groups - first, GELU)
+    tl.store(maxima_ptr + program, tl.max(tl.max(magnitude_bits(x), axis=1), axis=0))
+
+
+@triton.jit
+def _tensor_scale_kernel(
+    maxima_ptr, out_ptr, count, LARGEST_PRODUCT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], dtype=tl.int32)
+    for turn in range(ROUNDS):
+        position = turn * BLOCK + index
+        largest = tl.maximum(largest, tl.load(maxima_ptr + row * count + position, mask=position < count, other=0))
+    amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, LARGEST_PRODUCT)
+    tl.store(out_ptr + row, tl.where(scale < _TENSOR_SCALE_MIN, _TENSOR_SCALE_MIN, scale))
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    tensor_scale_ptr,
+    seed_ptr,
+    codes_ptr,
+    scales_ptr,
+    num_groups,
+    RULE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    group = tl.arange(0, BLOCK)
+    inside = group < num_groups - first
+    x = _load_input(x_ptr + first * GROUP_SIZE, group, inside, GELU)
+    if PER_GROUP:
+        tensor_scale = tl.load(tensor_scale_ptr + first + group, mask=inside, other=1.0)
+    else:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    draw = 0.0
+    if STOCHASTIC:
+        element = (first + group[:, None]) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+        draw = tl.rand(tl.load(seed_ptr), element)
+    value, byte, scale = quantize_groups(x, tensor_scale, draw, RULE, ADAPTIVE, STOCHASTIC)
+    if EXACT:
+        store_exact(codes_ptr + first * GROUP_SIZE, x, value, scale, group, inside)
+    else:
+        store_codes(codes_ptr + first * GROUP_WORDS, scales_ptr + first, x, value, byte, group, inside)
