@@ -220,7 +220,7 @@ def _beside(left, right):
 def store_codes(words_ptr, scales_ptr, x, value, byte, group, inside):
     """Store the codes of groups, two words each, with the signs of x, and their scales."""
     code = (value * _FLOAT32_TO_E2M1).to(tl.uint32, bitcast=True) << 6
-    code |= x.to(tl.uint32, bitcast=True) & _SIGN
+    code += x.to(tl.uint32, bitcast=True) & _SIGN  # shift and addition are one instruction
     code = code >> (28 - 4 * (tl.arange(0, GROUP_SIZE) % _WORD_CODES)).to(tl.uint32)[None, :]
     words = tl.sum(tl.reshape(code, (x.shape[0], GROUP_WORDS, _WORD_CODES)), axis=2)
     offset = group[:, None] * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, :]
