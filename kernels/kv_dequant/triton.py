@@ -29,9 +29,9 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
 )
 from longvideo.kernels.nvfp4.triton.quantizing import (
     BLOCK_GROUPS,
-    BLOCK_WARPS,
     MAXIMA_BLOCKS,
     MAXIMA_WARPS,
+    block_warps,
     tensor_scales,
 )
 
@@ -97,7 +97,7 @@ def write_slot(
         ADAPTIVE=rule.is_adaptive,
         CHANNELS=channels,
         BLOCK=block_groups,
-        num_warps=BLOCK_WARPS,
+        num_warps=block_warps(block_groups),
         enable_fp_fusion=False,
     )
 

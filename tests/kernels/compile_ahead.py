@@ -25,6 +25,7 @@ HOPPER, EVERYWHERE, WITH_FP4_UNITS = (90,), (90, 100), (100, 103, 120)
 BF16, FP16, FP32, U8, I32, I64 = "*bf16", "*fp16", "*fp32", "*u8", "*i32", "*i64"
 ADAPTIVE = {"RULE": Rule.ADAPTIVE.value, "ADAPTIVE": True}
 STATIC = {"RULE": Rule.STATIC6.value, "ADAPTIVE": False}
+WARPS = quantizing.block_warps(quantizing.BLOCK_GROUPS)
 DIM, HEADS = 3072, 24  # of the 5B model
 
 
@@ -61,17 +62,15 @@ def quantising() -> Iterator[Job]:
     for rule in Rule:
         constants = plain | {"RULE": rule.value, "ADAPTIVE": rule.is_adaptive}
         capabilities = EVERYWHERE if rule in (Rule.STATIC6, Rule.ADAPTIVE) else HOPPER
-        yield Job(f"quantize {rule.value}", kernel, packed, constants, capabilities, num_warps=quantizing.BLOCK_WARPS)
-    yield Job(
-        "quantize float32", kernel, [FP32, *packed[1:]], plain | ADAPTIVE, HOPPER, num_warps=quantizing.BLOCK_WARPS
-    )
+        yield Job(f"quantize {rule.value}", kernel, packed, constants, capabilities, num_warps=WARPS)
+    yield Job("quantize float32", kernel, [FP32, *packed[1:]], plain | ADAPTIVE, HOPPER, num_warps=WARPS)
     yield Job(
         "quantize one group",
         kernel,
         [FP16, *packed[1:-1], 1],
         plain | ADAPTIVE,
         HOPPER,
-        num_warps=quantizing.BLOCK_WARPS,
+        num_warps=WARPS,
     )
     yield Job(
         "quantize per group",
@@ -79,23 +78,23 @@ def quantising() -> Iterator[Job]:
         packed,
         plain | ADAPTIVE | {"PER_GROUP": True},
         HOPPER,
-        num_warps=quantizing.BLOCK_WARPS,
+        num_warps=WARPS,
     )
     yield Job(
         "quantize exact",
         kernel,
         [BF16, FP32, None, BF16, None, "i32"],
         plain | ADAPTIVE | {"EXACT": True},
-        num_warps=quantizing.BLOCK_WARPS,
+        num_warps=WARPS,
     )
     yield Job(
         "quantize stochastic",
         kernel,
         [BF16, FP32, I64, I32, U8, "i32"],
         plain | STATIC | {"STOCHASTIC": True},
-        num_warps=quantizing.BLOCK_WARPS,
+        num_warps=WARPS,
     )
-    yield Job("gelu quantize", kernel, packed, plain | ADAPTIVE | {"GELU": True}, num_warps=quantizing.BLOCK_WARPS)
+    yield Job("gelu quantize", kernel, packed, plain | ADAPTIVE | {"GELU": True}, num_warps=WARPS)
     for name, gelu in (("maxima", False), ("gelu maxima", True)):
         maxima = {"GELU": gelu, "BLOCK": quantizing.BLOCK_GROUPS * quantizing.MAXIMA_BLOCKS}
         yield Job(name, quantizing._maxima_kernel, [BF16, I32, "i32"], maxima, num_warps=quantizing.MAXIMA_WARPS)
@@ -134,7 +133,7 @@ def slots() -> Iterator[Job]:
         "slot maxima", kv._maxima_kernel, [BF16, BF16, BF16, I32, "i32"], maxima, num_warps=quantizing.MAXIMA_WARPS
     )
     arguments = [BF16, BF16, BF16, FP32, I32, U8, "i32", "i32"]
-    yield Job("slot write", kv._write_kernel, arguments, channels | ADAPTIVE, num_warps=quantizing.BLOCK_WARPS)
+    yield Job("slot write", kv._write_kernel, arguments, channels | ADAPTIVE, num_warps=WARPS)
     stored = [I32, U8, FP32, BF16, I32, FP32, FP32]
     for head_dim in (32, 64, 128):
         words = head_dim // arithmetic.WORD_CODES

@@ -21,7 +21,7 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
     store_codes,
     store_exact,
 )
-from longvideo.kernels.nvfp4.triton.quantizing import check_input, empty_outputs, tensor_scales
+from longvideo.kernels.nvfp4.triton.quantizing import block_warps, check_input, empty_outputs, tensor_scales
 
 BLOCK_ROWS = 4  # rows per program, which share their frame's modulation
 
@@ -102,7 +102,7 @@ def _layer_norm_quantize(
         "PER_TOKEN": per_token,
         "ROWS": block_rows,
         "BLOCK": block_groups,
-        "num_warps": min(max(block_groups // 32, 1), 8),
+        "num_warps": block_warps(block_groups),
         "enable_fp_fusion": False,
     }
     _layer_norm_maxima_kernel[grid](*inputs, maxima, *layout, eps, **constants)

@@ -22,8 +22,7 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
     store_exact,
 )
 
-BLOCK_GROUPS = 64  # groups per program, one for each of its threads
-BLOCK_WARPS = 2
+BLOCK_GROUPS = 64  # groups per program
 MAXIMA_BLOCKS = 16  # times the groups in a program that only looks for their largest magnitude
 MAXIMA_WARPS = 8
 BLOCK_MAXIMA = 4096  # results of such programs that are reduced at a time
@@ -149,10 +148,15 @@ def _quantize(
         EXACT=exact_dtype is not None,
         PER_GROUP=per_group,
         BLOCK=block_groups,
-        num_warps=BLOCK_WARPS,
+        num_warps=block_warps(block_groups),
         enable_fp_fusion=False,
     )
     return codes, scales.view(torch.float8_e4m3fn), tensor_scale
+
+
+def block_warps(block_groups: int) -> int:
+    """Return the warps that give each group a thread, within bounds."""
+    return min(max(block_groups // 32, 1), 8)
 
 
 def empty_outputs(x: Tensor, exact_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
