@@ -24,7 +24,7 @@ from longvideo.kernels.nvfp4.format import (
 
 pytest.importorskip("triton")
 from longvideo.kernels.nvfp4 import triton as kernels
-from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_MAXIMA, tensor_scales
+from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_GROUPS, BLOCK_MAXIMA, tensor_scales
 
 ROWS, COLUMNS = 37, 96
 EPS = 1e-6
@@ -200,8 +200,9 @@ def test_stochastic_rounding_is_unbiased(device: str) -> None:
     row = random_tensor(4 * GROUP, seed=5)
     x = row.repeat(count, 1)
     # large programs suit the interpreter, but a GPU's compiler unrolls them
-    blocks = {"block_groups": 4096} if device == "cpu" else {}
-    drawn = kernels.dequantize(kernels.quantize(x.to(device), Rule.STATIC6, seed=7, **blocks)).cpu().double()
+    block_groups = 4096 if device == "cpu" else BLOCK_GROUPS
+    quantized = kernels.quantize(x.to(device), Rule.STATIC6, seed=7, block_groups=block_groups)
+    drawn = kernels.dequantize(quantized).cpu().double()
     error, variance = drawn.mean(0) - row, drawn.var(0) / count
     assert variance.count_nonzero() > row.numel() // 2
     assert abs(error.sum()) < 3 * variance.sum().sqrt()
