@@ -25,6 +25,7 @@ from longvideo.shapeworld.world import Scene
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
+from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
@@ -89,6 +90,7 @@ class ArTraining:
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage()])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self) -> None:
@@ -107,13 +109,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class ArRecipe:
     """What the trainer runs for `longvideo train ar`."""
 
-    def __init__(self, config: ArTraining, device: torch.device):
+    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh):
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.autoencoder = ModelFolder.open(config.vae).load_vae(device=device, dtype=torch.float32)
         self.autoencoder.requires_grad_(False)
         self.transformer, self.text_encoder = self._build_model()
+        check_sequence(
+            mesh.sequence,
+            heads=self.transformer.config.num_attention_heads,
+            chunk_counts=[stage.chunks for stage in config.stages],
+        )
         self.spec = chunk_spec(config.settings, self.autoencoder.config.scale_factor_spatial)
         schedule = FlowSchedule(config.settings.shift)
         self.objective = TeacherForcing(
@@ -121,9 +128,9 @@ class ArRecipe:
             self.text_encoder,
             config.objective,
             spec=self.spec,
-            chunk_counts={stage.chunks for stage in config.stages},
             schedule=schedule,
             device=device,
+            mesh=mesh,
         )
         scenes = config.scenes
         pool = ScenePool(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
+from longvideo.train.mesh import Mesh
 from longvideo.train.objective import seeded, stage_at
 from longvideo.train.scenes import ScenePool, frame_seconds
 
@@ -83,6 +84,13 @@ class ClipSource:
     def size(self, step: int) -> int:
         stage = stage_at(self.stages, step)
         return stage.batch * stage.frames
+
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        return 1
+
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ClipBatch]:
+        assert mesh.world == 1 and micro_batch is None, "the autoencoder is trained in one process"
+        return [self.batch(step)]
 
     def batch(self, step: int) -> ClipBatch:
         stage = stage_at(self.stages, step)

@@ -12,10 +12,7 @@ from longvideo.errors import ConfigError
 
 
 class ExponentialMovingAverage:
-    """average <- decay * average + (1 - decay) * weight after every step.
-
-    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten.
-    """
+    """average <- decay * average + (1 - decay) * weight after every step, with the decay of `decay_at`."""
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float):
         if not 0 <= decay < 1:
@@ -28,7 +25,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights that exist after step `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = decay_at(self.decay, step)
         torch._foreach_lerp_(self.average, [p.float() for p in self.parameters], 1.0 - decay)
 
     @contextmanager
@@ -49,3 +46,8 @@ class ExponentialMovingAverage:
     def load(self, state: Mapping[str, Tensor]) -> None:
         for name, average in zip(self.names, self.average, strict=True):
             average.copy_(state[name])
+
+
+def decay_at(decay: float, step: int) -> float:
+    """Return the decay of the update after step `step`, from 0: small at first, so that early weights are forgotten."""
+    return min(decay, (1 + step) / (10 + step))

@@ -1,30 +1,59 @@
-"""One process, one device: what stands between the trainer and torch.
-
-The trainer speaks to this object alone, so another engine (DeepSpeed) can take its place.
-"""
+"""What stands between the trainer and torch: the weights of an objective, their optimiser and their average."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longvideo.checkpoint.tensors import own_tensors
 from longvideo.errors import CheckpointError
-from longvideo.train.objective import Objective
+from longvideo.train.ema import ExponentialMovingAverage
+from longvideo.train.objective import Objective, as_ratio
 from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.precision import autocast
 
 
-class Engine:
-    """Runs an objective and its optimiser: fp32 weights, forward under `train.precision.autocast`.
+class Engine(Protocol):
+    """Weights are fp32 masters. A step whose gradient is not finite changes nothing; it is counted."""
 
-    A step whose gradient is not finite changes neither weights nor optimiser; it is counted in `skipped`.
-    """
+    def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
+        """Add up the gradients of all shares, clip, step and average. Return loss, grad and metrics, as ratios."""
+        ...
 
-    def __init__(self, objective: Objective, config: OptimizerConfig, *, precision: str, device: torch.device):
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the averaged weights in place inside the block. Every rank enters it."""
+        ...
+
+    def num_skipped(self) -> int: ...
+
+    def save(self, folder: Path) -> None:
+        """Write all there is into files of this rank; every rank calls it."""
+        ...
+
+    def load(self, folder: Path, *, skipped: int) -> None:
+        """Take back what `save` wrote. Raises CheckpointError when files are damaged or of another model."""
+        ...
+
+
+class LocalEngine:
+    """One process, one device: fp32 weights, forward under `train.precision.autocast`."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: OptimizerConfig,
+        *,
+        precision: str,
+        device: torch.device,
+        ema_decay: float = 0.0,
+    ):
         self.objective = objective
         self.device = device
         self.precision = precision
@@ -39,7 +68,36 @@ class Engine:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.ema = ExponentialMovingAverage(self.named, ema_decay)
         self.skipped = torch.zeros((), device=device)
+
+    def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        for share in shares:
+            loss, found = self.loss(share)
+            self.backward(loss / len(shares) if len(shares) > 1 else loss)
+            add_metrics(metrics, {"loss": loss, **found})
+        norm = self.clip()
+        self.step(learning_rate, norm)
+        self.ema.update(step)
+        return metrics | {"grad": as_ratio(norm)}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.ema.applied()
+
+    def num_skipped(self) -> int:
+        return int(self.skipped)
+
+    def save(self, folder: Path) -> None:
+        parts = {"weights": self.weights(), "optimizer": self.optimizer_state(), "ema": self.ema.state()}
+        for part, tensors in parts.items():
+            save_file({name: x.detach().contiguous() for name, x in tensors.items()}, folder / f"{part}.safetensors")
+
+    def load(self, folder: Path, *, skipped: int) -> None:
+        weights, optimizer, ema = (read_part(folder, part) for part in ("weights", "optimizer", "ema"))
+        self.take(weights, optimizer)
+        self.ema.load(ema)
+        self.skipped.fill_(float(skipped))
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.precision, self.device):
@@ -73,16 +131,10 @@ class Engine:
         state = self.optimizer.state
         return {f"{name}/{key}": value for name, p in self.named.items() for key, value in state[p].items()}
 
-    def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
+    def take(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         """Take back what `weights` and `optimizer_state` gave; raises CheckpointError when the model differs."""
         own = own_tensors(self.objective)
-        different = [k for k in own.keys() | weights.keys() if k not in own or k not in weights]
-        different += [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-        if different:
-            raise CheckpointError(
-                f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
-                f" {', '.join(sorted(different)[:3])}; use the configuration it was made with, or another --out"
-            )
+        check_same({name: x.shape for name, x in own.items()}, {name: x.shape for name, x in weights.items()})
         for name, tensor in own.items():
             tensor.copy_(weights[name])
         for name, parameter in self.named.items():
@@ -92,6 +144,30 @@ class Engine:
                 for key, value in optimizer_state.items()
                 if key.startswith(prefix)
             }
+
+
+def add_metrics(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Add metrics to sums of ratios."""
+    for name, value in found.items():
+        sums[name] = sums[name] + as_ratio(value) if name in sums else as_ratio(value)
+
+
+def check_same(own: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError unless a checkpoint holds the tensors of the model that is trained."""
+    different = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+    if different:
+        raise CheckpointError(
+            f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
+            f" {', '.join(different[:3])}; use the configuration it was made with, or another --out"
+        )
+
+
+def read_part(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one file of a checkpoint; raises CheckpointError when it is damaged or not there."""
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); remove it to resume from the one before") from error
 
 
 def _moment(value: Tensor, parameter: Tensor, key: str) -> Tensor:

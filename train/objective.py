@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longvideo.train.mesh import Mesh
+
 
 class Objective(nn.Module):
     """A module whose parameters are trained and whose forward returns the loss and its metrics.
@@ -29,7 +31,13 @@ class BatchSource(Protocol):
         """What `size` counts, for the step line: "tok", "frame"."""
         ...
 
-    def batch(self, step: int) -> Any: ...
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> Sequence[Any]:
+        """Return this rank's share of a step's batch, one part for each pass; None: all in one pass."""
+        ...
+
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        """Return how many parts `shares` gives. Raises ConfigError when the batch does not divide."""
+        ...
 
     def size(self, step: int) -> int:
         """Return how many units the batch of a step holds."""
@@ -58,6 +66,12 @@ def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:
 def ratio(total: Tensor, weight: Tensor) -> Tensor:
     """Return a metric whose value is the sum of totals over the sum of weights of all steps since the last log line."""
     return torch.stack((total.detach().float(), weight.detach().float()))
+
+
+def as_ratio(value: Tensor) -> Tensor:
+    """Return a metric as a ratio; a scalar counts as one."""
+    value = value.detach().float()
+    return value if value.ndim else torch.stack((value, torch.ones_like(value)))
 
 
 def seeded(generator: torch.Generator, *parts: int | str) -> torch.Generator:

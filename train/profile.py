@@ -83,7 +83,7 @@ def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
     synchronize(trainer.device)
     began = time.monotonic()
     for _ in range(count):
-        trainer.recipe.source.batch(step)
+        trainer.recipe.source.shares(step, trainer.mesh, trainer.micro_batch)
     synchronize(trainer.device)
     return (time.monotonic() - began) / count
 

@@ -62,23 +62,29 @@ class StepReport:
 class RunLog:
     """Writes to `folder`; the file of a resumed run loses the lines after the step it resumes from."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, start_step: int = 0):
+    def __init__(self, folder: Path, *, tensorboard: bool, start_step: int = 0, enabled: bool = True):
+        """enabled: whether this rank speaks; the others are silent."""
+        self.enabled = enabled
         self.path = folder / "metrics.jsonl"
+        self._board = None
+        if not enabled:
+            return
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
             self.path.write_text("".join(f"{line}\n" for line in kept))
-        self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def step(self, report: StepReport) -> None:
-        print(report.line(), flush=True)
+        self.note(report.line())
         self.record(report.record())
 
     def record(self, values: Mapping[str, float]) -> None:
         """Append one line of numbers; `step` must be among them."""
+        if not self.enabled:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(dict(values)) + "\n")
         if self._board is not None:
@@ -88,7 +94,8 @@ class RunLog:
             self._board.flush()
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        if self.enabled:
+            print(text, flush=True)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -1,70 +1,138 @@
 """Teacher forcing: predict the velocity of every chunk of a noisy copy, given clean earlier chunks, in one pass.
 
-Shapes: B views, C channels, T latent frames, H W latent grid, Q chunks, S tokens of a prompt.
+Shapes: B views, C channels, T latent frames, H W latent grid, Q chunks, S tokens of a prompt, J text positions. Where
+ranks share the frames of a view (`longvideo.train.sequence_parallel`), T and Q are a rank's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
-from longvideo.model.attention import Blockwise
+from longvideo.model.attention import AttentionPattern, Blockwise, Masked, StaticPattern
+from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
-from longvideo.text import TextEncoder
+from longvideo.train.mesh import Mesh
 from longvideo.train.objective import Objective, ratio
+from longvideo.train.sequence_parallel import Ulysses
 from longvideo.train.views import ViewBatch
 
 SIGMA_BUCKETS = 4
+KEPT_PASSES = 32  # masks and rotations, one for each pattern of cuts
+ATTENTION = {"blockwise": Blockwise, "masked": Masked}
+CONTEXTS = ("all", "window")
 
 
 @dataclass(frozen=True)
 class TeacherForcingConfig:
-    """How the objective is run; compilation happens on CUDA alone."""
+    """How the objective is run; compilation happens on CUDA alone.
+
+    compile: the whole loss, in `compile_mode`; with processes that share videos, each block. attention: `blockwise`
+    multiplies visible runs of tokens one by one, `masked` all at once through a FlexAttention block mask (a dense one
+    on a CPU). context: which earlier chunks a chunk sees: `all`, or the `window` of streaming, sink and pins included.
+    checkpoint: recompute blocks in the backward pass instead of keeping what they made.
+    """
 
     compile: bool = True
     compile_mode: str = "default"
+    attention: str = "blockwise"
+    context: str = "all"
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("attention", ATTENTION), ("context", CONTEXTS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"objective.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What depends on the number of chunks of a view alone."""
+class Pass:
+    """What depends on the number of chunks of a view and on its cuts alone.
+
+    seen_frames: own latent frames that have a clean copy.
+    """
 
     rope: Rope
-    attention: Blockwise
+    attention: AttentionPattern
+    seen_frames: int
 
 
 class TeacherForcing(Objective):
-    """Trains transformer and text encoder together, on views of any of the lengths in `chunk_counts`."""
+    """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
+
+    text_encoder: tokens to features; None where batches bring features.
+    """
 
     def __init__(
         self,
         transformer: CausalTransformer,
-        text_encoder: TextEncoder,
+        text_encoder: nn.Module | None,
         config: TeacherForcingConfig,
         *,
         spec: ChunkSpec,
-        chunk_counts: Collection[int],
         schedule: FlowSchedule,
         device: torch.device,
+        mesh: Mesh | None = None,
     ):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.config = config
+        self.spec = spec
         self.schedule = schedule
-        self._passes = {count: _prepare(transformer, spec, count, device) for count in chunk_counts}
+        self.device = device
+        self.mesh = mesh or Mesh()
+        self._passes: dict[tuple[int, tuple[bool, ...] | None], Pass] = {}
         self._run: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._loss
         if config.compile and device.type == "cuda":
-            self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
+            if self.mesh.sequence > 1 or config.checkpoint:
+                for block in transformer.blocks:
+                    block.compile(dynamic=False, mode=config.compile_mode)
+            else:
+                self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._run(**vars(batch))
+        prepared = self.prepared(batch.clean.shape[2] // self.spec.chunk_frames, batch.cuts)
+        tensors = {name: value for name, value in vars(batch).items() if name != "cuts"}
+        return self._run(**tensors, prepared=prepared)
+
+    def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
+        """Return what a view of so many own chunks needs; cuts: of the whole view, None for none that matter."""
+        key = (chunks, cuts)
+        if key not in self._passes:
+            if len(self._passes) == KEPT_PASSES:
+                del self._passes[next(iter(self._passes))]
+            self._passes[key] = self._prepare(chunks * self.mesh.sequence, cuts)
+        return self._passes[key]
+
+    def _prepare(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
+        spec, mesh = self.spec, self.mesh
+        visible = None
+        if self.config.context == "window":
+            visible = visible_chunks(spec, list(cuts or (False,) * chunks))
+        offsets = cuts if spec.offset_per_shot else None
+        if mesh.sequence == 1:
+            layout = own = TokenLayout.training(spec, chunks, offsets)
+            seen = (chunks - 1) * spec.chunk_frames
+        else:
+            layout = TokenLayout.balanced(spec, chunks, ranks=mesh.sequence, cuts=offsets)
+            own = layout.part(mesh.place, mesh.sequence)
+            seen = chunks // mesh.sequence * spec.chunk_frames
+        if self.config.attention == "masked":
+            layout = layout.to(self.device)
+        attention: StaticPattern = ATTENTION[self.config.attention](layout, visible)
+        rope = self.transformer.rope(own.to(self.device))
+        if mesh.sequence_group is None:
+            return Pass(rope, attention, seen)
+        return Pass(rope, Ulysses(attention, mesh.sequence_group), seen)
 
     def _loss(
         self,
@@ -74,52 +142,53 @@ class TeacherForcing(Objective):
         sigma: Tensor,
         context_sigma: Tensor,
         loss_mask: Tensor,
-        ids: Tensor,
-        mask: Tensor,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        features: Tensor | None,
+        mean_weight: Tensor,
+        prepared: Pass,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         context = self.schedule.add_noise(clean, context_noise, context_sigma)
-        velocity = self.velocity(context, self.schedule.add_noise(clean, noise, sigma), sigma, ids, mask)
+        features = self._features(ids, mask) if features is None else features
+        noisy = self.schedule.add_noise(clean, noise, sigma)
+        velocity = self.velocity(context, noisy, sigma, features, prepared)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
-        loss = masked_mean(self.schedule.loss_weight(sigma) * error_BT, loss_mask)
+        loss = (self.schedule.loss_weight(sigma) * error_BT * loss_mask).sum() / mean_weight
         return loss, _metrics(error_BT, sigma, loss_mask)
 
-    def velocity(self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, ids_BQS: Tensor, mask_BQS: Tensor) -> Tensor:
+    def _features(self, ids_BQS: Tensor | None, mask_BQS: Tensor | None) -> Tensor:
+        assert self.text_encoder is not None and ids_BQS is not None and mask_BQS is not None
+        features = self.text_encoder(ids_BQS.flatten(0, 1), mask_BQS.flatten(0, 1))
+        return features.unflatten(0, ids_BQS.shape[:2])
+
+    def velocity(
+        self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, features_BQJD: Tensor, prepared: Pass
+    ) -> Tensor:
         """Return the velocity of the noisy copy, [B, C, T, H, W]."""
-        chunks, frames = ids_BQS.shape[1], sigma_BT.shape[1]
-        seen = frames - frames // chunks  # the last chunk is nobody's context
-        prepared = self._passes[chunks]
-        text = self.transformer.encode_text(self.text_encoder(ids_BQS.flatten(0, 1), mask_BQS.flatten(0, 1)))
+        seen = prepared.seen_frames
+        text = self.transformer.encode_text(features_BQJD.flatten(0, 1))
         velocity = self.transformer(
             torch.cat((context[:, :, :seen], noisy), dim=2),
             torch.cat((torch.zeros_like(sigma_BT[:, :seen]), sigma_BT), dim=1),
-            _of_runs(text, chunks),
+            _of_runs(text, features_BQJD.shape[1], seen // self.spec.chunk_frames),
             rope=prepared.rope,
             attention=prepared.attention,
+            checkpoint=self.config.checkpoint and torch.is_grad_enabled(),
         )
         return velocity[:, :, seen:]
 
 
-def _prepare(transformer: CausalTransformer, spec: ChunkSpec, num_chunks: int, device: torch.device) -> _Pass:
-    layout = TokenLayout.training(spec, num_chunks)
-    return _Pass(transformer.rope(layout.to(device)), Blockwise(layout))
-
-
-def _of_runs(text: TextContext, chunks: int) -> TextContext:
-    """Give every run of tokens its chunk's prompt: those of the clean chunks but the last, then of the noisy ones.
+def _of_runs(text: TextContext, chunks: int, seen: int) -> TextContext:
+    """Give every run of tokens its chunk's prompt: those of the clean copies, then of the noisy ones.
 
     Slices, since the gradient of an index is a scatter with atomics.
     """
 
     def runs(x: Tensor) -> Tensor:
         x = x.unflatten(0, (-1, chunks))
-        return torch.cat((x[:, :-1], x), dim=1).flatten(0, 1)
+        return torch.cat((x[:, :seen], x), dim=1).flatten(0, 1)
 
     return TextContext(tuple(map(runs, text.keys)), tuple(map(runs, text.values)))
-
-
-def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
-    """Average over the places where the mask is 1."""
-    return (value * mask).sum() / mask.sum()
 
 
 def _metrics(error_BT: Tensor, sigma_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:

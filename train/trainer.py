@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError, UserError
-from longvideo.train.checkpoint import Checkpoint, CheckpointFolder
-from longvideo.train.ema import ExponentialMovingAverage
+from longvideo.train.checkpoint import CheckpointFolder
 from longvideo.train.engine import Engine
-from longvideo.train.objective import BatchSource, Objective
+from longvideo.train.mesh import Mesh
+from longvideo.train.objective import BatchSource, Objective, as_ratio
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.train.precision import PRECISIONS
 from longvideo.train.run_log import RunLog, StepReport, environment, peak_memory_gib
 
 RESUME = ("auto", "never")
+LOCK_FILE = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,24 @@ class Trainer:
     """Runs a recipe inside a run folder: checkpoints/, samples/, model/, metrics.jsonl and environment.json."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, *, config: TrainerConfig, optimizer: OptimizerConfig, device: torch.device
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        folder: Path,
+        *,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        device: torch.device,
+        mesh: Mesh | None = None,
+        micro_batch: int | None = None,
     ):
         self.recipe = recipe
+        self.engine = engine
         self.folder = folder
         self.config = config
-        self.engine = Engine(recipe.objective, optimizer, precision=config.precision, device=device)
-        self.ema = ExponentialMovingAverage(self.engine.named, config.ema_decay)
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", keep=config.keep_checkpoints)
+        self.mesh = mesh or Mesh()
+        self.micro_batch = micro_batch
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", keep=config.keep_checkpoints, mesh=self.mesh)
         self.total_steps = sum(segment.steps for segment in recipe.segments)
         self.learning_rate: Callable[[int], float] = rate_schedule(optimizer, recipe.segments)
         self.device = device
@@ -100,16 +112,20 @@ class Trainer:
         Either way a checkpoint and a model folder are left behind. Raises ConfigError when `resume` is "never" and
         the run folder holds checkpoints, Diverged when the loss has no finite gradient any more.
         """
+        with claimed(self.folder) if self.mesh.is_main else nullcontext():
+            return self._run(resume, deadline)
+
+    def _run(self, resume: str, deadline: float) -> bool:
         step = self.restore(resume)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-        log = RunLog(self.folder, tensorboard=self.config.tensorboard, start_step=step)
+        if self.mesh.is_main:
+            (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
+        log = RunLog(self.folder, tensorboard=self.config.tensorboard, start_step=step, enabled=self.mesh.is_main)
         log.note(f"{'resuming' if step else 'starting'} at step {step} of {self.total_steps} in {self.folder}")
         self.recipe.start(step)
         saved, sampled = step, step
-        window = Window(self.device)
+        window = Window(self.device, self.mesh)
         starts = segment_starts(self.recipe.segments)
-        while step < self.total_steps and time.monotonic() < deadline:
+        while step < self.total_steps and not self.late(step, deadline):
             if step in starts and step > saved:
                 # the first step of a stage may compile for longer than the time that is left
                 with window.paused():
@@ -131,18 +147,24 @@ class Trainer:
             self.save(step)
         if step > sampled or not (self.folder / "model").exists():
             self.sample(step, log)
+        self.mesh.barrier()
         done = step >= self.total_steps
         log.note(f"{'finished' if done else 'stopped in time'} at step {step} of {self.total_steps}")
         return done
 
     def one_step(self, step: int, window: Window) -> None:
-        batch = self.recipe.source.batch(step)
-        loss, metrics = self.engine.loss(batch)
-        self.engine.backward(loss)
-        norm = self.engine.clip()
-        self.engine.step(self.learning_rate(step), norm)
-        self.ema.update(step)
-        window.add({"loss": loss, "grad": norm, **metrics}, size=self.recipe.source.size(step))
+        shares = self.recipe.source.shares(step, self.mesh, self.micro_batch)
+        metrics = self.engine.train_step(shares, step, self.learning_rate(step))
+        window.add(metrics, size=self.recipe.source.size(step))
+
+    def late(self, step: int, deadline: float) -> bool:
+        """Say whether to stop; several processes agree, at log steps, since their clocks do not."""
+        late = time.monotonic() >= deadline
+        if self.mesh.world == 1 or math.isinf(deadline):
+            return late
+        if step % self.config.log_every:
+            return False
+        return bool(self.mesh.sum(torch.tensor(float(late), device=self.device)) > 0)
 
     def report(self, step: int, window: Window, log: RunLog) -> None:
         steps, size = window.steps, window.size
@@ -163,7 +185,7 @@ class Trainer:
             )
         )
         window.clear()
-        skipped = int(self.engine.skipped)
+        skipped = self.engine.num_skipped()
         if skipped > self.config.max_skipped_steps:
             raise Diverged(
                 f"{skipped} steps up to step {step} had a gradient that is not finite (allowed:"
@@ -173,24 +195,19 @@ class Trainer:
     def sample(self, step: int, log: RunLog) -> None:
         """Export the averaged weights, and show what they make."""
         began = time.monotonic()
-        with self.ema.applied(), torch.no_grad():
-            self.recipe.export(self.folder / "model")
-            values = self.recipe.sample(step, self.folder / "samples")
+        values: dict[str, float] = {}
+        with self.engine.averaged(), torch.no_grad():
+            if self.mesh.is_main:
+                self.recipe.export(self.folder / "model")
+                values = self.recipe.sample(step, self.folder / "samples")
+            self.mesh.barrier()
         if values:
             log.record({"step": step, **values})
         numbers = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.note(f"sample {step} | {numbers or 'no numbers'} | {time.monotonic() - began:.1f} s")
 
     def save(self, step: int) -> None:
-        self.checkpoints.save(
-            Checkpoint(
-                step=step,
-                weights=self.engine.weights(),
-                optimizer=self.engine.optimizer_state(),
-                ema=self.ema.state(),
-                state={"skipped": int(self.engine.skipped)},
-            )
-        )
+        self.checkpoints.save(step, self.engine.save, {"skipped": self.engine.num_skipped()})
 
     def restore(self, resume: str) -> int:
         """Load the newest checkpoint when `resume` is "auto"; return the step to go on from."""
@@ -198,25 +215,36 @@ class Trainer:
             raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
         if resume == "never" and self.checkpoints.steps():
             raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")
-        checkpoint = self.checkpoints.load_newest() if resume == "auto" else None
-        if checkpoint is None:
+        found = self.checkpoints.newest() if resume == "auto" else None
+        if found is None:
             return 0
-        self.engine.load(checkpoint.weights, checkpoint.optimizer)
-        self.engine.skipped.fill_(float(checkpoint.state["skipped"]))
-        self.ema.load(checkpoint.ema)
-        return checkpoint.step
+        self.engine.load(found.folder, skipped=int(found.state["skipped"]))
+        return found.step
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone; raises ConfigError when another run is at work in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another run is at work in {folder}; stop it, or use another --out") from error
+        yield
 
 
 class Window:
     """Sums of metrics since the last log line, kept on the device, and the time they took."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, mesh: Mesh | None = None):
         self.device = device
+        self.mesh = mesh or Mesh()
         self.names: list[str] = []
         self.clear()
 
     def add(self, metrics: dict[str, Tensor], *, size: int) -> None:
-        rows = [_as_ratio(value) for value in metrics.values()]
+        rows = [as_ratio(value) for value in metrics.values()]
         if self.sums is None:
             self.names, self.sums = list(metrics), torch.stack(rows)
         else:
@@ -225,9 +253,9 @@ class Window:
         self.size += size
 
     def means(self) -> dict[str, float]:
-        """Fetch the means; this is where the host waits for the device."""
+        """Fetch the means over all ranks; this is where the host waits for the device."""
         assert self.sums is not None
-        sums = self.sums.tolist()
+        sums = self.mesh.sum(self.sums.clone()).tolist()
         return {name: total / weight for name, (total, weight) in zip(self.names, sums, strict=True) if weight > 0}
 
     def seconds(self) -> float:
@@ -257,8 +285,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _as_ratio(value: Tensor) -> Tensor:
-    value = value.detach().float()
-    return value if value.ndim else torch.stack((value, torch.ones_like(value)))

@@ -15,6 +15,7 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.captions import TokenTable
 from longvideo.train.latent_bank import LatentBank
+from longvideo.train.mesh import Mesh, divide
 from longvideo.train.objective import seeded, stage_at
 
 
@@ -62,9 +63,13 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T]; ids, mask [B, Q, S].
+    """A rank's share of one pass: clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T];
+    ids, mask [B, Q, S], or features [B, Q, J, D].
 
     sigma is what the noisy copy gets and the model is told; context_sigma what the clean copy gets, told as 0.
+    mean_weight: sum of the loss mask over all shares of a step, by their number, so that the mean of all shares' losses
+    is the mean over all frames that count, however they are divided. cuts: of the whole view, if they change positions
+    or what is seen.
     """
 
     clean: Tensor
@@ -73,8 +78,44 @@ class ViewBatch:
     sigma: Tensor
     context_sigma: Tensor
     loss_mask: Tensor
-    ids: Tensor
-    mask: Tensor
+    ids: Tensor | None
+    mask: Tensor | None
+    features: Tensor | None
+    mean_weight: Tensor
+    cuts: tuple[bool, ...] | None = None
+
+    def shares(self, mesh: Mesh, micro_batch: int | None, chunk_frames: int) -> list[ViewBatch]:
+        """Divide the batch of a whole step; return this rank's shares, one for each pass.
+
+        Raises ConfigError when views or chunks do not divide.
+        """
+        views, frames = self.sigma.shape
+        size, passes = divide(views, mesh, micro_batch)
+        if frames % (mesh.sequence * chunk_frames):
+            raise ConfigError(f"{frames // chunk_frames} chunks do not divide into {mesh.sequence} ranks")
+        own = frames // mesh.sequence
+        time = slice(mesh.place * own, (mesh.place + 1) * own)
+        chunks = slice(time.start // chunk_frames, time.stop // chunk_frames)
+        mean_weight = self.loss_mask.sum() / (mesh.world * passes)
+
+        def share(number: int) -> ViewBatch:
+            first = (mesh.replica * passes + number) * size
+            view = slice(first, first + size)
+
+            def texts(x: Tensor | None) -> Tensor | None:
+                return None if x is None else x[view, chunks]
+
+            return ViewBatch(
+                *(x[view, :, time] for x in (self.clean, self.noise, self.context_noise)),
+                *(x[view, time] for x in (self.sigma, self.context_sigma, self.loss_mask)),
+                ids=texts(self.ids),
+                mask=texts(self.mask),
+                features=texts(self.features),
+                mean_weight=mean_weight,
+                cuts=self.cuts,
+            )
+
+        return [share(number) for number in range(passes)]
 
 
 class ViewSource:
@@ -114,7 +155,17 @@ class ViewSource:
         stage = stage_at(self.stages, step)
         return stage.batch * stage.chunks * self.tokens_per_chunk
 
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        counts = {divide(stage.batch, mesh, micro_batch)[1] for stage in self.stages if stage.steps}
+        if len(counts) > 1 and mesh.world > 1:
+            raise ConfigError("stages differ in the number of passes of a step; set parallel.micro_batch")
+        return max(counts, default=1)
+
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ViewBatch]:
+        return self.batch(step).shares(mesh, micro_batch, self.bank.chunk_frames)
+
     def batch(self, step: int) -> ViewBatch:
+        """Draw the views of a whole step."""
         self.bank.advance(step)
         config, stage, frames_per_chunk = self.config, stage_at(self.stages, step), self.bank.chunk_frames
         count, chunks, frames = stage.batch, stage.chunks, stage.chunks * frames_per_chunk
@@ -154,4 +205,6 @@ class ViewSource:
         loss_mask[:, 0] = torch.where(given, 0.0, loss_mask[:, 0])
 
         noise, context_noise = (torch.randn(clean.shape, generator=generator, device=self.device) for _ in range(2))
-        return ViewBatch(clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask)
+        return ViewBatch(
+            clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask, None, mean_weight=loss_mask.sum()
+        )

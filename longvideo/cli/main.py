@@ -15,7 +15,7 @@ from longvideo.errors import UserError
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
-    "train": "longvideo.cli.train:app",
+    "train": "longvideo.train.command:app",
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",

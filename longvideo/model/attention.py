@@ -26,6 +26,14 @@ class AttentionPattern(Protocol):
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor: ...
 
 
+class StaticPattern(AttentionPattern, Protocol):
+    """A pattern without a cache: rotation happens to every token on its own, so it may be done before."""
+
+    def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
+        """Attend with queries and keys that are rotated already."""
+        ...
+
+
 class Full:
     """Every token attends to every token: the bidirectional Wan model."""
 
@@ -69,12 +77,14 @@ class Masked:
             self._dense_LL = allowed(0, 0, index[:, None], index[None, :])
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
-        q, k = rotate(q_BLNK, rope).to(v_BLNK.dtype), rotate(k_BLNK, rope).to(v_BLNK.dtype)
+        return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
+
+    def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
         if self._block_mask is None:
-            return attend(q, k, v_BLNK, self._dense_LL)
+            return attend(q_BLNK, k_BLNK, v_BLNK, self._dense_LL)
         from torch.nn.attention.flex_attention import flex_attention
 
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v_BLNK))
+        q, k, v = (x.to(v_BLNK.dtype).transpose(1, 2) for x in (q_BLNK, k_BLNK, v_BLNK))
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         out = flex(q, k, v, block_mask=self._block_mask)
         assert isinstance(out, Tensor)
@@ -101,8 +111,10 @@ class Blockwise:
             self._seen.append(seen)
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
-        rotated = (rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
-        q_runs, k_runs, v_runs = (x.split(self._lengths, dim=1) for x in rotated)
+        return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
+
+    def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
+        q_runs, k_runs, v_runs = (x.split(self._lengths, dim=1) for x in (q_BLNK, k_BLNK, v_BLNK))
         out = []
         for q, seen in zip(q_runs, self._seen, strict=True):
             keys, values = (torch.cat([runs[number] for number in seen], dim=1) for runs in (k_runs, v_runs))

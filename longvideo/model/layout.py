@@ -81,12 +81,31 @@ class TokenLayout:
         )
 
     @classmethod
-    def training(cls, spec: ChunkSpec, num_chunks: int) -> TokenLayout:
+    def training(cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None) -> TokenLayout:
         """Lay out what a teacher-forcing step computes: `teacher_forcing` without the clean copy of the last chunk,
         which nothing looks at."""
         frames, last = num_chunks * spec.chunk_frames, (num_chunks - 1) * spec.chunk_frames
-        whole = cls.teacher_forcing(spec, num_chunks)
+        whole = cls.teacher_forcing(spec, num_chunks, cuts)
         return whole.permute_frames([*range(last), *range(frames, 2 * frames)])
+
+    @classmethod
+    def balanced(
+        cls, spec: ChunkSpec, num_chunks: int, *, ranks: int, cuts: Tensor | Sequence[bool] | None = None
+    ) -> TokenLayout:
+        """Lay out `teacher_forcing` as ranks hold it: each the clean copy of its chunks, then their noisy copy."""
+        whole = cls.teacher_forcing(spec, num_chunks, cuts)
+        frames = num_chunks * spec.chunk_frames
+        own = frames // ranks
+        starts = [copy + rank * own for rank in range(ranks) for copy in (0, frames)]
+        return whole.permute_frames([frame for start in starts for frame in range(start, start + own)])
+
+    def part(self, rank: int, ranks: int) -> TokenLayout:
+        """Return the tokens of one of several ranks that share them in order."""
+        length = self.chunk_L.numel() // ranks
+        tokens = slice(rank * length, (rank + 1) * length)
+        return TokenLayout(
+            self.chunk_L[tokens], self.is_noisy_L[tokens], self.position_BL3[:, tokens], self.tokens_per_frame
+        )
 
     @classmethod
     def one_chunk(cls, spec: ChunkSpec, index: int, *, shot: int = 0) -> TokenLayout:

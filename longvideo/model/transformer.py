@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from longvideo.model.attention import AttentionPattern, attend
 from longvideo.model.config import TransformerConfig
@@ -234,6 +235,7 @@ class CausalTransformer(nn.Module):
         *,
         rope: Rope,
         attention: AttentionPattern,
+        checkpoint: bool = False,
     ) -> Tensor:
         """Return the flow velocity (noise minus clean) of every latent frame, [B, C, T, H, W] float32.
 
@@ -241,11 +243,13 @@ class CausalTransformer(nn.Module):
         text: for each sample, a prompt for each of G equal runs of tokens, in the order of the layout; a rollout has
             G = 1, a training pass one for each chunk. See `TextContext.select`.
         rope: rotation of every token, from `rope`; it must be of T frames.
+        checkpoint: keep only the input of each block for the backward pass, which runs the blocks once more.
         """
         h_BLD, time_BTSD, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
         for layer, block in enumerate(self._blocks()):
             pair = (text.keys[layer], text.values[layer])
-            h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
+            inputs = (h_BLD, time_BTS6D, pair, rope, attention, layer)
+            h_BLD = recompute(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
         patches = self.head(h_BLD, time_BTSD).float()
         _, _, frames, height, width = latents_BCTHW.shape
         _, p, q = self.config.patch_size

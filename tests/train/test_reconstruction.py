@@ -7,7 +7,7 @@ import torch
 
 from longvideo.errors import ConfigError
 from longvideo.train.clips import ClipSource, ClipStage, crop_near_objects
-from longvideo.train.engine import Engine
+from longvideo.train.engine import LocalEngine
 from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.reconstruction import (
     Reconstruction,
@@ -109,7 +109,7 @@ def test_object_psnr_looks_at_objects_alone() -> None:
 def test_loss_falls_in_thirty_steps() -> None:
     source = clip_source(ClipStage(5, 32, 32, 4, 30))
     objective = Reconstruction(small_autoencoder(), ReconstructionConfig(), device=CPU)
-    engine = Engine(objective, OptimizerConfig(learning_rate=4e-3), precision="fp32", device=CPU)
+    engine = LocalEngine(objective, OptimizerConfig(learning_rate=4e-3), precision="fp32", device=CPU)
     batch, losses = source.batch(0), []
     for _ in range(30):
         loss, _ = engine.loss(batch)

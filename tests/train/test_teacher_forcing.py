@@ -17,7 +17,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
-from longvideo.train.engine import Engine
+from longvideo.train.engine import LocalEngine
 from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.objective import seeded
 from longvideo.train.optimizer import OptimizerConfig
@@ -75,7 +75,6 @@ def small_objective(encoder: TextEncoder) -> TeacherForcing:
         encoder,
         TeacherForcingConfig(),
         spec=SPEC,
-        chunk_counts=(1, 3),
         schedule=FlowSchedule(5.0),
         device=CPU,
     )
@@ -174,10 +173,11 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         loss, metrics = objective(batch)
         context = batch.clean + batch.context_sigma[:, None, :, None, None] * (batch.context_noise - batch.clean)
         noisy = batch.clean + batch.sigma[:, None, :, None, None] * (batch.noise - batch.clean)
+        features, prepared = objective._features(batch.ids, batch.mask), objective.prepared(3, None)
         total, count, plain = 0.0, 0, 0.0
         for row in range(5):
             one = slice(row, row + 1)
-            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], batch.ids[one], batch.mask[one])
+            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], features[one], prepared)
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
@@ -208,7 +208,8 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
         rope=objective.transformer.rope(layout),
         attention=Masked(layout),
     )[:, :, 6:]
-    got = objective.velocity(batch.context_noise, batch.noise, batch.sigma, batch.ids, batch.mask)
+    features = objective._features(batch.ids, batch.mask)
+    got = objective.velocity(batch.context_noise, batch.noise, batch.sigma, features, objective.prepared(3, None))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -252,7 +253,7 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
     source = view_source(encoder, ViewConfig(phrasings=2), batch=8)
     source.start(0)
     objective = small_objective(encoder)
-    engine = Engine(objective, OptimizerConfig(), precision="fp32", device=CPU)
+    engine = LocalEngine(objective, OptimizerConfig(), precision="fp32", device=CPU)
     before = {name: value.clone() for name, value in engine.weights().items()}
     batch, losses = source.batch(0), []
     for _ in range(30):

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longvideo.train.engine import LocalEngine
+from longvideo.train.mesh import Mesh
 from longvideo.train.objective import Objective, ratio, seeded
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.scenes import ScenePool, sample_scenes
@@ -41,9 +43,12 @@ class Numbers:
     def __init__(self, bad_steps: frozenset[int] = frozenset()):
         self.bad_steps = bad_steps
 
-    def batch(self, step: int) -> Tensor:
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        return 1
+
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[Tensor]:
         batch = torch.randn(16, 8, generator=seeded(torch.Generator(), 0, step))
-        return batch * float("nan") if step in self.bad_steps else batch
+        return [batch * float("nan") if step in self.bad_steps else batch]
 
     def size(self, step: int) -> int:
         return 16
@@ -67,14 +72,11 @@ class ToyRecipe:
 
 def toy_trainer(folder: Path, *steps: int, bad_steps: frozenset[int] = frozenset(), **config) -> Trainer:
     """Build a trainer over segments of so many steps."""
-    settings = {"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config
-    return Trainer(
-        ToyRecipe([RateSegment(count) for count in steps], bad_steps),
-        folder,
-        config=TrainerConfig(**settings),
-        optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=5),
-        device=CPU,
-    )
+    settings = TrainerConfig(**({"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config))
+    optimizer = OptimizerConfig(learning_rate=0.03, warmup_steps=5)
+    recipe = ToyRecipe([RateSegment(count) for count in steps], bad_steps)
+    engine = LocalEngine(recipe.objective, optimizer, precision="fp32", device=CPU, ema_decay=settings.ema_decay)
+    return Trainer(recipe, engine, folder, config=settings, optimizer=optimizer, device=CPU)
 
 
 def small_pool(count: int = 12, *, height: int = 32, width: int = 64) -> ScenePool:

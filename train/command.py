@@ -1,8 +1,9 @@
-"""`longvideo train vae` and `longvideo train ar`."""
+"""`longvideo train vae`, `longvideo train ar`, and the latter under `torchrun -m longvideo.train`."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from longvideo.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from longvideo.train.optimizer import OptimizerConfig
-    from longvideo.train.trainer import Recipe, TrainerConfig
+    from longvideo.train.mesh import Mesh
+    from longvideo.train.trainer import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Train the models: first the autoencoder, then the transformer.")
 
@@ -60,9 +61,11 @@ def vae(
     Example: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
     """
 
-    def build(config: VaeTraining, target: torch.device) -> Recipe:
+    def build(config: VaeTraining, target: torch.device, mesh: Mesh) -> Recipe:
         from longvideo.train.vae import VaeRecipe
 
+        if mesh.world > 1:
+            raise ConfigError(f"the autoencoder is trained in one process, not in {mesh.world}")
         return VaeRecipe(config, target)
 
     from longvideo.train.vae import VaeTraining
@@ -90,10 +93,10 @@ def ar(
     Example: `longvideo train ar tiny/ar_opening vae=tiny --out runs/ar_opening --max-minutes 9`
     """
 
-    def build(config: ArTraining, target: torch.device) -> Recipe:
+    def build(config: ArTraining, target: torch.device, mesh: Mesh) -> Recipe:
         from longvideo.train.ar import ArRecipe
 
-        return ArRecipe(config, target)
+        return ArRecipe(config, target, mesh)
 
     from longvideo.train.ar import ArTraining
 
@@ -122,36 +125,33 @@ def _train(
     files = [find_config(name) for name in names]
     config = load_config(schema, files, overrides)
 
-    from longvideo.train.trainer import Trainer
+    from longvideo.train.run import run
 
-    target = _device(device)
-    trainer_config: TrainerConfig = config.trainer
-    optimizer: OptimizerConfig = config.optimizer
-    trainer = Trainer(build(config, target), out, config=trainer_config, optimizer=optimizer, device=target)
-    if dry_run:
-        from longvideo.train.profile import profile
-
-        for stage in profile(trainer, dry_run, trace=trace):
-            typer.echo(stage.line())
-            if stage.operations:
-                typer.echo(stage.operations)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(to_yaml(config))
-    deadline = began + 60 * max_minutes if max_minutes is not None else math.inf
-    trainer.run(resume=resume, deadline=deadline)
+    run(
+        config,
+        build,
+        _device(device),
+        out,
+        config_text=to_yaml(config),
+        resume=resume,
+        deadline=began + 60 * max_minutes if max_minutes is not None else math.inf,
+        dry_run=dry_run,
+        trace=trace,
+    )
 
 
 def _device(name: str | None) -> torch.device:
     import torch
 
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ConfigError(f"--device {name} is no device; use cuda, cuda:N or cpu") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     return device

@@ -1,0 +1,41 @@
+"""Run a function in several processes that can talk to each other through gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def run_in_processes(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `work(*arguments)` returns in each of `world` processes, in the order of their ranks.
+
+    work: a function of a module, which is imported anew in every process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, mp_context=context) as pool:
+        store = Path(folder) / "store"
+        jobs = [pool.submit(_run, rank, world, str(store), work, arguments) for rank in range(world)]
+        return [job.result() for job in jobs]
+
+
+def _run(rank: int, world: int, store: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        return work(*arguments)
+    except BaseException:
+        # the others wait for this rank and would never end
+        traceback.print_exc()
+        os._exit(1)
+    finally:
+        dist.destroy_process_group()

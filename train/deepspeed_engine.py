@@ -1,0 +1,257 @@
+"""Many processes through DeepSpeed: ZeRO stages 0 to 3, bf16 weights with fp32 masters, sharded averages.
+
+Checkpoints hold whole tensors by name, each written by one of the ranks, so any number of ranks and any stage can go on
+from them; safetensors, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longvideo.errors import CheckpointError
+from longvideo.train.ema import decay_at
+from longvideo.train.engine import add_metrics, check_same, read_part
+from longvideo.train.mesh import Mesh
+from longvideo.train.objective import Objective, as_ratio
+from longvideo.train.optimizer import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT, AVERAGE = "weight", "average"
+INDEX_FILE = "index.json"
+
+
+class DeepSpeedEngine:
+    """An `Engine` whose optimiser state, gradients and weights are sharded over all ranks, as far as the stage says.
+
+    precision: bf16 (fp32 masters, gradients added up in fp32) or fp32. passes: shares of a step.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: OptimizerConfig,
+        *,
+        mesh: Mesh,
+        zero_stage: int,
+        precision: str,
+        passes: int,
+        ema_decay: float,
+    ):
+        import deepspeed
+
+        self.objective = objective
+        self.mesh = mesh
+        self.stage = zero_stage
+        self.ema_decay = ema_decay
+        self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=self.parameters[0].device.type == "cuda",
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=objective,
+            model_parameters=self.parameters,
+            optimizer=optimizer,
+            config=_settings(zero_stage, precision, passes, config.gradient_clip),
+            dist_init_required=False,
+        )
+        for state in self._adam_states():
+            # DeepSpeed makes the states by a step without gradients, which is not to count
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"], dtype=torch.float32))
+        self.average = [None if x is None else x.clone() for x in map(self._own_part, self.parameters)]
+        self._skipped_before = 0
+
+    def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        metrics: dict[str, Tensor] = {}
+        for share in shares:
+            loss, found = self.engine(share)
+            self.engine.backward(loss)
+            self.engine.step()
+            add_metrics(metrics, {"loss": loss, **found})
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+        self._update_average(step)
+        return metrics | {"grad": as_ratio(norm)}
+
+    def num_skipped(self) -> int:
+        return self.engine.skipped_steps + self._skipped_before
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with torch.no_grad(), ExitStack() as stack:
+            if self.stage == 3:
+                import deepspeed
+
+                # what is written into gathered weights is dropped when they are let go
+                stack.enter_context(deepspeed.zero.GatheredParameters(self.parameters))
+            else:
+                before = [p.detach().clone() for p in self.parameters]
+                stack.callback(torch._foreach_copy_, self.parameters, before)
+            for parameter, own in zip(self.parameters, self.average, strict=True):
+                parameter.data.copy_(self._whole(parameter, own))
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write whole tensors, those of every so-many-th parameter by this rank."""
+        tensors: dict[str, Tensor] = {}
+        for number, (name, parameter) in enumerate(self.named.items()):
+            own = number % self.mesh.world == self.mesh.rank
+            for kind, value in self._state_of(number, parameter):
+                if own:
+                    tensors[f"{name}/{kind}"] = value.cpu().contiguous()
+        save_file(tensors, folder / f"rank_{self.mesh.rank:05d}.safetensors")
+        if self.mesh.is_main:
+            count = next((float(state["step"]) for state in self._adam_states()), 0.0)
+            (folder / INDEX_FILE).write_text(json.dumps({"files": self.mesh.world, "adam_step": count}))
+
+    @torch.no_grad()
+    def load(self, folder: Path, *, skipped: int) -> None:
+        """Every rank reads all files, one after the other, and keeps what is its own."""
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{folder} is not a checkpoint of several processes ({error}); go on with the engine that wrote it"
+            ) from error
+        shapes: dict[str, torch.Size] = {}
+        for file in range(index["files"]):
+            for key, value in read_part(folder, f"rank_{file:05d}").items():
+                name, _, kind = key.rpartition("/")
+                if kind == WEIGHT:
+                    shapes[name] = value.shape
+                if name in self.named and value.shape == self._shape(self.named[name]):
+                    self._put(self.named[name], kind, value)
+        check_same({name: self._shape(p) for name, p in self.named.items()}, shapes)
+        for state in self._adam_states():
+            state["step"].fill_(index["adam_step"])
+        self._skipped_before = skipped
+
+    def _state_of(self, number: int, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor that belongs to a parameter, whole, on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._is_plain(parameter):
+            state = self.optimizer.state[parameter]
+            yield from ((WEIGHT, parameter.detach()), *((name, state[name]) for name in MOMENTS))
+        else:
+            yield WEIGHT, safe_get_full_fp32_param(parameter)
+            yield from ((name, safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS)
+        yield AVERAGE, self._whole(parameter, self.average[number])
+
+    def _put(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        value = value.to(parameter.device)
+        if kind == AVERAGE:
+            number = next(i for i, p in enumerate(self.parameters) if p is parameter)
+            average = self.average[number]
+            if average is not None:
+                average.copy_(self._part_of(parameter, value))
+        elif kind == WEIGHT:
+            self._put_weight(parameter, value)
+            if not self._is_plain(parameter):
+                safe_set_full_fp32_param(parameter, value)
+        elif self._is_plain(parameter):
+            self.optimizer.state[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self.stage < 3:
+            parameter.data.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        decay = decay_at(self.ema_decay, step)
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            if average is not None:
+                own = self._own_part(parameter)
+                assert own is not None
+                average.lerp_(own, 1.0 - decay)
+
+    def _is_plain(self, parameter: nn.Parameter) -> bool:
+        """Whether DeepSpeed left the parameter as it is: fp32 weights, nothing sharded."""
+        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _own_part(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the fp32 master values that this rank holds, flat, or None."""
+        if self._is_plain(parameter):
+            return parameter.detach()
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            part = safe_get_local_fp32_param(parameter)
+            assert part is not None
+            return part.detach()
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return None if mapping is None else mapping.hp_fragment.detach()
+
+    def _part_of(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return the part of a whole tensor that this rank holds of a parameter."""
+        if self._is_plain(parameter):
+            return whole
+        flat = whole.flatten()
+        if hasattr(parameter, "ds_id"):
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            padded = nn.functional.pad(flat, (0, size * self.mesh.world - flat.numel()))
+            return padded.narrow(0, self.mesh.rank * size, size)
+        address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
+        return flat.narrow(0, address.start, address.numel)
+
+    def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
+        """Assemble a tensor in the shape of a parameter from the parts of all ranks, on all of them."""
+        if self._is_plain(parameter):
+            assert own is not None
+            return own
+        shape = self._shape(parameter)
+        if hasattr(parameter, "ds_id"):
+            assert own is not None
+            parts = torch.empty(self.mesh.world * own.numel(), dtype=own.dtype, device=own.device)
+            dist.all_gather_into_tensor(parts, own.contiguous())
+            return parts[: shape.numel()].view(shape)
+        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
+        if own is not None:
+            self._part_of(parameter, whole).copy_(own)
+        return self.mesh.sum(whole).view(shape)
+
+    def _adam_states(self) -> Iterator[dict[str, Any]]:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        yield from (state for state in inner.state.values() if "step" in state)
+
+
+def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": gradient_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
