@@ -69,9 +69,7 @@ class DeepSpeedEngine:
             config=_settings(zero_stage, precision, passes, config.gradient_clip),
             dist_init_required=False,
         )
-        for state in self._adam_states():
-            # DeepSpeed makes the states by a step without gradients, which is not to count
-            state["step"] = torch.zeros_like(torch.as_tensor(state["step"], dtype=torch.float32))
+        self._start_adam()
         self.average = [None if x is None else x.clone() for x in map(self._own_part, self.parameters)]
         self._skipped_before = 0
 
@@ -82,9 +80,11 @@ class DeepSpeedEngine:
         for share in shares:
             loss, found = self.engine(share)
             self.engine.backward(loss)
+            norm = self._plain_norm()
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **found})
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+        if norm is None:
+            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
 
@@ -189,6 +189,12 @@ class DeepSpeedEngine:
                 assert own is not None
                 average.lerp_(own, 1.0 - decay)
 
+    def _plain_norm(self) -> Tensor | None:
+        """Return the norm of the gradients where DeepSpeed clips without saying what it was."""
+        if not all(map(self._is_plain, self.parameters)) or not self.engine.is_gradient_accumulation_boundary():
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
     def _is_plain(self, parameter: nn.Parameter) -> bool:
         """Whether DeepSpeed left the parameter as it is: fp32 weights, nothing sharded."""
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
@@ -236,6 +242,23 @@ class DeepSpeedEngine:
         if own is not None:
             self._part_of(parameter, whole).copy_(own)
         return self.mesh.sum(whole).view(shape)
+
+    def _start_adam(self) -> None:
+        """Let Adam's state exist before the first step, at step 0, as a checkpoint may have to be put into it."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        if self.stage == 3:
+            masters = self.optimizer.fp32_partitioned_groups_flat
+        for parameter in masters:
+            state = inner.state[parameter]
+            if not state:
+                device = parameter.device if inner.defaults.get("fused") else "cpu"
+                state["step"] = torch.zeros((), device=device)
+                state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        for state in self._adam_states():
+            state["step"].zero_()  # where DeepSpeed makes the states by a step without gradients
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _adam_states(self) -> Iterator[dict[str, Any]]:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)

@@ -1,0 +1,403 @@
+"""Recycled prediction errors: what a model gets wrong is kept and added to later inputs, so that it learns to mend it.
+
+The error recycling of Stable Video Infinity (arXiv 2510.09212), chunk by chunk for a causal model. A step is:
+
+    injected = bank.inject(clean, noise, sigma_BQ, step=step)
+    noisy = schedule.add_noise(injected.latents, injected.noise, sigma_BT)
+    velocity, target = model(injected.context, noisy, ...), schedule.velocity(clean, injected.noise)
+    errors = prediction_errors(velocity, target, noisy, clean, sigma_BT)
+    bank.add(*errors, sigma_BQ, used_clean=injected.used_clean, step=step)
+
+The target holds the injected noise and the ORIGINAL latents, not the injected ones: the model is to lead back to them.
+The random numbers behind every choice depend on (seed, step, sample, chunk) alone, with their numbers in the global
+batch and the whole clip, and so not on how a batch is split over ranks. The entries chosen from are the rank's own: it
+keeps the errors of its own chunks and no others.
+
+All indices are host integers and all copies asynchronous, so a step makes the host wait for nothing. `inject`, `add`
+and what lies between them must run on one stream.
+
+Shapes: B samples, C channels, T latent frames, H W latent grid, Q chunks of F frames each, so T = Q F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import CheckpointError, ConfigError
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
+from longvideo.train.objective import seeded
+
+STORAGES = ("host", "device")
+SHARES = ("clean_probability", "clean_kept", "context_probability", "latent_probability", "noise_probability")
+DTYPE = torch.bfloat16
+GIB = 2**30
+
+Place: TypeAlias = tuple[int, int]
+"""Sample and chunk, both counted within the call."""
+Pick: TypeAlias = tuple[Tensor, float]
+"""A stored error and its factor."""
+
+
+@dataclass(frozen=True)
+class ErrorRecyclingConfig:
+    """How errors are kept and how often they are injected.
+
+    buckets: equal ranges of the training timesteps. entries: most errors kept in each; memory_gib, of a rank, may allow
+    fewer. storage: "host" is pinned memory beside a GPU. warmup_steps: the first steps, which inject nothing and keep
+    every error. clean_probability: share of later samples that get nothing; of their errors the share clean_kept is
+    kept. context_, latent_ and noise_probability: share of the other samples that get errors in each of the three.
+    modulation: an error is scaled by a factor from 1 - modulation to 1 + modulation.
+    """
+
+    buckets: int = 50
+    entries: int = 500
+    memory_gib: float = 8.0
+    storage: str = "host"
+    warmup_steps: int = 50
+    clean_probability: float = 0.2
+    clean_kept: float = 0.1
+    context_probability: float = 0.9
+    latent_probability: float = 0.9
+    noise_probability: float = 0.01
+    modulation: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buckets <= NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(f"recycling.buckets={self.buckets} must be from 1 to {NUM_TRAIN_TIMESTEPS}")
+        if self.entries < 1 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"recycling.entries={self.entries} and recycling.warmup_steps={self.warmup_steps} must be at least 1"
+                " and 0"
+            )
+        if not self.memory_gib > 0:
+            raise ConfigError(f"recycling.memory_gib={self.memory_gib} must be above 0")
+        if self.storage not in STORAGES:
+            raise ConfigError(f"recycling.storage={self.storage!r} is unknown; use one of {', '.join(STORAGES)}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"recycling.{name}={getattr(self, name)} must be from 0 to 1")
+        if not 0 <= self.modulation < 1:
+            raise ConfigError(f"recycling.modulation={self.modulation} must be from 0 up to, but not, 1")
+
+    @property
+    def kinds(self) -> int:
+        """Tensors of errors: latent errors, and noise errors where they are used at all."""
+        return 2 if self.noise_probability > 0 else 1
+
+    def entries_within_memory(self, chunk_numel: int, *, pinned: bool) -> int:
+        """Return how many entries each bucket has, of chunks of so many numbers; raises ConfigError if none fits."""
+        limit = int(self.memory_gib * GIB)
+        if pinned and limit:
+            # torch rounds an allocation of pinned memory up to a power of two
+            limit = 1 << (limit.bit_length() - 1)
+        one_of_each = self.kinds * self.buckets * chunk_numel * DTYPE.itemsize
+        entries = min(self.entries, limit // one_of_each)
+        if entries < 1:
+            raise ConfigError(
+                f"recycling.memory_gib={self.memory_gib} holds not one entry in each of recycling.buckets="
+                f"{self.buckets}, which take {one_of_each / GIB:.3g} GiB; use more memory or fewer buckets"
+            )
+        return entries
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What a step trains on, [B, C, T, H, W] each; used_clean [B], on the CPU: the samples meant to get no error."""
+
+    context: Tensor
+    latents: Tensor
+    noise: Tensor
+    used_clean: Tensor
+
+
+@dataclass(frozen=True)
+class SampleDraw:
+    """Numbers from [0, 1), one for each decision about a sample; `keep` says whether errors of a clean one stay."""
+
+    clean: float
+    context: float
+    latent: float
+    noise: float
+    keep: float
+
+
+@dataclass(frozen=True)
+class ChunkDraw:
+    """Numbers from [0, 1), one for each choice about a chunk: an entry and a factor of each kind, a slot to replace."""
+
+    context_entry: float
+    context_factor: float
+    latent_entry: float
+    latent_factor: float
+    noise_entry: float
+    noise_factor: float
+    slot: float
+
+
+class ErrorBank:
+    """Errors of the model by noise bucket: bounded, filled by `add`, read by `inject`.
+
+    latent_errors, noise_errors: [buckets, entries, C, F, H, W] bfloat16, allocated once, on the host or on `device`. A
+    full bucket has a random entry replaced. noise_errors is None where the configuration never injects them. filled:
+    entries that each bucket holds.
+    """
+
+    def __init__(
+        self,
+        config: ErrorRecyclingConfig,
+        schedule: FlowSchedule,
+        *,
+        chunk_shape: tuple[int, int, int, int],
+        seed: int,
+        device: torch.device,
+    ):
+        """chunk_shape: C, F, H, W. device: where the model is trained."""
+        self.config = config
+        self.schedule = schedule
+        self.chunk_shape = chunk_shape
+        self.seed = seed
+        self.generator = torch.Generator()
+        self.pinned = config.storage == "host" and device.type == "cuda"
+        self.entries = config.entries_within_memory(torch.Size(chunk_shape).numel(), pinned=self.pinned)
+        self.errors = torch.zeros(
+            (config.kinds, config.buckets, self.entries, *chunk_shape),
+            dtype=DTYPE,
+            device=device if config.storage == "device" else "cpu",
+            pin_memory=self.pinned,
+        )
+        self.latent_errors = self.errors[0]
+        self.noise_errors = self.errors[1] if config.kinds == 2 else None
+        self.filled = [0] * config.buckets
+
+    @property
+    def nbytes(self) -> int:
+        return self.errors.nbytes
+
+    def inject(
+        self,
+        clean_BCTHW: Tensor,
+        noise_BCTHW: Tensor,
+        sigma_BQ: Tensor,
+        *,
+        step: int,
+        samples: Sequence[int] | None = None,
+        chunks: Sequence[int] | None = None,
+        given_BT: Tensor | None = None,
+    ) -> Injected:
+        """Return context, latents and noise with stored errors added to those of the drawn samples.
+
+        A chunk of the context gets a latent error of any bucket, a chunk of the latents a latent error of the bucket of
+        its own noise level, a chunk of the noise a noise error of that bucket; none while the bucket is empty. The
+        target is `schedule.velocity(clean, injected.noise)`, with the clean latents that came in.
+
+        sigma_BQ: noise level of every chunk, on the CPU. samples [B], chunks [Q]: their numbers in the global batch and
+        in the whole clip, counted from 0 by default. given_BT: 1 at frames that stay as they are, such as the image of
+        an image-to-video sample.
+        """
+        buckets_BQ = self._buckets(sigma_BQ, clean_BCTHW)
+        samples, chunks = _numbers(samples, chunks, sigma_BQ)
+        if step < self.config.warmup_steps:
+            used_clean = torch.ones(len(samples), dtype=torch.bool)
+            return Injected(clean_BCTHW, clean_BCTHW, noise_BCTHW, used_clean)
+        config, used_clean = self.config, []
+        context: dict[Place, Pick | None] = {}
+        latents: dict[Place, Pick | None] = {}
+        noise: dict[Place, Pick | None] = {}
+        for b, sample in enumerate(samples):
+            of_sample = self._sample_draw(step, sample)
+            used_clean.append(of_sample.clean < config.clean_probability)
+            if used_clean[-1]:
+                continue
+            for q, chunk in enumerate(chunks):
+                draw, bucket = self._chunk_draw(step, sample, chunk), buckets_BQ[b][q]
+                if of_sample.context < config.context_probability:
+                    context[b, q] = self._pick_any(draw.context_entry, draw.context_factor)
+                if of_sample.latent < config.latent_probability:
+                    latents[b, q] = self._pick(self.latent_errors, bucket, draw.latent_entry, draw.latent_factor)
+                if self.noise_errors is not None and of_sample.noise < config.noise_probability:
+                    noise[b, q] = self._pick(self.noise_errors, bucket, draw.noise_entry, draw.noise_factor)
+        return Injected(
+            context=self._added(clean_BCTHW, context, given_BT),
+            latents=self._added(clean_BCTHW, latents, given_BT),
+            noise=self._added(noise_BCTHW, noise, given_BT),
+            used_clean=torch.tensor(used_clean),
+        )
+
+    @torch.no_grad()
+    def add(
+        self,
+        latent_error_BCTHW: Tensor,
+        noise_error_BCTHW: Tensor,
+        sigma_BQ: Tensor,
+        *,
+        used_clean: Tensor,
+        step: int,
+        samples: Sequence[int] | None = None,
+        chunks: Sequence[int] | None = None,
+        trained_BQ: Tensor | None = None,
+    ) -> None:
+        """Keep the errors of a step, as `prediction_errors` gives them, with what `inject` was given and gave.
+
+        trained_BQ: on the CPU, the chunks that get a loss; errors of the others say nothing and are left out. An error
+        that is not finite is kept as zeros, so that one bad step spoils no later one.
+        """
+        buckets_BQ = self._buckets(sigma_BQ, latent_error_BCTHW)
+        samples, chunks = _numbers(samples, chunks, sigma_BQ)
+        places: dict[tuple[int, int], Place] = {}
+        for b, sample in enumerate(samples):
+            if not self._keeps(step, sample, bool(used_clean[b])):
+                continue
+            for q, chunk in enumerate(chunks):
+                if trained_BQ is None or trained_BQ[b, q]:
+                    bucket = buckets_BQ[b][q]
+                    # two chunks may fall on one slot: the later one has it, in whatever order the copies run
+                    places[bucket, self._slot(bucket, self._chunk_draw(step, sample, chunk))] = b, q
+        both = (latent_error_BCTHW, noise_error_BCTHW)
+        for errors, new in zip(self.errors, both[: self.config.kinds], strict=True):
+            self._write(errors, new, places)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a later run needs to go on bit for bit, uncopied. Waits for copies to the host to end."""
+        if self.pinned:
+            torch.cuda.synchronize()
+        return {"errors": self.errors, "filled": torch.tensor(self.filled)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave; raises CheckpointError when it is of another configuration."""
+        if state["errors"].shape != self.errors.shape:
+            raise CheckpointError(
+                f"the checkpoint's errors have shape {list(state['errors'].shape)}, wanted {list(self.errors.shape)}"
+                " [kinds, buckets, entries, C, F, H, W]; resume with the recycling settings that it was saved with"
+            )
+        self.errors.copy_(state["errors"])
+        self.filled = [int(count) for count in state["filled"].tolist()]
+
+    def _buckets(self, sigma_BQ: Tensor, x_BCTHW: Tensor) -> list[list[int]]:
+        batch, channels, frames, height, width = x_BCTHW.shape
+        wanted = (batch, sigma_BQ.shape[1] * self.chunk_shape[1]), self.chunk_shape
+        got = (sigma_BQ.shape[0], frames), (channels, self.chunk_shape[1], height, width)
+        if got != wanted:
+            raise ValueError(
+                f"latents {list(x_BCTHW.shape)} with sigma {list(sigma_BQ.shape)} are no chunks of"
+                f" {list(self.chunk_shape)} [C, F, H, W]; give sigma [B, Q] and latents [B, C, Q F, H, W]"
+            )
+        if sigma_BQ.device.type != "cpu":
+            raise ValueError(f"sigma is on {sigma_BQ.device}, wanted the CPU: its buckets choose memory on the host")
+        return noise_bucket(sigma_BQ, self.config.buckets, shift=self.schedule.shift).tolist()
+
+    def _sample_draw(self, step: int, sample: int) -> SampleDraw:
+        return SampleDraw(*self._draw(5, "recycled sample", step, sample))
+
+    def _chunk_draw(self, step: int, sample: int, chunk: int) -> ChunkDraw:
+        return ChunkDraw(*self._draw(7, "recycled chunk", step, sample, chunk))
+
+    def _draw(self, count: int, *parts: int | str) -> list[float]:
+        generator = seeded(self.generator, self.seed, *parts)
+        return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+    def _keeps(self, step: int, sample: int, used_clean: bool) -> bool:
+        if not used_clean or step < self.config.warmup_steps:
+            return True
+        return self._sample_draw(step, sample).keep < self.config.clean_kept
+
+    def _slot(self, bucket: int, draw: ChunkDraw) -> int:
+        """Return the next free entry of a bucket, or a random one of a full bucket."""
+        if self.filled[bucket] == self.entries:
+            return int(draw.slot * self.entries)
+        self.filled[bucket] += 1
+        return self.filled[bucket] - 1
+
+    def _pick(self, errors: Tensor, bucket: int, entry: float, factor: float) -> Pick | None:
+        """Choose one of a bucket's entries, None where it has none yet."""
+        filled = self.filled[bucket]
+        return (errors[bucket, int(entry * filled)], self._factor(factor)) if filled else None
+
+    def _pick_any(self, entry: float, factor: float) -> Pick | None:
+        """Choose one of all latent errors, each as likely as the others."""
+        number = int(entry * sum(self.filled))
+        for bucket, filled in enumerate(self.filled):
+            if number < filled:
+                return self.latent_errors[bucket, number], self._factor(factor)
+            number -= filled
+        return None
+
+    def _factor(self, draw: float) -> float:
+        return 1 + self.config.modulation * (2 * draw - 1)
+
+    def _added(self, x_BCTHW: Tensor, picks: Mapping[Place, Pick | None], given_BT: Tensor | None) -> Tensor:
+        """Add the picked errors to their chunks."""
+        found = {place: pick for place, pick in picks.items() if pick is not None}
+        if not found:
+            return x_BCTHW
+        batch, chunks = x_BCTHW.shape[0], x_BCTHW.shape[2] // self.chunk_shape[1]
+        drawn_BQCFHW = torch.zeros((batch, chunks, *self.chunk_shape), dtype=DTYPE, device=x_BCTHW.device)
+        _copy((drawn_BQCFHW[place] for place in found), (error for error, _ in found.values()))
+        factor_BQ = torch.zeros(batch, chunks, dtype=x_BCTHW.dtype)
+        for place, (_, factor) in found.items():
+            factor_BQ[place] = factor
+        error_BQCFHW = drawn_BQCFHW * _to_device(factor_BQ, x_BCTHW.device)[:, :, None, None, None, None]
+        error_BCTHW = error_BQCFHW.transpose(1, 2).flatten(2, 3)
+        if given_BT is not None:
+            error_BCTHW = error_BCTHW * (1 - expand(given_BT.to(x_BCTHW.dtype)))
+        return x_BCTHW + error_BCTHW
+
+    def _write(self, errors: Tensor, new_BCTHW: Tensor, places: Mapping[tuple[int, int], Place]) -> None:
+        """Copy chunks (b, q) of the new errors to entries (bucket, slot)."""
+        new_BQCFHW = new_BCTHW.unflatten(2, (-1, self.chunk_shape[1])).transpose(1, 2).to(DTYPE)
+        finite_BQ = new_BQCFHW.isfinite().flatten(2).all(2)
+        new_BQCFHW = torch.where(finite_BQ[:, :, None, None, None, None], new_BQCFHW, 0).contiguous()
+        _copy((errors[place] for place in places), (new_BQCFHW[chunk] for chunk in places.values()))
+
+
+def noise_bucket(sigma: Tensor, buckets: int, *, shift: float) -> Tensor:
+    """Return the bucket of each noise level: equal ranges of the training timesteps, the noisiest first.
+
+    Levels of the schedule are equally spaced before their shift, so all buckets are drawn equally often.
+    """
+    sigma = sigma.double()
+    unshifted = sigma / (shift - (shift - 1) * sigma)
+    timestep = ((1 - unshifted) * NUM_TRAIN_TIMESTEPS).round().long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
+    return timestep * buckets // NUM_TRAIN_TIMESTEPS
+
+
+@torch.no_grad()
+def prediction_errors(
+    velocity_BCTHW: Tensor, target_BCTHW: Tensor, noisy_BCTHW: Tensor, clean_BCTHW: Tensor, sigma_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the latent errors x0_pred - x0 and the noise errors (v_pred - v_target) (1 - sigma), float32.
+
+    x0 are the original latents, whatever was injected, and sigma_BT is what the noisy copy got. A frame of sigma 0 is
+    given, not predicted: its noise error is 0, as its latent error is by itself.
+    """
+    sigma = expand(sigma_BT.float())
+    latent_error = noisy_BCTHW.float() - sigma * velocity_BCTHW.float() - clean_BCTHW.float()
+    noise_error = (velocity_BCTHW.float() - target_BCTHW.float()) * (1 - sigma) * (sigma > 0)
+    return latent_error, noise_error
+
+
+def _numbers(
+    samples: Sequence[int] | None, chunks: Sequence[int] | None, sigma_BQ: Tensor
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Fill in the numbers of samples and chunks that were not given, and check those that were."""
+    batch, count = sigma_BQ.shape
+    samples, chunks = samples or range(batch), chunks or range(count)
+    if (len(samples), len(chunks)) != (batch, count):
+        raise ValueError(f"{len(samples)} samples and {len(chunks)} chunks are numbered, wanted {batch} and {count}")
+    return samples, chunks
+
+
+def _copy(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    """Copy each tensor into its partner, from host to device or back too, without waiting."""
+    destinations = list(to)
+    if destinations:
+        torch._foreach_copy_(destinations, list(source), non_blocking=True)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a new host tensor to the device without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
