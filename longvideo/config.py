@@ -44,6 +44,12 @@ def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Se
     return cast(T, _build(config, source=", ".join(sources) or "defaults"))
 
 
+def sets_key(key: str, files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> bool:
+    """Say whether a file, or a `key=value`, sets a top-level key or anything below it."""
+    names = [override.partition("=")[0].split(".")[0].split("[")[0] for override in overrides]
+    return key in names or any(key in _read(Path(file)) for file in files)
+
+
 def find_config(name: str | Path) -> Path:
     """Return the YAML file at the path `name`, or else the packaged one, such as `tiny/vae`.
 

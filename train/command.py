@@ -83,15 +83,35 @@ def ar(
     dry_run: DryRun = 0,
     trace: Trace = False,
 ) -> None:
-    """Train the causal transformer and its text encoder on latents of ShapeWorld, by teacher forcing.
+    """Train the causal transformer by teacher forcing: on ShapeWorld, or on your own encoded clips.
 
-    The autoencoder comes from a model folder, `vae=runs/vae/model` or `vae=tiny`; `initialize=` names one to take the
-    transformer and text encoder from. The preset `tiny/ar_opening` trains how videos begin, `tiny/ar` goes on from it
-    with how they continue. The run folder is laid out as that of `train vae`; its `model/` is complete:
-    `longvideo generate --model runs/ar/model`.
+    A configuration without `data` draws ShapeWorld and trains the text encoder too. The autoencoder comes from a model
+    folder, `vae=runs/vae/model` or `vae=tiny`; `initialize=` names one to take the transformer and text encoder from.
+    The preset `tiny/ar_opening` trains how videos begin, `tiny/ar` goes on from it with how they continue.
+
+    A configuration with `data`, such as `wan/ar`, trains on a folder that `longvideo data encode` made, from the model
+    folder `initialize`. Either runs in many processes:
+
+    `torchrun --nproc-per-node 8 -m longvideo.train wan/ar data=clips initialize=wan parallel.sequence=4`
+
+    The run folder is laid out as that of `train vae`; its `model/` is complete: `longvideo generate --model RUN/model`.
 
     Example: `longvideo train ar tiny/ar_opening vae=tiny --out runs/ar_opening --max-minutes 9`
     """
+    from longvideo.config import find_config, sets_key
+
+    given = arguments or []
+    files = [find_config(name) for name in given if "=" not in name]
+    if sets_key("data", files, [name for name in given if "=" in name]):
+        from longvideo.train.clip_training import ClipTraining
+
+        def build_clips(config: ClipTraining, target: torch.device, mesh: Mesh) -> Recipe:
+            from longvideo.train.clip_training import ClipRecipe
+
+            return ClipRecipe(config, target, mesh, dry_run=bool(dry_run))
+
+        _train(ClipTraining, build_clips, "wan/ar", given, out, resume, max_minutes, device, dry_run, trace)
+        return
 
     def build(config: ArTraining, target: torch.device, mesh: Mesh) -> Recipe:
         from longvideo.train.ar import ArRecipe
@@ -100,7 +120,7 @@ def ar(
 
     from longvideo.train.ar import ArTraining
 
-    _train(ArTraining, build, "tiny/ar_opening", arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    _train(ArTraining, build, "tiny/ar_opening", given, out, resume, max_minutes, device, dry_run, trace)
 
 
 def _train(

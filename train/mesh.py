@@ -19,7 +19,8 @@ class ParallelConfig:
 
     sequence: ranks that share each video's frames; the others hold other videos. zero_stage: what DeepSpeed shards over
     all ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too. micro_batch: videos of a replica in one
-    pass, by default all of its share; the global batch is reached by accumulating gradients. timeout_minutes: until a rank that waits gives up.
+    pass, by default all of its share; the batch of a step is reached by accumulating gradients. timeout_minutes: until
+    a rank that waits gives up.
     """
 
     sequence: int = 1
@@ -84,7 +85,8 @@ def build_mesh(sequence: int) -> Mesh:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % sequence:
         raise ConfigError(
-            f"parallel.sequence={sequence} does not divide {world} ranks; use one of {', '.join(map(str, divisors(world)))}"
+            f"parallel.sequence={sequence} does not divide {world} ranks;"
+            f" use one of {', '.join(map(str, divisors(world)))}"
         )
     if world == 1:
         return Mesh()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,10 @@ def _run(rank: int, world: int, store: str, work: Callable[..., Any], arguments:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    # when one rank fails the others wait for it this long
+    waiting = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=waiting)
     try:
         return work(*arguments)
-    except BaseException:
-        # the others wait for this rank and would never end
-        traceback.print_exc()
-        os._exit(1)
     finally:
         dist.destroy_process_group()

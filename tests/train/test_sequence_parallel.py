@@ -161,9 +161,7 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
 def test_mean_weight_counts_all_frames_with_a_loss() -> None:
     batch = whole_batch()
     shares = [
-        share
-        for rank in range(4)
-        for share in batch.shares(Mesh(world=4, rank=rank, sequence=2), 1, SPEC.chunk_frames)
+        share for rank in range(4) for share in batch.shares(Mesh(world=4, rank=rank, sequence=2), 1, SPEC.chunk_frames)
     ]
     assert len(shares) == 8
     assert sum(float(share.loss_mask.sum()) for share in shares) == float(batch.loss_mask.sum())

@@ -1,0 +1,191 @@
+"""Train the causal transformer on a folder of encoded clips, in one process or in many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.kernels.nvfp4.format import Rule
+from longvideo.model.config import PRESETS
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import train_in_nvfp4
+from longvideo.quantization.training import TrainingRecipe
+from longvideo.train.clip_views import Clips, ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
+from longvideo.train.objective import seeded
+from longvideo.train.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.trainer import TrainerConfig
+from longvideo.train.views import ViewStage
+
+VAE_SCALE = 16  # pixels of a latent, each way
+
+
+@dataclass(frozen=True)
+class NVFP4Config:
+    """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
+
+    keep: layers of the blocks that stay as they are, by official name, `*` for anything.
+    """
+
+    enabled: bool = False
+    keep: list[str] = field(default_factory=list)
+    inputs: str = Rule.ADAPTIVE.value
+    weights: str = Rule.STATIC6.value
+    stochastic_gradients: bool = True
+    hadamard: bool = True
+
+    def __post_init__(self) -> None:
+        rules = [rule.value for rule in Rule]
+        for name in ("inputs", "weights"):
+            if getattr(self, name) not in rules:
+                raise ConfigError(f"nvfp4.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(rules)}")
+
+
+@dataclass(frozen=True)
+class ClipTraining:
+    """`longvideo train ar` with `data`.
+
+    data: a folder made by `longvideo data encode`; none is needed for `--dry-run`, which then takes noise of the shapes
+    of `settings`. initialize: a model folder to take everything from; without one, a fresh transformer of `preset`.
+    """
+
+    seed: int = 0
+    data: str | None = None
+    initialize: str | None = None
+    preset: str = "wan2.2-ti2v-5b"
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    views: ClipViewConfig = field(default_factory=ClipViewConfig)
+    objective: TeacherForcingConfig = field(default_factory=lambda: TeacherForcingConfig(checkpoint=True))
+    nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
+    stages: list[ViewStage] = field(default_factory=lambda: [ViewStage(steps=600, batch=1, chunks=12)])
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="constant", beta2=0.999, gradient_clip=10)
+    )
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=100, max_skipped_steps=10)
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+
+
+class ClipRecipe:
+    """What the trainer runs for `longvideo train ar` with `data`."""
+
+    def __init__(self, config: ClipTraining, device: torch.device, mesh: Mesh, *, dry_run: bool):
+        self.config = config
+        self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
+        self.folder = None if config.initialize is None else ModelFolder.open(config.initialize)
+        self.settings = config.settings if self.folder is None else self.folder.settings
+        shape = PRESETS[config.preset] if self.folder is None else self.folder.transformer_config
+        check_sequence(
+            mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
+        )
+        self.clips = self._open_clips(dry_run=dry_run)
+        if self.folder is not None:
+            self.transformer = self.folder.load_transformer(device=device, dtype=torch.float32).train()
+        else:
+            with torch.device(device):
+                self.transformer = CausalTransformer(shape)
+            self.transformer.initialize(torch.Generator(device).manual_seed(config.seed))
+        if config.nvfp4.enabled:
+            self._train_in_nvfp4(device, mesh)
+        self.spec = self._spec()
+        schedule = FlowSchedule(self.settings.shift)
+        self.objective = TeacherForcing(
+            self.transformer, None, config.objective, spec=self.spec, schedule=schedule, device=device, mesh=mesh
+        )
+        pins_matter = config.objective.context == "window" and self.spec.pin_shots
+        self.source = ClipViewSource(
+            self.clips,
+            config.stages,
+            config.views,
+            schedule,
+            seed=config.seed,
+            tokens_per_chunk=self.spec.tokens_per_chunk,
+            cuts_matter=bool(self.spec.offset_per_shot) or pins_matter,
+            device=device,
+        )
+
+    def start(self, step: int) -> None:
+        """Nothing to get ready: clips are read when they are due."""
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        """No numbers yet."""
+        return {}
+
+    def export(self, folder: Path) -> None:
+        """Write a model folder; its autoencoder and text encoder are those that the run began with."""
+        parts = () if self.folder is None else self.folder.parts
+        ModelFolder.save(
+            folder,
+            settings=replace(self.settings, text_len=self.transformer.config.text_len),
+            transformer=self.transformer,
+            vae=self.folder.load_vae() if self.folder and "vae" in parts else None,
+            text_encoder=self.folder.load_text_encoder() if self.folder and "text_encoder" in parts else None,
+            dtype=torch.bfloat16,
+            overwrite=True,
+        )
+
+    def _open_clips(self, *, dry_run: bool) -> Clips:
+        config, settings = self.config, self.settings
+        shape = PRESETS[config.preset] if self.folder is None else self.folder.transformer_config
+        size = (settings.height // VAE_SCALE, settings.width // VAE_SCALE)
+        if config.data is None:
+            if not dry_run:
+                raise ConfigError("data names no folder of encoded clips; `longvideo data encode` makes one")
+            return RandomClips(
+                chunks=max(stage.chunks for stage in config.stages),
+                chunk_frames=settings.chunk_frames,
+                latents=(shape.in_channels, *size),
+                text=(shape.text_len, shape.text_dim),
+            )
+        from longvideo.data.encoded import EncodedDataset
+
+        clips = EncodedDataset.open(config.data)
+        found = {
+            "latent channels": (clips.channels, shape.in_channels),
+            "latent size": (clips.latent_size, size),
+            "chunk_frames": (clips.chunk_frames, settings.chunk_frames),
+            "text_len": (clips.text_len, shape.text_len),
+            "text_dim": (clips.text_dim, shape.text_dim),
+        }
+        for name, (got, wanted) in found.items():
+            if got != wanted:
+                raise ConfigError(f"{config.data} has {name} {got}, the model wants {wanted}; encode with this model")
+        return clips
+
+    def _spec(self) -> ChunkSpec:
+        settings = self.settings
+        patch = 2 * VAE_SCALE
+        return ChunkSpec(
+            grid_height=settings.height // patch,
+            grid_width=settings.width // patch,
+            chunk_frames=settings.chunk_frames,
+            window_frames=settings.window_frames,
+            sink_frames=settings.sink_frames,
+            pin_shots=settings.pin_shots,
+            offset_per_shot=settings.offset_per_shot,
+        )
+
+    def _train_in_nvfp4(self, device: torch.device, mesh: Mesh) -> Sequence[str]:
+        nvfp4 = self.config.nvfp4
+        recipe = TrainingRecipe(
+            inputs=Rule(nvfp4.inputs),
+            weights=Rule(nvfp4.weights),
+            stochastic_gradients=nvfp4.stochastic_gradients,
+            hadamard=nvfp4.hadamard,
+        )
+        generator = seeded(torch.Generator(device), self.config.seed, "rounding", mesh.rank)
+        return train_in_nvfp4(self.transformer, recipe, generator=generator, keep=nvfp4.keep)
