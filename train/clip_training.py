@@ -40,6 +40,7 @@ class NVFP4Config:
     keep: list[str] = field(default_factory=list)
     inputs: str = Rule.ADAPTIVE.value
     weights: str = Rule.STATIC6.value
+    tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
 
@@ -99,12 +100,21 @@ class ClipRecipe:
             with torch.device(device):
                 self.transformer = CausalTransformer(shape)
             self.transformer.initialize(torch.Generator(device).manual_seed(config.seed))
+        self.rounding = torch.Generator(device)
         if config.nvfp4.enabled:
-            self._train_in_nvfp4(device, mesh)
+            self._train_in_nvfp4()
         self.spec = self._spec()
         schedule = FlowSchedule(self.settings.shift)
         self.objective = TeacherForcing(
-            self.transformer, None, config.objective, spec=self.spec, schedule=schedule, device=device, mesh=mesh
+            self.transformer,
+            None,
+            config.objective,
+            spec=self.spec,
+            schedule=schedule,
+            device=device,
+            mesh=mesh,
+            # a resumed run rounds as an uninterrupted one would
+            on_step=lambda step: seeded(self.rounding, config.seed, "rounding", step, mesh.rank),
         )
         pins_matter = config.objective.context == "window" and self.spec.pin_shots
         self.source = ClipViewSource(
@@ -179,13 +189,13 @@ class ClipRecipe:
             offset_per_shot=settings.offset_per_shot,
         )
 
-    def _train_in_nvfp4(self, device: torch.device, mesh: Mesh) -> Sequence[str]:
+    def _train_in_nvfp4(self) -> Sequence[str]:
         nvfp4 = self.config.nvfp4
         recipe = TrainingRecipe(
             inputs=Rule(nvfp4.inputs),
             weights=Rule(nvfp4.weights),
+            tiles=nvfp4.tiles,
             stochastic_gradients=nvfp4.stochastic_gradients,
             hadamard=nvfp4.hadamard,
         )
-        generator = seeded(torch.Generator(device), self.config.seed, "rounding", mesh.rank)
-        return train_in_nvfp4(self.transformer, recipe, generator=generator, keep=nvfp4.keep)
+        return train_in_nvfp4(self.transformer, recipe, generator=self.rounding, keep=nvfp4.keep)

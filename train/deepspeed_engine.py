@@ -62,6 +62,9 @@ class DeepSpeedEngine:
             weight_decay=config.weight_decay,
             fused=self.parameters[0].device.type == "cuda",
         )
+        # what DeepSpeed returns has no common type
+        self.engine: Any
+        self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             model_parameters=self.parameters,
@@ -76,6 +79,7 @@ class DeepSpeedEngine:
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
         for share in shares:
             loss, found = self.engine(share)

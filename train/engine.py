@@ -72,6 +72,7 @@ class LocalEngine:
         self.skipped = torch.zeros((), device=device)
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
+        self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
         for share in shares:
             loss, found = self.loss(share)

@@ -95,7 +95,7 @@ def build_mesh(sequence: int) -> Mesh:
     own = None
     for ranks in groups:
         group = dist.new_group(ranks) if sequence > 1 else None
-        if rank in ranks:
+        if rank in ranks and isinstance(group, dist.ProcessGroup):
             own = group
     return Mesh(world, rank, sequence, own)
 

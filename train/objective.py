@@ -19,6 +19,9 @@ class Objective(nn.Module):
     device until a log step.
     """
 
+    def begin(self, step: int) -> None:
+        """Get ready for a step; called before its first batch."""
+
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 

@@ -68,7 +68,8 @@ class Pass:
 class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
 
-    text_encoder: tokens to features; None where batches bring features.
+    text_encoder: tokens to features; None where batches bring features. on_step: called with the number of each step
+    before it.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class TeacherForcing(Objective):
         schedule: FlowSchedule,
         device: torch.device,
         mesh: Mesh | None = None,
+        on_step: Callable[[int], object] = lambda step: None,
     ):
         super().__init__()
+        self._on_step = on_step
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.config = config
@@ -98,6 +101,9 @@ class TeacherForcing(Objective):
                     block.compile(dynamic=False, mode=config.compile_mode)
             else:
                 self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
+
+    def begin(self, step: int) -> None:
+        self._on_step(step)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         prepared = self.prepared(batch.clean.shape[2] // self.spec.chunk_frames, batch.cuts)

@@ -1,4 +1,4 @@
-"""`longvideo data`: make data sets."""
+"""`longvideo data`: make, check, import and encode data sets."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ import typer
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.data.encoded import SkippedClip
+    from longvideo.data.encoding import EncodingPlan
     from longvideo.data.manifest import ShotEntry
     from longvideo.shapeworld.dataset import SceneScript
 
-app = typer.Typer(no_args_is_help=True, help="Make data sets: videos and a manifest that says what they show.")
+HELP = "Make, check, import and encode data sets: videos and a manifest that says what they show."
+
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 MAX_SECONDS = 3600.0
 SIZE_STEP = 16
+BAD_CLIPS, BAD_SHARE = 10, 0.01
+"""Clips that may be damaged where --max-bad does not say: so many, or this share of all if that is more."""
+EXIT_PROBLEMS = 2
+
+ManifestArgument = Annotated[
+    Path, typer.Argument(metavar="MANIFEST", help="JSON lines, as docs/data.md describes them.")
+]
 
 
-@app.callback()
-def data() -> None:
-    """Make data sets: videos and a manifest that says what they show."""
+@app.callback(help=HELP)
+def data() -> None: ...
 
 
 @app.command()
@@ -42,6 +57,8 @@ def shapeworld(
 
     The manifest is the format in which you bring your own videos: one JSON object a line with the video's file, its
     frame rate and length, and its shots as start frame, end frame and caption. Equal options give equal files.
+
+    Example: `longvideo data shapeworld --out shapes --clips 100 --seconds 8 --shots 2`
     """
     from longvideo.shapeworld.dataset import chunks_for
 
@@ -67,6 +84,209 @@ def shapeworld(
     )
 
 
+@app.command()
+def validate(
+    manifest: ManifestArgument,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Decode every frame; otherwise the header and the end are read.")
+    ] = False,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a training clip: 29 frames, then 32 each.")] = 1,
+) -> None:
+    """Check every line of a manifest and every video, and say everything that is wrong.
+
+    Prints a line for each problem, with the manifest's line and the reason: JSON and keys, missing files, empty
+    captions, shots out of range, videos that cannot be read or are cut short, a length or rate that is not the file's,
+    videos too short for a single clip. Then counts what training would get of the rest at 24 frames a second. Exit
+    code 0 when all is well, 2 when anything is wrong.
+
+    Example: `longvideo data validate footage/manifest.jsonl --chunks 4 --frames`
+    """
+    from rich.console import Console
+
+    from longvideo.data.validation import validate_manifest
+
+    with _progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("videos checked", total=None)
+        report = validate_manifest(
+            manifest,
+            num_chunks=chunks,
+            decode=frames,
+            on_line=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    for problem in report.problems:
+        typer.echo(f"{manifest}:{problem.line}: {problem.why}")
+    lines_wrong = len({problem.line for problem in report.problems})
+    typer.echo(f"{_count(len(report.problems), 'problem')} in {lines_wrong} of {_count(report.lines, 'line')}")
+    typer.echo(
+        f"{_count(report.videos, 'good video')}, {report.seconds / 3600:.3f} hours, {_count(report.shots, 'shot')}, "
+        f"{_count(report.clips, 'clip')} of {_count(chunks, 'chunk')}"
+    )
+    if report.problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+@app.command("import-longlive")
+def import_longlive(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Holds video/SAMPLE/0.mp4 and caption/SAMPLE/0.json, and so on.")
+    ],
+    out: Annotated[Path, typer.Option(help="Manifest to write; the videos stay where they are.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the manifest if it exists.")] = False,
+) -> None:
+    """Write a manifest for data in LongLive 2.0's folders.
+
+    A folder below `video` is a sample, and its numbered files are consecutive shots, so a clip goes on from one file to
+    the next with a cut between. The caption of `video/SAMPLE/3.mp4` is in `caption/SAMPLE/3.json` as
+    `{"caption": "..."}`. Shots without a caption or a readable video are left out, named and counted.
+
+    Example: `longvideo data import-longlive longlive-data --out longlive-data/manifest.jsonl`
+    """
+    import os
+    from collections import Counter
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from longvideo.data.longlive import read_longlive
+    from longvideo.data.manifest import write_manifest
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: wanted a file in a folder that exists, such as {folder / 'manifest.jsonl'}")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists; choose another name or add --overwrite")
+    with _progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("samples read", total=None)
+        entries, left_out = read_longlive(
+            folder, on_sample=lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    write_manifest(out, [replace(entry, video=Path(os.path.relpath(entry.video, out.parent))) for entry in entries])
+    for file in left_out:
+        typer.echo(f"left out {file.file}: {file.kind}: {file.why}")
+    counts = Counter(file.kind for file in left_out)
+    seconds = sum(entry.num_frames / entry.fps for entry in entries)
+    samples = len({entry.sample for entry in entries})
+    kinds = "".join(f", {number} with {kind!r}" for kind, number in sorted(counts.items()))
+    typer.echo(
+        f"{out}: {_count(samples, 'sample')}, {_count(len(entries), 'shot')}, {seconds / 3600:.3f} hours; "
+        f"{_count(len(left_out), 'file')} left out{kinds}"
+    )
+
+
+@app.command()
+def encode(
+    manifest: ManifestArgument,
+    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; its encoders are used.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; one that is unfinished is gone on with.")],
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a clip.")] = 4,
+    height: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a file; one is held in memory.")] = 2**30,
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode video, with up to two clips of pixels in memory for each.")
+    ] = 4,
+    shard_of: Annotated[
+        str, typer.Option(metavar="I/N", help="Encode share I of N, counted from 0; run each on a machine or GPU.")
+    ] = "0/1",
+    max_bad: Annotated[
+        int | None,
+        typer.Option(min=0, help="Most clips of a share that may be damaged.  [default: 1 % of them, but at least 10]"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Encode anew what is there already.")] = False,
+) -> None:
+    """Encode all clips of a manifest and their captions once, so that training reads latents instead of videos.
+
+    Writes the autoencoder's normalised mean latents and the text encoder's features as bf16 in files of safetensors;
+    docs/data.md has the format. A command that was stopped is given again: it goes on after the files that are
+    complete, and the result is the same to the byte. Damaged clips are left out, named and counted; when there are
+    more than `--max-bad`, it stops.
+
+    Example: `longvideo data encode footage/manifest.jsonl --model tiny --out encoded --chunks 4`
+
+    On four machines: `longvideo data encode ... --shard-of 0/4`, then `1/4`, `2/4` and `3/4`, into one shared folder.
+    """
+    from rich.console import Console
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.data.encoding import open_output, plan_encoding
+    from longvideo.infer.pipeline import pick_device
+
+    share, shares = _parse_share(shard_of)
+    where = pick_device(device)
+    folder = ModelFolder.open(model)
+    plan = plan_encoding(
+        manifest,
+        folder,
+        out,
+        num_chunks=chunks,
+        size=(height or folder.settings.height, width or folder.settings.width),
+        shard_bytes=shard_bytes,
+        shares=shares,
+        precision="bf16" if where.type == "cuda" else "fp32",
+        model=model,
+    )
+    open_output(plan, share, overwrite=overwrite)
+    console = Console(stderr=True)
+    encode_share(plan, folder, share, device=where, workers=workers, max_bad=max_bad, console=console)
+
+
+def encode_share(
+    plan: EncodingPlan,
+    folder: ModelFolder,
+    share: int,
+    *,
+    device: torch.device,
+    workers: int,
+    max_bad: int | None,
+    console: Console,
+) -> None:
+    """Encode what is missing of a share; each encoder is loaded only if something is."""
+    import torch
+
+    from longvideo.data.encoded import LATENTS, TEXT
+    from longvideo.data.encoding import encode_captions, encode_clips, missing_shards, skipped_clips
+
+    num_clips = sum(len(shard.numbers) for shard in plan.info.latents_shards[share])
+    if max_bad is None:
+        # a share of which nothing can be read is never fine
+        max_bad = min(max(BAD_CLIPS, int(BAD_SHARE * num_clips)), max(0, num_clips - 1))
+    text, latents = (missing_shards(plan, kind, share) for kind in (TEXT, LATENTS))
+
+    def on_skip(clip: SkippedClip) -> None:
+        console.print(f"left out clip {clip.number}: {clip.why}", highlight=False, soft_wrap=True)
+
+    with _progress(console) as progress:
+        if text:
+            bar = progress.add_task("captions encoded", total=sum(len(shard.numbers) for shard in text))
+            # as in training: features in bf16 on a GPU, in fp32 on a CPU
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            text_encoder = folder.load_text_encoder(device=device, dtype=dtype)
+            encode_captions(plan, text, text_encoder, on_caption=lambda: progress.advance(bar))
+            del text_encoder
+        if latents:
+            missing = sum(len(shard.numbers) for shard in latents)
+            clip_bar = progress.add_task("clips encoded", total=num_clips, completed=num_clips - missing)
+            autoencoder = folder.load_vae(device=device, dtype=torch.float32)
+            encode_clips(
+                plan,
+                latents,
+                autoencoder,
+                share=share,
+                workers=workers,
+                max_bad=max_bad,
+                on_clip=lambda: progress.advance(clip_bar),
+                on_skip=on_skip,
+            )
+    skipped = len(skipped_clips(plan, share))
+    whose = f"share {share} of {plan.info.shares}: " if plan.info.shares > 1 else ""
+    before = "" if text or latents else ", all of them from before"
+    console.print(
+        f"{plan.out}: {whose}{_count(num_clips - skipped, 'clip')}{before}, {skipped} damaged and left out",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def write_shapeworld(
     folder: Path,
     *,
@@ -79,7 +299,6 @@ def write_shapeworld(
 ) -> None:
     """Write a data set; the manifest comes last, so a folder with a manifest is complete."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from longvideo.data.manifest import VideoEntry, write_manifest
     from longvideo.data.video import write_video
@@ -90,8 +309,7 @@ def write_shapeworld(
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
     entries: list[VideoEntry] = []
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with _progress(console) as progress:
         for i in progress.track(range(num_clips), description="ShapeWorld videos"):
             script = sample_script(first_seed + i, split=split, num_shots=num_shots, num_chunks=num_chunks)
             video = Path("videos") / f"{i:06d}.mp4"
@@ -99,6 +317,24 @@ def write_shapeworld(
             entries.append(VideoEntry(video, FPS, script.num_frames, _shot_entries(script)))
     write_manifest(manifest, entries)
     console.print(f"{num_clips} videos of {entries[0].num_frames / FPS:.2f} s, described in {manifest}")
+
+
+def _parse_share(text: str) -> tuple[int, int]:
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise UserError(f"--shard-of is {text!r}, wanted I/N with I from 0 to N - 1, such as 0/4")
+    return int(share), int(shares)
+
+
+def _progress(console: Console) -> Progress:
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shot_entries(script: SceneScript) -> tuple[ShotEntry, ...]:

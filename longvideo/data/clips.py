@@ -3,14 +3,19 @@
 A clip of G chunks has 29 + 32 (G - 1) pixel frames at the model's rate. Windows begin at multiples of 32 frames: the
 chunk boundaries inside them, 29 + 32 k after the window's first frame, then fall on those of the whole video, so cuts
 that lie on chunk boundaries stay there.
+
+The files of a sample are one video. Each of them gives whole chunks and what is left at its end is dropped, so the cuts
+between files lie on chunk boundaries whatever the lengths of the files are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from longvideo.data.manifest import VideoEntry
@@ -25,19 +30,49 @@ class ChunkFrames:
     first: int = 29
     later: int = 32
 
+    @classmethod
+    def of_latents(cls, latent_frames: int, temporal_scale: int) -> ChunkFrames:
+        """Sizes of chunks of so many latent frames; the first latent frame of a video holds one pixel frame."""
+        return cls((latent_frames - 1) * temporal_scale + 1, latent_frames * temporal_scale)
+
     def start(self, chunk: int) -> int:
         """First frame of a chunk, and so the number of frames of all chunks before it."""
         return 0 if chunk == 0 else self.first + (chunk - 1) * self.later
 
+    def whole(self, num_frames: int) -> int:
+        """Frames of the whole chunks that so many frames hold."""
+        return 0 if num_frames < self.first else num_frames - (num_frames - self.first) % self.later
+
 
 @dataclass(frozen=True)
-class ClipReference:
-    """Where a clip lies: enough to read it, cheap enough to shuffle and share out by the million."""
+class Footage:
+    """A stretch of one file: `num_frames` frames at the clip's rate, from `start_seconds` on."""
 
     video: Path
     start_seconds: float
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class ClipReference:
+    """Where a clip lies: enough to read it, cheap enough to shuffle and share out by the million.
+
+    footage: shown one after the other; one stretch, or several where a clip goes on in the next file of its sample.
+    """
+
+    footage: tuple[Footage, ...]
     captions: tuple[str, ...]
     cuts: tuple[bool, ...]
+
+    @property
+    def video(self) -> Path:
+        """File of the first frame."""
+        return self.footage[0].video
+
+    @property
+    def start_seconds(self) -> float:
+        """Time of the first frame in its file."""
+        return self.footage[0].start_seconds
 
 
 @dataclass(frozen=True)
@@ -47,6 +82,15 @@ class Clip:
     frames: Tensor
     captions: tuple[str, ...]
     cuts: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class FilePlace:
+    """Frames [begin, end) of a sample, at the model's rate, are those of one file; none if it is too short."""
+
+    entry: VideoEntry
+    begin: int
+    end: int
 
 
 def plan_clips(
@@ -60,9 +104,8 @@ def plan_clips(
     chunks = chunks or ChunkFrames()
     references = [
         reference
-        for entry in entries
-        for begin in range(0, _frames_at(entry, fps) - chunks.start(num_chunks) + 1, num_chunks * chunks.later)
-        if (reference := _reference(entry, begin, num_chunks=num_chunks, fps=fps, chunks=chunks)) is not None
+        for sample in group_samples(entries)
+        for reference in sample_clips(lay_out(sample, fps=fps, chunks=chunks), num_chunks, fps=fps, chunks=chunks)
     ]
     if not references:
         wanted = chunks.start(num_chunks) / fps
@@ -70,18 +113,46 @@ def plan_clips(
     return references
 
 
+def group_samples(entries: Iterable[VideoEntry]) -> list[tuple[VideoEntry, ...]]:
+    """Put the entries of each sample together; an entry without one stands alone."""
+    named = ((entry.sample or number, entry) for number, entry in enumerate(entries))
+    return [tuple(entry for _, entry in group) for _, group in groupby(named, lambda pair: pair[0])]
+
+
+def lay_out(sample: Sequence[VideoEntry], *, fps: float, chunks: ChunkFrames) -> list[FilePlace]:
+    """Place the files of a sample one after the other, each with its whole chunks."""
+    places: list[FilePlace] = []
+    begin = 0
+    for entry in sample:
+        end = max(begin, chunks.whole(begin + frames_at(entry, fps)))
+        places.append(FilePlace(entry, begin, end))
+        begin = end
+    return places
+
+
+def frames_at(entry: VideoEntry, fps: float) -> int:
+    """Number of frames that reading the video at `fps` gives."""
+    last = (entry.num_frames - 0.5) / entry.fps
+    return int(last * fps - 1e-6) + 1
+
+
+def sample_clips(
+    places: Sequence[FilePlace], num_chunks: int, *, fps: float, chunks: ChunkFrames
+) -> list[ClipReference]:
+    """List the clips of one sample; see `plan_clips`."""
+    begins = range(0, places[-1].end - chunks.start(num_chunks) + 1, num_chunks * chunks.later)
+    references = (_reference(places, begin, num_chunks=num_chunks, fps=fps, chunks=chunks) for begin in begins)
+    return [reference for reference in references if reference is not None]
+
+
 def read_clip(
     reference: ClipReference, *, size: tuple[int, int], fps: float = 24.0, chunks: ChunkFrames | None = None
 ) -> Clip:
     """Read one clip at `fps` and `size` (height, width)."""
     wanted = (chunks or ChunkFrames()).start(len(reference.captions))
-    frames = read_video(reference.video, fps=fps, size=size, start_seconds=reference.start_seconds, max_frames=wanted)
-    if len(frames) < wanted:
-        raise UserError(
-            f"{reference.video} has {len(frames)} frames after {reference.start_seconds:.2f} s, wanted {wanted}; "
-            "its manifest line promises more frames than the file holds"
-        )
-    return Clip(frames, reference.captions, reference.cuts)
+    assert sum(footage.num_frames for footage in reference.footage) == wanted, "planned with other chunks"
+    frames = [_read_footage(footage, size=size, fps=fps) for footage in reference.footage]
+    return Clip(torch.cat(frames), reference.captions, reference.cuts)
 
 
 def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int], fps: float = 24.0) -> Iterator[Clip]:
@@ -90,28 +161,49 @@ def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int],
         yield read_clip(reference, size=size, fps=fps)
 
 
-def _frames_at(entry: VideoEntry, fps: float) -> int:
-    """Number of frames that reading the video at `fps` gives."""
-    last = (entry.num_frames - 0.5) / entry.fps
-    return int(last * fps - 1e-6) + 1
+def _read_footage(footage: Footage, *, size: tuple[int, int], fps: float) -> Tensor:
+    start, wanted = footage.start_seconds, footage.num_frames
+    frames = read_video(footage.video, fps=fps, size=size, start_seconds=start, max_frames=wanted)
+    if len(frames) < wanted:
+        raise UserError(
+            f"{footage.video} has {len(frames)} frames after {start:.2f} s, wanted {wanted}; "
+            "its manifest line promises more frames than the file holds"
+        )
+    return frames
 
 
 def _reference(
-    entry: VideoEntry, begin: int, *, num_chunks: int, fps: float, chunks: ChunkFrames
+    places: Sequence[FilePlace], begin: int, *, num_chunks: int, fps: float, chunks: ChunkFrames
 ) -> ClipReference | None:
-    shots: list[int] = []
+    shots: list[tuple[int, int]] = []
     for chunk in range(num_chunks):
         span = ((begin + chunks.start(chunk)) / fps, (begin + chunks.start(chunk + 1)) / fps)
-        shot = _main_shot(entry, span)
+        shot = _main_shot(places, span, fps)
         if shot is None:
             return None
         shots.append(shot)
     cuts = tuple(i == 0 or shots[i] != shots[i - 1] for i in range(num_chunks))
-    return ClipReference(entry.video, begin / fps, tuple(entry.shots[shot].caption for shot in shots), cuts)
+    captions = tuple(places[file].entry.shots[shot].caption for file, shot in shots)
+    return ClipReference(_footage(places, begin, begin + chunks.start(num_chunks), fps), captions, cuts)
 
 
-def _main_shot(entry: VideoEntry, span: tuple[float, float]) -> int | None:
-    """The shot that covers most of the seconds of `span`, if it covers half of them."""
-    covered = [min(span[1], shot.end / entry.fps) - max(span[0], shot.start / entry.fps) for shot in entry.shots]
-    best = max(range(len(covered)), key=covered.__getitem__)
+def _footage(places: Sequence[FilePlace], begin: int, end: int, fps: float) -> tuple[Footage, ...]:
+    """The stretches of files that make frames [begin, end) of a sample."""
+    stretches: list[Footage] = []
+    for place in places:
+        first, last = max(begin, place.begin), min(end, place.end)
+        if first < last:
+            stretches.append(Footage(place.entry.video, (first - place.begin) / fps, last - first))
+    return tuple(stretches)
+
+
+def _main_shot(places: Sequence[FilePlace], span: tuple[float, float], fps: float) -> tuple[int, int] | None:
+    """The file and shot that cover most of the seconds of `span`, if they cover half of them."""
+    covered: dict[tuple[int, int], float] = {}
+    for file, place in enumerate(places):
+        begin, end = place.begin / fps, place.end / fps
+        for number, shot in enumerate(place.entry.shots):
+            first = max(span[0], begin + shot.start / place.entry.fps)
+            covered[file, number] = min(span[1], end, begin + shot.end / place.entry.fps) - first
+    best = max(covered, key=covered.__getitem__)
     return best if covered[best] >= (span[1] - span[0]) / 2 else None

@@ -4,7 +4,8 @@
      "shots": [{"start": 0, "end": 29, "caption": "a small red circle drifts left"}, ...]}
 
 `video` is relative to the manifest's folder; `start` and `end` are frames of the video, end excluded. Shots are in
-order and do not overlap; frames outside every shot are not used.
+order and do not overlap; frames outside every shot are not used. Lines that name the same `sample` are the files of one
+longer video, in order.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from longvideo.errors import UserError
+
+MAX_FPS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,27 +34,67 @@ class ShotEntry:
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video; `video` is relative to the manifest's folder in the file and a full path once read."""
+    """One video; `video` is relative to the manifest's folder in the file and a full path once read.
+
+    sample: entries in a row that share one are shown one after the other, with a cut between; None stands alone.
+    """
 
     video: Path
     fps: float
     num_frames: int
     shots: tuple[ShotEntry, ...]
+    sample: str | None = None
+
+
+@dataclass(frozen=True)
+class ManifestLine:
+    """What line `number` of a manifest says: its entry, or all the problems that keep it from being one.
+
+    video, fps, num_frames, sample: the values that are right, whatever else is wrong; None otherwise.
+    """
+
+    number: int
+    entry: VideoEntry | None
+    problems: tuple[str, ...] = ()
+    video: Path | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    sample: str | None = None
+
+
+def iterate_manifest(path: Path) -> Iterator[ManifestLine]:
+    """Read and check line by line, so that whoever asks can see every problem; blank lines are left out.
+
+    Raises UserError only when there is no line to read.
+    """
+    last_line: dict[str, int] = {}
+    previous: str | None = None
+    for number, text in enumerate(_read_lines(path), 1):
+        if not text.strip():
+            continue
+        line = _read_line(text, path.parent, number)
+        sample = line.sample
+        if sample is not None:
+            if sample != previous and sample in last_line:
+                why = (
+                    f"sample {_show(sample)} goes on after other lines, it was left in line {last_line[sample]}; "
+                    "put its lines together, in the order of its shots"
+                )
+                line = replace(line, entry=None, problems=(*line.problems, why))
+            last_line[sample] = number
+        # a line that says too little to be placed does not end the sample around it
+        if sample is not None or line.entry is not None:
+            previous = sample
+        yield line
 
 
 def read_manifest(path: Path) -> list[VideoEntry]:
     """Read and check every line. Raises UserError naming file and line; blank lines are allowed."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"no manifest at {path}; write one with `longvideo data shapeworld` or by hand") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; give the manifest file, such as {path / 'manifest.jsonl'}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start}); a manifest is JSON lines") from error
-    entries = [_read_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not entries:
-        raise UserError(f"{path} names no video; a manifest has one JSON object a line")
+    entries: list[VideoEntry] = []
+    for line in iterate_manifest(path):
+        if line.entry is None:
+            raise UserError(f"{path}:{line.number}: {line.problems[0]}")
+        entries.append(line.entry)
     return entries
 
 
@@ -60,59 +103,106 @@ def write_manifest(path: Path, entries: Iterable[VideoEntry]) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for entry in entries:
-            file.write(json.dumps(asdict(entry) | {"video": entry.video.as_posix()}) + "\n")
+            values = asdict(entry) | {"video": entry.video.as_posix()}
+            if entry.sample is None:
+                del values["sample"]
+            file.write(json.dumps(values) + "\n")
     os.replace(partial, path)
 
 
-def _read_line(line: str, path: Path, number: int) -> VideoEntry:
-    where = f"{path}:{number}"
+def _read_lines(path: Path) -> list[str]:
     try:
-        data = json.loads(line)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"no manifest at {path}; write one with `longvideo data shapeworld` or by hand") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; give the manifest file, such as {path / 'manifest.jsonl'}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start}); a manifest is JSON lines") from error
+    if not text.strip():
+        raise UserError(f"{path} names no video; a manifest has one JSON object a line")
+    # not splitlines: a caption may hold characters that Unicode counts as line ends
+    return text.split("\n")
+
+
+def _read_line(text: str, folder: Path, number: int) -> ManifestLine:
+    try:
+        data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    _check_keys(data, VideoEntry, where)
-    video, fps, num_frames, shots = data["video"], data["fps"], data["num_frames"], data["shots"]
-    _check(isinstance(video, str) and video != "", where, "video", video, "a file name")
-    _check(_is_number(fps) and 0 < fps <= 1000, where, "fps", fps, "a number above 0")
-    _check(_is_count(num_frames) and num_frames > 0, where, "num_frames", num_frames, "a whole number above 0")
-    _check(isinstance(shots, list) and len(shots) > 0, where, "shots", shots, "a list of at least one shot")
+        return ManifestLine(number, None, (f"not JSON ({error.msg} at column {error.colno})",))
+    values = _Values(data, VideoEntry)
+    name = values.take("video", lambda value: isinstance(value, str) and value != "", "a file name")
+    fps = values.take("fps", lambda value: _is_number(value) and 0 < value <= MAX_FPS, "a number above 0")
+    num_frames = values.take("num_frames", lambda value: _is_count(value) and value > 0, "a whole number above 0")
+    sample = values.take("sample", lambda value: value is None or isinstance(value, str) and value != "", "a name")
+    shots = values.take("shots", lambda value: isinstance(value, list) and value, "a list of at least one shot")
+    entries, shot_problems = _read_shots(shots or [], num_frames)
+    problems = [*values.problems, *shot_problems]
+    video = folder / name if name is not None else None
+    if video is not None and not video.is_file():
+        problems.append(f"no video at {video}; `video` is relative to the manifest's folder")
+        video = None
+    entry = None
+    if video is not None and fps is not None and num_frames is not None and not problems:
+        entry = VideoEntry(video, float(fps), num_frames, entries, sample)
+    return ManifestLine(number, entry, tuple(problems), video, fps, num_frames, sample)
+
+
+def _read_shots(shots: Sequence[Any], num_frames: int | None) -> tuple[tuple[ShotEntry, ...], list[str]]:
+    """Return the shots that are right and the problems of the others. num_frames: None where it is not known."""
     entries: list[ShotEntry] = []
+    problems: list[str] = []
     for i, shot in enumerate(shots):
-        entries.append(_read_shot(shot, f"{where}: shots[{i}]", entries[-1].end if entries else 0, num_frames))
-    file = path.parent / video
-    if not file.is_file():
-        raise UserError(f"{where}: no video at {file}; `video` is relative to the manifest's folder")
-    return VideoEntry(file, float(fps), num_frames, tuple(entries))
+        values = _Values(shot, ShotEntry)
+        earliest = entries[-1].end if entries else 0
+        start = values.take(
+            "start", lambda value, least=earliest: _is_count(value) and value >= least, _least(earliest)
+        )
+        least = 1 if start is None else start + 1
+        end = values.take(
+            "end",
+            lambda value, least=least: _is_count(value) and least <= value <= (num_frames or value),
+            _least(least) if num_frames is None else f"a whole number in {least}..{num_frames}",
+        )
+        caption = values.take(
+            "caption", lambda value: isinstance(value, str) and value.strip() != "", "a text that is not empty"
+        )
+        if start is not None and end is not None and caption is not None:
+            entries.append(ShotEntry(start, end, caption))
+        problems += [f"shots[{i}]: {problem}" for problem in values.problems]
+    return tuple(entries), problems
 
 
-def _read_shot(shot: Any, where: str, earliest: int, num_frames: int) -> ShotEntry:
-    _check_keys(shot, ShotEntry, where)
-    start, end, caption = shot["start"], shot["end"], shot["caption"]
-    _check(_is_count(start) and start >= earliest, where, "start", start, f"a whole number of at least {earliest}")
-    _check(
-        _is_count(end) and start < end <= num_frames, where, "end", end, f"a whole number in {start + 1}..{num_frames}"
-    )
-    _check(isinstance(caption, str) and caption.strip() != "", where, "caption", caption, "a text that is not empty")
-    return ShotEntry(start, end, caption)
+class _Values:
+    """The values of a JSON object that should have the fields of a dataclass, and what is wrong with them."""
+
+    def __init__(self, data: Any, schema: type) -> None:
+        self.data = data if isinstance(data, dict) else {}
+        names = [field.name for field in fields(schema)]
+        self.problems: list[str] = []
+        if not isinstance(data, dict):
+            self.problems.append(f"got {_show(data)}, wanted an object with the keys {', '.join(names)}")
+            return
+        for key in data:
+            if key not in names:
+                nearest = difflib.get_close_matches(key, names, 1, 0.5)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(names)}"
+                self.problems.append(f"unknown key {key!r}{hint}")
+        missing = [field.name for field in fields(schema) if field.default is MISSING and field.name not in data]
+        if missing:
+            self.problems.append(f"missing {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}")
+
+    def take(self, name: str, holds: Callable[[Any], Any], wanted: str) -> Any:
+        """Return a value, or None where it is absent or not as wanted."""
+        value = self.data.get(name)
+        if name in self.data and not holds(value):
+            self.problems.append(f"{name} is {_show(value)}, wanted {wanted}")
+            return None
+        return value
 
 
-def _check_keys(data: Any, schema: type, where: str) -> None:
-    names = [field.name for field in fields(schema)]
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: got {_show(data)}, wanted an object with the keys {', '.join(names)}")
-    for key in data:
-        if key not in names:
-            nearest = difflib.get_close_matches(key, names, 1, 0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(names)}"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise UserError(f"{where}: missing {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}")
-
-
-def _check(holds: bool, where: str, name: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"{where}: {name} is {_show(value)}, wanted {wanted}")
+def _least(number: int) -> str:
+    return f"a whole number of at least {number}"
 
 
 def _is_number(value: Any) -> bool:

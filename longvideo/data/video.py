@@ -23,23 +23,65 @@ if TYPE_CHECKING:
 
 TIME_TOLERANCE = 1e-6
 """Seconds by which two times may differ and count as equal."""
+CONTAINER_TOLERANCE = 0.5
+"""Seconds by which the length of a whole file and its last packet may differ: formats count and round differently."""
+COPY_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of itself; height and width are those of the picture as shown, in square pixels."""
+    """What a file says of itself; height and width are those of the picture as shown, in square pixels.
+
+    num_frames: as the header counts them, or what fps and seconds make where it does not.
+    """
 
     height: int
     width: int
     fps: float
     seconds: float
+    num_frames: int
 
 
 def probe_video(path: Path) -> VideoInfo:
     """Read the header of a video. Raises UserError when the file is no video."""
     with _opened(path) as (container, stream):
         height, width = _shown_size(stream.height, stream.width, _pixel_aspect(stream))
-        return VideoInfo(height, width, float(_frame_rate(stream, path)), _duration(container, stream))
+        fps, seconds = float(_frame_rate(stream, path)), _duration(container, stream)
+        return VideoInfo(height, width, fps, seconds, stream.frames or round(seconds * fps))
+
+
+def check_whole(path: Path) -> None:
+    """Raise UserError when the data ends before the header says, as in a copy that was interrupted.
+
+    Reads from the last key frame on and decodes nothing; damage before that is found by `count_frames`.
+    """
+    from av.error import FFmpegError
+
+    with _opened(path) as (container, stream):
+        seconds = _duration(container, stream)
+        # without a length of its own, the video may end before the sound does
+        own_length = stream.duration is not None
+        tolerance = 1.5 / float(_frame_rate(stream, path)) if own_length else CONTAINER_TOLERANCE
+        try:
+            end = _end_of_data(container, stream, seconds, all_streams=not own_length)
+        except FFmpegError as error:
+            raise UserError(f"{path} is damaged near its end: {error.strerror}; {COPY_AGAIN}") from error
+        if end < seconds - tolerance:
+            raise UserError(f"{path} is cut short: it ends after {end:.2f} of {seconds:.2f} s; {COPY_AGAIN}")
+
+
+def count_frames(path: Path) -> int:
+    """Decode every frame and count them. Raises UserError when the file is no video, or damaged anywhere."""
+    from av.error import FFmpegError
+
+    count = 0
+    with _opened(path) as (container, stream):
+        try:
+            for _ in container.decode(stream):
+                count += 1
+        except FFmpegError as error:
+            raise UserError(f"{path} is damaged after {count} frames: {error.strerror}; {COPY_AGAIN}") from error
+    return count
 
 
 def read_video(
@@ -77,10 +119,10 @@ def iterate_frames(
     with _opened(path) as (container, stream):
         rate = float(_frame_rate(stream, path))
         step = 1 / (fps or rate)
-        if start_seconds > 0:
-            container.seek(int(start_seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
         emitted = 0
         try:
+            if start_seconds > 0:
+                container.seek(int(start_seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
             for frame, begin, end in _timed_frames(container, stream, rate):
                 # a file's frame stands for the times nearer to it than to its neighbours
                 while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
@@ -179,7 +221,7 @@ class _opened:
 
 def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
     """Yield frames with the span of times to which each is nearest, in seconds from the stream's start."""
-    origin = float((stream.start_time or 0) * stream.time_base)
+    origin = _origin(stream)
     held: tuple[Any, float] | None = None
     begin = -1 / rate
     for number, frame in enumerate(container.decode(stream)):
@@ -191,6 +233,27 @@ def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av
         held = (frame, time)
     if held is not None:
         yield held[0], begin, held[1] + 0.5 / rate
+
+
+def _end_of_data(container: Any, stream: Any, seconds: float, *, all_streams: bool) -> float:
+    """Time at which the last whole packet ends, found near `seconds` if the format can be searched."""
+    origin = _origin(stream)
+    for start in (seconds, 0.0):
+        container.seek(int((start + origin) / stream.time_base), stream=stream)
+        ends: list[float] = []
+        for packet in container.demux(() if all_streams else stream):
+            if packet.is_corrupt:
+                break
+            if packet.pts is not None:
+                ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base) - origin)
+        if ends:
+            return max(ends)
+    return 0.0
+
+
+def _origin(stream: Any) -> float:
+    """Time of the first frame, in seconds."""
+    return float((stream.start_time or 0) * stream.time_base)
 
 
 def _picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -> Tensor:

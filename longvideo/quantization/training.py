@@ -25,11 +25,14 @@ class TrainingRecipe:
     """How operands are rounded.
 
     inputs, weights: rules of rounding to nearest. Gradients are always `static6`, the rule that stochastic rounding
-    keeps unbiased. stochastic_gradients, hadamard: of the backward products; without them they lose their reason.
+    keeps unbiased. tiles: 16 x 16 for weights, so that both directions see one rounding; without them each direction
+    rounds along the dimension it sums over. stochastic_gradients, hadamard: of the backward products; without them
+    they lose their reason.
     """
 
     inputs: Rule = Rule.ADAPTIVE
     weights: Rule = Rule.STATIC6
+    tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
 
@@ -77,13 +80,14 @@ class _TrainingProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, layer: NVFP4TrainingLinear) -> Tensor:
         recipe, dtype = layer.recipe, x_MI.dtype
-        weight = reference.quantize(weight_OI, recipe.weights, tile_rows=GROUP)
+        weight = reference.quantize(weight_OI, recipe.weights, tile_rows=GROUP if recipe.tiles else 1)
         ctx.layer, ctx.num_tokens = layer, x_MI.shape[0]
         ctx.weight_dtype = weight_OI.dtype
         # the weight gradient sums over tokens, so its operand has other groups: rounded now, kept in 4 bits
         across = _across_tokens(x_MI, recipe.hadamard) if ctx.needs_input_grad[1] else None
         kept = None if across is None else reference.quantize(across, recipe.inputs)
-        ctx.operands = (weight, kept)
+        backward_weight = weight if recipe.tiles else reference.quantize(weight_OI.t().contiguous(), recipe.weights)
+        ctx.operands = (backward_weight, kept)
         return _multiply(reference.quantize_exact(x_MI, recipe.inputs, dtype=dtype), reference.exact(weight, dtype))
 
     @staticmethod
@@ -95,9 +99,11 @@ class _TrainingProduct(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             rounded = reference.quantize_exact(grad_MO, Rule.STATIC6, generator=generator, dtype=dtype)
-            # tiles of 16 x 16 have the same codes the other way round, so this is a product along outputs
             exact = reference.exact(weight, dtype)
-            grad_x = _multiply(rounded, ExactOperand(exact.values.t(), exact.tensor_scale))
+            if layer.recipe.tiles:
+                # tiles of 16 x 16 have the same codes the other way round, so this is a product along outputs
+                exact = ExactOperand(exact.values.t(), exact.tensor_scale)
+            grad_x = _multiply(rounded, exact)
         if ctx.needs_input_grad[1]:
             assert isinstance(kept, NVFP4Tensor)
             across = _across_tokens(grad_MO, layer.recipe.hadamard)

@@ -1,16 +1,19 @@
 """Clips from a ShapeWorld data set keep their cuts on chunk boundaries and show what their captions' scenes show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from longvideo.cli.main import main
-from longvideo.data.clips import ChunkFrames, iterate_clips, plan_clips, read_clip
+from longvideo.data.clips import ChunkFrames, Footage, group_samples, iterate_clips, plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest
 from longvideo.data.video import read_video
 from longvideo.errors import UserError
 from longvideo.shapeworld.dataset import chunk_start, render_script, sample_script
+
+from . import footage
 
 SIZE = (64, 112)
 
@@ -69,6 +72,38 @@ def test_other_chunk_sizes_and_rates(tmp_path: Path) -> None:
     entry = VideoEntry(tmp_path / "a.mp4", 48.0, 130, (ShotEntry(0, 130, "one"),))
     references = plan_clips([entry], num_chunks=2, chunks=ChunkFrames(13, 16))
     assert [r.start_seconds * 24 for r in references] == [0, 32]
+
+
+def test_clips_of_a_sample_go_on_in_the_next_file(tmp_path: Path) -> None:
+    # 61 whole frames of 70, all 64 of 64, none of 20, 32 of 50 (25 frames a second, 48 at 24)
+    entries = [
+        replace(footage.write(tmp_path / f"{i}.mp4", count, fps=fps, brightness=40 * i + 40), sample="walk")
+        for i, (count, fps) in enumerate(((70, 24), (64, 24), (20, 24), (50, 25)))
+    ]
+    references = plan_clips(entries, num_chunks=3)
+    alone = plan_clips([replace(entry, sample=None) for entry in entries], num_chunks=2)
+    assert [len(reference.footage) for reference in alone] == [1, 1]
+    assert [reference.captions for reference in references] == [("SQUARE 40", "SQUARE 40", "SQUARE 80")]
+    assert references[0].cuts == (True, False, True)
+    files = [entry.video for entry in entries]
+    assert references[0].footage == (Footage(files[0], 0.0, 61), Footage(files[1], 0.0, 32))
+    clip = read_clip(references[0], size=SIZE)
+    assert torch.equal(clip.frames[:61], read_video(files[0], size=SIZE)[:61])
+    assert torch.equal(clip.frames[61:], read_video(files[1], size=SIZE)[:32])
+    short = plan_clips(entries, num_chunks=1)
+    assert [reference.captions[0] for reference in short] == ["SQUARE 40"] * 2 + ["SQUARE 80"] * 2 + ["SQUARE 160"]
+    # windows begin at multiples of 32 frames, files after the first at 29 + 32 k
+    assert [round(reference.start_seconds * 24) for reference in short] == [0, 32, 3, 35, 3]
+    assert torch.equal(read_clip(short[4], size=SIZE).frames, read_video(files[3], fps=24, size=SIZE)[3:32])
+
+
+def test_other_videos_end_a_sample(tmp_path: Path) -> None:
+    shots = (ShotEntry(0, 61, "one"),)
+    entries = [VideoEntry(tmp_path / f"{i}.mp4", 24.0, 61, shots, name) for i, name in enumerate(["a", None, "b", "b"])]
+    assert [len(sample) for sample in group_samples(entries)] == [1, 1, 2]
+    references = plan_clips(entries, num_chunks=2)
+    assert [(len(r.footage), r.cuts[1]) for r in references] == [(1, False)] * 3
+    assert [len(r.footage) for r in plan_clips(entries, num_chunks=3)] == [2]
 
 
 def test_a_manifest_that_promises_too_much_is_named(folder: Path) -> None:

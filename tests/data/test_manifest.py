@@ -29,6 +29,22 @@ def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
     assert entry == VideoEntry(tmp_path / "videos" / "a.mp4", 23.976, 61, shots)
 
 
+def test_samples_are_written_where_there_are_any(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    shots = (ShotEntry(0, 61, "one"),)
+    entries = [VideoEntry(Path("a.mp4"), 24.0, 61, shots, sample) for sample in ("walk", "walk", None)]
+    write_manifest(tmp_path / "manifest.jsonl", entries)
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert ["sample" in line for line in lines] == [True, True, False]
+    assert [entry.sample for entry in read_manifest(tmp_path / "manifest.jsonl")] == ["walk", "walk", None]
+
+
+def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
+    text = json.dumps(LINE | {"shots": [SHOT | {"caption": "one\u2028two"}]}, ensure_ascii=False)
+    (entry,) = read_manifest(manifest(tmp_path, text))
+    assert entry.shots[0].caption == "one\u2028two"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -46,6 +62,7 @@ def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
         (json.dumps(LINE | {"shots": [SHOT | {"caption": " "}]}), r"shots\[0\]: caption is"),
         (json.dumps(LINE | {"shots": [SHOT | {"end": 62}]}), r"shots\[0\]: end is 62, wanted .* 1\.\.61"),
         (json.dumps(LINE | {"shots": [SHOT, SHOT]}), r"shots\[1\]: start is 0, wanted a whole number of at least 29"),
+        (json.dumps(LINE | {"sample": ""}), 'sample is "", wanted a name'),
         (json.dumps(LINE | {"shots": [SHOT | {"text": ""}]}), r"shots\[0\]: unknown key 'text'"),
     ],
 )

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from longvideo.cli.main import main
 from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
 from longvideo.data.video import probe_video, read_image, read_video
 from longvideo.errors import UserError
+from tests.checkpoint import small
 
 
 def real_clip(name: str) -> Path:
@@ -84,6 +87,37 @@ def test_real_clips_pass_through_a_manifest(tmp_path: Path) -> None:
     assert first.captions == ("a street", "a street", "a street")
     assert first.cuts == (True, False, False)
     assert clips[1].captions == ("bikes in a city",) * 3
+
+
+def test_real_clips_are_checked_and_encoded(tmp_path: Path) -> None:
+    small.save(tmp_path / "model")
+    names = [("bikes.mp4", 25.0, 250, "a street"), ("carphone_pristine.mp4", 29.97, 120, "a man talks")]
+    entries = []
+    for name, fps, count, caption in names:
+        (tmp_path / name).symlink_to(real_clip(name))
+        # a cut after 61 frames at 24 a second, at the end of the second chunk
+        cut = round(61 / 24 * fps)
+        shots = (ShotEntry(0, cut, caption), ShotEntry(cut, count, f"{caption}, later"))
+        entries.append(VideoEntry(Path(name), fps, count, shots))
+    path, out = tmp_path / "manifest.jsonl", tmp_path / "clips"
+    write_manifest(path, entries)
+    assert main(["data", "validate", str(path), "--chunks", "3", "--frames"]) == 0
+    options = ["--model", str(tmp_path / "model"), "--out", str(out), "--chunks", "3", "--workers", "0"]
+    assert main(["data", "encode", str(path), *options, "--device", "cpu"]) == 0
+    dataset = EncodedDataset.open(out)
+    assert [clip.captions for clip in dataset.clips] == [
+        ("a street", "a street", "a street, later"),
+        ("a street, later",) * 3,
+        ("a man talks", "a man talks", "a man talks, later"),
+    ]
+    assert [clip.cuts for clip in dataset.clips] == [(True, False, True), (True, False, False), (True, False, True)]
+    references = plan_clips(read_manifest(path), num_chunks=3)
+    frames = read_clip(references[2], size=(64, 96)).frames
+    with torch.no_grad():
+        video = frames[:29].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        moments, _ = small.vae().encode(video)
+    wanted = small.vae().normalize(moments[:, :4])[0].bfloat16().float()
+    assert torch.equal(dataset.latents(2, 0, 8), wanted)
 
 
 def test_a_frame_of_real_footage_serves_as_first_image(tmp_path: Path) -> None:

@@ -82,9 +82,10 @@ def training_layer(recipe: TrainingRecipe, seed: int = 0) -> NVFP4TrainingLinear
     return NVFP4TrainingLinear.from_linear(linear(), recipe=recipe, generator=torch.Generator().manual_seed(seed))
 
 
-def test_training_products_are_those_of_rounded_operands() -> None:
+@pytest.mark.parametrize("tiles", [True, False])
+def test_training_products_are_those_of_rounded_operands(tiles: bool) -> None:
     """Without anything random, forward and both backward products equal the slow definition."""
-    recipe = TrainingRecipe(stochastic_gradients=False, hadamard=False)
+    recipe = TrainingRecipe(tiles=tiles, stochastic_gradients=False, hadamard=False)
     layer, x, grad = (
         training_layer(recipe),
         inputs(),
@@ -94,12 +95,16 @@ def test_training_products_are_those_of_rounded_operands() -> None:
     output = layer(x)
     output.backward(grad)
     flat_x, flat_grad = x.detach().flatten(0, 1), grad.flatten(0, 1)
-    weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=16))
+    rows = 16 if tiles else 1
+    weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=rows))
+    turned = layer.weight.detach().t().contiguous()
+    backward_weight = reference.dequantize(reference.quantize(turned, Rule.STATIC6, tile_rows=rows)).t()
+    assert torch.equal(weight, backward_weight) == tiles
     forward_x = reference.dequantize(reference.quantize(flat_x))
     torch.testing.assert_close(output.flatten(0, 1), forward_x @ weight.t() + layer.bias)
     backward_grad = reference.dequantize(reference.quantize(flat_grad, Rule.STATIC6))
     assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
-    torch.testing.assert_close(x.grad.flatten(0, 1), backward_grad @ weight)
+    torch.testing.assert_close(x.grad.flatten(0, 1), backward_grad @ backward_weight)
     padded = [nn.functional.pad(t, (0, 0, 0, 8)).t().contiguous() for t in (flat_grad, flat_x)]
     across_grad = reference.dequantize(reference.quantize(padded[0], Rule.STATIC6))
     across_x = reference.dequantize(reference.quantize(padded[1]))

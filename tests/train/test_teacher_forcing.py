@@ -142,6 +142,7 @@ def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> Non
     source.start(0)
     batch = source.batch(1)
     tokens, bank = source.tokens, source.bank
+    assert batch.ids is not None
     dropped = (batch.ids == tokens.empty_ids).all(-1)
     assert (dropped.any(1) == dropped.all(1)).all()
     assert 2 < int(dropped.all(1).sum()) < 16
@@ -200,7 +201,7 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
     batch, objective = source.batch(0), small_objective(encoder)
     torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
     layout = TokenLayout.teacher_forcing(SPEC, 3)
-    text = objective.transformer.encode_text(encoder(batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)))
+    text = objective.transformer.encode_text(objective._features(batch.ids, batch.mask).flatten(0, 1))
     wanted = objective.transformer(
         torch.cat((batch.context_noise, batch.noise), 2),
         torch.cat((torch.zeros_like(batch.sigma), batch.sigma), 1),

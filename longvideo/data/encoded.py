@@ -1,0 +1,346 @@
+"""Encoded clips on disk: their format, and reading them back a few frames at a time.
+
+A folder holds `dataset.json`, shards `latents-00000-of-00012.safetensors` with one tensor `clip/<number>/latents` for
+each clip, bf16 [T, C, H, W], frames first so that a slice of frames is one contiguous read, beside each of them a
+`.jsonl` with a line for each clip, and shards `text-00000-of-00003.safetensors` with one tensor `text/<sha256 of the
+caption>` for each distinct caption, bf16 [length, D], as long as its tokens are.
+
+Clips, and likewise captions, are dealt out: share I of N has numbers I, I + N, I + 2N and so on, and its shards hold
+them in that order, a fixed number each. Which file holds what follows from dataset.json alone.
+
+Legend: T latent frames of a clip, t those that are read, C channels, H W latent grid, J text positions, D text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from longvideo.checkpoint.tensors import TensorInfo, open_weights, read_json
+from longvideo.config import load_config
+from longvideo.data.clips import Footage
+from longvideo.errors import CheckpointError, UserError
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+LATENTS, TEXT = "latents", "text"
+FINGERPRINT = "dataset"
+"""Key in the header of every shard: the fingerprint of the dataset.json that it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """dataset.json: what the clips are, what they were made of, and how they lie in shards.
+
+    num_clips, num_captions: planned; a clip that could not be read is among them. num_chunks: of each clip, of
+    chunk_frames latent frames each. fps, height, width: of the pixels. precision: in which the encoders computed.
+    shares: in how many the work was divided. model: what was given as the model, for people to read.
+    """
+
+    version: int = FORMAT_VERSION
+    model: str = field(default="", compare=False)
+    num_clips: int
+    num_captions: int
+    num_chunks: int
+    chunk_frames: int
+    fps: int
+    height: int
+    width: int
+    channels: int
+    latent_height: int
+    latent_width: int
+    text_len: int
+    text_dim: int
+    precision: str
+    manifest_sha256: str
+    vae_sha256: str
+    text_encoder_sha256: str
+    shares: int
+    clips_per_shard: int
+    captions_per_shard: int
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames of a clip."""
+        return self.num_chunks * self.chunk_frames
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int, int]:
+        """Of a clip as stored: [T, C, H, W]."""
+        return self.num_frames, self.channels, self.latent_height, self.latent_width
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything but `model`: two runs that share it write the same bytes."""
+        values = asdict(self)
+        del values["model"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def latents_shards(self) -> list[list[Shard]]:
+        """The shards of each share."""
+        return _deal(LATENTS, self.num_clips, self.clips_per_shard, self.shares)
+
+    @property
+    def text_shards(self) -> list[list[Shard]]:
+        return _deal(TEXT, self.num_captions, self.captions_per_shard, self.shares)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of `kind`, and the numbers of the clips or captions that are planned for it."""
+
+    kind: str
+    number: int
+    total: int
+    numbers: range
+
+    @property
+    def stem(self) -> str:
+        return f"{self.kind}-{self.number:05d}-of-{self.total:05d}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index_file(self) -> str:
+        return f"{self.stem}.jsonl"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of them, in the order in which they are written."""
+        return (self.index_file, self.file) if self.kind == LATENTS else (self.file,)
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip; for each chunk its caption, and whether it begins a shot.
+
+    number: among all planned clips. num_frames: latent frames. source: the stretches of video files that it shows,
+    relative to the manifest's folder. shard: the file that holds its latents, without suffix.
+    """
+
+    number: int
+    captions: tuple[str, ...]
+    cuts: tuple[bool, ...]
+    num_frames: int
+    source: tuple[Footage, ...]
+    shard: str
+
+
+@dataclass(frozen=True)
+class SkippedClip:
+    """A clip that could not be read when the data set was encoded, and why."""
+
+    number: int
+    source: tuple[Footage, ...]
+    why: str
+
+
+class EncodedDataset:
+    """Latents and text features of clips, read from disk when they are asked for. May be sent to other processes.
+
+    clips: those that are there, by number. skipped: those that could not be read when they were encoded.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        info: DatasetInfo,
+        *,
+        clips: Sequence[EncodedClip],
+        skipped: Sequence[SkippedClip],
+        text_files: Mapping[str, Path],
+    ) -> None:
+        self.path = path
+        self.info = info
+        self.clips = tuple(clips)
+        self.skipped = tuple(skipped)
+        self._text_files = text_files
+        self._handles: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> EncodedDataset:
+        """Open a folder and check that all of it is there; no tensor is read.
+
+        Raises UserError naming the file that is missing, damaged, of another version or of another run.
+        """
+        path = Path(path)
+        info = read_info(path)
+        clips: list[EncodedClip] = []
+        skipped: list[SkippedClip] = []
+        for shard in _all(path, info, info.latents_shards):
+            stored = open_shard(path / shard.file, info)
+            lines = read_index(path, shard)
+            here = [line for line in lines if isinstance(line, EncodedClip)]
+            _check_tensors(path / shard.file, stored, {latents_key(clip.number): info.latents_shape for clip in here})
+            clips += here
+            skipped += [line for line in lines if isinstance(line, SkippedClip)]
+        text_files: dict[str, Path] = {}
+        for shard in _all(path, info, info.text_shards):
+            stored = open_shard(path / shard.file, info)
+            if len(stored) != len(shard.numbers):
+                raise UserError(f"{path / shard.file} holds {len(stored)} captions, wanted {len(shard.numbers)}")
+            text_files.update(dict.fromkeys(stored, path / shard.file))
+        return cls(
+            path,
+            info,
+            clips=sorted(clips, key=lambda clip: clip.number),
+            skipped=sorted(skipped, key=lambda clip: clip.number),
+            text_files=text_files,
+        )
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EncodedDataset.open, (self.path,)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of every clip."""
+        return self.info.num_chunks
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames of a chunk."""
+        return self.info.chunk_frames
+
+    @property
+    def channels(self) -> int:
+        return self.info.channels
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.info.latent_height, self.info.latent_width
+
+    @property
+    def text_len(self) -> int:
+        return self.info.text_len
+
+    @property
+    def text_dim(self) -> int:
+        return self.info.text_dim
+
+    def latents(self, index: int, first: int, last: int) -> Tensor:
+        """Read latent frames [first, last) of `clips[index]`, and nothing else: float32 [C, t, H, W], normalised."""
+        clip = self.clips[index]
+        if not 0 <= first < last <= clip.num_frames:
+            raise UserError(f"frames {first} to {last} of a clip that has {clip.num_frames}; wanted 0 <= first < last")
+        stored_tCHW = self._handle(self.path / f"{clip.shard}.safetensors").get_slice(latents_key(clip.number))
+        return stored_tCHW[first:last].float().transpose(0, 1).contiguous()
+
+    def text(self, caption: str) -> Tensor:
+        """Read the features of a caption of any clip, or of "": float32 [J, D], zero beyond its tokens."""
+        key = text_key(caption)
+        if key not in self._text_files:
+            raise UserError(
+                f"{self.path} has no features of {caption!r}; it has those of its clips' captions and of ''"
+            )
+        features_JD = torch.zeros(self.info.text_len, self.info.text_dim)
+        stored = self._handle(self._text_files[key]).get_tensor(key)
+        features_JD[: len(stored)] = stored
+        return features_JD
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
+
+
+def latents_key(number: int) -> str:
+    """Name of the tensor of a clip."""
+    return f"clip/{number}/latents"
+
+
+def text_key(caption: str) -> str:
+    """Name of the tensor of a caption."""
+    return f"text/{hashlib.sha256(caption.encode()).hexdigest()}"
+
+
+def read_info(path: Path) -> DatasetInfo:
+    """Read dataset.json. Raises UserError naming it when it is missing or of another version."""
+    file = path / DATASET_FILE
+    if not file.is_file():
+        raise UserError(f"no {DATASET_FILE} in {path}; `longvideo data encode` makes a folder of encoded clips")
+    version = read_json(file).get("version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has version {version!r}, wanted {FORMAT_VERSION}; encode again, or use the longvideo that wrote it"
+        )
+    return load_config(DatasetInfo, [file])
+
+
+def open_shard(file: Path, info: DatasetInfo) -> dict[str, TensorInfo]:
+    """Read the header of a shard. Raises UserError when it is missing, cut short or of another run."""
+    weights = open_weights(file)
+    if weights.metadata.get(FINGERPRINT) != info.fingerprint:
+        raise UserError(
+            f"{file} was not made for the {DATASET_FILE} beside it; encode its share again with --overwrite"
+        )
+    return weights.infos
+
+
+def index_line(entry: EncodedClip | SkippedClip) -> str:
+    """Write a clip, or why there is none, as a line of JSON."""
+    source = [asdict(footage) | {"video": footage.video.as_posix()} for footage in entry.source]
+    return json.dumps({key: value for key, value in (asdict(entry) | {"source": source}).items() if key != "shard"})
+
+
+def read_index(path: Path, shard: Shard) -> list[EncodedClip | SkippedClip]:
+    """Read what a shard holds and lacks. Raises CheckpointError unless it tells of every clip planned for it."""
+    file = path / shard.index_file
+    entries: list[EncodedClip | SkippedClip] = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            entries.append(_index_entry(json.loads(line), shard.stem))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}:{len(entries) + 1}: not a line of an index ({error}); copy it again") from error
+    if [entry.number for entry in entries] != list(shard.numbers):
+        raise CheckpointError(f"{file} tells of {len(entries)} clips, wanted {len(shard.numbers)}; copy the file again")
+    return entries
+
+
+def _index_entry(data: dict[str, Any], stem: str) -> EncodedClip | SkippedClip:
+    source = tuple(Footage(Path(part["video"]), part["start_seconds"], part["num_frames"]) for part in data["source"])
+    if "why" in data:
+        return SkippedClip(data["number"], source, data["why"])
+    captions, cuts = tuple(data["captions"]), tuple(data["cuts"])
+    return EncodedClip(data["number"], captions, cuts, data["num_frames"], source, stem)
+
+
+def _deal(kind: str, num_items: int, per_shard: int, shares: int) -> list[list[Shard]]:
+    dealt = [range(share, num_items, shares) for share in range(shares)]
+    parts = [[own[i : i + per_shard] for i in range(0, len(own), per_shard)] for own in dealt]
+    total = sum(len(own) for own in parts)
+    number = count()
+    return [[Shard(kind, next(number), total, numbers) for numbers in own] for own in parts]
+
+
+def _all(path: Path, info: DatasetInfo, shares: Sequence[Sequence[Shard]]) -> Iterator[Shard]:
+    """Yield the shards of all shares, after a look whether they are there."""
+    for share, shards in enumerate(shares):
+        for shard in shards:
+            for name in shard.files:
+                if not (path / name).is_file():
+                    raise UserError(
+                        f"{path / name} is missing; copy it too, or finish share {share} of {info.shares} with"
+                        f" `longvideo data encode ... --shard-of {share}/{info.shares}`"
+                    )
+            yield shard
+
+
+def _check_tensors(file: Path, stored: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if {key: tensor.shape for key, tensor in stored.items()} != shapes:
+        raise UserError(f"{file} does not hold what the index beside it says; copy both again")

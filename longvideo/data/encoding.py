@@ -1,0 +1,304 @@
+"""Encode the clips of a manifest, and their captions, once for all training runs; see `encoded` for what is written.
+
+Work is planned first: the plan, and so every byte, follows from the manifest, the model and the options alone. Then
+each process writes the shards of its own share that are not there yet, each under a temporary name first.
+
+Legend: T frames, H W pixels, then latent grid, C channels, S tokens of a caption, D text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.tensors import write_atomically, write_json
+from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
+from longvideo.data.encoded import (
+    DATASET_FILE,
+    FINGERPRINT,
+    LATENTS,
+    TEXT,
+    DatasetInfo,
+    EncodedClip,
+    Shard,
+    SkippedClip,
+    index_line,
+    latents_key,
+    open_shard,
+    read_index,
+    read_info,
+    text_key,
+)
+from longvideo.data.manifest import read_manifest
+from longvideo.data.reading import read_in_order
+from longvideo.errors import CheckpointError, UserError
+from longvideo.text import TextEncoder
+from longvideo.vae.autoencoder import Autoencoder
+
+STORED = torch.bfloat16
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What is to be encoded, where to, and how it is dealt out.
+
+    clips, captions: all of them, whoever encodes them. chunks: in pixel frames. root: the manifest's folder.
+    """
+
+    out: Path
+    root: Path
+    info: DatasetInfo
+    chunks: ChunkFrames
+    clips: tuple[ClipReference, ...]
+    captions: tuple[str, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.info.height, self.info.width
+
+
+def plan_encoding(
+    manifest: Path,
+    folder: ModelFolder,
+    out: Path,
+    *,
+    num_chunks: int,
+    size: tuple[int, int] | None = None,
+    shard_bytes: int = 2**30,
+    shares: int = 1,
+    precision: str = "fp32",
+    model: str = "",
+) -> EncodingPlan:
+    """Plan the clips and captions of a manifest. Reads the weight files of the encoders whole, for their digests.
+
+    size: height and width in pixels; None takes the model's own. shares: processes that divide the work. precision:
+    "fp32", or "bf16" for autocast. model: its name, to be noted.
+    Raises UserError for a wrong manifest, a size that the model cannot take, or when no video is long enough.
+    """
+    settings, vae = folder.settings, folder.vae_config
+    height, width = size or (settings.height, settings.width)
+    scale = vae.scale_factor_spatial
+    patch_height, patch_width = folder.transformer_config.patch_size[1:] if "transformer" in folder.parts else (1, 1)
+    for name, pixels, unit in (("height", height, scale * patch_height), ("width", width, scale * patch_width)):
+        if pixels < unit or pixels % unit:
+            raise UserError(f"--{name} is {pixels}, wanted a multiple of {unit}; use {max(1, pixels // unit) * unit}")
+    chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
+    clips = plan_clips(read_manifest(manifest), num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
+    captions = tuple(dict.fromkeys(["", *(caption for clip in clips for caption in clip.captions)]))
+    text_dim = folder.text_encoder_config.d_model
+    clip_bytes = num_chunks * settings.chunk_frames * vae.z_dim * (height // scale) * (width // scale) * STORED.itemsize
+    info = DatasetInfo(
+        model=model,
+        num_clips=len(clips),
+        num_captions=len(captions),
+        num_chunks=num_chunks,
+        chunk_frames=settings.chunk_frames,
+        fps=settings.fps,
+        height=height,
+        width=width,
+        channels=vae.z_dim,
+        latent_height=height // scale,
+        latent_width=width // scale,
+        text_len=settings.text_len,
+        text_dim=text_dim,
+        precision=precision,
+        manifest_sha256=sha256([manifest]),
+        vae_sha256=sha256(folder.weights("vae").files),
+        text_encoder_sha256=sha256(folder.weights("text_encoder").files),
+        shares=shares,
+        clips_per_shard=max(1, shard_bytes // clip_bytes),
+        captions_per_shard=max(1, shard_bytes // (settings.text_len * text_dim * STORED.itemsize)),
+    )
+    return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions)
+
+
+def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
+    """Write dataset.json, or see that it is the plan's.
+
+    overwrite: delete what this share has written, and what was written with another number of shares.
+    Raises UserError when the folder holds other clips.
+    """
+    out, info = plan.out, plan.info
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    own = {name for shard in _shards(info, share=share) for name in shard.files}
+    for left in out.glob(".*.tmp"):
+        # what a killed run of this share was writing: .NAME.RANDOM.tmp
+        if left.name[1:].rsplit(".", 2)[0] in own:
+            left.unlink()
+    if overwrite:
+        planned = {name for shard in _shards(info, share=None) for name in shard.files}
+        for found in [path for kind in (LATENTS, TEXT) for path in out.glob(f"{kind}-?????-of-?????.*")]:
+            if found.name in own or found.name not in planned:
+                found.unlink(missing_ok=True)
+    file = out / DATASET_FILE
+    if not overwrite and file.is_file():
+        there = read_info(out)
+        names = [key.name for key in fields(info) if key.compare]
+        different = [name for name in names if getattr(there, name) != getattr(info, name)]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{file} says {name} is {getattr(there, name)}, this run {getattr(info, name)}; give the same manifest,"
+                " model and options to go on, or choose another folder, or add --overwrite"
+            )
+    else:
+        write_json(file, asdict(info))
+
+
+def missing_shards(plan: EncodingPlan, kind: str, share: int) -> list[Shard]:
+    """List the shards of a share, LATENTS or TEXT, that are not complete. Raises UserError for one of another run."""
+    shards = [shard for shard in _shards(plan.info, share=share) if shard.kind == kind]
+    return [shard for shard in shards if not _is_complete(plan, shard)]
+
+
+def skipped_clips(plan: EncodingPlan, share: int) -> list[SkippedClip]:
+    """List the clips of complete shards that could not be read."""
+    shards = [shard for shard in plan.info.latents_shards[share] if _is_complete(plan, shard)]
+    entries = [entry for shard in shards for entry in read_index(plan.out, shard)]
+    return [entry for entry in entries if isinstance(entry, SkippedClip)]
+
+
+def encode_captions(
+    plan: EncodingPlan, shards: Sequence[Shard], text_encoder: TextEncoder, *, on_caption: Callable[[], None]
+) -> None:
+    """Write shards of text features."""
+    for shard in shards:
+        features: dict[str, Tensor] = {}
+        for number in shard.numbers:
+            caption = plan.captions[number]
+            features[text_key(caption)] = encode_caption(text_encoder, caption)
+            on_caption()
+        _write_shard(plan, shard, features)
+
+
+def encode_clips(
+    plan: EncodingPlan,
+    shards: Sequence[Shard],
+    autoencoder: Autoencoder,
+    *,
+    share: int,
+    workers: int,
+    max_bad: int,
+    on_clip: Callable[[], None],
+    on_skip: Callable[[SkippedClip], None],
+) -> None:
+    """Write shards of latents. workers: processes that decode video; 0 decodes in this one.
+
+    A clip that cannot be read is left out, handed to on_skip, and noted in the shard's index; max_bad counts those of
+    earlier runs of the share too. Raises UserError naming them when there are more.
+    """
+    skipped = skipped_clips(plan, share)
+    wanted = [plan.clips[number] for shard in shards for number in shard.numbers]
+    results = read_in_order(wanted, size=plan.size, fps=plan.info.fps, chunks=plan.chunks, workers=workers)
+    with closing(results):
+        for shard in shards:
+            latents: dict[str, Tensor] = {}
+            index: list[EncodedClip | SkippedClip] = []
+            for number in shard.numbers:
+                clip, frames = plan.clips[number], next(results)
+                source = tuple(_below(footage, plan.root) for footage in clip.footage)
+                if isinstance(frames, str):
+                    skip = SkippedClip(number, source, frames)
+                    index.append(skip)
+                    skipped.append(skip)
+                    on_skip(skip)
+                    _check_limit(skipped, max_bad)
+                else:
+                    encoded = encode_clip(autoencoder, frames, chunks=plan.chunks, precision=plan.info.precision)
+                    latents[latents_key(number)] = encoded
+                    index.append(EncodedClip(number, clip.captions, clip.cuts, len(encoded), source, shard.stem))
+                on_clip()
+            lines = "".join(index_line(entry) + "\n" for entry in index)
+            write_atomically(plan.out / shard.index_file, lambda target, lines=lines: _write_text(target, lines))
+            _write_shard(plan, shard, latents)
+
+
+@torch.no_grad()
+def encode_clip(autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames, precision: str) -> Tensor:
+    """Encode frames uint8 [T, H, W, 3] chunk by chunk, as a stream: normalised mean latents, bf16 [T, C, H, W], CPU."""
+    device = next(autoencoder.parameters()).device
+    state, latents, chunk = None, [], 0
+    while chunks.start(chunk) < len(frames_THWC):
+        part_THWC = frames_THWC[chunks.start(chunk) : chunks.start(chunk + 1)].to(device)
+        video_BCTHW = part_THWC.float().div(127.5).sub(1).permute(3, 0, 1, 2)[None]
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            moments, state = autoencoder.encode(video_BCTHW, state)
+        latents.append(autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+        chunk += 1
+    latents_CTHW = torch.cat(latents, dim=2)[0]
+    if not latents_CTHW.isfinite().all():
+        raise UserError("the autoencoder gives latents that are not finite; check its weights with `longvideo info`")
+    return latents_CTHW.transpose(0, 1).to(STORED).contiguous().cpu()
+
+
+@torch.no_grad()
+def encode_caption(text_encoder: TextEncoder, caption: str) -> Tensor:
+    """Return the features of a caption's own tokens, bf16 [S, D], on the CPU."""
+    ids_PS, mask_PS = text_encoder.tokenize([caption])
+    return text_encoder(ids_PS, mask_PS)[0, : int(mask_PS.sum())].to(STORED).contiguous().cpu()
+
+
+def sha256(files: Sequence[Path]) -> str:
+    """Digest of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _shards(info: DatasetInfo, *, share: int | None) -> list[Shard]:
+    """Those of one share, or of all."""
+    shares = range(info.shares) if share is None else [share]
+    return [shard for dealt in (info.latents_shards, info.text_shards) for one in shares for shard in dealt[one]]
+
+
+def _is_complete(plan: EncodingPlan, shard: Shard) -> bool:
+    if not all((plan.out / name).is_file() for name in shard.files):
+        return False
+    try:
+        open_shard(plan.out / shard.file, plan.info)
+        if shard.kind == LATENTS:
+            read_index(plan.out, shard)
+    except CheckpointError:
+        # damaged, as by a copy that was interrupted: it is written again
+        return False
+    return True
+
+
+def _write_shard(plan: EncodingPlan, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+    header = {FINGERPRINT: plan.info.fingerprint}
+    write_atomically(plan.out / shard.file, lambda target: save_file(dict(tensors), target, metadata=header))
+
+
+def _check_limit(skipped: Sequence[SkippedClip], max_bad: int) -> None:
+    if len(skipped) > max_bad:
+        named = "; ".join(f"clip {clip.number}: {clip.why}" for clip in skipped[:MAX_NAMED])
+        more = f"; and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
+        raise UserError(
+            f"clips that cannot be read: {len(skipped)}, more than --max-bad {max_bad} ({named}{more}); mend them,"
+            " as `longvideo data validate --frames` tells, or allow more"
+        )
+
+
+def _below(footage: Footage, root: Path) -> Footage:
+    """Name the file relative to the manifest's folder, as the manifest does."""
+    return replace(footage, video=Path(os.path.relpath(footage.video, root)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

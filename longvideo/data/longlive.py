@@ -1,0 +1,112 @@
+"""The folders from which LongLive 2.0 trains, as manifest entries.
+
+A sample is a folder; its numbered files are consecutive shots: video/<sample>/<number>.mp4, and for each of them
+caption/<sample>/<number>.json with {"caption": "..."}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longvideo.data.manifest import ShotEntry, VideoEntry
+from longvideo.data.video import probe_video
+from longvideo.errors import UserError
+
+NO_CAPTION, NO_VIDEO = "no caption", "no video"
+UNREADABLE, UNNUMBERED = "cannot be read", "not a numbered file"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that gives no shot. kind: NO_CAPTION, NO_VIDEO, UNREADABLE or UNNUMBERED."""
+
+    file: Path
+    kind: str
+    why: str
+
+
+def read_longlive(
+    folder: Path, *, on_sample: Callable[[int, int], None] | None = None
+) -> tuple[list[VideoEntry], list[LeftOut]]:
+    """List all shots that have a video and a caption, samples by name and shots by number, and what is left out.
+
+    The files' paths begin with `folder`. on_sample: called with the number of samples done and of all samples.
+    Raises UserError when the folder has another layout or not a single shot.
+    """
+    for part in ("video", "caption"):
+        if not (folder / part).is_dir():
+            raise UserError(
+                f"no folder {folder / part}; wanted {folder}/video/SAMPLE/0.mp4 and {folder}/caption/SAMPLE/0.json"
+            )
+    entries: list[VideoEntry] = []
+    left_out: list[LeftOut] = []
+    samples = sorted(
+        {path.name for part in ("video", "caption") for path in (folder / part).iterdir() if path.is_dir()}
+    )
+    for done, sample in enumerate(samples, 1):
+        videos = _numbered(folder / "video" / sample, ".mp4", left_out)
+        captions = _numbered(folder / "caption" / sample, ".json", left_out)
+        for number in sorted(videos.keys() | captions.keys()):
+            if number not in videos:
+                left_out.append(
+                    LeftOut(
+                        captions[number],
+                        NO_VIDEO,
+                        f"there is no {captions[number].stem}.mp4 in {folder / 'video' / sample}",
+                    )
+                )
+            elif (shot := _read_shot(videos[number], captions.get(number), sample, left_out)) is not None:
+                entries.append(shot)
+        if on_sample is not None:
+            on_sample(done, len(samples))
+    if not entries:
+        first = f"; {left_out[0].file}: {left_out[0].why}" if left_out else ""
+        raise UserError(f"{folder} holds no shot with a video and a caption{first}")
+    return entries, left_out
+
+
+def _numbered(folder: Path, suffix: str, left_out: list[LeftOut]) -> dict[int, Path]:
+    """The files of a sample by number."""
+    files: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix != suffix or not path.stem.isdecimal():
+            left_out.append(LeftOut(path, UNNUMBERED, f"not a number and {suffix}"))
+        elif int(path.stem) in files:
+            left_out.append(LeftOut(path, UNNUMBERED, f"has the same number as {files[int(path.stem)].name}"))
+        else:
+            files[int(path.stem)] = path
+    return files
+
+
+def _read_shot(video: Path, caption: Path | None, sample: str, left_out: list[LeftOut]) -> VideoEntry | None:
+    if caption is None:
+        left_out.append(LeftOut(video, NO_CAPTION, "it has no file with its caption"))
+        return None
+    try:
+        text = _read_caption(caption)
+    except UserError as error:
+        left_out.append(LeftOut(video, NO_CAPTION, str(error)))
+        return None
+    try:
+        info = probe_video(video)
+    except UserError as error:
+        left_out.append(LeftOut(video, UNREADABLE, str(error)))
+        return None
+    if info.num_frames < 1:
+        left_out.append(LeftOut(video, UNREADABLE, f"{video} does not say how long it is"))
+        return None
+    return VideoEntry(video, info.fps, info.num_frames, (ShotEntry(0, info.num_frames, text),), sample)
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON") from error
+    text = data.get("caption") if isinstance(data, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{path} does not hold {{"caption": "..."}} with a text')
+    return text

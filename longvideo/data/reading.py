@@ -1,0 +1,64 @@
+"""Read many clips in processes of their own, ahead of whoever asks for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from threading import Thread
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.data.clips import ChunkFrames, ClipReference, read_clip
+from longvideo.errors import UserError
+
+
+def read_in_order(
+    clips: Sequence[ClipReference], *, size: tuple[int, int], fps: float, chunks: ChunkFrames, workers: int
+) -> Generator[Tensor | str, None, None]:
+    """Yield for each clip its frames uint8 [T, H, W, 3], or why it cannot be read.
+
+    Processes read ahead, one clip each; frames come through pipes, so that no shared memory has to be set aside.
+    """
+    arguments = {"size": size, "fps": fps, "chunks": chunks}
+    if workers == 0:
+        yield from (_to_tensor(_read_frames(clip, **arguments)) for clip in clips)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+    pending: deque[Future[np.ndarray | str]] = deque()
+    try:
+        for clip in clips:
+            pending.append(pool.submit(_read_frames, clip, **arguments))
+            if len(pending) > workers:
+                yield _to_tensor(pending.popleft().result())
+        while pending:
+            yield _to_tensor(pending.popleft().result())
+    except BrokenProcessPool as error:
+        raise UserError("a process that decodes video was killed; memory may be short: use fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_frames(clip: ClipReference, *, size: tuple[int, int], fps: float, chunks: ChunkFrames) -> np.ndarray | str:
+    try:
+        return read_clip(clip, size=size, fps=fps, chunks=chunks).frames.numpy()
+    except UserError as error:
+        return str(error)
+
+
+def _to_tensor(frames: np.ndarray | str) -> Tensor | str:
+    return frames if isinstance(frames, str) else torch.from_numpy(frames)
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when it does: a parent that is killed can tell nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,0 +1,315 @@
+"""Encoded clips are what encoding by hand gives, whoever encodes them and however often they are interrupted."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.encoded import EncodedDataset
+from longvideo.data.manifest import read_manifest
+from longvideo.errors import UserError
+from tests.checkpoint import small
+
+from . import footage
+
+CLIP_BYTES = 2 * 8 * 4 * 4 * 6 * 2
+TWO_CLIPS = ["--shard-bytes", str(2 * CLIP_BYTES)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    small.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return footage.footage(tmp_path_factory.mktemp("footage"))
+
+
+@pytest.fixture(scope="module")
+def encoded(manifest: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of two clips, written by one command."""
+    out = tmp_path_factory.mktemp("encoded") / "clips"
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    return out
+
+
+def encode(manifest: Path, model: Path, out: Path, *more: str, workers: int = 0) -> int:
+    options = ["--chunks", "2", "--device", "cpu", "--workers", str(workers), *more]
+    return main(["data", "encode", str(manifest), "--model", str(model), "--out", str(out), *options])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_latents_are_those_of_encoding_by_hand(manifest: Path, model: Path, encoded: Path) -> None:
+    dataset = EncodedDataset.open(encoded)
+    autoencoder = ModelFolder.open(model).load_vae()
+    references = plan_clips(read_manifest(manifest), num_chunks=2)
+    assert len(dataset) == len(references) == 6
+    assert (dataset.num_chunks, dataset.chunk_frames, dataset.channels, dataset.latent_size) == (2, 8, 4, (4, 6))
+    for index, reference in enumerate(references):
+        frames = read_clip(reference, size=(64, 96)).frames.float() / 127.5 - 1
+        video = frames.permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            first, state = autoencoder.encode(video[:, :, :29])
+            second, _ = autoencoder.encode(video[:, :, 29:], state)
+        moments = torch.cat((first, second), dim=2)
+        wanted = autoencoder.normalize(moments[:, :4])[0].bfloat16().float()
+        assert torch.equal(dataset.latents(index, 0, 16), wanted)
+        assert wanted.std() > 0.01
+
+
+def test_clips_keep_captions_cuts_and_source(encoded: Path) -> None:
+    dataset = EncodedDataset.open(encoded)
+    assert [clip.captions for clip in dataset.clips] == [
+        ("SQUARE 60", "SQUARE 60"),
+        ("SQUARE 60", "SQUARE 60"),
+        ("a red ball", "a blue ball moves left"),
+        ("a blue ball moves left", "a blue ball moves left"),
+        ("SQUARE 180", "SQUARE 180"),
+        ("SQUARE 180", "SQUARE 180"),
+    ]
+    assert [clip.cuts for clip in dataset.clips] == [(True, False)] * 2 + [(True, True)] + [(True, False)] * 3
+    assert {clip.num_frames for clip in dataset.clips} == {16}
+    (source,) = dataset.clips[3].source
+    assert (source.video, source.start_seconds, source.num_frames) == (Path("videos/1.mp4"), 64 / 24, 61)
+    assert [clip.shard for clip in dataset.clips] == [f"latents-0000{i}-of-00003" for i in (0, 0, 1, 1, 2, 2)]
+
+
+def test_text_is_that_of_the_text_encoder_and_trimmed_on_disk(model: Path, encoded: Path) -> None:
+    dataset = EncodedDataset.open(encoded)
+    text_encoder = ModelFolder.open(model).load_text_encoder()
+    captions = ["", "a red ball", "a blue ball moves left", "SQUARE 60", "SQUARE 180"]
+    features, rows = text_encoder.encode(captions)
+    assert (dataset.text_len, dataset.text_dim, dataset.info.num_captions) == (32, 128, 5)
+    for caption, row in zip(captions, rows, strict=True):
+        assert torch.equal(dataset.text(caption), features[row].bfloat16().float())
+    lengths = []
+    for path in sorted(encoded.glob("text-*")):
+        with safe_open(path, framework="pt") as file:
+            lengths += [file.get_slice(name).get_shape()[0] for name in file.keys()]
+    # each word and the end
+    assert sorted(lengths) == [1, 3, 3, 4, 6]
+    with pytest.raises(UserError, match="no features of 'a dog'"):
+        dataset.text("a dog")
+
+
+def test_a_slice_reads_its_frames_and_no_others(encoded: Path, tmp_path: Path) -> None:
+    dataset = EncodedDataset.open(encoded)
+    whole = dataset.latents(1, 0, 16)
+    assert whole.dtype == torch.float32 and whole.is_contiguous() and whole.shape == (4, 16, 4, 6)
+    for first, last in ((0, 1), (5, 9), (15, 16)):
+        assert torch.equal(dataset.latents(1, first, last), whole[:, first:last])
+    with pytest.raises(UserError, match="frames 3 to 17 of a clip that has 16"):
+        dataset.latents(1, 3, 17)
+    # frames lie one after the other: with all bytes but those of frames 5 to 8 gone, these are what they were
+    shutil.copytree(encoded, tmp_path / "copy")
+    path = tmp_path / "copy" / "latents-00000-of-00003.safetensors"
+    data = path.read_bytes()
+    begin = len(data) - CLIP_BYTES
+    kept = slice(begin + 5 * CLIP_BYTES // 16, begin + 9 * CLIP_BYTES // 16)
+    header = len(data) - 2 * CLIP_BYTES
+    path.write_bytes(data[:header] + bytes(kept.start - header) + data[kept] + bytes(len(data) - kept.stop))
+    blank = EncodedDataset.open(tmp_path / "copy")
+    assert torch.equal(blank.latents(1, 5, 9), whole[:, 5:9])
+    assert not blank.latents(1, 0, 5).any() and not blank.latents(1, 9, 16).any() and not blank.latents(0, 0, 16).any()
+
+
+def test_a_data_set_can_be_sent_to_another_process(encoded: Path) -> None:
+    dataset = EncodedDataset.open(encoded)
+    latents = dataset.latents(2, 0, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset)).latents(2, 0, 4), latents)
+
+
+def test_a_rerun_after_a_lost_shard_gives_the_same_bytes(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clips"
+    shutil.copytree(encoded, out)
+    (out / "latents-00002-of-00003.safetensors").unlink()
+    (out / "text-00001-of-00005.safetensors").unlink()
+    cut = out / "latents-00001-of-00003.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    index = out / "latents-00001-of-00003.jsonl"
+    index.write_bytes(index.read_bytes()[:-10])
+    (out / f".{cut.name}.0a1b2c3d.tmp").write_bytes(b"what a killed run leaves")
+    kept = (out / "latents-00000-of-00003.safetensors").stat().st_mtime_ns
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    assert contents(out) == contents(encoded)
+    assert (out / "latents-00000-of-00003.safetensors").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    assert "6 clips, all of them from before, 0 damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_stops_at_a_damaged_clip_goes_on_when_it_is_mended(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(manifest.parent, tmp_path / "footage")
+    copy, video, out = tmp_path / "footage" / "manifest.jsonl", tmp_path / "footage/videos/2.mp4", tmp_path / "clips"
+    footage.damage(video)
+    assert encode(copy, model, out, *TWO_CLIPS, "--max-bad", "0") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"cannot be read: 1, more than --max-bad 0 \(clip [45]: .*2.mp4 is damaged after", error)
+    assert sorted(path.name for path in out.glob("latents-*.safetensors")) == [
+        "latents-00000-of-00003.safetensors",
+        "latents-00001-of-00003.safetensors",
+    ]
+    with pytest.raises(UserError, match=r"latents-00002-of-00003.jsonl is missing; .* --shard-of 0/1"):
+        EncodedDataset.open(out)
+    shutil.copy(manifest.parent / "videos" / "2.mp4", video)
+    assert encode(copy, model, out, *TWO_CLIPS) == 0
+    assert contents(out) == contents(encoded)
+
+
+def test_damaged_clips_are_left_out_counted_and_noted(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(manifest.parent, tmp_path / "footage")
+    copy, out = tmp_path / "footage" / "manifest.jsonl", tmp_path / "clips"
+    footage.damage(tmp_path / "footage" / "videos" / "0.mp4")
+    assert encode(copy, model, out, *TWO_CLIPS) == 0
+    error = capsys.readouterr().err
+    assert "left out clip 1: " in error
+    dataset, whole = EncodedDataset.open(out), EncodedDataset.open(encoded)
+    lost = len(whole) - len(dataset)
+    assert f"{6 - lost} clips, {lost} damaged and left out" in error
+    assert [clip.number for clip in dataset.skipped] == list(range(2 - lost, 2)) and lost in (1, 2)
+    assert dataset.skipped[-1].source == whole.clips[1].source
+    assert "0.mp4 is damaged" in dataset.skipped[-1].why
+    assert [clip.number for clip in dataset.clips] == list(range(2 - lost)) + [2, 3, 4, 5]
+    assert torch.equal(dataset.latents(2 - lost, 0, 16), whole.latents(2, 0, 16))
+    # those of earlier runs count
+    (out / "latents-00002-of-00003.safetensors").unlink()
+    footage.damage(tmp_path / "footage" / "videos" / "2.mp4")
+    assert encode(copy, model, out, *TWO_CLIPS, "--max-bad", str(lost)) == 2
+    assert f"clips that cannot be read: {lost + 1}, more than --max-bad {lost} (clip " in capsys.readouterr().err
+
+
+def test_a_share_with_no_readable_clip_is_an_error(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = footage.footage(tmp_path / "footage")
+    for number in range(3):
+        video = tmp_path / "footage" / "videos" / f"{number}.mp4"
+        video.write_bytes(video.read_bytes()[:200])
+    assert encode(path, model, tmp_path / "clips") == 2
+    assert "clips that cannot be read: 6, more than --max-bad 5" in capsys.readouterr().err
+
+
+def test_two_shares_equal_one_run(manifest: Path, model: Path, encoded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clips"
+    assert encode(manifest, model, out, *TWO_CLIPS, "--shard-of", "1/2", workers=2) == 0
+    with pytest.raises(UserError, match="is missing; copy it too, or finish share 0 of 2"):
+        EncodedDataset.open(out)
+    assert encode(manifest, model, out, *TWO_CLIPS, "--shard-of", "0/2") == 0
+    shares, one = EncodedDataset.open(out), EncodedDataset.open(encoded)
+    assert [json.loads(line)["number"] for line in (out / "latents-00000-of-00004.jsonl").open()] == [0, 2]
+    assert [json.loads(line)["number"] for line in (out / "latents-00003-of-00004.jsonl").open()] == [5]
+    assert len(shares) == len(one)
+    for index, (clip, same) in enumerate(zip(shares.clips, one.clips, strict=True)):
+        assert (clip.number, clip.captions, clip.cuts, clip.source) == (
+            same.number,
+            same.captions,
+            same.cuts,
+            same.source,
+        )
+        assert torch.equal(shares.latents(index, 0, 16), one.latents(index, 0, 16))
+    for caption in ("", *(caption for clip in one.clips for caption in clip.captions)):
+        assert torch.equal(shares.text(caption), one.text(caption))
+
+
+def test_processes_that_decode_change_no_byte(manifest: Path, model: Path, encoded: Path, tmp_path: Path) -> None:
+    assert encode(manifest, model, tmp_path / "clips", *TWO_CLIPS, workers=1) == 0
+    assert contents(tmp_path / "clips") == contents(encoded)
+
+
+def test_other_options_need_another_folder_or_overwrite(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clips"
+    shutil.copytree(encoded, out)
+    assert encode(manifest, model, out) == 2
+    assert "dataset.json says clips_per_shard is 2, this run " in capsys.readouterr().err
+    assert encode(manifest, model, out, *TWO_CLIPS, "--height", "32") == 2
+    assert "says height is 64, this run 32; give the same manifest, model and options" in capsys.readouterr().err
+    assert contents(out) == contents(encoded)
+    assert encode(manifest, model, out, "--height", "32", "--overwrite") == 0
+    dataset = EncodedDataset.open(out)
+    assert dataset.latents(0, 0, 1).shape == (4, 1, 2, 6)
+    assert sorted(contents(out)) == [
+        "dataset.json",
+        "latents-00000-of-00001.jsonl",
+        "latents-00000-of-00001.safetensors",
+        "text-00000-of-00001.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", "40"], "--height is 40, wanted a multiple of 32; use 32"),
+        (["--shard-of", "2/2"], "--shard-of is '2/2', wanted I/N with I from 0 to N - 1"),
+        (["--shard-of", "half"], "--shard-of is 'half', wanted I/N"),
+        (["--chunks", "9"], "use fewer chunks"),
+    ],
+)
+def test_bad_options_write_nothing(
+    manifest: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert encode(manifest, model, tmp_path / "clips", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "clips").exists()
+
+
+def test_the_reader_names_the_file_that_is_wrong(encoded: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset.json in .*; `longvideo data encode` makes"):
+        EncodedDataset.open(tmp_path)
+
+    def broken(name: str, change: bytes | None) -> Path:
+        out = tmp_path / name
+        shutil.copytree(encoded, out, dirs_exist_ok=True)
+        if change is None:
+            (out / name).unlink()
+        else:
+            (out / name).write_bytes(change)
+        return out
+
+    info = json.loads((encoded / "dataset.json").read_text())
+    text, latents = "text-00003-of-00005.safetensors", "latents-00001-of-00003.safetensors"
+    index = "latents-00001-of-00003.jsonl"
+    other = json.dumps(info | {"num_clips": 5}).encode()
+    cases = {
+        "dataset.json has version 2, wanted 1": ("dataset.json", json.dumps(info | {"version": 2}).encode()),
+        "dataset.json: .*no value for fps": (
+            "dataset.json",
+            json.dumps({key: value for key, value in info.items() if key != "fps"}).encode(),
+        ),
+        f"{text} is missing": (text, None),
+        f"{latents} is missing": (latents, None),
+        f"{latents} .* is truncated": (latents, (encoded / latents).read_bytes()[:-1]),
+        f"{latents} does not hold what the index": (
+            latents,
+            (encoded / "latents-00000-of-00003.safetensors").read_bytes(),
+        ),
+        f"{index} tells of 1 clips, wanted 2": (index, (encoded / index).read_bytes().splitlines(keepends=True)[0]),
+        f"{index}:2: not a line of an index": (index, (encoded / index).read_bytes()[:-20]),
+        "safetensors was not made for the dataset.json beside it": ("dataset.json", other),
+    }
+    for message, (name, change) in cases.items():
+        folder = broken(name, change)
+        with pytest.raises(UserError, match=message):
+            EncodedDataset.open(folder)
+        shutil.rmtree(folder)

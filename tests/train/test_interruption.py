@@ -1,0 +1,95 @@
+"""A run that is killed again and again ends as one that never was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from longvideo.errors import CheckpointError, ConfigError
+from longvideo.train.trainer import claimed
+from tests.train.toy import toy_trainer
+
+STEPS, KILLS = 60, 20
+PRELOADED = ["torch", "longvideo.train.trainer", "longvideo.train.vae", "longvideo.train.engine"]
+
+
+def train(folder: Path, reports: Connection) -> None:
+    """Train to the end, reporting every step."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    trainer = toy_trainer(folder, STEPS, save_every=4, log_every=1)
+    one_step = trainer.one_step
+
+    def reported(step, window) -> None:
+        one_step(step, window)
+        reports.send(step)
+
+    trainer.one_step = reported
+    trainer.run(resume="auto")
+    reports.close()
+
+
+def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    lottery = random.Random(0)
+    killed = 0
+    while True:
+        reports, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=train, args=(tmp_path / "killed", theirs))
+        process.start()
+        theirs.close()
+        left = lottery.randint(1, 6) if killed < KILLS else STEPS + 1
+        try:
+            while left:
+                reports.recv()
+                left -= 1
+            os.kill(process.pid or 0, signal.SIGKILL)
+            killed += 1
+        except EOFError:
+            pass
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert killed == KILLS
+    toy_trainer(tmp_path / "whole", STEPS, save_every=4, log_every=1).run()
+    losses, weights = [], []
+    for name in ("killed", "whole"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(line["step"], line["loss"], line["grad"]) for line in lines if "loss" in line])
+        weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert len(losses[1]) == STEPS and losses[0] == losses[1]
+    assert weights[0] == weights[1]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path), pytest.raises(ConfigError, match="another run is at work in"):
+        toy_trainer(tmp_path, 2).run()
+    assert toy_trainer(tmp_path, 2).run()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 20)
+    trainer.save(10)
+
+    def no_room(folder: Path) -> None:
+        (folder / "weights.safetensors").write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device; the newest whole one is of step 10"):
+        trainer.checkpoints.save(20, no_room, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000010"]
+    found = trainer.checkpoints.newest()
+    assert found is not None and found.step == 10
+    assert load_file(found.folder / "weights.safetensors")
