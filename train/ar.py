@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
@@ -167,6 +168,11 @@ class ArRecipe:
     def start(self, step: int) -> None:
         """Encode the bank."""
         self.source.start(step)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
@@ -19,6 +20,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
 from longvideo.train.clip_views import Clips, ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.train.objective import seeded
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
@@ -56,7 +58,8 @@ class ClipTraining:
     """`longvideo train ar` with `data`.
 
     data: a folder made by `longvideo data encode`; none is needed for `--dry-run`, which then takes noise of the shapes
-    of `settings`. initialize: a model folder to take everything from; without one, a fresh transformer of `preset`.
+    of `settings`. initialize: a model folder to take everything from, its settings too; without one, a fresh
+    transformer of `preset`. recycle_errors: add the model's own earlier errors to what it sees, see `recycling`.
     """
 
     seed: int = 0
@@ -67,6 +70,8 @@ class ClipTraining:
     views: ClipViewConfig = field(default_factory=ClipViewConfig)
     objective: TeacherForcingConfig = field(default_factory=lambda: TeacherForcingConfig(checkpoint=True))
     nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
+    recycle_errors: bool = False
+    recycling: ErrorRecyclingConfig = field(default_factory=ErrorRecyclingConfig)
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage(steps=600, batch=1, chunks=12)])
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="constant", beta2=0.999, gradient_clip=10)
@@ -105,6 +110,11 @@ class ClipRecipe:
             self._train_in_nvfp4()
         self.spec = self._spec()
         schedule = FlowSchedule(self.settings.shift)
+        self.bank = None
+        if config.recycle_errors:
+            size = (self.settings.height // VAE_SCALE, self.settings.width // VAE_SCALE)
+            chunk = (shape.in_channels, self.settings.chunk_frames, *size)
+            self.bank = ErrorBank(config.recycling, schedule, chunk_shape=chunk, seed=config.seed, device=device)
         self.objective = TeacherForcing(
             self.transformer,
             None,
@@ -113,6 +123,7 @@ class ClipRecipe:
             schedule=schedule,
             device=device,
             mesh=mesh,
+            bank=self.bank,
             # a resumed run rounds as an uninterrupted one would
             on_step=lambda step: seeded(self.rounding, config.seed, "rounding", step, mesh.rank),
         )
@@ -130,6 +141,14 @@ class ClipRecipe:
 
     def start(self, step: int) -> None:
         """Nothing to get ready: clips are read when they are due."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the recycled errors of this rank."""
+        return {} if self.bank is None else self.bank.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if self.bank is not None and state:
+            self.bank.load(state)
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """No numbers yet."""

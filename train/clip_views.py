@@ -17,7 +17,7 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.mesh import Mesh, divide
 from longvideo.train.objective import seeded, stage_at
-from longvideo.train.views import ViewBatch, ViewStage
+from longvideo.train.views import Origin, ViewBatch, ViewStage
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,24 @@ class ClipViewSource:
                     features=features,
                     mean_weight=mean_weight,
                     cuts=cuts,
+                    origin=self._origin(step, draw, numbers, chunks),
                 )
             )
         return shares
+
+    def _origin(self, step: int, draw: _Draw, numbers: Sequence[int], chunks: range) -> Origin:
+        # the first frame of a chunk may be a given image, the last one never is
+        last = [(chunk + 1) * self.clips.chunk_frames - 1 for chunk in chunks]
+        frames = slice(chunks.start * self.clips.chunk_frames, chunks.stop * self.clips.chunk_frames)
+        own = torch.tensor(list(numbers))
+        return Origin(
+            step=step,
+            samples=tuple(numbers),
+            chunks=tuple(chunks),
+            sigma_BQ=draw.sigma[own][:, last],
+            trained_BQ=draw.loss_mask[own][:, last] > 0,
+            given_BT=(draw.sigma[own, frames] == 0).float().to(self.device, non_blocking=True),
+        )
 
     def _draw(self, step: int) -> _Draw:
         config, stage, chunk_frames = self.config, stage_at(self.stages, step), self.clips.chunk_frames
@@ -234,13 +249,14 @@ class ClipViewSource:
 
     def _noise(self, kind: str, step: int, views: Sequence[int], chunks: range, shape: torch.Size) -> Tensor:
         """Draw noise chunk by chunk, so that it does not depend on which rank draws it."""
-        noise = torch.empty(shape, device=self.device)
-        per_chunk = self.clips.chunk_frames
-        for row, view in enumerate(views):
-            for place, chunk in enumerate(chunks):
-                generator = seeded(self._noise_generator, self.seed, kind, step, view, chunk)
-                noise[row, :, place * per_chunk : (place + 1) * per_chunk].normal_(generator=generator)
-        return noise
+        _, channels, _, height, width = shape
+        size = (channels, self.clips.chunk_frames, height, width)
+
+        def of_chunk(view: int, chunk: int) -> Tensor:
+            generator = seeded(self._noise_generator, self.seed, kind, step, view, chunk)
+            return torch.randn(size, generator=generator, device=self.device)
+
+        return torch.stack([torch.cat([of_chunk(view, chunk) for chunk in chunks], dim=1) for view in views])
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
-            model_parameters=self.parameters,
+            model_parameters=self.parameters,  # pyright: ignore[reportArgumentType]
             optimizer=optimizer,
             config=_settings(zero_stage, precision, passes, config.gradient_clip),
             dist_init_required=False,
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
                 stack.enter_context(deepspeed.zero.GatheredParameters(self.parameters))
             else:
                 before = [p.detach().clone() for p in self.parameters]
-                stack.callback(torch._foreach_copy_, self.parameters, before)
+                stack.callback(torch._foreach_copy_, [p.data for p in self.parameters], before)
             for parameter, own in zip(self.parameters, self.average, strict=True):
                 parameter.data.copy_(self._whole(parameter, own))
             yield
@@ -153,8 +153,11 @@ class DeepSpeedEngine:
             state = self.optimizer.state[parameter]
             yield from ((WEIGHT, parameter.detach()), *((name, state[name]) for name in MOMENTS))
         else:
-            yield WEIGHT, safe_get_full_fp32_param(parameter)
-            yield from ((name, safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS)
+            found = {WEIGHT: safe_get_full_fp32_param(parameter)}
+            found |= {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+            for kind, value in found.items():
+                assert value is not None
+                yield kind, value
         yield AVERAGE, self._whole(parameter, self.average[number])
 
     def _put(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:

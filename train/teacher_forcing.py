@@ -20,6 +20,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
+from longvideo.train.error_recycling import ErrorBank, prediction_errors
 from longvideo.train.mesh import Mesh
 from longvideo.train.objective import Objective, ratio
 from longvideo.train.sequence_parallel import Ulysses
@@ -68,7 +69,8 @@ class Pass:
 class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
 
-    text_encoder: tokens to features; None where batches bring features. on_step: called with the number of each step
+    text_encoder: tokens to features; None where batches bring features. bank: recycles errors of
+    batches that say where they come from. on_step: called with the number of each step
     before it.
     """
 
@@ -82,10 +84,12 @@ class TeacherForcing(Objective):
         schedule: FlowSchedule,
         device: torch.device,
         mesh: Mesh | None = None,
+        bank: ErrorBank | None = None,
         on_step: Callable[[int], object] = lambda step: None,
     ):
         super().__init__()
         self._on_step = on_step
+        self.bank = bank
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.config = config
@@ -94,7 +98,7 @@ class TeacherForcing(Objective):
         self.device = device
         self.mesh = mesh or Mesh()
         self._passes: dict[tuple[int, tuple[bool, ...] | None], Pass] = {}
-        self._run: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._loss
+        self._run: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] = self._loss
         if config.compile and device.type == "cuda":
             if self.mesh.sequence > 1 or config.checkpoint:
                 for block in transformer.blocks:
@@ -106,9 +110,35 @@ class TeacherForcing(Objective):
         self._on_step(step)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        prepared = self.prepared(batch.clean.shape[2] // self.spec.chunk_frames, batch.cuts)
-        tensors = {name: value for name, value in vars(batch).items() if name != "cuts"}
-        return self._run(**tensors, prepared=prepared)
+        clean = batch.clean
+        context, latents, noise, used_clean = clean, clean, batch.noise, None
+        if self.bank is not None and batch.origin is not None:
+            origin = batch.origin
+            numbers = {"step": origin.step, "samples": origin.samples, "chunks": origin.chunks}
+            injected = self.bank.inject(clean, noise, origin.sigma_BQ, given_BT=origin.given_BT, **numbers)
+            context, latents, noise, used_clean = vars(injected).values()
+        loss, metrics, velocity = self._run(
+            clean,
+            context,
+            latents,
+            noise,
+            batch.context_noise,
+            batch.sigma,
+            batch.context_sigma,
+            batch.loss_mask,
+            batch.ids,
+            batch.mask,
+            batch.features,
+            batch.mean_weight,
+            prepared=self.prepared(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
+        )
+        if used_clean is not None and torch.is_grad_enabled():
+            noisy = self.schedule.add_noise(latents, noise, batch.sigma)
+            errors = prediction_errors(
+                velocity.detach(), self.schedule.velocity(clean, noise), noisy, clean, batch.sigma
+            )
+            self.bank.add(*errors, origin.sigma_BQ, used_clean=used_clean, trained_BQ=origin.trained_BQ, **numbers)
+        return loss, metrics
 
     def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
         """Return what a view of so many own chunks needs; cuts: of the whole view, None for none that matter."""
@@ -143,6 +173,8 @@ class TeacherForcing(Objective):
     def _loss(
         self,
         clean: Tensor,
+        context_clean: Tensor,
+        latents: Tensor,
         noise: Tensor,
         context_noise: Tensor,
         sigma: Tensor,
@@ -153,14 +185,14 @@ class TeacherForcing(Objective):
         features: Tensor | None,
         mean_weight: Tensor,
         prepared: Pass,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        context = self.schedule.add_noise(clean, context_noise, context_sigma)
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        context = self.schedule.add_noise(context_clean, context_noise, context_sigma)
         features = self._features(ids, mask) if features is None else features
-        noisy = self.schedule.add_noise(clean, noise, sigma)
+        noisy = self.schedule.add_noise(latents, noise, sigma)
         velocity = self.velocity(context, noisy, sigma, features, prepared)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
         loss = (self.schedule.loss_weight(sigma) * error_BT * loss_mask).sum() / mean_weight
-        return loss, _metrics(error_BT, sigma, loss_mask)
+        return loss, _metrics(error_BT, sigma, loss_mask), velocity
 
     def _features(self, ids_BQS: Tensor | None, mask_BQS: Tensor | None) -> Tensor:
         assert self.text_encoder is not None and ids_BQS is not None and mask_BQS is not None

@@ -6,18 +6,19 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.errors import ConfigError, UserError
 from longvideo.train.checkpoint import CheckpointFolder
-from longvideo.train.engine import Engine
+from longvideo.train.engine import Engine, read_part
 from longvideo.train.mesh import Mesh
 from longvideo.train.objective import BatchSource, Objective, as_ratio
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
@@ -65,6 +66,14 @@ class Recipe(Protocol):
 
     def start(self, step: int) -> None:
         """Get ready to give the batch of `step`."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what this rank needs besides weights to go on bit for bit; batches are a function of the step."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave, or nothing where another number of ranks wrote the checkpoint."""
         ...
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
@@ -207,7 +216,16 @@ class Trainer:
         log.note(f"sample {step} | {numbers or 'no numbers'} | {time.monotonic() - began:.1f} s")
 
     def save(self, step: int) -> None:
-        self.checkpoints.save(step, self.engine.save, {"skipped": self.engine.num_skipped()})
+        def write(folder: Path) -> None:
+            self.engine.save(folder)
+            if state := self.recipe.state():
+                save_file({name: x.contiguous() for name, x in state.items()}, folder / self._state_file)
+
+        self.checkpoints.save(step, write, {"skipped": self.engine.num_skipped(), "ranks": self.mesh.world})
+
+    @property
+    def _state_file(self) -> str:
+        return f"recipe_{self.mesh.rank:05d}.safetensors"
 
     def restore(self, resume: str) -> int:
         """Load the newest checkpoint when `resume` is "auto"; return the step to go on from."""
@@ -219,6 +237,9 @@ class Trainer:
         if found is None:
             return 0
         self.engine.load(found.folder, skipped=int(found.state["skipped"]))
+        same_ranks = found.state["ranks"] == self.mesh.world
+        own = found.folder / self._state_file
+        self.recipe.load(read_part(found.folder, own.stem) if same_ranks and own.exists() else {})
         return found.step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,6 +106,11 @@ class VaeRecipe:
 
     def start(self, step: int) -> None:
         """Nothing to get ready: every batch is drawn afresh."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Measure held-out clips as the stream would show them, and draw pairs of rows: given, reconstructed."""

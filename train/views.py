@@ -62,6 +62,22 @@ class ViewConfig:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the views of a batch come from, for what is kept of them: numbers in the step's batch and in the view.
+
+    sigma_BQ, trained_BQ: noise level of every chunk, and whether it gets a loss, on the host. given_BT: 1 at frames
+    that are given, on the device.
+    """
+
+    step: int
+    samples: tuple[int, ...]
+    chunks: tuple[int, ...]
+    sigma_BQ: Tensor
+    trained_BQ: Tensor
+    given_BT: Tensor
+
+
+@dataclass(frozen=True)
 class ViewBatch:
     """A rank's share of one pass: clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T];
     ids, mask [B, Q, S], or features [B, Q, J, D].
@@ -83,6 +99,7 @@ class ViewBatch:
     features: Tensor | None
     mean_weight: Tensor
     cuts: tuple[bool, ...] | None = None
+    origin: Origin | None = None
 
     def shares(self, mesh: Mesh, micro_batch: int | None, chunk_frames: int) -> list[ViewBatch]:
         """Divide the batch of a whole step; return this rank's shares, one for each pass.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class ToyRecipe:
         self.segments = segments
 
     def start(self, step: int) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         return {"half_step": step / 2}

@@ -1,0 +1,175 @@
+"""Training on encoded clips: who reads what, and a run in two processes from the command line to a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.train.mesh import Mesh
+from longvideo.train.views import ViewStage
+from tests.checkpoint import small
+from tests.data import footage
+
+CPU = torch.device("cpu")
+CHUNKS, FRAMES, BATCH = 4, 2, 4
+FIELDS = ("clean", "noise", "context_noise", "sigma", "context_sigma", "loss_mask", "features")
+
+
+class Counted(RandomClips):
+    """Several clips, and a record of what was read."""
+
+    def __init__(self, count: int = 6, chunks: int = CHUNKS):
+        super().__init__(chunks=chunks, chunk_frames=FRAMES, latents=(3, 2, 4), text=(5, 6))
+        self.clips = self.clips * count
+        self.read: list[tuple[int, int, int]] = []
+
+    def latents(self, index: int, first: int, last: int) -> Tensor:
+        self.read.append((index, first, last))
+        whole = super().latents(index, 0, self.num_chunks * FRAMES)
+        return whole[:, first:last]
+
+
+def source(clips: Counted, *, cuts_matter: bool = False, stage: ViewStage | None = None, **config) -> ClipViewSource:
+    config = {"image_fraction": 0.4, "prompt_dropout": 0.3, "context_noise_fraction": 0.5} | config
+    return ClipViewSource(
+        clips,
+        [stage or ViewStage(batch=BATCH, chunks=CHUNKS)],
+        ClipViewConfig(**config),
+        FlowSchedule(5.0),
+        seed=3,
+        tokens_per_chunk=10,
+        cuts_matter=cuts_matter,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize(("world", "sequence", "micro_batch"), [(2, 2, None), (4, 2, 1), (4, 4, 2), (2, 1, 1)])
+def test_shares_of_all_ranks_are_the_whole_batch(world: int, sequence: int, micro_batch: int | None) -> None:
+    (whole,) = source(Counted()).shares(5, Mesh(), None)
+    replicas: dict[int, list[list]] = {}
+    for rank in range(world):
+        mesh = Mesh(world, rank, sequence)
+        replicas.setdefault(mesh.replica, []).append(source(Counted()).shares(5, mesh, micro_batch))
+    for name in FIELDS:
+        axis = 2 if name in FIELDS[:3] else 1
+        rows = []
+        for places in replicas.values():
+            for number in range(len(places[0])):
+                rows.append(torch.cat([getattr(shares[number], name) for shares in places], dim=axis))
+        assert torch.equal(torch.cat(rows), getattr(whole, name)), name
+    parts = [share for places in replicas.values() for shares in places for share in shares]
+    assert float(parts[0].mean_weight) * len(parts) == pytest.approx(float(whole.loss_mask.sum()))
+
+
+def test_a_rank_reads_its_own_frames_and_no_others() -> None:
+    clips = Counted()
+    source(clips).shares(0, Mesh(4, 3, 2), 1)
+    own = [(first, last) for _, first, last in clips.read]
+    assert len(own) >= 2 and set(own) == {(4, 8)}
+
+
+def test_an_epoch_shows_every_clip_once() -> None:
+    views = source(Counted(count=6))
+    seen = [views._clip(step, view) for step in range(6) for view in range(BATCH)]
+    epochs = [seen[first : first + 6] for first in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_views_that_begin_late_show_their_first_chunk_as_context_alone() -> None:
+    stage = ViewStage(batch=64, chunks=2)
+    (batch,) = source(Counted(), stage=stage, start_fraction=0.5, image_fraction=0.5).shares(0, Mesh(), None)
+    late = (batch.loss_mask[:, :FRAMES] == 0).all(1)
+    assert 10 < int(late.sum()) < 54
+    given = batch.sigma[:, 0] == 0
+    assert given.any() and not (given & late).any()
+    assert (batch.loss_mask[given, 0] == 0).all() and (batch.loss_mask[given, 1:] == 1).all()
+
+
+def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
+    views = source(Counted(), cuts_matter=True)
+    with pytest.raises(ConfigError, match="parallel.micro_batch=1"):
+        views.passes(Mesh(), None)
+    shares = views.shares(0, Mesh(), 1)
+    assert len(shares) == BATCH and shares[0].cuts == (True, False, False, False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and clips encoded with it."""
+    folder = tmp_path_factory.mktemp("clips")
+    small.save(folder / "model")
+    manifest = footage.footage(folder)
+    options = ["--chunks", "2", "--device", "cpu", "--workers", "0", "--out", str(folder / "clips")]
+    assert main(["data", "encode", str(manifest), "--model", str(folder / "model"), *options]) == 0
+    return folder / "model", folder / "clips"
+
+
+def arguments(data: tuple[Path, Path], *more: str) -> list[str]:
+    model, clips = data
+    settings = ["objective.context=window", "recycle_errors=true", "recycling.warmup_steps=1"]
+    stages = "stages=[{steps: 4, chunks: 2, batch: 2}]"
+    return [f"data={clips}", f"initialize={model}", stages, *settings, "trainer.save_every=2", *more]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_run_in_one_process_goes_on_with_the_same_bits(data: tuple[Path, Path], tmp_path: Path) -> None:
+    fixed = (
+        "trainer.precision=fp32",
+        "parallel.micro_batch=1",
+        "optimizer.schedule=constant",
+        "optimizer.learning_rate=1e-3",
+    )
+    for name, *steps in (("whole",), ("cut", "stages=[{steps: 2, chunks: 2, batch: 2}]"), ("cut",)):
+        command = ["train", "ar", *arguments(data, *fixed, *steps), "--out", str(tmp_path / name), "--device", "cpu"]
+        assert main(command) == 0
+    assert len(losses(tmp_path / "whole")) == 4
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert ModelFolder.open(tmp_path / "whole" / "model").parts == ("transformer", "vae", "text_encoder")
+
+
+def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    exact = ("trainer.precision=fp32", "recycle_errors=false", "parallel.micro_batch=1")
+    alone = ["train", "ar", *arguments(data, *exact), "--out", str(tmp_path / "one"), "--device", "cpu"]
+    assert main(alone) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "longvideo.train", *arguments(data, *exact, "parallel.sequence=2", "parallel.zero_stage=2")]
+    where = ["--out", str(tmp_path / "two"), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *module, *where], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert "step 4/4" in done.stdout and ModelFolder.open(tmp_path / "two" / "model").parts
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("parallel.sequence=3", "parallel.sequence=3 does not divide 1 ranks; use one of 1"),
+        ("data=nowhere", "no dataset.json in nowhere"),
+        ("stages=[{chunks: 3}]", "a stage has chunks=3, the clips of the data set 2"),
+        ("nvfp4.inputs=adaptiv", "nvfp4.inputs='adaptiv' is unknown"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, wanted: str
+) -> None:
+    assert main(["train", "ar", *arguments(data, setting), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert wanted in capsys.readouterr().err
