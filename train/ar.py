@@ -169,6 +169,9 @@ class ArRecipe:
         """Encode the bank."""
         self.source.start(step)
 
+    def flops(self, step: int) -> float | None:
+        return None
+
     def state(self) -> dict[str, Tensor]:
         return {}
 

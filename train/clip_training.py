@@ -11,23 +11,27 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.tensors import OnMeta
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.model.config import PRESETS
+from longvideo.model.cache import visible_chunks
+from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
 from longvideo.train.clip_views import Clips, ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
-from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
-from longvideo.train.objective import seeded
+from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.train.objective import seeded, stage_at
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
 from longvideo.train.views import ViewStage
 
+MEMORY_SLACK = 1.25  # what the estimate may be above the truth
 VAE_SCALE = 16  # pixels of a latent, each way
 
 
@@ -98,6 +102,8 @@ class ClipRecipe:
         check_sequence(
             mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
         )
+        self.spec = self._spec()
+        self._check_memory(shape, device, mesh)
         self.clips = self._open_clips(dry_run=dry_run)
         if self.folder is not None:
             self.transformer = self.folder.load_transformer(device=device, dtype=torch.float32).train()
@@ -108,7 +114,6 @@ class ClipRecipe:
         self.rounding = torch.Generator(device)
         if config.nvfp4.enabled:
             self._train_in_nvfp4()
-        self.spec = self._spec()
         schedule = FlowSchedule(self.settings.shift)
         self.bank = None
         if config.recycle_errors:
@@ -141,6 +146,13 @@ class ClipRecipe:
 
     def start(self, step: int) -> None:
         """Nothing to get ready: clips are read when they are due."""
+
+    def flops(self, step: int) -> float:
+        stage = stage_at(self.config.stages, step)
+        visible = None
+        if self.config.objective.context == "window":
+            visible = visible_chunks(self.spec, [False] * stage.chunks)
+        return stage.batch * clip_flops(self.transformer.config, self.spec, stage.chunks, visible)
 
     def state(self) -> dict[str, Tensor]:
         """Return the recycled errors of this rank."""
@@ -207,6 +219,35 @@ class ClipRecipe:
             pin_shots=settings.pin_shots,
             offset_per_shot=settings.offset_per_shot,
         )
+
+    def _check_memory(self, shape: TransformerConfig, device: torch.device, mesh: Mesh) -> None:
+        """Say what training will take, before anything is loaded; raise ConfigError if it cannot fit."""
+        config = self.config
+        with OnMeta():
+            num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())
+        stage = max(config.stages, key=lambda stage: stage.chunks)
+        estimate = estimate_memory(
+            shape,
+            self.spec,
+            num_parameters=num_parameters,
+            chunks=stage.chunks,
+            clips=divide(stage.batch, mesh, config.parallel.micro_batch)[0],
+            ranks=mesh.world,
+            sequence=mesh.sequence,
+            zero_stage=config.parallel.zero_stage if mesh.world > 1 else 0,
+            bf16=mesh.world > 1 and config.trainer.precision != "fp32",
+            checkpoint=config.objective.checkpoint,
+        )
+        if device.type != "cuda":
+            return
+        available = torch.cuda.get_device_properties(device).total_memory / GIB
+        if mesh.is_main:
+            print(f"memory: {estimate.line()}; there are {available:.1f}", flush=True)
+        if estimate.total > MEMORY_SLACK * available:
+            raise ConfigError(
+                f"training takes {estimate.line()}, and a device has {available:.1f}; use more ranks, a higher"
+                " parallel.sequence or parallel.zero_stage, fewer chunks, or objective.checkpoint=true"
+            )
 
     def _train_in_nvfp4(self) -> Sequence[str]:
         nvfp4 = self.config.nvfp4

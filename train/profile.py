@@ -17,7 +17,10 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class StageProfile:
-    """first_seconds: the first step, compilation included. seconds: mean of the steps after the second."""
+    """first_seconds: the first step, compilation included. seconds: mean of the steps after the second.
+
+    tera_flops: of a device a second, counting what a step cannot do without, nothing masked away or computed twice.
+    """
 
     stage: int
     steps: int
@@ -27,6 +30,7 @@ class StageProfile:
     rate: float
     unit: str
     memory_gib: float
+    tera_flops: float | None = None
     operations: str = ""
 
     def line(self) -> str:
@@ -35,6 +39,7 @@ class StageProfile:
             f"stage {self.stage} | {self.steps} steps | first {self.first_seconds:.1f} s"
             f" | step {self.seconds * 1000:.1f} ms, of it {self.batch_seconds * 1000:.1f} ms for the batch"
             f" | {self.rate:.3g} {self.unit}/s | {self.memory_gib:.1f} GiB | {minutes:.1f} min"
+            + ("" if self.tera_flops is None else f" | {self.tera_flops:.0f} TFLOP/s a device")
         )
 
 
@@ -53,7 +58,7 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[St
         first = _timed(trainer, begin, 1)
         _timed(trainer, begin, 1)
         seconds = _timed(trainer, begin, steps)
-        size = trainer.recipe.source.size(begin)
+        size, flops = trainer.recipe.source.size(begin), trainer.recipe.flops(begin)
         yield StageProfile(
             stage=number,
             steps=segment.steps,
@@ -63,6 +68,7 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[St
             rate=size / seconds,
             unit=trainer.recipe.source.unit,
             memory_gib=peak_memory_gib(trainer.device),
+            tera_flops=None if flops is None else flops / seconds / trainer.mesh.world / 1e12,
             operations=_operations(trainer, begin) if trace else "",
         )
         begin += segment.steps

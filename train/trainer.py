@@ -64,6 +64,10 @@ class Recipe(Protocol):
     @property
     def segments(self) -> Sequence[RateSegment]: ...
 
+    def flops(self, step: int) -> float | None:
+        """Return the operations that a step over all ranks cannot do without, where they are known."""
+        ...
+
     def start(self, step: int) -> None:
         """Get ready to give the batch of `step`."""
         ...

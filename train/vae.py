@@ -107,6 +107,9 @@ class VaeRecipe:
     def start(self, step: int) -> None:
         """Nothing to get ready: every batch is drawn afresh."""
 
+    def flops(self, step: int) -> float | None:
+        return None
+
     def state(self) -> dict[str, Tensor]:
         return {}
 

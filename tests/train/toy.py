@@ -62,6 +62,9 @@ class ToyRecipe:
 
     def start(self, step: int) -> None: ...
 
+    def flops(self, step: int) -> float | None:
+        return None
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
