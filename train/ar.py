@@ -172,6 +172,9 @@ class ArRecipe:
     def flops(self, step: int) -> float | None:
         return None
 
+    def validate(self) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         return {}
 

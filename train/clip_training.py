@@ -6,22 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import OnMeta
+from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.flow.unipc import UniPC
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import visible_chunks
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.pixels import to_uint8
 from longvideo.quantization.convert import train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
-from longvideo.train.clip_views import Clips, ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.rollout import rollout
+from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide
@@ -58,6 +63,21 @@ class NVFP4Config:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """What is looked at on the way, with averaged weights.
+
+    data: a folder of encoded clips to take the loss on, always the same `batches` of `batch` clips with the same noise.
+    prompts: clips whose captions are rolled out and drawn, of the validation data if there is some, in `chunks` chunks.
+    """
+
+    data: str | None = None
+    batch: int = 8
+    batches: int = 2
+    prompts: int = 2
+    chunks: int = 4
+
+
+@dataclass(frozen=True)
 class ClipTraining:
     """`longvideo train ar` with `data`.
 
@@ -84,6 +104,7 @@ class ClipTraining:
         default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=100, max_skipped_steps=10)
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -104,7 +125,11 @@ class ClipRecipe:
         )
         self.spec = self._spec()
         self._check_memory(shape, device, mesh)
-        self.clips = self._open_clips(dry_run=dry_run)
+        self.mesh = mesh
+        self.device = device
+        self.clips = self._open_clips(config.data, dry_run=dry_run)
+        held_out = config.validation.data
+        self.held_out = None if held_out is None else self._open_clips(held_out, dry_run=dry_run)
         if self.folder is not None:
             self.transformer = self.folder.load_transformer(device=device, dtype=torch.float32).train()
         else:
@@ -132,17 +157,13 @@ class ClipRecipe:
             # a resumed run rounds as an uninterrupted one would
             on_step=lambda step: seeded(self.rounding, config.seed, "rounding", step, mesh.rank),
         )
-        pins_matter = config.objective.context == "window" and self.spec.pin_shots
-        self.source = ClipViewSource(
-            self.clips,
-            config.stages,
-            config.views,
-            schedule,
-            seed=config.seed,
-            tokens_per_chunk=self.spec.tokens_per_chunk,
-            cuts_matter=bool(self.spec.offset_per_shot) or pins_matter,
-            device=device,
-        )
+        self.source = self._source(self.clips, config.stages, config.views, config.seed)
+        self.validation = None
+        if self.held_out is not None:
+            batch, chunks = config.validation.batch, max(stage.chunks for stage in config.stages)
+            plain = ClipViewConfig(prompt_dropout=0.0)
+            self.validation = self._source(self.held_out, [ViewStage(batch=batch, chunks=chunks)], plain, 0)
+            self.validation.passes(mesh, config.parallel.micro_batch)
 
     def start(self, step: int) -> None:
         """Nothing to get ready: clips are read when they are due."""
@@ -162,9 +183,79 @@ class ClipRecipe:
         if self.bank is not None and state:
             self.bank.load(state)
 
+    def validate(self) -> dict[str, float]:
+        """Return the loss on held-out clips, each with noise of its own that never changes."""
+        if self.validation is None:
+            return {}
+        count, total = self.config.validation.batches, torch.zeros((), device=self.device)
+        for number in range(count):
+            shares = self.validation.shares(number, self.mesh, self.config.parallel.micro_batch)
+            for share in shares:
+                loss, _ = self.objective(share)
+                total += loss / (len(shares) * self.mesh.world * count)
+        return {"val_loss": float(self.mesh.sum(total))}
+
     def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """No numbers yet."""
+        """Roll out the captions of some clips and draw a strip of each."""
+        config = self.config.validation
+        if self.folder is None or "vae" not in self.folder.parts or not config.prompts:
+            return {}
+        from longvideo.evaluation.sheet import film_strip
+
+        clips = self.held_out or self.clips
+        strips, captions = [], []
+        for index in range(min(config.prompts, len(clips.clips))):
+            clip = clips.clips[index]
+            strips.append(self._roll_out(clips, clip, seed=index))
+            captions.append(" / ".join(dict.fromkeys(clip.captions[: config.chunks])))
+        folder.mkdir(parents=True, exist_ok=True)
+        film_strip(strips, columns=8, captions=captions).save(folder / f"ar_{step:07d}.png")
         return {}
+
+    @torch.no_grad()
+    def _roll_out(self, clips: Clips, clip: ClipInfo, *, seed: int) -> np.ndarray:
+        """Return uint8 frames [T, H, W, 3]; past the end of a clip its last caption goes on."""
+        assert self.folder is not None
+        settings, last = self.settings, len(clip.captions) - 1
+        texts = [clips.text(caption) for caption in (*clip.captions, "")]
+        text = self.transformer.encode_text(torch.stack(texts).to(self.device))
+        rows = torch.arange(len(texts), device=self.device)
+        conditionings = [
+            Conditioning(
+                text=text,
+                prompt_index=rows[min(chunk, last), None],
+                negative_index=rows[-1:],
+                cut=chunk <= last and clip.cuts[chunk],
+            )
+            for chunk in range(self.config.validation.chunks)
+        ]
+        autoencoder = self.folder.load_vae(device=self.device, dtype=torch.float32)
+        latents = rollout(
+            self.transformer,
+            conditionings,
+            spec=self.spec,
+            solver=UniPC(settings.steps, settings.shift),
+            generators=[torch.Generator().manual_seed(seed)],
+            guidance=settings.guidance,
+        )
+        state, frames = None, []
+        for chunk in latents:
+            video, state = autoencoder.decode(autoencoder.denormalize(chunk), state)
+            frames.append(to_uint8(video)[0].cpu().numpy())
+        return np.concatenate(frames)
+
+    def _source(self, clips: Clips, stages: Sequence[ViewStage], views: ClipViewConfig, seed: int) -> ClipViewSource:
+        pins_matter = self.config.objective.context == "window" and self.spec.pin_shots
+        return ClipViewSource(
+            clips,
+            stages,
+            views,
+            self.objective.schedule,
+            seed=seed,
+            tokens_per_chunk=self.spec.tokens_per_chunk,
+            cuts_matter=bool(self.spec.offset_per_shot) or pins_matter,
+            device=self.device,
+        )
 
     def export(self, folder: Path) -> None:
         """Write a model folder; its autoencoder and text encoder are those that the run began with."""
@@ -179,11 +270,11 @@ class ClipRecipe:
             overwrite=True,
         )
 
-    def _open_clips(self, *, dry_run: bool) -> Clips:
+    def _open_clips(self, path: str | None, *, dry_run: bool) -> Clips:
         config, settings = self.config, self.settings
         shape = PRESETS[config.preset] if self.folder is None else self.folder.transformer_config
         size = (settings.height // VAE_SCALE, settings.width // VAE_SCALE)
-        if config.data is None:
+        if path is None:
             if not dry_run:
                 raise ConfigError("data names no folder of encoded clips; `longvideo data encode` makes one")
             return RandomClips(
@@ -194,7 +285,7 @@ class ClipRecipe:
             )
         from longvideo.data.encoded import EncodedDataset
 
-        clips = EncodedDataset.open(config.data)
+        clips = EncodedDataset.open(path)
         found = {
             "latent channels": (clips.channels, shape.in_channels),
             "latent size": (clips.latent_size, size),
@@ -204,7 +295,7 @@ class ClipRecipe:
         }
         for name, (got, wanted) in found.items():
             if got != wanted:
-                raise ConfigError(f"{config.data} has {name} {got}, the model wants {wanted}; encode with this model")
+                raise ConfigError(f"{path} has {name} {got}, the model wants {wanted}; encode with this model")
         return clips
 
     def _spec(self) -> ChunkSpec:

@@ -80,6 +80,10 @@ class Recipe(Protocol):
         """Take back what `state` gave, or nothing where another number of ranks wrote the checkpoint."""
         ...
 
+    def validate(self) -> dict[str, float]:
+        """Return losses on held-out data (averaged weights in place); all ranks work on it together."""
+        ...
+
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Draw what the model (averaged weights in place) makes into `folder`; return validation numbers."""
         ...
@@ -208,11 +212,11 @@ class Trainer:
     def sample(self, step: int, log: RunLog) -> None:
         """Export the averaged weights, and show what they make."""
         began = time.monotonic()
-        values: dict[str, float] = {}
         with self.engine.averaged(), torch.no_grad():
+            values = self.recipe.validate()
             if self.mesh.is_main:
                 self.recipe.export(self.folder / "model")
-                values = self.recipe.sample(step, self.folder / "samples")
+                values |= self.recipe.sample(step, self.folder / "samples")
             self.mesh.barrier()
         if values:
             log.record({"step": step, **values})

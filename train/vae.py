@@ -110,6 +110,9 @@ class VaeRecipe:
     def flops(self, step: int) -> float | None:
         return None
 
+    def validate(self) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         return {}
 

@@ -124,6 +124,11 @@ def arguments(data: tuple[Path, Path], *more: str) -> list[str]:
     return [f"data={clips}", f"initialize={model}", stages, *settings, "trainer.save_every=2", *more]
 
 
+def validation_losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -141,12 +146,19 @@ def test_a_run_in_one_process_goes_on_with_the_same_bits(data: tuple[Path, Path]
         assert main(command) == 0
     assert len(losses(tmp_path / "whole")) == 4
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert (tmp_path / "whole" / "samples" / "ar_0000004.png").is_file()
     assert ModelFolder.open(tmp_path / "whole" / "model").parts == ("transformer", "vae", "text_encoder")
 
 
 def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    exact = ("trainer.precision=fp32", "recycle_errors=false", "parallel.micro_batch=1")
+    exact = (
+        "trainer.precision=fp32",
+        f"validation.data={data[1]}",
+        "validation.batch=2",
+        "recycle_errors=false",
+        "parallel.micro_batch=1",
+    )
     alone = ["train", "ar", *arguments(data, *exact), "--out", str(tmp_path / "one"), "--device", "cpu"]
     assert main(alone) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -155,6 +167,8 @@ def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *module, *where], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    numbers = [validation_losses(tmp_path / name) for name in ("one", "two")]
+    assert len(numbers[0]) == 1 and numbers[1] == pytest.approx(numbers[0], rel=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert "step 4/4" in done.stdout and ModelFolder.open(tmp_path / "two" / "model").parts
 

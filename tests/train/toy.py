@@ -65,6 +65,9 @@ class ToyRecipe:
     def flops(self, step: int) -> float | None:
         return None
 
+    def validate(self) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
