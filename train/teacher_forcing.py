@@ -20,7 +20,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
-from longvideo.train.error_recycling import ErrorBank, prediction_errors
+from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
 from longvideo.train.mesh import Mesh
 from longvideo.train.objective import Objective, ratio
 from longvideo.train.sequence_parallel import Ulysses
@@ -110,18 +110,23 @@ class TeacherForcing(Objective):
         self._on_step(step)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        clean = batch.clean
-        context, latents, noise, used_clean = clean, clean, batch.noise, None
-        if self.bank is not None and batch.origin is not None:
-            origin = batch.origin
-            numbers = {"step": origin.step, "samples": origin.samples, "chunks": origin.chunks}
-            injected = self.bank.inject(clean, noise, origin.sigma_BQ, given_BT=origin.given_BT, **numbers)
-            context, latents, noise, used_clean = vars(injected).values()
+        clean, bank, origin = batch.clean, self.bank, batch.origin
+        injected = Injected(clean, clean, batch.noise, torch.empty(0))
+        if bank is not None and origin is not None:
+            injected = bank.inject(
+                clean,
+                batch.noise,
+                origin.sigma_BQ,
+                step=origin.step,
+                samples=origin.samples,
+                chunks=origin.chunks,
+                given_BT=origin.given_BT,
+            )
         loss, metrics, velocity = self._run(
             clean,
-            context,
-            latents,
-            noise,
+            injected.context,
+            injected.latents,
+            injected.noise,
             batch.context_noise,
             batch.sigma,
             batch.context_sigma,
@@ -132,12 +137,19 @@ class TeacherForcing(Objective):
             batch.mean_weight,
             prepared=self.prepared(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
         )
-        if used_clean is not None and torch.is_grad_enabled():
-            noisy = self.schedule.add_noise(latents, noise, batch.sigma)
-            errors = prediction_errors(
-                velocity.detach(), self.schedule.velocity(clean, noise), noisy, clean, batch.sigma
+        if bank is not None and origin is not None and torch.is_grad_enabled():
+            noisy = self.schedule.add_noise(injected.latents, injected.noise, batch.sigma)
+            target = self.schedule.velocity(clean, injected.noise)
+            errors = prediction_errors(velocity.detach(), target, noisy, clean, batch.sigma)
+            bank.add(
+                *errors,
+                origin.sigma_BQ,
+                used_clean=injected.used_clean,
+                step=origin.step,
+                samples=origin.samples,
+                chunks=origin.chunks,
+                trained_BQ=origin.trained_BQ,
             )
-            self.bank.add(*errors, origin.sigma_BQ, used_clean=used_clean, trained_BQ=origin.trained_BQ, **numbers)
         return loss, metrics
 
     def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
