@@ -29,7 +29,7 @@ from longvideo.rollout import rollout
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
-from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
 from longvideo.train.objective import seeded, stage_at
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
@@ -325,8 +325,8 @@ class ClipRecipe:
             clips=divide(stage.batch, mesh, config.parallel.micro_batch)[0],
             ranks=mesh.world,
             sequence=mesh.sequence,
-            zero_stage=config.parallel.zero_stage if mesh.world > 1 else 0,
-            bf16=mesh.world > 1 and config.trainer.precision != "fp32",
+            zero_stage=config.parallel.zero_stage,
+            bf16=launched() and config.trainer.precision != "fp32",
             checkpoint=config.objective.checkpoint,
         )
         if device.type != "cuda":

@@ -7,7 +7,7 @@ from them; safetensors, so loading runs no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from longvideo.errors import CheckpointError
 from longvideo.train.ema import decay_at
 from longvideo.train.engine import add_metrics, check_same, read_part
+from longvideo.train.guard import LossGuard
 from longvideo.train.mesh import Mesh
 from longvideo.train.objective import Objective, as_ratio
 from longvideo.train.optimizer import OptimizerConfig
@@ -45,6 +46,7 @@ class DeepSpeedEngine:
         precision: str,
         passes: int,
         ema_decay: float,
+        spike_factor: float = 0.0,
     ):
         import deepspeed
 
@@ -74,6 +76,7 @@ class DeepSpeedEngine:
         )
         self._start_adam()
         self.average = [None if x is None else x.clone() for x in map(self._own_part, self.parameters)]
+        self.guard = LossGuard(spike_factor, self.parameters[0].device)
         self._skipped_before = 0
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
@@ -83,7 +86,7 @@ class DeepSpeedEngine:
         metrics: dict[str, Tensor] = {}
         for share in shares:
             loss, found = self.engine(share)
-            self.engine.backward(loss)
+            self.engine.backward(self.guard(loss))
             norm = self._plain_norm()
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **found})
@@ -94,6 +97,9 @@ class DeepSpeedEngine:
 
     def num_skipped(self) -> int:
         return self.engine.skipped_steps + self._skipped_before
+
+    def counts(self) -> dict[str, float]:
+        return {"skipped": self.num_skipped(), **self.guard.state()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -124,7 +130,7 @@ class DeepSpeedEngine:
             (folder / INDEX_FILE).write_text(json.dumps({"files": self.mesh.world, "adam_step": count}))
 
     @torch.no_grad()
-    def load(self, folder: Path, *, skipped: int) -> None:
+    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
         """Every rank reads all files, one after the other, and keeps what is its own."""
         try:
             index = json.loads((folder / INDEX_FILE).read_text())
@@ -143,7 +149,8 @@ class DeepSpeedEngine:
         check_same({name: self._shape(p) for name, p in self.named.items()}, shapes)
         for state in self._adam_states():
             state["step"].fill_(index["adam_step"])
-        self._skipped_before = skipped
+        self._skipped_before = int(counts["skipped"])
+        self.guard.load(counts)
 
     def _state_of(self, number: int, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor that belongs to a parameter, whole, on every rank."""
@@ -280,7 +287,8 @@ def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": zero_stage},
         "bf16": {"enabled": precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # one pass has nothing to add up
+        "data_types": {"grad_accum_dtype": "bf16" if precision == "bf16" and passes == 1 else "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

@@ -15,6 +15,7 @@ from torch import Tensor
 from longvideo.checkpoint.tensors import own_tensors
 from longvideo.errors import CheckpointError
 from longvideo.train.ema import ExponentialMovingAverage
+from longvideo.train.guard import LossGuard
 from longvideo.train.objective import Objective, as_ratio
 from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.precision import autocast
@@ -33,12 +34,16 @@ class Engine(Protocol):
 
     def num_skipped(self) -> int: ...
 
+    def counts(self) -> dict[str, float]:
+        """Return the numbers that belong to a checkpoint."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all there is into files of this rank; every rank calls it."""
         ...
 
-    def load(self, folder: Path, *, skipped: int) -> None:
-        """Take back what `save` wrote. Raises CheckpointError when files are damaged or of another model."""
+    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
+        """Take back what `save` and `counts` gave. Raises CheckpointError when files are damaged or of another model."""
         ...
 
 
@@ -53,6 +58,7 @@ class LocalEngine:
         precision: str,
         device: torch.device,
         ema_decay: float = 0.0,
+        spike_factor: float = 0.0,
     ):
         self.objective = objective
         self.device = device
@@ -69,6 +75,7 @@ class LocalEngine:
             fused=True,
         )
         self.ema = ExponentialMovingAverage(self.named, ema_decay)
+        self.guard = LossGuard(spike_factor, device)
         self.skipped = torch.zeros((), device=device)
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
@@ -76,7 +83,8 @@ class LocalEngine:
         metrics: dict[str, Tensor] = {}
         for share in shares:
             loss, found = self.loss(share)
-            self.backward(loss / len(shares) if len(shares) > 1 else loss)
+            guarded = self.guard(loss)
+            self.backward(guarded / len(shares) if len(shares) > 1 else guarded)
             add_metrics(metrics, {"loss": loss, **found})
         norm = self.clip()
         self.step(learning_rate, norm)
@@ -89,16 +97,20 @@ class LocalEngine:
     def num_skipped(self) -> int:
         return int(self.skipped)
 
+    def counts(self) -> dict[str, float]:
+        return {"skipped": self.num_skipped(), **self.guard.state()}
+
     def save(self, folder: Path) -> None:
         parts = {"weights": self.weights(), "optimizer": self.optimizer_state(), "ema": self.ema.state()}
         for part, tensors in parts.items():
             save_file({name: x.detach().contiguous() for name, x in tensors.items()}, folder / f"{part}.safetensors")
 
-    def load(self, folder: Path, *, skipped: int) -> None:
+    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
         weights, optimizer, ema = (read_part(folder, part) for part in ("weights", "optimizer", "ema"))
         self.take(weights, optimizer)
         self.ema.load(ema)
-        self.skipped.fill_(float(skipped))
+        self.skipped.fill_(float(counts["skipped"]))
+        self.guard.load(counts)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.precision, self.device):

@@ -75,8 +75,8 @@ class Mesh:
 
 
 def launched() -> bool:
-    """Say whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Say whether a launcher started this process, alone or as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def build_mesh(sequence: int) -> Mesh:

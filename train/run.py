@@ -65,11 +65,16 @@ def run(
 
 
 def build_engine(config: Any, recipe: Recipe, parallel: ParallelConfig, mesh: Mesh, device: torch.device) -> Engine:
-    """Return the engine of one process, or DeepSpeed's of many."""
+    """Return DeepSpeed's engine where a launcher started the processes, and a plain one otherwise."""
     trainer = config.trainer
-    if mesh.world == 1:
+    if not launched():
         return LocalEngine(
-            recipe.objective, config.optimizer, precision=trainer.precision, device=device, ema_decay=trainer.ema_decay
+            recipe.objective,
+            config.optimizer,
+            precision=trainer.precision,
+            device=device,
+            ema_decay=trainer.ema_decay,
+            spike_factor=trainer.spike_factor,
         )
     from longvideo.train.deepspeed_engine import DeepSpeedEngine
 
@@ -84,4 +89,5 @@ def build_engine(config: Any, recipe: Recipe, parallel: ParallelConfig, mesh: Me
         precision=precision,
         passes=recipe.source.passes(mesh, parallel.micro_batch),
         ema_decay=trainer.ema_decay,
+        spike_factor=trainer.spike_factor,
     )

@@ -31,7 +31,11 @@ LOCK_FILE = "run.lock"
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How any objective is run. A `*_every` of 0 means only at the end."""
+    """How any objective is run. A `*_every` of 0 means only at the end.
+
+    spike_factor: steps whose loss is this many times its running mean are skipped, as those are whose gradient is not
+    finite; 0: none are. max_skipped_steps: stop when more were skipped, 0 at the first.
+    """
 
     precision: str = "auto"
     ema_decay: float = 0.999
@@ -40,6 +44,7 @@ class TrainerConfig:
     save_every: int = 1000
     keep_checkpoints: int = 2
     max_skipped_steps: int = 50
+    spike_factor: float = 0.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -229,7 +234,7 @@ class Trainer:
             if state := self.recipe.state():
                 save_file({name: x.contiguous() for name, x in state.items()}, folder / self._state_file)
 
-        self.checkpoints.save(step, write, {"skipped": self.engine.num_skipped(), "ranks": self.mesh.world})
+        self.checkpoints.save(step, write, {**self.engine.counts(), "ranks": self.mesh.world})
 
     @property
     def _state_file(self) -> str:
@@ -244,7 +249,7 @@ class Trainer:
         found = self.checkpoints.newest() if resume == "auto" else None
         if found is None:
             return 0
-        self.engine.load(found.folder, skipped=int(found.state["skipped"]))
+        self.engine.load(found.folder, counts=found.state)
         same_ranks = found.state["ranks"] == self.mesh.world
         own = found.folder / self._state_file
         self.recipe.load(read_part(found.folder, own.stem) if same_ranks and own.exists() else {})

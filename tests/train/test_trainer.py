@@ -166,3 +166,27 @@ def test_learning_rate_warms_up_and_follows_its_segments() -> None:
     assert rate(100) == pytest.approx(0.5 * 0.1)
     constant = rate_schedule(OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0), [RateSegment(9)])
     assert {constant(step) for step in range(9)} == {1.0}
+
+
+def test_a_step_whose_loss_leaps_changes_nothing(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}), spike_factor=5.0)
+    trainer.recipe.source.factor = 100.0
+    window = Window(trainer.device)
+    for step in range(30):
+        trainer.one_step(step, window)
+    before = state_of(trainer)
+    trainer.one_step(30, window)
+    after = state_of(trainer)
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith("ema"))
+    assert trainer.engine.num_skipped() == 1
+    mean = trainer.engine.counts()["loss_mean"]
+    trainer.one_step(31, window)
+    assert trainer.engine.num_skipped() == 1 and 0 < trainer.engine.counts()["loss_mean"] < 2 * mean
+
+
+def test_without_a_factor_every_finite_loss_counts(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}))
+    trainer.recipe.source.factor = 100.0
+    for step in range(32):
+        trainer.one_step(step, Window(trainer.device))
+    assert trainer.engine.num_skipped() == 0

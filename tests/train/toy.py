@@ -40,15 +40,16 @@ class Regression(Objective):
 class Numbers:
     unit = "row"
 
-    def __init__(self, bad_steps: frozenset[int] = frozenset()):
-        self.bad_steps = bad_steps
+    def __init__(self, bad_steps: frozenset[int] = frozenset(), factor: float = float("nan")):
+        """factor: what the inputs of bad steps are multiplied by."""
+        self.bad_steps, self.factor = bad_steps, factor
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
         return 1
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[Tensor]:
         batch = torch.randn(16, 8, generator=seeded(torch.Generator(), 0, step))
-        return [batch * float("nan") if step in self.bad_steps else batch]
+        return [batch * self.factor if step in self.bad_steps else batch]
 
     def size(self, step: int) -> int:
         return 16
@@ -86,7 +87,14 @@ def toy_trainer(folder: Path, *steps: int, bad_steps: frozenset[int] = frozenset
     settings = TrainerConfig(**({"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config))
     optimizer = OptimizerConfig(learning_rate=0.03, warmup_steps=5)
     recipe = ToyRecipe([RateSegment(count) for count in steps], bad_steps)
-    engine = LocalEngine(recipe.objective, optimizer, precision="fp32", device=CPU, ema_decay=settings.ema_decay)
+    engine = LocalEngine(
+        recipe.objective,
+        optimizer,
+        precision="fp32",
+        device=CPU,
+        ema_decay=settings.ema_decay,
+        spike_factor=settings.spike_factor,
+    )
     return Trainer(recipe, engine, folder, config=settings, optimizer=optimizer, device=CPU)
 
 
