@@ -81,9 +81,10 @@ class ValidationConfig:
 class ClipTraining:
     """`longvideo train ar` with `data`.
 
-    data: a folder made by `longvideo data encode`; none is needed for `--dry-run`, which then takes noise of the shapes
-    of `settings`. initialize: a model folder to take everything from, its settings too; without one, a fresh
-    transformer of `preset`. recycle_errors: add the model's own earlier errors to what it sees, see `recycling`.
+    data: a folder made by `longvideo data encode`, or a manifest, whose videos are then encoded again and again while
+    training goes on; none is needed for `--dry-run`, which takes noise of the shapes of `settings`. initialize: a model
+    folder to take everything from, its settings too; without one, a fresh transformer of `preset`. recycle_errors: add
+    the model's own earlier errors to what it sees, see `recycling`.
     """
 
     seed: int = 0
@@ -283,6 +284,14 @@ class ClipRecipe:
                 latents=(shape.in_channels, *size),
                 text=(shape.text_len, shape.text_dim),
             )
+        if Path(path).is_file():
+            if self.folder is None:
+                raise ConfigError(f"initialize names no model folder to encode the videos of {path} with")
+            from longvideo.train.video_clips import VideoClips
+
+            chunks = max(stage.chunks for stage in config.stages)
+            precision = config.trainer.precision
+            return VideoClips(Path(path), self.folder, chunks=chunks, device=self.device, precision=precision)
         from longvideo.data.encoded import EncodedDataset
 
         clips = EncodedDataset.open(path)

@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
-        """Take back what `save` and `counts` gave. Raises CheckpointError when files are damaged or of another model."""
+        """Take back what `save` and `counts` gave. Raises CheckpointError where files are damaged or do not fit."""
         ...
 
 

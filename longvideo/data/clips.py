@@ -11,7 +11,7 @@ between files lie on chunk boundaries whatever the lengths of the files are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -153,6 +153,21 @@ def read_clip(
     assert sum(footage.num_frames for footage in reference.footage) == wanted, "planned with other chunks"
     frames = [_read_footage(footage, size=size, fps=fps) for footage in reference.footage]
     return Clip(torch.cat(frames), reference.captions, reference.cuts)
+
+
+def read_frames(reference: ClipReference, first: int, last: int, *, size: tuple[int, int], fps: float = 24.0) -> Tensor:
+    """Read frames [first, last) of a clip and no others: uint8 [last - first, H, W, 3]."""
+    parts, begin = [], 0
+    for footage in reference.footage:
+        start, stop = max(first, begin), min(last, begin + footage.num_frames)
+        if start < stop:
+            later = footage.start_seconds + (start - begin) / fps
+            part = replace(footage, start_seconds=later, num_frames=stop - start)
+            parts.append(_read_footage(part, size=size, fps=fps))
+        begin += footage.num_frames
+    if not 0 <= first < last <= begin:
+        raise UserError(f"frames {first} to {last} of a clip that has {begin}; wanted 0 <= first < last")
+    return torch.cat(parts)
 
 
 def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int], fps: float = 24.0) -> Iterator[Clip]:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
+from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.mesh import Mesh
+from longvideo.train.video_clips import VideoClips
 from longvideo.train.views import ViewStage
 from tests.checkpoint import small
 from tests.data import footage
@@ -171,6 +173,25 @@ def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: 
     assert len(numbers[0]) == 1 and numbers[1] == pytest.approx(numbers[0], rel=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert "step 4/4" in done.stdout and ModelFolder.open(tmp_path / "two" / "model").parts
+
+
+def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_path: Path) -> None:
+    model, encoded = data
+    manifest = encoded.parent / "manifest.jsonl"
+    stored = EncodedDataset.open(encoded)
+    videos = VideoClips(manifest, ModelFolder.open(model), chunks=2, device=CPU, precision="fp32")
+    assert [clip.captions for clip in videos.clips] == [clip.captions for clip in stored.clips]
+    for index in range(len(stored)):
+        for first, last in ((0, 8), (8, 16), (11, 13)):
+            got, wanted = videos.latents(index, first, last), stored.latents(index, first, last)
+            torch.testing.assert_close(got, wanted, rtol=2**-8, atol=1e-4)
+    caption = stored.clips[0].captions[0]
+    torch.testing.assert_close(videos.text(caption), stored.text(caption), rtol=2**-7, atol=1e-4)
+    exact = ("trainer.precision=fp32", "parallel.micro_batch=1", "recycle_errors=false", "validation.prompts=0")
+    for name, source in (("videos", manifest), ("encoded", encoded)):
+        command = ["train", "ar", *arguments((model, source), *exact), "--out", str(tmp_path / name), "--device", "cpu"]
+        assert main(command) == 0
+    assert losses(tmp_path / "videos") == pytest.approx(losses(tmp_path / "encoded"), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,7 @@ def test_learning_rate_warms_up_and_follows_its_segments() -> None:
 
 
 def test_a_step_whose_loss_leaps_changes_nothing(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}), spike_factor=5.0)
-    trainer.recipe.source.factor = 100.0
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}), bad_factor=100.0, spike_factor=5.0)
     window = Window(trainer.device)
     for step in range(30):
         trainer.one_step(step, window)
@@ -185,8 +184,7 @@ def test_a_step_whose_loss_leaps_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_factor_every_finite_loss_counts(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}))
-    trainer.recipe.source.factor = 100.0
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset({30}), bad_factor=100.0)
     for step in range(32):
         trainer.one_step(step, Window(trainer.device))
     assert trainer.engine.num_skipped() == 0

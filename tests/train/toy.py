@@ -56,9 +56,9 @@ class Numbers:
 
 
 class ToyRecipe:
-    def __init__(self, segments: Sequence[RateSegment], bad_steps: frozenset[int]):
+    def __init__(self, segments: Sequence[RateSegment], source: Numbers):
         self.objective = Regression()
-        self.source = Numbers(bad_steps)
+        self.source = source
         self.segments = segments
 
     def start(self, step: int) -> None: ...
@@ -82,11 +82,17 @@ class ToyRecipe:
         save_file(dict(self.objective.state_dict()), folder / "model.safetensors")
 
 
-def toy_trainer(folder: Path, *steps: int, bad_steps: frozenset[int] = frozenset(), **config) -> Trainer:
-    """Build a trainer over segments of so many steps."""
+def toy_trainer(
+    folder: Path,
+    *steps: int,
+    bad_steps: frozenset[int] = frozenset(),
+    bad_factor: float = float("nan"),
+    **config,
+) -> Trainer:
+    """Build a trainer over segments of so many steps. bad_factor: what the inputs of bad steps are multiplied by."""
     settings = TrainerConfig(**({"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config))
     optimizer = OptimizerConfig(learning_rate=0.03, warmup_steps=5)
-    recipe = ToyRecipe([RateSegment(count) for count in steps], bad_steps)
+    recipe = ToyRecipe([RateSegment(count) for count in steps], Numbers(bad_steps, bad_factor))
     engine = LocalEngine(
         recipe.objective,
         optimizer,
