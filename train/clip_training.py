@@ -20,12 +20,12 @@ from longvideo.flow.unipc import UniPC
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import visible_chunks
 from longvideo.model.config import PRESETS, TransformerConfig
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.quantization.convert import train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
 from longvideo.rollout import rollout
+from longvideo.train.ar import chunk_spec
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
@@ -124,7 +124,7 @@ class ClipRecipe:
         check_sequence(
             mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
         )
-        self.spec = self._spec()
+        self.spec = chunk_spec(self.settings, VAE_SCALE)
         self._check_memory(shape, device, mesh)
         self.mesh = mesh
         self.device = device
@@ -306,19 +306,6 @@ class ClipRecipe:
             if got != wanted:
                 raise ConfigError(f"{path} has {name} {got}, the model wants {wanted}; encode with this model")
         return clips
-
-    def _spec(self) -> ChunkSpec:
-        settings = self.settings
-        patch = 2 * VAE_SCALE
-        return ChunkSpec(
-            grid_height=settings.height // patch,
-            grid_width=settings.width // patch,
-            chunk_frames=settings.chunk_frames,
-            window_frames=settings.window_frames,
-            sink_frames=settings.sink_frames,
-            pin_shots=settings.pin_shots,
-            offset_per_shot=settings.offset_per_shot,
-        )
 
     def _check_memory(self, shape: TransformerConfig, device: torch.device, mesh: Mesh) -> None:
         """Say what training will take, before anything is loaded; raise ConfigError if it cannot fit."""
