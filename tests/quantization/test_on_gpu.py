@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.model.attention import Cached, Filling
+from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
+from longvideo.quantization.lora import add_lora
 from longvideo.quantization.products import W4A16, EmulatedW4A4
+from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -94,3 +98,51 @@ def test_a_layer_is_rebuilt_in_one_launch() -> None:
     events = recorded.events() or []
     kernels = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     assert kernels == ["_rebuild_kernel"]
+
+
+def test_adapters_train_on_a_packed_backbone() -> None:
+    from peft import LoraConfig
+
+    def losses(device: str) -> list[float]:
+        backbone = packed(device, inputs=True)
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"])
+        model = add_lora(backbone, config).to(device)
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.01)
+        layout = TokenLayout.block_causal(small.SPEC, 1).to(device)
+        sigma = torch.full((1, small.SPEC.chunk_frames), 0.5, device=device)
+        with torch.no_grad():
+            text = backbone.encode_text(small.features(1).to(device))
+        rope, clean, wanted = backbone.rope(layout), small.latents(1).to(device), small.latents(1, seed=9).to(device)
+        history = []
+        for _ in range(10):
+            flow = backbone(clean, sigma, text, rope=rope, attention=Full())
+            loss = (flow.float() - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return history
+
+    on_cpu, on_gpu = losses("cpu"), losses("cuda")
+    assert on_gpu[-1] < 0.9 * on_gpu[0], on_gpu
+    assert on_gpu == pytest.approx(on_cpu, rel=0.05)
+
+
+def test_a_training_layer_gives_the_products_of_the_cpu() -> None:
+    recipe = TrainingRecipe(stochastic_gradients=False)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48)
+    x, grad = torch.randn(40, 64), torch.randn(40, 48)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer = NVFP4TrainingLinear.from_linear(
+            copy.deepcopy(linear).to(device), recipe=recipe, generator=torch.Generator(device)
+        )
+        leaf = x.to(device).requires_grad_()
+        output = layer(leaf)
+        output.backward(grad.to(device))
+        assert leaf.grad is not None and layer.weight.grad is not None
+        results.append([t.detach().cpu() for t in (output, leaf.grad, layer.weight.grad)])
+    for mine, theirs in zip(*results, strict=True):
+        assert relative_error(mine, theirs) < 0.01
