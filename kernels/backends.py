@@ -35,7 +35,28 @@ class NVFP4Operations(Protocol):
     def quantize(self, x: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor: ...
 
     def quantize_exact(
-        self, x: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
+        self,
+        x: Tensor,
+        rule: Rule = Rule.ADAPTIVE,
+        *,
+        seed: int | Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> ExactOperand: ...
+
+    def quantize_tiles_exact(
+        self, x_RK: Tensor, rule: Rule, *, dtype: torch.dtype = torch.bfloat16
+    ) -> ExactOperand: ...
+
+    def quantize_across(self, x_MC: Tensor, rule: Rule = Rule.ADAPTIVE, *, hadamard: bool = False) -> NVFP4Tensor: ...
+
+    def quantize_across_exact(
+        self,
+        x_MC: Tensor,
+        rule: Rule = Rule.ADAPTIVE,
+        *,
+        hadamard: bool = False,
+        seed: int | Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> ExactOperand: ...
 
     def layer_norm_modulate_quantize(

@@ -27,6 +27,7 @@ from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
+from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
@@ -88,6 +89,7 @@ class ArTraining:
     bank: BankConfig = field(default_factory=BankConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     objective: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
+    nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage()])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -132,6 +134,7 @@ class ArRecipe:
             schedule=schedule,
             device=device,
             mesh=mesh,
+            rounding=prepare(config.nvfp4, self.transformer, seed=config.seed, rank=mesh.rank),
         )
         scenes = config.scenes
         pool = ScenePool(

@@ -17,20 +17,18 @@ from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
-from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import visible_chunks
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
-from longvideo.quantization.convert import train_in_nvfp4
-from longvideo.quantization.training import TrainingRecipe
 from longvideo.rollout import rollout
 from longvideo.train.ar import chunk_spec
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
-from longvideo.train.objective import seeded, stage_at
+from longvideo.train.nvfp4 import NVFP4Config, prepare
+from longvideo.train.objective import stage_at
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
@@ -38,28 +36,6 @@ from longvideo.train.views import ViewStage
 
 MEMORY_SLACK = 1.25  # what the estimate may be above the truth
 VAE_SCALE = 16  # pixels of a latent, each way
-
-
-@dataclass(frozen=True)
-class NVFP4Config:
-    """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
-
-    keep: layers of the blocks that stay as they are, by official name, `*` for anything.
-    """
-
-    enabled: bool = False
-    keep: list[str] = field(default_factory=list)
-    inputs: str = Rule.ADAPTIVE.value
-    weights: str = Rule.STATIC6.value
-    tiles: bool = True
-    stochastic_gradients: bool = True
-    hadamard: bool = True
-
-    def __post_init__(self) -> None:
-        rules = [rule.value for rule in Rule]
-        for name in ("inputs", "weights"):
-            if getattr(self, name) not in rules:
-                raise ConfigError(f"nvfp4.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(rules)}")
 
 
 @dataclass(frozen=True)
@@ -137,9 +113,6 @@ class ClipRecipe:
             with torch.device(device):
                 self.transformer = CausalTransformer(shape)
             self.transformer.initialize(torch.Generator(device).manual_seed(config.seed))
-        self.rounding = torch.Generator(device)
-        if config.nvfp4.enabled:
-            self._train_in_nvfp4()
         schedule = FlowSchedule(self.settings.shift)
         self.bank = None
         if config.recycle_errors:
@@ -155,8 +128,7 @@ class ClipRecipe:
             device=device,
             mesh=mesh,
             bank=self.bank,
-            # a resumed run rounds as an uninterrupted one would
-            on_step=lambda step: seeded(self.rounding, config.seed, "rounding", step, mesh.rank),
+            rounding=prepare(config.nvfp4, self.transformer, seed=config.seed, rank=mesh.rank),
         )
         self.source = self._source(self.clips, config.stages, config.views, config.seed)
         self.validation = None
@@ -335,14 +307,3 @@ class ClipRecipe:
                 f"training takes {estimate.line()}, and a device has {available:.1f}; use more ranks, a higher"
                 " parallel.sequence or parallel.zero_stage, fewer chunks, or objective.checkpoint=true"
             )
-
-    def _train_in_nvfp4(self) -> Sequence[str]:
-        nvfp4 = self.config.nvfp4
-        recipe = TrainingRecipe(
-            inputs=Rule(nvfp4.inputs),
-            weights=Rule(nvfp4.weights),
-            tiles=nvfp4.tiles,
-            stochastic_gradients=nvfp4.stochastic_gradients,
-            hadamard=nvfp4.hadamard,
-        )
-        return train_in_nvfp4(self.transformer, recipe, generator=self.rounding, keep=nvfp4.keep)

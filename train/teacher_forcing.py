@@ -22,6 +22,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
 from longvideo.train.mesh import Mesh
+from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.objective import Objective, ratio
 from longvideo.train.sequence_parallel import Ulysses
 from longvideo.train.views import ViewBatch
@@ -69,9 +70,8 @@ class Pass:
 class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
 
-    text_encoder: tokens to features; None where batches bring features. bank: recycles errors of
-    batches that say where they come from. on_step: called with the number of each step
-    before it.
+    text_encoder: tokens to features; None where batches bring features. bank: recycles errors of batches that say where
+    they come from. rounding: of the transformer, where it trains in 4 bits.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class TeacherForcing(Objective):
         device: torch.device,
         mesh: Mesh | None = None,
         bank: ErrorBank | None = None,
-        on_step: Callable[[int], object] = lambda step: None,
+        rounding: StepRounding | None = None,
     ):
         super().__init__()
-        self._on_step = on_step
+        self.rounding = rounding
         self.bank = bank
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -107,9 +107,12 @@ class TeacherForcing(Objective):
                 self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
 
     def begin(self, step: int) -> None:
-        self._on_step(step)
+        if self.rounding is not None:
+            self.rounding.begin(step)
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.rounding is not None:
+            self.rounding.next_pass()
         clean, bank, origin = batch.clean, self.bank, batch.origin
         injected = Injected(clean, clean, batch.noise, torch.empty(0))
         if bank is not None and origin is not None:

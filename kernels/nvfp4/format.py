@@ -20,6 +20,8 @@ E4M3_TINY = 2.0**-6  # the smallest normal number, and the smallest scale a grou
 ADAPTIVE_SCALE_MAX = 256.0  # leaves room for 1.5 times the scale
 # the smallest tensor scale: times the smallest code and group scale it is a normal float32, and no reciprocal overflows
 TENSOR_SCALE_MIN = 2.0**-116
+# signs of the 16-point random Hadamard transform; any fixed choice serves, this one is TransformerEngine's
+HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 class Rule(str, Enum):

@@ -19,6 +19,7 @@ from longvideo.kernels.nvfp4.format import (
     E4M3_MAX,
     E4M3_TINY,
     GROUP,
+    HADAMARD_SIGNS,
     TENSOR_SCALE_MIN,
     ExactOperand,
     NVFP4Tensor,
@@ -30,8 +31,6 @@ SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 MX_GROUP = 32
 EXPONENT_BITS = 0x7F800000  # of a float32
 ANCHOR = 1.5 * 2.0**22  # times a power of two: a float32 whose last bit is worth half of that power
-# signs of the 16-point random Hadamard transform; any fixed choice serves, this one is the reference's
-HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 def quantize(
@@ -62,12 +61,40 @@ def quantize_exact(
     rule: Rule = Rule.ADAPTIVE,
     *,
     tile_rows: int = 1,
-    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ExactOperand:
-    """Quantise and write out `code x group scale` at once: `exact(quantize(x))` without packing in between."""
-    values, scales, tensor_scale = _round(x, rule, tile_rows, None, generator, None)
+    """Quantise and write out `code x group scale` at once: `exact(quantize(x))` without packing in between.
+
+    seed: rounds stochastically, with numbers of a generator of its own.
+    """
+    values, scales, tensor_scale = _round(x, rule, tile_rows, None, _generator(seed, x.device), None)
     return ExactOperand((values * scales.float().unsqueeze(-1)).view(x.shape).to(dtype), tensor_scale)
+
+
+def quantize_tiles_exact(x_RK: Tensor, rule: Rule, *, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
+    """Quantise a matrix in 16 x 16 tiles and write it out; its transpose has the same values."""
+    return quantize_exact(x_RK, rule, tile_rows=GROUP, dtype=dtype)
+
+
+def quantize_across(x_MC: Tensor, rule: Rule = Rule.ADAPTIVE, *, hadamard: bool = False) -> NVFP4Tensor:
+    """Quantise the transpose of a matrix, [C, M] with M filled up with zeros to a multiple of 16.
+
+    hadamard: apply `random_hadamard` along M first, rounded to the dtype of x.
+    """
+    return quantize(_across(x_MC, hadamard), rule)
+
+
+def quantize_across_exact(
+    x_MC: Tensor,
+    rule: Rule = Rule.ADAPTIVE,
+    *,
+    hadamard: bool = False,
+    seed: int | Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ExactOperand:
+    """As `quantize_across`, written out as `code x group scale`; seed: as in `quantize_exact`."""
+    return quantize_exact(_across(x_MC, hadamard), rule, seed=seed, dtype=dtype)
 
 
 def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
@@ -196,10 +223,15 @@ def random_hadamard(x: Tensor) -> Tensor:
     """Apply the orthogonal 16-point transform to every 16 neighbours of the last dimension, after fixed sign flips.
 
     It spreads an outlier over its group. Applied to both operands of a product along the dimension that is summed, it
-    leaves the product as it was.
+    leaves the product as it was. Computed in float32 by the fast transform, whose order of sums a kernel can repeat.
     """
     check_groups(x.shape)
-    return (x.float().unflatten(-1, (-1, GROUP)) @ _hadamard(x.device)).flatten(-2).to(x.dtype)
+    out = x.float().unflatten(-1, (-1, GROUP)) * _hadamard_signs(x.device)
+    for _ in range(GROUP.bit_length() - 1):
+        # pairs of the lowest bit of the index become its highest, so that after four rounds all are in order again
+        even, odd = out[..., ::2], out[..., 1::2]
+        out = torch.cat((even + odd, even - odd), dim=-1)
+    return (out * GROUP**-0.5).flatten(-2).to(x.dtype)
 
 
 def quantize_dequantize_mxfp4(x: Tensor) -> Tensor:
@@ -266,6 +298,15 @@ def _round(
         values = torch.where(better.unsqueeze(-1), values_to_four, values)
         scales = torch.where(better, to_four.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
     return values, scales, tensor_scale
+
+
+def _generator(seed: int | Tensor | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(int(seed))
+
+
+def _across(x_MC: Tensor, hadamard: bool) -> Tensor:
+    filled = F.pad(x_MC, (0, 0, 0, -x_MC.shape[0] % GROUP)).t().contiguous()
+    return random_hadamard(filled) if hadamard else filled
 
 
 def _modulated(h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, eps: float) -> Tensor:
@@ -372,12 +413,8 @@ def _decoding_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.cat((positive, -positive)).to(device)
 
 
-# a matrix made and kept in inference mode could not be multiplied under autograd afterwards
+# a tensor made and kept in inference mode could not be multiplied under autograd afterwards
 @functools.cache
 @torch.inference_mode(False)
-def _hadamard(device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < GROUP:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    signs = torch.tensor(HADAMARD_SIGNS, dtype=torch.float32)
-    return (signs.unsqueeze(1) * matrix / GROUP**0.5).to(device)
+def _hadamard_signs(device: torch.device) -> Tensor:
+    return torch.tensor(HADAMARD_SIGNS, dtype=torch.float32, device=device)

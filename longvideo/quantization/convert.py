@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from longvideo.errors import UserError
@@ -14,7 +13,7 @@ from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
 from longvideo.quantization.products import W4A4, Product
-from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
+from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 
 BLOCKS = "blocks."
 
@@ -65,20 +64,19 @@ def quantize_layers(
     return names
 
 
-def train_in_nvfp4(
-    model: CausalTransformer, recipe: TrainingRecipe, *, generator: torch.Generator, keep: Sequence[str] = ()
-) -> list[str]:
-    """Let linear layers train with NVFP4 products, in place, on the parameters they have; return their names.
+def train_in_nvfp4(model: CausalTransformer, recipe: TrainingRecipe, *, keep: Sequence[str] = ()) -> RoundingSeeds:
+    """Let linear layers train with NVFP4 products, in place, on the parameters they have; return their seeds.
 
-    generator: on the model's device, draws the stochastic rounding of all layers. keep: as in `layers_to_quantize`;
-    arXiv 2509.25149 keeps the first and last blocks.
+    keep: as in `layers_to_quantize`; arXiv 2509.25149 keeps the first and last blocks. The model has to be on its
+    device already.
     """
     names = layers_to_quantize(model, keep)
-    for name in names:
+    seeds = RoundingSeeds(len(names), model.patch_embedding.weight.device)
+    for name, own in zip(names, seeds.values, strict=True):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, NVFP4TrainingLinear.from_linear(linear, recipe=recipe, generator=generator))
-    return names
+        model.set_submodule(name, NVFP4TrainingLinear.from_linear(linear, recipe=recipe, seeds=own))
+    return seeds
 
 
 def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list[str]:

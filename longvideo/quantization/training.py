@@ -1,8 +1,8 @@
-"""Linear layers that train in NVFP4: all three products of a step are of 4-bit operands, emulated in torch.
+"""Linear layers that train in NVFP4: all three products of a step are of 4-bit operands, emulated without FP4 units.
 
 Recipe of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in 16 x 16 tiles, so
 that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard transform on both
-operands of the weight gradient. The master weight stays as it is, and each operand is rounded from it once.
+operands of the weight gradient. The master weight stays as it is, and each operand is rounded from it.
 
 Shapes: M tokens, I inputs, O outputs.
 """
@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.backends import NVFP4Operations, nvfp4_operations
 from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule, check_groups
+
+SEEDS = 2
+"""Of a layer: one for each product of its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,35 @@ class TrainingRecipe:
     hadamard: bool = True
 
 
+class RoundingSeeds:
+    """Seeds of the stochastic rounding of all layers of a model, on its device: int64 [layers, 2].
+
+    They are all the state there is: with the same seeds a step rounds as it did before.
+    """
+
+    def __init__(self, layers: int, device: torch.device):
+        # far apart, so that `advance` leads no layer to the seed of another
+        self.values = (torch.arange(layers * SEEDS, device=device) << 32).view(layers, SEEDS)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Take new seeds from a generator on the host."""
+        drawn = torch.randint(2**62, self.values.shape, generator=generator)
+        self.values.copy_(drawn, non_blocking=True)
+
+    def advance(self) -> None:
+        """Take the next seeds, for another pass of the same step."""
+        self.values.add_(1)
+
+
 class NVFP4TrainingLinear(nn.Linear):
     """`nn.Linear` whose forward product and both backward products have NVFP4 operands.
 
-    generator: on the layer's device, draws the stochastic rounding; layers may share one. Raises ValueError when 16
-    does not divide inputs and outputs, along which the products of a step sum.
+    seeds: int64 [2] on the layer's device, of the stochastic rounding; whoever made them changes them between steps.
+    Under autocast inputs are rounded to its dtype first, as those of every linear layer are, but weights are not.
+    Raises ValueError when 16 does not divide inputs and outputs, along which the products of a step sum.
     """
+
+    seeds: Tensor
 
     def __init__(
         self,
@@ -51,74 +77,173 @@ class NVFP4TrainingLinear(nn.Linear):
         bias: bool = True,
         *,
         recipe: TrainingRecipe,
-        generator: torch.Generator,
+        seeds: Tensor,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
-        self.recipe, self.generator = recipe, generator
+        self.recipe = recipe
+        # a buffer, since a CUDA graph reads it where it lies
+        self.register_buffer("seeds", seeds, persistent=False)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, recipe: TrainingRecipe, generator: torch.Generator
-    ) -> NVFP4TrainingLinear:
+    def from_linear(cls, linear: nn.Linear, *, recipe: TrainingRecipe, seeds: Tensor) -> NVFP4TrainingLinear:
         """Take over a layer's parameters, the same objects."""
         bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bias, recipe=recipe, generator=generator, device="meta")
+        layer = cls(linear.in_features, linear.out_features, bias, recipe=recipe, seeds=seeds, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        output = _TrainingProduct.apply(input.flatten(0, -2), self.weight, self)
-        assert isinstance(output, Tensor)
-        output = output.unflatten(0, input.shape[:-1])
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        recipe = self.recipe
+        output = _product(
+            input.flatten(0, -2),
+            self.weight,
+            self.seeds,
+            recipe.inputs.value,
+            recipe.weights.value,
+            recipe.tiles,
+            recipe.stochastic_gradients,
+            recipe.hadamard,
+            self.weight.requires_grad and torch.is_grad_enabled(),
+        )[0].unflatten(0, input.shape[:-1])
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-class _TrainingProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, layer: NVFP4TrainingLinear) -> Tensor:
-        recipe, dtype = layer.recipe, x_MI.dtype
-        weight = reference.quantize(weight_OI, recipe.weights, tile_rows=GROUP if recipe.tiles else 1)
-        ctx.layer, ctx.num_tokens = layer, x_MI.shape[0]
-        ctx.weight_dtype = weight_OI.dtype
-        # the weight gradient sums over tokens, so its operand has other groups: rounded now, kept in 4 bits
-        across = _across_tokens(x_MI, recipe.hadamard) if ctx.needs_input_grad[1] else None
-        kept = None if across is None else reference.quantize(across, recipe.inputs)
-        backward_weight = weight if recipe.tiles else reference.quantize(weight_OI.t().contiguous(), recipe.weights)
-        ctx.operands = (backward_weight, kept)
-        return _multiply(reference.quantize_exact(x_MI, recipe.inputs, dtype=dtype), reference.exact(weight, dtype))
+# Both are operators of their own, which torch.compile takes as they are: nothing inside gains from being fused.
+@torch.library.custom_op("longvideo::nvfp4_product", mutates_args=())
+def _product(
+    x_MI: Tensor,
+    weight_OI: Tensor,
+    seeds: Tensor,
+    inputs: str,
+    weights: str,
+    tiles: bool,
+    stochastic: bool,
+    hadamard: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the product [M, O], and the input's codes, scales and tensor scale for the weight gradient.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad_MO,) = grads
-        layer, dtype = ctx.layer, grad_MO.dtype
-        generator = layer.generator if layer.recipe.stochastic_gradients else None
-        weight, kept = ctx.operands
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            rounded = reference.quantize_exact(grad_MO, Rule.STATIC6, generator=generator, dtype=dtype)
-            exact = reference.exact(weight, dtype)
-            if layer.recipe.tiles:
-                # tiles of 16 x 16 have the same codes the other way round, so this is a product along outputs
-                exact = ExactOperand(exact.values.t(), exact.tensor_scale)
-            grad_x = _multiply(rounded, exact)
-        if ctx.needs_input_grad[1]:
-            assert isinstance(kept, NVFP4Tensor)
-            across = _across_tokens(grad_MO, layer.recipe.hadamard)
-            rounded = reference.quantize_exact(across, Rule.STATIC6, generator=generator, dtype=dtype)
-            grad_weight = _multiply(rounded, reference.exact(kept, dtype)).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None
+    That one sums over tokens, so its operand has groups of its own: rounded here and kept in 4 bits. keep: whether.
+    """
+    operations, dtype = nvfp4_operations(x_MI.device), x_MI.dtype
+    x_MI = x_MI.contiguous()
+    weight = _weight(operations, weight_OI, Rule(weights), tiles, dtype)
+    output = _multiply(operations, operations.quantize_exact(x_MI, Rule(inputs), dtype=dtype), weight)
+    if not keep:
+        return output, *_empty_operand(x_MI)
+    kept = operations.quantize_across(x_MI, Rule(inputs), hadamard=hadamard)
+    return output, kept.codes, kept.scales, kept.tensor_scale
 
 
-def _multiply(left: ExactOperand, right: ExactOperand) -> Tensor:
+@torch.library.custom_op("longvideo::nvfp4_product_backward", mutates_args=())
+def _product_backward(
+    grad_MO: Tensor,
+    weight_OI: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    seeds: Tensor,
+    weights: str,
+    tiles: bool,
+    stochastic: bool,
+    hadamard: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input [M, I] and of the weight [O, I]; of the latter nothing if nothing was kept."""
+    operations, dtype = nvfp4_operations(grad_MO.device), grad_MO.dtype
+    grad_MO = grad_MO.contiguous()
+    seed_x, seed_weight = seeds.unbind() if stochastic else (None, None)
+    if tiles:
+        exact = _weight(operations, weight_OI, Rule(weights), tiles, dtype)
+        # tiles of 16 x 16 have the same values the other way round, so this is a product along outputs
+        turned = ExactOperand(exact.values.t(), exact.tensor_scale)
+    else:
+        turned = operations.quantize_across_exact(weight_OI, Rule(weights), dtype=dtype)
+    rounded = operations.quantize_exact(grad_MO, Rule.STATIC6, seed=seed_x, dtype=dtype)
+    grad_x = _multiply(operations, rounded, turned)
+    if not codes.numel():
+        return grad_x, weight_OI.new_empty(0)
+    across = operations.quantize_across_exact(grad_MO, Rule.STATIC6, hadamard=hadamard, seed=seed_weight, dtype=dtype)
+    kept = operations.exact(NVFP4Tensor(codes, scales, tensor_scale), dtype)
+    return grad_x, _multiply(operations, across, kept).to(weight_OI.dtype)
+
+
+@_product.register_fake
+def _(
+    x_MI: Tensor,
+    weight_OI: Tensor,
+    seeds: Tensor,
+    inputs: str,
+    weights: str,
+    tiles: bool,
+    stochastic: bool,
+    hadamard: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, width = x_MI.shape
+    groups = -(-tokens // GROUP)
+    output = x_MI.new_empty(tokens, weight_OI.shape[0])
+    if not keep:
+        return output, *_empty_operand(x_MI)
+    return output, *_empty_operand(x_MI, (width, groups * GROUP // 2), (width, groups), ())
+
+
+@_product_backward.register_fake
+def _(
+    grad_MO: Tensor,
+    weight_OI: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    seeds: Tensor,
+    weights: str,
+    tiles: bool,
+    stochastic: bool,
+    hadamard: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_weight = torch.empty_like(weight_OI) if codes.numel() else weight_OI.new_empty(0)
+    return grad_MO.new_empty(grad_MO.shape[0], weight_OI.shape[1]), grad_weight
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, seeds, _, *ctx.settings, _ = inputs
+    ctx.save_for_backward(weight, *output[1:], seeds)
+
+
+def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    weight, codes, scales, tensor_scale, seeds = ctx.saved_tensors
+    grads = _product_backward(grad_MO, weight, codes, scales, tensor_scale, seeds, *ctx.settings)
+    grad_x, grad_weight = (grad if grad.numel() else None for grad in grads)
+    return grad_x, grad_weight, *(None,) * 7
+
+
+_product.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _empty_operand(
+    x: Tensor, codes: tuple[int, ...] = (0,), scales: tuple[int, ...] = (0,), tensor_scale: tuple[int, ...] = (0,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory with the dtypes of a packed operand."""
+    return (
+        x.new_empty(codes, dtype=torch.uint8),
+        x.new_empty(scales, dtype=torch.float8_e4m3fn),
+        x.new_empty(tensor_scale, dtype=torch.float32),
+    )
+
+
+def _weight(
+    operations: NVFP4Operations, weight_OI: Tensor, rule: Rule, tiles: bool, dtype: torch.dtype
+) -> ExactOperand:
+    rounded = operations.quantize_tiles_exact if tiles else operations.quantize_exact
+    return rounded(weight_OI, rule, dtype=dtype)
+
+
+def _multiply(operations: NVFP4Operations, left: ExactOperand, right: ExactOperand) -> Tensor:
     """Multiply [.., K] by the transpose of [.., K] and apply both tensor scales."""
     product = F.linear(left.values, right.values)
-    return (product.float() * (left.tensor_scale * right.tensor_scale)).to(product.dtype)
-
-
-def _across_tokens(x_MC: Tensor, hadamard: bool) -> Tensor:
-    """Transpose to [C, M], M padded with zeros to a multiple of 16, and transform along M."""
-    padded = F.pad(x_MC, (0, 0, 0, -x_MC.shape[0] % GROUP)).t().contiguous()
-    return reference.random_hadamard(padded) if hadamard else padded
+    return operations.add_scaled_bias(product, left.tensor_scale * right.tensor_scale)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from longvideo.kernels.kv_dequant import triton as kv
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.kernels.nvfp4.triton import arithmetic, layer_norm, products, quantizing
+from longvideo.kernels.nvfp4.triton import arithmetic, layer_norm, products, quantizing, training
 
 HOPPER, EVERYWHERE, WITH_FP4_UNITS = (90,), (90, 100), (100, 103, 120)
 BF16, FP16, FP32, U8, I32, I64 = "*bf16", "*fp16", "*fp32", "*u8", "*i32", "*i64"
@@ -45,6 +45,7 @@ def jobs() -> Iterator[Job]:
     yield from quantising()
     yield from layer_norms()
     yield from writing_out()
+    yield from for_training()
     yield from slots()
     tile = {"BLOCK_M": products.BLOCK_M, "BLOCK_N": products.BLOCK_N, "BLOCK_K": products.BLOCK_K}
     operands = [U8, U8, FP32, U8, U8, FP32, BF16, "i32", "i32", "i32"]
@@ -124,6 +125,26 @@ def writing_out() -> Iterator[Job]:
         constants = {"SCALED": scale is not None, "PER_GROUP": False}
         constants |= {"TILES": products.BLOCK_TILES, "BLOCK": products.BLOCK_WORDS}
         yield Job(name, products._write_out_kernel, [I32, U8, scale, out, "i32"], constants)
+
+
+def for_training() -> Iterator[Job]:
+    columns = {"BLOCK": training.BLOCK_COLUMNS}
+    warps = quantizing.block_warps(training.BLOCK_COLUMNS)
+    for suffix, hadamard in (("", False), (" transformed", True)):
+        block = columns | {"HADAMARD": hadamard}
+        arguments = [BF16, I32, "i32", "i32"]
+        yield Job(f"maxima across{suffix}", training._maxima_across_kernel, arguments, block, HOPPER, num_warps=warps)
+        for name, outputs, rounding in (
+            ("across", [None, I32, U8], ADAPTIVE | {"STOCHASTIC": False, "EXACT": False}),
+            ("across stochastic", [I64, BF16, None], STATIC | {"STOCHASTIC": True, "EXACT": True}),
+        ):
+            arguments = [BF16, FP32, *outputs, "i32", "i32", "i32"]
+            yield Job(name + suffix, training._across_kernel, arguments, block | rounding, num_warps=warps)
+    for rule in (Rule.STATIC6, Rule.ADAPTIVE):
+        constants = {"RULE": rule.value, "ADAPTIVE": rule.is_adaptive, "TILES": training.BLOCK_TILES}
+        warps = quantizing.block_warps(training.BLOCK_TILES * 16)
+        arguments = [FP32, FP32, BF16, "i32"]
+        yield Job(f"tiles {rule.value}", training._tiles_kernel, arguments, constants, num_warps=warps)
 
 
 def slots() -> Iterator[Job]:

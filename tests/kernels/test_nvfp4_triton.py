@@ -177,6 +177,61 @@ def test_exact_operand_is_code_times_group_scale(rule: Rule, dtype: torch.dtype,
     assert got.values.dtype is dtype
 
 
+def assert_same_operand(got: ExactOperand, wanted: ExactOperand) -> None:
+    assert torch.equal(got.tensor_scale.cpu(), wanted.tensor_scale)
+    assert torch.equal(got.values.cpu().float().view(torch.int32), wanted.values.float().view(torch.int32))
+
+
+@pytest.mark.parametrize("rule", Rule)
+def test_tiles_have_the_bits_of_the_definition(rule: Rule, device: str) -> None:
+    for x in (heavy_tailed(), rows_of_all_sizes().bfloat16()):
+        x = x[:32].contiguous()
+        # four tiles a program leave the last of six columns in one that is half empty
+        got = kernels.quantize_tiles_exact(x.to(device), rule, block_tiles=4)
+        assert_same_operand(got, reference.quantize_tiles_exact(x, rule))
+
+
+def test_a_matrix_that_tiles_do_not_divide_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="rows 16 divides"):
+        kernels.quantize_tiles_exact(normal().to(device), Rule.STATIC6)
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
+def test_groups_across_rows_have_the_bits_of_the_definition(rule: Rule, hadamard: bool, device: str) -> None:
+    """Of 37 rows the last group has five, and of 96 columns the last program 32."""
+    x = heavy_tailed()
+    wanted = reference.quantize_across(x, rule, hadamard=hadamard)
+    assert wanted.shape == (COLUMNS, 48)
+    assert_same_bits(kernels.quantize_across(x.to(device), rule, hadamard=hadamard), wanted)
+    x = rows_of_all_sizes().bfloat16()
+    exact = kernels.quantize_across_exact(x.to(device), rule, hadamard=hadamard, block_columns=128)
+    assert_same_operand(exact, reference.quantize_across_exact(x, rule, hadamard=hadamard))
+
+
+def test_nan_in_a_row_makes_everything_nan_across_rows(device: str) -> None:
+    x = normal()
+    x[36, 95] = float("nan")
+    for hadamard in (False, True):
+        operand = kernels.quantize_across_exact(x.to(device), Rule.STATIC6, hadamard=hadamard, block_columns=128)
+        assert operand.tensor_scale.isnan() and operand.values.isnan().any()
+
+
+def test_stochastic_rounding_across_rows_is_unbiased(device: str) -> None:
+    """Columns that are all the same are rounded by other numbers each."""
+    count = 4096
+    column = random_tensor(GROUP, 1)
+    x = column.expand(GROUP, count).contiguous().to(device)
+    operand = kernels.quantize_across_exact(
+        x, Rule.STATIC6, hadamard=True, seed=3, dtype=torch.float32, block_columns=1024
+    )
+    values = (operand.values.double() * operand.tensor_scale).cpu()
+    wanted = reference.random_hadamard(column.t().contiguous())[0]
+    assert values.unique(dim=0).shape[0] > count / 4
+    z = (values.mean(0) - wanted) / (values.std(0) / count**0.5 + 1e-6)
+    assert z.abs().max() < 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_byte_under_every_scale_is_written_out_as_defined(dtype: torch.dtype, device: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)

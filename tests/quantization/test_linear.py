@@ -10,7 +10,7 @@ from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4
-from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
+from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 from tests.golden import relative_error
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_a_width_without_groups_is_refused() -> None:
 
 
 def training_layer(recipe: TrainingRecipe, seed: int = 0) -> NVFP4TrainingLinear:
-    return NVFP4TrainingLinear.from_linear(linear(), recipe=recipe, generator=torch.Generator().manual_seed(seed))
+    return NVFP4TrainingLinear.from_linear(linear(), recipe=recipe, seeds=torch.tensor([seed, seed + 1000]))
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -121,6 +121,7 @@ def test_stochastic_gradients_are_unbiased() -> None:
         leaf = x.clone().requires_grad_()
         layer.weight.grad = None
         layer(leaf).backward(grad)
+        layer.seeds += 1
         assert leaf.grad is not None and layer.weight.grad is not None
         draws.append((leaf.grad.flatten(), layer.weight.grad.flatten()))
     weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=16))
@@ -135,7 +136,7 @@ def test_stochastic_gradients_are_unbiased() -> None:
         assert z.abs().max() < 5
 
 
-def test_the_same_generator_gives_the_same_gradients() -> None:
+def test_the_same_seeds_give_the_same_gradients() -> None:
     grads = []
     for seed in (0, 0, 1):
         layer, x = training_layer(TrainingRecipe(), seed), inputs().requires_grad_()
@@ -145,11 +146,52 @@ def test_the_same_generator_gives_the_same_gradients() -> None:
     assert torch.equal(grads[0], grads[1]) and not torch.equal(grads[0], grads[2])
 
 
+def test_seeds_are_those_of_their_generator_and_all_differ() -> None:
+    drawn, again = RoundingSeeds(3, CPU), RoundingSeeds(3, CPU)
+    seen = set()
+    for _ in range(4):
+        seen |= set(drawn.values.flatten().tolist())
+        drawn.advance()
+    assert len(seen) == 4 * 6
+    drawn.draw(torch.Generator().manual_seed(5))
+    again.draw(torch.Generator().manual_seed(5))
+    assert torch.equal(drawn.values, again.values) and drawn.values.unique().numel() == 6
+
+
+def test_autocast_rounds_inputs_but_not_weights() -> None:
+    recipe = TrainingRecipe()
+    layer, x = training_layer(recipe), inputs().bfloat16()
+    wanted = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x.float())
+    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
+
+
+def test_without_gradients_nothing_is_kept_and_the_product_is_the_same() -> None:
+    layer = training_layer(TrainingRecipe())
+    with torch.no_grad():
+        output = layer(inputs())
+    assert torch.equal(output, layer(inputs()).detach())
+
+
+def test_a_compiled_layer_gives_the_bits_of_the_plain_one() -> None:
+    layer, x = training_layer(TrainingRecipe()), inputs().requires_grad_()
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        x.grad = None
+        output = run(x)
+        output.square().sum().backward()
+        assert x.grad is not None and layer.weight.grad is not None
+        results.append((output.detach(), x.grad, layer.weight.grad))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
 def test_training_in_four_bits_fits_a_linear_map() -> None:
     target, x = linear(), torch.randn(256, 48, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(7)
-    generator = torch.Generator().manual_seed(0)
-    layer = NVFP4TrainingLinear.from_linear(nn.Linear(48, 32), recipe=TrainingRecipe(), generator=generator)
+    seeds = RoundingSeeds(1, CPU)
+    layer = NVFP4TrainingLinear.from_linear(nn.Linear(48, 32), recipe=TrainingRecipe(), seeds=seeds.values[0])
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     with torch.no_grad():
         wanted = target(x)
@@ -157,6 +199,7 @@ def test_training_in_four_bits_fits_a_linear_map() -> None:
         optimizer.zero_grad()
         (layer(x) - wanted).square().mean().backward()
         optimizer.step()
-    best = NVFP4TrainingLinear.from_linear(target, recipe=TrainingRecipe(), generator=generator)
+        seeds.advance()
+    best = NVFP4TrainingLinear.from_linear(target, recipe=TrainingRecipe(), seeds=seeds.values[0])
     rounding_alone = relative_error(best(x).detach(), wanted)
     assert relative_error(layer(x).detach(), wanted) < 1.25 * rounding_alone < 0.25

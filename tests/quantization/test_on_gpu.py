@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.lora import add_lora
 from longvideo.quantization.products import W4A16, EmulatedW4A4
-from longvideo.quantization.training import NVFP4TrainingLinear, TrainingRecipe
+from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -129,20 +130,48 @@ def test_adapters_train_on_a_packed_backbone() -> None:
     assert on_gpu == pytest.approx(on_cpu, rel=0.05)
 
 
-def test_a_training_layer_gives_the_products_of_the_cpu() -> None:
-    recipe = TrainingRecipe(stochastic_gradients=False)
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_training_layer_gives_the_products_of_the_cpu(tiles: bool) -> None:
+    recipe = TrainingRecipe(tiles=tiles, stochastic_gradients=False)
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     x, grad = torch.randn(40, 64), torch.randn(40, 48)
     results = []
     for device in ("cpu", "cuda"):
-        layer = NVFP4TrainingLinear.from_linear(
-            copy.deepcopy(linear).to(device), recipe=recipe, generator=torch.Generator(device)
-        )
-        leaf = x.to(device).requires_grad_()
+        seeds = RoundingSeeds(1, torch.device(device)).values[0]
+        layer = NVFP4TrainingLinear.from_linear(copy.deepcopy(linear).to(device), recipe=recipe, seeds=seeds)
+        leaf = x.to(device).detach().requires_grad_()
         output = layer(leaf)
         output.backward(grad.to(device))
         assert leaf.grad is not None and layer.weight.grad is not None
         results.append([t.detach().cpu() for t in (output, leaf.grad, layer.weight.grad)])
     for mine, theirs in zip(*results, strict=True):
-        assert relative_error(mine, theirs) < 0.01
+        assert relative_error(mine, theirs) < 1e-3
+
+
+def test_a_compiled_training_layer_never_waits_and_draws_anew_from_a_graph() -> None:
+    seeds = RoundingSeeds(1, torch.device("cuda"))
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, device="cuda")
+    layer = NVFP4TrainingLinear.from_linear(linear, recipe=TrainingRecipe(), seeds=seeds.values[0])
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(64, 64, device="cuda")
+
+    def gradient(run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        layer.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        run(x).square().sum().backward()
+        assert layer.weight.grad is not None
+        return layer.weight.grad.clone()
+
+    for _ in range(3):
+        gradient(compiled)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, again = gradient(compiled), gradient(compiled)
+        seeds.advance()
+        other = gradient(compiled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(other, gradient(layer))

@@ -13,6 +13,7 @@ from longvideo.kernels.nvfp4.triton.quantizing import (
     quantize,
     quantize_exact,
 )
+from longvideo.kernels.nvfp4.triton.training import quantize_across, quantize_across_exact, quantize_tiles_exact
 
 __all__ = [
     "add_scaled_bias",
@@ -23,6 +24,9 @@ __all__ = [
     "layer_norm_modulate_quantize",
     "layer_norm_modulate_quantize_exact",
     "quantize",
+    "quantize_across",
+    "quantize_across_exact",
     "quantize_exact",
+    "quantize_tiles_exact",
     "scaled_product",
 ]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, E4M3_TINY, GROUP, Rule
+from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, E4M3_TINY, GROUP, HADAMARD_SIGNS, Rule
 
 WORD_CODES = 8  # codes in 32 bits
 
@@ -29,6 +29,7 @@ _E4M3_TINY = tl.constexpr(E4M3_TINY)
 _STATIC4 = tl.constexpr(Rule.STATIC4.value)
 _ADAPTIVE_SQUARED = tl.constexpr(Rule.ADAPTIVE.value)
 _ADAPTIVE_MAX = tl.constexpr(Rule.ADAPTIVE_MAX.value)
+_FLIPPED = tl.constexpr(sum(1 << lane for lane, sign in enumerate(HADAMARD_SIGNS) if sign < 0))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(0x80000000)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -116,7 +117,8 @@ def _to_nearest(magnitude):
 @triton.jit
 def _stochastically(magnitude, draw):
     step = _power(magnitude) * 0.5
-    steps = tl.div_rn(magnitude, step)
+    # a power of two, whose reciprocal has the exponent of the other sign
+    steps = magnitude * ((254 << 23) - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     lower = tl.floor(steps)
     # adding the draw to the steps instead would round their sum, up to a number beyond 6 among others
     return (lower + (draw < steps - lower).to(tl.float32)) * step
@@ -140,14 +142,29 @@ def _pairwise_sum(x):
 
 
 @triton.jit
-def _error(value, scale, tensor_scale, magnitude, RULE: tl.constexpr):
+def _error(value, scale, tensor_scale, magnitude, RULE: tl.constexpr, TILES: tl.constexpr):
     error = value * (scale * tensor_scale)[:, None] - magnitude
     if RULE == _ADAPTIVE_MAX:
-        return tl.max(tl.abs(error), axis=1)
-    elif RULE == _ADAPTIVE_SQUARED:
-        return _pairwise_sum(error * error)
+        total = tl.max(tl.abs(error), axis=1)
+        if TILES:
+            total = _of_rows(tl.reduce(_rows_of_tiles(total, TILES), 1, _larger), TILES)
     else:
-        return _pairwise_sum(tl.abs(error))
+        total = _pairwise_sum(error * error if RULE == _ADAPTIVE_SQUARED else tl.abs(error))
+        if TILES:
+            total = _of_rows(_pairwise_sum(_rows_of_tiles(total, TILES)), TILES)
+    return total
+
+
+@triton.jit
+def _rows_of_tiles(x, TILES: tl.constexpr):
+    """Turn a number for each group, [16 rows x TILES], into [TILES, 16]."""
+    return tl.permute(tl.reshape(x, (GROUP_SIZE, TILES)), (1, 0))
+
+
+@triton.jit
+def _of_rows(x, TILES: tl.constexpr):
+    """Give the number of a tile, [TILES], to each of its groups, [16 rows x TILES]."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (GROUP_SIZE, TILES)), (GROUP_SIZE * TILES,))
 
 
 @triton.jit
@@ -156,10 +173,23 @@ def _larger(left, right):
 
 
 @triton.jit
-def quantize_groups(x, tensor_scale, draw, RULE: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Quantise float32 [G, 16] by a tensor scale, scalar or [G]. Return E2M1 magnitudes, scales as bytes and values."""
+def quantize_groups(
+    x,
+    tensor_scale,
+    draw,
+    RULE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    TILES: tl.constexpr = 0,
+):
+    """Quantise float32 [G, 16] by a tensor scale, scalar or [G]. Return E2M1 magnitudes, scales as bytes and values.
+
+    TILES: the groups are 16 rows of so many, and those below each other share a scale.
+    """
     magnitude = tl.abs(x)
     amax = tl.reduce(magnitude, 1, _larger)
+    if TILES:
+        amax = _of_rows(tl.reduce(_rows_of_tiles(amax, TILES), 1, _larger), TILES)
     if RULE == _STATIC4:
         wanted = tl.div_rn(tl.div_rn(amax, 4.0), tensor_scale)
     else:
@@ -170,8 +200,8 @@ def quantize_groups(x, tensor_scale, draw, RULE: tl.constexpr, ADAPTIVE: tl.cons
         value = _to_nearest(_scaled(magnitude, reciprocal, scale))
         byte_to_four, scale_to_four = encode_scale(_clamp(wanted * 1.5, 0.0), False)
         value_to_four = _to_nearest(_scaled(magnitude, reciprocal, scale_to_four))
-        error = _error(value, scale, tensor_scale, magnitude, RULE)
-        better = _error(value_to_four, scale_to_four, tensor_scale, magnitude, RULE) < error
+        error = _error(value, scale, tensor_scale, magnitude, RULE, TILES)
+        better = _error(value_to_four, scale_to_four, tensor_scale, magnitude, RULE, TILES) < error
         value = tl.where(better[:, None], value_to_four, value)
         byte = tl.where(better, byte_to_four, byte)
         scale = tl.where(better, scale_to_four, scale)
@@ -203,6 +233,48 @@ def load_groups(ptr, group, inside):
     else:
         ptr += start + tl.arange(0, _HALF)[None, :]
         return _beside(_load(ptr, inside), _load(ptr + _HALF, inside)).to(tl.float32)
+
+
+@triton.jit
+def load_columns(ptr, row, num_rows, num_columns, column, inside):
+    """Load 16 rows of some columns as float32 [G, 16], a column each; zeros past the last row and where not inside."""
+    x0 = _two_rows(ptr, row, num_rows, num_columns, column, inside)
+    x1 = _two_rows(ptr, row + 2, num_rows, num_columns, column, inside)
+    x2 = _two_rows(ptr, row + 4, num_rows, num_columns, column, inside)
+    x3 = _two_rows(ptr, row + 6, num_rows, num_columns, column, inside)
+    x4 = _two_rows(ptr, row + 8, num_rows, num_columns, column, inside)
+    x5 = _two_rows(ptr, row + 10, num_rows, num_columns, column, inside)
+    x6 = _two_rows(ptr, row + 12, num_rows, num_columns, column, inside)
+    x7 = _two_rows(ptr, row + 14, num_rows, num_columns, column, inside)
+    first = _beside(_beside(x0, x1), _beside(x2, x3))
+    return _beside(first, _beside(_beside(x4, x5), _beside(x6, x7))).to(tl.float32)
+
+
+@triton.jit
+def _two_rows(ptr, row, num_rows, num_columns, column, inside):
+    ptr += row * num_columns + column
+    first = tl.load(ptr, mask=inside & (row < num_rows), other=0.0)
+    return tl.join(first, tl.load(ptr + num_columns, mask=inside & (row + 1 < num_rows), other=0.0))
+
+
+@triton.jit
+def random_hadamard(x, dtype: tl.constexpr):
+    """Apply the 16-point transform to every row of float32 [G, 16], rounded to dtype, as the reference does."""
+    lane = tl.arange(0, GROUP_SIZE)
+    flipped = (((tl.zeros_like(lane) + _FLIPPED) >> lane) & 1).to(tl.uint32) << 31
+    x = (x.to(tl.uint32, bitcast=True) ^ flipped[None, :]).to(tl.float32, bitcast=True)
+    for _ in tl.static_range(4):
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], _HALF, 2)))
+        x = _beside(even + odd, even - odd)
+    return round_to(x * 0.25, dtype).to(tl.float32)
+
+
+@triton.jit
+def uniform(seed, group):
+    """Return a number in [0, 1) for each element of groups: [G, 16] of four Philox blocks with the group's number."""
+    block = group[:, None] * _QUARTER + tl.arange(0, _QUARTER)[None, :]
+    first, second, third, fourth = tl.rand4x(seed, block)
+    return _beside(_beside(first, second), _beside(third, fourth))
 
 
 @triton.jit

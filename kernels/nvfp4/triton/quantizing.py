@@ -20,6 +20,7 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
     round_to,
     store_codes,
     store_exact,
+    uniform,
 )
 
 BLOCK_GROUPS = 64  # groups per program
@@ -43,7 +44,7 @@ def quantize(
 
     tensor_scale: float32, broadcasting against [..., K/16]; by default from the largest magnitude of the whole tensor.
     seed: an integer or int64 scalar on the device, rounds stochastically: scales up, codes to one of both neighbours.
-        Element i of the tensor draws number i of the seed's Philox stream.
+        Group i of the tensor draws from blocks 4 i to 4 i + 3 of the seed's Philox stream.
     NaN and infinity turn the tensor scale, and so every value, into NaN or infinity.
     Bytes moved: 2 E + 9/16, or E + 9/16 with a tensor scale.
     Raises ValueError for shapes that groups do not divide, memory that is not contiguous, and a seed with an adaptive
@@ -87,6 +88,25 @@ def gelu_tanh_quantize_exact(
     return ExactOperand(values, tensor_scale)
 
 
+def largest_magnitudes(x: Tensor, *, gelu: bool = False, block_groups: int = BLOCK_GROUPS) -> Tensor:
+    """Return the bits of the largest magnitudes that each of P programs found in a contiguous tensor: int32 [1, P]."""
+    num_groups, block = x.numel() // GROUP, block_groups * MAXIMA_BLOCKS
+    maxima = torch.empty(1, triton.cdiv(num_groups, block), dtype=torch.int32, device=x.device)
+    _maxima_kernel[(maxima.numel(),)](
+        x, maxima, num_groups, GELU=gelu, BLOCK=block, num_warps=MAXIMA_WARPS, enable_fp_fusion=False
+    )
+    return maxima
+
+
+def seed_on(device: torch.device, seed: int | Tensor | None, rule: Rule) -> Tensor | None:
+    """Return a seed as a scalar on the device. Raises ValueError where a rule would bias stochastic rounding."""
+    if seed is not None and rule.is_adaptive:
+        raise ValueError(
+            f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
+        )
+    return torch.full((), seed, dtype=torch.int64, device=device) if isinstance(seed, int) else seed
+
+
 def tensor_scales(maxima: Tensor, rule: Rule) -> Tensor:
     """Return the tensor scale of each row of maxima: int32 [R, P], bits of the largest magnitudes P programs found.
 
@@ -119,25 +139,18 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes or exact values, scales and the tensor scale."""
     check_input(x)
-    if seed is not None and rule.is_adaptive:
-        raise ValueError(
-            f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
-        )
+    seed = seed_on(x.device, seed, rule)
     num_groups = x.numel() // GROUP
     grid = (triton.cdiv(num_groups, block_groups),)
     if tensor_scale is None:
-        block_maxima = block_groups * MAXIMA_BLOCKS
-        maxima = torch.empty(1, triton.cdiv(num_groups, block_maxima), dtype=torch.int32, device=x.device)
-        _maxima_kernel[(maxima.numel(),)](
-            x, maxima, num_groups, GELU=gelu, BLOCK=block_maxima, num_warps=MAXIMA_WARPS, enable_fp_fusion=False
-        )
+        maxima = largest_magnitudes(x, gelu=gelu, block_groups=block_groups)
         tensor_scale = tensor_scales(maxima, rule).squeeze(0)
     codes, scales = empty_outputs(x, exact_dtype)
     per_group = tensor_scale.numel() > 1
     _quantize_kernel[grid](
         x,
         tensor_scale.expand(scales.shape).contiguous() if per_group else tensor_scale,
-        torch.full((), seed, dtype=torch.int64, device=x.device) if isinstance(seed, int) else seed,
+        seed,
         codes if exact_dtype else codes.view(torch.int32),
         None if exact_dtype else scales,
         num_groups,
@@ -241,8 +254,7 @@ def _quantize_kernel(
         tensor_scale = tl.load(tensor_scale_ptr)
     draw = 0.0
     if STOCHASTIC:
-        element = (first + group[:, None]) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
-        draw = tl.rand(tl.load(seed_ptr), element)
+        draw = uniform(tl.load(seed_ptr), first + group)
     value, byte, scale = quantize_groups(x, tensor_scale, draw, RULE, ADAPTIVE, STOCHASTIC)
     if EXACT:
         store_exact(codes_ptr + first * GROUP_SIZE, x, value, scale, group, inside)
