@@ -163,6 +163,8 @@ def _train(
 def _device(name: str | None) -> torch.device:
     import torch
 
+    from longvideo.train.mesh import launched
+
     try:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
@@ -171,6 +173,9 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        if launched():
+            # the optimiser wants one piece as large as all weights, which a divided heap has not
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True

@@ -67,7 +67,7 @@ def time_kernels(
         if (differing := case.differing()) > 0:
             raise KernelMismatch(f"{case.kernel} {case.size}: {differing} values differ from the definition")
         floor_ms = 1000 * case.needed_bytes / bandwidth
-        ms = median_ms(case.run, device)
+        ms = median_ms(case.run, device, captured=True)
         timings.append(KernelTiming(case.kernel, case.size, ms, int(case.needed_bytes), floor_ms))
     return bandwidth, timings
 
@@ -131,7 +131,37 @@ def _cases(config: TransformerConfig, spec: ChunkSpec, device: torch.device) -> 
                 work(weight, torch.bfloat16), definition(weight, torch.bfloat16)
             ),
         )
+    yield from _training_cases(config, spec, device)
     yield from _cache_cases(config, spec, device)
+
+
+def _training_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.device) -> Iterator[_Case]:
+    operations = backends.nvfp4_operations(device)
+    weight = _activations(config.ffn_dim, config.dim, device)
+
+    def tiles(source: backends.NVFP4Operations) -> Tensor:
+        return source.quantize_tiles_exact(weight, Rule.STATIC6, dtype=weight.dtype).values
+
+    yield _Case(
+        "quantise in tiles, written out",
+        f"{config.ffn_dim} x {config.dim}",
+        weight.numel() * (INPUT_BYTES + 2),
+        lambda: tiles(operations),
+        lambda: _differing(tiles(operations), tiles(reference)),
+    )
+    for columns in (config.dim, config.ffn_dim):
+        x = _activations(spec.tokens_per_chunk, columns, device)
+
+        def across(source: backends.NVFP4Operations, x: Tensor = x) -> NVFP4Tensor:
+            return source.quantize_across(x, Rule.ADAPTIVE, hadamard=True)
+
+        yield _Case(
+            "transform and quantise across rows",
+            f"{spec.tokens_per_chunk} x {columns}",
+            x.numel() * (INPUT_BYTES + CODE_BYTES),
+            lambda across=across: across(operations),
+            lambda across=across: _differing_codes(across(operations), across(reference)),
+        )
 
 
 def _prologue_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.device) -> Iterator[_Case]:

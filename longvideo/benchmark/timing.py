@@ -16,11 +16,14 @@ CPU_COPY_BYTES = 2**26
 CPU_REPEATS = 5
 
 
-def median_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of a call in milliseconds, after warming up."""
+def median_ms(work: Callable[[], object], device: torch.device, *, captured: bool = False) -> float:
+    """Return the median time of a call in milliseconds, after warming up.
+
+    captured: on a GPU, in a CUDA graph, so that short work is not timed by how fast the host launches it.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return _median_gpu_ms(work, device)
+            return _median_gpu_ms(_capture(work) if captured else work, device)
     work()
     times = []
     for _ in range(CPU_REPEATS):
@@ -28,6 +31,15 @@ def median_ms(work: Callable[[], object], device: torch.device) -> float:
         work()
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
+
+
+def _capture(work: Callable[[], object]) -> Callable[[], object]:
+    work()  # compiles what has to be compiled
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _median_gpu_ms(work: Callable[[], object], device: torch.device) -> float:

@@ -43,7 +43,7 @@ def test_nothing_is_timed_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
             keys[0, 0, 3, 1, 7] += 1
 
     monkeypatch.setattr(reference, "rebuild", wrong_at_first)
-    monkeypatch.setattr(kernels, "median_ms", lambda work, device: 1.0)
+    monkeypatch.setattr(kernels, "median_ms", lambda work, device, captured: 1.0)
     with pytest.raises(kernels.KernelMismatch, match="1 values differ"):
         kernels.time_kernels(PRESETS["tiny"], SPEC, device=torch.device("cpu"))
 
