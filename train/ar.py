@@ -22,13 +22,14 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import rollout
 from longvideo.shapeworld.captions import caption, vocabulary
-from longvideo.shapeworld.world import Scene
+from longvideo.shapeworld.world import Scene, Split
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.precision import autocast
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
@@ -76,6 +77,15 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """Loss on clips of held-out scenes, always the same `batches` of `batch` views with the same noise; 0: none."""
+
+    batches: int = 0
+    batch: int = 64
+    clips: int = 512
+
+
+@dataclass(frozen=True)
 class ArTraining:
     """`longvideo train ar`. vae: a model folder that holds an autoencoder. initialize: one to take weights from."""
 
@@ -95,6 +105,7 @@ class ArTraining:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    validation: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def __post_init__(self) -> None:
         if self.export_dtype not in DTYPES:
@@ -136,35 +147,54 @@ class ArRecipe:
             mesh=mesh,
             rounding=prepare(config.nvfp4, self.transformer, seed=config.seed, rank=mesh.rank),
         )
-        scenes = config.scenes
+        self.source = self._views(
+            "train", config.bank, config.stages, config.views, seed=config.seed, count=config.scenes.count
+        )
+        self.validation = None
+        if config.validation.batches:
+            held_out = config.validation
+            bank = replace(
+                config.bank, clips=held_out.clips, initial_clips=held_out.clips, refresh_every=held_out.batches
+            )
+            stages = [replace(config.stages[-1], batch=held_out.batch)]
+            views = replace(config.views, prompt_dropout=0.0)
+            self.validation = self._views("heldout", bank, stages, views, seed=0, count=held_out.clips)
+
+    def _views(
+        self,
+        split: Split,
+        bank: BankConfig,
+        stages: Sequence[ViewStage],
+        views: ViewConfig,
+        *,
+        seed: int,
+        count: int,
+    ) -> ViewSource:
+        config, scenes = self.config, self.config.scenes
         pool = ScenePool(
-            sample_scenes(scenes.count, seed=config.seed, split="train", pair_fraction=scenes.pair_fraction),
+            sample_scenes(count, seed=config.seed, split=split, pair_fraction=scenes.pair_fraction),
             height=scenes.height,
             width=scenes.width,
-            device=device,
+            device=self.device,
         )
         tokens = tokenize_captions(
-            pool.scenes,
-            self.text_encoder,
-            phrasings=config.views.phrasings,
-            omit=config.views.caption_omit,
-            device=device,
+            pool.scenes, self.text_encoder, phrasings=views.phrasings, omit=views.caption_omit, device=self.device
         )
-        bank = LatentBank(
+        latents = LatentBank(
             self.autoencoder,
             pool,
-            config.bank,
+            bank,
             chunk_frames=self.spec.chunk_frames,
-            seed=config.seed,
+            seed=seed,
             precision=config.trainer.precision,
         )
-        self.source = ViewSource(
-            bank,
+        return ViewSource(
+            latents,
             tokens,
-            config.stages,
-            config.views,
-            schedule,
-            seed=config.seed,
+            stages,
+            views,
+            self.objective.schedule,
+            seed=seed,
             tokens_per_chunk=self.spec.tokens_per_chunk,
         )
 
@@ -176,7 +206,16 @@ class ArRecipe:
         return None
 
     def validate(self) -> dict[str, float]:
-        return {}
+        if self.validation is None:
+            return {}
+        if not self.validation.bank.filled:
+            self.validation.start(0)
+        total = torch.zeros((), device=self.device)
+        for number in range(self.config.validation.batches):
+            with autocast(self.config.trainer.precision, self.device):
+                loss, _ = self.objective(self.validation.batch(number))
+            total += loss
+        return {"val_loss": float(total) / self.config.validation.batches}
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -125,7 +125,9 @@ class TeacherForcing(Objective):
                 chunks=origin.chunks,
                 given_BT=origin.given_BT,
             )
-        loss, metrics, velocity = self._run(
+        # validation is too little to be compiled for
+        run = self._run if torch.is_grad_enabled() else self._loss
+        loss, metrics, velocity = run(
             clean,
             injected.context,
             injected.latents,

@@ -129,7 +129,7 @@ def writing_out() -> Iterator[Job]:
 
 def for_training() -> Iterator[Job]:
     columns = {"BLOCK": training.BLOCK_COLUMNS}
-    warps = quantizing.block_warps(training.BLOCK_COLUMNS)
+    warps = training._column_warps(training.BLOCK_COLUMNS)
     for suffix, hadamard in (("", False), (" transformed", True)):
         block = columns | {"HADAMARD": hadamard}
         arguments = [BF16, I32, "i32", "i32"]

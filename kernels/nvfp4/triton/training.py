@@ -104,7 +104,7 @@ def _quantize_across(
     grid = (triton.cdiv(columns, block_columns), groups)
     options = {"HADAMARD": hadamard, "BLOCK": block_columns, "enable_fp_fusion": False}
     maxima = torch.empty(1, grid[0] * grid[1], dtype=torch.int32, device=x_MC.device)
-    _maxima_across_kernel[grid](x_MC, maxima, rows, columns, num_warps=block_warps(block_columns), **options)
+    _maxima_across_kernel[grid](x_MC, maxima, rows, columns, num_warps=_column_warps(block_columns), **options)
     tensor_scale = tensor_scales(maxima, rule).squeeze(0)
     shape = (columns, groups * GROUP if exact_dtype else groups * GROUP // 2)
     codes = torch.empty(shape, dtype=exact_dtype or torch.uint8, device=x_MC.device)
@@ -122,10 +122,15 @@ def _quantize_across(
         ADAPTIVE=rule.is_adaptive,
         STOCHASTIC=seed is not None,
         EXACT=exact_dtype is not None,
-        num_warps=block_warps(block_columns),
+        num_warps=_column_warps(block_columns),
         **options,
     )
     return codes, scales, tensor_scale
+
+
+def _column_warps(block_columns: int) -> int:
+    """Return the warps that give a thread two columns, which it loads at once."""
+    return max(block_columns // 64, 1)
 
 
 @triton.jit
