@@ -11,8 +11,9 @@ import torch
 from longvideo.train.run_log import peak_memory_gib
 from longvideo.train.trainer import Trainer, Window, synchronize
 
-TRACED_STEPS = 3
 LISTED = 20
+COMMUNICATION = "nccl"
+"""What the names of NCCL's kernels begin with."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,37 @@ def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
 
 
 def _operations(trainer: Trainer, step: int) -> str:
-    """Return a table of the operations of three steps that take most time of their own."""
+    """Return a table of the operations of a step that take most time of their own, and what the ranks wait for."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as recorded:
-        _timed(trainer, step, TRACED_STEPS)
+        _timed(trainer, step, 1)
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    return recorded.key_averages().table(sort_by=order, row_limit=LISTED, max_name_column_width=90)
+    table = recorded.key_averages().table(sort_by=order, row_limit=LISTED, max_name_column_width=90)
+    if not cuda:
+        return table
+    kernels = [event for event in recorded.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy, exchanging = (
+        sum(event.time_range.elapsed_us() for event in kernels if event.name.startswith(COMMUNICATION) == chosen) / 1e6
+        for chosen in (False, True)
+    )
+    return f"{table}\n{_balance(trainer, busy, exchanging)}"
+
+
+def _balance(trainer: Trainer, busy: float, exchanging: float) -> str:
+    """Say how evenly the ranks are loaded. busy, exchanging: seconds of this rank's kernels, NCCL's apart.
+
+    A rank that waits for another does so inside NCCL's kernels, so the least time in them is what they take.
+    """
+    mesh = trainer.mesh
+    per_rank = torch.zeros(mesh.world, 2, device=trainer.device)
+    per_rank[mesh.rank] = torch.tensor((busy, exchanging), device=trainer.device)
+    work, talk = mesh.sum(per_rank).T.tolist()
+    skew = (max(work) - min(work)) / max(work)
+    whole = max(a + b for a, b in zip(work, talk, strict=True))
+    return (
+        f"kernels of a rank: {min(work):.2f} to {max(work):.2f} s of work (skew {skew:.1%}),"
+        f" {min(talk):.2f} to {max(talk):.2f} s in NCCL (at least {min(talk) / whole:.1%} of them)"
+    )

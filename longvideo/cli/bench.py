@@ -154,6 +154,50 @@ def load(
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+@app.command()
+def encode(
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="Of 8 latent frames, in the clip.")] = 12,
+    ranks: Annotated[int, typer.Option(min=1, help="That share the clip; a divisor of its latent frames.")] = 2,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+) -> None:
+    """Time how long ranks that share a clip take to encode it, each its own part with the frames before it that matter.
+
+    The weights are random, and the parts are timed one after the other on one device; they are compared with the clip
+    encoded whole.
+
+    Example: `longvideo bench encode --ranks 4`
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from longvideo.benchmark.encoding import time_encoding
+    from longvideo.doctor import machine
+    from longvideo.infer.pipeline import pick_device
+    from longvideo.vae.config import AutoencoderConfig
+
+    where = pick_device(device)
+    name, spec = _shapes(preset, where)
+    latents = chunks * spec.chunk_frames
+    if latents % ranks:
+        raise UserError(f"--ranks {ranks} does not divide {latents} latent frames")
+    _check_folder(out)
+    size = (32 * spec.grid_height, 32 * spec.grid_width)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    config = AutoencoderConfig.wan22() if name == "wan2.2-ti2v-5b" else AutoencoderConfig.tiny()
+    timing = time_encoding(config, latents=latents, ranks=ranks, size=size, device=where, dtype=dtype)
+    typer.echo(f"{name}, {where}, {dtype}: {latents} latent frames of {size[0]} x {size[1]} pixels, halo {timing.halo}")
+    typer.echo(f"whole: {timing.whole_seconds:.2f} s")
+    for rank, (seconds, frames) in enumerate(zip(timing.part_seconds, timing.part_frames, strict=True)):
+        typer.echo(f"rank {rank}: {seconds:.2f} s for {frames} frames")
+    typer.echo(f"saved: {timing.saved_seconds:.2f} s; relative error against the whole {timing.relative_error:.1e}")
+    if out is not None:
+        report = {"machine": machine(where), "preset": name, "saved_seconds": timing.saved_seconds, **asdict(timing)}
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def _shapes(preset: str | None, device: torch.device) -> tuple[str, ChunkSpec]:
     from longvideo.model.spec import ChunkSpec
 

@@ -76,15 +76,23 @@ def whole_batch(*, cuts: tuple[bool, ...] | None = None) -> ViewBatch:
 
 
 def gradients(
-    mesh: Mesh, config: TeacherForcingConfig, micro_batch: int | None, batch: ViewBatch
+    mesh: Mesh,
+    config: TeacherForcingConfig,
+    micro_batch: int | None,
+    batch: ViewBatch,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss and the gradients of a step, averaged over all ranks and passes."""
+    transformer = small_transformer().to(device, dtype)
     objective = TeacherForcing(
-        small_transformer(), None, config, spec=SPEC, schedule=FlowSchedule(5.0), device=CPU, mesh=mesh
+        transformer, None, config, spec=SPEC, schedule=FlowSchedule(5.0), device=device, mesh=mesh
     )
+    batch = replace(batch, **{name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)})
     shares = batch.shares(mesh, micro_batch, SPEC.chunk_frames)
     parts = mesh.world * len(shares)
-    total = torch.zeros(())
+    total = torch.zeros((), device=device)
     for share in shares:
         loss, _ = objective(share)
         loss.backward()
@@ -92,7 +100,7 @@ def gradients(
     found = {}
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name
-        found[name] = mesh.sum(parameter.grad.clone()) / parts
+        found[name] = mesh.sum(parameter.grad.float()) / parts
     return mesh.sum(total) / parts, found
 
 
@@ -126,6 +134,26 @@ def test_every_gradient_equals_that_of_one_process(world: int, sequences: list[i
     for found in per_rank:
         assert len(found) == len(sequences) * len(CASES)
         assert max(found.values()) < 1e-5, found
+
+
+def differences_on_gpus() -> dict[str, float]:
+    """Return, for each way to run, the largest relative difference of a gradient from one process in fp32."""
+    device, config = torch.device("cuda", torch.cuda.current_device()), TeacherForcingConfig(compile=False)
+    _, wanted = gradients(Mesh(), config, None, whole_batch(), device=device)
+    found = {}
+    for name, mesh in (("one", Mesh()), ("shared", build_mesh(2))):
+        for dtype in (torch.float32, torch.bfloat16):
+            _, got = gradients(mesh, config, None, whole_batch(), device=device, dtype=dtype)
+            worst = max(float((got[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted)
+            found[f"{name} {dtype}"] = worst
+    return found
+
+
+@pytest.mark.multigpu
+def test_gradients_of_two_gpus_are_those_of_one_and_bf16_adds_only_its_noise() -> None:
+    for found in run_in_processes(2, differences_on_gpus, backend="nccl"):
+        assert found["shared torch.float32"] < 1e-5, found
+        assert found["shared torch.bfloat16"] < 1.2 * found["one torch.bfloat16"] < 0.05, found
 
 
 def test_balanced_layout_is_a_permutation_that_gives_every_rank_equal_shares() -> None:

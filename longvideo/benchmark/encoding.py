@@ -1,0 +1,78 @@
+"""Encode a clip whole, and in the parts that ranks encode of it, each with its halo."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.config import AutoencoderConfig
+from longvideo.vae.halo import EncodeWindow, encode_latents, encode_window, temporal_lookback
+
+
+@dataclass(frozen=True)
+class EncodeTiming:
+    """whole_seconds: of one rank that encodes everything. part_seconds, part_frames: of each rank's part and halo.
+
+    relative_error: of all parts together against the whole.
+    """
+
+    latents: int
+    halo: int
+    whole_seconds: float
+    part_seconds: list[float]
+    part_frames: list[int]
+    relative_error: float
+
+    @property
+    def saved_seconds(self) -> float:
+        """Until the last rank is done."""
+        return self.whole_seconds - max(self.part_seconds)
+
+
+@torch.no_grad()
+def time_encoding(
+    config: AutoencoderConfig,
+    *,
+    latents: int,
+    ranks: int,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> EncodeTiming:
+    """Time it with random weights on random pixels [1, 3, frames, height, width], all ranks' parts one by one here."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(config).to(device, dtype).eval()
+    scale, halo = config.scale_factor_temporal, temporal_lookback(config)
+    whole = encode_window(0, latents, 0, temporal_scale=scale)
+    share = latents // ranks
+    parts = [encode_window(r * share, (r + 1) * share, halo, temporal_scale=scale) for r in range(ranks)]
+    video = torch.rand(1, 3, whole.num_frames, *size, device=device, dtype=dtype) * 2 - 1
+
+    def encode(window: EncodeWindow) -> tuple[Tensor, float]:
+        _wait(device)
+        began = time.perf_counter()
+        encoded = encode_latents(autoencoder, video[:, :, window.first_frame : window.end_frame], window)
+        _wait(device)
+        return encoded, time.perf_counter() - began
+
+    encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that algorithms are chosen
+    wanted, whole_seconds = encode(whole)
+    results = [encode(part) for part in parts]
+    got = torch.cat([encoded for encoded, _ in results], dim=2)
+    return EncodeTiming(
+        latents=latents,
+        halo=halo,
+        whole_seconds=whole_seconds,
+        part_seconds=[seconds for _, seconds in results],
+        part_frames=[part.num_frames for part in parts],
+        relative_error=float((got - wanted).norm() / wanted.norm()),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
