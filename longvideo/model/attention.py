@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor
 from longvideo.model.cache import ChunkCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class AttentionPattern(Protocol):
@@ -53,28 +56,16 @@ class Masked:
     """
 
     def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
-        chunk, noisy = layout.chunk_L, layout.is_noisy_L
-        self._length = chunk.numel()
-        if visible is None:
-            num_chunks = int(chunk.max()) + 1
-            visible = torch.ones(num_chunks, num_chunks, dtype=torch.bool).tril()
-        visible = visible.to(chunk.device)
-
-        def allowed(batch: Tensor | int, head: Tensor | int, q: Tensor, k: Tensor) -> Tensor:
-            same, seen = chunk[q] == chunk[k], visible[chunk[q], chunk[k]]
-            from_clean = ~noisy[q] & ~noisy[k] & seen
-            from_noisy = noisy[q] & ((noisy[k] & same) | (~noisy[k] & seen & ~same))
-            return from_clean | from_noisy
-
+        runs, device = _runs(layout), layout.chunk_L.device
+        lengths = torch.tensor([end - start for start, end, _, _ in runs])
+        run_L = torch.arange(len(runs)).repeat_interleave(lengths).to(device)
+        seen_RR = _seen(runs, visible).to(device)
         self._dense_LL: Tensor | None = None
         self._block_mask = None
-        if chunk.device.type == "cuda":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            self._block_mask = create_block_mask(allowed, None, None, self._length, self._length, device="cuda")
+        if device.type == "cuda":
+            self._block_mask = block_mask(run_L, seen_RR)
         else:
-            index = torch.arange(self._length)
-            self._dense_LL = allowed(0, 0, index[:, None], index[None, :])
+            self._dense_LL = seen_RR[run_L[:, None], run_L[None, :]]
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
         return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
@@ -100,15 +91,7 @@ class Blockwise:
     def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
         runs = _runs(layout)
         self._lengths = [end - start for start, end, _, _ in runs]
-        self._seen: list[list[int]] = []
-        for _, _, chunk, noisy in runs:
-            seen = []
-            for number, (_, _, other, other_noisy) in enumerate(runs):
-                same = other == chunk
-                earlier = (other < chunk if visible is None else bool(visible[chunk, other])) and not same
-                if (same and noisy == other_noisy) or (earlier and not other_noisy):
-                    seen.append(number)
-            self._seen.append(seen)
+        self._seen: list[list[int]] = [row.nonzero().flatten().tolist() for row in _seen(runs, visible)]
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
         return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
@@ -171,6 +154,47 @@ def _runs(layout: TokenLayout) -> list[tuple[int, int, int, bool]]:
         runs.append((start, end, *kind))
         start = end
     return runs
+
+
+def _seen(runs: list[tuple[int, int, int, bool]], visible: Tensor | None) -> Tensor:
+    """Return which runs the tokens of a run see, bool [R, R]."""
+    chunk, noisy = (torch.tensor([run[place] for run in runs]) for place in (2, 3))
+    if visible is None:
+        visible = torch.ones(int(chunk.max()) + 1, int(chunk.max()) + 1, dtype=torch.bool).tril()
+    same = chunk[:, None] == chunk[None, :]
+    earlier = visible.cpu()[chunk[:, None], chunk[None, :]] & ~same
+    return (same & (noisy[:, None] == noisy[None, :])) | (earlier & ~noisy[None, :])
+
+
+def block_mask(run_L: Tensor, seen_RR: Tensor, *, block: int = 128) -> BlockMask:
+    """Return a FlexAttention mask: a token of run r sees those of the runs in row r of seen_RR.
+
+    Made block by block from the runs in each; from single tokens it would take eight bytes for every pair of them. A
+    block of tokens of one run needs no look at single pairs.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length, device = run_L.numel(), run_L.device
+    num_blocks = -(-length // block)
+    # of floats, since matrices of booleans have no product; counts stay small
+    holds_GR = torch.zeros(num_blocks, seen_RR.shape[0], device=device)
+    holds_GR[torch.arange(length, device=device) // block, run_L] = 1
+    some_GG = holds_GR @ seen_RR.float() @ holds_GR.T > 0
+    full_GG = some_GG & (holds_GR @ (~seen_RR).float() @ holds_GR.T == 0)
+    if length % block:
+        full_GG[-1] = full_GG[:, -1] = False
+
+    def listed(chosen_GG: Tensor) -> tuple[Tensor, Tensor]:
+        order = chosen_GG.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen_GG.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(some_GG & ~full_GG),
+        *listed(full_GG),
+        BLOCK_SIZE=block,
+        mask_mod=lambda batch, head, q, k: seen_RR[run_L[q], run_L[k]],
+        seq_lengths=(length, length),
+    )
 
 
 @functools.cache

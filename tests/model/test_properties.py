@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.model.attention import Blockwise, Cached, Filling, Full, Masked
+from longvideo.model.attention import Blockwise, Cached, Filling, Full, Masked, block_mask
 from longvideo.model.cache import ChunkWindow, KVCache, visible_chunks
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
@@ -281,3 +281,39 @@ def test_5b_preset_has_the_published_size() -> None:
 def test_impossible_sizes_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ChunkSpec(**{"grid_height": 4, "grid_width": 7, **changes})
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_a_block_mask_made_of_runs_is_the_one_made_of_pairs(grid: tuple[int, int]) -> None:
+    """In the first layout blocks of 16 lie within a run, in the second they do not and the last one is part empty."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+    spec = dataclasses.replace(small.SPEC, grid_height=grid[0], grid_width=grid[1], window_frames=6, sink_frames=2)
+    layout = TokenLayout.teacher_forcing(spec, 3)
+    dense = Masked(layout, visible_chunks(spec, [False, False, True]))._dense_LL
+    assert dense is not None
+    length, block = dense.shape[0], 16
+    kind = layout.chunk_L * 2 + layout.is_noisy_L
+    order = kind.unique_consecutive()
+    run_L = (kind[:, None] == order[None, :]).int().argmax(1)
+    first = (run_L[:, None] == torch.arange(len(order))).int().argmax(0)
+    made = block_mask(run_L, dense[first][:, first], block=block)
+    wanted = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, length, length, "cpu", BLOCK_SIZE=block)
+
+    def tables(mask: BlockMask) -> list[set[tuple[int, int]]]:
+        pairs = []
+        for count, index in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+            (mask.q_num_blocks, mask.q_indices),
+            (mask.full_q_num_blocks, mask.full_q_indices),
+        ):
+            assert count is not None and index is not None
+            rows = enumerate(zip(count[0, 0].tolist(), index[0, 0].tolist(), strict=True))
+            pairs.append({(row, column) for row, (many, columns) in rows for column in columns[:many]})
+        return pairs
+
+    assert tables(made) == tables(wanted)
+    assert made.shape == wanted.shape and bool(tables(made)[0]) == (length % block > 0)
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    assert torch.equal(made.mask_mod(torch.tensor(0), torch.tensor(0), query, key), dense)
