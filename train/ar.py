@@ -145,7 +145,13 @@ class ArRecipe:
             schedule=schedule,
             device=device,
             mesh=mesh,
-            rounding=prepare(config.nvfp4, self.transformer, seed=config.seed, rank=mesh.rank),
+            rounding=prepare(
+                config.nvfp4,
+                self.transformer,
+                seed=config.seed,
+                rank=mesh.rank,
+                total_steps=sum(stage.steps for stage in config.stages),
+            ),
         )
         self.source = self._views(
             "train", config.bank, config.stages, config.views, seed=config.seed, count=config.scenes.count

@@ -128,7 +128,13 @@ class ClipRecipe:
             device=device,
             mesh=mesh,
             bank=self.bank,
-            rounding=prepare(config.nvfp4, self.transformer, seed=config.seed, rank=mesh.rank),
+            rounding=prepare(
+                config.nvfp4,
+                self.transformer,
+                seed=config.seed,
+                rank=mesh.rank,
+                total_steps=sum(stage.steps for stage in config.stages),
+            ),
         )
         self.source = self._source(self.clips, config.stages, config.views, config.seed)
         self.validation = None

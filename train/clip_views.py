@@ -5,7 +5,8 @@ Shapes: B views, C channels, T latent frames of a rank, H W latent grid, Q chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.mesh import Mesh, divide
 from longvideo.train.objective import seeded, stage_at
@@ -26,7 +27,8 @@ class ClipViewConfig:
 
     prompt_dropout: share of views with the empty prompt, for guidance. context_noise_fraction: share of context chunks
     that get noise of sigma up to context_noise_max, which the model is not told. image_fraction: share of opening views
-    whose first latent frame is given, as for image to video.
+    whose first latent frame is given, as for image to video. max_bad: clips that may turn out to be unreadable; the one
+    after each takes its place, and a run that meets more of them stops. Ranks then ask each other in every step.
     """
 
     start_fraction: float = 1.0
@@ -34,6 +36,7 @@ class ClipViewConfig:
     context_noise_fraction: float = 0.0
     context_noise_max: float = 0.1
     image_fraction: float = 0.0
+    max_bad: int = 0
 
 
 class ClipInfo(Protocol):
@@ -59,12 +62,16 @@ class Clips(Protocol):
     def chunk_frames(self) -> int: ...
 
     def latents(self, index: int, first: int, last: int) -> Tensor:
-        """Return latent frames [first, last), float32 [C, t, H, W]."""
+        """Return latent frames [first, last), float32 [C, t, H, W]. Raises UserError for what cannot be read."""
         ...
 
     def text(self, caption: str) -> Tensor:
         """Return features [J, D] of a clip's caption, or of the empty one."""
         ...
+
+
+_Read = tuple[Tensor, Tensor] | UserError
+"""Latents and features of a rank's frames of a view, or why they cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,9 @@ class ClipViewSource:
         self._generator = torch.Generator()
         self._noise_generator = torch.Generator(device)
         self._orders: dict[int, list[int]] = {}
+        self.unreadable: set[int] = set()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="clips")
-        self._ahead: tuple[int, Future[list[list[Tensor]]]] | None = None
+        self._ahead: tuple[int, Future[list[_Read]]] | None = None
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
         divided = {divide(stage.batch, mesh, micro_batch) for stage in self.stages if stage.steps}
@@ -142,9 +150,10 @@ class ClipViewSource:
         if self._ahead is not None and self._ahead[0] == step:
             read = self._ahead[1].result()
         else:
-            read = self._read(step, draw, mesh)
+            read = self._read_all(step, draw, mesh)
+        draw, views_read = self._readable(step, draw, read, mesh)
         following = self._draw(step + 1)
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1, following, mesh))
+        self._ahead = (step + 1, self._reader.submit(self._read_all, step + 1, following, mesh))
         own = stage.chunks // mesh.sequence
         chunks = range(mesh.place * own, (mesh.place + 1) * own)
         frames = slice(chunks.start * self.clips.chunk_frames, chunks.stop * self.clips.chunk_frames)
@@ -153,8 +162,10 @@ class ClipViewSource:
         for number in range(passes):
             views = range(number * size, (number + 1) * size)
             numbers = [mesh.replica * passes * size + view for view in views]
-            clean = torch.stack([read[view][0] for view in views]).to(self.device, non_blocking=True)
-            features = torch.stack([read[view][1] for view in views]).to(self.device, non_blocking=True)
+            clean, features = (
+                torch.stack([views_read[view][part] for view in views]).to(self.device, non_blocking=True)
+                for part in (0, 1)
+            )
             cuts = None
             if self.cuts_matter:
                 (view,) = numbers
@@ -177,6 +188,31 @@ class ClipViewSource:
                 )
             )
         return shares
+
+    def _readable(
+        self, step: int, draw: _Draw, read: list[_Read], mesh: Mesh
+    ) -> tuple[_Draw, list[tuple[Tensor, Tensor]]]:
+        """Put other clips in the place of those that some rank could not read; all ranks come to the same ones."""
+        first = mesh.replica * len(read)
+        while self.config.max_bad:
+            failed = torch.zeros(len(draw.clip), device=self.device)
+            for place, found in enumerate(read):
+                if isinstance(found, UserError):
+                    failed[first + place] = 1
+                    print(f"left out: {found}", file=sys.stderr, flush=True)
+            views = mesh.sum(failed).nonzero().flatten().tolist()
+            if not views:
+                break
+            self.unreadable |= {draw.clip[view] for view in views}
+            if len(self.unreadable) > min(self.config.max_bad, len(self.clips.clips) - 1):
+                raise UserError(
+                    f"{len(self.unreadable)} clips cannot be read, more than views.max_bad={self.config.max_bad}:"
+                    f" numbers {', '.join(map(str, sorted(self.unreadable)))} of the data set"
+                )
+            draw = self._draw(step)
+            again = self._read(step, draw, mesh, [view - first for view in views])
+            read = [again.get(place, found) for place, found in enumerate(read)]
+        return draw, [_checked(found) for found in read]
 
     def _origin(self, step: int, draw: _Draw, numbers: Sequence[int], chunks: range) -> Origin:
         # the first frame of a chunk may be a given image, the last one never is
@@ -228,23 +264,40 @@ class ClipViewSource:
             generator = seeded(torch.Generator(), self.seed, "epoch", epoch)
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = torch.randperm(len(self.clips.clips), generator=generator).tolist()
-        return self._orders[epoch][place]
+        clip = self._orders[epoch][place]
+        while clip in self.unreadable:
+            clip = (clip + 1) % len(self.clips.clips)
+        return clip
 
-    def _read(self, step: int, draw: _Draw, mesh: Mesh) -> list[list[Tensor]]:
-        """Read latents and features of the own frames of every own view."""
+    def _read_all(self, step: int, draw: _Draw, mesh: Mesh) -> list[_Read]:
+        places = range(len(draw.clip) // mesh.replicas)
+        found = self._read(step, draw, mesh, places)
+        return [found[place] for place in places]
+
+    def _read(self, step: int, draw: _Draw, mesh: Mesh, places: Iterable[int]) -> dict[int, _Read]:
+        """Read latents and features of the own frames of some views, by their places in those of this replica."""
         stage = stage_at(self.stages, step)
         if stage.chunks % mesh.sequence:
             raise ConfigError(f"{stage.chunks} chunks do not divide into {mesh.sequence} ranks")
         own, per_replica = stage.chunks // mesh.sequence, stage.batch // mesh.replicas
-        read = []
-        for view in range(mesh.replica * per_replica, (mesh.replica + 1) * per_replica):
+        read: dict[int, _Read] = {}
+        for place in places:
+            if not 0 <= place < per_replica:
+                continue
+            view = mesh.replica * per_replica + place
             index = draw.clip[view]
             first = draw.first_chunk[view] + mesh.place * own
             captions = self.clips.clips[index].captions[first : first + own]
             texts = [self.clips.text("" if draw.dropped[view] else caption) for caption in captions]
-            frames = (first * self.clips.chunk_frames, (first + own) * self.clips.chunk_frames)
-            pair = [self.clips.latents(index, *frames), torch.stack(texts)]
-            read.append([x.pin_memory() if self.device.type == "cuda" else x for x in pair])
+            try:
+                latents = self.clips.latents(
+                    index, first * self.clips.chunk_frames, (first + own) * self.clips.chunk_frames
+                )
+            except UserError as error:
+                read[place] = error
+                continue
+            pair = latents, torch.stack(texts)
+            read[place] = (pair[0].pin_memory(), pair[1].pin_memory()) if self.device.type == "cuda" else pair
         return read
 
     def _noise(self, kind: str, step: int, views: Sequence[int], chunks: range, shape: torch.Size) -> Tensor:
@@ -257,6 +310,12 @@ class ClipViewSource:
             return torch.randn(size, generator=generator, device=self.device)
 
         return torch.stack([torch.cat([of_chunk(view, chunk) for chunk in chunks], dim=1) for view in views])
+
+
+def _checked(found: _Read) -> tuple[Tensor, Tensor]:
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import train_in_nvfp4
-from longvideo.quantization.training import RoundingSeeds, TrainingRecipe
+from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 from longvideo.train.objective import seeded
 
 
@@ -18,7 +18,8 @@ from longvideo.train.objective import seeded
 class NVFP4Config:
     """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
 
-    keep: layers of the blocks that stay as they are, by official name, `*` for anything.
+    keep: layers of the blocks that stay as they are, by official name, `*` for anything. until: share of all steps;
+    those after it round nothing, as a model that is not to run in 4 bits may end (arXiv 2509.25149 does so).
     """
 
     enabled: bool = False
@@ -28,8 +29,11 @@ class NVFP4Config:
     tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
+    until: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.until <= 1:
+            raise ConfigError(f"nvfp4.until={self.until} is a share of all steps, wanted 0 to 1")
         rules = [rule.value for rule in Rule]
         for name in ("inputs", "weights"):
             if getattr(self, name) not in rules:
@@ -46,21 +50,27 @@ class NVFP4Config:
 
 
 class StepRounding:
-    """Seeds of the stochastic rounding of a model's layers, as a function of seed, step, pass and rank."""
+    """How a model's layers round, as a function of seed, step, pass and rank. steps: that round; none after them do."""
 
-    def __init__(self, seeds: RoundingSeeds, *, seed: int, rank: int):
-        self.seeds, self.seed, self.rank = seeds, seed, rank
+    def __init__(self, transformer: CausalTransformer, seeds: RoundingSeeds, *, seed: int, rank: int, steps: float):
+        self.layers = [module for module in transformer.modules() if isinstance(module, NVFP4TrainingLinear)]
+        self.seeds, self.seed, self.rank, self.steps = seeds, seed, rank, steps
         self._generator = torch.Generator()
 
     def begin(self, step: int) -> None:
+        for layer in self.layers:
+            layer.rounds = step < self.steps
         self.seeds.draw(seeded(self._generator, self.seed, "rounding", step, self.rank))
 
     def next_pass(self) -> None:
         self.seeds.advance()
 
 
-def prepare(config: NVFP4Config, transformer: CausalTransformer, *, seed: int, rank: int) -> StepRounding | None:
+def prepare(
+    config: NVFP4Config, transformer: CausalTransformer, *, seed: int, rank: int, total_steps: int
+) -> StepRounding | None:
     """Let a transformer, which is on its device, train as configured."""
     if not config.enabled:
         return None
-    return StepRounding(train_in_nvfp4(transformer, config.recipe(), keep=config.keep), seed=seed, rank=rank)
+    seeds = train_in_nvfp4(transformer, config.recipe(), keep=config.keep)
+    return StepRounding(transformer, seeds, seed=seed, rank=rank, steps=config.until * total_steps)

@@ -32,7 +32,6 @@ class StageProfile:
     unit: str
     memory_gib: float
     tera_flops: float | None = None
-    operations: str = ""
 
     def line(self) -> str:
         minutes = self.steps * self.seconds / 60 + self.first_seconds / 60
@@ -44,10 +43,10 @@ class StageProfile:
         )
 
 
-def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[StageProfile]:
-    """Run 2 + `steps` steps of every stage in turn and yield what they took. Nothing is written.
+def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[str]:
+    """Run 2 + `steps` steps of every stage in turn and yield a line on what they took. Nothing is written.
 
-    trace: also list the operations that take longest.
+    trace: also yield a table of the operations that take longest.
     """
     trainer.recipe.start(0)
     begin = 0
@@ -70,8 +69,9 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[St
             unit=trainer.recipe.source.unit,
             memory_gib=peak_memory_gib(trainer.device),
             tera_flops=None if flops is None else flops / seconds / trainer.mesh.world / 1e12,
-            operations=_operations(trainer, begin) if trace else "",
-        )
+        ).line()
+        if trace:
+            yield _operations(trainer, begin)
         begin += segment.steps
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longvideo.model.attention import preferred_attention
 from longvideo.train.engine import Engine, LocalEngine
 from longvideo.train.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
+from longvideo.train.profile import profile
 from longvideo.train.trainer import Recipe, Trainer
 
 
@@ -48,17 +50,16 @@ def run(
             mesh=mesh,
             micro_batch=parallel.micro_batch,
         )
-        if dry_run:
-            from longvideo.train.profile import profile
-
-            for stage in profile(trainer, dry_run, trace=trace):
-                if mesh.is_main:
-                    print(stage.line(), stage.operations, sep="\n" if stage.operations else "")
-            return
-        if mesh.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config_text)
-        trainer.run(resume=resume, deadline=deadline)
+        with preferred_attention(device):
+            if dry_run:
+                for text in profile(trainer, dry_run, trace=trace):
+                    if mesh.is_main:
+                        print(text, flush=True)
+                return
+            if mesh.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.yaml").write_text(config_text)
+            trainer.run(resume=resume, deadline=deadline)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,19 +1,22 @@
-"""What a run says: one line per log step, metrics.jsonl, TensorBoard when asked, and a record of where it ran."""
+"""What a run says: a line per log step, metrics.jsonl, TensorBoard and wandb when asked, and where it ran."""
 
 from __future__ import annotations
 
 import json
 import platform
 import resource
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longvideo import __version__
+from longvideo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,20 @@ class StepReport:
 class RunLog:
     """Writes to `folder`; the file of a resumed run loses the lines after the step it resumes from."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, start_step: int = 0, enabled: bool = True):
-        """enabled: whether this rank speaks; the others are silent."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        start_step: int = 0,
+        enabled: bool = True,
+    ):
+        """wandb: project to report to. enabled: whether this rank speaks; the others are silent."""
         self.enabled = enabled
         self.path = folder / "metrics.jsonl"
-        self._board = None
+        self._board: Any = None
+        self._wandb: Any = None
         if not enabled:
             return
         if self.path.exists():
@@ -76,6 +88,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if wandb is not None:
+            self._wandb = _start_wandb(folder, wandb)
 
     def step(self, report: StepReport) -> None:
         self.note(report.line())
@@ -92,6 +106,12 @@ class RunLog:
                 if name != "step":
                     self._board.add_scalar(name, value, int(values["step"]))
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(values))
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def note(self, text: str) -> None:
         if self.enabled:
@@ -121,6 +141,29 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _start_wandb(folder: Path, project: str) -> Any:
+    """Begin a run, or go on with the one that the folder began."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("trainer.wandb needs the package wandb: pip install 'longvideo[wandb]'") from error
+    name = folder / "wandb.id"
+    if not name.exists():
+        name.write_text(secrets.token_hex(4))
+    config = folder / "config.yaml"
+    run = wandb.init(
+        project=project,
+        name=folder.name,
+        id=name.read_text().strip(),
+        resume="allow",
+        dir=str(folder),
+        config=str(config) if config.exists() else None,
+    )
+    # a resumed run may log steps again
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _git(root: Path, command: list[str]) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +34,7 @@ class TrainerConfig:
     """How any objective is run. A `*_every` of 0 means only at the end.
 
     spike_factor: steps whose loss is this many times its running mean are skipped, as those are whose gradient is not
-    finite; 0: none are. max_skipped_steps: stop when more were skipped, 0 at the first.
+    finite; 0: none are. max_skipped_steps: stop when more were skipped, 0 at the first. wandb: project to report to.
     """
 
     precision: str = "auto"
@@ -46,6 +46,7 @@ class TrainerConfig:
     max_skipped_steps: int = 50
     spike_factor: float = 0.0
     tensorboard: bool = False
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -141,7 +142,17 @@ class Trainer:
         step = self.restore(resume)
         if self.mesh.is_main:
             (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-        log = RunLog(self.folder, tensorboard=self.config.tensorboard, start_step=step, enabled=self.mesh.is_main)
+        log = RunLog(
+            self.folder,
+            tensorboard=self.config.tensorboard,
+            wandb=self.config.wandb,
+            start_step=step,
+            enabled=self.mesh.is_main,
+        )
+        with closing(log):
+            return self._train(step, deadline, log)
+
+    def _train(self, step: int, deadline: float, log: RunLog) -> bool:
         log.note(f"{'resuming' if step else 'starting'} at step {step} of {self.total_steps} in {self.folder}")
         self.recipe.start(step)
         saved, sampled = step, step

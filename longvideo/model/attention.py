@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from longvideo.model.rope import Rope, rotate
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+HOPPER = (9, 0)
 
 
 class AttentionPattern(Protocol):
@@ -143,6 +147,21 @@ def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | Non
     """Scaled dot-product attention in [B, L, N, K] layout."""
     q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask_LS).transpose(1, 2)
+
+
+def preferred_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Let torch take cuDNN's attention first where it can: on Hopper it is twice as fast as its FlashAttention-2."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def _runs(layout: TokenLayout) -> list[tuple[int, int, int, bool]]:

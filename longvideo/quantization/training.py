@@ -64,6 +64,7 @@ class NVFP4TrainingLinear(nn.Linear):
     """`nn.Linear` whose forward product and both backward products have NVFP4 operands.
 
     seeds: int64 [2] on the layer's device, of the stochastic rounding; whoever made them changes them between steps.
+    Where `rounds` is set to False it is a plain `nn.Linear`.
     Under autocast inputs are rounded to its dtype first, as those of every linear layer are, but weights are not.
     Raises ValueError when 16 does not divide inputs and outputs, along which the products of a step sum.
     """
@@ -84,6 +85,7 @@ class NVFP4TrainingLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
         self.recipe = recipe
+        self.rounds = True
         # a buffer, since a CUDA graph reads it where it lies
         self.register_buffer("seeds", seeds, persistent=False)
 
@@ -96,6 +98,8 @@ class NVFP4TrainingLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.rounds:
+            return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))

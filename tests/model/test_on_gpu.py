@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from longvideo.model.attention import Blockwise, Masked
+from longvideo.model.attention import HOPPER, Blockwise, Masked, preferred_attention
 from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
@@ -37,6 +37,30 @@ def test_training_attention_and_its_gradient_equal_the_dense_mask(pattern: type)
 
     for got, wanted in zip(run("cuda", pattern), run("cpu", Masked), strict=True):
         assert relative_error(got, wanted) < 2e-3  # fp32 products may run in tf32 there
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER, reason="needs Hopper or newer"
+)
+def test_preferred_attention_runs_on_cudnn_and_has_the_gradients_of_the_cpu() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    layout = TokenLayout.teacher_forcing(dataclasses.replace(small.SPEC, grid_height=8, grid_width=8), 3)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 1, layout.chunk_L.numel(), HEADS, 128, generator=generator)
+
+    def run(device: str, dtype: torch.dtype) -> torch.Tensor:
+        q, k, v, upstream = (x.to(device, dtype) for x in inputs.unbind(0))
+        tracked = [x.requires_grad_() for x in (q, k, v)]
+        rope = rope_from_positions(layout.position_BL3.to(device), 128)
+        (Blockwise(layout)(0, *tracked, rope) * upstream).sum().backward()
+        return torch.stack([x.grad.cpu().float() for x in tracked if x.grad is not None])
+
+    wanted = run("cpu", torch.float32)
+    with preferred_attention(torch.device("cuda")), profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        got = run("cuda", torch.bfloat16)
+    assert any("cudnn" in event.name for event in recorded.events() or [])
+    assert relative_error(got, wanted) < 0.02
 
 
 @torch.no_grad()

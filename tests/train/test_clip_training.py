@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,15 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClips
-from longvideo.train.mesh import Mesh
+from longvideo.train.mesh import Mesh, build_mesh
 from longvideo.train.video_clips import VideoClips
 from longvideo.train.views import ViewStage
 from tests.checkpoint import small
 from tests.data import footage
+from tests.train.processes import run_in_processes
 
 CPU = torch.device("cpu")
 CHUNKS, FRAMES, BATCH = 4, 2, 4
@@ -106,6 +108,56 @@ def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
         views.passes(Mesh(), None)
     shares = views.shares(0, Mesh(), 1)
     assert len(shares) == BATCH and shares[0].cuts == (True, False, False, False)
+
+
+class Failing(Counted):
+    def __init__(self, *bad: int):
+        super().__init__()
+        self.bad = bad
+
+    def latents(self, index: int, first: int, last: int) -> Tensor:
+        if index in self.bad:
+            raise UserError(f"clip {index} is damaged")
+        return super().latents(index, first, last)
+
+
+def test_another_clip_takes_the_place_of_one_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    views, whole = source(Failing(2, 3), max_bad=2), source(Counted())
+    for step in range(6):
+        (got,), (plain,) = views.shares(step, Mesh(), None), whole.shares(step, Mesh(), None)
+        clips = [4 if clip in (2, 3) else clip for clip in (whole._clip(step, view) for view in range(BATCH))]
+        assert [views._clip(step, view) for view in range(BATCH)] == clips
+        assert torch.equal(got.sigma, plain.sigma) and torch.equal(got.noise, plain.noise)
+    assert views.unreadable == {2, 3} and "left out: clip 2 is damaged" in capsys.readouterr().err
+    late = source(Failing(2, 3), max_bad=2)
+    (again,) = late.shares(5, Mesh(), None)  # as after a resumption
+    assert torch.equal(again.clean, got.clean)
+
+
+def test_too_many_clips_that_cannot_be_read_stop_the_run() -> None:
+    views = source(Failing(2, 3), max_bad=1)
+    with pytest.raises(UserError, match=r"2 clips cannot be read, more than views.max_bad=1: numbers 2, 3"):
+        for step in range(6):
+            views.shares(step, Mesh(), None)
+    with pytest.raises(UserError, match="clip 3 is damaged"):
+        for step in range(6):
+            source(Failing(3)).shares(step, Mesh(), None)
+
+
+def clips_of_a_rank(max_bad: int) -> list[list[int]]:
+    """Two ranks share the frames of a clip; only the second meets the damage."""
+    mesh = build_mesh(2)
+    views = source(Failing(2) if mesh.rank == 1 else Counted(), max_bad=max_bad)
+    seen = []
+    for step in range(4):
+        views.shares(step, mesh, None)
+        seen.append([views._clip(step, view) for view in range(BATCH)])
+    return seen
+
+
+def test_ranks_agree_on_what_cannot_be_read() -> None:
+    first, second = run_in_processes(2, clips_of_a_rank, 1)
+    assert first == second and not any(2 in clips for clips in first)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +244,18 @@ def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_pa
         command = ["train", "ar", *arguments((model, source), *exact), "--out", str(tmp_path / name), "--device", "cpu"]
         assert main(command) == 0
     assert losses(tmp_path / "videos") == pytest.approx(losses(tmp_path / "encoded"), rel=0.01)
+
+
+def test_training_goes_on_without_a_damaged_video(
+    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data[1].parent, tmp_path / "copy", ignore=shutil.ignore_patterns("model", "clips"))
+    footage.damage(tmp_path / "copy" / "videos" / "0.mp4")
+    command = ["train", "ar", *arguments((data[0], tmp_path / "copy" / "manifest.jsonl")), "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "strict")]) == 2
+    assert "0.mp4 is damaged" in capsys.readouterr().err
+    assert main([*command, "views.max_bad=3", "--out", str(tmp_path / "run")]) == 0
+    assert "left out:" in capsys.readouterr().err and len(losses(tmp_path / "run")) == 4
 
 
 @pytest.mark.parametrize(

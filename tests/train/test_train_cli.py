@@ -89,6 +89,15 @@ def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(train
     )
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
     assert whole.keys() == plain.keys() and not all(torch.equal(tensor, plain[name]) for name, tensor in whole.items())
+    # the last two steps round nothing, nor does validation then
+    assert main(ar_arguments(trained, "fp4_half", *more, *sizes, four, "nvfp4.until=0.5")) == 0
+    assert main(ar_arguments(trained, "fp32_from_fp4", *more, *sizes, two)) == 0
+    assert main(ar_arguments(trained, "fp32_from_fp4", *more, *sizes, four, "nvfp4.enabled=false")) == 0
+    half, switched = (
+        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors")
+        for name in ("fp4_half", "fp32_from_fp4")
+    )
+    assert all(torch.equal(tensor, switched[name]) for name, tensor in half.items())
     losses = []
     for name in ("fp4", "fp4_cut", "fp32"):
         lines = [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]

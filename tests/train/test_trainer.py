@@ -15,6 +15,7 @@ from longvideo.errors import CheckpointError, ConfigError
 from longvideo.train.ema import ExponentialMovingAverage
 from longvideo.train.engine import LocalEngine
 from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.train.run_log import RunLog
 from longvideo.train.trainer import Diverged, Trainer, Window
 
 from .toy import toy_trainer
@@ -188,3 +189,20 @@ def test_without_a_factor_every_finite_loss_counts(tmp_path: Path) -> None:
     for step in range(32):
         trainer.one_step(step, Window(trainer.device))
     assert trainer.engine.num_skipped() == 0
+
+
+def test_wandb_gets_every_number_and_one_run_for_a_run_that_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    for until in (2, 4):
+        log = RunLog(tmp_path, wandb="longvideo-tests", start_step=until - 2)
+        for step in (until - 1, until):
+            log.record({"step": step, "loss": 0.125 * step, "val_object": 31.0})
+        log.close()
+    records = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(records) == 2 and len({record.stem.removeprefix("run-") for record in records}) == 1
+    for record in records:
+        assert {b"loss", b"val_object"} <= {name for name in (b"loss", b"val_object") if name in record.read_bytes()}
