@@ -85,7 +85,11 @@ def operations(device: torch.device) -> list[Operation]:
             "emulated" if no_units else "torch",
             {"torch": no_units} if no_units else {"emulated": slower},
         ),
-        Operation("training in NVFP4", "emulated", {"te": no_te or "train_in_nvfp4 does not build its layers yet"}),
+        Operation(
+            "training in NVFP4",
+            "emulated" if no_te else "te, where it knows the recipe",
+            {"te": no_te} if no_te else {"emulated": slower},
+        ),
     ]
 
 

@@ -9,8 +9,8 @@ import torch
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.convert import train_in_nvfp4
-from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
+from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
+from longvideo.quantization.training import TrainingRecipe
 from longvideo.train.objective import seeded
 
 
@@ -19,7 +19,8 @@ class NVFP4Config:
     """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
 
     keep: layers of the blocks that stay as they are, by official name, `*` for anything. until: share of all steps;
-    those after it round nothing, as a model that is not to run in 4 bits may end (arXiv 2509.25149 does so).
+    those after it round nothing, as a model that is not to run in 4 bits may end (arXiv 2509.25149 does so). backend:
+    `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
     """
 
     enabled: bool = False
@@ -30,6 +31,7 @@ class NVFP4Config:
     stochastic_gradients: bool = True
     hadamard: bool = True
     until: float = 1.0
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.until <= 1:
@@ -52,18 +54,18 @@ class NVFP4Config:
 class StepRounding:
     """How a model's layers round, as a function of seed, step, pass and rank. steps: that round; none after them do."""
 
-    def __init__(self, transformer: CausalTransformer, seeds: RoundingSeeds, *, seed: int, rank: int, steps: float):
-        self.layers = [module for module in transformer.modules() if isinstance(module, NVFP4TrainingLinear)]
-        self.seeds, self.seed, self.rank, self.steps = seeds, seed, rank, steps
+    def __init__(self, layers: TrainingLayers, *, seed: int, rank: int, steps: float):
+        self.layers, self.seed, self.rank, self.steps = layers, seed, rank, steps
         self._generator = torch.Generator()
 
     def begin(self, step: int) -> None:
-        for layer in self.layers:
-            layer.rounds = step < self.steps
-        self.seeds.draw(seeded(self._generator, self.seed, "rounding", step, self.rank))
+        self.layers.set_rounding(step < self.steps)
+        if self.layers.seeds is not None:
+            self.layers.seeds.draw(seeded(self._generator, self.seed, "rounding", step, self.rank))
 
     def next_pass(self) -> None:
-        self.seeds.advance()
+        if self.layers.seeds is not None:
+            self.layers.seeds.advance()
 
 
 def prepare(
@@ -72,5 +74,8 @@ def prepare(
     """Let a transformer, which is on its device, train as configured."""
     if not config.enabled:
         return None
-    seeds = train_in_nvfp4(transformer, config.recipe(), keep=config.keep)
-    return StepRounding(transformer, seeds, seed=seed, rank=rank, steps=config.until * total_steps)
+    try:
+        layers = train_in_nvfp4(transformer, config.recipe(), keep=config.keep, backend=config.backend)
+    except ValueError as error:
+        raise ConfigError(f"nvfp4: {error}") from error
+    return StepRounding(layers, seed=seed, rank=rank, steps=config.until * total_steps)

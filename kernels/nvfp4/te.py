@@ -87,11 +87,40 @@ def build_linear(
     sizes, since every operand is also quantised along its other dimension for the backward pass.
     Raises ValueError with what is missing where it cannot run, and for other sizes.
     """
+    _check(in_features, out_features, device)
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    return te.Linear(in_features, out_features, bias=bias, params_dtype=dtype, device=device)
+
+
+def training_linear(linear: nn.Linear, nvfp4_recipe: Any) -> nn.Module:
+    """Return a `te.Linear` that takes over a layer's parameters and multiplies in NVFP4 where its `rounds` is True.
+
+    It enters `autocast` itself, so that a pass that is recomputed for its gradient does so too. Raises as
+    `build_linear`.
+    """
+    device = linear.weight.device
+    _check(linear.in_features, linear.out_features, device)
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    class RoundingLinear(te.Linear):
+        rounds = True
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with te.autocast(enabled=self.rounds, recipe=nvfp4_recipe):
+                return super().forward(*args, **kwargs)
+
+    has_bias, dtype = linear.bias is not None, linear.weight.dtype
+    layer = RoundingLinear(linear.in_features, linear.out_features, bias=has_bias, params_dtype=dtype, device=device)
+    layer.weight = linear.weight
+    if has_bias:
+        layer.bias = linear.bias
+    return layer
+
+
+def _check(in_features: int, out_features: int, device: torch.device) -> None:
     if in_features % 16 or out_features % 16:
         raise ValueError(f"NVFP4 needs sizes that 16 divides, got {out_features} x {in_features}")
     missing = unavailable(device)
     if missing is not None:
         raise ValueError(f"the te backend cannot run on {str(device)!r}: {missing}")
-    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
-
-    return te.Linear(in_features, out_features, bias=bias, params_dtype=dtype, device=device)

@@ -149,7 +149,7 @@ def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | Non
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask_LS).transpose(1, 2)
 
 
-def preferred_attention(device: torch.device) -> AbstractContextManager[None]:
+def preferred_attention(device: torch.device) -> AbstractContextManager[object]:
     """Let torch take cuDNN's attention first where it can: on Hopper it is twice as fast as its FlashAttention-2."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return nullcontext()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from longvideo.errors import UserError
+from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
@@ -16,6 +20,8 @@ from longvideo.quantization.products import W4A4, Product
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 
 BLOCKS = "blocks."
+
+logger = logging.getLogger(__name__)
 
 
 def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> list[str]:
@@ -64,19 +70,81 @@ def quantize_layers(
     return names
 
 
-def train_in_nvfp4(model: CausalTransformer, recipe: TrainingRecipe, *, keep: Sequence[str] = ()) -> RoundingSeeds:
-    """Let linear layers train with NVFP4 products, in place, on the parameters they have; return their seeds.
+@dataclass(frozen=True)
+class TrainingLayers:
+    """The layers of a model that train in NVFP4, by TransformerEngine or emulated.
+
+    seeds: of the emulation's stochastic rounding; TransformerEngine draws from torch's CUDA generator.
+    """
+
+    layers: list[nn.Module]
+    seeds: RoundingSeeds | None
+
+    def set_rounding(self, rounds: bool) -> None:
+        """Let the layers multiply in 4 bits from now on, or in their own dtype."""
+        for layer in self.layers:
+            setattr(layer, "rounds", rounds)  # noqa: B010 - TransformerEngine's layers have no type here
+
+
+def train_in_nvfp4(
+    model: CausalTransformer, recipe: TrainingRecipe, *, keep: Sequence[str] = (), backend: str | None = None
+) -> TrainingLayers:
+    """Let linear layers train with NVFP4 products, in place, on the parameters they have.
 
     keep: as in `layers_to_quantize`; arXiv 2509.25149 keeps the first and last blocks. The model has to be on its
-    device already.
+    device already. backend: "te", "emulated", or by default the former where it can run and knows the recipe; logs
+    which. Raises ValueError, listing what is missing, when the named one cannot run.
     """
     names = layers_to_quantize(model, keep)
-    seeds = RoundingSeeds(len(names), model.patch_embedding.weight.device)
-    for name, own in zip(names, seeds.values, strict=True):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, NVFP4TrainingLinear.from_linear(linear, recipe=recipe, seeds=own))
-    return seeds
+    device = model.patch_embedding.weight.device
+    reason = te.unavailable(device) or _unknown_to_te(recipe)
+    if backend not in (None, "te", "emulated"):
+        raise ValueError(f"backend {backend!r} is unknown; use te or emulated")
+    if backend == "te" and reason:
+        raise ValueError(f"the backend te cannot run on {device}: {reason}")
+    if backend == "emulated" or reason:
+        logger.info("training in NVFP4 on %s is emulated: %s", device, reason or "as asked")
+        seeds = RoundingSeeds(len(names), device)
+        layers = [
+            NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
+            for name, own in zip(names, seeds.values, strict=True)
+        ]
+    else:
+        logger.info("training in NVFP4 on %s runs on its FP4 units through TransformerEngine", device)
+        te_recipe, seeds = _te_recipe(recipe), None
+        layers = [te.training_linear(_linear(model, name), te_recipe) for name in names]
+    for name, layer in zip(names, layers, strict=True):
+        model.set_submodule(name, layer)
+    return TrainingLayers(list(layers), seeds)
+
+
+def _te_recipe(recipe: TrainingRecipe) -> Any:
+    return te.recipe(
+        recipe.weights,
+        stochastic_gradients=recipe.stochastic_gradients,
+        hadamard=recipe.hadamard,
+        tiled_weights=recipe.tiles,
+    )
+
+
+def _unknown_to_te(recipe: TrainingRecipe) -> str | None:
+    """Return why TransformerEngine cannot follow a recipe."""
+    if recipe.inputs is not recipe.weights:
+        return (
+            f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"
+            f" {recipe.weights.value}; it follows static6 for both"
+        )
+    try:
+        _te_recipe(recipe)
+    except (ValueError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def _linear(model: CausalTransformer, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list[str]:

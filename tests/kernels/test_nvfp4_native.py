@@ -250,3 +250,18 @@ def test_a_te_layer_equals_the_reference_and_has_gradients(rule: Rule, hadamard:
     assert (y.detach().float() - wanted).norm() < 0.02 * wanted.norm()
     for gradient in (x.grad, layer.weight.grad):
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.norm() > 0
+
+
+@pytest.mark.sm100
+def test_a_te_layer_for_training_takes_over_the_parameters_and_rounds_when_told_to() -> None:
+    reason = te.unavailable(CUDA)
+    if reason is not None:
+        pytest.skip(reason)
+    linear = torch.nn.Linear(256, 128, device=CUDA, dtype=torch.bfloat16)
+    layer: Any = te.training_linear(linear, te.recipe(Rule.STATIC6))
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    x = gaussian(64, 256).to(CUDA)
+    wanted = linear(x)
+    assert 0.01 < (layer(x) - wanted).norm() / wanted.norm() < 0.2
+    layer.rounds = False
+    torch.testing.assert_close(layer(x), wanted)

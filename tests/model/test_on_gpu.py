@@ -51,10 +51,11 @@ def test_preferred_attention_runs_on_cudnn_and_has_the_gradients_of_the_cpu() ->
 
     def run(device: str, dtype: torch.dtype) -> torch.Tensor:
         q, k, v, upstream = (x.to(device, dtype) for x in inputs.unbind(0))
-        tracked = [x.requires_grad_() for x in (q, k, v)]
+        for x in (q, k, v):
+            x.requires_grad_()
         rope = rope_from_positions(layout.position_BL3.to(device), 128)
-        (Blockwise(layout)(0, *tracked, rope) * upstream).sum().backward()
-        return torch.stack([x.grad.cpu().float() for x in tracked if x.grad is not None])
+        (Blockwise(layout)(0, q, k, v, rope) * upstream).sum().backward()
+        return torch.stack([x.grad.cpu().float() for x in (q, k, v) if x.grad is not None])
 
     wanted = run("cpu", torch.float32)
     with preferred_attention(torch.device("cuda")), profile(activities=[ProfilerActivity.CUDA]) as recorded:

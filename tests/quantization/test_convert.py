@@ -174,8 +174,8 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_says_what_is_missing()
 def test_training_layers_take_over_the_parameters() -> None:
     model = small.model()
     exact, parameters = small.velocity(model), dict(model.named_parameters())
-    seeds = train_in_nvfp4(model, TrainingRecipe(), keep=["blocks.0.*", "blocks.2.*"])
-    assert seeds.values.shape == (10, 2)
+    trained = train_in_nvfp4(model, TrainingRecipe(), keep=["blocks.0.*", "blocks.2.*"])
+    assert trained.seeds is not None and trained.seeds.values.shape == (10, 2)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert 0 < relative_error(small.velocity(model), exact) < 0.2
     layout, sigma = TokenLayout.block_causal(small.SPEC, 1), torch.full((1, small.SPEC.chunk_frames), 0.5)
@@ -184,6 +184,20 @@ def test_training_layers_take_over_the_parameters() -> None:
     flow.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
+    trained.set_rounding(False)
+    assert relative_error(small.velocity(model), exact) < 1e-6
+    trained.set_rounding(True)
+    assert relative_error(small.velocity(model), exact) > 1e-3
+
+
+def test_a_training_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the backend te cannot run on cpu: "):
+        train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
+    with pytest.raises(ValueError, match="use te or emulated"):
+        train_in_nvfp4(small.model(), TrainingRecipe(), backend="cutlass")
+    monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda device: None)
+    with pytest.raises(ValueError, match="one rule, not adaptive and static6"):
+        train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
 
 
 def test_five_billion_parameters_pack_into_three_gigabytes() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ class Counted(RandomClips):
         return whole[:, first:last]
 
 
-def source(clips: Counted, *, cuts_matter: bool = False, stage: ViewStage | None = None, **config) -> ClipViewSource:
+def source(
+    clips: Counted, *, cuts_matter: bool = False, stage: ViewStage | None = None, **config: Any
+) -> ClipViewSource:
     config = {"image_fraction": 0.4, "prompt_dropout": 0.3, "context_noise_fraction": 0.5} | config
     return ClipViewSource(
         clips,
