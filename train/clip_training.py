@@ -34,7 +34,7 @@ from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.trainer import TrainerConfig
 from longvideo.train.views import ViewStage
 
-MEMORY_SLACK = 1.25  # what the estimate may be above the truth
+MEMORY_SLACK = 1.15  # what the estimate may be above the truth
 VAE_SCALE = 16  # pixels of a latent, each way
 
 
@@ -291,17 +291,20 @@ class ClipRecipe:
         with OnMeta():
             num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())
         stage = max(config.stages, key=lambda stage: stage.chunks)
+        clips, passes = divide(stage.batch, mesh, config.parallel.micro_batch)
         estimate = estimate_memory(
             shape,
             self.spec,
             num_parameters=num_parameters,
             chunks=stage.chunks,
-            clips=divide(stage.batch, mesh, config.parallel.micro_batch)[0],
+            clips=clips,
+            passes=passes,
             ranks=mesh.world,
             sequence=mesh.sequence,
             zero_stage=config.parallel.zero_stage,
             bf16=launched() and config.trainer.precision != "fp32",
             checkpoint=config.objective.checkpoint,
+            blockwise=config.objective.attention == "blockwise",
         )
         if device.type != "cuda":
             return
