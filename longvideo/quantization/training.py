@@ -142,7 +142,8 @@ def _product(
     if not keep:
         return output, *_empty_operand(x_MI)
     kept = operations.quantize_across(x_MI, Rule(inputs), hadamard=hadamard)
-    return output, kept.codes, kept.scales, kept.tensor_scale
+    # as bytes, since few operators take E4M3
+    return output, kept.codes, kept.scales.view(torch.uint8), kept.tensor_scale
 
 
 @torch.library.custom_op("longvideo::nvfp4_product_backward", mutates_args=())
@@ -173,7 +174,7 @@ def _product_backward(
     if not codes.numel():
         return grad_x, weight_OI.new_empty(0)
     across = operations.quantize_across_exact(grad_MO, Rule.STATIC6, hadamard=hadamard, seed=seed_weight, dtype=dtype)
-    kept = operations.exact(NVFP4Tensor(codes, scales, tensor_scale), dtype)
+    kept = operations.exact(NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), tensor_scale), dtype)
     return grad_x, _multiply(operations, across, kept).to(weight_OI.dtype)
 
 
@@ -235,7 +236,7 @@ def _empty_operand(
     """Return memory with the dtypes of a packed operand."""
     return (
         x.new_empty(codes, dtype=torch.uint8),
-        x.new_empty(scales, dtype=torch.float8_e4m3fn),
+        x.new_empty(scales, dtype=torch.uint8),
         x.new_empty(tensor_scale, dtype=torch.float32),
     )
 

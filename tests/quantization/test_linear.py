@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
+from longvideo.quantization import training
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
@@ -203,3 +204,16 @@ def test_training_in_four_bits_fits_a_linear_map() -> None:
     best = NVFP4TrainingLinear.from_linear(target, recipe=TrainingRecipe(), seeds=seeds.values[0])
     rounding_alone = relative_error(best(x).detach(), wanted)
     assert relative_error(layer(x).detach(), wanted) < 1.25 * rounding_alone < 0.25
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_operators_of_training_are_described_as_they_are(keep: bool) -> None:
+    x, weight, seeds = inputs().flatten(0, 1), linear().weight.detach(), torch.tensor([1, 2])
+    if keep:
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+    settings = ("adaptive", "static6", True, True, True)
+    torch.library.opcheck(training._product, (x, weight, seeds, *settings, keep))
+    if keep:
+        _, *kept = training._product(x.detach(), weight.detach(), seeds, *settings, True)
+        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, *settings[1:])
+        torch.library.opcheck(training._product_backward, arguments)
