@@ -50,6 +50,8 @@ class DeepSpeedEngine:
     ):
         import deepspeed
 
+        # on CPUs it would compile collectives through shared memory when it first runs; gloo's serve
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.objective = objective
         self.mesh = mesh
         self.stage = zero_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,34 +77,29 @@ def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.Cap
 
 
 def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(trained: Path) -> None:
-    more = ("nvfp4.enabled=true", "optimizer.schedule=constant", "trainer.save_every=2")
     sizes = ("model.attention_head_dim=16", "model.ffn_dim=32", "validation={batches: 2, batch: 3, clips: 32}")
+    more = (*sizes, "nvfp4.enabled=true", "optimizer.schedule=constant", "trainer.save_every=2")
     four, two = "stages=[{steps: 4, chunks: 1, batch: 3}]", "stages=[{steps: 2, chunks: 1, batch: 3}]"
-    assert main(ar_arguments(trained, "fp4", *more, *sizes, four)) == 0
-    assert main(ar_arguments(trained, "fp4_cut", *more, *sizes, two)) == 0
-    assert main(ar_arguments(trained, "fp4_cut", *more, *sizes, four)) == 0
-    assert main(ar_arguments(trained, "fp32", *more, *sizes, four, "nvfp4.enabled=false")) == 0
-    whole, cut, plain = (
-        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors")
-        for name in ("fp4", "fp4_cut", "fp32")
+    assert main(ar_arguments(trained, "fp4", *more, four)) == 0
+    assert main(ar_arguments(trained, "fp4_cut", *more, two)) == 0
+    shutil.copytree(trained / "fp4_cut", trained / "fp4_then_fp32")
+    assert main(ar_arguments(trained, "fp4_cut", *more, four)) == 0
+    # the last two steps round nothing, nor does validation then
+    assert main(ar_arguments(trained, "fp4_then_fp32", *more, four, "nvfp4.enabled=false")) == 0
+    assert main(ar_arguments(trained, "fp4_half", *more, four, "nvfp4.until=0.5")) == 0
+    names = ("fp4", "fp4_cut", "fp4_then_fp32", "fp4_half")
+    whole, cut, switched, half = (
+        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors") for name in names
     )
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
-    assert whole.keys() == plain.keys() and not all(torch.equal(tensor, plain[name]) for name, tensor in whole.items())
-    # the last two steps round nothing, nor does validation then
-    assert main(ar_arguments(trained, "fp4_half", *more, *sizes, four, "nvfp4.until=0.5")) == 0
-    assert main(ar_arguments(trained, "fp32_from_fp4", *more, *sizes, two)) == 0
-    assert main(ar_arguments(trained, "fp32_from_fp4", *more, *sizes, four, "nvfp4.enabled=false")) == 0
-    half, switched = (
-        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors")
-        for name in ("fp4_half", "fp32_from_fp4")
-    )
     assert all(torch.equal(tensor, switched[name]) for name, tensor in half.items())
+    assert not all(torch.equal(tensor, half[name]) for name, tensor in whole.items())
     losses = []
-    for name in ("fp4", "fp4_cut", "fp32"):
+    for name in names:
         lines = [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["val_loss"] for line in lines if "val_loss" in line][-1])
-    assert losses[0] == losses[1] != losses[2]
-    assert losses[0] == pytest.approx(losses[2], rel=0.2)
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert losses[0] == pytest.approx(losses[3], rel=0.2)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
