@@ -151,7 +151,7 @@ class ClipViewSource:
             read = self._ahead[1].result()
         else:
             read = self._read_all(step, draw, mesh)
-        draw, views_read = self._readable(step, draw, read, mesh)
+        draw, tensors = self._readable(step, draw, read, mesh)
         following = self._draw(step + 1)
         self._ahead = (step + 1, self._reader.submit(self._read_all, step + 1, following, mesh))
         own = stage.chunks // mesh.sequence
@@ -163,7 +163,7 @@ class ClipViewSource:
             views = range(number * size, (number + 1) * size)
             numbers = [mesh.replica * passes * size + view for view in views]
             clean, features = (
-                torch.stack([views_read[view][part] for view in views]).to(self.device, non_blocking=True)
+                torch.stack([tensors[view][part] for view in views]).to(self.device, non_blocking=True)
                 for part in (0, 1)
             )
             cuts = None

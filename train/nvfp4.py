@@ -59,6 +59,7 @@ class StepRounding:
         self._generator = torch.Generator()
 
     def begin(self, step: int) -> None:
+        """Take the seeds of a step; the passes of one step take theirs by `next_pass`."""
         self.layers.set_rounding(step < self.steps)
         if self.layers.seeds is not None:
             self.layers.seeds.draw(seeded(self._generator, self.seed, "rounding", step, self.rank))
