@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -232,12 +232,13 @@ class Trainer:
             values = self.recipe.validate()
             if self.mesh.is_main:
                 self.recipe.export(self.folder / "model")
-                values |= self.recipe.sample(step, self.folder / "samples")
+                with as_written(self.device):
+                    values |= self.recipe.sample(step, self.folder / "samples")
             self.mesh.barrier()
         if values:
             log.record({"step": step, **values})
-        numbers = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        log.note(f"sample {step} | {numbers or 'no numbers'} | {time.monotonic() - began:.1f} s")
+        numbers = [f"{name} {value:.4g}" for name, value in values.items()]
+        log.note(" | ".join([f"sample {step}", *numbers, f"{time.monotonic() - began:.1f} s"]))
 
     def save(self, step: int) -> None:
         def write(folder: Path) -> None:
@@ -330,3 +331,9 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Run nothing compiled inside: shapes of a roll-out change from chunk to chunk, each would be compiled for."""
+    # on a CPU nothing is compiled, and asking for this would import the compiler
+    return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
