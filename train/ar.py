@@ -22,18 +22,18 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import rollout
 from longvideo.shapeworld.captions import caption, vocabulary
-from longvideo.shapeworld.world import Scene, Split
+from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
-from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.train.nvfp4 import NVFP4Config, prepare
-from longvideo.train.optimizer import OptimizerConfig, RateSegment
-from longvideo.train.precision import autocast
-from longvideo.train.scenes import FPS, SceneConfig, ScenePool, sample_scenes
+from longvideo.train.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.train.trainer import TrainerConfig
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
+from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.precision import autocast
+from longvideo.training.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,11 @@ class ArRecipe:
         folder.mkdir(parents=True, exist_ok=True)
         shown = slice(0, config.shown)
         film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
-        return judge_all(videos, scenes) if config.judge else {}
+        if not config.judge:
+            return {}
+        from longvideo.evaluation.judge import judge_all
+
+        return judge_all(videos, scenes, FPS)
 
     @torch.no_grad()
     def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -306,14 +310,3 @@ def chunk_spec(settings: ModelSettings, spatial_scale: int) -> ChunkSpec:
         pin_shots=settings.pin_shots,
         offset_per_shot=settings.offset_per_shot,
     )
-
-
-def judge_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Return the share of videos in which each property is right."""
-    from longvideo.evaluation.judge import judge
-
-    verdicts = [judge(video, scene, FPS) for video, scene in zip(videos, scenes, strict=True)]
-    names = ("color", "shape", "size", "motion", "background")
-    scores = {f"judge_{name}": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
-    both = [verdict.both for verdict in verdicts if verdict.both is not None]
-    return scores | ({"judge_both": float(np.mean(both))} if both else {})

@@ -26,13 +26,13 @@ from longvideo.train.ar import chunk_spec
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
-from longvideo.train.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
 from longvideo.train.nvfp4 import NVFP4Config, prepare
-from longvideo.train.objective import stage_at
-from longvideo.train.optimizer import OptimizerConfig, RateSegment
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.train.trainer import TrainerConfig
 from longvideo.train.views import ViewStage
+from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
+from longvideo.training.objective import stage_at
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.trainer import TrainerConfig
 
 MEMORY_SLACK = 1.15  # what the estimate may be above the truth
 VAE_SCALE = 16  # pixels of a latent, each way

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
-from longvideo.train.mesh import Mesh, divide
-from longvideo.train.objective import seeded, stage_at
 from longvideo.train.views import Origin, ViewBatch, ViewStage
+from longvideo.training.mesh import Mesh, divide
+from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)

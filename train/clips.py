@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.train.mesh import Mesh
-from longvideo.train.objective import seeded, stage_at
 from longvideo.train.scenes import ScenePool, frame_seconds
+from longvideo.training.mesh import Mesh
+from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
-from longvideo.train.objective import seeded
+from longvideo.training.objective import seeded
 
 STORAGES = ("host", "device")
 SHARES = ("clean_probability", "clean_kept", "context_probability", "latent_probability", "noise_probability")

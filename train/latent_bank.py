@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import ConfigError
-from longvideo.train.objective import seeded
-from longvideo.train.precision import autocast
 from longvideo.train.scenes import FPS, ScenePool
+from longvideo.training.objective import seeded
+from longvideo.training.precision import autocast
 from longvideo.vae.autoencoder import Autoencoder
 
 TEMPORAL_SCALE = 4

@@ -11,7 +11,7 @@ from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
-from longvideo.train.objective import seeded
+from longvideo.training.objective import seeded
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.train.clips import ClipBatch
-from longvideo.train.objective import Objective
+from longvideo.training.objective import Objective
 from longvideo.vae.autoencoder import Autoencoder
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

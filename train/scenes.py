@@ -14,7 +14,7 @@ from torch import Tensor
 from longvideo.errors import ConfigError
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render_with_mask
-from longvideo.shapeworld.world import Scene, Split, sample_scene
+from longvideo.shapeworld.world import Scene
 
 FPS = 24.0
 
@@ -34,15 +34,6 @@ class SceneConfig:
             raise ConfigError(f"scenes.count={self.count} must be at least 1")
         if not 0 <= self.pair_fraction <= 1:
             raise ConfigError(f"scenes.pair_fraction={self.pair_fraction} must be from 0 to 1")
-
-
-def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) -> list[Scene]:
-    """Draw scenes, the share `pair_fraction` of them with two sprites, evenly spread."""
-    scenes = []
-    for index in range(count):
-        pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
-        scenes.append(sample_scene(seed * 10_000_000 + index, split=split, num_sprites=2 if pair else 1))
-    return scenes
 
 
 class ScenePool:

@@ -21,11 +21,11 @@ from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
-from longvideo.train.mesh import Mesh
 from longvideo.train.nvfp4 import StepRounding
-from longvideo.train.objective import Objective, ratio
 from longvideo.train.sequence_parallel import Ulysses
 from longvideo.train.views import ViewBatch
+from longvideo.training.mesh import Mesh
+from longvideo.training.objective import Objective, ratio
 
 SIGMA_BUCKETS = 4
 KEPT_PASSES = 32  # masks and rotations, one for each pattern of cuts

@@ -14,14 +14,14 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import load_weights
 from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
-from longvideo.shapeworld.world import Split
+from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.train.clips import ClipSource, ClipStage
-from longvideo.train.objective import seeded
-from longvideo.train.optimizer import OptimizerConfig, RateSegment
-from longvideo.train.precision import autocast
 from longvideo.train.reconstruction import Reconstruction, ReconstructionConfig, psnr
-from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds, sample_scenes
-from longvideo.train.trainer import TrainerConfig
+from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds
+from longvideo.training.objective import seeded
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.precision import autocast
+from longvideo.training.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 

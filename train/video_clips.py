@@ -14,7 +14,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import ConfigError
-from longvideo.train.precision import autocast
+from longvideo.training.precision import autocast
 from longvideo.vae.halo import encode_latents, encode_window, temporal_lookback
 
 

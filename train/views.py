@@ -15,8 +15,8 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.captions import TokenTable
 from longvideo.train.latent_bank import LatentBank
-from longvideo.train.mesh import Mesh, divide
-from longvideo.train.objective import seeded, stage_at
+from longvideo.training.mesh import Mesh, divide
+from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,15 @@ class Verdict:
 def judge(frames: np.ndarray, scene: AskedScene, fps: float = 24.0, *, from_start: bool = True) -> Verdict:
     """Perceive uint8 [T, H, W, 3] frames and compare them with `scene`; see `compare`."""
     return compare(perceive(frames, fps), scene, from_start=from_start)
+
+
+def judge_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene], fps: float) -> dict[str, float]:
+    """Return the share of videos in which each property is right."""
+    verdicts = [judge(video, scene, fps) for video, scene in zip(videos, scenes, strict=True)]
+    names = ("color", "shape", "size", "motion", "background")
+    scores = {f"judge_{name}": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
+    both = [verdict.both for verdict in verdicts if verdict.both is not None]
+    return scores | ({"judge_both": float(np.mean(both))} if both else {})
 
 
 def perceive(frames: np.ndarray, fps: float = 24.0) -> Percept:

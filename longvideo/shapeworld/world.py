@@ -113,6 +113,15 @@ def sample_scene(seed: int, *, split: Split, num_sprites: int | None = None) -> 
             return scene
 
 
+def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) -> list[Scene]:
+    """Draw scenes, the share `pair_fraction` of them with two sprites, evenly spread."""
+    scenes = []
+    for index in range(count):
+        pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
+        scenes.append(sample_scene(seed * 10_000_000 + index, split=split, num_sprites=2 if pair else 1))
+    return scenes
+
+
 def is_held_out(scene: Scene) -> bool:
     """Whether training never sees this scene: one of its sprites is a held-out combination."""
     return any(is_held_out_sprite(sprite) for sprite in scene.sprites)

@@ -20,12 +20,12 @@ from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClips
-from longvideo.train.mesh import Mesh, build_mesh
 from longvideo.train.video_clips import VideoClips
 from longvideo.train.views import ViewStage
+from longvideo.training.mesh import Mesh, build_mesh
 from tests.checkpoint import small
 from tests.data import footage
-from tests.train.processes import run_in_processes
+from tests.training.processes import run_in_processes
 
 CPU = torch.device("cpu")
 CHUNKS, FRAMES, BATCH = 4, 2, 4

@@ -21,7 +21,7 @@ from longvideo.train.error_recycling import (
     prediction_errors,
 )
 
-from .toy import CPU
+from .small import CPU
 
 SCHEDULE = FlowSchedule(5.0)
 CHUNK = (3, 2, 2, 4)  # C, F, H, W

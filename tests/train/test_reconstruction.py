@@ -7,8 +7,6 @@ import torch
 
 from longvideo.errors import ConfigError
 from longvideo.train.clips import ClipSource, ClipStage, crop_near_objects
-from longvideo.train.engine import LocalEngine
-from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.reconstruction import (
     Reconstruction,
     ReconstructionConfig,
@@ -17,8 +15,10 @@ from longvideo.train.reconstruction import (
     psnr,
     weighted_mean,
 )
+from longvideo.training.engine import LocalEngine
+from longvideo.training.optimizer import OptimizerConfig
 
-from .toy import CPU, small_autoencoder, small_pool
+from .small import CPU, small_autoencoder, small_pool
 
 
 def clip_source(*stages: ClipStage, cut_fraction: float = 0.0) -> ClipSource:

@@ -16,10 +16,10 @@ from longvideo.model.config import TransformerConfig
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.train.mesh import Mesh, build_mesh, check_sequence, divide
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.views import ViewBatch
-from tests.train.processes import run_in_processes
+from longvideo.training.mesh import Mesh, build_mesh, check_sequence, divide
+from tests.training.processes import run_in_processes
 
 CPU = torch.device("cpu")
 CHUNKS, VIEWS, TEXT_LEN, TEXT_DIM = 4, 4, 5, 16

@@ -17,14 +17,14 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
-from longvideo.train.engine import LocalEngine
 from longvideo.train.latent_bank import BankConfig, LatentBank
-from longvideo.train.objective import seeded
-from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
+from longvideo.training.engine import LocalEngine
+from longvideo.training.objective import seeded
+from longvideo.training.optimizer import OptimizerConfig
 
-from .toy import CPU, small_autoencoder, small_pool
+from .small import CPU, small_autoencoder, small_pool
 
 SPEC = ChunkSpec(grid_height=1, grid_width=2, chunk_frames=2, window_frames=6, sink_frames=0, pin_shots=False)
 BANK = BankConfig(clips=8, initial_clips=4, group=2, refresh_every=3, late_fraction=0.0)

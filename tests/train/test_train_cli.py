@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 
-from .toy import Toy
+from .small import Toy
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
-from longvideo.train.objective import stage_at
+from longvideo.training.objective import stage_at
 
 SCHEDULES = ("constant", "cosine")
 

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.errors import ConfigError, UserError
-from longvideo.train.checkpoint import CheckpointFolder
-from longvideo.train.engine import Engine, read_part
-from longvideo.train.mesh import Mesh
-from longvideo.train.objective import BatchSource, Objective, as_ratio
-from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
-from longvideo.train.precision import PRECISIONS
-from longvideo.train.run_log import RunLog, StepReport, environment, peak_memory_gib
+from longvideo.training.checkpoint import CheckpointFolder
+from longvideo.training.engine import Engine, read_part
+from longvideo.training.mesh import Mesh
+from longvideo.training.objective import BatchSource, Objective, as_ratio
+from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.precision import PRECISIONS
+from longvideo.training.run_log import RunLog, StepReport, environment, peak_memory_gib
 
 RESUME = ("auto", "never")
 LOCK_FILE = "run.lock"

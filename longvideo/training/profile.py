@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longvideo.train.run_log import peak_memory_gib
-from longvideo.train.trainer import Trainer, Window, synchronize
+from longvideo.training.run_log import peak_memory_gib
+from longvideo.training.trainer import Trainer, Window, synchronize
 
 LISTED = 20
 COMMUNICATION = "nccl"

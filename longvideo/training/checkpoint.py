@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longvideo.errors import CheckpointError
-from longvideo.train.mesh import Mesh
+from longvideo.training.mesh import Mesh
 
 PREFIX = "step_"
 STATE_FILE = "state.json"

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from longvideo.model.attention import preferred_attention
-from longvideo.train.engine import Engine, LocalEngine
-from longvideo.train.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
-from longvideo.train.profile import profile
-from longvideo.train.trainer import Recipe, Trainer
+from longvideo.training.engine import Engine, LocalEngine
+from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
+from longvideo.training.profile import profile
+from longvideo.training.trainer import Recipe, Trainer
 
 
 def run(
@@ -77,7 +77,7 @@ def build_engine(config: Any, recipe: Recipe, parallel: ParallelConfig, mesh: Me
             ema_decay=trainer.ema_decay,
             spike_factor=trainer.spike_factor,
         )
-    from longvideo.train.deepspeed_engine import DeepSpeedEngine
+    from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
     precision = trainer.precision
     if precision == "auto":

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from longvideo.checkpoint.tensors import own_tensors
 from longvideo.errors import CheckpointError
-from longvideo.train.ema import ExponentialMovingAverage
-from longvideo.train.guard import LossGuard
-from longvideo.train.objective import Objective, as_ratio
-from longvideo.train.optimizer import OptimizerConfig
-from longvideo.train.precision import autocast
+from longvideo.training.ema import ExponentialMovingAverage
+from longvideo.training.guard import LossGuard
+from longvideo.training.objective import Objective, as_ratio
+from longvideo.training.optimizer import OptimizerConfig
+from longvideo.training.precision import autocast
 
 
 class Engine(Protocol):

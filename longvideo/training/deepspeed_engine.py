@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
-from longvideo.train.ema import decay_at
-from longvideo.train.engine import add_metrics, check_same, read_part
-from longvideo.train.guard import LossGuard
-from longvideo.train.mesh import Mesh
-from longvideo.train.objective import Objective, as_ratio
-from longvideo.train.optimizer import OptimizerConfig
+from longvideo.training.ema import decay_at
+from longvideo.training.engine import add_metrics, check_same, read_part
+from longvideo.training.guard import LossGuard
+from longvideo.training.mesh import Mesh
+from longvideo.training.objective import Objective, as_ratio
+from longvideo.training.optimizer import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT, AVERAGE = "weight", "average"

@@ -10,13 +10,13 @@ from torch import Tensor
 pytest.importorskip("deepspeed")
 
 from longvideo.flow.schedule import FlowSchedule
-from longvideo.train.checkpoint import CheckpointFolder
-from longvideo.train.engine import Engine, LocalEngine
-from longvideo.train.mesh import Mesh, build_mesh
-from longvideo.train.optimizer import OptimizerConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from tests.train.processes import run_in_processes
+from longvideo.training.checkpoint import CheckpointFolder
+from longvideo.training.engine import Engine, LocalEngine
+from longvideo.training.mesh import Mesh, build_mesh
+from longvideo.training.optimizer import OptimizerConfig
 from tests.train.test_sequence_parallel import CPU, SPEC, small_transformer, whole_batch
+from tests.training.processes import run_in_processes
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
 DECAY = 0.7
@@ -36,7 +36,7 @@ def small_objective(mesh: Mesh) -> TeacherForcing:
 
 
 def build(mesh: Mesh, stage: int, precision: str = "fp32") -> tuple[TeacherForcing, Engine]:
-    from longvideo.train.deepspeed_engine import DeepSpeedEngine
+    from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
     objective = small_objective(mesh)
     engine = DeepSpeedEngine(

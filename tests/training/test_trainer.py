@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from longvideo.errors import CheckpointError, ConfigError
-from longvideo.train.ema import ExponentialMovingAverage
-from longvideo.train.engine import LocalEngine
-from longvideo.train.optimizer import OptimizerConfig, RateSegment, rate_schedule
-from longvideo.train.run_log import RunLog
-from longvideo.train.trainer import Diverged, Trainer, Window
+from longvideo.training.ema import ExponentialMovingAverage
+from longvideo.training.engine import LocalEngine
+from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.run_log import RunLog
+from longvideo.training.trainer import Diverged, Trainer, Window
 
 from .toy import toy_trainer
 

@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file
 
 from longvideo.errors import CheckpointError, ConfigError
-from longvideo.train.trainer import claimed
-from tests.train.toy import toy_trainer
+from longvideo.training.trainer import claimed
+from tests.training.toy import toy_trainer
 
 STEPS, KILLS = 60, 20
-PRELOADED = ["torch", "longvideo.train.trainer", "longvideo.train.vae", "longvideo.train.engine"]
+PRELOADED = ["torch", "longvideo.training.trainer", "longvideo.train.vae", "longvideo.training.engine"]
 
 
 def train(folder: Path, reports: Connection) -> None:

@@ -1,23 +1,19 @@
-"""The smallest thing a trainer can run, and small ShapeWorld parts."""
+"""The smallest thing a trainer can run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longvideo.train.engine import LocalEngine
-from longvideo.train.mesh import Mesh
-from longvideo.train.objective import Objective, ratio, seeded
-from longvideo.train.optimizer import OptimizerConfig, RateSegment
-from longvideo.train.scenes import ScenePool, sample_scenes
-from longvideo.train.trainer import Trainer, TrainerConfig
-from longvideo.train.vae import AutoencoderShape, build_autoencoder
-from longvideo.vae.autoencoder import Autoencoder
+from longvideo.training.engine import LocalEngine
+from longvideo.training.mesh import Mesh
+from longvideo.training.objective import Objective, ratio, seeded
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.trainer import Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
 
@@ -102,61 +98,3 @@ def toy_trainer(
         spike_factor=settings.spike_factor,
     )
     return Trainer(recipe, engine, folder, config=settings, optimizer=optimizer, device=CPU)
-
-
-def small_pool(count: int = 12, *, height: int = 32, width: int = 64) -> ScenePool:
-    scenes = sample_scenes(count, seed=0, split="train", pair_fraction=0.5)
-    return ScenePool(scenes, height=height, width=width, device=CPU)
-
-
-def small_autoencoder() -> Autoencoder:
-    shape = AutoencoderShape(base_dim=8, decoder_base_dim=8, z_dim=4)
-    return build_autoencoder(shape.build(), seed=0, device=CPU)
-
-
-@dataclass(frozen=True)
-class Toy:
-    """Overrides that make the packaged configurations run in seconds."""
-
-    vae: tuple[str, ...] = (
-        "stages=[{frames: 5, height: 32, width: 32, batch: 2, steps: 4}]",
-        "model.base_dim=8",
-        "model.decoder_base_dim=8",
-        "model.z_dim=4",
-        "scenes.count=12",
-        "scenes.height=32",
-        "scenes.width=64",
-        "validation.clips=2",
-        "validation.shown=1",
-        "validation.batch=2",
-        "validation.statistics_clips=2",
-        "trainer.precision=fp32",
-        "trainer.log_every=2",
-        "trainer.sample_every=0",
-    )
-    ar: tuple[str, ...] = (
-        "stages=[{steps: 2, chunks: 1, batch: 3}, {steps: 2, chunks: 3, batch: 2}]",
-        "model.num_attention_heads=2",
-        "model.attention_head_dim=12",
-        "model.ffn_dim=32",
-        "model.num_layers=2",
-        "model.text_len=48",
-        "scenes.count=12",
-        "scenes.height=32",
-        "scenes.width=64",
-        "settings.height=32",
-        "settings.width=64",
-        "settings.steps=2",
-        "bank.clips=8",
-        "bank.chunks=4",
-        "bank.late_fraction=0.4",
-        "bank.initial_clips=4",
-        "bank.group=2",
-        "bank.refresh_every=2",
-        "rollout.prompts=2",
-        "rollout.shown=1",
-        "rollout.chunks=2",
-        "trainer.precision=fp32",
-        "trainer.log_every=2",
-        "trainer.sample_every=0",
-    )
