@@ -144,6 +144,7 @@ def _denoise(
         generators=sampling.generators,
         guidance=sampling.guidance,
         cache_type=models.cache_type,
+        clean_pass=models.settings.clean_pass,
     )
     for latents in chunks:
         step, began = begun.popleft()

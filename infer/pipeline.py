@@ -17,16 +17,15 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, encode_first_frame, generate_chunks
-from longvideo.infer.options import NumberFormats, SamplingOptions
+from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.cache import KVCache
 from longvideo.model.quantized_cache import NVFP4KVCache
-from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.convert import is_packed, quantize_layers, set_product
-from longvideo.quantization.products import W4A16, choose_w4a4
+from longvideo.number_formats import NumberFormats
+from longvideo.quantization.convert import with_precision
 from longvideo.vae.config import AutoencoderConfig
 
 DEFAULT_FORMATS = NumberFormats()
@@ -218,20 +217,6 @@ def check_formats(folder: ModelFolder, formats: NumberFormats) -> None:
         )
     if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
         raise UserError(f"NVFP4 needs widths that {GROUP} divides; {folder.path} has {config.dim} and {config.ffn_dim}")
-
-
-def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
-    """Pack a transformer's layers if need be and say how they multiply; see `NumberFormats`."""
-    packed = is_packed(transformer)
-    if precision is None:
-        precision = "nvfp4" if packed else "bf16"
-    if precision == "bf16":
-        return transformer
-    if not packed:
-        quantize_layers(transformer)
-    device = transformer.patch_embedding.weight.device
-    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
-    return transformer
 
 
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:

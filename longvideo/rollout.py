@@ -14,7 +14,7 @@ from torch import Tensor
 from longvideo.conditioning import Conditioning
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
-from longvideo.model.attention import Cached, Filling
+from longvideo.model.attention import AttentionPattern, Cached, Filling
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
@@ -31,6 +31,7 @@ def rollout(
     generators: Sequence[torch.Generator],
     guidance: float = 1.0,
     cache_type: type[ChunkCache] = KVCache,
+    clean_pass: bool = True,
 ) -> Iterator[Tensor]:
     """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
 
@@ -39,12 +40,13 @@ def rollout(
     guidance: classifier-free guidance scale; at 1 the negative prompt is not run. Otherwise every sample runs twice in
         one batch, each copy with its own cache.
     cache_type: how the chunks already made are kept, for example NVFP4KVCache.
+    clean_pass: give later chunks the keys and values of a pass over the finished one; otherwise those of its last step,
+        which saves that pass, for models that were trained so.
     """
     device = model.patch_embedding.weight.device
     branches = 1 if guidance == 1.0 else 2
     clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
     cache = _new_cache(cache_type, model, spec, batch=branches * len(generators))
-    attention = Cached(cache)
     shot, finish = 0, None
     for index, conditioning in enumerate(chunks):
         with torch.inference_mode():
@@ -54,10 +56,14 @@ def rollout(
             text = conditioning.text.select(_prompt_rows(conditioning, branches))
             rope = model.rope(TokenLayout.one_chunk(spec, index, shot=shot).to(device))
             noise = _noise(model, spec, generators).to(device)
-            latents = _denoise(model, text, conditioning.first_latent, noise, rope, attention, solver, guidance)
-        finish = partial(
-            _commit, model, latents.repeat(branches, 1, 1, 1, 1), clean_sigma, text, rope, cache, conditioning.cut
-        )
+            steps: list[AttentionPattern] = [Cached(cache)] * solver.num_steps
+            if not clean_pass:
+                steps[-1] = Filling(cache)
+            latents = _denoise(model, text, conditioning.first_latent, noise, rope, steps, solver, guidance)
+        finish = partial(cache.commit, cut=conditioning.cut)
+        if clean_pass:
+            batch = latents.repeat(branches, 1, 1, 1, 1)
+            finish = partial(_commit, model, batch, clean_sigma, text, rope, cache, conditioning.cut)
         yield latents
 
 
@@ -81,14 +87,14 @@ def _denoise(
     first: Tensor | None,
     noise: Tensor,
     rope: Rope,
-    attention: Cached,
+    attention: Sequence[AttentionPattern],
     solver: UniPC,
     guidance: float,
 ) -> Tensor:
     batch, _, frames, _, _ = noise.shape
     branches = text.num_prompts // batch
     trajectory = solver.start(noise)
-    for timestep in solver.timesteps:
+    for timestep, pattern in zip(solver.timesteps, attention, strict=True):
         sigma = torch.full((batch, frames), timestep / NUM_TRAIN_TIMESTEPS, device=noise.device)
         if first is not None:
             trajectory.replace(slice(0, 1), first)
@@ -98,7 +104,7 @@ def _denoise(
             sigma.repeat(branches, 1),
             text,
             rope=rope,
-            attention=attention,
+            attention=pattern,
         )
         if branches == 2:
             conditional, unconditional = velocity.chunk(2)

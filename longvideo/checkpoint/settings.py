@@ -14,7 +14,8 @@ class ModelSettings:
 
     chunk_frames, window_frames, sink_frames, offset_per_shot: latent frames, as in ChunkSpec. pin_shots: keep the first
     chunk of the current shot. height, width: pixels. fps: frames a second. text_len: prompt positions.
-    steps, guidance, shift: of the solver.
+    steps, guidance, shift: of the solver. clean_pass: whether later chunks see a finished one as it is in a pass of its
+    own, or as it was in its last denoising step, which a model must have been trained for.
     """
 
     chunk_frames: int = 8
@@ -29,6 +30,7 @@ class ModelSettings:
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
+    clean_pass: bool = True
 
     def __post_init__(self) -> None:
         for name in ("chunk_frames", "window_frames", "fps", "height", "width", "text_len", "steps"):

@@ -18,9 +18,10 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from longvideo.infer.options import NumberFormats, SamplingOptions
+    from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.script import ChunkPlan, Script
+    from longvideo.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
 PRECISION_HELP = (
@@ -83,8 +84,9 @@ def generate(
     goes on and only the text changes.
     """
     started = time.perf_counter()
-    from longvideo.infer.options import NumberFormats, SamplingOptions
+    from longvideo.infer.options import SamplingOptions
     from longvideo.infer.writer import VideoWriter, check_output
+    from longvideo.number_formats import NumberFormats
 
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)

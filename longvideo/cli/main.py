@@ -16,6 +16,8 @@ from longvideo.errors import UserError
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
     "train": "longvideo.train.command:app",
+    "distill": "longvideo.distill.command:distill",
+    "merge": "longvideo.distill.command:merge",
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",

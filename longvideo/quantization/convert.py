@@ -16,7 +16,7 @@ from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
-from longvideo.quantization.products import W4A4, Product
+from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 
 BLOCKS = "blocks."
@@ -166,6 +166,20 @@ def set_product(model: CausalTransformer, product: Product) -> None:
         if isinstance(module, NVFP4Linear):
             module.set_product(product)
     set_inputs(model, product if isinstance(product, W4A4) else None)
+
+
+def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
+    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.number_formats`."""
+    packed = is_packed(transformer)
+    if precision is None:
+        precision = "nvfp4" if packed else "bf16"
+    if precision == "bf16":
+        return transformer
+    if not packed:
+        quantize_layers(transformer)
+    device = transformer.patch_embedding.weight.device
+    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
+    return transformer
 
 
 def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:

@@ -1,10 +1,11 @@
-"""LoRA on packed layers, through peft."""
+"""LoRA on a transformer's linear layers, packed or not, through peft."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -13,14 +14,18 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import set_inputs
 from longvideo.quantization.linear import NVFP4Linear
 
+TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # every linear layer of the blocks
 
-class NVFP4LoraLinear(nn.Module, LoraLayer):
-    """A frozen packed layer plus low-rank updates (LoRA, arXiv 2106.09685; on 4-bit weights, QeRL, arXiv 2510.11696).
 
-    Adapters compute in float32 or in the dtype of their weights. Merging is refused: it would round the update away.
+class LoraLinear(nn.Module, LoraLayer):
+    """A frozen layer plus low-rank updates (LoRA, arXiv 2106.09685; on 4-bit weights, QeRL, arXiv 2510.11696).
+
+    An update is computed in the dtype of the input, whatever that of its weights: with fp32 weights and bf16 inputs the
+    weights are rounded, not the inputs widened, which are far larger. Merging here is refused, as it would round the
+    update of a packed layer away; `longvideo merge` adds it to the weights that were packed.
     """
 
-    def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs: Any):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
@@ -38,31 +43,29 @@ class NVFP4LoraLinear(nn.Module, LoraLayer):
             return output
         for name in self.active_adapters:
             if name in self.lora_A:
-                down, up = self.lora_A[name], self.lora_B[name]
-                assert isinstance(down, nn.Linear)
-                update = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
-                output = output + update.to(output.dtype)
+                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                assert isinstance(down, Tensor) and isinstance(up, Tensor)
+                update = F.linear(F.linear(self.lora_dropout[name](x), down.to(x.dtype)), up.to(x.dtype))
+                output = output + (update * self.scaling[name]).to(output.dtype)
         return output
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "a LoRA update cannot be merged into packed 4-bit weights; merge into bf16 ones, then quantise"
-        )
+        raise ValueError("a LoRA update is not merged in place; use `longvideo merge`, then quantise if you like")
 
     def unmerge(self) -> None:
-        raise ValueError("nothing is merged: packed 4-bit weights take no LoRA update")
+        raise ValueError("nothing is merged")
 
 
-def add_lora(model: CausalTransformer, config: LoraConfig) -> PeftModel:
-    """Put adapters on a transformer's layers, packed ones included; everything else is frozen.
+def add_lora(model: CausalTransformer, config: LoraConfig, *, adapter_name: str = "default") -> PeftModel:
+    """Put an adapter on a transformer's layers; everything else is frozen.
 
     Layers that read one input then round it each for itself, since the adapters want it unrounded.
     """
-    config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
+    config._register_custom_module({NVFP4Linear: LoraLinear, nn.Linear: LoraLinear})
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Unsupported layer type .*NVFP4Linear"
         )  # it has the two sizes peft wants
-        adapted = PeftModel(model, config)
+        adapted = PeftModel(model, config, adapter_name=adapter_name)
     set_inputs(model, None)
     return adapted

@@ -55,7 +55,7 @@ class CheckpointFolder:
             self.mesh.barrier()
             if self.mesh.is_main:
                 (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
-                for path in (*temporary.iterdir(), temporary):
+                for path in (*temporary.rglob("*"), temporary):
                     _flush(path)
                 if target.exists():
                     shutil.rmtree(target)

@@ -16,6 +16,7 @@ from longvideo.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from longvideo.training.engine import Engine
     from longvideo.training.trainer import Recipe
 
 Arguments = Annotated[
@@ -51,6 +52,8 @@ def train(
     device: str | None,
     dry_run: int,
     trace: bool,
+    *,
+    build_engine: Callable[..., Engine] | None = None,
 ) -> None:
     """Read the configuration, and train what it says; the arguments are those of the command line, in its order."""
     began = time.monotonic()
@@ -75,6 +78,7 @@ def train(
         deadline=began + 60 * max_minutes if max_minutes is not None else math.inf,
         dry_run=dry_run,
         trace=trace,
+        build_engine=build_engine,
     )
 
 

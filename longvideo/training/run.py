@@ -13,8 +13,10 @@ import torch.distributed as dist
 from longvideo.model.attention import preferred_attention
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
+from longvideo.training.objective import Objective
+from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.profile import profile
-from longvideo.training.trainer import Recipe, Trainer
+from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
 
 
 def run(
@@ -28,10 +30,12 @@ def run(
     deadline: float = math.inf,
     dry_run: int = 0,
     trace: bool = False,
+    build_engine: Callable[[Any, Any, Mesh, torch.device], Engine] | None = None,
 ) -> None:
     """Train what a configuration says, in this process or in all that a launcher started.
 
     config: of a recipe, with `trainer`, `optimizer` and, where several processes can work on it, `parallel`.
+    build_engine: from config, recipe, mesh and device; by default one for the recipe's objective.
     """
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
     if launched():
@@ -39,7 +43,7 @@ def run(
     try:
         mesh = build_mesh(parallel.sequence)
         recipe = build(config, device, mesh)
-        engine = build_engine(config, recipe, parallel, mesh, device)
+        engine = (build_engine or of_objective)(config, recipe, mesh, device)
         trainer = Trainer(
             recipe,
             engine,
@@ -65,13 +69,33 @@ def run(
             dist.destroy_process_group()
 
 
-def build_engine(config: Any, recipe: Recipe, parallel: ParallelConfig, mesh: Mesh, device: torch.device) -> Engine:
-    """Return DeepSpeed's engine where a launcher started the processes, and a plain one otherwise."""
-    trainer = config.trainer
+def of_objective(config: Any, recipe: Recipe, mesh: Mesh, device: torch.device) -> Engine:
+    """Return an engine for the one objective of a recipe."""
+    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
+    passes = recipe.source.passes(mesh, parallel.micro_batch) if launched() else 1
+    return new_engine(
+        recipe.objective, config.optimizer, config.trainer, parallel, mesh=mesh, device=device, passes=passes
+    )
+
+
+def new_engine(
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    parallel: ParallelConfig,
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    passes: int,
+) -> Engine:
+    """Return DeepSpeed's engine where a launcher started the processes, and a plain one otherwise.
+
+    passes: backward passes of a step.
+    """
     if not launched():
         return LocalEngine(
-            recipe.objective,
-            config.optimizer,
+            objective,
+            optimizer,
             precision=trainer.precision,
             device=device,
             ema_decay=trainer.ema_decay,
@@ -83,12 +107,12 @@ def build_engine(config: Any, recipe: Recipe, parallel: ParallelConfig, mesh: Me
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return DeepSpeedEngine(
-        recipe.objective,
-        config.optimizer,
+        objective,
+        optimizer,
         mesh=mesh,
         zero_stage=parallel.zero_stage,
         precision=precision,
-        passes=recipe.source.passes(mesh, parallel.micro_batch),
+        passes=passes,
         ema_decay=trainer.ema_decay,
         spike_factor=trainer.spike_factor,
     )

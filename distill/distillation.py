@@ -1,0 +1,405 @@
+"""Distil a causal model into one of few steps: configuration, and what the trainer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.tensors import OnMeta
+from longvideo.conditioning import Conditioning
+from longvideo.distill.adapters import UP, Adapter, layer_sizes, merge
+from longvideo.distill.engine import PairedEngine
+from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, RoleObjective, StudentObjective
+from longvideo.distill.prompts import (
+    SHAPEWORLD,
+    ClipScripts,
+    ClipSource,
+    DistillStage,
+    FileScripts,
+    Scripts,
+    ShapeWorldConfig,
+    ShapeWorldScripts,
+    check_frames,
+    encode_all,
+    read_scripts,
+)
+from longvideo.distill.roles import LoraRoles, LoraSettings, Role
+from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
+from longvideo.distill.walk import Clip
+from longvideo.errors import CheckpointError, ConfigError
+from longvideo.flow.unipc import UniPC
+from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.config import TransformerConfig
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.transformer import CausalTransformer
+from longvideo.number_formats import KV_CACHES, PRECISIONS
+from longvideo.pixels import to_uint8
+from longvideo.quantization.convert import quantize_layers, with_precision
+from longvideo.rollout import rollout
+from longvideo.shapeworld.captions import caption
+from longvideo.shapeworld.world import sample_scenes
+from longvideo.text import TextEncoder
+from longvideo.training.engine import Engine
+from longvideo.training.mesh import Mesh, ParallelConfig
+from longvideo.training.objective import Objective
+from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.run import new_engine
+from longvideo.training.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """How the frozen weights are kept. precision: as of `generate`. kv_cache: of the chunks already made."""
+
+    precision: str = "nvfp4"
+    kv_cache: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, known in (("precision", PRECISIONS), ("kv_cache", KV_CACHES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"backbone.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is drawn on the way, with averaged weights: `prompts` videos of `chunks`, in each of these numbers of steps.
+
+    judge: of ShapeWorld's prompts, say what share of the videos shows what it should.
+    """
+
+    prompts: int = 4
+    chunks: int = 4
+    steps: list[int] = field(default_factory=lambda: [4, 2])
+    judge: bool = True
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """`longvideo distill`.
+
+    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another.
+    adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
+    folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
+    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. merge: write whole
+    weights besides the adapter.
+    """
+
+    seed: int = 0
+    model: str = "tiny"
+    teacher: str | None = None
+    adapter: str | None = None
+    prompts: str = SHAPEWORLD
+    data: str | None = None
+    image_fraction: float = 0.0
+    negative_prompt: str = ""
+    student_every: int = 5
+    merge: bool = True
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    dmd: DmdConfig = field(default_factory=DmdConfig)
+    shapeworld: ShapeWorldConfig = field(default_factory=ShapeWorldConfig)
+    stages: list[DistillStage] = field(default_factory=lambda: [DistillStage()])
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-5, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
+        )
+    )
+    critic_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-6, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
+        )
+    )
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=50, max_skipped_steps=10)
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.student_every < 1:
+            raise ConfigError(f"student_every={self.student_every} must be at least 1")
+        if not 0 <= self.image_fraction <= 1:
+            raise ConfigError(f"image_fraction={self.image_fraction} must be from 0 to 1")
+        if self.image_fraction and self.data is None:
+            raise ConfigError("image_fraction needs first frames; give data=CLIPS, a folder of encoded clips")
+        if self.parallel.sequence > 1:
+            raise ConfigError(
+                f"parallel.sequence={self.parallel.sequence}: a distillation shares no video among ranks; use 1"
+            )
+        if self.parallel.zero_stage > 2:
+            raise ConfigError(
+                "parallel.zero_stage=3 shards weights that are trained, which are small here; use 0, 1 or 2"
+            )
+
+
+class DistillRecipe:
+    """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
+
+    def __init__(self, config: Distillation, device: torch.device, mesh: Mesh):
+        self.config, self.device = config, device
+        self.folder = ModelFolder.open(config.model)
+        self.settings, self.spec = self.folder.settings, self.folder.spec
+        teacher_folder = None if config.teacher is None else ModelFolder.open(config.teacher)
+        adapter = None if config.adapter is None else Adapter.load(Path(config.adapter))
+        for stage in config.stages:
+            check_frames(stage.frames, self.spec.chunk_frames)
+        if teacher_folder is not None:
+            check_same_shape(self.folder, teacher_folder)
+        if adapter is not None:
+            check_adapter(adapter, config.lora, self.folder, config.adapter or "")
+        scripts = None if config.prompts == SHAPEWORLD or config.data else read_scripts(Path(config.prompts))
+        self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
+        self.dtype = compute_dtype(config.trainer.precision, device)
+        self.text_encoder: TextEncoder | None = None
+        self.scripts = self._scripts(scripts)
+        student = self._load(self.folder)
+        teacher = None if teacher_folder is None else self._load(teacher_folder)
+        self.roles = LoraRoles(
+            student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student.config), seed=config.seed
+        )
+        if adapter is not None:
+            put(adapter, self.roles)
+        shape = self._latent_shape(student.config)
+        shift = self.settings.shift
+        rollouts = SelfForcing(self.roles, config.rollout, spec=self.spec, shape=shape, shift=shift, seed=config.seed)
+        looks = Looks(rollouts, config.dmd, guidance=self.settings.guidance, shift=shift, seed=config.seed)
+        self.student, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+        self.source = ClipSource(
+            self.scripts,
+            config.stages,
+            negative_prompt=config.negative_prompt,
+            chunk_frames=self.spec.chunk_frames,
+            device=device,
+        )
+
+    @property
+    def objective(self) -> Objective:
+        return self.student
+
+    def start(self, step: int) -> None:
+        """Nothing to get ready: videos are made when they are due."""
+
+    def flops(self, step: int) -> float | None:
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def validate(self) -> dict[str, float]:
+        return {}
+
+    def engine(self, mesh: Mesh) -> PairedEngine:
+        """Return the engines of student and critic as one."""
+        config = self.config
+        passes = self.source.passes(mesh, config.parallel.micro_batch) if mesh.world > 1 else 1
+
+        def new(objective: RoleObjective, optimizer: OptimizerConfig, ema_decay: float) -> Engine:
+            self.roles.switch(objective.role)  # the weights of one role at a time can have gradients
+            # adapters are fp32 and compute in the dtype of what they read, so nothing is cast
+            trainer = replace(config.trainer, precision="fp32", ema_decay=ema_decay)
+            return new_engine(
+                objective, optimizer, trainer, config.parallel, mesh=mesh, device=self.device, passes=passes
+            )
+
+        return PairedEngine(
+            (self.student, new(self.student, config.optimizer, config.trainer.ema_decay)),
+            (self.critic, new(self.critic, config.critic_optimizer, 0.0)),
+            critic_rate=rate_schedule(config.critic_optimizer, [RateSegment(s.steps) for s in config.stages]),
+            student_every=config.student_every,
+        )
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        """Generate as the finished student would, draw a strip of each video, and let the judge look."""
+        from longvideo.evaluation.sheet import film_strip
+
+        config = self.config.samples
+        if not config.prompts or "vae" not in self.folder.parts:
+            return {}
+        values: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        clip, captions, scenes = self._shown()
+        for steps in config.steps:
+            videos = self._generate(clip, steps)
+            strip = film_strip(videos[:8], columns=8, captions=captions[:8])
+            strip.save(folder / f"student_{step:07d}_{steps}_steps.png")
+            if scenes and config.judge:
+                from longvideo.evaluation.judge import judge_all
+
+                scores = judge_all(videos, scenes, self.settings.fps)
+                values |= {f"{name}_{steps}": value for name, value in scores.items()}
+        return values
+
+    def export(self, folder: Path) -> None:
+        """Write the student's adapter beside the model folder, and, unless told otherwise, that folder."""
+        adapter = self.adapter()
+        adapter.save(folder.parent / "lora", base=self.config.model)
+        if self.config.merge:
+            save_merged(
+                self.folder,
+                adapter,
+                folder,
+                steps=self.config.rollout.steps,
+                clean_pass=self.config.rollout.cache_fill == "clean",
+                overwrite=True,
+            )
+
+    def adapter(self) -> Adapter:
+        weights = {name: weight.detach().cpu() for name, weight in self.roles.trained(Role.STUDENT).items()}
+        return Adapter(weights, self.config.lora.rank, self.config.lora.alpha / self.config.lora.rank)
+
+    def _scripts(self, scripts: Sequence[tuple[str, ...]] | None) -> Scripts:
+        config = self.config
+        if config.data is not None:
+            from longvideo.data.encoded import EncodedDataset
+
+            clips = EncodedDataset.open(config.data)
+            longest = max(stage.frames for stage in config.stages)
+            if clips.num_chunks * clips.chunk_frames < longest:
+                raise ConfigError(
+                    f"{config.data} has clips of {clips.num_chunks * clips.chunk_frames} latent frames, a stage wants"
+                    f" {longest}"
+                )
+            return ClipScripts(clips, image_fraction=config.image_fraction, seed=config.seed, device=self.device)
+        encoder = self.folder.load_text_encoder(device=self.device, dtype=self.dtype)
+        if scripts is None:
+            self.text_encoder = encoder.requires_grad_(False)
+            return ShapeWorldScripts(config.shapeworld, encoder, seed=config.seed)
+        texts = [text for shots in scripts for text in shots]
+        features = encode_all(encoder, [*texts, config.negative_prompt])
+        return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
+
+    def _load(self, folder: ModelFolder) -> CausalTransformer:
+        """Load a backbone and pack it; only one is ever there in full precision."""
+        transformer = folder.load_transformer(device=self.device, dtype=self.dtype).requires_grad_(False)
+        return with_precision(transformer, self.config.backbone.precision)
+
+    def _new_cache(self, model: TransformerConfig, batch: int) -> ChunkCache:
+        cache_type = NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
+        return cache_type(
+            self.spec,
+            num_layers=model.num_layers,
+            num_heads=model.num_attention_heads,
+            head_dim=model.attention_head_dim,
+            batch=batch,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _latent_shape(self, model: TransformerConfig) -> tuple[int, int, int, int]:
+        _, p, q = model.patch_size
+        spec = self.spec
+        return model.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
+
+    def _shown(self) -> tuple[Clip, list[str], list]:
+        config = self.config.samples
+        numbers = range(config.prompts)
+        if not isinstance(self.scripts, ShapeWorldScripts):
+            clips = [self.source.clip(0, [number], config.chunks) for number in numbers]
+            return clips[0], [" / ".join(dict.fromkeys(self.scripts.draw(0, 0, config.chunks).prompts))], []
+        scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
+        prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
+        features = self.scripts.features([*prompts, ""])
+        rows = torch.arange(config.prompts, device=self.device).expand(config.chunks, -1)
+        cuts = (True, *([False] * (config.chunks - 1)))
+        return Clip(features, rows, cuts, tuple(numbers), step=0), prompts, scenes
+
+    @torch.no_grad()
+    def _generate(self, clip: Clip, steps: int) -> list[np.ndarray]:
+        """Return uint8 [T, H, W, 3] of every sample of a clip."""
+        student = self.roles.switch(Role.STUDENT)
+        text = student.encode_text(clip.features_PJD)
+        chunks = [
+            Conditioning(text=text, prompt_index=rows, cut=cut, first_latent=None if index else clip.first_latent)
+            for index, (rows, cut) in enumerate(zip(clip.prompt_NB, clip.cuts, strict=True))
+        ]
+        latents = rollout(
+            student,
+            chunks,
+            spec=self.spec,
+            solver=UniPC(steps, self.settings.shift),
+            generators=[torch.Generator().manual_seed(number) for number in clip.samples],
+            cache_type=NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache,
+            clean_pass=self.config.rollout.cache_fill == "clean",
+        )
+        autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
+        state, frames = None, []
+        for chunk in latents:
+            video, state = autoencoder.decode(autoencoder.denormalize(chunk.to(self.dtype)), state)
+            frames.append(to_uint8(video).cpu().numpy())
+        return list(np.concatenate(frames, axis=1))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return what the networks compute in: bf16 on a GPU, float32 on a CPU, unless told otherwise."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
+    """Raise CheckpointError unless a teacher has the student's shapes and chunks."""
+    for kind, own, other in (
+        ("transformer", asdict(student.transformer_config), asdict(teacher.transformer_config)),
+        ("chunks", asdict(student.spec), asdict(teacher.spec)),
+    ):
+        for name, value in own.items():
+            if other[name] != value:
+                raise CheckpointError(
+                    f"the student {student.path} has {name}={value}, the teacher {teacher.path} {name}={other[name]};"
+                    f" their {kind} must be equal"
+                )
+
+
+def check_adapter(adapter: Adapter, lora: LoraSettings, folder: ModelFolder, name: str) -> None:
+    """Raise CheckpointError unless an adapter has the rank that is to be trained, and is of the model."""
+    if adapter.rank != lora.rank:
+        raise CheckpointError(
+            f"the adapter {name} has rank {adapter.rank}, lora.rank is {lora.rank}; they must be equal"
+        )
+    with OnMeta():
+        sizes = layer_sizes(CausalTransformer(folder.transformer_config))
+    adapter.check_fits(sizes, str(folder.path), name)
+
+
+@torch.no_grad()
+def put(adapter: Adapter, roles: LoraRoles) -> None:
+    """Let the student start from an adapter."""
+    for name, weight in roles.trained(Role.STUDENT).items():
+        if name not in adapter.weights:
+            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers it has")
+        scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
+        weight.copy_(scale * adapter.weights[name])
+
+
+def save_merged(
+    source: ModelFolder,
+    adapter: Adapter,
+    target: Path,
+    *,
+    steps: int,
+    clean_pass: bool = True,
+    packed: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance."""
+    transformer = merge(source.load_transformer(), adapter)
+    if packed:
+        quantize_layers(transformer)
+    ModelFolder.save(
+        target,
+        settings=replace(source.settings, steps=steps, guidance=1.0, clean_pass=clean_pass),
+        transformer=transformer,
+        vae=source.load_vae() if "vae" in source.parts else None,
+        text_encoder=source.load_text_encoder() if "text_encoder" in source.parts else None,
+        overwrite=overwrite,
+    )

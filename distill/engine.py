@@ -1,0 +1,74 @@
+"""Two engines in one step: the critic learns in each, the student in every so many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longvideo.distill.objectives import CriticObjective, StudentObjective
+from longvideo.distill.walk import Clip
+from longvideo.errors import CheckpointError
+from longvideo.training.engine import Engine
+
+STUDENT, CRITIC = "student", "critic"
+STUDENT_METRICS = ("student_loss", "dmd_gradient", "student_grad")
+
+
+class PairedEngine:
+    """An `Engine` of two: `loss` and `grad` are the critic's, who has them in every step.
+
+    critic_rate: its learning rate as a function of the step. student_every: steps of the critic for one of the student
+    (DMD2 has 5); the student comes first, in steps that this divides.
+    """
+
+    def __init__(
+        self,
+        student: tuple[StudentObjective, Engine],
+        critic: tuple[CriticObjective, Engine],
+        *,
+        critic_rate: Callable[[int], float],
+        student_every: int,
+    ):
+        self.student_objective, self.student = student
+        self.critic_objective, self.critic = critic
+        self.critic_rate, self.student_every = critic_rate, student_every
+
+    def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:
+        if step % self.student_every == 0:
+            parts = self.student_objective.parts(shares)
+            found = self.student.train_step(parts, step // self.student_every, learning_rate)
+            of_student = {f"student_{name}" if name in ("loss", "grad") else name: x for name, x in found.items()}
+        else:
+            # the same names, with no weight in a mean
+            device = self.student_objective.rollouts.roles.device
+            of_student = {name: torch.zeros(2, device=device) for name in STUDENT_METRICS}
+        parts = self.critic_objective.parts(shares)
+        of_critic = self.critic.train_step(parts, step, self.critic_rate(step))
+        return of_critic | of_student
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.student.averaged()
+
+    def num_skipped(self) -> int:
+        return self.student.num_skipped() + self.critic.num_skipped()
+
+    def counts(self) -> dict[str, float]:
+        both = ((STUDENT, self.student), (CRITIC, self.critic))
+        return {f"{role}_{name}": value for role, engine in both for name, value in engine.counts().items()}
+
+    def save(self, folder: Path) -> None:
+        for role, engine in ((STUDENT, self.student), (CRITIC, self.critic)):
+            (folder / role).mkdir(exist_ok=True)
+            engine.save(folder / role)
+
+    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
+        for role, engine in ((STUDENT, self.student), (CRITIC, self.critic)):
+            if not (folder / role).is_dir():
+                raise CheckpointError(f"{folder} is no checkpoint of a distillation: it holds no {role}")
+            own = {name.removeprefix(f"{role}_"): value for name, value in counts.items() if name.startswith(role)}
+            engine.load(folder / role, counts=own)

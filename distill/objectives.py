@@ -1,0 +1,233 @@
+"""The two losses of distribution matching distillation, a chunk at a time.
+
+What needs no gradient, the roll-out and what teacher and critic say of it, is done first for a whole clip. Then every
+chunk has a pass with a gradient of its own, so memory does not grow with the clip, and the gradient of a chunk cannot
+reach another. Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longvideo.distill.dmd import critic_error, dmd_gradient, guided, sample_score_sigma, student_loss, x0_of
+from longvideo.distill.roles import Role
+from longvideo.distill.self_forcing import Rollout, SelfForcing
+from longvideo.distill.walk import Clip, Walk
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.training.objective import Objective, ratio, seeded
+
+SIGMA_BUCKETS = 4
+
+
+@dataclass(frozen=True)
+class DmdConfig:
+    """Where teacher and critic look, and how strongly the teacher is guided.
+
+    guidance: classifier-free guidance of the teacher; by default the model's own. sigma_min, sigma_max: least and
+    largest noise level. sigma_per_chunk: a level for every chunk rather than one for a sample. epsilon: see
+    `dmd_gradient`. checkpoint: recompute blocks in the backward pass.
+    """
+
+    guidance: float | None = None
+    sigma_min: float = 0.02
+    sigma_max: float = 0.98
+    sigma_per_chunk: bool = False
+    epsilon: float = 1e-3
+    checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min <= self.sigma_max < 1:
+            raise ConfigError(
+                f"dmd.sigma_min={self.sigma_min} and dmd.sigma_max={self.sigma_max} must lie in order between 0 and 1"
+            )
+        if self.epsilon <= 0:
+            raise ConfigError(f"dmd.epsilon={self.epsilon} must be above 0")
+
+
+@dataclass(frozen=True)
+class StudentPart:
+    """One chunk of a clip, with the gradient at what the student made of it."""
+
+    clip: Clip
+    made: Rollout
+    gradients: list[Tensor]
+    index: int
+
+
+@dataclass(frozen=True)
+class CriticPart:
+    """One chunk of a clip that the student made, to be learnt by the critic."""
+
+    clip: Clip
+    made: Rollout
+    noises: list[Tensor]
+    sigmas: list[Tensor]
+    index: int
+
+
+class Looks:
+    """Noisy looks at a clip: at which levels, and what teacher and critic see there."""
+
+    def __init__(self, rollouts: SelfForcing, config: DmdConfig, *, guidance: float, shift: float, seed: int):
+        self.rollouts, self.config, self.shift, self.seed = rollouts, config, shift, seed
+        self.guidance = guidance if config.guidance is None else config.guidance
+        self.schedule = FlowSchedule(shift)
+        self._generator = torch.Generator()
+
+    def draw(self, clip: Clip, purpose: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Return noise [B, C, T, H, W] and levels [B, T] for every chunk; frames that are given have level 0."""
+        count = clip.num_chunks if self.config.sigma_per_chunk else 1
+        levels = []
+        for sample in clip.samples:
+            generator = seeded(self._generator, self.seed, purpose, clip.step, sample, "sigma")
+            low, high = self.config.sigma_min, self.config.sigma_max
+            levels.append(sample_score_sigma((count,), generator, shift=self.shift, low=low, high=high))
+        levels_BN = torch.stack(levels).expand(-1, clip.num_chunks).to(self.rollouts.roles.device)
+        frames = self.rollouts.spec.chunk_frames
+        sigmas = [levels_BN[:, i, None] * clip.weight(i, frames) for i in range(clip.num_chunks)]
+        return [self.rollouts.noise(clip, i, f"{purpose} look") for i in range(clip.num_chunks)], sigmas
+
+    @torch.no_grad()
+    def gradients(self, clip: Clip, made: Rollout) -> list[Tensor]:
+        """Return the distribution matching gradient at every chunk of a clip."""
+        noises, sigmas = self.draw(clip, "student")
+        noisy = [self.schedule.add_noise(x, e, s) for x, e, s in zip(made.latents, noises, sigmas, strict=True)]
+        teacher = self._estimates(Role.TEACHER, clip, made, noisy, sigmas)
+        if self.guidance != 1:
+            unconditional = self._estimates(Role.TEACHER, clip, made, noisy, sigmas, negative=True)
+            teacher = [guided(c, u, self.guidance) for c, u in zip(teacher, unconditional, strict=True)]
+        critic = self._estimates(Role.CRITIC, clip, made, noisy, sigmas)
+        return [
+            dmd_gradient(
+                made.latents[i],
+                teacher[i],
+                critic[i],
+                clip.weight(i, self.rollouts.spec.chunk_frames),
+                epsilon=self.config.epsilon,
+            )
+            for i in range(clip.num_chunks)
+        ]
+
+    def _estimates(
+        self,
+        role: Role,
+        clip: Clip,
+        made: Rollout,
+        noisy: list[Tensor],
+        sigmas: list[Tensor],
+        *,
+        negative: bool = False,
+    ) -> list[Tensor]:
+        """Return a network's clean estimate of every chunk, each given the clean chunks before it."""
+        walk = self.rollouts.walk(role, clip, negative=negative)
+        estimates = []
+        for index in range(clip.num_chunks):
+            velocity = walk.velocity(noisy[index], sigmas[index])
+            estimates.append(x0_of(noisy[index], velocity, sigmas[index]))
+            if index + 1 < clip.num_chunks:
+                walk.finish(made.latents[index], torch.zeros_like(sigmas[index]))
+        return estimates
+
+
+class RoleObjective(Objective):
+    """An objective whose parameters are those of one role; the backbone they sit in is none of its own."""
+
+    def __init__(self, rollouts: SelfForcing, looks: Looks, role: Role):
+        super().__init__()
+        self.role = role
+        # not as modules: an engine would take the backbone for something to cast, shard and save
+        self._parts: dict[str, Any] = {"rollouts": rollouts, "looks": looks}
+        self._walk: Walk | None = None
+        for name, weight in rollouts.roles.trained(role).items():
+            self.register_parameter(name.replace(".", "/"), weight)
+
+    @property
+    def rollouts(self) -> SelfForcing:
+        return self._parts["rollouts"]
+
+    @property
+    def looks(self) -> Looks:
+        return self._parts["looks"]
+
+    def walk(self, clip: Clip, index: int) -> Walk:
+        """Return the walk at the first chunk; the parts of a clip come in order."""
+        if index == 0:
+            self._walk = self.rollouts.walk(self.role, clip)
+        assert self._walk is not None
+        return self._walk
+
+
+class StudentObjective(RoleObjective):
+    """Move what the student makes to where the teacher thinks it more likely than the critic does."""
+
+    def __init__(self, rollouts: SelfForcing, looks: Looks):
+        super().__init__(rollouts, looks, Role.STUDENT)
+
+    def parts(self, clips: Sequence[Clip]) -> list[StudentPart]:
+        """Roll clips out, have them looked at, and divide them."""
+        parts = []
+        for clip in clips:
+            made = self.rollouts.roll_out(clip, "student")
+            gradients = self.looks.gradients(clip, made)
+            parts += [StudentPart(clip, made, gradients, index) for index in range(clip.num_chunks)]
+        return parts
+
+    def forward(self, batch: StudentPart) -> tuple[Tensor, dict[str, Tensor]]:
+        clip, made, index = batch.clip, batch.made, batch.index
+        walk = self.walk(clip, index)
+        if index:
+            walk.finish(*self.rollouts.to_keep(clip, made, index - 1))
+        step, x = made.exits[index], made.inputs[index]
+        velocity = walk.velocity(x, self.rollouts.told(clip, index, step), checkpoint=self.looks.config.checkpoint)
+        x0 = self.rollouts.result(clip, index, x, velocity, step)
+        gradient = batch.gradients[index]
+        return student_loss(x0, gradient), {"dmd_gradient": gradient.square().mean().sqrt()}
+
+
+class CriticObjective(RoleObjective):
+    """Learn the velocity of what the student makes, by flow matching."""
+
+    def __init__(self, rollouts: SelfForcing, looks: Looks):
+        super().__init__(rollouts, looks, Role.CRITIC)
+
+    def parts(self, clips: Sequence[Clip]) -> list[CriticPart]:
+        """Roll clips out, draw looks at them, and divide them."""
+        parts = []
+        for clip in clips:
+            made = self.rollouts.roll_out(clip, "critic")
+            noises, sigmas = self.looks.draw(clip, "critic")
+            parts += [CriticPart(clip, made, noises, sigmas, index) for index in range(clip.num_chunks)]
+        return parts
+
+    def forward(self, batch: CriticPart) -> tuple[Tensor, dict[str, Tensor]]:
+        clip, index = batch.clip, batch.index
+        walk = self.walk(clip, index)
+        if index:
+            clean = batch.made.latents[index - 1]
+            walk.finish(clean, torch.zeros_like(batch.sigmas[index - 1]))
+        x0, noise, sigma = batch.made.latents[index], batch.noises[index], batch.sigmas[index]
+        noisy = self.looks.schedule.add_noise(x0, noise, sigma)
+        velocity = walk.velocity(noisy, sigma, checkpoint=self.looks.config.checkpoint)
+        weight = clip.weight(index, x0.shape[2])
+        error = critic_error(velocity, x0, noise) * weight
+        # a clip's first chunk may have fewer frames to learn from; each counts the same
+        frames = clip.num_chunks * x0.shape[2] - int(clip.first_latent is not None)
+        loss = clip.num_chunks * error.sum() / (clip.batch * frames)
+        return loss, _by_level(error, sigma, weight)
+
+
+def _by_level(error_BT: Tensor, sigma_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
+    """Return the critic's error by quarters of the noise level."""
+    metrics = {}
+    bucket = (sigma_BT * SIGMA_BUCKETS).long().clamp(max=SIGMA_BUCKETS - 1)
+    for index in range(SIGMA_BUCKETS):
+        chosen = (bucket == index).float()
+        name = f"critic_{(index + 1) / SIGMA_BUCKETS:g}"
+        metrics[name] = ratio((error_BT.detach() * chosen).sum(), (weight_BT * chosen).sum())
+    return metrics

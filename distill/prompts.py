@@ -1,0 +1,304 @@
+"""What the student is asked to show: prompts of ShapeWorld, of a file, or of encoded clips.
+
+A step's videos are a function of seed, step and sample alone, however they are divided. Shapes: B batch, P prompts,
+J text positions, D text width, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longvideo.data.encoded import EncodedDataset
+from longvideo.distill.walk import Clip
+from longvideo.errors import ConfigError, UserError
+from longvideo.shapeworld.captions import caption
+from longvideo.shapeworld.world import sample_scene
+from longvideo.text import TextEncoder, clean_prompt
+from longvideo.training.mesh import Mesh, divide
+from longvideo.training.objective import seeded, stage_at
+
+SHAPEWORLD = "shapeworld"
+ENCODED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Script:
+    """One video: a prompt for every chunk, which chunks open a shot, and the clip whose first frame is given."""
+
+    prompts: tuple[str, ...]
+    cuts: tuple[bool, ...]
+    image: int | None = None
+
+
+class Scripts(Protocol):
+    """What is asked for, and the text encoder's output for it."""
+
+    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+        """Return the script of a video of a step; number counts the videos from the beginning of the run."""
+        ...
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        """Return [P, J, D] on the training device."""
+        ...
+
+    def first_latent(self, image: int) -> Tensor:
+        """Return the first latent frame of a clip, [C, 1, H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShapeWorldConfig:
+    """Prompts that are made up. pair_fraction: with two objects. cut_fraction: steps whose videos have a second shot.
+    omit: captions that leave out the sizes, and the background."""
+
+    pair_fraction: float = 0.45
+    cut_fraction: float = 0.0
+    omit: float = 0.1
+
+
+class ShapeWorldScripts:
+    """Scenes of the training split, phrased anew each time; all videos of a step are cut at the same chunk."""
+
+    def __init__(self, config: ShapeWorldConfig, encoder: TextEncoder, *, seed: int):
+        self.config, self.encoder, self.seed = config, encoder, seed
+        self._generator = torch.Generator()
+
+    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+        generator = seeded(self._generator, self.seed, "cut", step)
+        is_cut, place = torch.rand(2, generator=generator).tolist()
+        cut = 1 + int(place * (num_chunks - 1)) if num_chunks > 1 and is_cut < self.config.cut_fraction else None
+        generator = seeded(self._generator, self.seed, "script", number)
+        prompts = []
+        for _ in range(1 if cut is None else 2):
+            scene_seed, phrasing = torch.randint(2**31, (2,), generator=generator).tolist()
+            pair = bool(torch.rand((), generator=generator) < self.config.pair_fraction)
+            scene = sample_scene(scene_seed, split="train", num_sprites=2 if pair else 1)
+            prompts.append(caption(scene, phrasing, omit=self.config.omit))
+        shots = [int(cut is not None and chunk >= cut) for chunk in range(num_chunks)]
+        return Script(tuple(prompts[s] for s in shots), tuple(chunk in (0, cut) for chunk in range(num_chunks)))
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        return self.encoder(*self.encoder.tokenize(prompts))
+
+    def first_latent(self, image: int) -> Tensor:
+        raise AssertionError("ShapeWorld's prompts come without images")
+
+
+class FileScripts:
+    """Scripts of a file, in an order drawn anew for each time through; features are computed once, before training."""
+
+    def __init__(
+        self,
+        scripts: Sequence[Sequence[str]],
+        features: Mapping[str, Tensor],
+        *,
+        seed: int,
+        text_len: int,
+        device: torch.device,
+    ):
+        """features: [J or fewer, D] of every prompt, on the CPU."""
+        self.scripts, self._features, self.text_len, self.device = scripts, features, text_len, device
+        self.order = Order(len(scripts), seed)
+
+    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+        shots = self.scripts[self.order.item(number)]
+        shown = [index * len(shots) // num_chunks for index in range(num_chunks)]
+        cuts = tuple(index == 0 or shown[index] != shown[index - 1] for index in range(num_chunks))
+        return Script(tuple(shots[index] for index in shown), cuts)
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        found = [self._features[clean_prompt(prompt)] for prompt in prompts]
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, self.text_len - len(x))) for x in found]
+        return torch.stack(padded).to(self.device)
+
+    def first_latent(self, image: int) -> Tensor:
+        raise AssertionError("prompts of a file come without images")
+
+
+class ClipScripts:
+    """Captions and cuts of encoded clips, and, for a share of them, the first frame too."""
+
+    def __init__(self, clips: EncodedDataset, *, image_fraction: float, seed: int, device: torch.device):
+        self.clips, self.image_fraction, self.seed, self.device = clips, image_fraction, seed, device
+        self.order = Order(len(clips), seed)
+        self._generator = torch.Generator()
+
+    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+        index = self.order.item(number)
+        clip = self.clips.clips[index]
+        generator = seeded(self._generator, self.seed, "image", step)
+        given = bool(torch.rand((), generator=generator) < self.image_fraction)
+        return Script(
+            clip.captions[:num_chunks],
+            (True, *(bool(cut) for cut in clip.cuts[1:num_chunks])),
+            image=index if given else None,
+        )
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([self.clips.text(prompt) for prompt in prompts]).to(self.device)
+
+    def first_latent(self, image: int) -> Tensor:
+        return self.clips.latents(image, 0, 1).to(self.device)
+
+
+class Order:
+    """Which of `count` items comes when: all of them, in an order drawn for each time through."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._generator = torch.Generator()
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def item(self, number: int) -> int:
+        epoch, place = divmod(number, self.count)
+        if epoch != self._epoch[0]:
+            generator = seeded(self._generator, self.seed, "order", epoch)
+            self._epoch = (epoch, torch.randperm(self.count, generator=generator).tolist())
+        return self._epoch[1][place]
+
+
+@dataclass(frozen=True)
+class DistillStage:
+    """A run of steps over videos of `frames` latent frames, `batch` of them a step over all ranks."""
+
+    frames: int = 32
+    batch: int = 8
+    steps: int = 5000
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.batch < 1 or self.steps < 0:
+            raise ConfigError(f"a stage of frames={self.frames}, batch={self.batch}, steps={self.steps} makes nothing")
+
+
+class ClipSource:
+    """Batches for the trainer: every share is a `Clip`, whose samples have their cuts in common."""
+
+    unit = "frame"
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        stages: Sequence[DistillStage],
+        *,
+        negative_prompt: str,
+        chunk_frames: int,
+        device: torch.device,
+    ):
+        self.scripts, self.stages, self.negative_prompt = scripts, stages, negative_prompt
+        self.chunk_frames, self.device = chunk_frames, device
+        for stage in stages:
+            check_frames(stage.frames, chunk_frames)
+
+    def size(self, step: int) -> int:
+        stage = stage_at(self.stages, step)
+        return stage.batch * stage.frames
+
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        """Return the backward passes of a step. Raises ConfigError unless they are as many in every stage."""
+        counts = {divide(s.batch, mesh, micro_batch)[1] * (s.frames // self.chunk_frames) for s in self.stages}
+        if len(counts) > 1:
+            raise ConfigError(
+                f"stages have {', '.join(map(str, sorted(counts)))} passes a step, clips of a rank times their chunks;"
+                " with several processes they must have as many"
+            )
+        return counts.pop()
+
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[Clip]:
+        stage = stage_at(self.stages, step)
+        size, passes = divide(stage.batch, mesh, micro_batch)
+        first = mesh.replica * size * passes
+        starts = range(first, first + size * passes, size)
+        return [self.clip(step, range(start, start + size), stage.frames // self.chunk_frames) for start in starts]
+
+    def clip(self, step: int, samples: Sequence[int], num_chunks: int) -> Clip:
+        before = self._videos_before(step)
+        drawn = [self.scripts.draw(step, before + sample, num_chunks) for sample in samples]
+        return self.assemble(drawn, step, samples)
+
+    def _videos_before(self, step: int) -> int:
+        videos = 0
+        for stage in self.stages:
+            videos += min(step, stage.steps) * stage.batch
+            step = max(step - stage.steps, 0)
+        return videos + step * self.stages[-1].batch
+
+    def assemble(self, drawn: Sequence[Script], step: int, samples: Sequence[int]) -> Clip:
+        if len({(script.cuts, script.image is None) for script in drawn}) > 1:
+            raise ConfigError(
+                "videos that are computed together must be cut at the same chunks, and these are not;"
+                " use parallel.micro_batch=1"
+            )
+        rows = {text: row for row, text in enumerate(dict.fromkeys(p for script in drawn for p in script.prompts))}
+        images = [script.image for script in drawn if script.image is not None]
+        return Clip(
+            features_PJD=self.scripts.features([*rows, self.negative_prompt]),
+            prompt_NB=torch.tensor([[rows[text] for text in script.prompts] for script in drawn], device=self.device).T,
+            cuts=drawn[0].cuts,
+            samples=tuple(samples),
+            step=step,
+            first_latent=torch.stack([self.scripts.first_latent(i) for i in images]) if images else None,
+        )
+
+
+def check_frames(frames: int, chunk_frames: int) -> None:
+    """Raise ConfigError unless a length is a number of chunks."""
+    if frames % chunk_frames:
+        raise ConfigError(
+            f"videos of {frames} latent frames are no multiple of the model's chunks of {chunk_frames};"
+            f" use {max(frames // chunk_frames, 1) * chunk_frames}"
+        )
+
+
+def read_scripts(path: Path) -> list[tuple[str, ...]]:
+    """Read prompts: one a line, or, in a `.jsonl`, objects `{"prompts": [...]}` with a prompt for each shot.
+
+    Raises UserError, naming the line, for a file without prompts, an empty line, or one that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}") from error
+    if not lines:
+        raise UserError(f"{path} is empty; wanted a prompt a line")
+    parse = _json_shots if path.suffix == ".jsonl" else lambda line, where: (line,)
+    scripts = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        shots = tuple(clean_prompt(shot) for shot in parse(line, where))
+        if not shots or not all(shots):
+            raise UserError(f"{where} holds an empty prompt; remove the line or say what is to be seen")
+        scripts.append(shots)
+    return scripts
+
+
+def _json_shots(line: str, where: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is no JSON: {error.msg}") from error
+    shots = found.get("prompts") if isinstance(found, dict) else None
+    if not isinstance(shots, list) or not all(isinstance(shot, str) for shot in shots):
+        raise UserError(f'{where} is no object like {{"prompts": ["first shot", "second shot"]}}')
+    return tuple(shots)
+
+
+@torch.no_grad()
+def encode_all(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the features of all prompts without their padding, bf16, on the CPU."""
+    features = {}
+    distinct = list(dict.fromkeys(map(clean_prompt, prompts)))
+    for start in range(0, len(distinct), ENCODED_AT_ONCE):
+        texts = distinct[start : start + ENCODED_AT_ONCE]
+        ids, mask = encoder.tokenize(texts)
+        for text, row, length in zip(texts, encoder(ids, mask), mask.sum(1).tolist(), strict=True):
+            features[text] = row[:length].bfloat16().cpu()
+    return features

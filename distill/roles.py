@@ -1,0 +1,150 @@
+"""Three networks on one frozen backbone: the student and the critic are adapters on it, the teacher is it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from longvideo.errors import ConfigError
+from longvideo.model.attention import AttentionPattern, Filling
+from longvideo.model.cache import ChunkCache
+from longvideo.model.layout import TokenLayout
+from longvideo.model.rope import Rope
+from longvideo.model.transformer import CausalTransformer, TextContext
+from longvideo.quantization.lora import TARGETS, LoraLinear, add_lora
+
+
+class Role(Enum):
+    STUDENT = "student"
+    CRITIC = "critic"
+    TEACHER = "teacher"
+
+
+class Network(Protocol):
+    """What distillation needs of a `CausalTransformer`."""
+
+    def rope(self, layout: TokenLayout) -> Rope: ...
+
+    def encode_text(self, features_PJD: Tensor) -> TextContext: ...
+
+    def __call__(
+        self,
+        latents_BCTHW: Tensor,
+        sigma_BT: Tensor,
+        text: TextContext,
+        *,
+        rope: Rope,
+        attention: AttentionPattern,
+        checkpoint: bool = False,
+    ) -> Tensor: ...
+
+    def fill_cache(
+        self, latents_BCTHW: Tensor, sigma_BT: Tensor, text: TextContext, *, rope: Rope, attention: Filling
+    ) -> None: ...
+
+
+class Roles(Protocol):
+    """Networks that play the three parts, one at a time."""
+
+    device: torch.device
+
+    def switch(self, role: Role) -> Network:
+        """Return the network of a role. It plays that role, its backward pass included, until the next switch."""
+        ...
+
+    def trained(self, role: Role) -> dict[str, nn.Parameter]:
+        """Return what is trained of the student or of the critic, by name."""
+        ...
+
+    def new_cache(self, batch: int) -> ChunkCache: ...
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank: of every update. alpha: updates count alpha / rank. targets: layers, by the end of their names."""
+
+    rank: int = 128
+    alpha: float = 128.0
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be above 0")
+
+    def config(self) -> LoraConfig:
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)  # type: ignore[arg-type]
+
+
+class LoraRoles:
+    """Adapters on a frozen transformer, switched by peft.
+
+    student: the backbone. teacher: another one, of other weights, which then carries the critic too; by default the
+    student's, so that there is one. Adapters start at no update, in float32, from `seed`.
+    """
+
+    def __init__(
+        self,
+        student: CausalTransformer,
+        lora: LoraSettings,
+        *,
+        teacher: CausalTransformer | None = None,
+        new_cache: Callable[[int], ChunkCache],
+        seed: int = 0,
+    ):
+        self.device = student.patch_embedding.weight.device
+        self.backbones = {Role.STUDENT: student, Role.CRITIC: teacher or student, Role.TEACHER: teacher or student}
+        own = add_lora(student, lora.config(), adapter_name=Role.STUDENT.value)
+        if teacher is None:
+            config = lora.config()
+            config._register_custom_module({nn.Linear: LoraLinear})
+            own.add_adapter(Role.CRITIC.value, config)
+            other = own
+        else:
+            other = add_lora(teacher, lora.config(), adapter_name=Role.CRITIC.value)
+        self._adapted: dict[Role, PeftModel] = {Role.STUDENT: own, Role.CRITIC: other, Role.TEACHER: other}
+        self._new_cache = new_cache
+        self._playing: Role | None = None
+        self.scaling = lora.alpha / lora.rank
+        generator = torch.Generator().manual_seed(seed)
+        for role in (Role.STUDENT, Role.CRITIC):
+            _initialize(self.trained(role), generator, self.device)
+        self.switch(Role.STUDENT)
+
+    def switch(self, role: Role) -> CausalTransformer:
+        if role is not self._playing:
+            adapted: Any = self._adapted[role].base_model
+            if role is Role.TEACHER:
+                adapted.disable_adapter_layers()
+            else:
+                adapted.enable_adapter_layers()
+                self._adapted[role].set_adapter(role.value)
+            self._playing = role
+        return self.backbones[role]
+
+    def trained(self, role: Role) -> dict[str, nn.Parameter]:
+        """Return the low-rank weights, named `blocks.0.self_attn.q.lora_A` and so on."""
+        found = {}
+        for name, layer in self.backbones[role].named_modules():
+            if isinstance(layer, LoraLinear) and role.value in layer.lora_A:
+                found[f"{name}.lora_A"] = layer.lora_A[role.value].weight
+                found[f"{name}.lora_B"] = layer.lora_B[role.value].weight
+        return found
+
+    def new_cache(self, batch: int) -> ChunkCache:
+        return self._new_cache(batch)
+
+
+@torch.no_grad()
+def _initialize(weights: dict[str, nn.Parameter], generator: torch.Generator, device: torch.device) -> None:
+    for name, weight in weights.items():
+        fresh = torch.zeros(weight.shape)
+        if name.endswith(".lora_A"):
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        weight.data = fresh.to(device)

@@ -1,0 +1,133 @@
+"""Roll the student out on its own chunks and remember what its last steps were given (Self Forcing, arXiv 2506.08009).
+
+No gradient is kept here. Which solver step a chunk ends at is drawn; the student's loss runs that step again, chunk by
+chunk, with a gradient. Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longvideo.distill.dmd import x0_of
+from longvideo.distill.roles import Role, Roles
+from longvideo.distill.walk import Clip, Walk
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.flow.unipc import UniPC
+from longvideo.model.spec import ChunkSpec
+from longvideo.training.objective import seeded
+
+EXITS = ("shared", "chunk", "last")
+CACHE_FILLS = ("clean", "last_step")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """steps: of the solver. exits: the step a chunk ends at is drawn once for a clip (`shared`), for each (`chunk`), or
+    is always the `last`. What is drawn teaches all steps, which then serve for fewer as well, but the critic sees a
+    mixture of what they make, and only that mixture is matched; the `last` alone matches what generation makes.
+
+    cache_fill: what later chunks see of a finished one, its keys and values in a pass of their own over the `clean`
+    result, or those of the `last_step`, which save that pass in generation.
+    """
+
+    steps: int = 4
+    exits: str = "shared"
+    cache_fill: str = "clean"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"rollout.steps={self.steps} must be at least 1")
+        if self.exits not in EXITS:
+            raise ConfigError(f"rollout.exits={self.exits!r} is unknown; use one of {', '.join(EXITS)}")
+        if self.cache_fill not in CACHE_FILLS:
+            raise ConfigError(f"rollout.cache_fill={self.cache_fill!r} is unknown; use {' or '.join(CACHE_FILLS)}")
+
+
+@dataclass
+class Rollout:
+    """What became of each chunk: `latents` [B, C, T, H, W], made by step `exits` of the solver from `inputs`."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+
+
+class SelfForcing:
+    """The student's roll-out, and its last step of every chunk again."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: RolloutConfig,
+        *,
+        spec: ChunkSpec,
+        shape: tuple[int, int, int, int],
+        shift: float,
+        seed: int,
+    ):
+        """shape: [C, T, H, W] of a chunk's latents."""
+        self.roles, self.config, self.spec, self.shape, self.seed = roles, config, spec, shape, seed
+        self.solver = UniPC(config.steps, shift)
+        self._generator = torch.Generator()
+
+    def noise(self, clip: Clip, index: int, purpose: str) -> Tensor:
+        """Draw noise for a chunk, on the CPU: a function of seed, step and sample, however a batch is divided."""
+        drawn = [
+            torch.randn(
+                self.shape, generator=seeded(self._generator, self.seed, purpose, clip.step, sample, str(index))
+            )
+            for sample in clip.samples
+        ]
+        return torch.stack(drawn).to(self.roles.device)
+
+    def exits(self, clip: Clip, purpose: str) -> list[int]:
+        """Draw the step at which each chunk ends; all ranks draw the same, so that none waits for another."""
+        if self.config.exits == "last":
+            return [self.solver.num_steps - 1] * clip.num_chunks
+        count = clip.num_chunks if self.config.exits == "chunk" else 1
+        generator = seeded(self._generator, self.seed, purpose, clip.step, "exit")
+        drawn = torch.randint(self.solver.num_steps, (count,), generator=generator).tolist()
+        return drawn if count == clip.num_chunks else drawn * clip.num_chunks
+
+    @torch.no_grad()
+    def roll_out(self, clip: Clip, purpose: str) -> Rollout:
+        """Make a clip. purpose: what for, so that critic and student are shown different ones."""
+        walk = self.walk(Role.STUDENT, clip)
+        made = Rollout(exits=self.exits(clip, purpose))
+        for index, last in enumerate(made.exits):
+            trajectory = self.solver.start(self.noise(clip, index, purpose))
+            for step in range(last + 1):
+                x = clip.hold(index, trajectory.sample)
+                trajectory.sample = x
+                velocity = walk.velocity(x, self.told(clip, index, step))
+                if step < last:
+                    trajectory.step(velocity)
+            made.inputs.append(x)
+            made.latents.append(self.result(clip, index, x, velocity, last))
+            if index + 1 < clip.num_chunks:
+                walk.finish(*self.to_keep(clip, made, index))
+        return made
+
+    def walk(self, role: Role, clip: Clip, *, negative: bool = False) -> Walk:
+        network = self.roles.switch(role)
+        return Walk(network, clip, self.spec, self.roles.new_cache(clip.batch), negative=negative)
+
+    def told(self, clip: Clip, index: int, step: int) -> Tensor:
+        """Return the noise levels [B, T] that the network is told at a step."""
+        level = self.solver.timesteps[step] / NUM_TRAIN_TIMESTEPS
+        return level * clip.weight(index, self.spec.chunk_frames)
+
+    def result(self, clip: Clip, index: int, x_BCTHW: Tensor, velocity_BCTHW: Tensor, step: int) -> Tensor:
+        """Return the clean latents that a chunk ends with when it ends at a step."""
+        sigma = self.solver.sigmas[step] * clip.weight(index, self.spec.chunk_frames)
+        return clip.hold(index, x0_of(x_BCTHW, velocity_BCTHW, sigma))
+
+    def to_keep(self, clip: Clip, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
+        """Return the latents and noise levels whose keys and values later chunks see of a finished one."""
+        if self.config.cache_fill == "last_step":
+            return made.inputs[index], self.told(clip, index, made.exits[index])
+        return made.latents[index], torch.zeros(clip.batch, self.spec.chunk_frames, device=self.roles.device)
