@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
@@ -45,8 +46,9 @@ class LoraLinear(nn.Module, LoraLayer):
             if name in self.lora_A:
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
                 assert isinstance(down, Tensor) and isinstance(up, Tensor)
-                update = F.linear(F.linear(self.lora_dropout[name](x), down.to(x.dtype)), up.to(x.dtype))
-                output = output + (update * self.scaling[name]).to(output.dtype)
+                narrow = F.linear(self.lora_dropout[name](x), down.to(x.dtype)).flatten(0, -2)
+                wide = torch.addmm(output.flatten(0, -2), narrow, up.to(x.dtype).T, alpha=self.scaling[name])
+                output = wide.view(output.shape)
         return output
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

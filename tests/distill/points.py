@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longvideo.distill.roles import Role
 from longvideo.distill.walk import Clip
 from longvideo.flow.schedule import expand
-from longvideo.model.cache import ChunkWindow
+from longvideo.model.cache import KVCache
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import TextContext
@@ -42,18 +42,6 @@ class Mixture:
         gain = ((1 - sigma) * self.deviation**2 / variance)[..., None]
         estimate = (share * (self.centres.double() + gain * offsets)).sum(-2)
         return estimate.movedim(-1, 1)[..., None, None].to(x_BCTHW.dtype)
-
-
-class NoCache:
-    """Clips of one chunk remember nothing."""
-
-    num_bytes = 0
-
-    def __init__(self) -> None:
-        self.window = ChunkWindow(SPEC)
-
-    def commit(self, *, cut: bool = False) -> None:
-        raise AssertionError("a clip of one chunk is never gone on with")
 
 
 class PointNetwork(nn.Module):
@@ -114,8 +102,8 @@ class ThreeNetworks:
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
         return dict(self.networks[role].named_parameters())
 
-    def new_cache(self, batch: int) -> NoCache:
-        return NoCache()
+    def new_cache(self, batch: int) -> KVCache:
+        return KVCache(SPEC, num_layers=0, num_heads=1, head_dim=2)
 
 
 def clip(step: int, samples: int = 16) -> Clip:

@@ -1,0 +1,95 @@
+"""Two ranks under DeepSpeed distil as one process does, at every ZeRO stage that adapters may have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+pytest.importorskip("deepspeed")
+
+from longvideo.distill.engine import PairedEngine
+from longvideo.distill.objectives import CriticObjective, RoleObjective, StudentObjective
+from longvideo.distill.roles import Role
+from longvideo.distill.walk import Clip
+from longvideo.training.checkpoint import CheckpointFolder
+from longvideo.training.engine import Engine, LocalEngine
+from longvideo.training.mesh import Mesh, build_mesh
+from longvideo.training.optimizer import OptimizerConfig
+from tests.distill import videos
+from tests.golden import relative_error
+from tests.model import small
+from tests.training.processes import run_in_processes
+from tests.training.toy import CPU
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, gradient_clip=0.5)
+SAMPLES = 2
+STAGES = (0, 1, 2)
+
+
+def build(mesh: Mesh, stage: int | None) -> tuple[PairedEngine, videos.LoraRoles]:
+    """stage: of ZeRO; None is the engine of one process."""
+    roles = videos.roles(small.model(), stirred=0.2)
+    rollouts, looks = videos.parts(roles)
+
+    def engine(objective: RoleObjective, decay: float) -> Engine:
+        roles.switch(objective.role)
+        if stage is None:
+            return LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=decay)
+        from longvideo.training.deepspeed_engine import DeepSpeedEngine
+
+        passes = len(videos.clip().cuts) * SAMPLES // mesh.replicas
+        return DeepSpeedEngine(
+            objective, OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=passes, ema_decay=decay
+        )
+
+    student, critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+    both = (student, engine(student, 0.7)), (critic, engine(critic, 0.0))
+    return PairedEngine(*both, critic_rate=lambda step: 1e-3, student_every=2), roles
+
+
+def shares(mesh: Mesh, step: int) -> list[Clip]:
+    """One sample a pass."""
+    whole, own = videos.clip(samples=SAMPLES), []
+    for sample in range(mesh.replica, SAMPLES, mesh.replicas):
+        rows = whole.prompt_NB[:, sample : sample + 1]
+        own.append(replace(whole, samples=(sample,), prompt_NB=rows, step=step))
+    return own
+
+
+def train(engine: PairedEngine, roles: videos.LoraRoles, mesh: Mesh, steps: range) -> dict[str, Tensor]:
+    """Return all adapter weights, the student's averaged."""
+    for step in steps:
+        engine.train_step(shares(mesh, step), step, 1e-3)
+    with engine.averaged():
+        found = (Role.STUDENT, Role.CRITIC)
+        return {f"{role}/{name}": w.detach().clone() for role in found for name, w in roles.trained(role).items()}
+
+
+def by_every_stage(folder: str) -> list[dict[str, Tensor]]:
+    mesh, found = build_mesh(1), []
+    for stage in STAGES:
+        engine, roles = build(mesh, stage)
+        train(engine, roles, mesh, range(2))
+        CheckpointFolder(Path(folder) / str(stage), keep=1, mesh=mesh).save(2, engine.save, engine.counts())
+        found.append(train(engine, roles, mesh, range(2, 4)))
+    # and on from the checkpoint of one stage at another
+    engine, roles = build(mesh, 2)
+    checkpoint = CheckpointFolder(Path(folder) / "1", keep=1, mesh=mesh).newest()
+    assert checkpoint is not None
+    engine.load(checkpoint.folder, counts=checkpoint.state)
+    return [*found, train(engine, roles, mesh, range(2, 4))]
+
+
+def test_two_ranks_at_every_stage_distil_as_one_process(tmp_path: Path) -> None:
+    engine, roles = build(Mesh(), None)
+    before = {name: weight.detach().clone() for name, weight in roles.trained(Role.STUDENT).items()}
+    wanted = train(engine, roles, Mesh(), range(4))
+    assert all(relative_error(before[name], wanted[f"{Role.STUDENT}/{name}"]) > 1e-3 for name in before)
+    first, second = run_in_processes(2, by_every_stage, str(tmp_path))
+    assert len(first) == len(second) == 4
+    for found in (*first, *second):
+        for name, weight in wanted.items():
+            assert relative_error(found[name], weight) < 2e-4, name

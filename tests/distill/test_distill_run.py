@@ -1,0 +1,285 @@
+"""`longvideo distill` and `longvideo merge`, on a small random model."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.distill.adapters import Adapter
+from longvideo.model.attention import Full
+from longvideo.model.layout import TokenLayout
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from tests.checkpoint import small
+from tests.golden import relative_error
+
+PROMPTS = "a red ball moves left\na blue ball\na ball moves\n"
+SMALL = (
+    "lora.rank=4",
+    "lora.alpha=8",
+    "student_every=2",
+    "dmd.guidance=3",
+    "optimizer.learning_rate=1e-3",
+    "optimizer.schedule=constant",
+    "critic_optimizer.learning_rate=1e-3",
+    "critic_optimizer.schedule=constant",
+    "trainer.log_every=1",
+    "trainer.sample_every=0",
+    "samples.prompts=2",
+    "samples.chunks=2",
+    "samples.judge=false",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    small.save(folder / "model")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    return folder
+
+
+def arguments(home: Path, name: str, *more: str, steps: int = 4, precision: str = "bf16") -> list[str]:
+    own = [f"model={home / 'model'}", f"prompts={home / 'prompts.txt'}", f"backbone.precision={precision}"]
+    stages = f"stages=[{{frames: 16, batch: 2, steps: {steps}}}]"
+    return ["distill", "tiny/dmd", *own, *SMALL, stages, *more, "--out", str(home / name), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Path:
+    assert main(arguments(home, "run")) == 0
+    return home / "run"
+
+
+def velocity(model: CausalTransformer) -> Tensor:
+
+    grid = ChunkSpec(grid_height=2, grid_width=3, chunk_frames=2, window_frames=4, sink_frames=0, pin_shots=False)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 2, 4, 6, generator=generator)
+    features = torch.randn(1, 32, 128, generator=generator)
+    with torch.no_grad():
+        rope = model.rope(TokenLayout.block_causal(grid, 1))
+        text = model.encode_text(features)
+        return model(latents, torch.full((1, 2), 0.5), text, rope=rope, attention=Full())
+
+
+def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [("student_loss" in line) for line in steps] == [True, False, True, False]
+    assert all(line["grad"] > 0 for line in steps) and all(line["dmd_gradient"] > 0 for line in steps[::2])
+    assert any(name.startswith("critic_") for name in steps[0])
+    folder = ModelFolder.open(run / "model")
+    assert (folder.settings.steps, folder.settings.guidance, folder.settings.clean_pass) == (4, 1.0, True)
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "student_0000004_4_steps.png",
+        "student_0000004_2_steps.png",
+    }
+
+
+def test_the_merged_model_is_backbone_and_adapter(home: Path, run: Path) -> None:
+    merged = ModelFolder.open(run / "model").load_transformer(dtype=torch.float32)
+    adapter, plain = Adapter.load(run / "lora"), small.transformer()
+    weights = plain.state_dict()
+    for layer in adapter.layers:
+        update = adapter.weights[f"{layer}.lora_B"] @ adapter.weights[f"{layer}.lora_A"]
+        assert update.abs().max() > 0
+        weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + 8 / 4 * update
+    assert len(adapter.layers) == 10 * small.TRANSFORMER.num_layers
+    for name, tensor in merged.state_dict().items():
+        assert relative_error(tensor, weights[name]) < 1e-6, name
+
+
+def test_peft_and_diffusers_read_the_adapter(run: Path) -> None:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from peft import PeftModel
+
+    wanted = velocity(ModelFolder.open(run / "model").load_transformer(dtype=torch.float32))
+    plain = small.transformer()
+    assert relative_error(velocity(plain), wanted) > 1e-3
+    PeftModel.from_pretrained(plain, str(run / "lora"))
+    assert relative_error(velocity(plain), wanted) < 1e-5
+
+    theirs, source = (
+        WanTransformer3DModel.from_pretrained(run / name / "transformer") for name in ("model", "../model")
+    )
+    source.load_lora_adapter(load_file(run / "lora" / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    source.fuse_lora()
+    weights = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
+    for name, tensor in theirs.state_dict().items():
+        assert relative_error(weights[name], tensor) < 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
+def test_merge_command(home: Path, run: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target = home / f"merged_{precision}"
+    command = ["merge", str(home / "model"), str(run / "lora"), str(target), "--steps", "2", "--precision", precision]
+    if precision == "nvfp4":
+        # 24 wide layers do not divide into groups of 16
+        assert main(command) == 2
+        assert "16" in capsys.readouterr().err and not target.exists()
+        return
+    assert main(command) == 0
+    folder = ModelFolder.open(target)
+    assert folder.settings.steps == 2
+    for name, tensor in folder.load_transformer().state_dict().items():
+        assert torch.equal(tensor, ModelFolder.open(run / "model").load_transformer().state_dict()[name])
+    assert main(command) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def state(folder: Path, step: int = 4) -> dict[str, Tensor]:
+    place = folder / "checkpoints" / f"step_{step:07d}"
+    return {
+        f"{path.parent.name}/{path.stem}/{name}": tensor
+        for path in place.glob("*/*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys() and len(one) > 100
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def distil(home: str, name: str, reports: Connection) -> None:
+    """Distil to the end, reporting every step."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    from longvideo.distill.engine import PairedEngine
+
+    one_step = PairedEngine.train_step
+
+    def reported(self, shares, step, learning_rate):
+        found = one_step(self, shares, step, learning_rate)
+        reports.send(step)
+        return found
+
+    PairedEngine.train_step = reported
+    code = main(arguments(Path(home), name, "trainer.save_every=1", "samples.prompts=0"))
+    reports.close()
+    os._exit(code)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(home: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "longvideo.distill.distillation", "longvideo.training.run"])
+    lottery, killed = random.Random(0), 0
+    while True:
+        reports, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=distil, args=(str(home), "killed", theirs))
+        process.start()
+        theirs.close()
+        left = lottery.randint(1, 2) if killed < 4 else 100
+        try:
+            while left:
+                reports.recv()
+                left -= 1
+            os.kill(process.pid or 0, signal.SIGKILL)
+            killed += 1
+        except EOFError:
+            pass
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert killed == 4
+    reports, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=distil, args=(str(home), "whole", theirs))
+    process.start()
+    process.join()
+    assert_same_bits(state(home / "killed"), state(home / "whole"))
+    adapters = [(home / name / "lora" / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert adapters[0] == adapters[1]
+
+
+def test_two_step_training_goes_on_from_an_adapter(home: Path, run: Path) -> None:
+    more = (f"adapter={run / 'lora'}", "rollout.steps=2", "optimizer.learning_rate=1e-12", "lora.alpha=4")
+    assert main(arguments(home, "two", *more, "samples.prompts=0", "merge=false", steps=2)) == 0
+    assert not (home / "two" / "model").exists()
+    before, after = Adapter.load(run / "lora"), Adapter.load(home / "two" / "lora")
+    assert (before.scaling, after.scaling) == (2.0, 1.0)
+    for layer in before.layers:
+        updates = [x.scaling * x.weights[f"{layer}.lora_B"] @ x.weights[f"{layer}.lora_A"] for x in (before, after)]
+        assert relative_error(updates[1], updates[0]) < 1e-4
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["stages=[{frames: 12, batch: 2, steps: 1}]"], "12 latent frames are no multiple of the model's chunks of 8"),
+        (["rollout.exits=never"], "rollout.exits='never'"),
+        (["rollout.cache_fill=never"], "rollout.cache_fill='never'"),
+        (["dmd.sigma_min=0"], "dmd.sigma_min=0"),
+        (["lora.rank=0"], "lora.rank=0"),
+        (["student_every=0"], "student_every=0"),
+        (["image_fraction=0.5"], "give data=CLIPS"),
+        (["parallel.zero_stage=3"], "use 0, 1 or 2"),
+        (["backbone.precision=int8"], "backbone.precision='int8'"),
+        (["prompts=nowhere.txt"], "cannot read the prompts in nowhere.txt"),
+    ],
+)
+def test_bad_settings_are_refused(home: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refusal(arguments(home, "bad", *more), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("empty.txt", "", "is empty"),
+        ("gap.txt", "a ball\n\na red ball\n", "gap.txt:2 holds an empty prompt"),
+        ("broken.jsonl", '{"prompts": ["a ball"\n', "broken.jsonl:1 is no JSON"),
+        ("other.jsonl", '{"text": "a ball"}\n', "other.jsonl:1 is no object like"),
+        ("none.jsonl", '{"prompts": []}\n', "none.jsonl:1 holds an empty prompt"),
+    ],
+)
+def test_bad_prompt_files_are_refused(
+    home: Path, name: str, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / name).write_text(text)
+    assert said in refusal(arguments(home, "bad", f"prompts={home / name}"), capsys)
+
+
+def test_adapters_and_teachers_that_do_not_fit_are_refused(
+    home: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*args, **kwargs):
+        raise AssertionError("weights were read before the error was found")
+
+    monkeypatch.setattr(ModelFolder, "load_transformer", unread)
+    lora = f"adapter={run / 'lora'}"
+    assert "has rank 4, lora.rank is 8" in refusal(arguments(home, "bad", lora, "lora.rank=8"), capsys)
+    # the shipped model has wider layers
+    message = refusal(arguments(home, "bad", lora, "model=tiny"), capsys)
+    assert "blocks.0." in message and "weights/tiny at rank 4" in message
+    message = refusal(arguments(home, "bad", "teacher=tiny"), capsys)
+    assert "the student" in message and "the teacher" in message and "must be equal" in message
+    assert "for tiny at rank 4" in refusal(["merge", "tiny", str(run / "lora"), str(home / "never")], capsys)
+    assert not (home / "never").exists()
+
+
+def test_scripts_of_several_shots_are_computed_one_by_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "shots.jsonl").write_text('{"prompts": ["a ball", "a red ball"]}\n{"prompts": ["a blue ball"]}\n')
+    more = (f"prompts={home / 'shots.jsonl'}", "samples.prompts=0", "merge=false")
+    assert "use parallel.micro_batch=1" in refusal(arguments(home, "shots", *more, steps=1), capsys)
+    assert main(arguments(home, "shots", *more, "parallel.micro_batch=1", steps=1)) == 0

@@ -1,0 +1,210 @@
+"""The student's roll-out is generation; its gradient stays in one chunk and in one adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.conditioning import Conditioning
+from longvideo.distill.objectives import CriticObjective, DmdConfig, StudentObjective
+from longvideo.distill.roles import LoraRoles, Role
+from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
+from longvideo.distill.walk import Clip
+from longvideo.errors import ConfigError
+from longvideo.quantization.convert import with_precision
+from longvideo.rollout import rollout
+from tests.distill import videos
+from tests.golden import relative_error
+from tests.model import small
+from tests.quantization import small as packable
+
+CUTS = (True, False, True, False, False)
+
+
+def generated(found: LoraRoles, rollouts: SelfForcing, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return what inference makes of the same noise."""
+    student = found.switch(Role.STUDENT)
+    with torch.no_grad():
+        text = student.encode_text(clip.features_PJD)
+    chunks = [
+        Conditioning(text=text, prompt_index=rows, cut=cut, first_latent=None if index else clip.first_latent)
+        for index, (rows, cut) in enumerate(zip(clip.prompt_NB, clip.cuts, strict=True))
+    ]
+    noises = iter([rollouts.noise(clip, index, "student") for index in range(clip.num_chunks)])
+    monkeypatch.setattr("longvideo.rollout._noise", lambda *_: next(noises))
+    made = rollout(
+        student,
+        chunks,
+        spec=videos.SPEC,
+        solver=rollouts.solver,
+        generators=[torch.Generator() for _ in clip.samples],
+        clean_pass=rollouts.config.cache_fill == "clean",
+    )
+    return [latents.clone() for latents in made]
+
+
+@pytest.mark.parametrize("cache_fill", ["clean", "last_step"])
+@pytest.mark.parametrize("image", [False, True])
+def test_a_roll_out_to_the_last_step_is_what_generation_makes(
+    cache_fill: str, image: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a window that rolls, shots that are pinned and moved apart, prompts of their own, and a given image."""
+    found = videos.roles(small.model(), stirred=0.2)
+    rollouts, _ = videos.parts(found, RolloutConfig(steps=3, exits="last", cache_fill=cache_fill))
+    first = small.latents(1, spec=videos.SPEC, batch=2)[:, :, :1] if image else None
+    clip = videos.clip(CUTS, first_latent=first)
+    made = rollouts.roll_out(clip, "student").latents
+    wanted = generated(found, rollouts, clip, monkeypatch)
+    for got, want in zip(made, wanted, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_offset_and_adapter_reach_the_chunks_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    for offset, stirred in ((4, 0.2), (0, 0.2), (4, 0.0)):
+        monkeypatch.setattr(videos, "SPEC", replace(videos.SPEC, offset_per_shot=offset))
+        rollouts, _ = videos.parts(videos.roles(small.model(), stirred=stirred))
+        made[offset, stirred] = rollouts.roll_out(videos.clip(CUTS), "student").latents
+        monkeypatch.undo()
+    for index, before_cut in enumerate((True, True, False, False, False)):
+        moved = relative_error(made[0, 0.2][index], made[4, 0.2][index])
+        assert moved == 0 if before_cut else moved > 1e-3
+        assert relative_error(made[4, 0.0][index], made[4, 0.2][index]) > 1e-2
+
+
+def test_exits_are_drawn_once_or_for_each_chunk() -> None:
+    found = videos.roles(small.model())
+    drawn = {}
+    for exits in ("shared", "chunk", "last"):
+        rollouts, _ = videos.parts(found, RolloutConfig(steps=3, exits=exits))
+        clips = [replace(videos.clip(), step=step) for step in range(40)]
+        drawn[exits] = [tuple(rollouts.exits(clip, "student")) for clip in clips]
+        assert drawn[exits] == [tuple(rollouts.exits(clip, "student")) for clip in clips]
+    assert {len(set(exits)) for exits in drawn["shared"]} == {1}
+    assert {exits[0] for exits in drawn["shared"]} == {0, 1, 2}
+    assert max(len(set(exits)) for exits in drawn["chunk"]) > 1
+    assert set(drawn["last"]) == {(2, 2, 2)}
+    with pytest.raises(ConfigError, match="rollout.exits='never'"):
+        RolloutConfig(exits="never")
+
+
+def test_noise_does_not_depend_on_how_a_batch_is_divided() -> None:
+    rollouts, _ = videos.parts(videos.roles(small.model()))
+    whole = rollouts.roll_out(videos.clip(CUTS), "student")
+    clip = videos.clip(CUTS)
+    for sample in range(2):
+        alone = replace(clip, samples=(sample,), prompt_NB=clip.prompt_NB[:, sample : sample + 1])
+        made = rollouts.roll_out(alone, "student")
+        for got, want in zip(made.latents, whole.latents, strict=True):
+            assert relative_error(got, want[sample : sample + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("cache_fill", ["clean", "last_step"])
+def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: str, checkpoint: bool) -> None:
+    """Against finite differences of the loss of one chunk, its context held as it was: whatever flowed through cached
+    keys and values would be too much."""
+    found = videos.roles(small.model().double(), stirred=0.2)
+    for role in (Role.STUDENT, Role.CRITIC):
+        for weight in found.trained(role).values():
+            weight.data = weight.data.double()
+    config = RolloutConfig(steps=3, cache_fill=cache_fill)
+    rollouts, looks = videos.parts(found, config, DmdConfig(checkpoint=checkpoint))
+    objective = StudentObjective(rollouts, looks)
+    parts = objective.parts([videos.clip(CUTS)])
+    weights = found.trained(Role.STUDENT)
+    found.switch(Role.STUDENT)
+    generator = torch.Generator().manual_seed(3)
+    for index, part in enumerate(parts):
+        loss, _ = objective(part)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        ways = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights.values()]
+        along = sum((g * way).sum() for g, way in zip(gradients, ways, strict=True))
+        # the target of the loss moves with x0, so what is measured is x0 against the gradient it was given
+        measured = []
+        for step in (1e-3, -1e-3):
+            for weight, way in zip(weights.values(), ways, strict=True):
+                weight.data += step * way
+            x = part.made.inputs[index]
+            last = part.made.exits[index]
+            assert objective._walk is not None and objective._walk.index == index
+            with torch.no_grad():
+                objective._walk._text = objective._walk.network.encode_text(part.clip.features_PJD)
+                velocity = objective._walk.velocity(x, rollouts.told(part.clip, index, last))
+            x0 = rollouts.result(part.clip, index, x, velocity, last)
+            measured.append((x0 * part.gradients[index]).mean())
+            for weight, way in zip(weights.values(), ways, strict=True):
+                weight.data -= step * way
+        with torch.no_grad():
+            objective._walk._text = objective._walk.network.encode_text(part.clip.features_PJD)
+        difference = (measured[0] - measured[1]) / 2e-3
+        assert abs(along - difference) < 2e-3 * abs(difference) + 1e-6, (index, along, difference)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_gradient_reaches_the_backbone_or_the_other_adapter(precision: str, shared: bool) -> None:
+    student = with_precision(packable.model(), precision)
+    teacher = None if shared else with_precision(packable.model(seed=1), precision)
+    found = videos.roles(student, teacher, stirred=0.1)
+    rollouts, looks = videos.parts(found)
+    for own, other, objective in (
+        (Role.STUDENT, Role.CRITIC, StudentObjective(rollouts, looks)),
+        (Role.CRITIC, Role.STUDENT, CriticObjective(rollouts, looks)),
+    ):
+        for part in objective.parts([videos.clip()]):
+            loss, _ = objective(part)
+            loss.backward()
+        # keys and values of the last block's text, and everything before the head, take part
+        assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in found.trained(own).values())
+        assert all(weight.grad is None for weight in found.trained(other).values())
+        frozen = [
+            p
+            for model in (student, teacher)
+            if model is not None
+            for n, p in model.named_parameters()
+            if "lora_" not in n
+        ]
+        assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+        assert {name.replace("/", ".") for name, _ in objective.named_parameters()} == set(found.trained(own))
+        for weight in found.trained(own).values():
+            weight.grad = None
+
+
+def test_the_teacher_is_the_backbone_and_adapters_differ() -> None:
+    model = small.model()
+    plain_roles = videos.roles(small.model())
+    plain, plain_looks = videos.parts(plain_roles)
+    found = videos.roles(model, stirred=0.2)
+    rollouts, looks = videos.parts(found)
+    clip = videos.clip()
+    made = plain.roll_out(clip, "student")
+    noises, sigmas = looks.draw(clip, "student")
+    noisy = [looks.schedule.add_noise(x, e, s) for x, e, s in zip(made.latents, noises, sigmas, strict=True)]
+    estimates = {role: torch.cat(looks._estimates(role, clip, made, noisy, sigmas), 2) for role in Role}
+    untouched = torch.cat(plain_looks._estimates(Role.STUDENT, clip, made, noisy, sigmas), 2)
+    assert torch.equal(estimates[Role.TEACHER], untouched)
+    assert relative_error(estimates[Role.STUDENT], untouched) > 1e-2
+    assert relative_error(estimates[Role.CRITIC], estimates[Role.STUDENT]) > 1e-2
+
+
+def test_given_frames_get_no_gradient() -> None:
+    found = videos.roles(small.model(), stirred=0.2)
+    rollouts, looks = videos.parts(found)
+    first = small.latents(1, spec=videos.SPEC, batch=2)[:, :, :1]
+    clip = videos.clip(first_latent=first)
+    (part, *_) = StudentObjective(rollouts, looks).parts([clip])
+    assert torch.equal(part.made.latents[0][:, :, :1], first)
+    assert not part.gradients[0][:, :, 0].any() and part.gradients[0][:, :, 1].any()
+
+
+def test_a_student_like_its_teacher_is_left_alone() -> None:
+    """Where critic and teacher agree there is no gradient, and the normaliser has no zero to divide by."""
+    found = videos.roles(small.model())
+    _, looks = videos.parts(found, dmd=DmdConfig(guidance=1.0))
+    rollouts = looks.rollouts
+    for part in StudentObjective(rollouts, looks).parts([videos.clip()]):
+        assert not part.gradients[part.index].any()
