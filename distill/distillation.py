@@ -14,6 +14,7 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
+from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.adapters import UP, Adapter, layer_sizes, merge
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, RoleObjective, StudentObjective
@@ -38,13 +39,13 @@ from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.config import TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
-from longvideo.model.transformer import CausalTransformer
+from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.number_formats import KV_CACHES, PRECISIONS
 from longvideo.pixels import to_uint8
 from longvideo.quantization.convert import quantize_layers, with_precision
 from longvideo.rollout import rollout
 from longvideo.shapeworld.captions import caption
-from longvideo.shapeworld.world import sample_scenes
+from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.text import TextEncoder
 from longvideo.training.engine import Engine
 from longvideo.training.mesh import Mesh, ParallelConfig
@@ -52,6 +53,8 @@ from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
 from longvideo.training.trainer import TrainerConfig
+
+COMPILED_FORMS = 32
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Distillation:
     model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another.
     adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
     folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
-    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. merge: write whole
-    weights besides the adapter.
+    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. compile: blocks, but
+    for their attention, on a GPU. merge: write whole weights besides the adapter.
     """
 
     seed: int = 0
@@ -100,6 +103,7 @@ class Distillation:
     image_fraction: float = 0.0
     negative_prompt: str = ""
     student_every: int = 5
+    compile: bool = False
     merge: bool = True
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -167,6 +171,8 @@ class DistillRecipe:
         )
         if adapter is not None:
             put(adapter, self.roles)
+        if config.compile and device.type == "cuda":
+            compile_blocks(student, teacher)
         shape = self._latent_shape(student.config)
         shift = self.settings.shift
         rollouts = SelfForcing(self.roles, config.rollout, spec=self.spec, shape=shape, shift=shift, seed=config.seed)
@@ -227,9 +233,9 @@ class DistillRecipe:
             return {}
         values: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        clip, captions, scenes = self._shown()
+        clips, captions, scenes = self._shown()
         for steps in config.steps:
-            videos = self._generate(clip, steps)
+            videos = [video for clip in clips for video in self._generate(clip, steps)]
             strip = film_strip(videos[:8], columns=8, captions=captions[:8])
             strip.save(folder / f"student_{step:07d}_{steps}_steps.png")
             if scenes and config.judge:
@@ -260,9 +266,8 @@ class DistillRecipe:
     def _scripts(self, scripts: Sequence[tuple[str, ...]] | None) -> Scripts:
         config = self.config
         if config.data is not None:
-            from longvideo.data.encoded import EncodedDataset
-
             clips = EncodedDataset.open(config.data)
+            self._check_clips(clips, config.data)
             longest = max(stage.frames for stage in config.stages)
             if clips.num_chunks * clips.chunk_frames < longest:
                 raise ConfigError(
@@ -277,6 +282,20 @@ class DistillRecipe:
         texts = [text for shots in scripts for text in shots]
         features = encode_all(encoder, [*texts, config.negative_prompt])
         return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
+
+    def _check_clips(self, clips: EncodedDataset, name: str) -> None:
+        """Raise ConfigError unless encoded clips have the model's sizes."""
+        model, spec = self.folder.transformer_config, self.spec
+        _, p, q = model.patch_size
+        for what, found, wanted in (
+            ("latent channels", clips.channels, model.in_channels),
+            ("latent frames a chunk", clips.chunk_frames, spec.chunk_frames),
+            ("latent height and width", clips.latent_size, (spec.grid_height * p, spec.grid_width * q)),
+            ("text positions", clips.text_len, self.settings.text_len),
+            ("text width", clips.text_dim, model.text_dim),
+        ):
+            if found != wanted:
+                raise ConfigError(f"{name} has {what} {found}, the model {self.folder.path} {wanted}; encode it again")
 
     def _load(self, folder: ModelFolder) -> CausalTransformer:
         """Load a backbone and pack it; only one is ever there in full precision."""
@@ -300,18 +319,20 @@ class DistillRecipe:
         spec = self.spec
         return model.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
 
-    def _shown(self) -> tuple[Clip, list[str], list]:
+    def _shown(self) -> tuple[list[Clip], list[str], list[Scene]]:
+        """Return what is to be generated, a caption for each video, and, of ShapeWorld, the scenes to judge by."""
         config = self.config.samples
         numbers = range(config.prompts)
         if not isinstance(self.scripts, ShapeWorldScripts):
-            clips = [self.source.clip(0, [number], config.chunks) for number in numbers]
-            return clips[0], [" / ".join(dict.fromkeys(self.scripts.draw(0, 0, config.chunks).prompts))], []
+            drawn = [self.scripts.draw(0, number, config.chunks) for number in numbers]
+            clips = [self.source.assemble([script], 0, [number]) for number, script in enumerate(drawn)]
+            return clips, [" / ".join(dict.fromkeys(script.prompts)) for script in drawn], []
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
         features = self.scripts.features([*prompts, ""])
         rows = torch.arange(config.prompts, device=self.device).expand(config.chunks, -1)
         cuts = (True, *([False] * (config.chunks - 1)))
-        return Clip(features, rows, cuts, tuple(numbers), step=0), prompts, scenes
+        return [Clip(features, rows, cuts, tuple(numbers), step=0)], prompts, scenes
 
     @torch.no_grad()
     def _generate(self, clip: Clip, steps: int) -> list[np.ndarray]:
@@ -337,6 +358,17 @@ class DistillRecipe:
             video, state = autoencoder.decode(autoencoder.denormalize(chunk.to(self.dtype)), state)
             frames.append(to_uint8(video).cpu().numpy())
         return list(np.concatenate(frames, axis=1))
+
+
+def compile_blocks(*backbones: CausalTransformer | None) -> None:
+    """Compile the blocks, but for their attention."""
+    # three roles, with and without gradients, and the first block, whose input has none: seven forms of each function
+    # for each size of batch; the default limit of eight is meant to catch mistakes
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
+    for backbone in backbones:
+        for block in backbone.blocks if backbone is not None else ():
+            assert isinstance(block, Block)
+            block.compile_around_attention()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

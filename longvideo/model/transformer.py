@@ -87,10 +87,8 @@ class SelfAttention(nn.Module):
     def keys_values(self, h_BLD: Tensor) -> tuple[Tensor, Tensor]:
         return self._heads(self.norm_k(self.k(h_BLD))), self._heads(self.v(h_BLD))
 
-    def forward(self, h_BLD: Tensor, rope: Rope, attention: AttentionPattern, layer: int) -> Tensor:
-        q_BLNK = self._heads(self.norm_q(self.q(h_BLD)))
-        k_BLNK, v_BLNK = self.keys_values(h_BLD)
-        return self.o(attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(q_BLNK.dtype))
+    def queries(self, h_BLD: Tensor) -> Tensor:
+        return self._heads(self.norm_q(self.q(h_BLD)))
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.num_heads, -1))
@@ -149,11 +147,29 @@ class Block(nn.Module):
         attention: AttentionPattern,
         layer: int,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
-        attended = self.self_attn(self.norm1(h_BLD, shift1, scale1), rope, attention, layer)
-        h_BLD = add_gated(h_BLD, attended, gate1)
+        q_BLNK, k_BLNK, v_BLNK = self.before_attention(h_BLD, time_BTS6D)
+        attended_BLD = attention(layer, q_BLNK, k_BLNK, v_BLNK, rope).flatten(-2).to(q_BLNK.dtype)
+        return self.after_attention(h_BLD, attended_BLD, time_BTS6D, text)
+
+    def before_attention(self, h_BLD: Tensor, time_BTS6D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values before rotation, [B, L, N, K] each."""
+        shift, scale, *_ = self._modulation(time_BTS6D)
+        normed = self.norm1(h_BLD, shift, scale)
+        return (self.self_attn.queries(normed), *self.self_attn.keys_values(normed))
+
+    def after_attention(
+        self, h_BLD: Tensor, attended_BLD: Tensor, time_BTS6D: Tensor, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Take in what self-attention found, then the prompt, then the feed-forward layers."""
+        _, _, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
+        h_BLD = add_gated(h_BLD, self.self_attn.o(attended_BLD), gate1)
         h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text)
         return add_gated(h_BLD, self.ffn(self.norm2(h_BLD, shift2, scale2)), gate2)
+
+    def compile_around_attention(self) -> None:
+        """Compile what comes before and after self-attention, whose context changes from chunk to chunk."""
+        self.before_attention = torch.compile(self.before_attention, dynamic=False)
+        self.after_attention = torch.compile(self.after_attention, dynamic=False)
 
     def self_keys_values(self, h_BLD: Tensor, time_BTS6D: Tensor) -> tuple[Tensor, Tensor]:
         """Return the block's self-attention keys and values without running the block."""

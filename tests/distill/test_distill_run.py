@@ -17,7 +17,11 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
+from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.adapters import Adapter
+from longvideo.distill.distillation import BackboneConfig
+from longvideo.distill.prompts import DistillStage
+from longvideo.distill.roles import LoraSettings
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
@@ -283,3 +287,43 @@ def test_scripts_of_several_shots_are_computed_one_by_one(home: Path, capsys: py
     more = (f"prompts={home / 'shots.jsonl'}", "samples.prompts=0", "merge=false")
     assert "use parallel.micro_batch=1" in refusal(arguments(home, "shots", *more, steps=1), capsys)
     assert main(arguments(home, "shots", *more, "parallel.micro_batch=1", steps=1)) == 0
+
+
+def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from longvideo.distill.distillation import Distillation, DistillRecipe
+    from longvideo.training.mesh import Mesh
+    from tests.data import footage
+
+    manifest = footage.footage(home / "footage")
+    encode = ["--model", str(home / "model"), "--out", str(home / "clips"), "--chunks", "2", "--workers", "0"]
+    assert main(["data", "encode", str(manifest), *encode, "--device", "cpu"]) == 0
+    more = (f"data={home / 'clips'}", "image_fraction=1", "parallel.micro_batch=1", "merge=false")
+    assert main(arguments(home, "images", *more, steps=2)) == 0
+    assert (home / "images" / "samples" / "student_0000002_2_steps.png").is_file()
+    stages = [DistillStage(frames=16, batch=3, steps=1)]
+    config = Distillation(
+        model=str(home / "model"),
+        data=str(home / "clips"),
+        image_fraction=1.0,
+        stages=stages,
+        lora=LoraSettings(rank=4),
+        backbone=BackboneConfig(precision="bf16"),
+    )
+    recipe = DistillRecipe(config, torch.device("cpu"), Mesh())
+    dataset = EncodedDataset.open(home / "clips")
+    seen = []
+    for step in range(2):
+        for clip in recipe.source.shares(step, Mesh(), 1):
+            assert clip.first_latent is not None
+            firsts = [torch.equal(clip.first_latent[0], dataset.latents(i, 0, 1)) for i in range(len(dataset))]
+            (index,) = [i for i, same in enumerate(firsts) if same]
+            seen.append(index)
+            assert clip.cuts == (True, *dataset.clips[index].cuts[1:])
+            for rows, caption in zip(clip.prompt_NB, dataset.clips[index].captions, strict=True):
+                assert torch.equal(clip.features_PJD[rows[0]], dataset.text(caption))
+    assert sorted(seen) == list(range(len(dataset)))
+    capsys.readouterr()
+    longer = arguments(home, "longer", *more, "stages=[{frames: 24, batch: 2, steps: 1}]")
+    assert "has clips of 16 latent frames, a stage wants 24" in refusal(longer, capsys)
+    other = arguments(home, "other", *more, "model=tiny")
+    assert "latent channels 4" in refusal(other, capsys)
