@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
 from longvideo.data.encoded import EncodedDataset
@@ -24,6 +25,7 @@ from longvideo.distill.prompts import (
     ClipSource,
     DistillStage,
     FileScripts,
+    NoiseScripts,
     Scripts,
     ShapeWorldConfig,
     ShapeWorldScripts,
@@ -37,7 +39,7 @@ from longvideo.distill.walk import Clip
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import ChunkCache, KVCache
-from longvideo.model.config import TransformerConfig
+from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.number_formats import KV_CACHES, PRECISIONS
@@ -55,6 +57,7 @@ from longvideo.training.run import new_engine
 from longvideo.training.trainer import TrainerConfig
 
 COMPILED_FORMS = 32
+VAE_SCALE = 16  # pixels of a latent, each way
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class SampleConfig:
 class Distillation:
     """`longvideo distill`.
 
-    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another.
+    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another. A
+    `--dry-run` needs none: backbones are then fresh ones of `preset` at the sizes of `settings`, and prompts are noise.
     adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
     folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
     begin with a given frame, of `data`. student_every: steps of the critic for one of the student. compile: blocks, but
@@ -95,7 +99,9 @@ class Distillation:
     """
 
     seed: int = 0
-    model: str = "tiny"
+    model: str | None = None
+    preset: str = "wan2.2-ti2v-5b"
+    settings: ModelSettings = field(default_factory=ModelSettings)
     teacher: str | None = None
     adapter: str | None = None
     prompts: str = SHAPEWORLD
@@ -128,6 +134,8 @@ class Distillation:
     samples: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         if self.student_every < 1:
             raise ConfigError(f"student_every={self.student_every} must be at least 1")
         if not 0 <= self.image_fraction <= 1:
@@ -147,25 +155,34 @@ class Distillation:
 class DistillRecipe:
     """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
 
-    def __init__(self, config: Distillation, device: torch.device, mesh: Mesh):
+    def __init__(self, config: Distillation, device: torch.device, *, dry_run: bool = False):
         self.config, self.device = config, device
-        self.folder = ModelFolder.open(config.model)
-        self.settings, self.spec = self.folder.settings, self.folder.spec
-        teacher_folder = None if config.teacher is None else ModelFolder.open(config.teacher)
+        self.folder = None
+        self.shape = PRESETS[config.preset]
+        self.settings, self.spec = config.settings, chunk_spec(config.settings, VAE_SCALE)
+        if config.model is not None:
+            self.folder = ModelFolder.open(config.model)
+            self.shape = self.folder.transformer_config
+            self.settings, self.spec = self.folder.settings, self.folder.spec
+        elif not dry_run:
+            raise ConfigError("model is missing: name the folder of the causal model that is to be distilled")
+        teacher_folder = None
         adapter = None if config.adapter is None else Adapter.load(Path(config.adapter))
         for stage in config.stages:
             check_frames(stage.frames, self.spec.chunk_frames)
-        if teacher_folder is not None:
+        if config.teacher is not None and self.folder is not None:
+            teacher_folder = ModelFolder.open(config.teacher)
             check_same_shape(self.folder, teacher_folder)
         if adapter is not None:
-            check_adapter(adapter, config.lora, self.folder, config.adapter or "")
-        scripts = None if config.prompts == SHAPEWORLD or config.data else read_scripts(Path(config.prompts))
+            check_adapter(adapter, config.lora, self.shape, config.model or "", config.adapter or "")
+        own_prompts = self.folder is not None and config.data is None and config.prompts != SHAPEWORLD
+        scripts = read_scripts(Path(config.prompts)) if own_prompts else None
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.dtype = compute_dtype(config.trainer.precision, device)
         self.text_encoder: TextEncoder | None = None
         self.scripts = self._scripts(scripts)
         student = self._load(self.folder)
-        teacher = None if teacher_folder is None else self._load(teacher_folder)
+        teacher = None if config.teacher is None else self._load(teacher_folder)
         self.roles = LoraRoles(
             student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student.config), seed=config.seed
         )
@@ -229,7 +246,7 @@ class DistillRecipe:
         from longvideo.evaluation.sheet import film_strip
 
         config = self.config.samples
-        if not config.prompts or "vae" not in self.folder.parts:
+        if not config.prompts or self.folder is None or "vae" not in self.folder.parts:
             return {}
         values: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,8 +264,9 @@ class DistillRecipe:
 
     def export(self, folder: Path) -> None:
         """Write the student's adapter beside the model folder, and, unless told otherwise, that folder."""
+        assert self.folder is not None, "a dry run exports nothing"
         adapter = self.adapter()
-        adapter.save(folder.parent / "lora", base=self.config.model)
+        adapter.save(folder.parent / "lora", base=str(self.config.model))
         if self.config.merge:
             save_merged(
                 self.folder,
@@ -265,6 +283,8 @@ class DistillRecipe:
 
     def _scripts(self, scripts: Sequence[tuple[str, ...]] | None) -> Scripts:
         config = self.config
+        if self.folder is None:
+            return NoiseScripts(self.shape.text_len, self.shape.text_dim, dtype=self.dtype, device=self.device)
         if config.data is not None:
             clips = EncodedDataset.open(config.data)
             self._check_clips(clips, config.data)
@@ -285,7 +305,7 @@ class DistillRecipe:
 
     def _check_clips(self, clips: EncodedDataset, name: str) -> None:
         """Raise ConfigError unless encoded clips have the model's sizes."""
-        model, spec = self.folder.transformer_config, self.spec
+        model, spec = self.shape, self.spec
         _, p, q = model.patch_size
         for what, found, wanted in (
             ("latent channels", clips.channels, model.in_channels),
@@ -295,11 +315,18 @@ class DistillRecipe:
             ("text width", clips.text_dim, model.text_dim),
         ):
             if found != wanted:
-                raise ConfigError(f"{name} has {what} {found}, the model {self.folder.path} {wanted}; encode it again")
+                raise ConfigError(f"{name} has {what} {found}, the model {self.config.model} {wanted}; encode it again")
 
-    def _load(self, folder: ModelFolder) -> CausalTransformer:
-        """Load a backbone and pack it; only one is ever there in full precision."""
-        transformer = folder.load_transformer(device=self.device, dtype=self.dtype).requires_grad_(False)
+    def _load(self, folder: ModelFolder | None) -> CausalTransformer:
+        """Load a backbone, or make one, and pack it; only one is ever there in full precision."""
+        if folder is not None:
+            transformer = folder.load_transformer(device=self.device, dtype=self.dtype)
+        else:
+            with OnMeta():
+                transformer = CausalTransformer(self.shape)
+            transformer = transformer.to(self.dtype).to_empty(device=self.device)
+            transformer.initialize(torch.Generator(self.device).manual_seed(self.config.seed))
+        transformer = transformer.requires_grad_(False)
         return with_precision(transformer, self.config.backbone.precision)
 
     def _new_cache(self, model: TransformerConfig, batch: int) -> ChunkCache:
@@ -352,6 +379,7 @@ class DistillRecipe:
             cache_type=NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache,
             clean_pass=self.config.rollout.cache_fill == "clean",
         )
+        assert self.folder is not None
         autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
         state, frames = None, []
         for chunk in latents:
@@ -392,15 +420,15 @@ def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
                 )
 
 
-def check_adapter(adapter: Adapter, lora: LoraSettings, folder: ModelFolder, name: str) -> None:
+def check_adapter(adapter: Adapter, lora: LoraSettings, shape: TransformerConfig, model: str, name: str) -> None:
     """Raise CheckpointError unless an adapter has the rank that is to be trained, and is of the model."""
     if adapter.rank != lora.rank:
         raise CheckpointError(
             f"the adapter {name} has rank {adapter.rank}, lora.rank is {lora.rank}; they must be equal"
         )
     with OnMeta():
-        sizes = layer_sizes(CausalTransformer(folder.transformer_config))
-    adapter.check_fits(sizes, str(folder.path), name)
+        sizes = layer_sizes(CausalTransformer(shape))
+    adapter.check_fits(sizes, model, name)
 
 
 @torch.no_grad()

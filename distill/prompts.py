@@ -149,6 +149,23 @@ class ClipScripts:
         return self.clips.latents(image, 0, 1).to(self.device)
 
 
+class NoiseScripts:
+    """Noise in place of text, for a dry run."""
+
+    def __init__(self, text_len: int, text_dim: int, *, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device = (text_len, text_dim), dtype, device
+
+    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+        return Script((f"video {number}",) * num_chunks, (True, *([False] * (num_chunks - 1))))
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(len(prompts), *self.shape, generator=generator).to(self.device, self.dtype)
+
+    def first_latent(self, image: int) -> Tensor:
+        raise AssertionError("noise comes without images")
+
+
 class Order:
     """Which of `count` items comes when: all of them, in an order drawn for each time through."""
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
 from longvideo.model.config import PRESETS, TransformerConfig
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import rollout
@@ -294,19 +293,3 @@ class ArRecipe:
         transformer = CausalTransformer(config.model.build(channels=self.autoencoder.config.z_dim, text_dim=text_dim))
         transformer.initialize(torch.Generator().manual_seed(config.seed))
         return transformer.to(self.device), text_encoder
-
-
-def chunk_spec(settings: ModelSettings, spatial_scale: int) -> ChunkSpec:
-    """Return the chunk and window sizes of a model at its own picture size."""
-    patch = 2 * spatial_scale
-    if settings.height % patch or settings.width % patch:
-        raise ConfigError(f"pictures of {settings.height}x{settings.width} do not divide into {patch}-pixel patches")
-    return ChunkSpec(
-        grid_height=settings.height // patch,
-        grid_width=settings.width // patch,
-        chunk_frames=settings.chunk_frames,
-        window_frames=settings.window_frames,
-        sink_frames=settings.sink_frames,
-        pin_shots=settings.pin_shots,
-        offset_per_shot=settings.offset_per_shot,
-    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
@@ -22,7 +22,6 @@ from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import rollout
-from longvideo.train.ar import chunk_spec
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.model.spec import ChunkSpec
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,19 @@ class ModelSettings:
             raise ConfigError(f"steps={self.steps}, wanted at most {NUM_TRAIN_TIMESTEPS}")
         if not self.shift > 0:
             raise ConfigError(f"shift={self.shift}, wanted more than 0")
+
+
+def chunk_spec(settings: ModelSettings, spatial_scale: int) -> ChunkSpec:
+    """Return the chunk and window sizes of a model at its own picture size."""
+    patch = 2 * spatial_scale
+    if settings.height % patch or settings.width % patch:
+        raise ConfigError(f"pictures of {settings.height}x{settings.width} do not divide into {patch}-pixel patches")
+    return ChunkSpec(
+        grid_height=settings.height // patch,
+        grid_width=settings.width // patch,
+        chunk_frames=settings.chunk_frames,
+        window_frames=settings.window_frames,
+        sink_frames=settings.sink_frames,
+        pin_shots=settings.pin_shots,
+        offset_per_shot=settings.offset_per_shot,
+    )

@@ -221,6 +221,15 @@ def test_two_step_training_goes_on_from_an_adapter(home: Path, run: Path) -> Non
         assert relative_error(updates[1], updates[0]) < 1e-4
 
 
+def test_a_dry_run_needs_no_weights(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["preset=tiny", "settings.height=64", "settings.width=64"]
+    more = [*sizes, "model=null", "teacher=another", "stages=[{frames: 16, batch: 1, steps: 1}]"]
+    dry = arguments(home, "dry", *more, precision="nvfp4")
+    assert main([*dry, "--dry-run", "1"]) == 0
+    assert "stage 0 | 1 steps" in capsys.readouterr().out and not (home / "dry").exists()
+    assert "model is missing" in refusal(dry, capsys)
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
     message = capsys.readouterr().err
@@ -275,7 +284,7 @@ def test_adapters_and_teachers_that_do_not_fit_are_refused(
     assert "has rank 4, lora.rank is 8" in refusal(arguments(home, "bad", lora, "lora.rank=8"), capsys)
     # the shipped model has wider layers
     message = refusal(arguments(home, "bad", lora, "model=tiny"), capsys)
-    assert "blocks.0." in message and "weights/tiny at rank 4" in message
+    assert "blocks.0." in message and "tiny at rank 4" in message
     message = refusal(arguments(home, "bad", "teacher=tiny"), capsys)
     assert "the student" in message and "the teacher" in message and "must be equal" in message
     assert "for tiny at rank 4" in refusal(["merge", "tiny", str(run / "lora"), str(home / "never")], capsys)
@@ -309,7 +318,7 @@ def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.Ca
         lora=LoraSettings(rank=4),
         backbone=BackboneConfig(precision="bf16"),
     )
-    recipe = DistillRecipe(config, torch.device("cpu"), Mesh())
+    recipe = DistillRecipe(config, torch.device("cpu"))
     dataset = EncodedDataset.open(home / "clips")
     seen = []
     for step in range(2):
