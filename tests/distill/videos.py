@@ -31,6 +31,7 @@ def cache_of(model: CausalTransformer, batch: int) -> KVCache:
         head_dim=config.attention_head_dim,
         batch=batch,
         dtype=model.patch_embedding.weight.dtype,
+        device=model.patch_embedding.weight.device,
     )
 
 
@@ -46,7 +47,7 @@ def roles(student: CausalTransformer, teacher: CausalTransformer | None = None, 
     for role in (Role.STUDENT, Role.CRITIC):
         for name, weight in found.trained(role).items():
             if name.endswith(".lora_B"):
-                weight.data = stirred * torch.randn(weight.shape, generator=generator)
+                weight.data = stirred * torch.randn(weight.shape, generator=generator).to(weight.device)
     return found
 
 
