@@ -156,11 +156,11 @@ class RoleObjective(Objective):
         return self._parts["looks"]
 
     def walk(self, clip: Clip, index: int) -> Walk:
-        """Return the walk at the first chunk; the parts of a clip come in order."""
-        if index == 0:
-            self._walk = self.rollouts.walk(self.role, clip)
-        assert self._walk is not None
-        return self._walk
+        """Return the walk through a clip, whose parts come in order; the last lets go of it and of its cache."""
+        walk = self.rollouts.walk(self.role, clip) if index == 0 else self._walk
+        assert walk is not None
+        self._walk = walk if index + 1 < clip.num_chunks else None
+        return walk
 
 
 class StudentObjective(RoleObjective):

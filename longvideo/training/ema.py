@@ -20,7 +20,8 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.names = list(named_parameters)
         self.parameters = [p.detach() for p in named_parameters.values()]
-        self.average = [p.detach().float().clone() for p in self.parameters]
+        # without a decay the average is the weights themselves
+        self.average = [p.float().clone() if decay else p.float() for p in self.parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -14,6 +14,7 @@ from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError
+from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import rollout
 from tests.distill import videos
@@ -42,6 +43,7 @@ def generated(found: LoraRoles, rollouts: SelfForcing, clip: Clip, monkeypatch: 
         solver=rollouts.solver,
         generators=[torch.Generator() for _ in clip.samples],
         clean_pass=rollouts.config.cache_fill == "clean",
+        cache_type=type(found.new_cache(1)),
     )
     return [latents.clone() for latents in made]
 
@@ -60,6 +62,22 @@ def test_a_roll_out_to_the_last_step_is_what_generation_makes(
     wanted = generated(found, rollouts, clip, monkeypatch)
     for got, want in zip(made, wanted, strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
+def test_a_cache_in_four_bits_is_that_of_generation(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = videos.roles(with_precision(packable.model(), precision), stirred=0.2, cache_type=NVFP4KVCache)
+    rollouts, looks = videos.parts(found, RolloutConfig(steps=2, exits="last"))
+    clip = videos.clip(CUTS)
+    wanted = generated(found, rollouts, clip, monkeypatch)
+    monkeypatch.undo()
+    for got, want in zip(rollouts.roll_out(clip, "student").latents, wanted, strict=True):
+        assert relative_error(got, want) < 1e-5
+    objective = StudentObjective(rollouts, looks)
+    for part in objective.parts([clip]):
+        loss, _ = objective(part)
+        loss.backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in objective.parameters())
 
 
 def test_offset_and_adapter_reach_the_chunks_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +136,7 @@ def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: str, checkpoin
     weights = found.trained(Role.STUDENT)
     found.switch(Role.STUDENT)
     generator = torch.Generator().manual_seed(3)
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts[:-1]):  # the walk that is looked into ends with the last
         loss, _ = objective(part)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         ways = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights.values()]

@@ -11,7 +11,7 @@ from longvideo.distill.objectives import DmdConfig, Looks
 from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import Clip
-from longvideo.model.cache import KVCache
+from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.model import small
@@ -22,9 +22,9 @@ SPEC = ChunkSpec(
 SHAPE = (small.CONFIG.in_channels, SPEC.chunk_frames, 2 * SPEC.grid_height, 2 * SPEC.grid_width)
 
 
-def cache_of(model: CausalTransformer, batch: int) -> KVCache:
+def cache_of(model: CausalTransformer, cache_type: type[ChunkCache], batch: int) -> ChunkCache:
     config = model.config
-    return KVCache(
+    return cache_type(
         SPEC,
         num_layers=config.num_layers,
         num_heads=config.num_attention_heads,
@@ -35,13 +35,19 @@ def cache_of(model: CausalTransformer, batch: int) -> KVCache:
     )
 
 
-def roles(student: CausalTransformer, teacher: CausalTransformer | None = None, *, stirred: float = 0.0) -> LoraRoles:
+def roles(
+    student: CausalTransformer,
+    teacher: CausalTransformer | None = None,
+    *,
+    stirred: float = 0.0,
+    cache_type: type[ChunkCache] = KVCache,
+) -> LoraRoles:
     """stirred: size of random updates in both adapters, which start at none."""
     found = LoraRoles(
         student.requires_grad_(False),
         LoraSettings(rank=4, alpha=8.0),
         teacher=None if teacher is None else teacher.requires_grad_(False),
-        new_cache=partial(cache_of, student),
+        new_cache=partial(cache_of, student, cache_type),
     )
     generator = torch.Generator().manual_seed(7)
     for role in (Role.STUDENT, Role.CRITIC):
