@@ -48,9 +48,8 @@ from longvideo.quantization.convert import quantize_layers, with_precision
 from longvideo.rollout import rollout
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
-from longvideo.text import TextEncoder
 from longvideo.training.engine import Engine
-from longvideo.training.mesh import Mesh, ParallelConfig
+from longvideo.training.mesh import Mesh, ParallelConfig, launched
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
@@ -179,7 +178,6 @@ class DistillRecipe:
         scripts = read_scripts(Path(config.prompts)) if own_prompts else None
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.dtype = compute_dtype(config.trainer.precision, device)
-        self.text_encoder: TextEncoder | None = None
         self.scripts = self._scripts(scripts)
         student = self._load(self.folder)
         teacher = None if config.teacher is None else self._load(teacher_folder)
@@ -224,7 +222,7 @@ class DistillRecipe:
     def engine(self, mesh: Mesh) -> PairedEngine:
         """Return the engines of student and critic as one."""
         config = self.config
-        passes = self.source.passes(mesh, config.parallel.micro_batch) if mesh.world > 1 else 1
+        passes = self.source.passes(mesh, config.parallel.micro_batch) if launched() else 1
 
         def new(objective: RoleObjective, optimizer: OptimizerConfig, ema_decay: float) -> Engine:
             self.roles.switch(objective.role)  # the weights of one role at a time can have gradients
@@ -297,8 +295,7 @@ class DistillRecipe:
             return ClipScripts(clips, image_fraction=config.image_fraction, seed=config.seed, device=self.device)
         encoder = self.folder.load_text_encoder(device=self.device, dtype=self.dtype)
         if scripts is None:
-            self.text_encoder = encoder.requires_grad_(False)
-            return ShapeWorldScripts(config.shapeworld, encoder, seed=config.seed)
+            return ShapeWorldScripts(config.shapeworld, encoder.requires_grad_(False), seed=config.seed)
         texts = [text for shots in scripts for text in shots]
         features = encode_all(encoder, [*texts, config.negative_prompt])
         return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
