@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
-import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,7 +25,9 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.checkpoint import small
 from tests.golden import relative_error
+from tests.training.killing import run_killed
 
+PRELOADED = ["torch", "longvideo.distill.distillation", "longvideo.training.run"]
 PROMPTS = "a red ball moves left\na blue ball\na ball moves\n"
 SMALL = (
     "lora.rank=4",
@@ -179,32 +178,8 @@ def distil(home: str, name: str, reports: Connection) -> None:
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(home: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "longvideo.distill.distillation", "longvideo.training.run"])
-    lottery, killed = random.Random(0), 0
-    while True:
-        reports, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=distil, args=(str(home), "killed", theirs))
-        process.start()
-        theirs.close()
-        left = lottery.randint(1, 2) if killed < 4 else 100
-        try:
-            while left:
-                reports.recv()
-                left -= 1
-            os.kill(process.pid or 0, signal.SIGKILL)
-            killed += 1
-        except EOFError:
-            pass
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert killed == 4
-    reports, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=distil, args=(str(home), "whole", theirs))
-    process.start()
-    process.join()
+    run_killed(distil, str(home), "killed", kills=4, most_steps=2, preloaded=PRELOADED)
+    run_killed(distil, str(home), "whole", kills=0, most_steps=1, preloaded=PRELOADED)
     assert_same_bits(state(home / "killed"), state(home / "whole"))
     adapters = [(home / name / "lora" / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert adapters[0] == adapters[1]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
-import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.training.trainer import claimed
+from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 
 STEPS, KILLS = 60, 20
@@ -40,29 +38,7 @@ def train(folder: Path, reports: Connection) -> None:
 
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    lottery = random.Random(0)
-    killed = 0
-    while True:
-        reports, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=train, args=(tmp_path / "killed", theirs))
-        process.start()
-        theirs.close()
-        left = lottery.randint(1, 6) if killed < KILLS else STEPS + 1
-        try:
-            while left:
-                reports.recv()
-                left -= 1
-            os.kill(process.pid or 0, signal.SIGKILL)
-            killed += 1
-        except EOFError:
-            pass
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert killed == KILLS
+    run_killed(train, tmp_path / "killed", kills=KILLS, most_steps=6, preloaded=PRELOADED)
     toy_trainer(tmp_path / "whole", STEPS, save_every=4, log_every=1).run()
     losses, weights = [], []
     for name in ("killed", "whole"):
