@@ -56,7 +56,6 @@ from longvideo.training.run import new_engine
 from longvideo.training.trainer import TrainerConfig
 
 COMPILED_FORMS = 32
-VAE_SCALE = 16  # pixels of a latent, each way
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class DistillRecipe:
         self.config, self.device = config, device
         self.folder = None
         self.shape = PRESETS[config.preset]
-        self.settings, self.spec = config.settings, chunk_spec(config.settings, VAE_SCALE)
+        self.settings, self.spec = config.settings, chunk_spec(config.settings)
         if config.model is not None:
             self.folder = ModelFolder.open(config.model)
             self.shape = self.folder.transformer_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,20 +139,11 @@ class RoleObjective(Objective):
 
     def __init__(self, rollouts: SelfForcing, looks: Looks, role: Role):
         super().__init__()
-        self.role = role
-        # not as modules: an engine would take the backbone for something to cast, shard and save
-        self._parts: dict[str, Any] = {"rollouts": rollouts, "looks": looks}
+        # the backbone is in neither as a module: an engine would take it for something to cast, shard and save
+        self.role, self.rollouts, self.looks = role, rollouts, looks
         self._walk: Walk | None = None
         for name, weight in rollouts.roles.trained(role).items():
             self.register_parameter(name.replace(".", "/"), weight)
-
-    @property
-    def rollouts(self) -> SelfForcing:
-        return self._parts["rollouts"]
-
-    @property
-    def looks(self) -> Looks:
-        return self._parts["looks"]
 
     def walk(self, clip: Clip, index: int) -> Walk:
         """Return the walk through a clip, whose parts come in order; the last lets go of it and of its cache."""

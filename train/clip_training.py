@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.settings import ModelSettings, chunk_spec
+from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
 from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
@@ -34,7 +34,6 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.trainer import TrainerConfig
 
 MEMORY_SLACK = 1.15  # what the estimate may be above the truth
-VAE_SCALE = 16  # pixels of a latent, each way
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class ClipRecipe:
         check_sequence(
             mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
         )
-        self.spec = chunk_spec(self.settings, VAE_SCALE)
+        self.spec = chunk_spec(self.settings)
         self._check_memory(shape, device, mesh)
         self.mesh = mesh
         self.device = device

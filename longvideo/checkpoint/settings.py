@@ -8,6 +8,8 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.spec import ChunkSpec
 
+VAE_SCALE = 16  # pixels of a latent of Wan2.2's autoencoder, each way
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -46,7 +48,7 @@ class ModelSettings:
             raise ConfigError(f"shift={self.shift}, wanted more than 0")
 
 
-def chunk_spec(settings: ModelSettings, spatial_scale: int) -> ChunkSpec:
+def chunk_spec(settings: ModelSettings, spatial_scale: int = VAE_SCALE) -> ChunkSpec:
     """Return the chunk and window sizes of a model at its own picture size."""
     patch = 2 * spatial_scale
     if settings.height % patch or settings.width % patch:
