@@ -92,8 +92,9 @@ class Distillation:
     `--dry-run` needs none: backbones are then fresh ones of `preset` at the sizes of `settings`, and prompts are noise.
     adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
     folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
-    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. compile: blocks, but
-    for their attention, on a GPU. merge: write whole weights besides the adapter.
+    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. critic_first: steps
+    of the critic alone at the start, so that it knows a student who begins with an `adapter`. compile: blocks, but for
+    their attention, on a GPU. merge: write whole weights besides the adapter.
     """
 
     seed: int = 0
@@ -107,6 +108,7 @@ class Distillation:
     image_fraction: float = 0.0
     negative_prompt: str = ""
     student_every: int = 5
+    critic_first: int = 0
     compile: bool = False
     merge: bool = True
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -136,6 +138,8 @@ class Distillation:
             raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         if self.student_every < 1:
             raise ConfigError(f"student_every={self.student_every} must be at least 1")
+        if self.critic_first < 0:
+            raise ConfigError(f"critic_first={self.critic_first} must be at least 0")
         if not 0 <= self.image_fraction <= 1:
             raise ConfigError(f"image_fraction={self.image_fraction} must be from 0 to 1")
         if self.image_fraction and self.data is None:
@@ -154,7 +158,7 @@ class DistillRecipe:
     """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
 
     def __init__(self, config: Distillation, device: torch.device, *, dry_run: bool = False):
-        self.config, self.device = config, device
+        self.config, self.device, self.dry_run = config, device, dry_run
         self.folder = None
         self.shape = PRESETS[config.preset]
         self.settings, self.spec = config.settings, chunk_spec(config.settings)
@@ -236,6 +240,7 @@ class DistillRecipe:
             (self.critic, new(self.critic, config.critic_optimizer, 0.0)),
             critic_rate=rate_schedule(config.critic_optimizer, [RateSegment(s.steps) for s in config.stages]),
             student_every=config.student_every,
+            critic_first=0 if self.dry_run else config.critic_first,
         )
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:

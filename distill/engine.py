@@ -23,7 +23,7 @@ class PairedEngine:
     """An `Engine` of two: `loss` and `grad` are the critic's, who has them in every step.
 
     critic_rate: its learning rate as a function of the step. student_every: steps of the critic for one of the student
-    (DMD2 has 5); the student comes first, in steps that this divides.
+    (DMD2 has 5); the student comes first, in steps that this divides. critic_first: steps of the critic alone before.
     """
 
     def __init__(
@@ -33,13 +33,14 @@ class PairedEngine:
         *,
         critic_rate: Callable[[int], float],
         student_every: int,
+        critic_first: int = 0,
     ):
         self.student_objective, self.student = student
         self.critic_objective, self.critic = critic
-        self.critic_rate, self.student_every = critic_rate, student_every
+        self.critic_rate, self.student_every, self.critic_first = critic_rate, student_every, critic_first
 
     def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:
-        if step % self.student_every == 0:
+        if step >= self.critic_first and step % self.student_every == 0:
             parts = self.student_objective.parts(shares)
             found = self.student.train_step(parts, step // self.student_every, learning_rate)
             of_student = {f"student_{name}" if name in ("loss", "grad") else name: x for name, x in found.items()}

@@ -29,13 +29,15 @@ class DmdConfig:
     """Where teacher and critic look, and how strongly the teacher is guided.
 
     guidance: classifier-free guidance of the teacher; by default the model's own. sigma_min, sigma_max: least and
-    largest noise level. sigma_per_chunk: a level for every chunk rather than one for a sample. epsilon: see
-    `dmd_gradient`. checkpoint: recompute blocks in the backward pass.
+    largest noise level. shift: of the levels between, by default the model's own; less of it looks at finer detail.
+    sigma_per_chunk: a level for every chunk rather than one for a sample. epsilon: see `dmd_gradient`. checkpoint:
+    recompute blocks in the backward pass.
     """
 
     guidance: float | None = None
     sigma_min: float = 0.02
     sigma_max: float = 0.98
+    shift: float | None = None
     sigma_per_chunk: bool = False
     epsilon: float = 1e-3
     checkpoint: bool = True
@@ -45,6 +47,8 @@ class DmdConfig:
             raise ConfigError(
                 f"dmd.sigma_min={self.sigma_min} and dmd.sigma_max={self.sigma_max} must lie in order between 0 and 1"
             )
+        if self.shift is not None and self.shift <= 0:
+            raise ConfigError(f"dmd.shift={self.shift} must be above 0")
         if self.epsilon <= 0:
             raise ConfigError(f"dmd.epsilon={self.epsilon} must be above 0")
 
@@ -74,9 +78,10 @@ class Looks:
     """Noisy looks at a clip: at which levels, and what teacher and critic see there."""
 
     def __init__(self, rollouts: SelfForcing, config: DmdConfig, *, guidance: float, shift: float, seed: int):
-        self.rollouts, self.config, self.shift, self.seed = rollouts, config, shift, seed
+        self.rollouts, self.config, self.seed = rollouts, config, seed
+        self.shift = shift if config.shift is None else config.shift
         self.guidance = guidance if config.guidance is None else config.guidance
-        self.schedule = FlowSchedule(shift)
+        self.schedule = FlowSchedule(self.shift)
         self._generator = torch.Generator()
 
     def draw(self, clip: Clip, purpose: str) -> tuple[list[Tensor], list[Tensor]]:

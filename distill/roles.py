@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from longvideo.errors import ConfigError
@@ -105,10 +105,13 @@ class LoraRoles:
             config = lora.config()
             config._register_custom_module({nn.Linear: LoraLinear})
             own.add_adapter(Role.CRITIC.value, config)
-            other = own
         else:
-            other = add_lora(teacher, lora.config(), adapter_name=Role.CRITIC.value)
-        self._adapted: dict[Role, PeftModel] = {Role.STUDENT: own, Role.CRITIC: other, Role.TEACHER: other}
+            add_lora(teacher, lora.config(), adapter_name=Role.CRITIC.value)
+        # looking for them again at every switch takes longer than the switch
+        self._layers = {
+            role: [layer for layer in backbone.modules() if isinstance(layer, LoraLinear)]
+            for role, backbone in self.backbones.items()
+        }
         self._new_cache = new_cache
         self._playing: Role | None = None
         self.scaling = lora.alpha / lora.rank
@@ -119,12 +122,10 @@ class LoraRoles:
 
     def switch(self, role: Role) -> CausalTransformer:
         if role is not self._playing:
-            adapted: Any = self._adapted[role].base_model
-            if role is Role.TEACHER:
-                adapted.disable_adapter_layers()
-            else:
-                adapted.enable_adapter_layers()
-                self._adapted[role].set_adapter(role.value)
+            for layer in self._layers[role]:
+                layer.enable_adapters(role is not Role.TEACHER)
+                if role is not Role.TEACHER:
+                    layer.set_adapter(role.value)
             self._playing = role
         return self.backbones[role]
 

@@ -76,13 +76,10 @@ class SelfForcing:
 
     def noise(self, clip: Clip, index: int, purpose: str) -> Tensor:
         """Draw noise for a chunk, on the CPU: a function of seed, step and sample, however a batch is divided."""
-        drawn = [
-            torch.randn(
-                self.shape, generator=seeded(self._generator, self.seed, purpose, clip.step, sample, str(index))
-            )
-            for sample in clip.samples
-        ]
-        return torch.stack(drawn).to(self.roles.device)
+        noise = torch.empty(clip.batch, *self.shape)
+        for row, sample in zip(noise, clip.samples, strict=True):
+            row.normal_(generator=seeded(self._generator, self.seed, purpose, clip.step, sample, str(index)))
+        return noise.to(self.roles.device)
 
     def exits(self, clip: Clip, purpose: str) -> list[int]:
         """Draw the step at which each chunk ends; all ranks draw the same, so that none waits for another."""
