@@ -384,7 +384,7 @@ class DistillRecipe:
         autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
         state, frames = None, []
         for chunk in latents:
-            video, state = autoencoder.decode(autoencoder.denormalize(chunk.to(self.dtype)), state)
+            video, state = autoencoder.decode(autoencoder.denormalize(chunk).to(self.dtype), state)
             frames.append(to_uint8(video).cpu().numpy())
         return list(np.concatenate(frames, axis=1))
 

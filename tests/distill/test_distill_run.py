@@ -92,6 +92,13 @@ def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(run: Path) -> None:
     }
 
 
+def test_in_the_precision_of_a_gpu_and_with_a_critic_that_goes_first(home: Path) -> None:
+    assert main(arguments(home, "bf16", "trainer.precision=bf16", "critic_first=1", "dmd.shift=2")) == 0
+    lines = [json.loads(line) for line in (home / "bf16" / "metrics.jsonl").read_text().splitlines()]
+    assert ["student_loss" in line for line in lines if "loss" in line] == [False, False, True, False]
+    assert len(list((home / "bf16" / "samples").iterdir())) == 2
+
+
 def test_the_merged_model_is_backbone_and_adapter(home: Path, run: Path) -> None:
     merged = ModelFolder.open(run / "model").load_transformer(dtype=torch.float32)
     adapter, plain = Adapter.load(run / "lora"), small.transformer()
@@ -220,7 +227,9 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["rollout.cache_fill=never"], "rollout.cache_fill='never'"),
         (["dmd.sigma_min=0"], "dmd.sigma_min=0"),
         (["lora.rank=0"], "lora.rank=0"),
+        (["dmd.shift=0"], "dmd.shift=0"),
         (["student_every=0"], "student_every=0"),
+        (["critic_first=-1"], "critic_first=-1"),
         (["image_fraction=0.5"], "give data=CLIPS"),
         (["parallel.zero_stage=3"], "use 0, 1 or 2"),
         (["backbone.precision=int8"], "backbone.precision='int8'"),
