@@ -75,12 +75,13 @@ def test_packages_with_code_have_an_init(wheel: zipfile.ZipFile) -> None:
 
 def test_the_presets_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    presets = {f"longvideo/configs/tiny/{name}.yaml" for name in ("vae", "vae_refine", "ar_opening", "ar")}
+    presets = {f"longvideo/configs/tiny/{name}.yaml" for name in ("vae", "vae_refine", "ar_opening", "ar", "dmd")}
     assert presets | {"longvideo/py.typed"} <= names
 
 
-def test_the_shipped_model_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    tiny = "longvideo/weights/tiny"
+@pytest.mark.parametrize("name", ["tiny", "tiny-teacher"])
+def test_the_shipped_models_are_in_the_wheel(wheel: zipfile.ZipFile, name: str) -> None:
+    tiny = f"longvideo/weights/{name}"
     wanted = {
         f"{tiny}/model_index.json",
         f"{tiny}/longvideo.json",

@@ -46,7 +46,7 @@ from longvideo.vae.config import AutoencoderConfig
 
 T = TypeVar("T")
 
-SHIPPED = {"tiny": Path(__file__).parent.parent / "weights" / "tiny"}
+SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("tiny", "tiny-teacher")}
 SETTINGS_FILE = "longvideo.json"
 INDEX_FILE = "model_index.json"
 WEIGHT_STEMS = {
@@ -73,7 +73,7 @@ class ModelFolder:
 
     @classmethod
     def open(cls, name: str | Path) -> ModelFolder:
-        """Open a shipped name ("tiny"), a folder, or a hub id ("org/name", which is downloaded).
+        """Open a shipped name ("tiny", "tiny-teacher"), a folder, or a hub id ("org/name", which is downloaded).
 
         Raises CheckpointError or ConfigError, naming the file, when something is absent or does not agree.
         """

@@ -15,7 +15,7 @@ from longvideo.flow.unipc import UniPC
 
 @pytest.fixture(scope="module")
 def report() -> QuantizationReport:
-    folder = ModelFolder.open("tiny")
+    folder = ModelFolder.open("tiny-teacher")
     return measure_quantization(
         folder.load_transformer(),
         folder.load_text_encoder(),

@@ -1,0 +1,29 @@
+"""The model that ships makes what it is asked for, in the few steps it was distilled to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+
+
+def test_tiny_takes_few_steps_and_is_of_its_teachers_shape() -> None:
+    tiny, teacher = ModelFolder.open("tiny"), ModelFolder.open("tiny-teacher")
+    assert (tiny.settings.steps, tiny.settings.guidance) == (4, 1.0)
+    assert (teacher.settings.steps, teacher.settings.guidance) == (8, 2.0)
+    assert tiny.transformer_config == teacher.transformer_config and tiny.spec == teacher.spec
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_tiny_shows_what_it_is_asked_for(tmp_path: Path, steps: int) -> None:
+    more = ["--num", "8", "--seconds", "2.5", "--batch", "8", "--device", "cpu", "--steps", str(steps)]
+    assert main(["eval", "shapeworld", *more, "--out", str(tmp_path / "eval")]) == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())["opening"]
+    # of all 128 held-out prompts 98 to 100 % are right; the teacher, in 4 steps without guidance, has 88 % of the shapes
+    for what in ("color", "shape", "background"):
+        right = found[what]
+        assert right["right"] >= right["total"] - 1 and right["total"] >= 8, (what, right)
