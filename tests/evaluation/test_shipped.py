@@ -23,7 +23,7 @@ def test_tiny_shows_what_it_is_asked_for(tmp_path: Path, steps: int) -> None:
     more = ["--num", "8", "--seconds", "2.5", "--batch", "8", "--device", "cpu", "--steps", str(steps)]
     assert main(["eval", "shapeworld", *more, "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())["opening"]
-    # of all 128 held-out prompts 98 to 100 % are right; the teacher, in 4 steps without guidance, has 88 % of the shapes
+    # of 128 held-out prompts 96 to 100 % are right; the teacher, in 4 or 2 steps without guidance, has 88 or 51 %
     for what in ("color", "shape", "background"):
         right = found[what]
         assert right["right"] >= right["total"] - 1 and right["total"] >= 8, (what, right)
