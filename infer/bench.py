@@ -1,7 +1,8 @@
 """Measure streaming and print JSON: `python -m longvideo.infer.bench --seconds 60`.
 
 first_frame_s counts from the request and from the start of the process, imports and loading included. frames_per_s is
-the rate after the first chunk. peak_rss_mib has one value per chunk: the most memory the process ever held until then.
+the rate after the first frame. peak_rss_mib has one value per part of the video that came out, a chunk but for the
+first, whose opening frame comes alone: the most memory the process ever held until then.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Sampling:
 class GeneratedChunk:
     """Frames, uint8 [B, T, H, W, 3] in host memory, with the step they were made for.
 
+    The first chunk of a video comes in two: its opening frame, as soon as that is decoded, then the others.
     seconds: from the moment the chunk was begun to the moment its frames were in host memory.
     """
 
@@ -154,8 +155,14 @@ def _denoise(
 def _decode(models: Models, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
     decoder = ChunkDecoder(models.autoencoder)
     for chunk in chunks:
-        frames = decoder.decode(chunk.latents, chunk.step.num_frames, ready=chunk.ready)
-        yield GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
+        parts = [(chunk.latents, chunk.step.num_frames)]
+        if chunk.step.index == 0:
+            # the first latent frame is one frame; to have it shown while the others are decoded costs nothing
+            parts = [(chunk.latents[:, :, :1], 1), (chunk.latents[:, :, 1:], chunk.step.num_frames - 1)]
+        for latents, num_frames in parts:
+            if num_frames:
+                frames = decoder.decode(latents, num_frames, ready=chunk.ready)
+                yield GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
 
 
 class _Prompts:

@@ -87,6 +87,43 @@ class NVFP4Operations(Protocol):
     def add_scaled_bias(self, product: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
 
+class DecoderOperations(Protocol):
+    """What the video decoder does between its convolutions; `longvideo.kernels.vae.reference` defines it."""
+
+    def add_norm_silu(
+        self,
+        h: Tensor,
+        bias: Tensor | None,
+        x: Tensor | None,
+        total: Tensor | None,
+        gamma: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> None: ...
+
+    def upsample_add_norm_silu(
+        self,
+        folded: Tensor,
+        bias: Tensor,
+        x: Tensor,
+        offsets: tuple[int, int, int],
+        times: int,
+        total: Tensor,
+        gamma: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def to_pixels(self, packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None: ...
+
+
+def decoder_operations(device: torch.device) -> DecoderOperations:
+    """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        from longvideo.kernels.vae import triton as operations
+    else:
+        from longvideo.kernels.vae import reference as operations
+    return cast(DecoderOperations, operations)
+
+
 def kv_operations(device: torch.device) -> KVOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
     if _wants_triton(device):
@@ -120,5 +157,5 @@ def _wants_triton(device: torch.device) -> bool:
     if device.type in ("cpu", "meta"):
         return False
     if reason := triton_unavailable(device):
-        raise ValueError(f"no NVFP4 kernels for device {device}: {reason}")
+        raise ValueError(f"no kernels for device {device}: {reason}")
     return True

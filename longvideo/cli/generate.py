@@ -115,12 +115,12 @@ def generate(
 
 @dataclass
 class Tally:
-    """Counts and times of a run, from the start of the command."""
+    """Counts and times of a run, from the start of the command. The first chunk comes in two parts."""
 
     started: float
     num_chunks: int
     num_frames: int
-    chunks: int = 0
+    parts: int = 0
     frames: int = 0
     first_frames: int = 0
     first_at: float = 0.0
@@ -128,9 +128,9 @@ class Tally:
 
     def add(self, frames: int) -> None:
         self.last_at = time.perf_counter()
-        if self.chunks == 0:
+        if self.parts == 0:
             self.first_at, self.first_frames = self.last_at, frames
-        self.chunks += 1
+        self.parts += 1
         self.frames += frames
 
     @property
@@ -139,14 +139,14 @@ class Tally:
 
     @property
     def frames_a_second(self) -> float | None:
-        """Rate since the first chunk; None until there are two."""
-        return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.chunks > 1 else None
+        """Rate since the first frame; None until there is more."""
+        return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.parts > 1 else None
 
     def line(self) -> str:
         rate = self.frames_a_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
         return (
-            f"chunk {self.chunks}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
+            f"chunk {max(1, self.parts - 1)}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
         )
 
 
@@ -255,10 +255,10 @@ def _start(
 
 
 def _summary(output: Path, tally: Tally, fps: float) -> str:
-    if tally.chunks == 0:
+    if tally.parts == 0:
         return "no frames were made; nothing was written"
     rate = tally.frames_a_second
-    speed = f", {rate:.1f} frames/s after the first chunk" if rate is not None else ""
+    speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
     return (
         f"{output}: {tally.frames} frames, {tally.frames / fps:.2f} s at {fps:g} frames/s, "
         f"{output.stat().st_size / 2**20:.2f} MiB; first frame after {tally.seconds_to_first_frame:.1f} s{speed}"

@@ -44,7 +44,7 @@ def test_two_prompts_make_a_file_of_the_asked_length(model_folder: Path, tmp_pat
     assert probe(out) == (96, 24.0, (32, 64))
     assert "96 frames, 4.00 s at 24 frames/s" in printed.out and printed.out.count("\n") == 1
     lines = [line for line in printed.err.splitlines() if line.startswith("chunk")]
-    assert len(lines) == 4 and lines[-1].startswith("chunk 4/4 | ")
+    assert len(lines) == 5 and lines[-1].startswith("chunk 4/4 | ")
 
 
 def test_a_script_a_picture_and_overwriting(model_folder: Path, tmp_path: Path, capsys) -> None:

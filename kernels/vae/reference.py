@@ -1,0 +1,90 @@
+"""What the video decoder does between its convolutions, in plain torch; the definition of `triton`.
+
+Activations are [B, T, H, W, C] with C innermost: B samples, T frames, an H x W grid, C channels. Frames of a sample lie
+one after the other; samples may lie apart, as slots of a buffer do. Arithmetic is in the activations' dtype; `triton`
+computes in float32 and rounds what it stores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALLEST_LENGTH = 1e-12
+"""Bound of the published autoencoder's norm, F.normalize's."""
+
+
+def add_norm_silu(
+    h: Tensor,
+    bias: Tensor | None,
+    x: Tensor | None,
+    total: Tensor | None,
+    gamma: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """Write h + bias + x to total, which may be h or x, and SiLU(RMS norm of the unrounded sum) to out.
+
+    bias: [C], what the convolution that gave h has left out; gamma: [C], of the norm. What is None is left out.
+    """
+    if bias is not None:
+        h = h + bias
+    if x is not None:
+        h = torch.add(h, x, out=total)
+    elif total is not None and total is not h:
+        total.copy_(h)
+    if gamma is not None:
+        assert out is not None
+        _norm_silu(h, gamma, out)
+
+
+def upsample_add_norm_silu(
+    folded: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    offsets: tuple[int, int, int],
+    times: int,
+    total: Tensor,
+    gamma: Tensor,
+    out: Tensor,
+) -> None:
+    """Put a folded upsampling in place, add the shortcut around it, and normalise for what follows.
+
+    folded: [B, T, H + 1, W + 1, 4 C], see `fold_upsampling`: pixel (2 i + a, 2 j + b) is what place (i + a, j + b) has
+    for phase 2 a + b. x: [B, T', H, W, C'] with `times` frames of the result for each, of which an opening one has the
+    last alone. Channel groups of x are the pixels at these `offsets` in time, row and column; where there is one for an
+    axis, it is repeated. total, out: [B, T, 2 H, 2 W, C].
+    """
+    batch, frames, height, width, channels = total.shape
+    height, width = height // 2, width // 2
+    phases = folded.unflatten(-1, (2, 2, channels))
+    grown = x.unflatten(-1, (channels, *offsets)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    grown = grown.expand(batch, x.shape[1], times, height, 2, width, 2, channels)
+    grown = grown.flatten(1, 2)[:, -frames:]  # [B, T, H, 2, W, 2, C]
+    places = total.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    for a in range(2):
+        for b in range(2):
+            pixels = phases[:, :, a : a + height, b : b + width, a, b]
+            torch.add(pixels, grown[:, :, :, a, :, b], out=places[:, :, :, a, :, b])
+    total += bias
+    _norm_silu(total, gamma, out)
+
+
+def to_pixels(packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None:
+    """Write packed + bias, [B, T, H, W, 3 patch^2] in [-1, 1], as pixels, uint8 [B, T, patch H, patch W, 3].
+
+    Channels of packed are colour, column and row within a patch.
+    """
+    if bias is not None:
+        packed = packed + bias
+    pixels = packed.float().unflatten(-1, (3, patch, patch)).permute(0, 1, 2, 6, 3, 5, 4)
+    pixels = pixels.flatten(4, 5).flatten(2, 3)
+    out.copy_(pixels.add(1).mul(127.5).round_().clamp_(0, 255))
+
+
+def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+    torch.mul(x, math.sqrt(x.shape[-1]) / length, out=out)
+    F.silu(out.mul_(gamma), inplace=True)

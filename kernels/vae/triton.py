@@ -1,0 +1,292 @@
+"""What the video decoder does between its convolutions, in Triton; `reference` defines it.
+
+Activations are [B, T, H, W, C] with C innermost and frames of a sample one after the other. Every kernel reads and
+writes each value once; the norm is over the channels of a pixel, which one program holds whole.
+"""
+
+# a launch takes more than its function is declared with: options, and constants as plain values
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.triton.arithmetic import round_to
+from longvideo.kernels.vae.reference import SMALLEST_LENGTH
+
+VALUES = 8192
+"""Values that a program holds: as many pixels as have so many channels."""
+WARPS = 8
+PIXEL_BLOCK = 1024
+
+_SMALLEST_LENGTH = tl.constexpr(SMALLEST_LENGTH)
+
+
+def add_norm_silu(
+    h: Tensor,
+    bias: Tensor | None,
+    x: Tensor | None,
+    total: Tensor | None,
+    gamma: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """Write h + bias + x to total, which may be h or x, and SiLU(RMS norm of the unrounded sum) to out.
+
+    Bytes moved, E being those of an element: E for each of h, x, total and out that is there.
+    Raises ValueError for activations of unequal shapes, or whose pixels do not lie one after the other.
+    """
+    batch, rows, channels = _check("h", h, h)
+    for name, other in (("x", x), ("total", total), ("out", out)):
+        if other is not None:
+            _check(name, other, h)
+    width = triton.next_power_of_2(channels)
+    block = max(1, VALUES // width)
+    _add_norm_silu[(triton.cdiv(rows, block), batch)](
+        h,
+        h if bias is None else bias,
+        h if x is None else x,
+        h if total is None else total,
+        h if gamma is None else gamma,
+        h if out is None else out,
+        rows,
+        channels,
+        h.stride(0),
+        0 if x is None else x.stride(0),
+        0 if total is None else total.stride(0),
+        0 if out is None else out.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_X=x is not None,
+        HAS_TOTAL=total is not None,
+        HAS_OUT=out is not None,
+        BLOCK=block,
+        WIDTH=width,
+        num_warps=WARPS,
+    )
+
+
+def upsample_add_norm_silu(
+    folded: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    offsets: tuple[int, int, int],
+    times: int,
+    total: Tensor,
+    gamma: Tensor,
+    out: Tensor,
+) -> None:
+    """Put a folded upsampling in place, add the shortcut around it, and normalise for what follows.
+
+    Raises ValueError for activations whose shapes do not agree, or whose pixels do not lie one after the other.
+    """
+    batch, frames, height, width, channels = total.shape
+    _check("total", total, total)
+    _check("out", out, total)
+    _check("folded", folded, folded)
+    _check("x", x, x)
+    wanted = (batch, frames, height // 2 + 1, width // 2 + 1, 4 * channels)
+    if folded.shape != wanted:
+        raise ValueError(f"folded is {list(folded.shape)}, wanted {list(wanted)}")
+    surplus = offsets[0] * offsets[1] * offsets[2]
+    if x.shape != (batch, x.shape[1], height // 2, width // 2, channels * surplus) or frames > times * x.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}, which does not grow to {list(total.shape)}")
+    rows = frames * height * width
+    block_width = triton.next_power_of_2(channels)
+    block = max(1, VALUES // block_width)
+    _upsample_add_norm_silu[(triton.cdiv(rows, block), batch)](
+        folded,
+        bias,
+        x,
+        total,
+        gamma,
+        out,
+        rows,
+        height,
+        width,
+        channels,
+        times * x.shape[1] - frames,
+        folded.stride(0),
+        x.stride(0),
+        total.stride(0),
+        out.stride(0),
+        TIMES=times,
+        OFFSET_T=offsets[0],
+        OFFSET_Y=offsets[1],
+        OFFSET_X=offsets[2],
+        BLOCK=block,
+        WIDTH=block_width,
+        num_warps=WARPS,
+    )
+
+
+def to_pixels(packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None:
+    """Write packed + bias, [B, T, H, W, 3 patch^2] in [-1, 1], as pixels, uint8 [B, T, patch H, patch W, 3].
+
+    Raises ValueError for shapes that do not agree, or memory that is not contiguous.
+    """
+    batch, frames, height, width, channels = packed.shape
+    wanted = (batch, frames, patch * height, patch * width, 3)
+    if channels != 3 * patch**2 or out.shape != wanted or not (packed.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"packed {list(packed.shape)} does not make pixels {list(out.shape)} of contiguous memory")
+    _to_pixels[(triton.cdiv(out.numel(), PIXEL_BLOCK),)](
+        packed,
+        packed if bias is None else bias,
+        out,
+        out.numel(),
+        height,
+        width,
+        HAS_BIAS=bias is not None,
+        PATCH=patch,
+        BLOCK=PIXEL_BLOCK,
+    )
+
+
+def _check(name: str, activations: Tensor, like: Tensor) -> tuple[int, int, int]:
+    """Return samples, pixels of one, and channels. Raises ValueError unless pixels lie one after the other."""
+    batch, frames, height, width, channels = activations.shape
+    strides = (height * width * channels, width * channels, channels, 1)
+    if activations.shape != like.shape:
+        raise ValueError(f"{name} is {list(activations.shape)}, wanted {list(like.shape)}")
+    dense = zip(activations.shape[1:], activations.stride()[1:], strides, strict=True)
+    if any(size > 1 and found != wanted for size, found, wanted in dense):
+        raise ValueError(f"{name} has strides {list(activations.stride())}, wanted pixels one after the other")
+    return batch, frames * height * width, channels
+
+
+@triton.jit
+def _norm_silu(summed, gamma, channels):
+    """Return SiLU of the RMS norm over the last axis."""
+    length = tl.sqrt(tl.sum(summed * summed, axis=1))
+    scale = tl.sqrt(channels.to(tl.float32)) / tl.maximum(length, _SMALLEST_LENGTH)
+    normed = summed * scale[:, None] * gamma[None, :]
+    return normed / (1.0 + tl.exp(-normed))
+
+
+@triton.jit
+def _add_norm_silu(
+    h_pointer,
+    bias_pointer,
+    x_pointer,
+    total_pointer,
+    gamma_pointer,
+    out_pointer,
+    rows,
+    channels,
+    h_stride,
+    x_stride,
+    total_stride,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    HAS_X: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    place = row[:, None] * channels + channel[None, :]
+    is_channel = channel < channels
+    inside = (row < rows)[:, None] & is_channel[None, :]
+    summed = tl.load(h_pointer + sample * h_stride + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        summed += tl.load(bias_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    if HAS_X:
+        summed += tl.load(x_pointer + sample * x_stride + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_TOTAL:
+        tl.store(total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside)
+    if HAS_OUT:
+        gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+        normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
+        tl.store(out_pointer + sample * out_stride + place, normed, mask=inside)
+
+
+@triton.jit
+def _upsample_add_norm_silu(
+    folded_pointer,
+    bias_pointer,
+    x_pointer,
+    total_pointer,
+    gamma_pointer,
+    out_pointer,
+    rows,
+    height,
+    width,
+    channels,
+    skipped,
+    folded_stride,
+    x_stride,
+    total_stride,
+    out_stride,
+    TIMES: tl.constexpr,
+    OFFSET_T: tl.constexpr,
+    OFFSET_Y: tl.constexpr,
+    OFFSET_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    is_channel = channel < channels
+    inside = (row < rows)[:, None] & is_channel[None, :]
+    column, line = row % width, row // width % height
+    frame = row // (width * height)
+    x_phase, y_phase = column % 2, line % 2
+    low_column, low_line, low_width, low_height = column // 2, line // 2, width // 2, height // 2
+    place = (frame * (low_height + 1) + low_line + y_phase) * (low_width + 1) + low_column + x_phase
+    place = (place * 4 + 2 * y_phase + x_phase) * channels
+    summed = tl.load(
+        folded_pointer + sample * folded_stride + place[:, None] + channel[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    summed += tl.load(bias_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    grown = frame + skipped
+    group = grown % TIMES % OFFSET_T
+    group = group * OFFSET_Y + y_phase % OFFSET_Y
+    group = group * OFFSET_X + x_phase % OFFSET_X
+    groups = OFFSET_T * OFFSET_Y * OFFSET_X
+    place = ((grown // TIMES * low_height + low_line) * low_width + low_column) * (channels * groups) + group
+    summed += tl.load(
+        x_pointer + sample * x_stride + place[:, None] + (channel * groups)[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    place = row[:, None] * channels + channel[None, :]
+    tl.store(total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside)
+    gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+    normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
+    tl.store(out_pointer + sample * out_stride + place, normed, mask=inside)
+
+
+@triton.jit
+def _to_pixels(
+    packed_pointer,
+    bias_pointer,
+    out_pointer,
+    count,
+    height,
+    width,
+    HAS_BIAS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    colour = index % 3
+    column = index // 3 % (width * PATCH)
+    line = index // (3 * width * PATCH) % (height * PATCH)
+    frame = index // (3 * width * PATCH * height * PATCH)
+    channel = (colour * PATCH + column % PATCH) * PATCH + line % PATCH
+    place = ((frame * height + line // PATCH) * width + column // PATCH) * (3 * PATCH * PATCH) + channel
+    value = tl.load(packed_pointer + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias_pointer + channel, mask=inside, other=0.0).to(tl.float32)
+    value = (value + 1.0) * 127.5
+    # to the nearest, halves to even, as torch rounds: there is no operation for it that all versions have
+    lower = tl.floor(value)
+    above = value - lower
+    is_odd = lower - 2.0 * tl.floor(lower * 0.5)
+    rounded = lower + tl.where((above > 0.5) | ((above == 0.5) & (is_odd > 0.5)), 1.0, 0.0)
+    rounded = tl.minimum(tl.maximum(rounded, 0.0), 255.0)
+    tl.store(out_pointer + index, rounded.to(tl.uint8), mask=inside)

@@ -1,0 +1,80 @@
+"""Norm, rotation and the way into the cache: the kernel against its definition, and that against the model's parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.kernels.rotary import reference
+from longvideo.model.rope import Rope, rotate
+from longvideo.model.transformer import RMSNorm
+from tests.golden import relative_error
+
+BATCH, TOKENS, SLOTS = 2, 5, 3
+EPS = 1e-6
+NAN = float("nan")
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(heads: int, head_dim: int, device: str) -> tuple[Tensor, ...]:
+    """Return q, k, v that are parts of one product, gains, and angles."""
+    generator = torch.Generator().manual_seed(0)
+    product = 3 * torch.randn(BATCH, TOKENS, 3, heads, head_dim, generator=generator)
+    gains = 1 + torch.randn(2, heads * head_dim, generator=generator)
+    angle = 6.3 * torch.rand(TOKENS, head_dim // 2, generator=generator)
+    return *product.to(device, torch.bfloat16).unbind(2), *gains.to(device), angle.cos().to(device), angle.sin().to(device)
+
+
+def outputs(heads: int, head_dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    cache = torch.full((2, BATCH, SLOTS, TOKENS, heads, head_dim), NAN, device=device, dtype=dtype)
+    return torch.full((BATCH, TOKENS, heads, head_dim), NAN, device=device, dtype=dtype), cache[0], cache[1]
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 32), (3, 16)])
+@pytest.mark.parametrize("slot", [0, 2])
+def test_kernel_and_definition_agree(heads: int, head_dim: int, slot: int, device: str) -> None:
+    pytest.importorskip("triton")
+    from longvideo.kernels.rotary import triton as kernels
+
+    given, where = inputs(heads, head_dim, device), torch.tensor(slot, device=device)
+    got, wanted = outputs(heads, head_dim, device, torch.bfloat16), outputs(heads, head_dim, device, torch.float32)
+    kernels.norm_rotate_keep(*given, where, *got, eps=EPS)
+    reference.norm_rotate_keep(*given, where, *wanted, eps=EPS)
+    assert relative_error(got[0].float(), wanted[0]) < 3e-3
+    for mine, theirs in zip(got[1:], wanted[1:], strict=True):
+        assert relative_error(mine[:, slot].float(), theirs[:, slot]) < 3e-3
+        others = [index for index in range(SLOTS) if index != slot]
+        assert mine[:, others].isnan().all()
+    assert torch.equal(got[2][:, slot], given[2])
+
+
+def test_definition_is_what_the_model_does() -> None:
+    heads, head_dim = 4, 32
+    q, k, v, gamma_q, gamma_k, cos, sin = inputs(heads, head_dim, "cpu")
+    rotated, keys, values = outputs(heads, head_dim, "cpu", torch.float32)
+    reference.norm_rotate_keep(
+        q, k, v, gamma_q, gamma_k, cos, sin, torch.tensor(1), rotated, keys, values, eps=EPS
+    )
+    for x, gamma, found in ((q, gamma_q, rotated), (k, gamma_k, keys[:, 1])):
+        norm = RMSNorm(heads * head_dim, EPS)
+        norm.weight.data = gamma
+        wanted = rotate(norm(x.float().flatten(-2)).unflatten(-1, (heads, -1)), Rope(cos[None, :, None], sin[None, :, None]))
+        assert relative_error(found, wanted.detach()) < 1e-6
+    assert torch.equal(values[:, 1], v.float())
+
+
+def test_shapes_that_do_not_agree_are_refused() -> None:
+    pytest.importorskip("triton")
+    from longvideo.kernels.rotary import triton as kernels
+
+    q, k, v, *rest = inputs(4, 32, "cpu")
+    rotated, keys, values = outputs(4, 32, "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="keys is"):
+        kernels.norm_rotate_keep(q, k, v, *rest, torch.tensor(0), rotated, keys[:, :, 1:], values, eps=EPS)
+    with pytest.raises(ValueError, match="v is"):
+        kernels.norm_rotate_keep(q, k, v[:, 1:], *rest, torch.tensor(0), rotated, keys, values, eps=EPS)
