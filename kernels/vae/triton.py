@@ -9,7 +9,6 @@ writes each value once; the norm is over the channels of a pixel, which one prog
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,7 +196,9 @@ def _add_norm_silu(
     if HAS_X:
         summed += tl.load(x_pointer + sample * x_stride + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_TOTAL:
-        tl.store(total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside)
+        tl.store(
+            total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside
+        )
     if HAS_OUT:
         gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
         normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
@@ -253,7 +254,9 @@ def _upsample_add_norm_silu(
         x_pointer + sample * x_stride + place[:, None] + (channel * groups)[None, :], mask=inside, other=0.0
     ).to(tl.float32)
     place = row[:, None] * channels + channel[None, :]
-    tl.store(total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside)
+    tl.store(
+        total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside
+    )
     gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
     normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
     tl.store(out_pointer + sample * out_stride + place, normed, mask=inside)

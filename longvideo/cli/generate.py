@@ -145,9 +145,8 @@ class Tally:
     def line(self) -> str:
         rate = self.frames_a_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
-        return (
-            f"chunk {max(1, self.parts - 1)}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
-        )
+        chunk = max(1, self.parts - 1)
+        return f"chunk {chunk}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
 
 
 class Display(Protocol):

@@ -11,6 +11,7 @@ Shapes: B batch, T frames, H W grid, C channels, z latent channels; activations 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from longvideo.errors import UserError
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, State, UpBlock, Upsample
+from longvideo.vae.layers import CausalConv3d, ResidualBlock, State, UpBlock
 
 HISTORY = 2
 
@@ -41,7 +42,8 @@ class _Convolution:
 
     def __init__(self, conv: nn.Conv3d, batch: int, frames: int, height: int, width: int):
         self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
-        self.padding = (0, *conv.padding[1:])
+        _, height_taps, width_taps = conv.kernel_size
+        self.padding = (0, height_taps // 2, width_taps // 2)
         assert conv.bias is not None
         # cuDNN leaves the bias to a pass of its own; what follows the convolution adds it in passing
         bias = conv.bias.detach()
@@ -109,9 +111,9 @@ class StreamingDecoder:
         self._convolutions: list[_Convolution] = []
         self._frames, self._height, self._width = latents_per_step, height, width
         self._conv_in = self._convolution(decoder.conv_in)
-        self._mid = [self._residual(block) for block in decoder.mid_block.resnets]
+        self._mid = [self._residual(block) for block in cast(list[ResidualBlock], list(decoder.mid_block.resnets))]
         self._attention = decoder.mid_block.attentions[0]
-        self._levels = [self._level(block) for block in decoder.up_blocks]
+        self._levels = [self._level(block) for block in cast(list[UpBlock], list(decoder.up_blocks))]
         self._norm_out = decoder.norm_out.gamma.detach().flatten()
         self._conv_out = self._convolution(decoder.conv_out)
         self._opened = False
@@ -132,7 +134,11 @@ class StreamingDecoder:
         if not self._opened:
             pieces.append(self._decode(latents_BzTHW[:, :, :1], opening=True))
             latents_BzTHW, self._opened = latents_BzTHW[:, :, 1:], True
-        pieces += [self._decode(part, opening=False) for part in latents_BzTHW.split(self.latents_per_step, dim=2) if part.shape[2]]
+        pieces += [
+            self._decode(part, opening=False)
+            for part in latents_BzTHW.split(self.latents_per_step, dim=2)
+            if part.shape[2]
+        ]
         return torch.cat(pieces, dim=1)
 
     def state(self) -> State:
@@ -169,7 +175,9 @@ class StreamingDecoder:
         self.operations.to_pixels(packed, self._conv_out.bias, patch, pixels)
         return pixels
 
-    def _run(self, block: _Residual, x: Tensor, frames: int, gamma: Tensor | None, out: Tensor | None, *, keep: bool = True) -> Tensor:
+    def _run(
+        self, block: _Residual, x: Tensor, frames: int, gamma: Tensor | None, out: Tensor | None, *, keep: bool = True
+    ) -> Tensor:
         """Run a residual block; write its result, normalised with gamma, to out. keep: return it, too."""
         h = block.first(frames)
         self.operations.add_norm_silu(h, block.first.bias, None, None, block.gamma, block.second.inputs(frames))
@@ -215,12 +223,14 @@ class StreamingDecoder:
         return _Residual(block, (self._convolution(block.conv1), self._convolution(block.conv2)))
 
     def _level(self, block: UpBlock) -> _Level:
-        blocks = [self._residual(resnet) for resnet in block.resnets]
+        resnets = cast(list[ResidualBlock], list(block.resnets))
+        blocks = [self._residual(resnet) for resnet in resnets]
         if block.upsampler is None:
             return _Level(blocks)
         upsampler, (times, _, _) = block.upsampler, block.factors
         time = None if upsampler.time_conv is None else self._convolution(upsampler.time_conv)
-        conv = upsampler.resample[1]
+        conv = cast(nn.Conv2d, upsampler.resample[1])
+        assert conv.bias is not None
         self._frames, self._height, self._width = times * self._frames, 2 * self._height, 2 * self._width
         return _Level(
             blocks,
@@ -228,15 +238,14 @@ class StreamingDecoder:
             bias=conv.bias.detach(),
             time=time,
             times=times,
-            offsets=_offsets(block),
+            offsets=_offsets(resnets[0].conv1.in_channels // block.out_channels, block.factors),
         )
 
 
-def _offsets(block: UpBlock) -> tuple[int, int, int]:
+def _offsets(surplus: int, factors: tuple[int, int, int]) -> tuple[int, int, int]:
     """Say along which axes surplus channels of the shortcut become pixels: see `layers.unfold_from_channels`."""
-    surplus = block.resnets[0].conv1.in_channels // block.out_channels
     offsets = []
-    for factor in block.factors:
+    for factor in factors:
         offsets.append(factor if surplus > 1 else 1)
         surplus //= offsets[-1]
     return offsets[0], offsets[1], offsets[2]

@@ -213,9 +213,7 @@ def test_a_session_that_runs_ahead_keeps_its_word(pipeline: StreamingPipeline) -
         switch = session.set_prompt(PROMPTS[1])
         assert 3 <= switch <= 6
         chunks += islice(session, switch)
-    assert [chunk.step.prompts[0] == PROMPTS[1] for chunk in chunks] == [
-        chunk.step.index >= switch for chunk in chunks
-    ]
+    assert [chunk.step.prompts[0] == PROMPTS[1] for chunk in chunks] == [chunk.step.index >= switch for chunk in chunks]
     assert [chunk.step.index for chunk in chunks if chunk.step.cut] == [switch]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,13 +23,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def inputs(heads: int, head_dim: int, device: str) -> tuple[Tensor, ...]:
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(heads: int, head_dim: int, device: str) -> Inputs:
     """Return q, k, v that are parts of one product, gains, and angles."""
     generator = torch.Generator().manual_seed(0)
     product = 3 * torch.randn(BATCH, TOKENS, 3, heads, head_dim, generator=generator)
     gains = 1 + torch.randn(2, heads * head_dim, generator=generator)
     angle = 6.3 * torch.rand(TOKENS, head_dim // 2, generator=generator)
-    return *product.to(device, torch.bfloat16).unbind(2), *gains.to(device), angle.cos().to(device), angle.sin().to(device)
+    q, k, v = product.to(device, torch.bfloat16).unbind(2)
+    gamma_q, gamma_k = gains.to(device)
+    return q, k, v, gamma_q, gamma_k, angle.cos().to(device), angle.sin().to(device)
 
 
 def outputs(heads: int, head_dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,13 +64,12 @@ def test_definition_is_what_the_model_does() -> None:
     heads, head_dim = 4, 32
     q, k, v, gamma_q, gamma_k, cos, sin = inputs(heads, head_dim, "cpu")
     rotated, keys, values = outputs(heads, head_dim, "cpu", torch.float32)
-    reference.norm_rotate_keep(
-        q, k, v, gamma_q, gamma_k, cos, sin, torch.tensor(1), rotated, keys, values, eps=EPS
-    )
+    reference.norm_rotate_keep(q, k, v, gamma_q, gamma_k, cos, sin, torch.tensor(1), rotated, keys, values, eps=EPS)
     for x, gamma, found in ((q, gamma_q, rotated), (k, gamma_k, keys[:, 1])):
         norm = RMSNorm(heads * head_dim, EPS)
         norm.weight.data = gamma
-        wanted = rotate(norm(x.float().flatten(-2)).unflatten(-1, (heads, -1)), Rope(cos[None, :, None], sin[None, :, None]))
+        normed = norm(x.float().flatten(-2)).unflatten(-1, (heads, -1))
+        wanted = rotate(normed, Rope(cos[None, :, None], sin[None, :, None]))
         assert relative_error(found, wanted.detach()) < 1e-6
     assert torch.equal(values[:, 1], v.float())
 
@@ -72,9 +78,10 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.rotary import triton as kernels
 
-    q, k, v, *rest = inputs(4, 32, "cpu")
+    q, k, v, gamma_q, gamma_k, cos, sin = inputs(4, 32, "cpu")
+    slot = torch.tensor(0)
     rotated, keys, values = outputs(4, 32, "cpu", torch.bfloat16)
     with pytest.raises(ValueError, match="keys is"):
-        kernels.norm_rotate_keep(q, k, v, *rest, torch.tensor(0), rotated, keys[:, :, 1:], values, eps=EPS)
+        kernels.norm_rotate_keep(q, k, v, gamma_q, gamma_k, cos, sin, slot, rotated, keys[:, :, 1:], values, eps=EPS)
     with pytest.raises(ValueError, match="v is"):
-        kernels.norm_rotate_keep(q, k, v[:, 1:], *rest, torch.tensor(0), rotated, keys, values, eps=EPS)
+        kernels.norm_rotate_keep(q, k, v[:, 1:], gamma_q, gamma_k, cos, sin, slot, rotated, keys, values, eps=EPS)

@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0, device: str, dtype: torch.dtype = torch.b
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def slots(batch: int, frames: int, *rest: int, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+def slots(batch: int, frames: int, *rest: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a buffer of two frames more than asked for, and the place of the others in it."""
     buffer = torch.full((batch, frames + 2, *rest), NAN, device=device, dtype=dtype)
     return buffer, buffer[:, 2:]
@@ -39,9 +39,7 @@ def agrees(got: Tensor, wanted: Tensor) -> bool:
 @pytest.mark.parametrize(("grid", "channels"), [((2, 10, 30), 40), ((1, 3, 5), 256)])
 @pytest.mark.parametrize("given", ["bias", "x", "bias x", "x in place", "total alone"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sum_and_norm(
-    grid: tuple[int, int, int], channels: int, given: str, dtype: torch.dtype, device: str
-) -> None:
+def test_sum_and_norm(grid: tuple[int, int, int], channels: int, given: str, dtype: torch.dtype, device: str) -> None:
     shape = (2, *grid, channels)
     h, x = (random(*shape, seed=seed, device=device, dtype=dtype) for seed in range(2))
     bias, gamma = (random(channels, seed=seed, device=device, dtype=dtype) for seed in (2, 3))

@@ -75,8 +75,8 @@ def test_the_shipped_autoencoder_in_bf16() -> None:
         wanted = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
         plain = to_uint8(autoencoder.decode(autoencoder.denormalize(z).bfloat16(), None)[0]).float()
     got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
-    # it rounds less often than the autoencoder, whose every operation does
-    assert (got - wanted).norm() < (plain - wanted).norm() < 2e-2 * wanted.norm()
+    # folded weights are rounded once more
+    assert (got - wanted).norm() < 1.2 * (plain - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def test_latents_of_another_shape_are_refused() -> None:
