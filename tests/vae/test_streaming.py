@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -77,6 +78,16 @@ def test_the_shipped_autoencoder_in_bf16() -> None:
     got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
     # folded weights are rounded once more
     assert (got - wanted).norm() < 1.2 * (plain - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_it_makes_the_pixels_of_the_cpu(dtype: torch.dtype) -> None:
+    autoencoder = deepcopy(ours()).to("cuda", dtype)
+    streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3)
+    got = torch.cat([streaming.decode(part.cuda()).cpu() for part in latents(5).split([2, 3], dim=2)], dim=1)
+    wanted = expected(5, 0).float()
+    assert (got.float() - wanted).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * wanted.norm()
 
 
 def test_latents_of_another_shape_are_refused() -> None:
