@@ -36,7 +36,7 @@ def norm_rotate_keep(
     """Normalise queries and keys over all heads, rotate them, and put keys and values into their slot of the cache.
 
     Queries, keys and values may be parts of one product: tokens may lie apart, the heads of one may not. Bytes moved, E
-    being those of an element: 6 E for each of B L N K, and 4 K for each token and head group of q and k.
+    being those of an element: 6 E for each of B L N K, and the angles of each token twice.
     Raises ValueError for shapes that do not agree, or heads that lie apart.
     """
     batch, tokens, heads, head_dim = q_BLNK.shape

@@ -155,8 +155,15 @@ def _check(name: str, activations: Tensor, like: Tensor) -> tuple[int, int, int]
 
 
 @triton.jit
-def _norm_silu(summed, gamma, channels):
+def _store(places, x, inside):
+    """Store float32, rounded to what the places hold."""
+    tl.store(places, round_to(x, places.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_silu(summed, gamma_pointer, channel, channels):
     """Return SiLU of the RMS norm over the last axis."""
+    gamma = tl.load(gamma_pointer + channel, mask=channel < channels, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(summed * summed, axis=1))
     scale = tl.sqrt(channels.to(tl.float32)) / tl.maximum(length, _SMALLEST_LENGTH)
     normed = summed * scale[:, None] * gamma[None, :]
@@ -196,13 +203,10 @@ def _add_norm_silu(
     if HAS_X:
         summed += tl.load(x_pointer + sample * x_stride + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_TOTAL:
-        tl.store(
-            total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside
-        )
+        _store(total_pointer + sample * total_stride + place, summed, inside)
     if HAS_OUT:
-        gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
-        normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
-        tl.store(out_pointer + sample * out_stride + place, normed, mask=inside)
+        normed = _norm_silu(summed, gamma_pointer, channel, channels)
+        _store(out_pointer + sample * out_stride + place, normed, inside)
 
 
 @triton.jit
@@ -254,12 +258,9 @@ def _upsample_add_norm_silu(
         x_pointer + sample * x_stride + place[:, None] + (channel * groups)[None, :], mask=inside, other=0.0
     ).to(tl.float32)
     place = row[:, None] * channels + channel[None, :]
-    tl.store(
-        total_pointer + sample * total_stride + place, round_to(summed, total_pointer.dtype.element_ty), mask=inside
-    )
-    gamma = tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
-    normed = round_to(_norm_silu(summed, gamma, channels), out_pointer.dtype.element_ty)
-    tl.store(out_pointer + sample * out_stride + place, normed, mask=inside)
+    _store(total_pointer + sample * total_stride + place, summed, inside)
+    normed = _norm_silu(summed, gamma_pointer, channel, channels)
+    _store(out_pointer + sample * out_stride + place, normed, inside)
 
 
 @triton.jit

@@ -176,14 +176,26 @@ class StreamingDecoder:
         return pixels
 
     def _run(
-        self, block: _Residual, x: Tensor, frames: int, gamma: Tensor | None, out: Tensor | None, *, keep: bool = True
+        self,
+        block: _Residual,
+        x: Tensor,
+        frames: int,
+        gamma: Tensor | None,
+        out: Tensor | None,
+        *,
+        into: Tensor | None = None,
+        keep: bool = True,
     ) -> Tensor:
-        """Run a residual block; write its result, normalised with gamma, to out. keep: return it, too."""
+        """Run a residual block; write its result, normalised with gamma, to out.
+
+        The result itself is returned, in `into` where that is given; without keep it is not even written.
+        """
         h = block.first(frames)
         self.operations.add_norm_silu(h, block.first.bias, None, None, block.gamma, block.second.inputs(frames))
         h = block.second(frames)
-        self.operations.add_norm_silu(h, block.second.bias, block.narrow(x), h if keep else None, gamma, out)
-        return h
+        total = h if into is None else into
+        self.operations.add_norm_silu(h, block.second.bias, block.narrow(x), total if keep else None, gamma, out)
+        return total
 
     def _climb(self, level: _Level, x: Tensor, frames: int, following: _Residual | None, *, opening: bool) -> Tensor:
         """Go through a level and up to the next, whose first block's input is left ready."""
@@ -193,17 +205,17 @@ class StreamingDecoder:
         if level.upsampling is None:
             return self._run(level.blocks[-1], inner, frames, self._norm_out, self._conv_out.inputs(frames), keep=False)
         assert following is not None and level.bias is not None
-        inner = self._run(level.blocks[-1], inner, frames, None, None)
-        if level.time is not None and not opening:
-            level.time.inputs(frames).copy_(inner)
-            pairs = level.time(frames)
+        time = None if opening else level.time
+        inner = self._run(level.blocks[-1], inner, frames, None, None, into=time and time.inputs(frames))
+        if time is not None:
+            pairs = time(frames)
             batch, _, height, width, channels = pairs.shape
             inner = pairs.new_empty(batch, frames, 2, height, width, channels // 2)
             pairs = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)
-            if level.time.bias is None:
+            if time.bias is None:
                 inner.copy_(pairs)
             else:
-                torch.add(pairs, level.time.bias.view(2, 1, 1, -1), out=inner)
+                torch.add(pairs, time.bias.view(2, 1, 1, -1), out=inner)
             inner = inner.flatten(1, 2)
         folded = F.conv2d(inner.flatten(0, 1).permute(0, 3, 1, 2), level.upsampling, padding=1).permute(0, 2, 3, 1)
         batch, frames, height, width, channels = inner.shape
