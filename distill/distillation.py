@@ -42,10 +42,10 @@ from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
-from longvideo.number_formats import KV_CACHES, PRECISIONS
+from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
 from longvideo.pixels import to_uint8
 from longvideo.quantization.convert import quantize_layers, with_precision
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, rollout
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.engine import Engine
@@ -60,13 +60,13 @@ COMPILED_FORMS = 32
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """How the frozen weights are kept. precision: as of `generate`. kv_cache: of the chunks already made."""
+    """How the frozen weights are kept. precision: as of `generate`, but not fp8. kv_cache: of the chunks made."""
 
     precision: str = "nvfp4"
     kv_cache: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("kv_cache", KV_CACHES)):
+        for name, known in (("precision", DIFFERENTIABLE_PRECISIONS), ("kv_cache", KV_CACHES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"backbone.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
 
@@ -371,13 +371,12 @@ class DistillRecipe:
             Conditioning(text=text, prompt_index=rows, cut=cut, first_latent=None if index else clip.first_latent)
             for index, (rows, cut) in enumerate(zip(clip.prompt_NB, clip.cuts, strict=True))
         ]
+        cache_type = NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
         latents = rollout(
-            student,
+            CachedTransformer(student, self.spec, batch=len(clip.samples), cache_type=cache_type),
             chunks,
-            spec=self.spec,
             solver=UniPC(steps, self.settings.shift),
             generators=[torch.Generator().manual_seed(number) for number in clip.samples],
-            cache_type=NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache,
             clean_pass=self.config.rollout.cache_fill == "clean",
         )
         assert self.folder is not None

@@ -1,123 +1,450 @@
-"""Measure streaming and print JSON: `python -m longvideo.infer.bench --seconds 60`.
-
-first_frame_s counts from the request and from the start of the process, imports and loading included. frames_per_s is
-the rate after the first frame. peak_rss_mib has one value per part of the video that came out, a chunk but for the
-first, whose opening frame comes alone: the most memory the process ever held until then.
-"""
+"""Measure streaming: check first, then warm up, time the parts one by one, and last a whole stream to the last byte."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import resource
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Protocol, cast
 
-import typer
+import numpy as np
+import torch
+from torch import Tensor
 
-WARM_CHUNKS = 20
-KIB_PER_MIB = 1024
+from longvideo.benchmark.step import random_model
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
+from longvideo.conditioning import Conditioning
+from longvideo.errors import UserError
+from longvideo.flow.unipc import UniPC
+from longvideo.infer import gpu_timeline
+from longvideo.infer.generation import Models, Stages
+from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.session import Session
+from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
+from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.config import PRESETS
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.transformer import TextContext
+from longvideo.number_formats import NumberFormats
+from longvideo.pixels import to_uint8
+from longvideo.quantization.convert import with_precision
+from longvideo.quantization.fp8 import FP8Linear
+from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.products import W4A16
+from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
+from longvideo.text import TextEncoder
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.config import AutoencoderConfig
+
+CHECKED_CHUNKS = 2
+CHECKED_LATENTS = 2
+SUSTAINED_STEPS = 25
+REPEATS = 3
+PROMPT = "a red ball bounces"
+VELOCITY_BOUNDS = {"bf16": 2.5e-2, "nvfp4-weights": 2.5e-2, "fp8": 0.1, "nvfp4": 0.15}
+"""Relative error allowed against the plain path in the same precision: a rounding may fall the other way."""
+FP8_ATTENTION_BOUND = 0.15
+"""The same beside attention in the model's dtype: what FP8 attention itself costs is in it."""
+PIXEL_BOUND = 2e-2
 
 
-def bench(
-    model: Annotated[str, typer.Option(help="`tiny`, a model folder or a Hugging Face id.")] = "tiny",
-    prompt: Annotated[str, typer.Option(help="What to show.")] = "a red ball bounces",
-    seconds: Annotated[float, typer.Option(help="Length of the video; 600 for the memory bar.")] = 20.0,
-    steps: Annotated[int | None, typer.Option(help="Solver steps a chunk.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`.")] = None,
-    decode_device: Annotated[str | None, typer.Option(help="Where latents become pixels.")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, nvfp4 or nvfp4-weights.")] = None,
-    kv_cache: Annotated[str, typer.Option(help="bf16 or nvfp4.")] = "bf16",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the video too, and time that.")] = None,
-) -> None:
-    """Stream a video and print what it took, as JSON."""
-    started = _process_start()
-    import torch
+@dataclass(frozen=True)
+class StreamReport:
+    """What a stream took. Times in the unit of their name, sizes in bytes, errors relative.
 
-    from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.writer import VideoWriter
+    peak_bytes: for each GPU, of the stream alone. first_frame_s: from the request, warm. peak_rss_bytes: of the process
+    after each part of the video that came out, a chunk but for the first, whose opening frame comes alone.
+    """
 
-    imported = time.time()
-    release_large_blocks()
-    pipeline = StreamingPipeline.from_pretrained(
-        model, device=device, decode_device=decode_device, precision=precision, kv_cache=kv_cache
+    steps: int
+    guidance: float
+    backends: dict[str, str]
+    errors: dict[str, float]
+    warm_up_s: float
+    step_ms: float
+    clean_pass_ms: float
+    decode_ms: float
+    first_frame_s: float
+    chunk_s: tuple[float, ...]
+    frames_per_chunk: int
+    end_to_end_fps: float
+    peak_bytes: dict[str, int]
+    peak_rss_bytes: tuple[int, ...]
+
+    @property
+    def denoise_fps(self) -> float:
+        return 1000 * self.frames_per_chunk / (self.steps * self.step_ms + self.clean_pass_ms)
+
+    @property
+    def decode_fps(self) -> float:
+        return 1000 * self.frames_per_chunk / self.decode_ms
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what was measured as names and values to read."""
+        peaks = [(f"peak on {device}", f"{size / 1e9:.2f} GB") for device, size in self.peak_bytes.items()]
+        chunk = " / ".join(f"{self.chunk_percentile(percent):.3f}" for percent in (50, 95))
+        return [
+            *((f"{name} by", backend) for name, backend in self.backends.items()),
+            *((f"error of {name}", f"{error:.1e}") for name, error in self.errors.items()),
+            ("warm-up", f"{self.warm_up_s:.1f} s"),
+            ("step, clean pass", f"{self.step_ms:.1f} ms, {self.clean_pass_ms:.1f} ms"),
+            ("decoding a chunk", f"{self.decode_ms:.1f} ms"),
+            ("first frame, warm", f"{self.first_frame_s:.2f} s"),
+            ("chunk, p50 / p95", f"{chunk} s"),
+            (f"denoising alone, {self.steps} steps", f"{self.denoise_fps:.1f} frames/s"),
+            ("decoding alone", f"{self.decode_fps:.1f} frames/s"),
+            ("end to end", f"{self.end_to_end_fps:.1f} frames/s"),
+            *peaks,
+            ("peak of the process on the host", f"{self.peak_rss_bytes[-1] / 1e9:.2f} GB"),
+        ]
+
+    def chunk_percentile(self, percent: float) -> float:
+        """Return a percentile of the seconds between one chunk written and the next."""
+        return float(np.percentile(self.chunk_s, percent))
+
+
+class FrameSink(Protocol):
+    """Where frames go, uint8 [T, H, W, 3]."""
+
+    def write(self, frames: np.ndarray) -> None: ...
+
+
+def random_models(
+    preset: str,
+    settings: ModelSettings,
+    *,
+    device: torch.device,
+    decode_device: torch.device,
+    decode_share: float = 0.0,
+    formats: NumberFormats,
+) -> Models:
+    """Build models of a preset's shapes with random weights, for speed; prompts are random features, too."""
+    config = PRESETS[preset]
+    transformer = with_precision(random_model(config, device), formats.precision)
+    with torch.device(decode_device):
+        autoencoder = Autoencoder(AutoencoderConfig.wan22() if preset != "tiny" else AutoencoderConfig.tiny())
+    dtype = torch.bfloat16 if decode_device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        transformer = transformer.float()
+    scale = autoencoder.config.scale_factor_spatial
+    return Models(
+        transformer=transformer.eval().requires_grad_(False),
+        autoencoder=autoencoder.to(decode_device, dtype).eval().requires_grad_(False),
+        text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
+        settings=settings,
+        spec=chunk_spec(settings, scale),
+        kv_cache=formats.kv_cache,
+        attention=formats.attention,
+        decode_share=decode_share,
     )
-    requested = time.time()
-    times: list[float] = []
-    frames_made: list[int] = []
-    peaks: list[float] = []
-    writer = VideoWriter(output, fps=pipeline.fps, overwrite=True) if output else None
-    for frames in pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance):
-        if writer:
-            writer.write(frames)
-        times.append(time.time())
-        frames_made.append(len(frames))
-        peaks.append(_peak_rss_mib())
-    if writer:
-        writer.close()
-    models = pipeline.models
-    report = {
-        "model": model,
-        "device": _device_name(models.device),
-        "decode_device": _device_name(models.decode_device),
-        "dtype": str(models.transformer.patch_embedding.weight.dtype).removeprefix("torch."),
-        "precision": precision,
-        "kv_cache": kv_cache,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "steps": models.settings.steps if steps is None else steps,
-        "guidance": models.settings.guidance if guidance is None else guidance,
-        "frames": sum(frames_made),
-        "import_s": _rounded(started and imported - started),
-        "load_s": _rounded(requested - imported),
-        "first_frame_s": {
-            "from_request": _rounded(times[0] - requested),
-            "from_process_start": _rounded(started and times[0] - started),
-        },
-        "frames_per_s": _rounded(_rate(times, frames_made)),
-        "peak_rss_mib": [round(peak, 1) for peak in peaks],
-        "peak_rss_growth_after_20_chunks": _growth(peaks),
+
+
+def measure(
+    pipeline: StreamingPipeline,
+    *,
+    steps: int | None,
+    guidance: float | None,
+    chunks: int,
+    sink: FrameSink | None = None,
+    timeline: Path | None = None,
+    on_stage: Callable[[str], None],
+) -> StreamReport:
+    """Measure a pipeline over `chunks` chunks after as many as its window holds.
+
+    sink: takes the frames; None writes their bytes to a file that is then deleted. timeline: a picture of what the GPUs
+    do during three more chunks.
+    Raises UserError, with the numbers, where the fast path does not make what the plain path makes.
+    """
+    models, settings = pipeline.models, pipeline.models.settings
+    steps = settings.steps if steps is None else steps
+    guidance = settings.guidance if guidance is None else guidance
+    devices = {device for device in (models.device, models.decode_device) if device.type == "cuda"}
+    on_stage("warming up")
+    began = time.perf_counter()
+    stages = pipeline.acquire(batch=1, copies=branches(guidance))
+    _wait(devices)
+    warm_up_s = time.perf_counter() - began
+    on_stage("checking velocities and pixels")
+    errors = _check(models, stages, steps, guidance)
+    on_stage("timing the parts")
+    step_ms, clean_pass_ms = _time_passes(models, stages)
+    decode_ms = _time_decoding(models, stages)
+    pipeline.release(stages)
+    for device in devices:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    on_stage(f"streaming {models.spec.window_chunks} + {chunks} chunks")
+    first, times, frames, rss = _stream(pipeline, steps, guidance, models.spec.window_chunks + chunks, sink, timeline)
+    sustained = times[-chunks - 1 :]
+    return StreamReport(
+        steps=steps,
+        guidance=guidance,
+        backends=_backends(models),
+        errors=errors,
+        warm_up_s=warm_up_s,
+        step_ms=step_ms,
+        clean_pass_ms=clean_pass_ms,
+        decode_ms=decode_ms,
+        first_frame_s=first,
+        chunk_s=tuple(after - before for before, after in zip(sustained, sustained[1:], strict=False)),
+        frames_per_chunk=frames[-1],
+        end_to_end_fps=sum(frames[-chunks:]) / (sustained[-1] - sustained[0]),
+        peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in sorted(devices, key=str)},
+        peak_rss_bytes=tuple(rss),
+    )
+
+
+def _stream(
+    pipeline: StreamingPipeline,
+    steps: int,
+    guidance: float,
+    chunks: int,
+    sink: FrameSink | None,
+    timeline: Path | None,
+) -> tuple[float, list[float], list[int], list[int]]:
+    """Return seconds to the first frame, and for each part: when it was written, frames, and the host's memory peak."""
+    times, frames, rss = [], [], []
+    with _sink(sink) as target, pipeline.session(PROMPT, steps=steps, guidance=guidance) as session:
+        requested = time.perf_counter()
+        for chunk in session:
+            target.write(chunk.frames[0])
+            times.append(time.perf_counter())
+            frames.append(chunk.frames.shape[1])
+            rss.append(_peak_rss())
+            if chunk.step.index == chunks - 1:
+                break
+        if timeline is not None:
+            _draw(session, target, timeline, title=f"{steps} steps, three chunks in a row")
+    return times[0] - requested, times, frames, rss
+
+
+def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> None:
+    def three_chunks() -> None:
+        for _ in range(3):
+            target.write(next(session).frames[0])
+
+    spans = gpu_timeline.record(three_chunks)
+    if not spans:
+        raise UserError("--timeline needs a GPU: there is nothing to draw")
+    gpu_timeline.draw(spans, path, begin=0.0, end=max(span.end for span in spans), title=title)
+
+
+def _precision(models: Models) -> str:
+    layers = list(models.transformer.blocks.modules())
+    if any(isinstance(layer, FP8Linear) for layer in layers):
+        return "fp8"
+    packed = [layer for layer in layers if isinstance(layer, NVFP4Linear)]
+    if not packed:
+        return "bf16"
+    return "nvfp4-weights" if isinstance(packed[0].product, W4A16) else "nvfp4"
+
+
+def _check(models: Models, stages: Stages, steps: int, guidance: float) -> dict[str, float]:
+    """Return relative errors against the plain path; raise UserError where they are too large."""
+    scale, (_, *shape) = models.autoencoder.config.scale_factor_temporal, stages.denoiser.latent_shape
+    latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))[:, :, :CHECKED_LATENTS]
+    latents = latents.to(models.decode_device)
+    pixels = torch.from_numpy(stages.decoder.decode(latents, 1 + scale * (CHECKED_LATENTS - 1)))
+    stages.decoder.reset()
+    with torch.inference_mode():
+        weight = models.autoencoder.post_quant_conv.weight
+        video, _ = models.autoencoder.decode(models.autoencoder.denormalize(latents).to(weight.dtype))
+    bound = FP8_ATTENTION_BOUND if models.attention == "fp8" else VELOCITY_BOUNDS[_precision(models)]
+    errors = {
+        "velocities": _velocity_error(models, stages, steps, guidance),
+        "pixels": _relative_error(pixels.float() - 127.5, to_uint8(video).cpu().float() - 127.5),
     }
-    print(json.dumps(report, indent=2))
+    for name, allowed in (("velocities", bound), ("pixels", PIXEL_BOUND)):
+        if not errors[name] <= allowed:
+            raise UserError(
+                f"the check failed, so nothing is timed: {name} of the fast path differ from the plain path's by"
+                f" {errors[name]:.2e}, allowed are {allowed:.0e}"
+            )
+    return errors
 
 
-def _rate(times: list[float], frames: list[int]) -> float | None:
-    return sum(frames[1:]) / (times[-1] - times[0]) if len(times) > 1 else None
+class _Recorder:
+    """A denoiser that notes each call it passes on, as what to do with another one, and the velocities."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self._inner = inner
+        self.device, self.latent_shape = inner.device, inner.latent_shape
+        self.calls: list[Callable[[Denoiser], Tensor | None]] = []
+        self.velocities: list[Tensor] = []
+
+    def begin(self, index: int, *, shot: int, text: TextContext) -> None:
+        self._note(lambda denoiser: denoiser.begin(index, shot=shot, text=text))
+
+    def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
+        latents, sigma = latents_BCTHW.clone(), sigma_BT.clone()
+        velocity = self._note(lambda denoiser: denoiser.velocity(latents, sigma, keep=keep))
+        assert velocity is not None
+        self.velocities.append(velocity)
+        return velocity
+
+    def fill(self, latents_BCTHW: Tensor) -> None:
+        latents = latents_BCTHW.clone()
+        self._note(lambda denoiser: denoiser.fill(latents))
+
+    def commit(self, *, cut: bool = False) -> None:
+        self._note(lambda denoiser: denoiser.commit(cut=cut))
+
+    def _note(self, call: Callable[[Denoiser], Tensor | None]) -> Tensor | None:
+        self.calls.append(call)
+        return call(self._inner)
 
 
-def _growth(peaks: list[float]) -> float | None:
-    return round(peaks[-1] / peaks[WARM_CHUNKS - 1] - 1, 4) if len(peaks) > WARM_CHUNKS else None
+def _velocity_error(models: Models, stages: Stages, steps: int, guidance: float) -> float:
+    """Return the relative error of the velocities at the latents that the plain path goes through.
+
+    Not of the latents of a whole solution: there, every step multiplies the roundings of those before it.
+    """
+    cache_type: type[ChunkCache] = NVFP4KVCache if models.kv_cache == "nvfp4" else KVCache
+    plain = CachedTransformer(models.transformer, models.spec, batch=branches(guidance), cache_type=cache_type)
+    recorder = _Recorder(plain)
+    features, rows = models.text_encoder.encode([PROMPT, ""])
+    rows = rows.to(models.device)
+    with torch.inference_mode():
+        text = models.transformer.encode_text(features.to(models.device))
+    made = rollout(
+        recorder,
+        [Conditioning(text, rows[:1], rows[1:])] * CHECKED_CHUNKS,
+        solver=UniPC(steps, models.settings.shift),
+        generators=[torch.Generator().manual_seed(0)],
+        guidance=guidance,
+        clean_pass=models.settings.clean_pass,
+    )
+    assert len(list(made)) == CHECKED_CHUNKS
+    with torch.inference_mode():
+        found = [velocity for call in recorder.calls if (velocity := call(stages.denoiser)) is not None]
+    stages.denoiser.reset()
+    return _relative_error(torch.cat(found), torch.cat(recorder.velocities))
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 3)
+def _text(models: Models, denoiser: Denoiser) -> TextContext:
+    """Return the text of one prompt for all samples."""
+    features, _ = models.text_encoder.encode([PROMPT])
+    text = models.transformer.encode_text(features.to(models.device))
+    return text.select(torch.zeros(denoiser.latent_shape[0], dtype=torch.int64, device=models.device))
 
 
-def _peak_rss_mib() -> float:
+@torch.inference_mode()
+def _time_passes(models: Models, stages: Stages) -> tuple[float, float]:
+    """Return the mean milliseconds of a step with a full window, 25 in a row on a GPU, and those of a clean pass."""
+    denoiser, device = stages.denoiser, models.device
+    text = _text(models, denoiser)
+    latents = torch.randn(denoiser.latent_shape, device=device)
+    sigma = torch.full((latents.shape[0], latents.shape[2]), 0.5, device=device)
+    for index in range(models.spec.window_chunks):
+        denoiser.begin(index, shot=0, text=text)
+        denoiser.fill(latents)
+        denoiser.commit()
+    denoiser.begin(models.spec.window_chunks, shot=0, text=text)
+    count = SUSTAINED_STEPS if device.type == "cuda" else REPEATS
+    step = _mean_ms(lambda: denoiser.velocity(latents, sigma), count, device)
+    clean = 0.0
+    if models.settings.clean_pass:
+        clean = _mean_ms(lambda: denoiser.fill(latents), REPEATS, device)
+    denoiser.reset()
+    return step, clean
+
+
+def _time_decoding(models: Models, stages: Stages) -> float:
+    """Return the mean milliseconds from latents of a later chunk to its frames in host memory."""
+    latents = torch.randn((1, *stages.denoiser.latent_shape[1:]), device=models.device)
+    frames = models.spec.chunk_frames * models.autoencoder.config.scale_factor_temporal
+    stages.decoder.decode(latents, frames - models.autoencoder.config.scale_factor_temporal + 1)
+    ms = _mean_ms(lambda: stages.decoder.decode(latents, frames), REPEATS, models.decode_device)
+    stages.decoder.reset()
+    return ms
+
+
+def _mean_ms(work: Callable[[], object], count: int, device: torch.device) -> float:
+    work()
+    _wait({device})
+    began = time.perf_counter()
+    for _ in range(count):
+        work()
+    _wait({device})
+    return 1000 * (time.perf_counter() - began) / count
+
+
+def _backends(models: Models) -> dict[str, str]:
+    """Say what runs each operation."""
+    device, where = models.device, models.decode_device
+    kernels = {place: "triton" if place.type == "cuda" else "reference" for place in (device, where)}
+    on_gpu = device.type == "cuda"
+    library = "cuBLAS" if on_gpu else "oneDNN"
+    products = {
+        "bf16": library,
+        "fp8": "torch scaled_mm, rows of E4M3" if on_gpu else "reference",
+        "nvfp4-weights": f"{library} on weights unpacked by {kernels[device]}",
+        "nvfp4": "FP4 units"
+        if nvfp4_products.unavailable(device) is None
+        else f"{library}, emulated by {kernels[device]}",
+    }[_precision(models)]
+    attention = "torch SDPA, cuDNN first" if on_gpu else "torch SDPA"
+    if models.attention == "fp8":
+        attention = "cuDNN frontend, E4M3" if on_gpu else "reference"
+    return {
+        "products": products,
+        "attention": attention,
+        "norms, rotation, cache": kernels[device],
+        "convolutions": "cuDNN" if where.type == "cuda" else "oneDNN",
+        "between convolutions": kernels[where],
+        "passes": "CUDA graphs" if on_gpu else "eager",
+    }
+
+
+@contextmanager
+def _sink(sink: FrameSink | None) -> Iterator[FrameSink]:
+    if sink is not None:
+        yield sink
+        return
+    with tempfile.TemporaryFile(buffering=0) as file:
+        yield _RawFile(file)
+
+
+class _RawFile:
+    """Frames as bytes, into a file that does not grow beyond the longest part."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, frames: np.ndarray) -> None:
+        self._file.seek(0)
+        self._file.write(np.ascontiguousarray(frames).data)
+
+
+class _RandomText:
+    """Stands in for a text encoder: random features for each prompt."""
+
+    def __init__(self, length: int, dim: int, device: torch.device) -> None:
+        self._shape, self._device = (length, dim), device
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        features = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(0))
+        return features.to(self._device), torch.arange(len(prompts), device=self._device)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return []
+
+
+def _relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+def _wait(devices: set[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _peak_rss() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / KIB_PER_MIB / (KIB_PER_MIB if platform.system() == "Darwin" else 1)
-
-
-def _process_start() -> float | None:
-    """Return the wall-clock time at which this process was started, where Linux tells it."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return None
-    age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.processor() or 'unknown'})"
-
-
-if __name__ == "__main__":
-    typer.run(bench)
+    return peak if platform.system() == "Darwin" else peak * 1024

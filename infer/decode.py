@@ -2,29 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from longvideo.pixels import to_uint8
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.layers import State
+from longvideo.vae.streaming import StreamingDecoder
+
+SMALL_GRID = 512
+"""Latent pixels of a frame, up to which a CPU decodes the frames of a chunk together."""
 
 
 class ChunkDecoder:
-    """Decode the chunks of one video (or of a batch) one after the other.
+    """Decode the chunks of one video (or of a batch) one after the other, and then those of the next.
 
-    On CUDA it works on a stream of its own, on the autoencoder's device, which may be another than the latents'; frames
-    become uint8 there and cross in pinned memory. Only latents that kept frames need are decoded.
+    On CUDA it works on streams of its own, on the autoencoder's device, which may be another than the latents', and on
+    `first_device` where the two share the work; frames become uint8 there and cross in pinned memory. Only latents that
+    kept frames need are decoded.
     """
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        weight = autoencoder.post_quant_conv.weight
-        self._autoencoder = autoencoder
-        self._device, self._dtype = weight.device, weight.dtype
-        self._state: State | None = None
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._source_stream: torch.cuda.Stream | None = None
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        *,
+        batch: int,
+        height: int,
+        width: int,
+        chunk_latents: int,
+        first_device: torch.device | None = None,
+        first_share: float = 0.0,
+    ) -> None:
+        """height, width: of the latents; chunk_latents: latent frames of a chunk.
+
+        first_share: of the decoder's work, what `first_device` does; 0 leaves all of it to the autoencoder's device.
+        """
+        device = autoencoder.post_quant_conv.weight.device
+        self._scale = autoencoder.config.scale_factor_temporal
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        devices = None
+        if first_share:
+            assert first_device is not None
+            devices = (first_device, device)
+        is_small = device.type == "cpu" and height * width <= SMALL_GRID
+        with self._own_streams(device, *(devices or ())):
+            self._decoder = StreamingDecoder(
+                autoencoder,
+                batch=batch,
+                height=height,
+                width=width,
+                latents_per_step=chunk_latents if is_small else 1,
+                devices=devices,
+                first_share=first_share,
+            )
+
+    def warm_up(self) -> None:
+        """Compile and record on CUDA what the first video would wait for, and begin a new one."""
+        with self._own_streams(*self._decoder.devices):
+            self._decoder.warm_up()
+
+    def reset(self) -> None:
+        """Begin a new video."""
+        with self._own_streams(*self._decoder.devices):
+            self._decoder.restore(())
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> np.ndarray:
@@ -33,39 +75,40 @@ class ChunkDecoder:
         ready: on CUDA, what to wait for before the latents are read; see `mark_ready`.
         """
         latents = latents[:, :, : self._latents_for(num_frames)]
-        if self._stream is None:
-            return self._pixels(latents, num_frames).numpy()
-        source = self._leaving_stream(latents.device)
-        if ready is not None:
-            source.wait_event(ready)
-            latents.record_stream(source)
-        with torch.cuda.stream(source), torch.cuda.stream(self._stream):
-            pixels = self._pixels(latents, num_frames)
+        with self._own_streams(latents.device, *self._decoder.devices):
+            if ready is not None:
+                stream = self._streams[latents.device]
+                stream.wait_event(ready)
+                latents.record_stream(stream)
+            pixels = self._decoder.decode(latents)[:, :num_frames]
+            if pixels.device.type != "cuda":
+                return pixels.contiguous().numpy()
             # pinned: a pageable copy would stop this stream and the one that denoises
             host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(pixels, non_blocking=True)
-        self._stream.synchronize()
+        self._streams[pixels.device].synchronize()
         return host.numpy()
 
-    def _leaving_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream, on the latents' device, on which they leave it without waiting for the next chunk."""
-        assert self._stream is not None
-        if device.type != "cuda" or device == self._device:
-            return self._stream
-        if self._source_stream is None:
-            self._source_stream = torch.cuda.Stream(device)
-        return self._source_stream
+    @contextmanager
+    def _own_streams(self, *devices: torch.device) -> Iterator[None]:
+        """Make a stream of this decoder the current one on each CUDA device; it begins after what is under way there.
 
-    def _pixels(self, latents: Tensor, num_frames: int) -> Tensor:
-        latents = self._autoencoder.denormalize(latents.to(self._device, non_blocking=True)).to(self._dtype)
-        video_BCTHW, self._state = self._autoencoder.decode(latents, self._state)
-        return to_uint8(video_BCTHW[:, :, :num_frames])
+        Latents leave their device on such a stream too, without waiting for the next chunk.
+        """
+        with ExitStack() as stack:
+            for device in devices:
+                if device.type != "cuda":
+                    continue
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                    self._streams[device].wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
+            yield
 
     def _latents_for(self, num_frames: int) -> int:
-        scale = self._autoencoder.config.scale_factor_temporal
-        if self._state is None:  # the first latent is one frame
-            return 1 + -(-(num_frames - 1) // scale)
-        return -(-num_frames // scale)
+        if self._decoder.opened:
+            return -(-num_frames // self._scale)
+        return 1 + -(-(num_frames - 1) // self._scale)  # the first latent is one frame
 
 
 def mark_ready(latents: Tensor) -> torch.cuda.Event | None:

@@ -19,10 +19,10 @@ from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
 from longvideo.infer.decode import ChunkDecoder, mark_ready
 from longvideo.infer.timeline import Step
-from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.rollout import rollout
+from longvideo.rollout import Denoiser, rollout
+from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
@@ -34,14 +34,19 @@ CHUNKS_AHEAD = 1  # enough to keep both stages busy; more would delay a change o
 
 @dataclass(frozen=True)
 class Models:
-    """The loaded parts of a model folder. The autoencoder may be on another device than the other two."""
+    """The loaded parts of a model folder. The autoencoder may be on another device than the other two.
+
+    decode_share: of the work of decoding, what the device that denoises does; only where the autoencoder is on another.
+    """
 
     transformer: CausalTransformer
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     settings: ModelSettings
     spec: ChunkSpec
-    cache_type: type[ChunkCache] = KVCache
+    kv_cache: str = "bf16"
+    attention: str = "bf16"
+    decode_share: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +66,40 @@ class Sampling:
     generators: tuple[torch.Generator, ...]
 
 
+class Stages:
+    """What makes one video (or a batch) at a time, and is kept for the next: compiled, recorded, with its memory."""
+
+    def __init__(self, models: Models, *, batch: int, copies: int) -> None:
+        """batch: videos. copies: how often each is run in a step; see `longvideo.rollout.branches`."""
+        self.size = (batch, copies)
+        self.denoiser = StreamingTransformer(
+            models.transformer,
+            models.spec,
+            batch=batch * copies,
+            kv_cache=models.kv_cache,
+            attention=models.attention,
+        )
+        scale = models.autoencoder.config.scale_factor_spatial
+        self.decoder = ChunkDecoder(
+            models.autoencoder,
+            batch=batch,
+            height=models.settings.height // scale,
+            width=models.settings.width // scale,
+            chunk_latents=models.settings.chunk_frames,
+            first_device=models.device,
+            first_share=models.decode_share,
+        )
+        # now, not beside the denoising: cuDNN measures convolutions, which wants the GPU for itself
+        self.decoder.warm_up()
+        if models.device.type == "cuda":
+            self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
+
+    def reset(self) -> None:
+        """Get ready for another video."""
+        self.denoiser.reset()
+        self.decoder.reset()
+
+
 @dataclass(frozen=True)
 class GeneratedChunk:
     """Frames, uint8 [B, T, H, W, 3] in host memory, with the step they were made for.
@@ -75,24 +114,24 @@ class GeneratedChunk:
 
 
 def generate_chunks(
-    models: Models, steps: Iterator[Step], sampling: Sampling, *, first_latent: Tensor | None = None
+    models: Models, stages: Stages, steps: Iterator[Step], sampling: Sampling, *, first_latent: Tensor | None = None
 ) -> Generator[GeneratedChunk, None, None]:
-    """Make the chunks of one video (or of a batch that shares its cuts), in order.
+    """Make the chunks of one video (or of a batch that shares its cuts), in order. stages: fresh or reset.
 
     Denoising and decoding run in threads of their own, at most one finished chunk ahead of each other and of the
     caller. On a CPU each takes half of torch's threads; where there is only one, they take turns.
     first_latent: [B, C, 1, H, W], normalised, held as the first latent frame.
     """
-    denoise = partial(_denoise, models, steps, sampling, first_latent)
+    denoise = partial(_denoise, models, stages.denoiser, steps, sampling, first_latent)
     cpu_threads = torch.get_num_threads()
     if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
-        yield from _decode(models, denoise())
+        yield from _decode(stages.decoder, denoise())
         return
     # One thread a stage scales better on two cores than two threads in one stage after the other (86 frames a second
     # against 58), and has no barriers, at which a busy machine makes every small operation wait for the scheduler.
     share = max(1, cpu_threads // 2)
     latents = Background(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
-    decode = partial(_decode, models, latents)
+    decode = partial(_decode, stages.decoder, latents)
     frames = Background(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")
     try:
         yield from frames
@@ -127,7 +166,7 @@ class _LatentChunk:
 
 
 def _denoise(
-    models: Models, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
+    models: Models, denoiser: Denoiser, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
 ) -> Generator[_LatentChunk, None, None]:
     begun: deque[tuple[Step, float]] = deque()
     prompts = _Prompts(models, guided=sampling.guidance != 1.0)
@@ -138,13 +177,11 @@ def _denoise(
             yield prompts.conditioning(step, first_latent if step.index == 0 else None)
 
     chunks = rollout(
-        models.transformer,
+        denoiser,
         conditionings(),
-        spec=models.spec,
         solver=sampling.solver,
         generators=sampling.generators,
         guidance=sampling.guidance,
-        cache_type=models.cache_type,
         clean_pass=models.settings.clean_pass,
     )
     for latents in chunks:
@@ -152,8 +189,7 @@ def _denoise(
         yield _LatentChunk(step, latents, mark_ready(latents), began)
 
 
-def _decode(models: Models, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
-    decoder = ChunkDecoder(models.autoencoder)
+def _decode(decoder: ChunkDecoder, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
     for chunk in chunks:
         parts = [(chunk.latents, chunk.step.num_frames)]
         if chunk.step.index == 0:

@@ -16,16 +16,17 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.generation import GeneratedChunk, Models, Sampling, encode_first_frame, generate_chunks
+from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
+from longvideo.kernels.attention.cudnn_fp8 import unavailable as fp8_attention_unavailable
+from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.model.cache import KVCache
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision
+from longvideo.rollout import branches
 from longvideo.vae.config import AutoencoderConfig
 
 DEFAULT_FORMATS = NumberFormats()
@@ -36,11 +37,13 @@ __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 class StreamingPipeline:
     """Text (and an optional first picture) to video, chunk by chunk.
 
-    Same seed, same device and dtype, same bits. One pipeline makes one video at a time.
+    Same seed, same device and dtype, same bits. What makes a video is kept for the next one; a video that is begun
+    while another is being made gets a cache of its own.
     """
 
     def __init__(self, models: Models) -> None:
         self.models = models
+        self._idle: list[Stages] = []
 
     @classmethod
     def from_pretrained(
@@ -49,21 +52,30 @@ class StreamingPipeline:
         *,
         device: str | torch.device | None = None,
         decode_device: str | torch.device | None = None,
+        decode_share: float | None = None,
         dtype: torch.dtype | None = None,
         precision: str | None = None,
         kv_cache: str = "bf16",
+        attention: str = "bf16",
     ) -> StreamingPipeline:
         """Load a shipped name ("tiny"), a folder or a hub id.
 
         device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another
-        GPU decodes while the first denoises. dtype: bfloat16 where the hardware multiplies it, else float32.
-        precision: "bf16", "nvfp4" (4-bit weights and inputs of the blocks) or "nvfp4-weights"; by default what the
-        folder holds. kv_cache: "bf16" or "nvfp4", how the chunks already made are kept.
+        GPU decodes while the first denoises. decode_share: of that GPU's work, what `device` does instead, from 0 to
+        below 1; None for 0. dtype: bfloat16 where the hardware multiplies it, else float32.
+        precision: "bf16", "fp8" or "nvfp4" (weights and inputs of the blocks in 8 or 4 bits), or "nvfp4-weights"; by
+        default what the folder holds. kv_cache: "bf16" or "nvfp4", how the chunks already made are kept.
+        attention: "bf16", or "fp8", which takes NVIDIA's package nvidia-cudnn-frontend on a GPU.
         Raises UserError when the device is not there, CheckpointError when the folder is not whole.
         """
-        formats = NumberFormats(precision, kv_cache)
+        formats = NumberFormats(precision, kv_cache, attention)
         return cls.load(
-            ModelFolder.open(name), device=device, decode_device=decode_device, dtype=dtype, formats=formats
+            ModelFolder.open(name),
+            device=device,
+            decode_device=decode_device,
+            decode_share=decode_share,
+            dtype=dtype,
+            formats=formats,
         )
 
     @classmethod
@@ -73,13 +85,15 @@ class StreamingPipeline:
         *,
         device: str | torch.device | None = None,
         decode_device: str | torch.device | None = None,
+        decode_share: float | None = None,
         dtype: torch.dtype | None = None,
         formats: NumberFormats = DEFAULT_FORMATS,
     ) -> StreamingPipeline:
         """Load the weights of an opened folder; arguments as in `from_pretrained`."""
-        check_formats(folder, formats)
         where = pick_device(device)
+        check_formats(folder, formats, device=where)
         decode_where = where if decode_device is None else pick_device(decode_device)
+        check_decode_share(decode_share, where, decode_where)
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
             transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
@@ -90,7 +104,9 @@ class StreamingPipeline:
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
-                cache_type=NVFP4KVCache if formats.kv_cache == "nvfp4" else KVCache,
+                kv_cache=formats.kv_cache,
+                attention=formats.attention,
+                decode_share=decode_share or 0.0,
             )
         return cls(models)
 
@@ -181,7 +197,35 @@ class StreamingPipeline:
             guidance=settings.guidance if options.guidance is None else options.guidance,
             generators=tuple(torch.Generator().manual_seed(seed) for seed in seeds),
         )
-        return generate_chunks(self.models, steps, sampling, first_latent=first_latent)
+        return self._generated(steps, sampling, first_latent)
+
+    def _generated(
+        self, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
+    ) -> Generator[GeneratedChunk, None, None]:
+        stages = self.acquire(batch=len(sampling.generators), copies=branches(sampling.guidance))
+        usable = True
+        try:
+            with closing(generate_chunks(self.models, stages, steps, sampling, first_latent=first_latent)) as chunks:
+                yield from chunks
+        except Exception:
+            usable = False  # an error may have left anything behind
+            raise
+        finally:
+            if usable:
+                self.release(stages)
+
+    def acquire(self, *, batch: int, copies: int) -> Stages:
+        """Return what makes a video: what an earlier one left, or built and warmed up now. See `Stages`."""
+        stages = self._idle.pop() if self._idle else None
+        if stages is None or stages.size != (batch, copies):
+            stages = None  # its memory is free before another takes as much
+            stages = Stages(self.models, batch=batch, copies=copies)
+        return stages
+
+    def release(self, stages: Stages) -> None:
+        """Keep stages for the next video."""
+        stages.reset()
+        self._idle.append(stages)
 
     @property
     def _timing(self) -> ChunkTiming:
@@ -206,17 +250,37 @@ class StreamingPipeline:
             warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
 
 
-def check_formats(folder: ModelFolder, formats: NumberFormats) -> None:
-    """Raise UserError where a folder's model cannot be run in these formats. Reads no weight."""
-    if formats.precision == "bf16" and folder.is_packed:
-        raise UserError(f"{folder.path} holds packed 4-bit weights; use --precision nvfp4 or nvfp4-weights")
+def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
+    """Raise UserError where a folder's model cannot be run in these formats on a device. Reads no weight."""
+    if formats.precision in ("bf16", "fp8") and folder.is_packed:
+        raise UserError(
+            f"{folder.path} holds packed 4-bit weights, which --precision {formats.precision} cannot run; use nvfp4 or "
+            "nvfp4-weights"
+        )
+    if formats.precision == "fp8" and (reason := fp8_unavailable(device)):
+        raise UserError(reason)
+    if formats.attention == "fp8" and device.type == "cuda" and (reason := fp8_attention_unavailable(device)):
+        raise UserError(f"{reason}; or use --attention bf16")
     config = folder.transformer_config
     if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
         raise UserError(
             f"a 4-bit KV cache needs a head dim that {GROUP} divides; {folder.path} has {config.attention_head_dim}"
         )
     if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
-        raise UserError(f"NVFP4 needs widths that {GROUP} divides; {folder.path} has {config.dim} and {config.ffn_dim}")
+        raise UserError(
+            f"precision {formats.precision} needs widths that {GROUP} divides; {folder.path} has {config.dim} and "
+            f"{config.ffn_dim}"
+        )
+
+
+def check_decode_share(share: float | None, device: torch.device, decode_device: torch.device) -> None:
+    """Raise UserError where two devices cannot share the decoding like that. None is no share at all."""
+    if share is None:
+        return
+    if not 0 <= share < 1:
+        raise UserError(f"decode_share is {share}; it must be from 0 to below 1")
+    if (device.type, device.index or 0) == (decode_device.type, decode_device.index or 0):
+        raise UserError(f"decode_share is given, but {device} both denoises and decodes; name another decode_device")
 
 
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:

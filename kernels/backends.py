@@ -7,6 +7,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from longvideo.kernels.fp8 import scaled_mm
+from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
@@ -87,6 +89,56 @@ class NVFP4Operations(Protocol):
     def add_scaled_bias(self, product: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
 
+class FP8Operations(Protocol):
+    """What row-wise FP8 products need; `longvideo.kernels.fp8.reference` defines it."""
+
+    def quantize_rows(self, x: Tensor) -> FP8Rows: ...
+
+    def gelu_tanh_quantize_rows(self, h: Tensor) -> FP8Rows: ...
+
+    def matmul(self, a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor: ...
+
+
+class NormOperations(Protocol):
+    """What comes between a block's products; `longvideo.kernels.norm.reference` defines it."""
+
+    def add_norm(
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor | None,
+        shift: Tensor | None,
+        out_BLD: Tensor | None,
+        scales_BL: Tensor | None = None,
+        *,
+        eps: float,
+    ) -> None: ...
+
+    def rms_norm(self, x_BLD: Tensor, gamma_D: Tensor, out_BLD: Tensor, *, eps: float) -> None: ...
+
+
+class RotaryOperations(Protocol):
+    """What comes between attention's projections and the cache; `longvideo.kernels.rotary.reference` defines it."""
+
+    def norm_rotate_keep(
+        self,
+        q_BLNK: Tensor,
+        k_BLNK: Tensor,
+        v_BLNK: Tensor,
+        gamma_q: Tensor,
+        gamma_k: Tensor,
+        cos_LH: Tensor,
+        sin_LH: Tensor,
+        slot: Tensor,
+        rotated_BLNK: Tensor,
+        keys_BSLNK: Tensor,
+        values_BSLNK: Tensor,
+        *,
+        eps: float,
+    ) -> None: ...
+
+
 class DecoderOperations(Protocol):
     """What the video decoder does between its convolutions; `longvideo.kernels.vae.reference` defines it."""
 
@@ -115,6 +167,24 @@ class DecoderOperations(Protocol):
     def to_pixels(self, packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None: ...
 
 
+def norm_operations(device: torch.device) -> NormOperations:
+    """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        from longvideo.kernels.norm import triton as operations
+    else:
+        from longvideo.kernels.norm import reference as operations
+    return cast(NormOperations, operations)
+
+
+def rotary_operations(device: torch.device) -> RotaryOperations:
+    """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        from longvideo.kernels.rotary import triton as operations
+    else:
+        from longvideo.kernels.rotary import reference as operations
+    return cast(RotaryOperations, operations)
+
+
 def decoder_operations(device: torch.device) -> DecoderOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
     if _wants_triton(device):
@@ -122,6 +192,17 @@ def decoder_operations(device: torch.device) -> DecoderOperations:
     else:
         from longvideo.kernels.vae import reference as operations
     return cast(DecoderOperations, operations)
+
+
+def fp8_operations(device: torch.device) -> FP8Operations:
+    """Return Triton and `scaled_mm` on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if _wants_triton(device):
+        if reason := scaled_mm.unavailable(device):
+            raise ValueError(reason)
+        from longvideo.kernels.fp8 import triton as operations
+    else:
+        from longvideo.kernels.fp8 import reference as operations
+    return cast(FP8Operations, operations)
 
 
 def kv_operations(device: torch.device) -> KVOperations:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,91 +23,144 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 
 
+class Denoiser(Protocol):
+    """A model with its memory of the chunks already made, at one chunk at a time, the live one.
+
+    latent_shape: [B, C, T, H, W] of what it takes and returns.
+    """
+
+    device: torch.device
+    latent_shape: tuple[int, int, int, int, int]
+
+    def begin(self, index: int, *, shot: int, text: TextContext) -> None:
+        """Turn to chunk `index`, `shot` cuts after the start. text: the prompt of every sample, in their order."""
+        ...
+
+    def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
+        """Return the velocity of the live chunk. keep: later chunks shall look at what this pass saw of it."""
+        ...
+
+    def fill(self, latents_BCTHW: Tensor) -> None:
+        """Run the clean pass over the finished live chunk, at which later chunks then look."""
+        ...
+
+    def commit(self, *, cut: bool = False) -> None:
+        """Make the live chunk part of the past. cut: it opened a shot."""
+        ...
+
+
+class CachedTransformer:
+    """A `Denoiser` of a model as it is trained, and any cache."""
+
+    def __init__(
+        self, model: CausalTransformer, spec: ChunkSpec, *, batch: int, cache_type: type[ChunkCache] = KVCache
+    ):
+        weight, (_, p, q) = model.patch_embedding.weight, model.config.patch_size
+        self.device = weight.device
+        self.latent_shape = (
+            batch,
+            model.config.in_channels,
+            spec.chunk_frames,
+            p * spec.grid_height,
+            q * spec.grid_width,
+        )
+        self._model, self._spec = model, spec
+        self._cache = cache_type(
+            spec,
+            num_layers=model.config.num_layers,
+            num_heads=model.config.num_attention_heads,
+            head_dim=model.config.attention_head_dim,
+            batch=batch,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self._text: TextContext | None = None
+        self._rope: Rope | None = None
+
+    def begin(self, index: int, *, shot: int, text: TextContext) -> None:
+        self._text = text
+        self._rope = self._model.rope(TokenLayout.one_chunk(self._spec, index, shot=shot).to(self.device))
+
+    def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
+        assert self._text is not None and self._rope is not None, "velocity before begin"
+        attention: AttentionPattern = Filling(self._cache) if keep else Cached(self._cache)
+        return self._model(latents_BCTHW, sigma_BT, self._text, rope=self._rope, attention=attention)
+
+    def fill(self, latents_BCTHW: Tensor) -> None:
+        assert self._text is not None and self._rope is not None, "fill before begin"
+        sigma = torch.zeros(latents_BCTHW.shape[0], latents_BCTHW.shape[2], device=self.device)
+        self._model.fill_cache(latents_BCTHW, sigma, self._text, rope=self._rope, attention=Filling(self._cache))
+
+    def commit(self, *, cut: bool = False) -> None:
+        self._cache.commit(cut=cut)
+
+
 def rollout(
-    model: CausalTransformer,
+    denoiser: Denoiser,
     chunks: Iterable[Conditioning],
     *,
-    spec: ChunkSpec,
     solver: UniPC,
     generators: Sequence[torch.Generator],
     guidance: float = 1.0,
-    cache_type: type[ChunkCache] = KVCache,
     clean_pass: bool = True,
 ) -> Iterator[Tensor]:
     """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
 
+    denoiser: fresh, for the samples of `branches(guidance)` copies of the batch.
     chunks: read one at a time, just before a chunk is begun, so a caller can decide late; it may never end.
     generators: one CPU generator per sample; a sample's noise does not depend on the batch it is in.
     guidance: classifier-free guidance scale; at 1 the negative prompt is not run. Otherwise every sample runs twice in
         one batch, each copy with its own cache.
-    cache_type: how the chunks already made are kept, for example NVFP4KVCache.
     clean_pass: give later chunks the keys and values of a pass over the finished one; otherwise those of its last step,
         which saves that pass, for models that were trained so.
     """
-    device = model.patch_embedding.weight.device
-    branches = 1 if guidance == 1.0 else 2
-    clean_sigma = torch.zeros(branches * len(generators), spec.chunk_frames, device=device)
-    cache = _new_cache(cache_type, model, spec, batch=branches * len(generators))
+    copies = branches(guidance)
+    assert denoiser.latent_shape[0] == copies * len(generators), (denoiser.latent_shape, len(generators))
     shot, finish = 0, None
     for index, conditioning in enumerate(chunks):
         with torch.inference_mode():
             if finish is not None:
                 finish()
             shot += conditioning.cut and index > 0
-            text = conditioning.text.select(_prompt_rows(conditioning, branches))
-            rope = model.rope(TokenLayout.one_chunk(spec, index, shot=shot).to(device))
-            noise = _noise(model, spec, generators).to(device)
-            steps: list[AttentionPattern] = [Cached(cache)] * solver.num_steps
-            if not clean_pass:
-                steps[-1] = Filling(cache)
-            latents = _denoise(model, text, conditioning.first_latent, noise, rope, steps, solver, guidance)
-        finish = partial(cache.commit, cut=conditioning.cut)
-        if clean_pass:
-            batch = latents.repeat(branches, 1, 1, 1, 1)
-            finish = partial(_commit, model, batch, clean_sigma, text, rope, cache, conditioning.cut)
+            text = conditioning.text.select(_prompt_rows(conditioning, copies))
+            denoiser.begin(index, shot=shot, text=text)
+            noise = _noise(denoiser, generators)
+            latents = _denoise(denoiser, conditioning.first_latent, noise, solver, guidance, keep_last=not clean_pass)
+        finish = partial(
+            _commit, denoiser, latents.repeat(copies, 1, 1, 1, 1) if clean_pass else None, conditioning.cut
+        )
         yield latents
 
 
-def _commit(
-    model: CausalTransformer,
-    latents: Tensor,
-    sigma: Tensor,
-    text: TextContext,
-    rope: Rope,
-    cache: ChunkCache,
-    cut: bool,
-) -> None:
+def branches(guidance: float) -> int:
+    """Return how often every sample is run in a step."""
+    return 1 if guidance == 1.0 else 2
+
+
+def _commit(denoiser: Denoiser, latents: Tensor | None, cut: bool) -> None:
     """Run the clean pass: only when another chunk is wanted, so that latents leave early and the last need none."""
-    model.fill_cache(latents, sigma, text, rope=rope, attention=Filling(cache))
-    cache.commit(cut=cut)
+    if latents is not None:
+        denoiser.fill(latents)
+    denoiser.commit(cut=cut)
 
 
 def _denoise(
-    model: CausalTransformer,
-    text: TextContext,
-    first: Tensor | None,
-    noise: Tensor,
-    rope: Rope,
-    attention: Sequence[AttentionPattern],
-    solver: UniPC,
-    guidance: float,
+    denoiser: Denoiser, first: Tensor | None, noise: Tensor, solver: UniPC, guidance: float, *, keep_last: bool
 ) -> Tensor:
     batch, _, frames, _, _ = noise.shape
-    branches = text.num_prompts // batch
+    copies = denoiser.latent_shape[0] // batch
     trajectory = solver.start(noise)
-    for timestep, pattern in zip(solver.timesteps, attention, strict=True):
+    for number, timestep in enumerate(solver.timesteps, start=1):
         sigma = torch.full((batch, frames), timestep / NUM_TRAIN_TIMESTEPS, device=noise.device)
         if first is not None:
             trajectory.replace(slice(0, 1), first)
             sigma[:, 0] = 0.0
-        velocity = model(
-            trajectory.sample.repeat(branches, 1, 1, 1, 1),
-            sigma.repeat(branches, 1),
-            text,
-            rope=rope,
-            attention=pattern,
+        velocity = denoiser.velocity(
+            trajectory.sample.repeat(copies, 1, 1, 1, 1),
+            sigma.repeat(copies, 1),
+            keep=keep_last and number == solver.num_steps,
         )
-        if branches == 2:
+        if copies == 2:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + guidance * (conditional - unconditional)
         trajectory.step(velocity)
@@ -123,20 +177,8 @@ def _prompt_rows(conditioning: Conditioning, branches: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _noise(model: CausalTransformer, spec: ChunkSpec, generators: Sequence[torch.Generator]) -> Tensor:
-    _, p, q = model.config.patch_size
-    shape = (model.config.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def _new_cache(cache_type: type[ChunkCache], model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> ChunkCache:
-    weight = model.patch_embedding.weight
-    return cache_type(
-        spec,
-        num_layers=model.config.num_layers,
-        num_heads=model.config.num_attention_heads,
-        head_dim=model.config.attention_head_dim,
-        batch=batch,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
+def _noise(denoiser: Denoiser, generators: Sequence[torch.Generator]) -> Tensor:
+    noise = torch.stack([torch.randn(denoiser.latent_shape[1:], generator=generator) for generator in generators])
+    if denoiser.device.type == "cuda":
+        noise = noise.pin_memory()  # a pageable copy would wait for all work before it
+    return noise.to(denoiser.device, non_blocking=True)

@@ -13,7 +13,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import CausalTransformer
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, branches, rollout
 from tests.golden import relative_error
 from tests.model import small
 
@@ -29,7 +29,8 @@ def conditioning(model: CausalTransformer, rows: list[int], **changes) -> Condit
 
 def make(model: CausalTransformer, chunks: list[Conditioning], seeds: list[int], guidance: float = 1.0) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    made = rollout(model, chunks, spec=small.SPEC, solver=UniPC(STEPS), generators=generators, guidance=guidance)
+    denoiser = CachedTransformer(model, small.SPEC, batch=branches(guidance) * len(seeds))
+    made = rollout(denoiser, chunks, solver=UniPC(STEPS), generators=generators, guidance=guidance)
     return torch.cat(list(made), 2)
 
 
@@ -86,7 +87,8 @@ def test_chunks_are_read_one_at_a_time_and_only_when_wanted() -> None:
             yield conditioning(model, [0])
 
     generators = [torch.Generator().manual_seed(0)]
-    made = rollout(model, endless(), spec=small.SPEC, solver=UniPC(1), generators=generators)
+    denoiser = CachedTransformer(model, small.SPEC, batch=1)
+    made = rollout(denoiser, endless(), solver=UniPC(1), generators=generators)
     for count in range(1, 4):
         next(made)
         assert len(read) == count
@@ -99,7 +101,8 @@ def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
 
     def run(chosen) -> Tensor:
         generators = [torch.Generator().manual_seed(1)]
-        return torch.cat(list(rollout(model, chunks, spec=chosen, solver=UniPC(2), generators=generators)), 2)
+        denoiser = CachedTransformer(model, chosen, batch=1)
+        return torch.cat(list(rollout(denoiser, chunks, solver=UniPC(2), generators=generators)), 2)
 
     shifted, plain = run(spec), run(small.SPEC)
     frames = small.SPEC.chunk_frames

@@ -19,7 +19,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, branches, rollout
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.text import TextEncoder
@@ -255,9 +255,8 @@ class ArRecipe:
             negative_index=rows[-1:].expand(len(prompts)),
         )
         chunks = rollout(
-            self.transformer,
+            CachedTransformer(self.transformer, self.spec, batch=branches(settings.guidance) * len(prompts)),
             [conditioning] * self.config.rollout.chunks,
-            spec=self.spec,
             solver=UniPC(settings.steps, settings.shift),
             generators=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
             guidance=settings.guidance,

@@ -21,7 +21,7 @@ from longvideo.model.cache import visible_chunks
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, branches, rollout
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import GIB, clip_flops, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
@@ -208,9 +208,8 @@ class ClipRecipe:
         ]
         autoencoder = self.folder.load_vae(device=self.device, dtype=torch.float32)
         latents = rollout(
-            self.transformer,
+            CachedTransformer(self.transformer, self.spec, batch=branches(settings.guidance)),
             conditionings,
-            spec=self.spec,
             solver=UniPC(settings.steps, settings.shift),
             generators=[torch.Generator().manual_seed(seed)],
             guidance=settings.guidance,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+E4M3_MAX = 448.0
+
 
 def norm_rotate_keep(
     q_BLNK: Tensor,
@@ -30,10 +32,18 @@ def norm_rotate_keep(
     gamma: [N K], of the RMS norms. cos, sin: float32. slot: integer scalar on the device, so that one recorded launch
     serves all slots. Queries go to rotated_BLNK. Arithmetic is in float32 and rounded where it is stored.
     """
-    rotated_BLNK.copy_(_norm_rotate(q_BLNK, gamma_q, cos_LH, sin_LH, eps))
-    index = slot.reshape(1).long()
-    keys_BSLNK.index_copy_(1, index, _norm_rotate(k_BLNK, gamma_k, cos_LH, sin_LH, eps).to(keys_BSLNK)[:, None])
-    values_BSLNK.index_copy_(1, index, v_BLNK.to(values_BSLNK)[:, None])
+    rotated_BLNK.copy_(_held(_norm_rotate(q_BLNK, gamma_q, cos_LH, sin_LH, eps), rotated_BLNK))
+    for stored_BSLNK, x in ((keys_BSLNK, _norm_rotate(k_BLNK, gamma_k, cos_LH, sin_LH, eps)), (values_BSLNK, v_BLNK)):
+        # as bytes: not every operation knows FP8
+        as_bytes = stored_BSLNK.view(torch.uint8)
+        as_bytes.index_copy_(1, slot.reshape(1).long(), _held(x, stored_BSLNK).contiguous().view(torch.uint8)[:, None])
+
+
+def _held(x: Tensor, like: Tensor) -> Tensor:
+    """Round to what `like` holds; FP8 saturates."""
+    if like.dtype is torch.float8_e4m3fn:
+        x = x.float().clamp(-E4M3_MAX, E4M3_MAX)
+    return x.to(like.dtype)
 
 
 def _norm_rotate(x_BLNK: Tensor, gamma: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:

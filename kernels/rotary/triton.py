@@ -114,7 +114,7 @@ def _norm_rotate_keep(
     kept = sample * cache_batch + (slot * tokens + token) * heads * (2 * PAIRS) + place
     if part == 2:
         value = tl.load(v_pointer + sample * v_batch + token * v_token + place, mask=inside, other=0.0)
-        tl.store(values_pointer + kept, value.to(values_pointer.dtype.element_ty), mask=inside)
+        tl.store(values_pointer + kept, round_to(value.to(tl.float32), values_pointer.dtype.element_ty), mask=inside)
     elif part == 1:
         x = tl.load(k_pointer + sample * k_batch + token * k_token + place, mask=inside, other=0.0)
         gamma = tl.load(gamma_k_pointer + place, mask=inside, other=0.0)

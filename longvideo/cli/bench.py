@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -196,6 +197,133 @@ def encode(
     if out is not None:
         report = {"machine": machine(where), "preset": name, "saved_seconds": timing.saved_seconds, **asdict(timing)}
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def stream(
+    model: Annotated[
+        str | None, typer.Option(help="`tiny`, a model folder or a Hugging Face id, instead of --preset.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} Random weights.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps a chunk.  [default: 2, or the model's own]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: 1, or the model's own]")] = None,
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, with --preset.")] = "704x1280",
+    window: Annotated[int, typer.Option(help="Latent frames attended to, with --preset.")] = 32,
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks to measure, after those that fill the window.")] = 20,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    decode_device: Annotated[
+        str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
+    ] = None,
+    decode_share: Annotated[
+        float | None, typer.Option(help="Of the work of --decode-device, what --device does instead.  [default: 0]")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Encode and write the video to this .mp4 or .mkv too.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Draw what the GPUs do meanwhile to this .png.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+) -> None:
+    """Time streaming: a step, the decoding of a chunk, and whole chunks until their last byte is written.
+
+    First, what the fast path makes is compared with the plain path; no figure is printed on a wrong result. Everything
+    is warm when it is timed, and the window is full.
+
+    `longvideo bench stream --steps 2 --out stream.json`, `longvideo bench stream --model tiny`
+
+    `longvideo bench stream --precision fp8 --attention fp8 --decode-device cuda:1 --decode-share 0.1`
+    """
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.infer.bench import measure, random_models
+    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device
+    from longvideo.infer.writer import VideoWriter, check_output
+    from longvideo.number_formats import NumberFormats
+    from longvideo.training.run_log import environment
+
+    if model is not None and preset is not None:
+        raise UserError("--model and --preset exclude each other")
+    formats = NumberFormats(precision, kv_cache, attention)
+    where = pick_device(device)
+    decode_where = where if decode_device is None else pick_device(decode_device)
+    check_decode_share(decode_share, where, decode_where)
+    for target in (out, timeline):
+        _check_folder(target)
+    if video is not None:
+        check_output(video, overwrite=True)
+    console = Console(width=120, stderr=True)
+    with console.status("loading") as status:
+        if model is not None:
+            folder = ModelFolder.open(model)
+            check_formats(folder, formats, device=where)
+            pipeline = StreamingPipeline.load(
+                folder, device=where, decode_device=decode_where, decode_share=decode_share, formats=formats
+            )
+        else:
+            name, _ = _shapes(preset, where)
+            height, width = _size(size)
+            settings = ModelSettings(
+                window_frames=window, height=height, width=width, steps=2, guidance=1.0, sink_frames=8
+            )
+            if name == "tiny":
+                settings = ModelFolder.open("tiny").settings
+            pipeline = StreamingPipeline(
+                random_models(
+                    name,
+                    settings,
+                    device=where,
+                    decode_device=decode_where,
+                    decode_share=decode_share or 0.0,
+                    formats=formats,
+                )
+            )
+        writer = VideoWriter(video, fps=pipeline.fps, overwrite=True) if video else None
+        try:
+            report = measure(
+                pipeline,
+                steps=steps,
+                guidance=guidance,
+                chunks=chunks,
+                sink=writer,
+                timeline=timeline,
+                on_stage=status.update,
+            )
+        finally:
+            if writer is not None:
+                writer.close()
+    models = pipeline.models
+    table = Table("what", "measured", title=f"{model or name}, {where}, decoding on {decode_where}")
+    for row in report.rows():
+        table.add_row(*row)
+    Console(width=120).print(table)
+    if out is not None:
+        facts = {
+            "environment": environment(where),
+            "model": model or name,
+            "decode_device": str(decode_where),
+            "decode_share": models.decode_share,
+            "size": [models.settings.height, models.settings.width],
+            "window_frames": models.spec.window_frames,
+            "formats": dataclasses.asdict(formats),
+            **dataclasses.asdict(report),
+            "denoise_fps": report.denoise_fps,
+            "decode_fps": report.decode_fps,
+            "chunk_s_p50": report.chunk_percentile(50),
+            "chunk_s_p95": report.chunk_percentile(95),
+        }
+        out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _size(size: str) -> tuple[int, int]:
+    height, cross, width = size.partition("x")
+    if not cross or not (height.isdigit() and width.isdigit()):
+        raise UserError(f"--size {size!r} is no size; write it like 704x1280")
+    return int(height), int(width)
 
 
 def _shapes(preset: str | None, device: torch.device) -> tuple[str, ChunkSpec]:

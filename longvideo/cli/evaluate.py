@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.generate import KV_CACHE_HELP, PRECISION_HELP
+from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def shapeworld(
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
     precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
     kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
 ) -> None:
@@ -127,7 +128,9 @@ def shapeworld(
         from longvideo.infer.pipeline import StreamingPipeline
 
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
-        pipeline = StreamingPipeline.from_pretrained(model, device=device, precision=precision, kv_cache=kv_cache)
+        pipeline = StreamingPipeline.from_pretrained(
+            model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
+        )
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)
@@ -157,6 +160,7 @@ def sheet(
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
     precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
     kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
     name: Annotated[
         str | None, typer.Option(help="Of the pictures.  [default: the last part of the model's name]")
     ] = None,
@@ -180,7 +184,9 @@ def sheet(
     targets = [out / f"{name}{suffix}" for suffix in (".png", ".gif")]
     for target in targets:
         _check_target(target, overwrite)
-    pipeline = StreamingPipeline.from_pretrained(model, device=device, precision=precision, kv_cache=kv_cache)
+    pipeline = StreamingPipeline.from_pretrained(
+        model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
+    )
     streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)

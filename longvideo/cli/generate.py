@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 DEFAULT_SECONDS = 10.0
 PRECISION_HELP = (
-    "Of the transformer: `bf16`, `nvfp4` (weights and inputs of the blocks in 4 bits) or `nvfp4-weights`."
-    "  [default: as the model is stored]"
+    "Of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
+    " `nvfp4-weights`.  [default: as the model is stored]"
 )
 KV_CACHE_HELP = "How the chunks already made are kept: `bf16`, or `nvfp4` in 0.28 of the memory."
+ATTENTION_HELP = "`bf16`, or `fp8` on a GPU of compute capability 9 with `pip install nvidia-cudnn-frontend==1.16.0`."
 EXIT_INTERRUPTED = 130
 
 
@@ -61,8 +62,13 @@ def generate(
     decode_device: Annotated[
         str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
     ] = None,
+    decode_share: Annotated[
+        float | None,
+        typer.Option(help="Of the work of --decode-device, what --device does instead: 0.2 is a fifth.  [default: 0]"),
+    ] = None,
     precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
     kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
@@ -90,12 +96,12 @@ def generate(
 
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
-    formats = NumberFormats(precision, kv_cache)
+    formats = NumberFormats(precision, kv_cache, attention)
     check_output(output, overwrite=overwrite)
     interrupted = False
     with _display() as display:
         display.say(f"loading {model}")
-        pipeline, plan = _load(model, shots, image, device, decode_device, formats)
+        pipeline, plan = _load(model, shots, image, device, decode_device, decode_share, formats)
         chunks = _start(pipeline, shots, options, image)
         tally = Tally(started, plan.num_chunks, plan.num_frames)
         display.say("making the first chunk")
@@ -222,6 +228,7 @@ def _load(
     image: Path | None,
     device: str | None,
     decode_device: str | None,
+    decode_share: float | None,
     formats: NumberFormats,
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
@@ -233,13 +240,15 @@ def _load(
 
     if image is not None:
         read_image(image)
-    for name in (device, decode_device):
-        pick_device(name)
+    where, _ = (pick_device(name) for name in (device, decode_device))
     folder = ModelFolder.open(model)
-    check_formats(folder, formats)
+    check_formats(folder, formats, device=where)
     plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
     release_large_blocks()
-    return StreamingPipeline.load(folder, device=device, decode_device=decode_device, formats=formats), plan
+    pipeline = StreamingPipeline.load(
+        folder, device=device, decode_device=decode_device, decode_share=decode_share, formats=formats
+    )
+    return pipeline, plan
 
 
 def _start(

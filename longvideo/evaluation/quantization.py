@@ -27,7 +27,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4, Product
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, rollout
 from longvideo.text import TextEncoder
 
 SYNTHETIC_SHAPE = (1024, 1024)
@@ -183,9 +183,8 @@ def _roll_out(
     rows = (*rows_P.split(1), rows_P[-1:])
     conditionings: Iterable[Conditioning] = (Conditioning(text=text, prompt_index=row, cut=True) for row in rows)
     generators = [torch.Generator().manual_seed(seed)]
-    for _ in rollout(
-        transformer, conditionings, spec=spec, solver=solver, generators=generators, cache_type=cache_type
-    ):
+    denoiser = CachedTransformer(transformer, spec, batch=1, cache_type=cache_type)
+    for _ in rollout(denoiser, conditionings, solver=solver, generators=generators):
         pass
 
 

@@ -261,17 +261,13 @@ class CausalTransformer(nn.Module):
         rope: rotation of every token, from `rope`; it must be of T frames.
         checkpoint: keep only the input of each block for the backward pass, which runs the blocks once more.
         """
-        h_BLD, time_BTSD, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
+        h_BLD, time_BTSD, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
+        assert rope.cos.shape[1] == h_BLD.shape[1], (rope.cos.shape, latents_BCTHW.shape)
         for layer, block in enumerate(self._blocks()):
             pair = (text.keys[layer], text.values[layer])
             inputs = (h_BLD, time_BTS6D, pair, rope, attention, layer)
             h_BLD = recompute(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
-        patches = self.head(h_BLD, time_BTSD).float()
-        _, _, frames, height, width = latents_BCTHW.shape
-        _, p, q = self.config.patch_size
-        return rearrange(
-            patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, w=width // q, p=p, q=q
-        )
+        return self.unpatch(self.head(h_BLD, time_BTSD).float(), latents_BCTHW.shape)
 
     def fill_cache(
         self,
@@ -283,7 +279,7 @@ class CausalTransformer(nn.Module):
         attention: Filling,
     ) -> None:
         """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
-        h_BLD, _, time_BTS6D = self._embed(latents_BCTHW, sigma_BT, rope)
+        h_BLD, _, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self._blocks()):
             if layer == last:
@@ -292,20 +288,28 @@ class CausalTransformer(nn.Module):
             pair = (text.keys[layer], text.values[layer])
             h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
 
-    def _blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
-
-    def _embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens [B, L, D] and time embeddings, the head's [B, T, S, D] and the blocks' [B, T, S, 6, D]."""
         weight = self.patch_embedding.weight
         _, p, q = self.config.patch_size
         patches = rearrange(latents_BCTHW.to(weight.dtype), "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=q)
-        assert rope.cos.shape[1] == patches.shape[1], (rope.cos.shape, latents_BCTHW.shape)
         # a convolution whose stride is its kernel is a product, for which libraries have faster kernels
         h_BLD = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         sigma_BTS = sigma_BT if sigma_BT.ndim == 3 else sigma_BT.unsqueeze(-1)
         frequencies = timestep_frequencies(sigma_BTS * TIMESTEPS, self.config.freq_dim)
         time_BTSD = self.time_embedding(frequencies.to(weight.dtype))
         return h_BLD, time_BTSD, self.time_projection(time_BTSD).unflatten(-1, (6, -1))
+
+    def unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        """Put the head's output where its tokens' pixels are: latents of `shape`, [B, C, T, H, W]."""
+        _, _, frames, height, width = shape
+        _, p, q = self.config.patch_size
+        return rearrange(
+            patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, w=width // q, p=p, q=q
+        )
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
 
 def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:

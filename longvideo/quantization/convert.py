@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from longvideo.errors import UserError
+from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
 from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
@@ -24,13 +25,18 @@ BLOCKS = "blocks."
 logger = logging.getLogger(__name__)
 
 
+def linear_layers(model: CausalTransformer) -> list[str]:
+    """Name the linear layers inside the blocks."""
+    return [name for name, module in model.named_modules() if name.startswith(BLOCKS) and _is_linear(module)]
+
+
 def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> list[str]:
     """Name the linear layers inside the blocks, less those that a pattern keeps.
 
     keep: official module names, `*` standing for anything: "blocks.0.*", "*.ffn.2". Raises UserError for a pattern that
     names no layer, and for a layer whose input 16 does not divide.
     """
-    names = [name for name, module in model.named_modules() if name.startswith(BLOCKS) and _is_linear(module)]
+    names = linear_layers(model)
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1)
@@ -169,15 +175,27 @@ def set_product(model: CausalTransformer, product: Product) -> None:
 
 
 def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
-    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.number_formats`."""
+    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.number_formats`.
+
+    Raises UserError where the transformer's device has no FP8 products and they are wanted, or its layers are packed
+    in 4 bits already.
+    """
     packed = is_packed(transformer)
     if precision is None:
         precision = "nvfp4" if packed else "bf16"
     if precision == "bf16":
         return transformer
+    device = transformer.patch_embedding.weight.device
+    if precision == "fp8":
+        # that module takes its choice of layers from this one
+        from longvideo.quantization.fp8 import quantize_layers_fp8
+
+        if reason := fp8_unavailable(device):
+            raise UserError(reason)
+        quantize_layers_fp8(transformer)
+        return transformer
     if not packed:
         quantize_layers(transformer)
-    device = transformer.patch_embedding.weight.device
     set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
     return transformer
 

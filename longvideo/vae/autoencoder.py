@@ -31,8 +31,13 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+        device = self.post_quant_conv.weight.device
         for name in ("latents_mean", "latents_std"):
-            values = torch.tensor(getattr(config, name), dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
+            # no weight file has them, so they must not be on the meta device
+            values = torch.tensor(
+                getattr(config, name), dtype=torch.float32, device="cpu" if device.type == "meta" else device
+            )
+            values = values.view(1, -1, 1, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     def encode(self, video_BCTHW: Tensor, state: State | None = None) -> tuple[Tensor, State]:

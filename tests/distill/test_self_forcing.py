@@ -16,7 +16,7 @@ from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.convert import with_precision
-from longvideo.rollout import rollout
+from longvideo.rollout import CachedTransformer, rollout
 from tests.distill import videos
 from tests.golden import relative_error
 from tests.model import small
@@ -37,13 +37,11 @@ def generated(found: LoraRoles, rollouts: SelfForcing, clip: Clip, monkeypatch: 
     noises = iter([rollouts.noise(clip, index, "student") for index in range(clip.num_chunks)])
     monkeypatch.setattr("longvideo.rollout._noise", lambda *_: next(noises))
     made = rollout(
-        student,
+        CachedTransformer(student, videos.SPEC, batch=len(clip.samples), cache_type=type(found.new_cache(1))),
         chunks,
-        spec=videos.SPEC,
         solver=rollouts.solver,
         generators=[torch.Generator() for _ in clip.samples],
         clean_pass=rollouts.config.cache_fill == "clean",
-        cache_type=type(found.new_cache(1)),
     )
     return [latents.clone() for latents in made]
 

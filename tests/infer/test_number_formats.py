@@ -11,7 +11,6 @@ import torch
 from longvideo.cli.main import main
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.linear import NVFP4Linear
 
 PROMPT = "a red ball bounces"
@@ -50,11 +49,16 @@ def test_a_packed_folder_runs_in_four_bits_by_default(packed_folder: Path) -> No
 
 def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
     exact = video(load(model_folder))
-    for formats in ({"kv_cache": "nvfp4"}, {"precision": "nvfp4-weights"}, {"precision": "nvfp4", "kv_cache": "nvfp4"}):
+    for formats in (
+        {"kv_cache": "nvfp4"},
+        {"precision": "fp8"},
+        {"precision": "nvfp4-weights"},
+        {"precision": "nvfp4", "kv_cache": "nvfp4"},
+    ):
         pipeline = load(model_folder, **formats)
         difference = np.abs(video(pipeline) - exact).mean()
         assert 0 < difference < 12, (formats, difference)
-    assert pipeline.models.cache_type is NVFP4KVCache
+    assert pipeline.models.kv_cache == "nvfp4"
 
 
 def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
@@ -63,10 +67,11 @@ def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="packed 4-bit weights"):
-        load(packed_folder, precision="bf16")
+    for precision in ("bf16", "fp8"):
+        with pytest.raises(UserError, match=f"packed 4-bit weights, which --precision {precision} cannot run"):
+            load(packed_folder, precision=precision)
     for arguments, message in (
-        (["--precision", "fp8"], "one of bf16, nvfp4, nvfp4-weights"),
+        (["--precision", "int8"], "one of bf16, nvfp4, nvfp4-weights, fp8"),
         (["--kv-cache", "int4"], "one of bf16, nvfp4"),
     ):
         assert main(["generate", PROMPT, *arguments, "-o", str(tmp_path / "out.mp4")]) == 2

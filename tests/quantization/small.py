@@ -26,6 +26,8 @@ def model(seed: int = 0) -> CausalTransformer:
 @torch.no_grad()
 def velocity(transformer: CausalTransformer) -> Tensor:
     layout = TokenLayout.block_causal(SPEC, 1)
-    text = transformer.encode_text(features(1))
-    sigma = torch.full((1, SPEC.chunk_frames), 0.5)
-    return transformer(latents(1), sigma, text, rope=transformer.rope(layout), attention=Full())
+    device = transformer.patch_embedding.weight.device
+    text = transformer.encode_text(features(1).to(device))
+    sigma = torch.full((1, SPEC.chunk_frames), 0.5, device=device)
+    rope = transformer.rope(layout.to(device))
+    return transformer(latents(1).to(device), sigma, text, rope=rope, attention=Full())

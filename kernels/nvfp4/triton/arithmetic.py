@@ -42,7 +42,7 @@ _FLOAT32_TO_E2M1 = tl.constexpr(2.0**-126)
 _E2M1_TO_FLOAT32 = tl.constexpr(2.0**126)
 # bits of an E4M3 number moved to where float32 has exponent and mantissa, less the difference of the biases
 _E4M3_TO_FLOAT32 = tl.constexpr(2.0**120)
-# the interpreter's cast to bfloat16 truncates, so it rounds by integer arithmetic; a GPU has an instruction
+# the interpreter's casts truncate, so it rounds by arithmetic of its own; a GPU has instructions
 _SOFTWARE_ROUNDING = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -55,6 +55,10 @@ def round_to(x, dtype: tl.constexpr):
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         rounded = tl.where(x != x, bits | 0x400000, rounded)
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif _SOFTWARE_ROUNDING and dtype == tl.float8e4nv:
+        byte, _ = encode_scale(tl.minimum(tl.abs(x), _E4M3_MAX), False)
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        return (byte.to(tl.uint32) | sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     else:
         return x.to(dtype)
 

@@ -1,0 +1,101 @@
+"""What GPUs did, kernel by kernel, and a picture of it: a row for each stream of each GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+KINDS = (
+    ("attention", r"sdpa|flash|fmha", (214, 96, 77)),
+    ("decoder, between convolutions", r"norm_silu|to_pixels", (146, 197, 222)),
+    ("convolutions", r"conv|fprop|implicit", (33, 102, 172)),
+    ("products", r"nvjet|gemm|cutlass|cublas", (244, 165, 130)),
+    ("cache in 4 bits", r"rebuild|write_kernel|maxima", (118, 42, 131)),
+    ("between products", r"_norm|_quantize|_write_out|gelu", (90, 174, 97)),
+    ("copies", r"memcpy|copy", (150, 150, 150)),
+)
+"""Names of kernels, by what they contain, in this order; and colours."""
+OTHER = ("other", (200, 200, 200))
+WIDTH, ROW, MARGIN, LABEL = 1600, 44, 28, 150
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel's or copy's time on a stream of a GPU, milliseconds."""
+
+    gpu: int
+    stream: int
+    begin: float
+    end: float
+    kind: str
+
+
+def record(work: Callable[[], object]) -> list[Span]:
+    """Run work and return what ran on the GPUs meanwhile, from the first kernel on."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+    profiler = recorded.profiler
+    assert profiler is not None and profiler.kineto_results is not None
+    events = [event for event in profiler.kineto_results.events() if event.device_type().name == "CUDA"]
+    first = min((event.start_ns() for event in events), default=0)
+    return [
+        Span(
+            event.device_index(),
+            event.device_resource_id(),
+            (event.start_ns() - first) / 1e6,
+            (event.end_ns() - first) / 1e6,
+            kind_of(event.name()),
+        )
+        for event in events
+        if event.duration_ns() > 0
+    ]
+
+
+def kind_of(name: str) -> str:
+    """Say what a kernel does, by its name."""
+    return next((kind for kind, pattern, _ in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER[0])
+
+
+def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: str) -> None:
+    """Draw the spans between two times, milliseconds, as a picture. Streams that did next to nothing are left out."""
+    inside = [span for span in spans if span.end > begin and span.begin < end]
+    busy: dict[tuple[int, int], float] = {}
+    for span in inside:
+        key = (span.gpu, span.stream)
+        busy[key] = busy.get(key, 0.0) + min(span.end, end) - max(span.begin, begin)
+    rows = sorted(key for key, time in busy.items() if time > 0.01 * (end - begin))
+    height = 2 * MARGIN + ROW * (len(rows) + 2)
+    picture = Image.new("RGB", (WIDTH, height), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    canvas.text((MARGIN, MARGIN // 2), title, fill="black", font=font)
+    per_ms = (WIDTH - LABEL - 2 * MARGIN) / (end - begin)
+
+    def column(time: float) -> float:
+        return LABEL + MARGIN + (min(max(time, begin), end) - begin) * per_ms
+
+    colours = {kind: colour for kind, _, colour in KINDS} | dict([OTHER])
+    for number, key in enumerate(rows):
+        top = 2 * MARGIN + ROW * number
+        share = min(busy[key] / (end - begin), 1.0)
+        canvas.text((MARGIN, top + 8), f"GPU {key[0]}, {share:.0%} busy", fill="black", font=font)
+        for span in inside:
+            if (span.gpu, span.stream) == key:
+                left, right = column(span.begin), column(span.end)
+                canvas.rectangle((left, top, max(right, left), top + ROW - 12), fill=colours[span.kind])
+    bottom = 2 * MARGIN + ROW * len(rows)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10**9) if (end - begin) / step <= 12)
+    for tick in range(0, int(end - begin) + 1, step):
+        canvas.line((column(begin + tick), bottom - 8, column(begin + tick), bottom), fill="black")
+        canvas.text((column(begin + tick) + 3, bottom - 6), f"{tick} ms", fill="black", font=font)
+    left = MARGIN
+    for kind in [kind for kind in colours if any(span.kind == kind for span in inside)]:
+        canvas.rectangle((left, bottom + 26, left + 14, bottom + 40), fill=colours[kind])
+        canvas.text((left + 20, bottom + 24), kind, fill="black", font=font)
+        left += 40 + int(canvas.textlength(kind, font=font))
+    picture.save(path)

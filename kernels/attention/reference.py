@@ -1,0 +1,44 @@
+"""Attention on E4M3 queries, keys and values in plain torch: the definition.
+
+Shapes: B samples, L queries, S keys, N heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+
+
+def attend_fp8(
+    q_BLNK: Tensor,
+    k_BSNK: Tensor,
+    v_BSNK: Tensor,
+    *,
+    scale_p: float = 256.0,
+    scale_out: float = 1.0,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v without a mask, times scale_out, in out_dtype [B, L, N, K].
+
+    P = exp(logit - largest logit of the row), in [0, 1], is rounded to E4M3 as scale_p P before it meets the values;
+    its row sum is of the unrounded P. All else is float32. What E4M3 cannot hold becomes +-448.
+
+    Hardware walks the keys in blocks and P is relative to the largest logit so far, so that other roundings of P are
+    rescaled later; its sums have another order, too. Neither has a preferred side: both errors are the size of the
+    distance between this function and float32 attention. The online softmax is FlashAttention-3's, arXiv:2407.08608.
+    """
+    q_BNLK, k_BNSK, v_BNSK = (x.float().transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    logit_BNLS = q_BNLK @ k_BNSK.transpose(-1, -2) * q_BLNK.shape[-1] ** -0.5
+    p_BNLS = torch.exp(logit_BNLS - logit_BNLS.amax(-1, keepdim=True))
+    rounded_BNLS = to_e4m3(p_BNLS * scale_p).float() / scale_p
+    out_BNLK = rounded_BNLS @ v_BNSK / p_BNLS.sum(-1, keepdim=True) * scale_out
+    out_BLNK = out_BNLK.transpose(1, 2)
+    return to_e4m3(out_BLNK) if out_dtype == E4M3 else out_BLNK.to(out_dtype)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Return the nearest E4M3 values, +-448 beyond them as the hardware does; a plain cast gives NaN there."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)

@@ -1,0 +1,40 @@
+"""A tensor in FP8 with a float32 scale for each row; E4M3 as the OCP 8-bit Floating Point Specification 1.0 has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.nvfp4.format import E4M3_MAX
+
+SCALE_MIN = 2.0**-126  # the smallest normal float32: a smaller scale would lose bits, or be zero
+
+__all__ = ["E4M3_MAX", "SCALE_MIN", "FP8Rows"]
+
+
+@dataclass(frozen=True)
+class FP8Rows:
+    """Rows [..., K] with a scale each: what is meant is `values * scales[..., None]`.
+
+    values: float8_e4m3fn [..., K]. scales: float32 [...].
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        if self.scales.shape != self.values.shape[:-1]:
+            raise ValueError(
+                f"values {list(self.values.shape)} need scales {list(self.values.shape[:-1])}, "
+                f"got {list(self.scales.shape)}"
+            )
+        dtypes = (self.values.dtype, self.scales.dtype)
+        if dtypes != (torch.float8_e4m3fn, torch.float32):
+            raise ValueError(f"values and scales are {dtypes}; wanted float8_e4m3fn and float32")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that is represented."""
+        return self.values.shape

@@ -1,0 +1,180 @@
+"""What comes between the products of a transformer block, in Triton; `reference` defines it.
+
+A program holds a token whole, so every value is read once and written once. Shapes: B samples, L tokens, D model dim, T
+frames of L/T tokens each.
+"""
+
+# a launch takes more than its function is declared with: options, and constants as plain values
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longvideo.kernels.norm.reference import E4M3_MAX
+from longvideo.kernels.nvfp4.triton.arithmetic import round_to
+
+WARPS = 4
+
+_E4M3_MAX = tl.constexpr(E4M3_MAX)
+
+
+def add_norm(
+    h_BLD: Tensor,
+    update_BLD: Tensor | None,
+    gate: Tensor | None,
+    multiplier: Tensor | None,
+    shift: Tensor | None,
+    out_BLD: Tensor | None,
+    scales_BL: Tensor | None = None,
+    *,
+    eps: float,
+) -> None:
+    """Add gate x update to h, in place, and write LayerNorm(h) x multiplier + shift to out.
+
+    Bytes moved, E being those of an element: E for each of h, update, the new h and out that is there. Raises
+    ValueError for tensors that are not contiguous or do not agree.
+    """
+    batch, length, dim = h_BLD.shape
+    for name, x in (("h", h_BLD), ("update", update_BLD), ("out", out_BLD)):
+        if x is not None and (x.shape != h_BLD.shape or not x.is_contiguous()):
+            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}, wanted {list(h_BLD.shape)}")
+    frames = 1
+    factors = []
+    for name, factor in (("gate", gate), ("multiplier", multiplier), ("shift", shift)):
+        if factor is None:
+            factors.append((h_BLD, 0, 0))
+            continue
+        if factor.shape[-1] != dim or factor.stride(-1) != 1 or factor.ndim not in (1, 3):
+            raise ValueError(f"{name} is {list(factor.shape)}, wanted [{dim}] or [{batch}, frames, {dim}]")
+        if factor.ndim == 3:
+            if factor.shape[0] != batch or frames not in (1, factor.shape[1]) or length % factor.shape[1]:
+                raise ValueError(f"{name} is {list(factor.shape)}, which does not divide h, {list(h_BLD.shape)}")
+            frames = factor.shape[1]
+        factors.append((factor, *(factor.stride()[:2] if factor.ndim == 3 else (0, 0))))
+    quantizes = out_BLD is not None and out_BLD.dtype is torch.float8_e4m3fn
+    if out_BLD is not None and (multiplier is None or shift is None or quantizes != (scales_BL is not None)):
+        raise ValueError("out wants a multiplier and a shift, and scales if it is float8_e4m3fn, but only then")
+    _add_norm[(length, batch)](
+        h_BLD,
+        h_BLD if update_BLD is None else update_BLD,
+        *factors[0],
+        *factors[1],
+        *factors[2],
+        h_BLD if out_BLD is None else out_BLD,
+        h_BLD if scales_BL is None else scales_BL,
+        length,
+        length // frames,
+        dim,
+        eps,
+        HAS_UPDATE=update_BLD is not None,
+        HAS_GATE=gate is not None,
+        HAS_OUT=out_BLD is not None,
+        QUANTIZES=quantizes,
+        WIDTH=triton.next_power_of_2(dim),
+        num_warps=WARPS,
+    )
+
+
+def rms_norm(x_BLD: Tensor, gamma_D: Tensor, out_BLD: Tensor, *, eps: float) -> None:
+    """Write the RMS norm of every token, times gamma, to out, which may be x.
+
+    Tokens may lie apart. Bytes moved: 2 E for each of B L D. Raises ValueError for tensors that do not agree.
+    """
+    batch, length, dim = x_BLD.shape
+    for name, x in (("x", x_BLD), ("out", out_BLD)):
+        if x.shape != x_BLD.shape or x.stride(-1) != 1:
+            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}, wanted {list(x_BLD.shape)}")
+    _rms_norm[(length, batch)](
+        x_BLD,
+        gamma_D,
+        out_BLD,
+        *x_BLD.stride()[:2],
+        *out_BLD.stride()[:2],
+        dim,
+        eps,
+        WIDTH=triton.next_power_of_2(dim),
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def _add_norm(
+    h_pointer,
+    update_pointer,
+    gate_pointer,
+    gate_batch,
+    gate_frame,
+    multiplier_pointer,
+    multiplier_batch,
+    multiplier_frame,
+    shift_pointer,
+    shift_batch,
+    shift_frame,
+    out_pointer,
+    scales_pointer,
+    length,
+    tokens_per_frame,
+    dim,
+    eps,
+    HAS_UPDATE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    token, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    frame = token // tokens_per_frame
+    channel = tl.arange(0, WIDTH)
+    inside = channel < dim
+    row = sample * length + token
+    place = row * dim + channel
+    x = tl.load(h_pointer + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        update = tl.load(update_pointer + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            gate_pointer += sample * gate_batch + frame * gate_frame
+            update *= tl.load(gate_pointer + channel, mask=inside, other=0.0).to(tl.float32)
+        total = round_to(x + update, h_pointer.dtype.element_ty)
+        tl.store(h_pointer + place, total, mask=inside)
+        x = total.to(tl.float32)
+    if HAS_OUT:
+        mean = tl.sum(x, axis=0) / dim
+        x = tl.where(inside, x - mean, 0.0)
+        x *= 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / dim + eps)
+        multiplier_pointer += sample * multiplier_batch + frame * multiplier_frame
+        shift_pointer += sample * shift_batch + frame * shift_frame
+        x *= tl.load(multiplier_pointer + channel, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(shift_pointer + channel, mask=inside, other=0.0).to(tl.float32)
+        if QUANTIZES:
+            largest = tl.max(tl.abs(x), axis=0)
+            scale = tl.where(largest > 0, largest / _E4M3_MAX, 1.0)
+            tl.store(scales_pointer + row, scale)
+            x = tl.minimum(tl.maximum(x * (1.0 / scale), -_E4M3_MAX), _E4M3_MAX)
+        tl.store(out_pointer + place, round_to(x, out_pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm(
+    x_pointer,
+    gamma_pointer,
+    out_pointer,
+    x_batch,
+    x_token,
+    out_batch,
+    out_token,
+    dim,
+    eps,
+    WIDTH: tl.constexpr,
+):
+    token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, WIDTH)
+    inside = channel < dim
+    x = tl.load(x_pointer + sample * x_batch + token * x_token + channel, mask=inside, other=0.0).to(tl.float32)
+    x *= 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / dim + eps)
+    x *= tl.load(gamma_pointer + channel, mask=inside, other=0.0).to(tl.float32)
+    out_pointer += sample * out_batch + token * out_token + channel
+    tl.store(out_pointer, round_to(x, out_pointer.dtype.element_ty), mask=inside)

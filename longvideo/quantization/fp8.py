@@ -1,0 +1,88 @@
+"""Linear layers that multiply FP8 weights and inputs, each row with a scale of its own (W8A8); for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.errors import UserError
+from longvideo.kernels.backends import fp8_operations
+from longvideo.kernels.fp8 import reference
+from longvideo.kernels.fp8.format import FP8Rows
+from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import linear_layers
+
+VALUES, SCALES = "weight_values", "weight_scales"
+
+
+class FP8Linear(nn.Module):
+    """A frozen weight [out, in] in FP8 with a scale for each output, and a bias; built where its weight will stay.
+
+    Results have the dtype of the bias; without one, that of the input, and bfloat16 for an input in FP8.
+    """
+
+    def __init__(self, weight: FP8Rows, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias: Tensor | None
+        self._operations = fp8_operations(weight.values.device)
+        self.register_buffer(VALUES, weight.values)
+        self.register_buffer(SCALES, weight.scales)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, name: str = "weight") -> FP8Linear:
+        """Quantise a layer's weight. Raises ValueError, naming it, for NaN or infinity."""
+        weight = linear.weight.detach()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} {list(weight.shape)} holds NaN or infinity and cannot be quantised")
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(reference.quantize_rows(weight), bias)
+
+    @property
+    def quantized_weight(self) -> FP8Rows:
+        return FP8Rows(self.get_buffer(VALUES), self.get_buffer(SCALES))
+
+    def forward(self, x: Tensor | FP8Rows) -> Tensor:
+        """Multiply [..., in] to [..., out]; a Tensor is quantised first. Raises RuntimeError if a gradient is due."""
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "an FP8 layer has no gradient, and its input requires one; run it under torch.no_grad(), "
+                'or take precision "nvfp4" or "bf16" to train'
+            )
+        if self.bias is not None:
+            dtype = self.bias.dtype
+        else:
+            dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
+        rows = self._operations.quantize_rows(x) if isinstance(x, Tensor) else x
+        return self._operations.matmul(rows, self.quantized_weight, self.bias, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_layers_fp8(model: CausalTransformer) -> list[str]:
+    """Replace the linear layers inside the blocks by FP8 ones in place, one after the other, and return their names.
+
+    Raises UserError for a layer whose sizes 16 does not divide, before any is replaced, and ValueError for NaN or
+    infinity in a weight.
+    """
+    names = linear_layers(model)
+    for name in names:
+        linear = _linear(model, name)
+        if linear.in_features % SIZE_MULTIPLE or linear.out_features % SIZE_MULTIPLE:
+            raise UserError(
+                f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, which {SIZE_MULTIPLE} does "
+                "not both divide; use --precision bf16"
+            )
+    for name in names:
+        model.set_submodule(name, FP8Linear.from_linear(_linear(model, name), name=f"{name}.weight"))
+    return names
+
+
+def _linear(model: CausalTransformer, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{name} is packed in 4 bits already; FP8 needs a model that is not packed")
+    return layer

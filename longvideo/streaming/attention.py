@@ -1,0 +1,103 @@
+"""Attention of the live chunk to the slots in use, in the model's dtype or in FP8.
+
+Shapes: B samples, L tokens of a chunk, N heads, K head dim, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import UserError
+from longvideo.kernels.attention import cudnn_fp8
+from longvideo.kernels.attention.reference import attend_fp8
+from longvideo.kernels.fp8.format import FP8Rows
+from longvideo.model.attention import attend
+
+E4M3 = torch.float8_e4m3fn
+OUT_SCALE = 8.0
+"""Of attention's result in E4M3: it holds up to 56, and 3 bits of mantissa down to 0.002."""
+P_SCALE = 256.0
+
+
+class SlotAttention(Protocol):
+    """dtype: of the queries, and of keys and values where they are attended to."""
+
+    dtype: torch.dtype
+
+    def __call__(
+        self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int
+    ) -> Tensor | FP8Rows:
+        """Return what the queries find in the first slots, [B, L, N K]."""
+        ...
+
+
+class PlainAttention:
+    """The library's, cuDNN's where it is the fastest."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __call__(self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int) -> Tensor:
+        keys, values = (stored[:, :num_slots].flatten(1, 2) for stored in (keys_BSLNK, values_BSLNK))
+        return attend(rotated_BLNK, keys, values).flatten(2)
+
+
+class FP8Attention:
+    """Queries, keys, values and probabilities in E4M3; queries and keys are normalised, so they need no scale.
+
+    On CUDA it is cuDNN's kernel, which is planned once for each number of slots; elsewhere its definition.
+    """
+
+    dtype = E4M3
+
+    def __init__(self, device: torch.device):
+        """Raise UserError where it cannot run."""
+        if device.type == "cuda" and (reason := cudnn_fp8.unavailable(device)):
+            raise UserError(f"attention in fp8 cannot run: {reason}; or use --attention bf16")
+        self._device = device
+        self._planned: dict[int, cudnn_fp8.FP8Attention] = {}
+        self._scales: Tensor | None = None
+
+    def __call__(
+        self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int
+    ) -> Tensor | FP8Rows:
+        keys, values = (stored[:, :num_slots].flatten(1, 2) for stored in (keys_BSLNK, values_BSLNK))
+        if self._device.type != "cuda":
+            out = attend_fp8(rotated_BLNK, keys, values, scale_p=P_SCALE, scale_out=OUT_SCALE, out_dtype=E4M3)
+        else:
+            planned = self._planned.get(num_slots)
+            if planned is None:
+                planned = self._planned[num_slots] = self._plan(rotated_BLNK, keys, values)
+            out = torch.empty_like(rotated_BLNK, dtype=planned.out_dtype)
+            planned(rotated_BLNK, keys, values, out)
+        if out.dtype != E4M3:
+            return out.flatten(2)
+        if self._scales is None:
+            self._scales = torch.full(out.shape[:2], 1 / OUT_SCALE, device=self._device)
+        return FP8Rows(out.flatten(2), self._scales)
+
+    def _plan(self, rotated_BLNK: Tensor, keys: Tensor, values: Tensor) -> cudnn_fp8.FP8Attention:
+        batch, tokens, heads, head_dim = rotated_BLNK.shape
+        try:
+            return cudnn_fp8.FP8Attention(
+                batch=batch,
+                query_tokens=tokens,
+                key_tokens=keys.shape[1],
+                heads=heads,
+                head_dim=head_dim,
+                device=rotated_BLNK.device,
+                k_strides=keys.stride(),
+                v_strides=values.stride(),
+                scale_p=P_SCALE,
+                scale_out=OUT_SCALE,
+            )
+        except ValueError as error:
+            raise UserError(f"attention in fp8 cannot run: {error}; use --attention bf16") from error
+
+
+def slot_attention(name: str, device: torch.device, dtype: torch.dtype) -> SlotAttention:
+    """Return attention by its name: "bf16", which is the model's dtype, or "fp8"."""
+    return FP8Attention(device) if name == "fp8" else PlainAttention(dtype)

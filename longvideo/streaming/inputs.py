@@ -1,0 +1,122 @@
+"""How the inputs of a transformer's products are made from what comes before them, in one pass over memory.
+
+An input is what the layer that reads it multiplies: a tensor, or one that is rounded to 8 or 4 bits already. Shapes: B
+samples, L tokens, D model dim, T frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longvideo.kernels.backends import NormOperations, fp8_operations, norm_operations
+from longvideo.kernels.fp8.format import FP8Rows
+from longvideo.quantization.fp8 import FP8Linear
+from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.products import W4A4
+
+
+class Inputs(Protocol):
+    """Makes the inputs of one kind of layer."""
+
+    def norm(
+        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+    ) -> Any:
+        """Add gate x update to h in place and return LayerNorm(h) x multiplier + shift; see `kernels.norm`."""
+        ...
+
+    def round(self, x: Tensor | FP8Rows) -> Any:
+        """Return x as the layer reads it."""
+        ...
+
+    def gelu(self, layer: nn.Module, x: Any) -> Any:
+        """Return GELU, by the tanh formula, of what `layer` makes of x."""
+        ...
+
+
+class Unrounded:
+    """Inputs in the model's own dtype."""
+
+    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype):
+        self._operations, self._eps, self._dtype = operations, eps, dtype
+
+    def norm(
+        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+    ) -> Tensor:
+        out = torch.empty_like(h_BLD)
+        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, out, eps=self._eps)
+        return out
+
+    def round(self, x: Tensor | FP8Rows) -> Tensor:
+        return _unrounded(x, self._dtype)
+
+    def gelu(self, layer: nn.Module, x: Any) -> Tensor:
+        if isinstance(layer, nn.Linear) and x.is_cuda:
+            # bias and GELU in the product's epilogue: a pass over the widest activation less
+            product = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+            return product.unflatten(0, x.shape[:-1])
+        return F.gelu(layer(x), approximate="tanh")
+
+
+class RoundedToFP8:
+    """Inputs in E4M3 with a scale for each token."""
+
+    def __init__(self, operations: NormOperations, eps: float, device: torch.device):
+        self._operations, self._eps, self._fp8 = operations, eps, fp8_operations(device)
+
+    def norm(
+        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+    ) -> FP8Rows:
+        values = torch.empty_like(h_BLD, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(h_BLD.shape[:2], dtype=torch.float32, device=h_BLD.device)
+        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, values, scales, eps=self._eps)
+        return FP8Rows(values, scales)
+
+    def round(self, x: Tensor | FP8Rows) -> FP8Rows:
+        return x if isinstance(x, FP8Rows) else self._fp8.quantize_rows(x)
+
+    def gelu(self, layer: nn.Module, x: Any) -> FP8Rows:
+        return self._fp8.gelu_tanh_quantize_rows(layer(x))
+
+
+class RoundedToNVFP4:
+    """Inputs in 4 bits, as the layers' product rounds them."""
+
+    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype, product: W4A4):
+        self._operations, self._eps, self._dtype, self._product = operations, eps, dtype, product
+
+    def norm(
+        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+    ) -> Any:
+        if update_BLD is not None:
+            self._operations.add_norm(h_BLD, update_BLD, gate, None, None, None, eps=self._eps)
+        shift_BTSD, multiplier_BTSD = (x.expand(1, 1, -1) if x.ndim == 1 else x for x in (shift, multiplier))
+        return self._product.prepare_modulated(
+            h_BLD, shift_BTSD.float().unsqueeze(2), (multiplier_BTSD.float() - 1).unsqueeze(2), eps=self._eps
+        )
+
+    def round(self, x: Tensor | FP8Rows) -> Any:
+        return self._product.prepare(_unrounded(x, self._dtype))
+
+    def gelu(self, layer: nn.Module, x: Any) -> Any:
+        return self._product.prepare_gelu(layer(x))
+
+
+def _unrounded(x: Tensor | FP8Rows, dtype: torch.dtype) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    return (x.values.float() * x.scales.unsqueeze(-1)).to(dtype)
+
+
+def inputs_of(readers: list[nn.Module], device: torch.device, dtype: torch.dtype, *, eps: float) -> Inputs:
+    """Return what makes the inputs that all of these layers read, from activations in the model's dtype."""
+    operations = norm_operations(device)
+    if all(isinstance(reader, FP8Linear) for reader in readers):
+        return RoundedToFP8(operations, eps, device)
+    products = [reader.product for reader in readers if isinstance(reader, NVFP4Linear)]
+    if len(products) == len(readers) and isinstance(product := products[0], W4A4):
+        return RoundedToNVFP4(operations, eps, dtype, product)
+    return Unrounded(operations, eps, dtype)

@@ -1,0 +1,162 @@
+"""Keys and values of the chunks already made, in slots whose numbers are read on the device.
+
+So one recorded sequence of launches serves every chunk of the same number of slots in use. Which chunk has which slot
+is `ChunkWindow`'s to say. Shapes: B samples, S slots, L tokens of a chunk, N heads, K head dim, H = K / 2 pairs.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.backends import kv_operations
+from longvideo.kernels.kv_dequant.format import QuantizedSlots
+from longvideo.model.spec import ChunkSpec
+
+
+class Slots(Protocol):
+    """Storage of all layers. A pass asks for the layers in order: `opened`, then perhaps `keep`, then `closed`.
+
+    copies: whether `keep` does anything; otherwise the live slot is kept as it was written.
+    live: the live chunk's slot, an int64 scalar on the device.
+    """
+
+    copies: bool
+    live: Tensor
+
+    def begin(self, live: int, past: list[int], cos_LH: Tensor, sin_LH: Tensor) -> None:
+        """Say where the live chunk goes and what it looks back at; numbers are written without waiting."""
+        ...
+
+    def opened(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, S, L, N, K] in which the past of a layer stands, to write the live slot into."""
+        ...
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        """Keep the live chunk for later chunks; keys are normalised, and not rotated."""
+        ...
+
+    def closed(self, layer: int) -> None:
+        """Say that attention of a layer has been issued."""
+        ...
+
+
+class PlainSlots:
+    """Rotated keys and values, attended to where they lie."""
+
+    copies = False
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (batch, spec.window_chunks, spec.tokens_per_chunk, heads, head_dim)
+        self._stored = [tuple(torch.empty(2, *shape, dtype=dtype, device=device).unbind()) for _ in range(layers)]
+        self.live = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self, live: int, past: list[int], cos_LH: Tensor, sin_LH: Tensor) -> None:
+        self.live.fill_(live)
+
+    def opened(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._stored[layer]
+        return keys, values
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        """Do nothing: the live chunk is where it stays."""
+
+    def closed(self, layer: int) -> None:
+        """Do nothing."""
+
+
+class NVFP4Slots:
+    """Keys before rotation and values in 4 bits, and two workspaces: one is attended to while the other is rebuilt.
+
+    See `longvideo.model.quantized_cache` for what is kept. On CUDA the past of the next layer is rebuilt on a stream of
+    its own while the present one computes.
+    """
+
+    copies = True
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        slots, tokens = spec.window_chunks, spec.tokens_per_chunk
+
+        def allocate(count: int) -> QuantizedSlots:
+            return QuantizedSlots.allocate(
+                slots=count, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, device=device
+            )
+
+        self._operations = kv_operations(device)
+        self._layers, self._fresh = [allocate(slots) for _ in range(layers)], allocate(1)
+        shape = (batch, slots, tokens, heads, head_dim)
+        # zeros: a workspace may be attended to before all of its slots were ever written
+        self._workspaces = [torch.zeros(2, *shape, dtype=dtype, device=device).unbind() for _ in range(2)]
+        self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, head_dim // 2, device=device).unbind()
+        self.live = torch.zeros((), dtype=torch.int64, device=device)
+        self._past = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._events = [torch.cuda.Event() for _ in range(2)] if self._stream else []
+        self._num_past = 0
+
+    def begin(self, live: int, past: list[int], cos_LH: Tensor, sin_LH: Tensor) -> None:
+        self.live.fill_(live)
+        for place, slot in enumerate(past):
+            self._past[place].fill_(slot)
+        self._cos_SLH[live].copy_(cos_LH)
+        self._sin_SLH[live].copy_(sin_LH)
+
+    def opened(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
+        if layer == 0:
+            self._num_past = num_past
+            for first in range(min(2, len(self._layers))):
+                self._rebuild(first)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.live.device).wait_event(self._events[layer % 2])
+        keys, values = self._workspaces[layer % 2]
+        return keys, values
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        fresh, kept, where = self._fresh, self._layers[layer], self.live.reshape(1)
+        self._operations.write_slot(fresh, 0, keys_BLNK.contiguous(), values_BLNK.contiguous())
+        kept.codes.index_copy_(1, where, fresh.codes)
+        kept.scales.view(torch.uint8).index_copy_(1, where, fresh.scales.view(torch.uint8))
+        kept.tensor_scale.index_copy_(1, where, fresh.tensor_scale)
+        kept.key_mean.index_copy_(0, where, fresh.key_mean)
+
+    def closed(self, layer: int) -> None:
+        if layer + 2 < len(self._layers):
+            self._rebuild(layer + 2)
+
+    def _rebuild(self, layer: int) -> None:
+        """Rebuild the past of a layer in its workspace, which attention two layers before has been issued to read."""
+        aside: AbstractContextManager[object] = nullcontext()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.live.device))
+            aside = torch.cuda.stream(self._stream)
+        with aside:
+            which = self._past[: self._num_past]
+            if self._num_past:
+                self._operations.rebuild(
+                    self._layers[layer], which, self._cos_SLH, self._sin_SLH, *self._workspaces[layer % 2]
+                )
+            if self._stream is not None:
+                self._events[layer % 2].record(self._stream)

@@ -1,0 +1,122 @@
+"""The decoder of chunks: any cut, the next video, two devices, and shares that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.errors import UserError
+from longvideo.infer.decode import ChunkDecoder, mark_ready
+from longvideo.infer.pipeline import StreamingPipeline, check_decode_share
+from longvideo.pixels import to_uint8
+from longvideo.vae.autoencoder import Autoencoder
+
+CHUNK = 3
+HEIGHT, WIDTH = 2, 4
+
+
+@pytest.fixture(scope="module")
+def autoencoder(model_folder: Path) -> Autoencoder:
+    return ModelFolder.open(model_folder).load_vae(dtype=torch.float32)
+
+
+def latents(channels: int, *, seed: int = 0) -> Tensor:
+    return torch.randn(2, channels, 8, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(decoder: ChunkDecoder, z: Tensor, num_frames: int) -> np.ndarray:
+    """Decode the first frames of a video as a pipeline does: the opening frame, then chunk by chunk."""
+    frames, first = [], 0
+    for count in [1, CHUNK - 1, *[CHUNK] * 9]:
+        kept = min(num_frames, 1 if first == 0 else 4 * count)
+        frames.append(decoder.decode(z[:, :, first : first + count], kept, ready=mark_ready(z)))
+        first, num_frames = first + count, num_frames - kept
+        if not num_frames:
+            return np.concatenate(frames, axis=1)
+    raise AssertionError
+
+
+def whole(autoencoder: Autoencoder, z: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return to_uint8(autoencoder.decode(autoencoder.denormalize(z))[0]).numpy()
+
+
+def decoder_of(autoencoder: Autoencoder, **split) -> ChunkDecoder:
+    return ChunkDecoder(autoencoder, batch=2, height=HEIGHT, width=WIDTH, chunk_latents=CHUNK, **split)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 7, 29])
+def test_chunks_are_the_beginning_of_the_video_decoded_at_once(autoencoder: Autoencoder, num_frames: int) -> None:
+    z = latents(autoencoder.config.z_dim)
+    got, wanted = decoded(decoder_of(autoencoder), z, num_frames), whole(autoencoder, z)[:, :num_frames]
+    assert got.dtype == np.uint8 and got.shape == (2, num_frames, 16 * HEIGHT, 16 * WIDTH, 3)
+    assert np.abs(got.astype(int) - wanted).max() <= 1 and (got != wanted).mean() < 1e-3
+
+
+def test_the_next_video_does_not_see_the_last_one(autoencoder: Autoencoder) -> None:
+    decoder, z = decoder_of(autoencoder), latents(autoencoder.config.z_dim)
+    wanted = decoded(decoder, z, 29)
+    for begin in (decoder.reset, decoder.warm_up):
+        begin()
+        assert not np.array_equal(decoded(decoder, latents(autoencoder.config.z_dim, seed=1), 10), wanted[:, :10])
+        begin()
+        assert np.array_equal(decoded(decoder, z, 29), wanted)
+
+
+def test_frames_stay_as_they_are_when_more_are_made(autoencoder: Autoencoder) -> None:
+    decoder, z = decoder_of(autoencoder), latents(autoencoder.config.z_dim)
+    first = decoder.decode(z[:, :, :4], 13)
+    kept = first.copy()
+    decoder.decode(z[:, :, 4:], 16)
+    assert np.array_equal(first, kept)
+
+
+def test_two_devices_make_what_one_makes(autoencoder: Autoencoder) -> None:
+    z = latents(autoencoder.config.z_dim)
+    wanted = decoded(decoder_of(autoencoder), z, 22)
+    split = decoder_of(autoencoder, first_device=torch.device("cpu"), first_share=0.4)
+    assert np.array_equal(decoded(split, z, 22), wanted)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_a_share_outside_its_range_is_refused(model_folder: Path, share: float) -> None:
+    with pytest.raises(UserError, match=f"decode_share is {share}; it must be from 0 to below 1"):
+        StreamingPipeline.from_pretrained(model_folder, device="cpu", decode_device="cpu", decode_share=share)
+
+
+@pytest.mark.parametrize(("device", "decode_device"), [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_device_does_not_share_with_itself(device: str, decode_device: str) -> None:
+    with pytest.raises(UserError, match=f"decode_share is given, but {device} both denoises and decodes"):
+        check_decode_share(0.2, torch.device(device), torch.device(decode_device))
+    check_decode_share(None, torch.device(device), torch.device(decode_device))
+    check_decode_share(0.2, torch.device("cuda:0"), torch.device("cuda:1"))
+
+
+@pytest.mark.gpu
+def test_on_cuda_chunks_are_those_of_the_cpu_and_the_same_every_time(model_folder: Path) -> None:
+    on_cpu, on_gpu = (ModelFolder.open(model_folder).load_vae(device=d, dtype=torch.float32) for d in ("cpu", "cuda"))
+    z = latents(on_cpu.config.z_dim)
+    decoder = decoder_of(on_gpu)
+    decoder.warm_up()
+    first = decoded(decoder, z.cuda(), 29)
+    decoder.reset()
+    assert np.array_equal(decoded(decoder, z.cuda(), 29), first)
+    assert np.abs(first.astype(int) - whole(on_cpu, z)).mean() < 0.5
+
+
+@pytest.mark.multigpu
+def test_two_gpus_share_the_work_of_one(model_folder: Path) -> None:
+    autoencoder = ModelFolder.open(model_folder).load_vae(device="cuda:1", dtype=torch.float32)
+    z = latents(autoencoder.config.z_dim).to("cuda:0")
+    one = decoder_of(autoencoder)
+    two = decoder_of(autoencoder, first_device=torch.device("cuda:0"), first_share=0.4)
+    two.warm_up()
+    wanted = decoded(one, z, 29).astype(int)
+    for _ in range(2):
+        assert np.abs(decoded(two, z, 29) - wanted).mean() < 0.5
+        two.reset()

@@ -1,0 +1,130 @@
+"""Layers in FP8: near the exact model, only for inference, and refused where they cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.distill.distillation import BackboneConfig
+from longvideo.errors import ConfigError, UserError
+from longvideo.infer.pipeline import check_formats
+from longvideo.kernels.fp8 import reference, scaled_mm
+from longvideo.model.transformer import CausalTransformer
+from longvideo.number_formats import NumberFormats
+from longvideo.quantization.convert import quantize_layers, with_precision
+from longvideo.quantization.fp8 import FP8Linear, quantize_layers_fp8
+from tests.golden import relative_error
+from tests.quantization import small
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def linear(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(48, 32, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_is_near_the_exact_one_and_keeps_its_dtype(bias: bool, dtype: torch.dtype) -> None:
+    exact = linear(dtype, bias=bias)
+    layer, x = FP8Linear.from_linear(exact), torch.randn(2, 5, 48, dtype=dtype)
+    got = layer(x)
+    assert got.dtype == dtype and relative_error(got.float(), exact(x).float()) < 0.05
+    rounded = layer(reference.quantize_rows(x))
+    assert rounded.dtype == (dtype if bias else torch.bfloat16)
+    assert torch.equal(rounded, got.to(rounded.dtype))
+    assert {name: part.dtype for name, part in layer.state_dict().items() if name != "bias"} == {
+        "weight_values": torch.float8_e4m3fn,
+        "weight_scales": torch.float32,
+    }
+    assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    broken = linear()
+    broken.weight[3, 4] = bad
+    with pytest.raises(ValueError, match=r"blocks.1.ffn.0.weight \[32, 48\] holds NaN or infinity"):
+        FP8Linear.from_linear(broken, name="blocks.1.ffn.0.weight")
+
+
+def test_a_gradient_is_refused_where_it_would_be_lost() -> None:
+    layer, x = FP8Linear.from_linear(linear()), torch.randn(2, 48, requires_grad=True)
+    with pytest.raises(RuntimeError, match="an FP8 layer has no gradient"):
+        layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.detach()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_velocity_is_near_the_exact_one(dtype: torch.dtype) -> None:
+    model = small.model().to(dtype)
+    exact = small.velocity(model)
+    names = quantize_layers_fp8(model)
+    assert len(names) == 10 * small.CONFIG.num_layers
+    assert all(isinstance(model.get_submodule(name), FP8Linear) for name in names)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.blocks.modules())
+    assert 0.005 < relative_error(small.velocity(model), exact) < 0.05
+
+
+def test_sizes_that_16_does_not_divide_are_refused_before_anything_is_replaced() -> None:
+    model = CausalTransformer(dataclasses.replace(small.CONFIG, ffn_dim=40))
+    with pytest.raises(UserError, match="blocks.0.ffn.0 has 32 inputs and 40 outputs, which 16 does not both divide"):
+        quantize_layers_fp8(model)
+    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+
+
+def test_tiny_runs_in_fp8_on_a_cpu() -> None:
+    exact = ModelFolder.open("tiny").load_transformer(dtype=torch.float32)
+    held = sum(part.numel() * part.element_size() for part in exact.blocks.parameters())
+    model = with_precision(exact, "fp8")
+    kept = sum(part.numel() * part.element_size() for part in (*model.blocks.parameters(), *model.blocks.buffers()))
+    assert kept < 0.27 * held
+    layer = model.get_submodule("blocks.0.ffn.0")
+    assert isinstance(layer, FP8Linear)
+    assert layer(torch.randn(3, layer.in_features)).isfinite().all()
+
+
+def test_a_packed_model_is_refused() -> None:
+    packed = small.model()
+    quantize_layers(packed)
+    with pytest.raises(UserError, match="blocks.0.self_attn.q is packed in 4 bits already"):
+        with_precision(packed, "fp8")
+
+
+def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
+    folder, formats = ModelFolder.open("tiny"), NumberFormats("fp8")
+    check_formats(folder, formats, device=CPU)
+    with pytest.raises(
+        UserError, match="A100 has compute capability 8.0 < 8.9 .* use --precision bf16 or nvfp4-weights"
+    ):
+        check_formats(folder, formats, device=CUDA)
+
+
+def test_fp8_is_for_generating_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="backbone.precision='fp8' is unknown; use one of bf16, nvfp4, nvfp4-weights"):
+        BackboneConfig(precision="fp8")
+    assert main(["merge", "tiny", str(tmp_path), str(tmp_path / "merged"), "--precision", "fp8"]) == 2
+    assert "--precision fp8 is unknown; use bf16 or nvfp4" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < scaled_mm.WITH_FP8_UNITS,
+    reason="needs a GPU of compute capability 8.9 or newer",
+)
+def test_velocity_on_a_gpu_is_that_of_the_cpu() -> None:
+    on_cuda, on_cpu = (
+        small.velocity(with_precision(small.model().bfloat16().to(device), "fp8")).cpu() for device in ("cuda", "cpu")
+    )
+    # inputs that differ in their last bit may round to another of E4M3's numbers
+    assert relative_error(on_cuda, on_cpu) < 0.05

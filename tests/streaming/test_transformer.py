@@ -1,0 +1,150 @@
+"""The transformer arranged for streaming against the model it was made from, rolled out over a rolling window."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.conditioning import Conditioning
+from longvideo.flow.unipc import UniPC
+from longvideo.model.cache import KVCache
+from longvideo.model.config import TransformerConfig
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import with_precision
+from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
+from longvideo.streaming.transformer import StreamingTransformer
+from tests.golden import relative_error
+
+CONFIG = TransformerConfig(
+    num_attention_heads=2,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    text_len=6,
+    ffn_dim=96,
+    num_layers=3,
+    freq_dim=16,
+)
+SPEC = ChunkSpec(2, 4, chunk_frames=2, window_frames=6, sink_frames=2, pin_shots=False, offset_per_shot=4)
+CUTS = (True, False, False, True, False)
+CACHES = {"bf16": KVCache, "nvfp4": NVFP4KVCache}
+
+
+@cache
+def _weights() -> CausalTransformer:
+    torch.manual_seed(0)
+    model = CausalTransformer(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def transformer(precision: str, device: str, dtype: torch.dtype) -> CausalTransformer:
+    return with_precision(deepcopy(_weights()).to(device, dtype), precision)
+
+
+def roll_out(
+    denoiser: Denoiser, model: CausalTransformer, *, samples: int = 1, guidance: float = 1.0, clean_pass: bool = True
+) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(3, CONFIG.text_len, CONFIG.text_dim, generator=generator).to(denoiser.device)
+    with torch.inference_mode():
+        text = model.encode_text(features)
+    rows = torch.arange(samples, device=denoiser.device)
+    chunks = [Conditioning(text, (rows + cut) % 2, 0 * rows + 2, cut=cut) for cut in CUTS]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(samples)]
+    made = rollout(denoiser, chunks, solver=UniPC(2), generators=generators, guidance=guidance, clean_pass=clean_pass)
+    return torch.cat(list(made), dim=2)
+
+
+def both(precision: str, kv_cache: str, device: str, dtype: torch.dtype, **options) -> tuple[Tensor, Tensor]:
+    """Return what the streaming transformer makes, and what the model does."""
+    batch = branches(options.get("guidance", 1.0)) * options.get("samples", 1)
+    attention = options.pop("attention", "bf16")
+    model = transformer(precision, device, dtype)
+    wanted = roll_out(CachedTransformer(model, SPEC, batch=batch, cache_type=CACHES[kv_cache]), model, **options)
+    streaming = StreamingTransformer(model, SPEC, batch=batch, kv_cache=kv_cache, attention=attention)
+    return roll_out(streaming, model, **options), wanted
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("clean_pass", [True, False])
+def test_it_makes_the_latents_of_the_model(kv_cache: str, clean_pass: bool) -> None:
+    got, wanted = both("bf16", kv_cache, "cpu", torch.float32, clean_pass=clean_pass)
+    # four bits: a rounding that falls the other way
+    assert relative_error(got, wanted) < (1e-5 if kv_cache == "bf16" else 1e-3)
+
+
+def test_samples_and_guidance() -> None:
+    got, wanted = both("bf16", "bf16", "cpu", torch.float32, samples=2, guidance=3.0)
+    assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["nvfp4-weights", "nvfp4", "fp8"])
+def test_it_multiplies_as_the_model_does(precision: str) -> None:
+    got, wanted = both(precision, "bf16", "cpu", torch.float32)
+    plain = roll_out(CachedTransformer(_weights(), SPEC, batch=1), _weights())
+    # where an input is rounded, one that lies between two numbers may fall the other way; far below the rounding itself
+    bound = 1e-5 if precision == "nvfp4-weights" else 0.2 * relative_error(wanted, plain)
+    assert relative_error(got, wanted) < bound
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_attention_in_fp8_is_near(precision: str, kv_cache: str) -> None:
+    got, wanted = both(precision, kv_cache, "cpu", torch.float32, attention="fp8")
+    assert 1e-3 < relative_error(got, wanted) < 0.1
+
+
+def test_a_second_video_knows_nothing_of_the_first() -> None:
+    model = transformer("bf16", "cpu", torch.float32)
+    streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache="nvfp4")
+    streaming.warm_up()
+    first = roll_out(streaming, model)
+    streaming.reset()
+    assert torch.equal(roll_out(streaming, model), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4-weights", "nvfp4", "fp8"])
+def test_graphs_make_the_latents_of_the_model(precision: str, kv_cache: str) -> None:
+    model = transformer(precision, "cuda", torch.bfloat16)
+    wanted = roll_out(CachedTransformer(model, SPEC, batch=1, cache_type=CACHES[kv_cache]), model)
+    plain = transformer("bf16", "cuda", torch.bfloat16)
+    unrounded = roll_out(CachedTransformer(plain, SPEC, batch=1), plain)
+    streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache=kv_cache)
+    streaming.warm_up()
+    got = roll_out(streaming, model)
+    # a last bit of bfloat16 that differs lets numbers be rounded the other way: less than all rounding does
+    assert relative_error(got, wanted) < max(1e-2, 0.5 * relative_error(wanted, unrounded))
+    streaming.reset()
+    assert torch.equal(roll_out(streaming, model), got)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    model = transformer("bf16", "cuda", torch.bfloat16)
+    streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache="nvfp4")
+    streaming.warm_up()
+    with torch.inference_mode():
+        text = model.encode_text(torch.randn(1, CONFIG.text_len, CONFIG.text_dim, device="cuda"))
+    rows = torch.zeros(1, dtype=torch.int64, device="cuda")
+    chunks = rollout(
+        streaming,
+        [Conditioning(text, rows)] * 5,
+        solver=UniPC(2),
+        generators=[torch.Generator().manual_seed(0)],
+    )
+    torch.cuda.set_sync_debug_mode("error")  # raises where the host waits
+    try:
+        assert len(list(chunks)) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
