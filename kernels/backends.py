@@ -113,6 +113,7 @@ class NormOperations(Protocol):
         scales_BL: Tensor | None = None,
         *,
         eps: float,
+        bias_D: Tensor | None = None,
     ) -> None: ...
 
     def rms_norm(self, x_BLD: Tensor, gamma_D: Tensor, out_BLD: Tensor, *, eps: float) -> None: ...
@@ -136,6 +137,7 @@ class RotaryOperations(Protocol):
         values_BSLNK: Tensor,
         *,
         eps: float,
+        mean_NK: Tensor | None = None,
     ) -> None: ...
 
 

@@ -22,8 +22,9 @@ def add_norm(
     scales_BL: Tensor | None = None,
     *,
     eps: float,
+    bias_D: Tensor | None = None,
 ) -> None:
-    """Add gate x update to h, in place, and write LayerNorm(h) x multiplier + shift to out.
+    """Add gate x (update + bias) to h, in place, and write LayerNorm(h) x multiplier + shift to out.
 
     gate, multiplier, shift: float32, [B, T, D] for each frame of each sample, or [D] for all; a gate of None is 1, a
     multiplier of None leaves only the sum. Arithmetic is in float32; the norm is that of the rounded sum.
@@ -32,7 +33,7 @@ def add_norm(
     """
     total = h_BLD.float()
     if update_BLD is not None:
-        update = update_BLD.float()
+        update = update_BLD.float() if bias_D is None else update_BLD.float() + bias_D.float()
         total = total + (update if gate is None else update * _per_token(gate, update))
         h_BLD.copy_(total)
         total = h_BLD.float()

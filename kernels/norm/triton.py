@@ -32,8 +32,9 @@ def add_norm(
     scales_BL: Tensor | None = None,
     *,
     eps: float,
+    bias_D: Tensor | None = None,
 ) -> None:
-    """Add gate x update to h, in place, and write LayerNorm(h) x multiplier + shift to out.
+    """Add gate x (update + bias) to h, in place, and write LayerNorm(h) x multiplier + shift to out.
 
     Bytes moved, E being those of an element: E for each of h, update, the new h and out that is there. Raises
     ValueError for tensors that are not contiguous or do not agree.
@@ -66,11 +67,13 @@ def add_norm(
         *factors[2],
         h_BLD if out_BLD is None else out_BLD,
         h_BLD if scales_BL is None else scales_BL,
+        h_BLD if bias_D is None else bias_D,
         length,
         length // frames,
         dim,
         eps,
         HAS_UPDATE=update_BLD is not None,
+        HAS_BIAS=bias_D is not None,
         HAS_GATE=gate is not None,
         HAS_OUT=out_BLD is not None,
         QUANTIZES=quantizes,
@@ -116,11 +119,13 @@ def _add_norm(
     shift_frame,
     out_pointer,
     scales_pointer,
+    bias_pointer,
     length,
     tokens_per_frame,
     dim,
     eps,
     HAS_UPDATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_OUT: tl.constexpr,
     QUANTIZES: tl.constexpr,
@@ -135,6 +140,8 @@ def _add_norm(
     x = tl.load(h_pointer + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_UPDATE:
         update = tl.load(update_pointer + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            update += tl.load(bias_pointer + channel, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATE:
             gate_pointer += sample * gate_batch + frame * gate_frame
             update *= tl.load(gate_pointer + channel, mask=inside, other=0.0).to(tl.float32)

@@ -26,14 +26,20 @@ def norm_rotate_keep(
     values_BSLNK: Tensor,
     *,
     eps: float,
+    mean_NK: Tensor | None = None,
 ) -> None:
     """Normalise queries and keys over all heads, rotate them, and put keys and values into their slot of the cache.
 
     gamma: [N K], of the RMS norms. cos, sin: float32. slot: integer scalar on the device, so that one recorded launch
-    serves all slots. Queries go to rotated_BLNK. Arithmetic is in float32 and rounded where it is stored.
+    serves all slots. Queries go to rotated_BLNK. mean: float32, what is taken off the values. Arithmetic is in float32
+    and rounded where it is stored.
     """
+    values_BLNK = v_BLNK if mean_NK is None else v_BLNK.float() - mean_NK
     rotated_BLNK.copy_(_held(_norm_rotate(q_BLNK, gamma_q, cos_LH, sin_LH, eps), rotated_BLNK))
-    for stored_BSLNK, x in ((keys_BSLNK, _norm_rotate(k_BLNK, gamma_k, cos_LH, sin_LH, eps)), (values_BSLNK, v_BLNK)):
+    for stored_BSLNK, x in (
+        (keys_BSLNK, _norm_rotate(k_BLNK, gamma_k, cos_LH, sin_LH, eps)),
+        (values_BSLNK, values_BLNK),
+    ):
         # as bytes: not every operation knows FP8
         as_bytes = stored_BSLNK.view(torch.uint8)
         as_bytes.index_copy_(1, slot.reshape(1).long(), _held(x, stored_BSLNK).contiguous().view(torch.uint8)[:, None])

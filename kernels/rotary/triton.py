@@ -32,11 +32,13 @@ def norm_rotate_keep(
     values_BSLNK: Tensor,
     *,
     eps: float,
+    mean_NK: Tensor | None = None,
 ) -> None:
     """Normalise queries and keys over all heads, rotate them, and put keys and values into their slot of the cache.
 
     Queries, keys and values may be parts of one product: tokens may lie apart, the heads of one may not. Bytes moved, E
     being those of an element: 6 E for each of B L N K, and the angles of each token twice.
+    mean: float32, contiguous, what is taken off the values.
     Raises ValueError for shapes that do not agree, or heads that lie apart.
     """
     batch, tokens, heads, head_dim = q_BLNK.shape
@@ -72,6 +74,8 @@ def norm_rotate_keep(
         rotated_BLNK.stride(0),
         rotated_BLNK.stride(1),
         keys_BSLNK.stride(0),
+        q_BLNK if mean_NK is None else mean_NK,
+        HAS_MEAN=mean_NK is not None,
         HEADS=triton.next_power_of_2(heads),
         PAIRS=head_dim // 2,
         num_warps=WARPS,
@@ -103,6 +107,8 @@ def _norm_rotate_keep(
     rotated_batch,
     rotated_token,
     cache_batch,
+    mean_pointer,
+    HAS_MEAN: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -113,8 +119,10 @@ def _norm_rotate_keep(
     slot = tl.load(slot_pointer).to(tl.int64)
     kept = sample * cache_batch + (slot * tokens + token) * heads * (2 * PAIRS) + place
     if part == 2:
-        value = tl.load(v_pointer + sample * v_batch + token * v_token + place, mask=inside, other=0.0)
-        tl.store(values_pointer + kept, round_to(value.to(tl.float32), values_pointer.dtype.element_ty), mask=inside)
+        value = tl.load(v_pointer + sample * v_batch + token * v_token + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_MEAN:
+            value -= tl.load(mean_pointer + place, mask=inside, other=0.0)
+        tl.store(values_pointer + kept, round_to(value, values_pointer.dtype.element_ty), mask=inside)
     elif part == 1:
         x = tl.load(k_pointer + sample * k_batch + token * k_token + place, mask=inside, other=0.0)
         gamma = tl.load(gamma_k_pointer + place, mask=inside, other=0.0)

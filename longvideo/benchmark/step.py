@@ -31,12 +31,14 @@ class StepTiming:
     peak_bytes: int
 
 
-@torch.inference_mode()
-def random_model(config: TransformerConfig, device: torch.device) -> CausalTransformer:
-    """Build a transformer in bfloat16 with random weights."""
+@torch.no_grad()
+def random_model(
+    config: TransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> CausalTransformer:
+    """Build a transformer with random weights."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
-        model = CausalTransformer(config).to(torch.bfloat16)
+        model = CausalTransformer(config).to(dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.02, generator=generator)
     return model.eval()

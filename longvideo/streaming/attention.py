@@ -48,6 +48,8 @@ class PlainAttention:
 class FP8Attention:
     """Queries, keys, values and probabilities in E4M3; queries and keys are normalised, so they need no scale.
 
+    The caller takes the mean off the values: see `longvideo.streaming.transformer`.
+
     On CUDA it is cuDNN's kernel, which is planned once for each number of slots; elsewhere its definition.
     """
 

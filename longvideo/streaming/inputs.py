@@ -23,9 +23,16 @@ class Inputs(Protocol):
     """Makes the inputs of one kind of layer."""
 
     def norm(
-        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor,
+        shift: Tensor,
+        *,
+        bias_D: Tensor | None = None,
     ) -> Any:
-        """Add gate x update to h in place and return LayerNorm(h) x multiplier + shift; see `kernels.norm`."""
+        """Add gate x (update + bias) to h in place and return LayerNorm(h) x multiplier + shift; see `kernels.norm`."""
         ...
 
     def round(self, x: Tensor | FP8Rows) -> Any:
@@ -44,10 +51,17 @@ class Unrounded:
         self._operations, self._eps, self._dtype = operations, eps, dtype
 
     def norm(
-        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor,
+        shift: Tensor,
+        *,
+        bias_D: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(h_BLD)
-        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, out, eps=self._eps)
+        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, out, eps=self._eps, bias_D=bias_D)
         return out
 
     def round(self, x: Tensor | FP8Rows) -> Tensor:
@@ -68,11 +82,20 @@ class RoundedToFP8:
         self._operations, self._eps, self._fp8 = operations, eps, fp8_operations(device)
 
     def norm(
-        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor,
+        shift: Tensor,
+        *,
+        bias_D: Tensor | None = None,
     ) -> FP8Rows:
         values = torch.empty_like(h_BLD, dtype=torch.float8_e4m3fn)
         scales = torch.empty(h_BLD.shape[:2], dtype=torch.float32, device=h_BLD.device)
-        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, values, scales, eps=self._eps)
+        self._operations.add_norm(
+            h_BLD, update_BLD, gate, multiplier, shift, values, scales, eps=self._eps, bias_D=bias_D
+        )
         return FP8Rows(values, scales)
 
     def round(self, x: Tensor | FP8Rows) -> FP8Rows:
@@ -89,10 +112,17 @@ class RoundedToNVFP4:
         self._operations, self._eps, self._dtype, self._product = operations, eps, dtype, product
 
     def norm(
-        self, h_BLD: Tensor, update_BLD: Tensor | None, gate: Tensor | None, multiplier: Tensor, shift: Tensor
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor,
+        shift: Tensor,
+        *,
+        bias_D: Tensor | None = None,
     ) -> Any:
         if update_BLD is not None:
-            self._operations.add_norm(h_BLD, update_BLD, gate, None, None, None, eps=self._eps)
+            self._operations.add_norm(h_BLD, update_BLD, gate, None, None, None, eps=self._eps, bias_D=bias_D)
         shift_BTSD, multiplier_BTSD = (x.expand(1, 1, -1) if x.ndim == 1 else x for x in (shift, multiplier))
         return self._product.prepare_modulated(
             h_BLD, shift_BTSD.float().unsqueeze(2), (multiplier_BTSD.float() - 1).unsqueeze(2), eps=self._eps

@@ -71,6 +71,9 @@ class StreamingTransformer:
         self._head_inputs = inputs_of([model.head.head], self.device, weight.dtype, eps=config.eps)
         self._window = ChunkWindow(spec)
         self._attend = slot_attention(attention, self.device, weight.dtype)
+        self._means: _ValueMeans | None = None
+        if attention == "fp8":
+            self._means = _ValueMeans(config.num_layers, heads, head_dim, self.device)
         self._slots: Slots = SLOTS[kv_cache](
             spec,
             layers=config.num_layers,
@@ -189,7 +192,11 @@ class StreamingTransformer:
             x = block.before_self.norm(h_BLD, update, gate, scale1, shift1)
             q_BLNK, k_BLNK, v_BLNK = block.project(x)
             keys_BSLNK, values_BSLNK = self._slots.opened(layer, num_slots - 1)
-            attention = block.module.self_attn
+            attention, mean_NK, mean_out_D = block.module.self_attn, None, None
+            if self._means is not None:
+                if num_slots == 1:
+                    self._means.set(layer, v_BLNK, attention.o, block.before_out)
+                mean_NK, mean_out_D = self._means.values[layer], self._means.outputs[layer]
             self._rotary.norm_rotate_keep(
                 q_BLNK,
                 k_BLNK,
@@ -203,18 +210,19 @@ class StreamingTransformer:
                 keys_BSLNK,
                 values_BSLNK,
                 eps=self._eps,
+                mean_NK=mean_NK,
             )
             if kind is not Pass.STEP and self._slots.copies:
                 kept = torch.empty_like(k_BLNK, memory_format=torch.contiguous_format)
                 self._norm.rms_norm(k_BLNK.flatten(2), attention.norm_k.weight, kept.flatten(2), eps=self._eps)
-                self._slots.keep(layer, kept, v_BLNK)
+                self._slots.keep(layer, kept, v_BLNK if mean_NK is None else (v_BLNK - mean_NK).to(kept.dtype))
             if kind is Pass.FILL and layer == last:
                 return
             attended = self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots)
             self._slots.closed(layer)
             update = attention.o(block.before_out.round(attended))
 
-            x = block.before_cross.norm(h_BLD, update, gate1, *block.cross_norm)
+            x = block.before_cross.norm(h_BLD, update, gate1, *block.cross_norm, bias_D=mean_out_D)
             cross = block.module.cross_attn
             q = cross.q(x)
             self._norm.rms_norm(q, cross.norm_q.weight, q, eps=self._eps)
@@ -227,6 +235,31 @@ class StreamingTransformer:
         shift, scale = (model.head.modulation.float() + time_BTSD[:, :, 0].float().unsqueeze(-2)).unbind(-2)
         x = self._head_inputs.norm(h_BLD, update, gate, 1 + scale, shift)
         self._velocity.copy_(model.unpatch(model.head.head(x).float(), self._velocity.shape))
+
+
+class _ValueMeans:
+    """What is taken off the values of a video before they are rounded, and put back behind attention.
+
+    Attention's weights sum to one, so it is the same; but FP8 products on Hopper add with 13 bits of mantissa and cut
+    off the rest, which among many keys loses a large part of whatever values have in common ("smooth V",
+    SageAttention2, arXiv 2411.10958). It is the mean of the first chunk, and most of that of every later one.
+    """
+
+    def __init__(self, layers: int, heads: int, head_dim: int, device: torch.device):
+        self.values = torch.zeros(layers, heads, head_dim, device=device)
+        self.outputs = torch.zeros(layers, heads * head_dim, device=device)
+
+    def set(self, layer: int, v_BLNK: Tensor, out: nn.Module, inputs: Inputs) -> None:
+        """Take the mean of a layer's values over all samples and tokens. out: what reads attention's result."""
+        mean = v_BLNK.float().mean((0, 1))
+        self.values[layer].copy_(mean)
+        if isinstance(out, FP8Linear):
+            weight = out.quantized_weight
+            product = (weight.values.float() @ mean.flatten()) * weight.scales
+        else:
+            row = mean.flatten().to(v_BLNK.dtype).view(1, 1, -1)
+            product = out(inputs.round(row)).flatten().float() - cast(Tensor, out.bias).float()
+        self.outputs[layer].copy_(product)
 
 
 class _StreamingBlock:

@@ -46,6 +46,10 @@ def test_kernel_and_definition_agree(dim: int, modulated: bool, device: str) -> 
     total = h.clone()
     kernels.add_norm(total, update, factors[0], None, None, None, eps=EPS)
     assert torch.equal(total, found[1][0])
+    with_bias, wanted = h.clone(), h.clone()
+    kernels.add_norm(with_bias, update, factors[0], None, None, None, eps=EPS, bias_D=shift[0, 0])
+    reference.add_norm(wanted, update, factors[0], None, None, None, eps=EPS, bias_D=shift[0, 0])
+    assert relative_error(with_bias.float(), wanted.float()) < 2e-3 and not torch.equal(with_bias, total)
 
 
 @pytest.mark.parametrize("dim", [64, 48])

@@ -58,6 +58,9 @@ def test_kernel_and_definition_agree(heads: int, head_dim: int, slot: int, devic
         others = [index for index in range(SLOTS) if index != slot]
         assert mine[:, others].isnan().all()
     assert torch.equal(got[2][:, slot], given[2])
+    mean = given[2].float().mean((0, 1)).contiguous()
+    kernels.norm_rotate_keep(*given, where, *got, eps=EPS, mean_NK=mean)
+    assert relative_error(got[2][:, slot].float(), given[2].float() - mean) < 3e-3
 
 
 def test_definition_is_what_the_model_does() -> None:

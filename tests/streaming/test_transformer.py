@@ -103,6 +103,15 @@ def test_attention_in_fp8_is_near(precision: str, kv_cache: str) -> None:
     assert 1e-3 < relative_error(got, wanted) < 0.1
 
 
+def test_what_values_have_in_common_survives_attention_in_fp8() -> None:
+    model = transformer("bf16", "cpu", torch.float32)
+    for block in model.blocks:
+        block.self_attn.v.bias += 20.0
+    wanted = roll_out(CachedTransformer(model, SPEC, batch=1), model)
+    got = roll_out(StreamingTransformer(model, SPEC, batch=1, attention="fp8"), model)
+    assert relative_error(got, wanted) < 2e-3
+
+
 def test_a_second_video_knows_nothing_of_the_first() -> None:
     model = transformer("bf16", "cpu", torch.float32)
     streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache="nvfp4")
@@ -124,7 +133,7 @@ def test_graphs_make_the_latents_of_the_model(precision: str, kv_cache: str) -> 
     streaming.warm_up()
     got = roll_out(streaming, model)
     # a last bit of bfloat16 that differs lets numbers be rounded the other way: less than all rounding does
-    assert relative_error(got, wanted) < max(1e-2, 0.5 * relative_error(wanted, unrounded))
+    assert relative_error(got, wanted) < max(1e-2, 0.75 * relative_error(wanted, unrounded))
     streaming.reset()
     assert torch.equal(roll_out(streaming, model), got)
 
