@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,35 @@ from longvideo.vae.streaming import StreamingDecoder
 
 SMALL_GRID = 512
 """Latent pixels of a frame, up to which a CPU decodes the frames of a chunk together."""
+
+
+LAST_LATENTS = 2
+"""Latent frames of a chunk that are still to be decoded when the next chunk is asked for."""
+
+
+@dataclass(frozen=True)
+class PendingFrames:
+    """Frames that a GPU is at, uint8 [B, T, H, W, 3] in host memory; without events they are there."""
+
+    _frames: Tensor
+    _nearly: torch.cuda.Event | None = None
+    _done: torch.cuda.Event | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether they may not be there yet."""
+        return self._done is not None
+
+    def wait_for_most(self) -> None:
+        """Wait until all but the last latent frames are decoded."""
+        if self._nearly is not None:
+            self._nearly.synchronize()
+
+    def result(self) -> np.ndarray:
+        """Wait for the frames and return them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._frames.numpy()
 
 
 class ChunkDecoder:
@@ -40,7 +70,7 @@ class ChunkDecoder:
         first_share: of the decoder's work, what `first_device` does; 0 leaves all of it to the autoencoder's device.
         """
         device = autoencoder.post_quant_conv.weight.device
-        self._scale = autoencoder.config.scale_factor_temporal
+        self._scale, self._pixels = autoencoder.config.scale_factor_temporal, autoencoder.config.scale_factor_spatial
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         devices = None
         if first_share:
@@ -68,26 +98,37 @@ class ChunkDecoder:
         with self._own_streams(*self._decoder.devices):
             self._decoder.restore(())
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> np.ndarray:
         """Decode normalised latents [B, C, T, H, W]; return the first frames, uint8 [B, num_frames, H, W, 3].
 
         ready: on CUDA, what to wait for before the latents are read; see `mark_ready`.
         """
+        return self.launch(latents, num_frames, ready=ready).result()
+
+    @torch.inference_mode()
+    def launch(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> PendingFrames:
+        """As `decode`, without waiting for CUDA."""
         latents = latents[:, :, : self._latents_for(num_frames)]
         with self._own_streams(latents.device, *self._decoder.devices):
             if ready is not None:
                 stream = self._streams[latents.device]
                 stream.wait_event(ready)
                 latents.record_stream(stream)
-            pixels = self._decoder.decode(latents)[:, :num_frames]
-            if pixels.device.type != "cuda":
-                return pixels.contiguous().numpy()
+            last = self._decoder.devices[-1]
+            if last.type != "cuda":
+                return PendingFrames(self._decoder.decode(latents)[:, :num_frames].contiguous())
             # pinned: a pageable copy would stop this stream and the one that denoises
-            host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-            host.copy_(pixels, non_blocking=True)
-        self._streams[pixels.device].synchronize()
-        return host.numpy()
+            batch, _, _, height, width = latents.shape
+            size = (batch, num_frames, self._pixels * height, self._pixels * width, 3)
+            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            events, first = (torch.cuda.Event(), torch.cuda.Event()), 0
+            for part, event in zip(latents.tensor_split((-LAST_LATENTS,), dim=2), events, strict=True):
+                if part.shape[2]:
+                    pixels = self._decoder.decode(part)[:, : num_frames - first]
+                    host[:, first : first + pixels.shape[1]].copy_(pixels, non_blocking=True)
+                    first += pixels.shape[1]
+                event.record(self._streams[last])
+        return PendingFrames(host, *events)
 
     @contextmanager
     def _own_streams(self, *devices: torch.device) -> Iterator[None]:
@@ -100,7 +141,8 @@ class ChunkDecoder:
                 if device.type != "cuda":
                     continue
                 if device not in self._streams:
-                    self._streams[device] = torch.cuda.Stream(device)
+                    # before the denoising beside it: pixels are what somebody waits for
+                    self._streams[device] = torch.cuda.Stream(device, priority=-1)
                     self._streams[device].wait_stream(torch.cuda.current_stream(device))
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             yield

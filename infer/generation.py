@@ -17,7 +17,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
-from longvideo.infer.decode import ChunkDecoder, mark_ready
+from longvideo.infer.decode import ChunkDecoder, PendingFrames, mark_ready
 from longvideo.infer.timeline import Step
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -190,6 +190,12 @@ def _denoise(
 
 
 def _decode(decoder: ChunkDecoder, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
+    """Hand frames out as they are finished.
+
+    On a GPU the next chunk is asked for, and its decoding issued, a little before this one is through, so that neither
+    the GPU that decodes nor the one that denoises waits for the host.
+    """
+    under_way: deque[tuple[_LatentChunk, PendingFrames]] = deque()
     for chunk in chunks:
         parts = [(chunk.latents, chunk.step.num_frames)]
         if chunk.step.index == 0:
@@ -197,8 +203,22 @@ def _decode(decoder: ChunkDecoder, chunks: Iterator[_LatentChunk]) -> Generator[
             parts = [(chunk.latents[:, :, :1], 1), (chunk.latents[:, :, 1:], chunk.step.num_frames - 1)]
         for latents, num_frames in parts:
             if num_frames:
-                frames = decoder.decode(latents, num_frames, ready=chunk.ready)
-                yield GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
+                pending = decoder.launch(latents, num_frames, ready=chunk.ready)
+                while under_way:
+                    yield _finished(*under_way.popleft())
+                if pending.is_under_way and latents.shape[2] > 1:
+                    under_way.append((chunk, pending))
+                else:
+                    yield _finished(chunk, pending)
+        if under_way:
+            under_way[-1][1].wait_for_most()
+    while under_way:
+        yield _finished(*under_way.popleft())
+
+
+def _finished(chunk: _LatentChunk, pending: PendingFrames) -> GeneratedChunk:
+    frames = pending.result()
+    return GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
 
 
 class _Prompts:

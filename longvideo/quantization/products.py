@@ -52,7 +52,11 @@ class W4A16:
     def __call__(self, x: Input, weight: Weight, bias: Tensor | None) -> Tensor:
         assert isinstance(x, Tensor) and isinstance(weight, NVFP4Tensor)
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, self._operations.dequantize(weight, x.dtype), bias)
+        return F.linear(x, self.unpacked(weight, x.dtype), bias)
+
+    def unpacked(self, weight: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a weight as it is multiplied."""
+        return self._operations.dequantize(weight, dtype)
 
 
 class W4A4(ABC):

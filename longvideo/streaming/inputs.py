@@ -6,7 +6,7 @@ samples, L tokens, D model dim, T frames.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from longvideo.kernels.backends import NormOperations, fp8_operations, norm_oper
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import W4A4
+from longvideo.quantization.products import W4A4, W4A16
 
 
 class Inputs(Protocol):
@@ -68,11 +68,12 @@ class Unrounded:
         return _unrounded(x, self._dtype)
 
     def gelu(self, layer: nn.Module, x: Any) -> Tensor:
-        if isinstance(layer, nn.Linear) and x.is_cuda:
-            # bias and GELU in the product's epilogue: a pass over the widest activation less
-            product = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-            return product.unflatten(0, x.shape[:-1])
-        return F.gelu(layer(x), approximate="tanh")
+        weight = _weight(layer, x.dtype) if x.is_cuda else None
+        if weight is None:
+            return F.gelu(layer(x), approximate="tanh")
+        # bias and GELU in the product's epilogue: a pass over the widest activation less
+        product = torch._addmm_activation(cast(Tensor, layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)
+        return product.unflatten(0, x.shape[:-1])
 
 
 class RoundedToFP8:
@@ -133,6 +134,15 @@ class RoundedToNVFP4:
 
     def gelu(self, layer: nn.Module, x: Any) -> Any:
         return self._product.prepare_gelu(layer(x))
+
+
+def _weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """Return the weight that a layer multiplies unrounded inputs with; None where it rounds them."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    if isinstance(layer, NVFP4Linear) and isinstance(layer.product, W4A16):
+        return layer.product.unpacked(layer.quantized_weight, dtype)
+    return None
 
 
 def _unrounded(x: Tensor | FP8Rows, dtype: torch.dtype) -> Tensor:

@@ -183,7 +183,9 @@ class _Part:
     def _record(self, inputs: Activations) -> _Recording:
         # not torch.cuda.graph: that waits for the whole device, where another thread may be recording as well
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+        # a graph keeps the priority of the stream it was recorded on
+        priority = torch.cuda.current_stream(self.device).priority
+        with torch.cuda.stream(torch.cuda.Stream(self.device, priority=priority)):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 result = self._run(inputs, opening=False)

@@ -164,7 +164,7 @@ def test_a_decoder_error_is_raised_to_the_caller(pipeline: StreamingPipeline, mo
         calls.append(num_frames)
         raise RuntimeError("decoder broke")
 
-    monkeypatch.setattr(generation.ChunkDecoder, "decode", failing)
+    monkeypatch.setattr(generation.ChunkDecoder, "launch", failing)
     running = threading.active_count()
     for threads in (1, 2):
         with torch_threads(threads), pytest.raises(RuntimeError, match="decoder broke"):
