@@ -45,6 +45,7 @@ CHECKED_CHUNKS = 2
 CHECKED_LATENTS = 2
 SUSTAINED_STEPS = 25
 REPEATS = 3
+DRAWN_CHUNKS = 3
 PROMPT = "a red ball bounces"
 VELOCITY_BOUNDS = {"bf16": 2.5e-2, "nvfp4-weights": 2.5e-2, "fp8": 0.1, "nvfp4": 0.15}
 """Relative error allowed against the plain path in the same precision: a rounding may fall the other way."""
@@ -58,7 +59,8 @@ class StreamReport:
     """What a stream took. Times in the unit of their name, sizes in bytes, errors relative.
 
     peak_bytes: for each GPU, of the stream alone. first_frame_s: from the request, warm. peak_rss_bytes: of the process
-    after each part of the video that came out, a chunk but for the first, whose opening frame comes alone.
+    after each part of the video that came out, a chunk but for the first, whose opening frame comes alone. kernel_ms:
+    milliseconds of a chunk by GPU and kind, where a time line was drawn.
     """
 
     steps: int
@@ -75,6 +77,7 @@ class StreamReport:
     end_to_end_fps: float
     peak_bytes: dict[str, int]
     peak_rss_bytes: tuple[int, ...]
+    kernel_ms: dict[str, dict[str, float]]
 
     @property
     def denoise_fps(self) -> float:
@@ -100,6 +103,11 @@ class StreamReport:
             ("decoding alone", f"{self.decode_fps:.1f} frames/s"),
             ("end to end", f"{self.end_to_end_fps:.1f} frames/s"),
             *peaks,
+            *(
+                (f"{gpu}, {kind}, a chunk", f"{ms:.1f} ms")
+                for gpu, kinds in self.kernel_ms.items()
+                for kind, ms in kinds.items()
+            ),
             ("peak of the process on the host", f"{self.peak_rss_bytes[-1] / 1e9:.2f} GB"),
         ]
 
@@ -125,16 +133,17 @@ def random_models(
 ) -> Models:
     """Build models of a preset's shapes with random weights, for speed; prompts are random features, too."""
     config = PRESETS[preset]
+    autoencoder_config = AutoencoderConfig.wan22() if preset != "tiny" else AutoencoderConfig.tiny()
+    spec = chunk_spec(settings, autoencoder_config.scale_factor_spatial)
     transformer = with_precision(random_model(config, device, pick_dtype(device)), formats.precision)
     with torch.device(decode_device):
-        autoencoder = Autoencoder(AutoencoderConfig.wan22() if preset != "tiny" else AutoencoderConfig.tiny())
-    scale = autoencoder.config.scale_factor_spatial
+        autoencoder = Autoencoder(autoencoder_config)
     return Models(
         transformer=transformer.eval().requires_grad_(False),
         autoencoder=autoencoder.to(decode_device, pick_dtype(decode_device)).eval().requires_grad_(False),
         text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
         settings=settings,
-        spec=chunk_spec(settings, scale),
+        spec=spec,
         kv_cache=formats.kv_cache,
         attention=formats.attention,
         decode_share=decode_share,
@@ -176,7 +185,9 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     on_stage(f"streaming {models.spec.window_chunks} + {chunks} chunks")
-    first, times, frames, rss = _stream(pipeline, steps, guidance, models.spec.window_chunks + chunks, sink, timeline)
+    first, times, frames, rss, kernel_ms = _stream(
+        pipeline, steps, guidance, models.spec.window_chunks + chunks, sink, timeline
+    )
     sustained = times[-chunks - 1 :]
     return StreamReport(
         steps=steps,
@@ -193,6 +204,7 @@ def measure(
         end_to_end_fps=sum(frames[-chunks:]) / (sustained[-1] - sustained[0]),
         peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in sorted(devices, key=str)},
         peak_rss_bytes=tuple(rss),
+        kernel_ms=kernel_ms,
     )
 
 
@@ -203,9 +215,11 @@ def _stream(
     chunks: int,
     sink: FrameSink | None,
     timeline: Path | None,
-) -> tuple[float, list[float], list[int], list[int]]:
-    """Return seconds to the first frame, and for each part: when it was written, frames, and the host's memory peak."""
+) -> tuple[float, list[float], list[int], list[int], dict[str, dict[str, float]]]:
+    """Return seconds to the first frame; for each part when it was written, frames, and the host's memory peak; and
+    what the GPUs did, if it was drawn."""
     times, frames, rss = [], [], []
+    kernel_ms: dict[str, dict[str, float]] = {}
     with _sink(sink) as target, pipeline.session(PROMPT, steps=steps, guidance=guidance) as session:
         requested = time.perf_counter()
         for chunk in session:
@@ -216,19 +230,21 @@ def _stream(
             if chunk.step.index == chunks - 1:
                 break
         if timeline is not None:
-            _draw(session, target, timeline, title=f"{steps} steps, three chunks in a row")
-    return times[0] - requested, times, frames, rss
+            kernel_ms = _draw(session, target, timeline, title=f"{steps} steps, {DRAWN_CHUNKS} chunks in a row")
+    return times[0] - requested, times, frames, rss, kernel_ms
 
 
-def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> None:
-    def three_chunks() -> None:
-        for _ in range(3):
+def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> dict[str, dict[str, float]]:
+    def more() -> None:
+        for _ in range(DRAWN_CHUNKS):
             target.write(next(session).frames[0])
 
-    spans = gpu_timeline.record(three_chunks)
+    spans = gpu_timeline.record(more)
     if not spans:
         raise UserError("--timeline needs a GPU: there is nothing to draw")
     gpu_timeline.draw(spans, path, begin=0.0, end=max(span.end for span in spans), title=title)
+    times = gpu_timeline.time_by_kind(spans)
+    return {gpu: {kind: ms / DRAWN_CHUNKS for kind, ms in kinds.items()} for gpu, kinds in times.items()}
 
 
 def _precision(models: Models) -> str:

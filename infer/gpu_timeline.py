@@ -62,6 +62,15 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern, _ in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER[0])
 
 
+def time_by_kind(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
+    """Return for each GPU how many milliseconds went to what; streams that run side by side count one by one."""
+    times: dict[str, dict[str, float]] = {}
+    for span in spans:
+        of_gpu = times.setdefault(f"GPU {span.gpu}", {})
+        of_gpu[span.kind] = of_gpu.get(span.kind, 0.0) + span.end - span.begin
+    return {gpu: dict(sorted(kinds.items(), key=lambda item: -item[1])) for gpu, kinds in sorted(times.items())}
+
+
 def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: str) -> None:
     """Draw the spans between two times, milliseconds, as a picture. Streams that did next to nothing are left out."""
     inside = [span for span in spans if span.end > begin and span.begin < end]
