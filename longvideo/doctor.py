@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from longvideo.kernels import backends
+from longvideo.kernels.attention import cudnn_fp8
+from longvideo.kernels.fp8 import scaled_mm as fp8_scaled_mm
 from longvideo.kernels.nvfp4 import reference, scaled_mm, te
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.linear import NVFP4Linear
@@ -26,6 +28,7 @@ PACKAGES = (
     "transformer-engine",
     "safetensors",
     "av",
+    "nvidia-cudnn-frontend",
 )
 
 
@@ -76,7 +79,20 @@ def operations(device: torch.device) -> list[Operation]:
     kernels = "reference" if no_triton else "triton"
     other = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
     slower = "the FP4 units are faster"
+    on_cpu = device.type == "cpu"
+    no_fp8 = f"it needs a CUDA device, not {device.type}" if on_cpu else fp8_scaled_mm.unavailable(device)
+    no_attention = cudnn_fp8.unavailable(device)
+    products = "reference" if on_cpu else "none" if no_fp8 else "torch scaled_mm"
+    attention = "reference" if on_cpu else "none" if no_attention else "cuDNN frontend"
     return [
+        Operation(
+            "product of fp8 weights and inputs",
+            products,
+            {"torch scaled_mm": no_fp8} if no_fp8 else {"reference": "slower"},
+        ),
+        Operation(
+            "attention in fp8", attention, {"cuDNN frontend": no_attention} if no_attention else {"reference": "slower"}
+        ),
         Operation("quantise, dequantise", kernels, other),
         Operation("rebuild keys and values of a 4-bit cache", kernels, other),
         Operation("product of 4-bit weights", f"{kernels}, then {_dtype(device)} matmul", other),

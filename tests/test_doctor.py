@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_every_operation_has_a_backend_and_every_other_a_reason() -> None:
     rows = doctor.operations(CPU)
-    assert len(rows) == 5
+    assert len(rows) == 7
     for row in rows:
         assert row.backend and row.rejected
         assert all(backend != row.backend and reason for backend, reason in row.rejected.items())

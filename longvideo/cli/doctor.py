@@ -37,7 +37,7 @@ def doctor(
         typer.echo(json.dumps(report, indent=2))
     else:
         for name, value in facts.items():
-            typer.echo(f"{name:<20}{value}")
+            typer.echo(f"{name:<24}{value}")
         for row in rows:
             typer.echo(f"\n{row.name}: {row.backend}")
             for backend, reason in row.rejected.items():
