@@ -43,6 +43,11 @@ class Slots(Protocol):
         """Say that attention of a layer has been issued."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that grow with layers and slots; not what all layers share."""
+        ...
+
 
 class PlainSlots:
     """Rotated keys and values, attended to where they lie."""
@@ -76,6 +81,10 @@ class PlainSlots:
 
     def closed(self, layer: int) -> None:
         """Do nothing."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for stored in self._stored for part in stored)
 
 
 class NVFP4Slots:
@@ -145,6 +154,10 @@ class NVFP4Slots:
     def closed(self, layer: int) -> None:
         if layer + 2 < len(self._layers):
             self._rebuild(layer + 2)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self._layers)
 
     def _rebuild(self, layer: int) -> None:
         """Rebuild the past of a layer in its workspace, which attention two layers before has been issued to read."""

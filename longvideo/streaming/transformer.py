@@ -4,6 +4,9 @@ What lies between two products is one pass over memory: sum, norm, modulation an
 into the cache. Everything that changes from step to step is a tensor that stays in place, so on CUDA a step is one
 recorded graph for each number of slots in use. Nothing is ever read back.
 
+Several ranks may share a chunk: then frames and tokens of a pass are those of the rank, and in self-attention the heads
+are; see `longvideo.streaming.parallel`.
+
 Shapes: B samples, C channels, T latent frames, L tokens, D model dim, N heads, K head dim, S slots, P prompts.
 """
 
@@ -16,8 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from longvideo.kernels.backends import norm_operations, rotary_operations
+from longvideo.kernels.backends import norm_operations
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.model.attention import attend, preferred_attention
 from longvideo.model.cache import ChunkWindow
@@ -28,6 +32,7 @@ from longvideo.model.transformer import Block, CausalTransformer, TextContext
 from longvideo.quantization.fp8 import VALUES, FP8Linear
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.inputs import Inputs, inputs_of
+from longvideo.streaming.parallel import Sharing, sharing_of
 from longvideo.streaming.slots import NVFP4Slots, PlainSlots, Slots
 
 SLOTS: dict[str, type[PlainSlots] | type[NVFP4Slots]] = {"bf16": PlainSlots, "nvfp4": NVFP4Slots}
@@ -52,11 +57,14 @@ class StreamingTransformer:
         batch: int,
         kv_cache: str = "bf16",
         attention: str = "bf16",
+        group: ProcessGroup | None = None,
     ):
         """Take a model over: the projections of q, k and v are laid one behind the other, as one product reads them.
 
         kv_cache: "bf16" (what attention reads) or "nvfp4". attention: "bf16" (the model's dtype) or "fp8".
-        Raises UserError where FP8 attention cannot run.
+        group: ranks that make every chunk together, each with its share of the cache; all hold the model, are called
+        alike and get the whole velocity. Raises UserError where FP8 attention cannot run, and for a group whose ranks
+        do not divide the heads and the frames of a chunk.
         """
         config, weight = model.config, model.patch_embedding.weight
         self.device = weight.device
@@ -64,7 +72,9 @@ class StreamingTransformer:
         _, p, q = config.patch_size
         self.latent_shape = (batch, config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
         heads, head_dim, tokens = config.num_attention_heads, config.attention_head_dim, spec.tokens_per_chunk
-        self._norm, self._rotary = norm_operations(self.device), rotary_operations(self.device)
+        self._norm = norm_operations(self.device)
+        self._sharing = sharing_of(group, self.device, chunk_frames=spec.chunk_frames, heads=heads, head_dim=head_dim)
+        own_heads = heads // self._sharing.ranks
         blocks = cast(list[Block], list(model.blocks))
         self._blocks = [_StreamingBlock(block, eps=config.eps) for block in blocks]
         self._modulation = torch.cat([block.modulation.detach() for block in blocks]).float()
@@ -73,28 +83,36 @@ class StreamingTransformer:
         self._attend = slot_attention(attention, self.device, weight.dtype)
         self._means: _ValueMeans | None = None
         if attention == "fp8":
-            self._means = _ValueMeans(config.num_layers, heads, head_dim, self.device)
+            self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
         self._slots: Slots = SLOTS[kv_cache](
             spec,
             layers=config.num_layers,
             batch=batch,
-            heads=heads,
+            heads=own_heads,
             head_dim=head_dim,
             dtype=self._attend.dtype,
             device=self.device,
         )
         self._position_L3 = TokenLayout.one_chunk(spec, 0).position_BL3[0].to(self.device)
         with torch.inference_mode():
-            self._latents = torch.zeros(self.latent_shape, device=self.device)
             self._velocity = torch.zeros(self.latent_shape, device=self.device)
-            self._sigma = torch.zeros(batch, spec.chunk_frames, device=self.device)
+            self._latents = torch.zeros_like(self._sharing.own(self._velocity, 2))
+            self._sigma = torch.zeros(batch, self._latents.shape[2], device=self.device)
             self._cos_LH, self._sin_LH = torch.zeros(2, tokens, head_dim // 2, device=self.device).unbind()
+            self._own_cos_LH, self._own_sin_LH = (self._sharing.own(x, 0) for x in (self._cos_LH, self._sin_LH))
             text = (config.num_layers, 2, batch, config.text_len, heads, head_dim)
             self._text = torch.zeros(text, dtype=weight.dtype, device=self.device)
-            self._rotated = torch.zeros(batch, tokens, heads, head_dim, dtype=self._attend.dtype, device=self.device)
+            self._rotated = torch.zeros(
+                batch, tokens, own_heads, head_dim, dtype=self._attend.dtype, device=self.device
+            )
         self._graphs: dict[tuple[Pass, int], torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: Any = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of this rank's cache that grow with layers and slots; not what all layers share."""
+        return self._slots.num_bytes
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -121,8 +139,8 @@ class StreamingTransformer:
     def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
         """Return the velocity of the live chunk, float32. keep: later chunks shall look at what this pass saw of it."""
         with self._here():
-            self._latents.copy_(latents_BCTHW)
-            self._sigma.copy_(sigma_BT)
+            self._latents.copy_(self._sharing.own(latents_BCTHW, 2))
+            self._sigma.copy_(self._sharing.own(sigma_BT, 1))
             self._run(Pass.LAST_STEP if keep else Pass.STEP)
             return self._velocity.clone()
 
@@ -130,7 +148,7 @@ class StreamingTransformer:
     def fill(self, latents_BCTHW: Tensor) -> None:
         """Run the clean pass over the finished live chunk, at which later chunks then look."""
         with self._here():
-            self._latents.copy_(latents_BCTHW)
+            self._latents.copy_(self._sharing.own(latents_BCTHW, 2))
             self._sigma.zero_()
             self._run(Pass.FILL)
 
@@ -197,14 +215,14 @@ class StreamingTransformer:
                 if num_slots == 1:
                     self._means.set(layer, v_BLNK, attention.o, block.before_out)
                 mean_NK, mean_out_D = self._means.values[layer], self._means.outputs[layer]
-            self._rotary.norm_rotate_keep(
+            self._sharing.rotary.norm_rotate_keep(
                 q_BLNK,
                 k_BLNK,
                 v_BLNK,
                 attention.norm_q.weight,
                 attention.norm_k.weight,
-                self._cos_LH,
-                self._sin_LH,
+                self._own_cos_LH,
+                self._own_sin_LH,
                 self._slots.live,
                 self._rotated,
                 keys_BSLNK,
@@ -215,12 +233,13 @@ class StreamingTransformer:
             if kind is not Pass.STEP and self._slots.copies:
                 kept = torch.empty_like(k_BLNK, memory_format=torch.contiguous_format)
                 self._norm.rms_norm(k_BLNK.flatten(2), attention.norm_k.weight, kept.flatten(2), eps=self._eps)
-                self._slots.keep(layer, kept, v_BLNK if mean_NK is None else (v_BLNK - mean_NK).to(kept.dtype))
+                values = v_BLNK if mean_NK is None else (v_BLNK - mean_NK).to(kept.dtype)
+                self._slots.keep(layer, *self._sharing.heads(kept, values))
             if kind is Pass.FILL and layer == last:
                 return
             attended = self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots)
             self._slots.closed(layer)
-            update = attention.o(block.before_out.round(attended))
+            update = attention.o(block.before_out.round(self._sharing.tokens(attended)))
 
             x = block.before_cross.norm(h_BLD, update, gate1, *block.cross_norm, bias_D=mean_out_D)
             cross = block.module.cross_attn
@@ -234,7 +253,8 @@ class StreamingTransformer:
             update, gate = down(block.before_down.gelu(up, x)), gate2
         shift, scale = (model.head.modulation.float() + time_BTSD[:, :, 0].float().unsqueeze(-2)).unbind(-2)
         x = self._head_inputs.norm(h_BLD, update, gate, 1 + scale, shift)
-        self._velocity.copy_(model.unpatch(model.head.head(x).float(), self._velocity.shape))
+        patches = self._sharing.whole(model.head.head(x).float())
+        self._velocity.copy_(model.unpatch(patches, self._velocity.shape))
 
 
 class _ValueMeans:
@@ -245,13 +265,14 @@ class _ValueMeans:
     SageAttention2, arXiv 2411.10958). It is the mean of the first chunk, and most of that of every later one.
     """
 
-    def __init__(self, layers: int, heads: int, head_dim: int, device: torch.device):
+    def __init__(self, layers: int, heads: int, head_dim: int, sharing: Sharing, device: torch.device):
+        self._sharing = sharing
         self.values = torch.zeros(layers, heads, head_dim, device=device)
         self.outputs = torch.zeros(layers, heads * head_dim, device=device)
 
     def set(self, layer: int, v_BLNK: Tensor, out: nn.Module, inputs: Inputs) -> None:
         """Take the mean of a layer's values over all samples and tokens. out: what reads attention's result."""
-        mean = v_BLNK.float().mean((0, 1))
+        mean = self._sharing.mean(v_BLNK.float().mean((0, 1)))
         self.values[layer].copy_(mean)
         if isinstance(out, FP8Linear):
             weight = out.quantized_weight
