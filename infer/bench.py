@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longvideo.benchmark.step import random_model
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
@@ -37,6 +38,7 @@ from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
+from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -58,7 +60,8 @@ PIXEL_BOUND = 3e-2
 class StreamReport:
     """What a stream took. Times in the unit of their name, sizes in bytes, errors relative.
 
-    peak_bytes: for each GPU, of the stream alone. first_frame_s: from the request, warm. peak_rss_bytes: of the process
+    peak_bytes: for each GPU, of tensors. reserved_bytes: of all that torch holds there, with what recorded graphs need for
+    themselves; the CUDA context is not in it. first_frame_s: from the request, warm. peak_rss_bytes: of the process
     after each part of the video that came out, a chunk but for the first, whose opening frame comes alone. kernel_ms:
     milliseconds of a chunk by GPU and kind, where a time line was drawn.
     """
@@ -76,6 +79,7 @@ class StreamReport:
     frames_per_chunk: int
     end_to_end_fps: float
     peak_bytes: dict[str, int]
+    reserved_bytes: dict[str, int]
     peak_rss_bytes: tuple[int, ...]
     kernel_ms: dict[str, dict[str, float]]
 
@@ -89,7 +93,10 @@ class StreamReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what was measured as names and values to read."""
-        peaks = [(f"peak on {device}", f"{size / 1e9:.2f} GB") for device, size in self.peak_bytes.items()]
+        peaks = [
+            (f"peak on {device}, with graphs", f"{size / 1e9:.2f} GB, {self.reserved_bytes[device] / 1e9:.2f} GB")
+            for device, size in self.peak_bytes.items()
+        ]
         chunk = " / ".join(f"{self.chunk_percentile(percent):.3f}" for percent in (50, 95))
         return [
             *((f"{name} by", backend) for name, backend in self.backends.items()),
@@ -114,6 +121,18 @@ class StreamReport:
     def chunk_percentile(self, percent: float) -> float:
         """Return a percentile of the seconds between one chunk written and the next."""
         return float(np.percentile(self.chunk_s, percent))
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What passes of ranks that share a chunk took; error against the plain path on one rank, sizes of the first."""
+
+    ranks: int
+    error: float
+    step_ms: float
+    clean_pass_ms: float
+    cache_bytes: int
+    peak_bytes: int
 
 
 class FrameSink(Protocol):
@@ -178,7 +197,7 @@ def measure(
     on_stage("checking velocities and pixels")
     errors = _check(models, stages, steps, guidance)
     on_stage("timing the parts")
-    step_ms, clean_pass_ms = _time_passes(models, stages)
+    step_ms, clean_pass_ms = _time_passes(models, stages.denoiser)
     decode_ms = _time_decoding(models, stages)
     pipeline.release(stages)
     for device in devices:
@@ -203,8 +222,43 @@ def measure(
         frames_per_chunk=frames[-1],
         end_to_end_fps=sum(frames[-chunks:]) / (sustained[-1] - sustained[0]),
         peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in sorted(devices, key=str)},
+        reserved_bytes={str(device): torch.cuda.max_memory_reserved(device) for device in sorted(devices, key=str)},
         peak_rss_bytes=tuple(rss),
         kernel_ms=kernel_ms,
+    )
+
+
+def measure_passes(models: Models, *, group: ProcessGroup | None, on_stage: Callable[[str], None]) -> PassReport:
+    """Measure a step and a clean pass of the ranks of a group that share every chunk; each calls it alike.
+
+    Raises UserError, with the numbers, where they do not make what one rank makes on the plain path.
+    """
+    on_stage("warming up")
+    denoiser = StreamingTransformer(
+        models.transformer,
+        models.spec,
+        batch=1,
+        kv_cache=models.kv_cache,
+        attention=models.attention,
+        group=group,
+    )
+    denoiser.warm_up(clean_pass=models.settings.clean_pass)
+    on_stage("checking velocities")
+    error = _velocity_error(models, denoiser, models.settings.steps, 1.0)
+    _refuse({"velocities": error}, {"velocities": _velocity_bound(models)})
+    on_stage("timing passes")
+    on_gpu = models.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(models.device)
+    step_ms, clean_pass_ms = _time_passes(models, denoiser)
+    return PassReport(
+        ranks=1 if group is None else group.size(),
+        error=error,
+        step_ms=step_ms,
+        clean_pass_ms=clean_pass_ms,
+        cache_bytes=denoiser.cache_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(models.device) if on_gpu else 0,
     )
 
 
@@ -267,18 +321,25 @@ def _check(models: Models, stages: Stages, steps: int, guidance: float) -> dict[
     with torch.inference_mode():
         weight = models.autoencoder.post_quant_conv.weight
         video, _ = models.autoencoder.decode(models.autoencoder.denormalize(latents).to(weight.dtype))
-    bound = FP8_ATTENTION_BOUND if models.attention == "fp8" else VELOCITY_BOUNDS[_precision(models)]
     errors = {
-        "velocities": _velocity_error(models, stages, steps, guidance),
+        "velocities": _velocity_error(models, stages.denoiser, steps, guidance),
         "pixels": _relative_error(pixels.float() - 127.5, to_uint8(video).cpu().float() - 127.5),
     }
-    for name, allowed in (("velocities", bound), ("pixels", PIXEL_BOUND)):
+    _refuse(errors, {"velocities": _velocity_bound(models), "pixels": PIXEL_BOUND})
+    return errors
+
+
+def _velocity_bound(models: Models) -> float:
+    return FP8_ATTENTION_BOUND if models.attention == "fp8" else VELOCITY_BOUNDS[_precision(models)]
+
+
+def _refuse(errors: dict[str, float], bounds: dict[str, float]) -> None:
+    for name, allowed in bounds.items():
         if not errors[name] <= allowed:
             raise UserError(
                 f"the check failed, so nothing is timed: {name} of the fast path differ from the plain path's by"
-                f" {errors[name]:.2e}, allowed are {allowed:.0e}"
+                f" {errors[name]:.2e}, allowed are {allowed:.1e}"
             )
-    return errors
 
 
 class _Recorder:
@@ -312,7 +373,7 @@ class _Recorder:
         return call(self._inner)
 
 
-def _velocity_error(models: Models, stages: Stages, steps: int, guidance: float) -> float:
+def _velocity_error(models: Models, fast: StreamingTransformer, steps: int, guidance: float) -> float:
     """Return the relative error of the velocities at the latents that the plain path goes through.
 
     Not of the latents of a whole solution: there, every step multiplies the roundings of those before it.
@@ -334,8 +395,8 @@ def _velocity_error(models: Models, stages: Stages, steps: int, guidance: float)
     )
     assert len(list(made)) == CHECKED_CHUNKS
     with torch.inference_mode():
-        found = [velocity for call in recorder.calls if (velocity := call(stages.denoiser)) is not None]
-    stages.denoiser.reset()
+        found = [velocity for call in recorder.calls if (velocity := call(fast)) is not None]
+    fast.reset()
     return _relative_error(torch.cat(found), torch.cat(recorder.velocities))
 
 
@@ -347,9 +408,9 @@ def _text(models: Models, denoiser: Denoiser) -> TextContext:
 
 
 @torch.inference_mode()
-def _time_passes(models: Models, stages: Stages) -> tuple[float, float]:
+def _time_passes(models: Models, denoiser: StreamingTransformer) -> tuple[float, float]:
     """Return the mean milliseconds of a step with a full window, 25 in a row on a GPU, and those of a clean pass."""
-    denoiser, device = stages.denoiser, models.device
+    device = models.device
     text = _text(models, denoiser)
     latents = torch.randn(denoiser.latent_shape, device=device)
     sigma = torch.full((latents.shape[0], latents.shape[2]), 0.5, device=device)

@@ -17,6 +17,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
+from longvideo.infer.memory import check_memory
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
 from longvideo.infer.session import Session
@@ -89,11 +90,22 @@ class StreamingPipeline:
         dtype: torch.dtype | None = None,
         formats: NumberFormats = DEFAULT_FORMATS,
     ) -> StreamingPipeline:
-        """Load the weights of an opened folder; arguments as in `from_pretrained`."""
+        """Load the weights of an opened folder; arguments as in `from_pretrained`.
+
+        Raises UserError before any is read where a GPU has too little memory free.
+        """
         where = pick_device(device)
         check_formats(folder, formats, device=where)
         decode_where = where if decode_device is None else pick_device(decode_device)
         check_decode_share(decode_share, where, decode_where)
+        check_folder_memory(
+            folder,
+            formats,
+            device=where,
+            decode_device=decode_where,
+            decode_share=decode_share or 0.0,
+            dtype=dtype or pick_dtype(where),
+        )
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
             transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
@@ -271,6 +283,33 @@ def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.
             f"precision {formats.precision} needs widths that {GROUP} divides; {folder.path} has {config.dim} and "
             f"{config.ffn_dim}"
         )
+
+
+def check_folder_memory(
+    folder: ModelFolder,
+    formats: NumberFormats,
+    *,
+    device: torch.device,
+    decode_device: torch.device,
+    decode_share: float,
+    dtype: torch.dtype,
+) -> None:
+    """Raise UserError where a GPU has too little free to load a folder and stream one video. Reads no weight."""
+    text_encoder = folder.weights("text_encoder").infos.values()
+    check_memory(
+        folder.transformer_config,
+        folder.vae_config,
+        spec=folder.spec,
+        settings=folder.settings,
+        formats=formats,
+        device=device,
+        decode_device=decode_device,
+        decode_share=decode_share,
+        batch=1,
+        text_encoder_bytes=sum(info.num_values for info in text_encoder) * dtype.itemsize,
+        dtype=dtype,
+        loaded_in=None if folder.is_packed else dtype,
+    )
 
 
 def check_decode_share(share: float | None, device: torch.device, decode_device: torch.device) -> None:

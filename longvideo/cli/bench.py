@@ -235,16 +235,20 @@ def stream(
     """
     import dataclasses
 
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.checkpoint.settings import ModelSettings, chunk_spec
     from longvideo.infer.bench import measure, random_models
-    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device
+    from longvideo.infer.memory import check_memory
+    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device, pick_dtype
     from longvideo.infer.writer import VideoWriter, check_output
+    from longvideo.model.config import PRESETS
     from longvideo.number_formats import NumberFormats
     from longvideo.training.run_log import environment
+    from longvideo.vae.config import AutoencoderConfig
 
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other")
@@ -272,6 +276,21 @@ def stream(
             )
             if name == "tiny":
                 settings = ModelFolder.open("tiny").settings
+            autoencoder = AutoencoderConfig.wan22() if name != "tiny" else AutoencoderConfig.tiny()
+            check_memory(
+                PRESETS[name],
+                autoencoder,
+                spec=chunk_spec(settings, autoencoder.scale_factor_spatial),
+                settings=settings if guidance is None else dataclasses.replace(settings, guidance=guidance),
+                formats=formats,
+                device=where,
+                decode_device=decode_where,
+                decode_share=decode_share or 0.0,
+                batch=1,
+                text_encoder_bytes=0,
+                dtype=pick_dtype(where),
+                loaded_in=torch.float32,  # random weights are drawn so
+            )
             pipeline = StreamingPipeline(
                 random_models(
                     name,
@@ -317,6 +336,64 @@ def stream(
             "chunk_s_p95": report.chunk_percentile(95),
         }
         out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def parallel(
+    preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} Random weights.")] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+) -> None:
+    """Time passes of ranks that share every chunk: its tokens, and in self-attention its heads, the cache included.
+
+    Without a launcher one rank does all. What several make is compared with the plain path on one first.
+
+    `torchrun --no-python --nproc-per-node 2 longvideo bench parallel --precision fp8`
+    """
+    import dataclasses
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.infer.bench import measure_passes, random_models
+    from longvideo.infer.pipeline import pick_device
+    from longvideo.number_formats import NumberFormats
+    from longvideo.training.mesh import ParallelConfig, launched, start_processes
+    from longvideo.training.run_log import environment
+
+    _check_folder(out)
+    formats = NumberFormats(precision, kv_cache, attention)
+    has_gpu = torch.cuda.is_available()
+    where = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu and launched() else None)
+    group = None
+    if launched():
+        if has_gpu:
+            torch.cuda.set_device(where)
+        start_processes(ParallelConfig(), where)
+        group = dist.group.WORLD
+    try:
+        name, _ = _shapes(preset, where)
+        settings = ModelFolder.open("tiny").settings if name == "tiny" else ModelSettings(steps=2, guidance=1.0)
+        models = random_models(name, settings, device=where, decode_device=where, formats=formats)
+        report = measure_passes(models, group=group, on_stage=lambda stage: None)
+        if group is not None and dist.get_rank():
+            return
+        typer.echo(
+            f"{name}, {report.ranks} ranks, {where.type}: step {report.step_ms:.1f} ms, clean pass"
+            f" {report.clean_pass_ms:.1f} ms, of each rank cache {report.cache_bytes / 1e9:.2f} GB and peak"
+            f" {report.peak_bytes / 1e9:.2f} GB, error {report.error:.1e}"
+        )
+        if out is not None:
+            facts = {"environment": environment(where), "model": name, "formats": dataclasses.asdict(formats)}
+            out.write_text(json.dumps({**facts, **dataclasses.asdict(report)}, indent=1) + "\n", encoding="utf-8")
+    finally:
+        if group is not None:
+            dist.destroy_process_group()
 
 
 def _size(size: str) -> tuple[int, int]:

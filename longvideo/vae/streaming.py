@@ -61,7 +61,7 @@ class StreamingDecoder:
         if devices is None:
             self._parts = [_Part(plan, weight.device)]
         else:
-            boundary = _boundary(plan, first_share)
+            boundary = boundary_of(plan, first_share)
             places = [torch.empty(0, device=device).device for device in devices]  # "cuda" becomes "cuda:0"
             self._parts = [_Part(plan[:boundary], places[0]), _Part(plan[boundary:], places[1])]
         self.devices = tuple(part.device for part in self._parts)
@@ -137,7 +137,7 @@ class StreamingDecoder:
         return given.x
 
 
-def _boundary(plan: list[PlannedStage], first_share: float) -> int:
+def boundary_of(plan: list[PlannedStage], first_share: float) -> int:
     """Return how many stages come as near as can be to a share of the multiply-adds."""
     if not 0 < first_share < 1:
         raise UserError(f"first_share is {first_share}; it must be above 0 and below 1")

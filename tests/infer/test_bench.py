@@ -113,3 +113,11 @@ def test_the_time_line_has_a_row_for_each_busy_stream(tmp_path: Path) -> None:
         "GPU 0": {"attention": 8.0},
         "GPU 1": {"convolutions": 8.0, "other": 0.01},
     }
+
+
+def test_passes_of_one_rank_are_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "passes.json"
+    assert main(["bench", "parallel", "--preset", "tiny", "--kv-cache", "nvfp4", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["ranks"] == 1 and report["cache_bytes"] > 0 and report["error"] < bench.VELOCITY_BOUNDS["bf16"]
+    assert f"step {report['step_ms']:.1f} ms" in capsys.readouterr().out
