@@ -60,10 +60,10 @@ PIXEL_BOUND = 3e-2
 class StreamReport:
     """What a stream took. Times in the unit of their name, sizes in bytes, errors relative.
 
-    peak_bytes: for each GPU, of tensors. reserved_bytes: of all that torch holds there, with what recorded graphs need for
-    themselves; the CUDA context is not in it. first_frame_s: from the request, warm. peak_rss_bytes: of the process
-    after each part of the video that came out, a chunk but for the first, whose opening frame comes alone. kernel_ms:
-    milliseconds of a chunk by GPU and kind, where a time line was drawn.
+    peak_bytes: for each GPU, of tensors. reserved_bytes: of all that torch holds there, with what recorded graphs need
+    for themselves; the CUDA context is not in it. first_frame_s: from the request, warm. peak_rss_bytes: of the process
+    after each part of the video that came out, a chunk but for the first, whose opening frame comes alone.
+    kernel_shares: of the time, by GPU and kind, where a time line was drawn.
     """
 
     steps: int
@@ -81,7 +81,7 @@ class StreamReport:
     peak_bytes: dict[str, int]
     reserved_bytes: dict[str, int]
     peak_rss_bytes: tuple[int, ...]
-    kernel_ms: dict[str, dict[str, float]]
+    kernel_shares: dict[str, dict[str, float]]
 
     @property
     def denoise_fps(self) -> float:
@@ -111,9 +111,9 @@ class StreamReport:
             ("end to end", f"{self.end_to_end_fps:.1f} frames/s"),
             *peaks,
             *(
-                (f"{gpu}, {kind}, a chunk", f"{ms:.1f} ms")
-                for gpu, kinds in self.kernel_ms.items()
-                for kind, ms in kinds.items()
+                (f"{gpu}, {kind}", f"{share:.1%} of the time")
+                for gpu, kinds in self.kernel_shares.items()
+                for kind, share in kinds.items()
             ),
             ("peak of the process on the host", f"{self.peak_rss_bytes[-1] / 1e9:.2f} GB"),
         ]
@@ -204,7 +204,7 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     on_stage(f"streaming {models.spec.window_chunks} + {chunks} chunks")
-    first, times, frames, rss, kernel_ms = _stream(
+    first, times, frames, rss, kernel_shares = _stream(
         pipeline, steps, guidance, models.spec.window_chunks + chunks, sink, timeline
     )
     sustained = times[-chunks - 1 :]
@@ -224,7 +224,7 @@ def measure(
         peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in sorted(devices, key=str)},
         reserved_bytes={str(device): torch.cuda.max_memory_reserved(device) for device in sorted(devices, key=str)},
         peak_rss_bytes=tuple(rss),
-        kernel_ms=kernel_ms,
+        kernel_shares=kernel_shares,
     )
 
 
@@ -273,7 +273,7 @@ def _stream(
     """Return seconds to the first frame; for each part when it was written, frames, and the host's memory peak; and
     what the GPUs did, if it was drawn."""
     times, frames, rss = [], [], []
-    kernel_ms: dict[str, dict[str, float]] = {}
+    kernel_shares: dict[str, dict[str, float]] = {}
     with _sink(sink) as target, pipeline.session(PROMPT, steps=steps, guidance=guidance) as session:
         requested = time.perf_counter()
         for chunk in session:
@@ -284,8 +284,8 @@ def _stream(
             if chunk.step.index == chunks - 1:
                 break
         if timeline is not None:
-            kernel_ms = _draw(session, target, timeline, title=f"{steps} steps, {DRAWN_CHUNKS} chunks in a row")
-    return times[0] - requested, times, frames, rss, kernel_ms
+            kernel_shares = _draw(session, target, timeline, title=f"{steps} steps, {DRAWN_CHUNKS} chunks in a row")
+    return times[0] - requested, times, frames, rss, kernel_shares
 
 
 def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> dict[str, dict[str, float]]:
@@ -297,8 +297,7 @@ def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> dic
     if not spans:
         raise UserError("--timeline needs a GPU: there is nothing to draw")
     gpu_timeline.draw(spans, path, begin=0.0, end=max(span.end for span in spans), title=title)
-    times = gpu_timeline.time_by_kind(spans)
-    return {gpu: {kind: ms / DRAWN_CHUNKS for kind, ms in kinds.items()} for gpu, kinds in times.items()}
+    return gpu_timeline.share_by_kind(spans)
 
 
 def _precision(models: Models) -> str:

@@ -78,6 +78,7 @@ class Stages:
             batch=batch * copies,
             kv_cache=models.kv_cache,
             attention=models.attention,
+            alone=models.decode_device != models.device and not models.decode_share,
         )
         scale = models.autoencoder.config.scale_factor_spatial
         self.decoder = ChunkDecoder(

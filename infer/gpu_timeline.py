@@ -62,13 +62,14 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern, _ in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER[0])
 
 
-def time_by_kind(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-    """Return for each GPU how many milliseconds went to what; streams that run side by side count one by one."""
-    times: dict[str, dict[str, float]] = {}
+def share_by_kind(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
+    """Return for each GPU the share of the time that went to what; streams side by side count one by one."""
+    whole = max(span.end for span in spans)
+    shares: dict[str, dict[str, float]] = {}
     for span in spans:
-        of_gpu = times.setdefault(f"GPU {span.gpu}", {})
-        of_gpu[span.kind] = of_gpu.get(span.kind, 0.0) + span.end - span.begin
-    return {gpu: dict(sorted(kinds.items(), key=lambda item: -item[1])) for gpu, kinds in sorted(times.items())}
+        of_gpu = shares.setdefault(f"GPU {span.gpu}", {})
+        of_gpu[span.kind] = of_gpu.get(span.kind, 0.0) + (span.end - span.begin) / whole
+    return {gpu: dict(sorted(kinds.items(), key=lambda item: -item[1])) for gpu, kinds in sorted(shares.items())}
 
 
 def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: str) -> None:

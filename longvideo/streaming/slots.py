@@ -90,8 +90,9 @@ class PlainSlots:
 class NVFP4Slots:
     """Keys before rotation and values in 4 bits, and two workspaces: one is attended to while the other is rebuilt.
 
-    See `longvideo.model.quantized_cache` for what is kept. On CUDA the past of the next layer is rebuilt on a stream of
-    its own while the present one computes.
+    See `longvideo.model.quantized_cache` for what is kept. ahead: on CUDA the past of the next layer is rebuilt on a
+    stream of its own while the present one computes. A graph recorded so has branches that wait for each other, and
+    what other streams issue meanwhile waits behind them until it ends: only for a device that does nothing else.
     """
 
     copies = True
@@ -106,6 +107,7 @@ class NVFP4Slots:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        ahead: bool,
     ):
         slots, tokens = spec.window_chunks, spec.tokens_per_chunk
 
@@ -122,7 +124,7 @@ class NVFP4Slots:
         self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, head_dim // 2, device=device).unbind()
         self.live = torch.zeros((), dtype=torch.int64, device=device)
         self._past = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         self._events = [torch.cuda.Event() for _ in range(2)] if self._stream else []
         self._num_past = 0
 

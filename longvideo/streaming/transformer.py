@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,8 +35,6 @@ from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.inputs import Inputs, inputs_of
 from longvideo.streaming.parallel import Sharing, sharing_of
 from longvideo.streaming.slots import NVFP4Slots, PlainSlots, Slots
-
-SLOTS: dict[str, type[PlainSlots] | type[NVFP4Slots]] = {"bf16": PlainSlots, "nvfp4": NVFP4Slots}
 
 
 class Pass(Enum):
@@ -58,13 +57,15 @@ class StreamingTransformer:
         kv_cache: str = "bf16",
         attention: str = "bf16",
         group: ProcessGroup | None = None,
+        alone: bool = True,
     ):
         """Take a model over: the projections of q, k and v are laid one behind the other, as one product reads them.
 
         kv_cache: "bf16" (what attention reads) or "nvfp4". attention: "bf16" (the model's dtype) or "fp8".
         group: ranks that make every chunk together, each with its share of the cache; all hold the model, are called
-        alike and get the whole velocity. Raises UserError where FP8 attention cannot run, and for a group whose ranks
-        do not divide the heads and the frames of a chunk.
+        alike and get the whole velocity. alone: whether nothing else works on the device meanwhile, such as a decoder.
+        Raises UserError where FP8 attention cannot run, and for a group whose ranks do not divide the heads and the
+        frames of a chunk.
         """
         config, weight = model.config, model.patch_embedding.weight
         self.device = weight.device
@@ -84,7 +85,8 @@ class StreamingTransformer:
         self._means: _ValueMeans | None = None
         if attention == "fp8":
             self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
-        self._slots: Slots = SLOTS[kv_cache](
+        new_slots = partial(NVFP4Slots, ahead=alone) if kv_cache == "nvfp4" else PlainSlots
+        self._slots: Slots = new_slots(
             spec,
             layers=config.num_layers,
             batch=batch,

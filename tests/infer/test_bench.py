@@ -109,9 +109,9 @@ def test_the_time_line_has_a_row_for_each_busy_stream(tmp_path: Path) -> None:
     drawn = {kind: colour for kind, _, colour in gpu_timeline.KINDS}
     assert {drawn["attention"], drawn["convolutions"]} <= colours
     assert picture.height == 2 * gpu_timeline.MARGIN + 4 * gpu_timeline.ROW
-    assert gpu_timeline.time_by_kind(spans) == {
-        "GPU 0": {"attention": 8.0},
-        "GPU 1": {"convolutions": 8.0, "other": 0.01},
+    assert gpu_timeline.share_by_kind(spans) == {
+        "GPU 0": {"attention": 0.8},
+        "GPU 1": {"convolutions": 0.8, "other": 0.001},
     }
 
 
