@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from longvideo.infer.memory import CONTEXT, GRAPHS, Part, check_memory, estimate
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.model.config import PRESETS
 from longvideo.number_formats import NumberFormats
-from longvideo.streaming.transformer import SLOTS
+from longvideo.streaming.slots import NVFP4Slots, PlainSlots
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.streaming import StreamingDecoder
@@ -151,7 +152,8 @@ def _allocated(root: object, shared: set[int]) -> int:
 def test_the_cache_takes_what_it_allocates(kv_cache: str) -> None:
     config, settings = PRESETS["tiny"], replace(SETTINGS, height=64, width=64)
     spec = chunk_spec(settings)
-    slots = SLOTS[kv_cache](
+    new_slots = partial(NVFP4Slots, ahead=True) if kv_cache == "nvfp4" else PlainSlots
+    slots = new_slots(
         spec,
         layers=config.num_layers,
         batch=2,

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.number_formats import NumberFormats
 from longvideo.quantization.linear import NVFP4Linear
 
 PROMPT = "a red ball bounces"
@@ -18,7 +20,9 @@ PROMPT = "a red ball bounces"
 
 def load(folder: Path, **formats: str) -> StreamingPipeline:
     # the folder holds float32; a cast before packing would round twice
-    return StreamingPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32, **formats)
+    return StreamingPipeline.load(
+        ModelFolder.open(folder), device="cpu", dtype=torch.float32, formats=NumberFormats(**formats)
+    )
 
 
 def video(pipeline: StreamingPipeline) -> np.ndarray:
