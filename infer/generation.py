@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.conditioning import Conditioning
@@ -37,6 +38,7 @@ class Models:
     """The loaded parts of a model folder. The autoencoder may be on another device than the other two.
 
     decode_share: of the work of decoding, what the device that denoises does; only where the autoencoder is on another.
+    group: ranks that denoise every chunk together; the first decodes.
     """
 
     transformer: CausalTransformer
@@ -47,6 +49,12 @@ class Models:
     kv_cache: str = "bf16"
     attention: str = "bf16"
     decode_share: float = 0.0
+    group: ProcessGroup | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this rank makes pixels."""
+        return self.group is None or self.group.rank() == 0
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +86,23 @@ class Stages:
             batch=batch * copies,
             kv_cache=models.kv_cache,
             attention=models.attention,
+            group=models.group,
             alone=models.decode_device != models.device and not models.decode_share,
         )
+        self.decoder = self._new_decoder(models, batch) if models.decodes else None
+        if models.device.type == "cuda":
+            self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
+
+    def reset(self) -> None:
+        """Get ready for another video."""
+        self.denoiser.reset()
+        if self.decoder is not None:
+            self.decoder.reset()
+
+    @staticmethod
+    def _new_decoder(models: Models, batch: int) -> ChunkDecoder:
         scale = models.autoencoder.config.scale_factor_spatial
-        self.decoder = ChunkDecoder(
+        decoder = ChunkDecoder(
             models.autoencoder,
             batch=batch,
             height=models.settings.height // scale,
@@ -91,14 +112,8 @@ class Stages:
             first_share=models.decode_share,
         )
         # now, not beside the denoising: cuDNN measures convolutions, which wants the GPU for itself
-        self.decoder.warm_up()
-        if models.device.type == "cuda":
-            self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
-
-    def reset(self) -> None:
-        """Get ready for another video."""
-        self.denoiser.reset()
-        self.decoder.reset()
+        decoder.warm_up()
+        return decoder
 
 
 @dataclass(frozen=True)
@@ -121,9 +136,13 @@ def generate_chunks(
 
     Denoising and decoding run in threads of their own, at most one finished chunk ahead of each other and of the
     caller. On a CPU each takes half of torch's threads; where there is only one, they take turns.
-    first_latent: [B, C, 1, H, W], normalised, held as the first latent frame.
+    first_latent: [B, C, 1, H, W], normalised, held as the first latent frame. Of several ranks that share the denoising
+    those that do not decode get chunks of no frames.
     """
     denoise = partial(_denoise, models, stages.denoiser, steps, sampling, first_latent)
+    if stages.decoder is None:
+        yield from _without_pixels(denoise())
+        return
     cpu_threads = torch.get_num_threads()
     if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
         yield from _decode(stages.decoder, denoise())
@@ -215,6 +234,14 @@ def _decode(decoder: ChunkDecoder, chunks: Iterator[_LatentChunk]) -> Generator[
             under_way[-1][1].wait_for_most()
     while under_way:
         yield _finished(*under_way.popleft())
+
+
+def _without_pixels(chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
+    for chunk in chunks:
+        if chunk.ready is not None:
+            chunk.ready.synchronize()  # launches would run far ahead of the ranks that wait for each other
+        none = np.empty((chunk.latents.shape[0], 0, 0, 0, 3), dtype=np.uint8)
+        yield GeneratedChunk(chunk.step, none, time.perf_counter() - chunk.began)
 
 
 def _finished(chunk: _LatentChunk, pending: PendingFrames) -> GeneratedChunk:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
@@ -89,9 +90,12 @@ class StreamingPipeline:
         decode_share: float | None = None,
         dtype: torch.dtype | None = None,
         formats: NumberFormats = DEFAULT_FORMATS,
+        group: ProcessGroup | None = None,
     ) -> StreamingPipeline:
         """Load the weights of an opened folder; arguments as in `from_pretrained`.
 
+        group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
+        calls, and the first gets the frames.
         Raises UserError before any is read where a GPU has too little memory free.
         """
         where = pick_device(device)
@@ -119,6 +123,7 @@ class StreamingPipeline:
                 kv_cache=formats.kv_cache,
                 attention=formats.attention,
                 decode_share=decode_share or 0.0,
+                group=group,
             )
         return cls(models)
 

@@ -353,9 +353,7 @@ def parallel(
     `torchrun --no-python --nproc-per-node 2 longvideo bench parallel --precision fp8`
     """
     import dataclasses
-    import os
 
-    import torch
     import torch.distributed as dist
 
     from longvideo.checkpoint.folder import ModelFolder
@@ -363,20 +361,13 @@ def parallel(
     from longvideo.infer.bench import measure_passes, random_models
     from longvideo.infer.pipeline import pick_device
     from longvideo.number_formats import NumberFormats
-    from longvideo.training.mesh import ParallelConfig, launched, start_processes
+    from longvideo.streaming.parallel import launched_ranks
     from longvideo.training.run_log import environment
 
     _check_folder(out)
     formats = NumberFormats(precision, kv_cache, attention)
-    has_gpu = torch.cuda.is_available()
-    where = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu and launched() else None)
-    group = None
-    if launched():
-        if has_gpu:
-            torch.cuda.set_device(where)
-        start_processes(ParallelConfig(), where)
-        group = dist.group.WORLD
-    try:
+    with launched_ranks(None) as (own_device, group):
+        where = pick_device(own_device)
         name, _ = _shapes(preset, where)
         settings = ModelFolder.open("tiny").settings if name == "tiny" else ModelSettings(steps=2, guidance=1.0)
         models = random_models(name, settings, device=where, decode_device=where, formats=formats)
@@ -391,9 +382,6 @@ def parallel(
         if out is not None:
             facts = {"environment": environment(where), "model": name, "formats": dataclasses.asdict(formats)}
             out.write_text(json.dumps({**facts, **dataclasses.asdict(report)}, indent=1) + "\n", encoding="utf-8")
-    finally:
-        if group is not None:
-            dist.destroy_process_group()
 
 
 def _size(size: str) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -17,6 +19,7 @@ from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch.distributed import ProcessGroup
 
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
@@ -88,20 +91,48 @@ def generate(
 
     A shot starts at the chunk (1.33 s at 24 frames a second) nearest to where it was asked. With `cut: false` the scene
     goes on and only the text changes.
+
+    Several GPUs share the denoising of every chunk with `torchrun --no-python --nproc-per-node 2 longvideo generate ...`
     """
     started = time.perf_counter()
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.writer import VideoWriter, check_output
+    from longvideo.infer.writer import check_output
     from longvideo.number_formats import NumberFormats
 
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats(precision, kv_cache, attention)
-    check_output(output, overwrite=overwrite)
+    if os.environ.get("RANK", "0") == "0":  # another rank may look when the first has begun to write
+        check_output(output, overwrite=overwrite)
+    from longvideo.streaming.parallel import launched_ranks
+
+    with launched_ranks(device) as (own_device, group):
+        load = partial(_load, model, shots, image, own_device, decode_device, decode_share, formats, group)
+        if group is not None and group.rank() > 0:
+            _take_part(load, shots, options, image)
+            return
+        interrupted = _write(load, shots, options, image, output, overwrite=overwrite, started=started)
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _write(
+    load: Callable[[], tuple[StreamingPipeline, ChunkPlan]],
+    shots: Script,
+    options: SamplingOptions,
+    image: Path | None,
+    output: Path,
+    *,
+    overwrite: bool,
+    started: float,
+) -> bool:
+    """Make the video and write it; return whether that was interrupted."""
+    from longvideo.infer.writer import VideoWriter
+
     interrupted = False
     with _display() as display:
-        display.say(f"loading {model}")
-        pipeline, plan = _load(model, shots, image, device, decode_device, decode_share, formats)
+        display.say("loading")
+        pipeline, plan = load()
         chunks = _start(pipeline, shots, options, image)
         tally = Tally(started, plan.num_chunks, plan.num_frames)
         display.say("making the first chunk")
@@ -115,8 +146,23 @@ def generate(
             except KeyboardInterrupt:
                 interrupted = True
     print(_summary(output, tally, pipeline.fps))
-    if interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    return interrupted
+
+
+def _take_part(
+    load: Callable[[], tuple[StreamingPipeline, ChunkPlan]],
+    shots: Script,
+    options: SamplingOptions,
+    image: Path | None,
+) -> None:
+    """Do a rank's share of a video that another one writes."""
+    pipeline, _ = load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the one that writes says it
+        chunks = pipeline.stream(shots, steps=options.steps, guidance=options.guidance, seed=options.seed, image=image)
+    with closing(chunks):
+        for _ in chunks:
+            pass
 
 
 @dataclass
@@ -230,6 +276,7 @@ def _load(
     decode_device: str | None,
     decode_share: float | None,
     formats: NumberFormats,
+    group: ProcessGroup | None,
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
     from longvideo.checkpoint.folder import ModelFolder
@@ -246,7 +293,12 @@ def _load(
     plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
     release_large_blocks()
     pipeline = StreamingPipeline.load(
-        folder, device=device, decode_device=decode_device, decode_share=decode_share, formats=formats
+        folder,
+        device=device,
+        decode_device=decode_device,
+        decode_share=decode_share,
+        formats=formats,
+        group=group,
     )
     return pipeline, plan
 

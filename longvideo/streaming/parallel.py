@@ -11,6 +11,9 @@ Shapes: R ranks, B samples, L tokens of the chunk, O = L / R own tokens, N heads
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.kernels.backends import RotaryOperations, rotary_operations
 from longvideo.kernels.fp8.format import FP8Rows
-from longvideo.training.mesh import divisors
+from longvideo.training.mesh import ParallelConfig, divisors, start_processes
 
 WORD = torch.int64
 """As what heads are moved: no operation has to know FP8, and no kernel moves single bytes."""
@@ -82,6 +85,33 @@ def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> 
             f"heads of {head_dim} cannot be exchanged between {ranks} ranks, only multiples of {WORD.itemsize};"
             " use one rank"
         )
+
+
+@contextmanager
+def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.ProcessGroup | None]]:
+    """Join the ranks that `torchrun` started; give the rank's device and the group, None where there is one rank.
+
+    device: as it was asked for. Every rank takes the GPU of its number, or the CPU where that is asked for or there is
+    no GPU. What used the group must be gone when this ends: a recorded graph would go on waiting for the others.
+    Raises UserError for a single GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device, None
+        return
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device is {device!r}, but several ranks were started; each takes the GPU of its number")
+    if device != "cpu" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"rank {os.environ['RANK']} has no GPU: {torch.cuda.device_count()} were found")
+        torch.cuda.set_device(device)
+    else:
+        device = "cpu"
+    start_processes(ParallelConfig(), torch.device(device))
+    try:
+        yield device, dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 class Unshared:
