@@ -92,7 +92,9 @@ def generate(
     A shot starts at the chunk (1.33 s at 24 frames a second) nearest to where it was asked. With `cut: false` the scene
     goes on and only the text changes.
 
-    Several GPUs share the denoising of every chunk with `torchrun --no-python --nproc-per-node 2 longvideo generate ...`
+    Several GPUs share the denoising of every chunk:
+
+    `torchrun --no-python --nproc-per-node 2 longvideo generate -o film.mp4 ...`
     """
     started = time.perf_counter()
     from longvideo.infer.options import SamplingOptions
