@@ -312,11 +312,13 @@ def _precision(models: Models) -> str:
 
 def _check(models: Models, stages: Stages, steps: int, guidance: float) -> dict[str, float]:
     """Return relative errors against the plain path; raise UserError where they are too large."""
+    decoder = stages.decoder
+    assert decoder is not None
     scale, (_, *shape) = models.autoencoder.config.scale_factor_temporal, stages.denoiser.latent_shape
     latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))[:, :, :CHECKED_LATENTS]
     latents = latents.to(models.decode_device)
-    pixels = torch.from_numpy(stages.decoder.decode(latents, 1 + scale * (CHECKED_LATENTS - 1)))
-    stages.decoder.reset()
+    pixels = torch.from_numpy(decoder.decode(latents, 1 + scale * (CHECKED_LATENTS - 1)))
+    decoder.reset()
     with torch.inference_mode():
         weight = models.autoencoder.post_quant_conv.weight
         video, _ = models.autoencoder.decode(models.autoencoder.denormalize(latents).to(weight.dtype))
@@ -429,11 +431,13 @@ def _time_passes(models: Models, denoiser: StreamingTransformer) -> tuple[float,
 
 def _time_decoding(models: Models, stages: Stages) -> float:
     """Return the mean milliseconds from latents of a later chunk to its frames in host memory."""
+    decoder = stages.decoder
+    assert decoder is not None
     latents = torch.randn((1, *stages.denoiser.latent_shape[1:]), device=models.device)
     frames = models.spec.chunk_frames * models.autoencoder.config.scale_factor_temporal
-    stages.decoder.decode(latents, frames - models.autoencoder.config.scale_factor_temporal + 1)
-    ms = _mean_ms(lambda: stages.decoder.decode(latents, frames), REPEATS, models.decode_device)
-    stages.decoder.reset()
+    decoder.decode(latents, frames - models.autoencoder.config.scale_factor_temporal + 1)
+    ms = _mean_ms(lambda: decoder.decode(latents, frames), REPEATS, models.decode_device)
+    decoder.reset()
     return ms
 
 
