@@ -242,6 +242,7 @@ def stream(
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings, chunk_spec
     from longvideo.infer.bench import measure, random_models
+    from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.memory import check_memory
     from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device, pick_dtype
     from longvideo.infer.writer import VideoWriter, check_output
@@ -261,6 +262,7 @@ def stream(
     if video is not None:
         check_output(video, overwrite=True)
     console = Console(width=120, stderr=True)
+    release_large_blocks()
     with console.status("loading") as status:
         if model is not None:
             folder = ModelFolder.open(model)
