@@ -91,8 +91,8 @@ class NVFP4Slots:
     """Keys before rotation and values in 4 bits, and two workspaces: one is attended to while the other is rebuilt.
 
     See `longvideo.model.quantized_cache` for what is kept. ahead: on CUDA the past of the next layer is rebuilt on a
-    stream of its own while the present one computes. A graph recorded so has branches that wait for each other, and
-    what other streams issue meanwhile waits behind them until it ends: only for a device that does nothing else.
+    stream of its own while the present one computes: only for a device that does nothing else, since what other streams
+    issue seems to wait until a graph with such branches ends (docs/performance.md).
     """
 
     copies = True
