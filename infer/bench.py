@@ -10,38 +10,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longvideo.benchmark.step import random_model
-from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import Conditioning
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer import gpu_timeline
 from longvideo.infer.generation import Models, Stages
-from longvideo.infer.pipeline import StreamingPipeline, pick_dtype
+from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.session import Session
 from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
 from longvideo.model.cache import ChunkCache, KVCache
-from longvideo.model.config import PRESETS
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import TextContext
-from longvideo.number_formats import NumberFormats
 from longvideo.pixels import to_uint8
-from longvideo.quantization.convert import with_precision
 from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
 from longvideo.streaming.transformer import StreamingTransformer
-from longvideo.text import TextEncoder
-from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.config import AutoencoderConfig
 
 CHECKED_CHUNKS = 2
 CHECKED_LATENTS = 2
@@ -139,34 +131,6 @@ class FrameSink(Protocol):
     """Where frames go, uint8 [T, H, W, 3]."""
 
     def write(self, frames: np.ndarray) -> None: ...
-
-
-def random_models(
-    preset: str,
-    settings: ModelSettings,
-    *,
-    device: torch.device,
-    decode_device: torch.device,
-    decode_share: float = 0.0,
-    formats: NumberFormats,
-) -> Models:
-    """Build models of a preset's shapes with random weights, for speed; prompts are random features, too."""
-    config = PRESETS[preset]
-    autoencoder_config = AutoencoderConfig.wan22() if preset != "tiny" else AutoencoderConfig.tiny()
-    spec = chunk_spec(settings, autoencoder_config.scale_factor_spatial)
-    transformer = with_precision(random_model(config, device, pick_dtype(device)), formats.precision)
-    with torch.device(decode_device):
-        autoencoder = Autoencoder(autoencoder_config)
-    return Models(
-        transformer=transformer.eval().requires_grad_(False),
-        autoencoder=autoencoder.to(decode_device, pick_dtype(decode_device)).eval().requires_grad_(False),
-        text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
-        settings=settings,
-        spec=spec,
-        kv_cache=formats.kv_cache,
-        attention=formats.attention,
-        decode_share=decode_share,
-    )
 
 
 def measure(
@@ -496,20 +460,6 @@ class _RawFile:
     def write(self, frames: np.ndarray) -> None:
         self._file.seek(0)
         self._file.write(np.ascontiguousarray(frames).data)
-
-
-class _RandomText:
-    """Stands in for a text encoder: random features for each prompt."""
-
-    def __init__(self, length: int, dim: int, device: torch.device) -> None:
-        self._shape, self._device = (length, dim), device
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        features = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(0))
-        return features.to(self._device), torch.arange(len(prompts), device=self._device)
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        return []
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -220,16 +220,13 @@ class StreamingPipeline:
         self, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
     ) -> Generator[GeneratedChunk, None, None]:
         stages = self.acquire(batch=len(sampling.generators), copies=branches(sampling.guidance))
-        usable = True
         try:
             with closing(generate_chunks(self.models, stages, steps, sampling, first_latent=first_latent)) as chunks:
                 yield from chunks
-        except Exception:
-            usable = False  # an error may have left anything behind
+        except GeneratorExit:  # the caller has seen enough
+            self.release(stages)
             raise
-        finally:
-            if usable:
-                self.release(stages)
+        self.release(stages)  # not after an error, which may have left anything behind
 
     def acquire(self, *, batch: int, copies: int) -> Stages:
         """Return what makes a video: what an earlier one left, or built and warmed up now. See `Stages`."""

@@ -241,10 +241,11 @@ def stream(
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings, chunk_spec
-    from longvideo.infer.bench import measure, random_models
+    from longvideo.infer.bench import measure
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.memory import check_memory
     from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device, pick_dtype
+    from longvideo.infer.random_models import random_models
     from longvideo.infer.writer import VideoWriter, check_output
     from longvideo.model.config import PRESETS
     from longvideo.number_formats import NumberFormats
@@ -360,8 +361,9 @@ def parallel(
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings
-    from longvideo.infer.bench import measure_passes, random_models
+    from longvideo.infer.bench import measure_passes
     from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.random_models import random_models
     from longvideo.number_formats import NumberFormats
     from longvideo.streaming.parallel import launched_ranks
     from longvideo.training.run_log import environment
