@@ -87,7 +87,6 @@ class Stages:
             kv_cache=models.kv_cache,
             attention=models.attention,
             group=models.group,
-            alone=models.decode_device != models.device and not models.decode_share,
         )
         self.decoder = self._new_decoder(models, batch) if models.decodes else None
         if models.device.type == "cuda":

@@ -310,7 +310,7 @@ def _denoiser(
         means = 2 * rows * spec.window_chunks * config.dim
         fresh = (stored + means) // spec.window_chunks
         rotation = 4 * spec.window_frames * spec.tokens_per_frame * config.attention_head_dim
-        cache = config.num_layers * (stored + means) + fresh + 2 * keys_values * attended_size + rotation
+        cache = config.num_layers * (stored + means) + fresh + keys_values * attended_size + rotation
     prompt = 2 * config.num_layers * config.text_len * config.dim * size
     # the transformer's own copy; when a prompt changes, the old and the new context, and both as they are selected
     own_text, later_text = rows * prompt, 2 * (batch + copies - 1 + rows) * prompt

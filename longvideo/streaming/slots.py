@@ -6,7 +6,6 @@ is `ChunkWindow`'s to say. Shapes: B samples, S slots, L tokens of a chunk, N he
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -18,7 +17,7 @@ from longvideo.model.spec import ChunkSpec
 
 
 class Slots(Protocol):
-    """Storage of all layers. A pass asks for the layers in order: `opened`, then perhaps `keep`, then `closed`.
+    """Storage of all layers. A pass asks for one after the other: `opened`, then perhaps `keep`.
 
     copies: whether `keep` does anything; otherwise the live slot is kept as it was written.
     live: the live chunk's slot, an int64 scalar on the device.
@@ -32,15 +31,14 @@ class Slots(Protocol):
         ...
 
     def opened(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, S, L, N, K] in which the past of a layer stands, to write the live slot into."""
+        """Return keys and values [B, S, L, N, K] in which the past of a layer stands, to write the live slot into.
+
+        They are the layer's until another one is opened.
+        """
         ...
 
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
         """Keep the live chunk for later chunks; keys are normalised, and not rotated."""
-        ...
-
-    def closed(self, layer: int) -> None:
-        """Say that attention of a layer has been issued."""
         ...
 
     @property
@@ -79,20 +77,17 @@ class PlainSlots:
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
         """Do nothing: the live chunk is where it stays."""
 
-    def closed(self, layer: int) -> None:
-        """Do nothing."""
-
     @property
     def num_bytes(self) -> int:
         return sum(part.numel() * part.element_size() for stored in self._stored for part in stored)
 
 
 class NVFP4Slots:
-    """Keys before rotation and values in 4 bits, and two workspaces: one is attended to while the other is rebuilt.
+    """Keys before rotation and values in 4 bits, and a workspace in which the past of one layer is rebuilt.
 
-    See `longvideo.model.quantized_cache` for what is kept. ahead: on CUDA the past of the next layer is rebuilt on a
-    stream of its own while the present one computes: only for a device that does nothing else, since what other streams
-    issue seems to wait until a graph with such branches ends (docs/performance.md).
+    See `longvideo.model.quantized_cache` for what is kept. A layer is rebuilt when it is its turn: to rebuild the next
+    one meanwhile, on a stream of its own, made a step no faster, and a recorded pass with two branches made the work of
+    other streams wait (docs/performance.md).
     """
 
     copies = True
@@ -107,7 +102,6 @@ class NVFP4Slots:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        ahead: bool,
     ):
         slots, tokens = spec.window_chunks, spec.tokens_per_chunk
 
@@ -119,14 +113,11 @@ class NVFP4Slots:
         self._operations = kv_operations(device)
         self._layers, self._fresh = [allocate(slots) for _ in range(layers)], allocate(1)
         shape = (batch, slots, tokens, heads, head_dim)
-        # zeros: a workspace may be attended to before all of its slots were ever written
-        self._workspaces = [torch.zeros(2, *shape, dtype=dtype, device=device).unbind() for _ in range(2)]
+        # zeros: it may be attended to before all of its slots were ever written
+        self._keys, self._values = torch.zeros(2, *shape, dtype=dtype, device=device).unbind()
         self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, head_dim // 2, device=device).unbind()
         self.live = torch.zeros((), dtype=torch.int64, device=device)
         self._past = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
-        self._events = [torch.cuda.Event() for _ in range(2)] if self._stream else []
-        self._num_past = 0
 
     def begin(self, live: int, past: list[int], cos_LH: Tensor, sin_LH: Tensor) -> None:
         self.live.fill_(live)
@@ -136,14 +127,11 @@ class NVFP4Slots:
         self._sin_SLH[live].copy_(sin_LH)
 
     def opened(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
-        if layer == 0:
-            self._num_past = num_past
-            for first in range(min(2, len(self._layers))):
-                self._rebuild(first)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.live.device).wait_event(self._events[layer % 2])
-        keys, values = self._workspaces[layer % 2]
-        return keys, values
+        if num_past:
+            self._operations.rebuild(
+                self._layers[layer], self._past[:num_past], self._cos_SLH, self._sin_SLH, self._keys, self._values
+            )
+        return self._keys, self._values
 
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
         fresh, kept, where = self._fresh, self._layers[layer], self.live.reshape(1)
@@ -153,25 +141,6 @@ class NVFP4Slots:
         kept.tensor_scale.index_copy_(1, where, fresh.tensor_scale)
         kept.key_mean.index_copy_(0, where, fresh.key_mean)
 
-    def closed(self, layer: int) -> None:
-        if layer + 2 < len(self._layers):
-            self._rebuild(layer + 2)
-
     @property
     def num_bytes(self) -> int:
         return sum(layer.num_bytes for layer in self._layers)
-
-    def _rebuild(self, layer: int) -> None:
-        """Rebuild the past of a layer in its workspace, which attention two layers before has been issued to read."""
-        aside: AbstractContextManager[object] = nullcontext()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.live.device))
-            aside = torch.cuda.stream(self._stream)
-        with aside:
-            which = self._past[: self._num_past]
-            if self._num_past:
-                self._operations.rebuild(
-                    self._layers[layer], which, self._cos_SLH, self._sin_SLH, *self._workspaces[layer % 2]
-                )
-            if self._stream is not None:
-                self._events[layer % 2].record(self._stream)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,13 +56,12 @@ class StreamingTransformer:
         kv_cache: str = "bf16",
         attention: str = "bf16",
         group: ProcessGroup | None = None,
-        alone: bool = True,
     ):
         """Take a model over: the projections of q, k and v are laid one behind the other, as one product reads them.
 
         kv_cache: "bf16" (what attention reads) or "nvfp4". attention: "bf16" (the model's dtype) or "fp8".
         group: ranks that make every chunk together, each with its share of the cache; all hold the model, are called
-        alike and get the whole velocity. alone: whether nothing else works on the device meanwhile, such as a decoder.
+        alike and get the whole velocity.
         Raises UserError where FP8 attention cannot run, and for a group whose ranks do not divide the heads and the
         frames of a chunk.
         """
@@ -85,7 +83,7 @@ class StreamingTransformer:
         self._means: _ValueMeans | None = None
         if attention == "fp8":
             self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
-        new_slots = partial(NVFP4Slots, ahead=alone) if kv_cache == "nvfp4" else PlainSlots
+        new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
         self._slots: Slots = new_slots(
             spec,
             layers=config.num_layers,
@@ -240,7 +238,6 @@ class StreamingTransformer:
             if kind is Pass.FILL and layer == last:
                 return
             attended = self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots)
-            self._slots.closed(layer)
             update = attention.o(block.before_out.round(self._sharing.tokens(attended)))
 
             x = block.before_cross.norm(h_BLD, update, gate1, *block.cross_norm, bias_D=mean_out_D)

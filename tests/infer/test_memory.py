@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def _allocated(root: object, shared: set[int]) -> int:
 def test_the_cache_takes_what_it_allocates(kv_cache: str) -> None:
     config, settings = PRESETS["tiny"], replace(SETTINGS, height=64, width=64)
     spec = chunk_spec(settings)
-    new_slots = partial(NVFP4Slots, ahead=True) if kv_cache == "nvfp4" else PlainSlots
+    new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
     slots = new_slots(
         spec,
         layers=config.num_layers,
