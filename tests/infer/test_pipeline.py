@@ -202,7 +202,8 @@ def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPip
     assert [chunk.step.cut for chunk in chunks] == [*[False] * 4, True, False]
     assert all(chunk.seconds > 0 for chunk in chunks)
     script = Script((ShotRequest(PROMPTS[0], 61 / 24), ShotRequest(PROMPTS[1], 32 / 24, cut=False)))
-    expected = video(pipeline, script, seed=5)
+    with torch_threads(1):  # as above: more threads a stage may round otherwise
+        expected = video(pipeline, script, seed=5)
     assert np.array_equal(np.concatenate([chunk.frames[0] for chunk in chunks[:4]]), expected)
     assert next(session, None) is None
 
