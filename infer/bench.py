@@ -312,9 +312,12 @@ class _Recorder:
 
     def __init__(self, inner: Denoiser) -> None:
         self._inner = inner
-        self.device, self.latent_shape = inner.device, inner.latent_shape
+        self.device, self.latent_shape, self.spec = inner.device, inner.latent_shape, inner.spec
         self.calls: list[Callable[[Denoiser], Tensor | None]] = []
         self.velocities: list[Tensor] = []
+
+    def reset(self) -> None:
+        self._note(lambda denoiser: denoiser.reset())
 
     def begin(self, index: int, *, shot: int, text: TextContext) -> None:
         self._note(lambda denoiser: denoiser.begin(index, shot=shot, text=text))

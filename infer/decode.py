@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +44,20 @@ class PendingFrames:
         if self._done is not None:
             self._done.synchronize()
         return self._frames.numpy()
+
+
+@dataclass(frozen=True)
+class PendingLatents:
+    """Latents on their way to host memory."""
+
+    _latents: Tensor
+    _done: torch.cuda.Event | None = None
+
+    def result(self) -> Tensor:
+        """Wait for the latents and return them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._latents
 
 
 class ChunkDecoder:
@@ -96,7 +110,34 @@ class ChunkDecoder:
     def reset(self) -> None:
         """Begin a new video."""
         with self._own_streams(*self._decoder.devices):
-            self._decoder.restore(())
+            self._decoder.begin()
+
+    @torch.inference_mode()
+    def prime(self, chunks: Sequence[Tensor], *, from_start: bool) -> None:
+        """Begin behind latents [B, C, T, H, W] of chunks that were decoded before, by decoding them again.
+
+        from_start: they are the beginning of the video; otherwise its later chunks, as many as a frame depends on
+        (`longvideo.vae.halo.decode_lookback`).
+        """
+        with self._own_streams(*self._decoder.devices):
+            self._decoder.begin(inside=not from_start)
+            for latents in chunks:
+                self._decoder.decode(latents.to(self._decoder.devices[0], non_blocking=True))
+
+    @torch.inference_mode()
+    def fetch(self, latents: Tensor, *, ready: torch.cuda.Event | None = None) -> PendingLatents:
+        """Copy latents to host memory, without waiting for CUDA. ready: as in `decode`."""
+        with self._own_streams(latents.device):
+            if ready is None:
+                return PendingLatents(latents)
+            stream = self._streams[latents.device]
+            stream.wait_event(ready)
+            latents.record_stream(stream)
+            host = torch.empty(latents.shape, dtype=latents.dtype, pin_memory=True)
+            host.copy_(latents, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return PendingLatents(host, done)
 
     def decode(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> np.ndarray:
         """Decode normalised latents [B, C, T, H, W]; return the first frames, uint8 [B, num_frames, H, W, 3].

@@ -18,11 +18,12 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
-from longvideo.infer.decode import ChunkDecoder, PendingFrames, mark_ready
+from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
+from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.rollout import Denoiser, rollout
+from longvideo.rollout import Denoiser, MadeChunk, rollout
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
@@ -120,37 +121,50 @@ class GeneratedChunk:
     """Frames, uint8 [B, T, H, W, 3] in host memory, with the step they were made for.
 
     The first chunk of a video comes in two: its opening frame, as soon as that is decoded, then the others.
-    seconds: from the moment the chunk was begun to the moment its frames were in host memory.
+    seconds: from the moment the chunk was begun to the moment its frames were in host memory. is_complete: whether
+    these are its last frames.
     """
 
-    step: Step
+    record: ChunkRecord
     frames: np.ndarray
     seconds: float
+    is_complete: bool
+
+    @property
+    def step(self) -> Step:
+        return self.record.step
 
 
 def generate_chunks(
-    models: Models, stages: Stages, steps: Iterator[Step], sampling: Sampling, *, first_latent: Tensor | None = None
+    models: Models,
+    stages: Stages,
+    steps: Iterator[Step],
+    sampling: Sampling,
+    *,
+    first_latent: Tensor | None = None,
+    past: Past | None = None,
 ) -> Generator[GeneratedChunk, None, None]:
     """Make the chunks of one video (or of a batch that shares its cuts), in order. stages: fresh or reset.
 
     Denoising and decoding run in threads of their own, at most one finished chunk ahead of each other and of the
     caller. On a CPU each takes half of torch's threads; where there is only one, they take turns.
-    first_latent: [B, C, 1, H, W], normalised, held as the first latent frame. Of several ranks that share the denoising
+    first_latent: [B, C, 1, H, W], normalised, held as the first latent frame. past: what the first step is to go on
+    behind; its generators are in `sampling`. Of several ranks that share the denoising
     those that do not decode get chunks of no frames.
     """
-    denoise = partial(_denoise, models, stages.denoiser, steps, sampling, first_latent)
+    denoise = partial(_denoise, models, stages.denoiser, steps, sampling, first_latent, past)
     if stages.decoder is None:
         yield from _without_pixels(denoise())
         return
     cpu_threads = torch.get_num_threads()
     if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
-        yield from _decode(stages.decoder, denoise())
+        yield from _decode(stages.decoder, past, denoise())
         return
     # One thread a stage scales better on two cores than two threads in one stage after the other (86 frames a second
     # against 58), and has no barriers, at which a busy machine makes every small operation wait for the scheduler.
     share = max(1, cpu_threads // 2)
     latents = Background(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
-    decode = partial(_decode, stages.decoder, latents)
+    decode = partial(_decode, stages.decoder, past, latents)
     frames = Background(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")
     try:
         yield from frames
@@ -180,20 +194,29 @@ def _with_threads(count: int, source: Callable[[], Generator[T, None, None]]) ->
 class _LatentChunk:
     step: Step
     latents: Tensor
+    noise: tuple[Tensor, ...]
     ready: torch.cuda.Event | None
     began: float
 
 
 def _denoise(
-    models: Models, denoiser: Denoiser, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
+    models: Models,
+    denoiser: Denoiser,
+    steps: Iterator[Step],
+    sampling: Sampling,
+    first_latent: Tensor | None,
+    past: Past | None,
 ) -> Generator[_LatentChunk, None, None]:
-    begun: deque[tuple[Step, float]] = deque()
+    begun: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
     prompts = _Prompts(models, guided=sampling.guidance != 1.0)
 
     def conditionings() -> Iterator[Conditioning]:
         for step in steps:
-            begun.append((step, time.perf_counter()))
-            yield prompts.conditioning(step, first_latent if step.index == 0 else None)
+            noise = tuple(generator.get_state() for generator in sampling.generators)
+            begun.append((step, noise, time.perf_counter()))
+            conditioning = prompts.conditioning(step.prompts)
+            first = first_latent if step.index == 0 else None
+            yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
 
     chunks = rollout(
         denoiser,
@@ -202,35 +225,49 @@ def _denoise(
         generators=sampling.generators,
         guidance=sampling.guidance,
         clean_pass=models.settings.clean_pass,
+        # one at a time: the text of the one before is let go
+        past=(
+            (
+                MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
+                prompts.conditioning(chunk.prompts),
+            )
+            for chunk in (past.attended if past else ())
+        ),
     )
     for latents in chunks:
-        step, began = begun.popleft()
-        yield _LatentChunk(step, latents, mark_ready(latents), began)
+        step, noise, began = begun.popleft()
+        yield _LatentChunk(step, latents, noise, mark_ready(latents), began)
 
 
-def _decode(decoder: ChunkDecoder, chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
+def _decode(
+    decoder: ChunkDecoder, past: Past | None, chunks: Iterator[_LatentChunk]
+) -> Generator[GeneratedChunk, None, None]:
     """Hand frames out as they are finished.
 
     On a GPU the next chunk is asked for, and its decoding issued, a little before this one is through, so that neither
     the GPU that decodes nor the one that denoises waits for the host.
     """
-    under_way: deque[tuple[_LatentChunk, PendingFrames]] = deque()
+    if past is not None:
+        decoder.prime(past.decoded, from_start=past.is_decoded_from_start)
+    under_way: deque[tuple[_LatentChunk, PendingLatents, PendingFrames]] = deque()
     for chunk in chunks:
+        fetched = decoder.fetch(chunk.latents, ready=chunk.ready)
         parts = [(chunk.latents, chunk.step.num_frames)]
-        if chunk.step.index == 0:
+        if chunk.step.index == 0 and chunk.step.num_frames > 1:
             # the first latent frame is one frame; to have it shown while the others are decoded costs nothing
             parts = [(chunk.latents[:, :, :1], 1), (chunk.latents[:, :, 1:], chunk.step.num_frames - 1)]
         for latents, num_frames in parts:
-            if num_frames:
-                pending = decoder.launch(latents, num_frames, ready=chunk.ready)
-                while under_way:
-                    yield _finished(*under_way.popleft())
-                if pending.is_under_way and latents.shape[2] > 1:
-                    under_way.append((chunk, pending))
-                else:
-                    yield _finished(chunk, pending)
+            pending = decoder.launch(latents, num_frames, ready=chunk.ready)
+            while under_way:
+                yield _finished(*under_way.popleft())
+            if latents is not parts[-1][0]:
+                yield _finished(chunk, fetched, pending, is_complete=False)
+            elif pending.is_under_way:
+                under_way.append((chunk, fetched, pending))
+            else:
+                yield _finished(chunk, fetched, pending)
         if under_way:
-            under_way[-1][1].wait_for_most()
+            under_way[-1][2].wait_for_most()
     while under_way:
         yield _finished(*under_way.popleft())
 
@@ -240,12 +277,16 @@ def _without_pixels(chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk,
         if chunk.ready is not None:
             chunk.ready.synchronize()  # launches would run far ahead of the ranks that wait for each other
         none = np.empty((chunk.latents.shape[0], 0, 0, 0, 3), dtype=np.uint8)
-        yield GeneratedChunk(chunk.step, none, time.perf_counter() - chunk.began)
+        record = ChunkRecord(chunk.step, chunk.latents.cpu(), chunk.noise)
+        yield GeneratedChunk(record, none, time.perf_counter() - chunk.began, is_complete=True)
 
 
-def _finished(chunk: _LatentChunk, pending: PendingFrames) -> GeneratedChunk:
+def _finished(
+    chunk: _LatentChunk, fetched: PendingLatents, pending: PendingFrames, *, is_complete: bool = True
+) -> GeneratedChunk:
     frames = pending.result()
-    return GeneratedChunk(chunk.step, frames, time.perf_counter() - chunk.began)
+    record = ChunkRecord(chunk.step, fetched.result(), chunk.noise)
+    return GeneratedChunk(record, frames, time.perf_counter() - chunk.began, is_complete)
 
 
 class _Prompts:
@@ -258,15 +299,16 @@ class _Prompts:
         self._conditioning: Conditioning | None = None
 
     @torch.inference_mode()
-    def conditioning(self, step: Step, first_latent: Tensor | None) -> Conditioning:
-        if self._conditioning is None or step.prompts != self._prompts:
-            features_PLD, rows = self._models.text_encoder.encode([*step.prompts, *self._negative])
+    def conditioning(self, prompts: tuple[str, ...]) -> Conditioning:
+        """Return what a chunk under these prompts is made from; it opens no shot."""
+        if self._conditioning is None or prompts != self._prompts:
+            features_PLD, rows = self._models.text_encoder.encode([*prompts, *self._negative])
             rows = rows.to(self._models.device)
-            batch = len(step.prompts)
+            batch = len(prompts)
             self._conditioning = Conditioning(
                 text=self._models.transformer.encode_text(features_PLD.to(self._models.device)),
                 prompt_index=rows[:batch],
                 negative_index=rows[batch:].expand(batch) if self._negative else None,
             )
-            self._prompts = step.prompts
-        return replace(self._conditioning, cut=step.cut, first_latent=first_latent)
+            self._prompts = prompts
+        return self._conditioning

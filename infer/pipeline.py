@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +22,21 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
+from longvideo.infer.history import ChunkRecord, History, Past
 from longvideo.infer.memory import check_memory
 from longvideo.infer.options import SamplingOptions
-from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, plan_chunks
+from longvideo.infer.script import (
+    ChunkPlan,
+    ChunkTiming,
+    Script,
+    ShotRequest,
+    check_prompt,
+    check_seconds,
+    plan_chunks,
+)
 from longvideo.infer.session import Session
-from longvideo.infer.timeline import LiveSteps, Step, SwitchMode, planned_steps
+from longvideo.infer.snapshot import SessionOptions, read_snapshot
+from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
 from longvideo.kernels.attention.cudnn_fp8 import unavailable as fp8_attention_unavailable
 from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
 from longvideo.kernels.nvfp4.format import GROUP
@@ -30,6 +44,7 @@ from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import branches
 from longvideo.vae.config import AutoencoderConfig
+from longvideo.vae.halo import decode_lookback
 
 DEFAULT_FORMATS = NumberFormats()
 
@@ -45,7 +60,8 @@ class StreamingPipeline:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self._idle: list[Stages] = []
+        self._idle: Stages | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -132,9 +148,14 @@ class StreamingPipeline:
         """Frames a second of every video this model makes."""
         return self.models.settings.fps
 
+    @property
+    def chunk_timing(self) -> ChunkTiming:
+        """How this model's chunks divide pixel frames."""
+        return chunk_timing(self.models.settings, self.models.autoencoder.config)
+
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
         """Return the chunks that `stream` would make of the same prompts and seconds."""
-        return plan_chunks(as_script(prompts, seconds), self._timing)
+        return plan_chunks(as_script(prompts, seconds), self.chunk_timing)
 
     def stream(
         self,
@@ -156,7 +177,7 @@ class StreamingPipeline:
         script = as_script(prompts, seconds)
         options = SamplingOptions(steps, guidance, seed)
         shots = [shot.prompt for shot in script.shots]
-        timeline = planned_steps(plan_chunks(script, self._timing), [shots])
+        timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
         self._warn_unknown_words(shots)
         return _frames_only(self._generate(timeline, options, [seed], self._first_latent(image)))
 
@@ -164,21 +185,33 @@ class StreamingPipeline:
         self,
         prompt: str,
         *,
+        seconds: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
         image: Path | str | Tensor | None = None,
     ) -> Session:
-        """Start a video without an end, whose prompt can be changed while it is made. Arguments as in `stream`."""
-        options = SamplingOptions(steps, guidance, seed)
-        live = LiveSteps(prompt, self._timing)
-        self._warn_unknown_words([prompt])
-        first_latent = self._first_latent(image)
-        return Session(
-            live,
-            lambda timeline: self._generate(timeline, options, [seed], first_latent),
-            lambda changed: self._warn_unknown_words([changed]),
+        """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`."""
+        check_prompt(prompt, "the prompt")
+        if seconds is not None:
+            check_seconds(seconds, "the video")
+        options = SessionOptions(
+            SamplingOptions(steps, guidance, seed),
+            self._fingerprint,
+            None if seconds is None else max(1, round(seconds * self.fps)),
+            self._first_latent(image),
         )
+        self._warn_unknown_words([prompt])
+        return self._session({0: (prompt, "cut")}, options, self._new_history())
+
+    def restore(self, path: Path | str) -> Session:
+        """Go on with a session behind the last chunk that it had handed out when its `snapshot` was written.
+
+        Raises UserError for another file, and for a snapshot of a model with other sizes or settings.
+        """
+        snapshot = read_snapshot(Path(path), model=self._fingerprint)
+        history = self._new_history(snapshot.steps, snapshot.kept)
+        return self._session(snapshot.shots, snapshot.options, history)
 
     def generate_batch(
         self,
@@ -200,28 +233,55 @@ class StreamingPipeline:
             raise UserError(f"every video needs {len(seconds)} prompts, one for each length in seconds")
         scripts = [Script(tuple(map(ShotRequest, shots, seconds))) for shots in prompts]
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
-        timeline = planned_steps(plan_chunks(scripts[0], self._timing), prompts)
+        timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
         self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
         chunks = self._generate(timeline, options[0], seeds, None)
         return np.concatenate([chunk.frames for chunk in chunks], axis=1)
 
+    def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
+        return Session(
+            shots,
+            options,
+            history,
+            timing=self.chunk_timing,
+            generate=lambda steps, past: self._generate(
+                steps, options.sampling, [options.sampling.seed], options.first_latent, past
+            ),
+            check_words=lambda changed: self._warn_unknown_words([changed]),
+        )
+
+    def _new_history(self, steps: Sequence[Step] = (), kept: Sequence[ChunkRecord] = ()) -> History:
+        lookback = decode_lookback(self.models.autoencoder.config)
+        return History(self.models.spec, decode_lookback=lookback, steps=steps, kept=kept)
+
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        transformer = asdict(self.models.transformer.config)
+        return json.loads(json.dumps({**asdict(self.models.settings), **transformer}))  # as a file gives it back
+
     def _generate(
-        self, steps: Iterator[Step], options: SamplingOptions, seeds: Sequence[int], first_latent: Tensor | None
+        self,
+        steps: Iterator[Step],
+        options: SamplingOptions,
+        seeds: Sequence[int],
+        first_latent: Tensor | None,
+        past: Past | None = None,
     ) -> Generator[GeneratedChunk, None, None]:
         settings = self.models.settings
         sampling = Sampling(
             solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
             guidance=settings.guidance if options.guidance is None else options.guidance,
-            generators=tuple(torch.Generator().manual_seed(seed) for seed in seeds),
+            generators=past.generators if past else tuple(torch.Generator().manual_seed(seed) for seed in seeds),
         )
-        return self._generated(steps, sampling, first_latent)
+        return self._generated(steps, sampling, first_latent, past)
 
     def _generated(
-        self, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None
+        self, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None, past: Past | None
     ) -> Generator[GeneratedChunk, None, None]:
         stages = self.acquire(batch=len(sampling.generators), copies=branches(sampling.guidance))
+        chunks = generate_chunks(self.models, stages, steps, sampling, first_latent=first_latent, past=past)
         try:
-            with closing(generate_chunks(self.models, stages, steps, sampling, first_latent=first_latent)) as chunks:
+            with closing(chunks):
                 yield from chunks
         except GeneratorExit:  # the caller has seen enough
             self.release(stages)
@@ -230,20 +290,18 @@ class StreamingPipeline:
 
     def acquire(self, *, batch: int, copies: int) -> Stages:
         """Return what makes a video: what an earlier one left, or built and warmed up now. See `Stages`."""
-        stages = self._idle.pop() if self._idle else None
+        with self._lock:
+            stages, self._idle = self._idle, None
         if stages is None or stages.size != (batch, copies):
             stages = None  # its memory is free before another takes as much
             stages = Stages(self.models, batch=batch, copies=copies)
         return stages
 
     def release(self, stages: Stages) -> None:
-        """Keep stages for the next video."""
+        """Keep stages for the next video; one is kept."""
         stages.reset()
-        self._idle.append(stages)
-
-    @property
-    def _timing(self) -> ChunkTiming:
-        return chunk_timing(self.models.settings, self.models.autoencoder.config)
+        with self._lock:
+            self._idle = stages
 
     def _first_latent(self, image: Path | str | Tensor | None) -> Tensor | None:
         if image is None:

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from longvideo.conditioning import Conditioning
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import AttentionPattern, Cached, Filling
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, ChunkWindow, KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
@@ -31,9 +32,17 @@ class Denoiser(Protocol):
 
     device: torch.device
     latent_shape: tuple[int, int, int, int, int]
+    spec: ChunkSpec
+
+    def reset(self) -> None:
+        """Forget every chunk."""
+        ...
 
     def begin(self, index: int, *, shot: int, text: TextContext) -> None:
-        """Turn to chunk `index`, `shot` cuts after the start. text: the prompt of every sample, in their order."""
+        """Turn to chunk `index`, `shot` cuts after the start. text: the prompt of every sample, in their order.
+
+        Chunks left out since the one before are not part of the past.
+        """
         ...
 
     def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
@@ -64,8 +73,9 @@ class CachedTransformer:
             p * spec.grid_height,
             q * spec.grid_width,
         )
-        self._model, self._spec = model, spec
-        self._cache = cache_type(
+        self._model, self.spec = model, spec
+        self._new_cache = partial(
+            cache_type,
             spec,
             num_layers=model.config.num_layers,
             num_heads=model.config.num_attention_heads,
@@ -74,12 +84,17 @@ class CachedTransformer:
             dtype=weight.dtype,
             device=weight.device,
         )
+        self._cache = self._new_cache()
         self._text: TextContext | None = None
         self._rope: Rope | None = None
 
+    def reset(self) -> None:
+        self._cache = self._new_cache()
+
     def begin(self, index: int, *, shot: int, text: TextContext) -> None:
+        self._cache.window.skip_to(index)
         self._text = text
-        self._rope = self._model.rope(TokenLayout.one_chunk(self._spec, index, shot=shot).to(self.device))
+        self._rope = self._model.rope(TokenLayout.one_chunk(self.spec, index, shot=shot).to(self.device))
 
     def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
         assert self._text is not None and self._rope is not None, "velocity before begin"
@@ -95,6 +110,19 @@ class CachedTransformer:
         self._cache.commit(cut=cut)
 
 
+@dataclass(frozen=True)
+class MadeChunk:
+    """A chunk already made, the `shot`-th cut behind it or at it; it opens that shot if it is a `cut`.
+
+    latents: [B, C, T, H, W], normalised and clean, where the denoiser is.
+    """
+
+    index: int
+    shot: int
+    cut: bool
+    latents: Tensor
+
+
 def rollout(
     denoiser: Denoiser,
     chunks: Iterable[Conditioning],
@@ -103,6 +131,7 @@ def rollout(
     generators: Sequence[torch.Generator],
     guidance: float = 1.0,
     clean_pass: bool = True,
+    past: Iterable[tuple[MadeChunk, Conditioning]] = (),
 ) -> Iterator[Tensor]:
     """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
 
@@ -113,19 +142,31 @@ def rollout(
         one batch, each copy with its own cache.
     clean_pass: give later chunks the keys and values of a pass over the finished one; otherwise those of its last step,
         which saves that pass, for models that were trained so.
+    past: go on behind these: in order, those that the next chunk attends to (`longvideo.model.cache.past_chunks`), the
+        last one made among them, and what each is seen under. They go through the clean pass, each seeing those before
+        it.
     """
     copies = branches(guidance)
     assert denoiser.latent_shape[0] == copies * len(generators), (denoiser.latent_shape, len(generators))
-    shot, finish = 0, None
-    for index, conditioning in enumerate(chunks):
+    memory = _Memory(denoiser.spec)
+    first, shot, finish = 0, 0, None
+    for chunk, conditioning in past:
+        _fill(denoiser, chunk, conditioning, copies)
+        memory.add(chunk)
+        first, shot = chunk.index + 1, chunk.shot
+    for index, conditioning in enumerate(chunks, first):
         with torch.inference_mode():
-            if finish is not None:
+            if conditioning.recache:
+                denoiser.reset()
+                for chunk in memory.attended():
+                    _fill(denoiser, chunk, conditioning, copies)
+            elif finish is not None:
                 finish()
             shot += conditioning.cut and index > 0
-            text = conditioning.text.select(_prompt_rows(conditioning, copies))
-            denoiser.begin(index, shot=shot, text=text)
+            denoiser.begin(index, shot=shot, text=conditioning.text.select(_prompt_rows(conditioning, copies)))
             noise = _noise(denoiser, generators)
             latents = _denoise(denoiser, conditioning.first_latent, noise, solver, guidance, keep_last=not clean_pass)
+        memory.add(MadeChunk(index, shot, conditioning.cut, latents))
         finish = partial(
             _commit, denoiser, latents.repeat(copies, 1, 1, 1, 1) if clean_pass else None, conditioning.cut
         )
@@ -135,6 +176,33 @@ def rollout(
 def branches(guidance: float) -> int:
     """Return how often every sample is run in a step."""
     return 1 if guidance == 1.0 else 2
+
+
+class _Memory:
+    """The latents of the chunks that the next one attends to."""
+
+    def __init__(self, spec: ChunkSpec):
+        self._window = ChunkWindow(spec)
+        self._chunks: dict[int, MadeChunk] = {}
+
+    def add(self, chunk: MadeChunk) -> None:
+        self._window.skip_to(chunk.index)
+        self._window.begin()
+        self._window.commit(cut=chunk.cut)
+        self._chunks[chunk.index] = chunk
+        self._chunks = {index: kept for index, kept in self._chunks.items() if index in self._window.chunks}
+
+    def attended(self) -> list[MadeChunk]:
+        self._window.begin()
+        return [chunk for index, chunk in sorted(self._chunks.items()) if index in self._window.chunks]
+
+
+@torch.inference_mode()
+def _fill(denoiser: Denoiser, chunk: MadeChunk, conditioning: Conditioning, copies: int) -> None:
+    text = conditioning.text.select(_prompt_rows(conditioning, copies))
+    denoiser.begin(chunk.index, shot=chunk.shot, text=text)
+    denoiser.fill(chunk.latents.repeat(copies, 1, 1, 1, 1))
+    denoiser.commit(cut=chunk.cut)
 
 
 def _commit(denoiser: Denoiser, latents: Tensor | None, cut: bool) -> None:

@@ -7,6 +7,7 @@ about the order of keys, so slots are attended to where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,6 +47,12 @@ class ChunkWindow:
         self.next_chunk += 1
         self.live_slot = None
 
+    def skip_to(self, chunk: int) -> None:
+        """Go on with a later chunk; those between are not kept."""
+        is_open = self.live_slot is not None
+        assert chunk == self.next_chunk or (chunk > self.next_chunk and not is_open), (chunk, self.next_chunk)
+        self.next_chunk = chunk
+
     def past_slots(self) -> list[int]:
         """Return the slots that the live chunk may look back at."""
         live = self.begin()
@@ -55,6 +62,16 @@ class ChunkWindow:
     def num_slots(self) -> int:
         """Slots in use, the live one included; they are always the first ones."""
         return len(self.chunks)
+
+
+def past_chunks(spec: ChunkSpec, cuts: Sequence[bool]) -> list[int]:
+    """Return which of the chunks made so far the next one attends to, in order. cuts: whether each opened a shot."""
+    window = ChunkWindow(spec)
+    for cut in cuts:
+        window.begin()
+        window.commit(cut=cut)
+    window.begin()
+    return sorted(chunk for chunk in window.chunks if chunk != window.next_chunk)
 
 
 def visible_chunks(spec: ChunkSpec, cuts: list[bool]) -> Tensor:

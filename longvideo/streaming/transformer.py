@@ -67,7 +67,7 @@ class StreamingTransformer:
         """
         config, weight = model.config, model.patch_embedding.weight
         self.device = weight.device
-        self._model, self._spec, self._eps = model, spec, config.eps
+        self._model, self.spec, self._eps = model, spec, config.eps
         _, p, q = config.patch_size
         self.latent_shape = (batch, config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
         heads, head_dim, tokens = config.num_attention_heads, config.attention_head_dim, spec.tokens_per_chunk
@@ -117,13 +117,14 @@ class StreamingTransformer:
     @torch.inference_mode()
     def reset(self) -> None:
         """Forget everything: the next chunk is the first of a video."""
-        self._window = ChunkWindow(self._spec)
+        self._window = ChunkWindow(self.spec)
 
     @torch.inference_mode()
     def begin(self, index: int, *, shot: int, text: TextContext) -> None:
         """Turn to chunk `index`, `shot` cuts after the start; text: the prompt of every sample, in their order."""
+        self._window.skip_to(index)
         past = self._window.past_slots()
-        start = index * self._spec.chunk_frames + shot * self._spec.offset_per_shot
+        start = index * self.spec.chunk_frames + shot * self.spec.offset_per_shot
         with self._here():
             offset = torch.zeros_like(self._position_L3)
             offset[:, 0] = start
@@ -160,7 +161,7 @@ class StreamingTransformer:
     def warm_up(self, *, clean_pass: bool = True) -> None:
         """Compile, choose and record everything that a video without an end runs. Forgets the video before."""
         self.reset()
-        for _ in range(self._spec.window_chunks):
+        for _ in range(self.spec.window_chunks):
             with self._here():
                 self._slots.begin(self._window.begin(), self._window.past_slots(), self._cos_LH, self._sin_LH)
                 for kind in (Pass.STEP, Pass.FILL) if clean_pass else (Pass.STEP, Pass.LAST_STEP):

@@ -7,7 +7,9 @@ before them. A process that owns a part of a long clip's latents reads and encod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 
 HISTORY = 2
-"""Frames that a temporal convolution sees before the newest: all kernels of the encoder have length 3."""
+"""Frames that a temporal convolution sees before the newest: all kernels have length 3."""
 CONVOLUTIONS_PER_BLOCK = 2
 MIDDLE_BLOCKS = 2
 
@@ -58,6 +60,21 @@ def lookback_frames(config: AutoencoderConfig) -> int:
 def temporal_lookback(config: AutoencoderConfig) -> int:
     """Return the halo, in latents, with which a window equals the whole video: 28 for Wan2.2's autoencoder."""
     return -(-lookback_frames(config) // config.scale_factor_temporal)
+
+
+def decode_lookback(config: AutoencoderConfig) -> int:
+    """Return how many latents before its own a decoded frame depends on at most: 38 for Wan2.2's autoencoder.
+
+    In units of latents, a causal convolution at a rate of `rate` frames a latent looks back HISTORY / rate.
+    """
+    block = CONVOLUTIONS_PER_BLOCK * HISTORY
+    latents, rate = Fraction(HISTORY + MIDDLE_BLOCKS * block), 1
+    for doubles_time in (*config.temperal_downsample[::-1], False):
+        latents += Fraction((config.num_res_blocks + 1) * block, rate)
+        if doubles_time:
+            latents += Fraction(HISTORY, rate)
+            rate *= 2
+    return math.ceil(latents + Fraction(HISTORY, rate))
 
 
 def encode_window(

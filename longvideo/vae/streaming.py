@@ -106,16 +106,17 @@ class StreamingDecoder:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and record what CUDA needs, which takes seconds, and begin a new video. Elsewhere only the latter."""
-        self.restore(())
+        self.begin()
         if all(device.type != "cuda" for device in self.devices):
             return
         batch, height, width = self.shape
         blank = torch.zeros(batch, self.config.z_dim, self.latents_per_step, height, width, device=self.devices[0])
-        self.opened = True  # cuDNN keeps what a thread ran a convolution with first: the measured choice has to be it
+        # cuDNN keeps what a thread ran a convolution with first: the measured choice has to be it
+        self.begin(inside=True)
         self.decode(blank)
-        self.restore(())
+        self.begin()
         self.decode(blank[:, :, :1])
-        self.restore(())
+        self.begin()
         torch.cuda.empty_cache()  # the graphs have memory of their own
 
     def state(self) -> State:
@@ -123,11 +124,21 @@ class StreamingDecoder:
         return tuple(conv.buffer[:, :HISTORY].clone() for conv in self._convolutions) if self.opened else ()
 
     @torch.inference_mode()
+    def begin(self, *, inside: bool = False) -> None:
+        """Begin a new video. inside: later latents come first, and what was before them is zero."""
+        self.opened = inside
+        for conv in self._convolutions:
+            conv.buffer[:, :HISTORY] = 0
+
+    @torch.inference_mode()
     def restore(self, state: State) -> None:
         """Go on from where `state` was taken; from () with a new video."""
-        self.opened = bool(state)
-        for index, conv in enumerate(self._convolutions):
-            conv.buffer[:, :HISTORY] = state[index] if state else 0
+        if not state:
+            self.begin()
+            return
+        self.opened = True
+        for conv, remembered in zip(self._convolutions, state, strict=True):
+            conv.buffer[:, :HISTORY] = remembered
 
     def _step(self, x_BTHWz: Tensor, *, opening: bool) -> Tensor:
         given = Activations(x_BTHWz)

@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -184,38 +183,6 @@ def test_threads_change_no_bit_and_end_with_the_stream(pipeline: StreamingPipeli
         assert threading.active_count() == running + 2
         stream.close()
         assert threading.active_count() == running and torch.get_num_threads() == 2
-
-
-def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPipeline) -> None:
-    with torch_threads(1), pipeline.session(PROMPTS[0], seed=5) as session:
-        chunks = list(islice(session, 3))
-        assert session.set_prompt(PROMPTS[1], mode="keep") == 2
-        chunks += islice(session, 1)
-        assert session.set_prompt(PROMPTS[0], mode="cut") == 3
-        with pytest.raises(UserError, match="empty"):
-            session.set_prompt(" ")
-        with pytest.warns(UserWarning, match="'zebra'"):
-            session.set_prompt("a zebra", mode="keep")
-        chunks += islice(session, 2)
-    assert [chunk.step.index for chunk in chunks] == [0, 0, 1, 2, 3, 4]
-    assert [chunk.step.prompts[0] for chunk in chunks] == [*[PROMPTS[0]] * 3, PROMPTS[1], *["a zebra"] * 2]
-    assert [chunk.step.cut for chunk in chunks] == [*[False] * 4, True, False]
-    assert all(chunk.seconds > 0 for chunk in chunks)
-    script = Script((ShotRequest(PROMPTS[0], 61 / 24), ShotRequest(PROMPTS[1], 32 / 24, cut=False)))
-    with torch_threads(1):  # as above: more threads a stage may round otherwise
-        expected = video(pipeline, script, seed=5)
-    assert np.array_equal(np.concatenate([chunk.frames[0] for chunk in chunks[:4]]), expected)
-    assert next(session, None) is None
-
-
-def test_a_session_that_runs_ahead_keeps_its_word(pipeline: StreamingPipeline) -> None:
-    with torch_threads(2), pipeline.session(PROMPTS[0]) as session:
-        chunks = list(islice(session, 4))
-        switch = session.set_prompt(PROMPTS[1])
-        assert 3 <= switch <= 6
-        chunks += islice(session, switch)
-    assert [chunk.step.prompts[0] == PROMPTS[1] for chunk in chunks] == [chunk.step.index >= switch for chunk in chunks]
-    assert [chunk.step.index for chunk in chunks if chunk.step.cut] == [switch]
 
 
 @pytest.mark.gpu

@@ -109,7 +109,7 @@ def test_opening_frame_counts_as_a_latent_of_the_halo() -> None:
             moments, _ = autoencoder.encode(video[:, :, window.first_frame : window.end_frame])
             exact, _ = autoencoder.encode(video)
         errors.append((moments[:, :, window.drop] - exact[:, :, 24]).abs().max().item())
-    assert errors[0] == 0 and errors[1] == 0 and errors[2] > 0
+    assert errors[0] < 1e-12 and errors[1] < 1e-12 and errors[2] > 1e-9
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])

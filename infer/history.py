@@ -1,0 +1,149 @@
+"""The chunks of a video so far, with what it takes to go on behind any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import UserError
+from longvideo.infer.timeline import Step
+from longvideo.model.cache import past_chunks
+from longvideo.model.spec import ChunkSpec
+
+HISTORY_BYTES = 256 * 2**20
+"""Of latents in host memory: all of an hour of `tiny`, about a minute of 704 x 1280."""
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """A chunk that was made. latents: [B, C, T, H, W], float32, in host memory; noise: states of the generators of its
+    samples before it was begun."""
+
+    step: Step
+    latents: Tensor
+    noise: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PastStep:
+    """A chunk that the next one attends to, the `shot`-th cut behind it or at it, and the prompts it is seen under."""
+
+    index: int
+    shot: int
+    cut: bool
+    prompts: tuple[str, ...]
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Past:
+    """What it takes to go on behind a chunk: what is attended to, the latents that the decoder remembers (of whole
+    chunks, from the start of the video or not), and the noise to come."""
+
+    attended: tuple[PastStep, ...]
+    decoded: tuple[Tensor, ...]
+    is_decoded_from_start: bool
+    generators: tuple[torch.Generator, ...]
+
+
+class History:
+    """Chunks in their order. The latents of the oldest are dropped when they take more than `capacity` bytes, but for
+    those that are still attended to."""
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        decode_lookback: int,
+        capacity: int = HISTORY_BYTES,
+        steps: Sequence[Step] = (),
+        kept: Iterable[ChunkRecord] = (),
+    ) -> None:
+        """decode_lookback: latents before its own that a frame depends on; see `longvideo.vae.halo`.
+
+        steps, kept: of a history to go on with.
+        """
+        self._spec, self._capacity = spec, capacity
+        self._lookback = -(-decode_lookback // spec.chunk_frames)
+        self._steps = list(steps)
+        self._kept = {record.step.index: record for record in kept}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps of all chunks."""
+        return list(self._steps)
+
+    @property
+    def kept(self) -> list[ChunkRecord]:
+        """The records that are still there."""
+        return list(self._kept.values())
+
+    def add(self, record: ChunkRecord) -> None:
+        """Add the next chunk."""
+        index = record.step.index
+        assert index == len(self), (index, len(self))
+        self._steps.append(record.step)
+        self._kept[index] = record
+        most = max(1, self._capacity // record.latents.nbytes)
+        if len(self._kept) > most:
+            attended = self._attended(len(self))
+            oldest = min(index for index in self._kept if index not in attended)
+            del self._kept[oldest]
+
+    def truncate(self, chunk: int) -> None:
+        """Forget a chunk and those behind it."""
+        del self._steps[chunk:]
+        self._kept = {index: record for index, record in self._kept.items() if index < chunk}
+
+    def behind(self, chunk: int) -> Past | None:
+        """Return what it takes to make a chunk (again); None for the first. Raises UserError if that is gone."""
+        if not 0 <= chunk <= len(self):
+            raise UserError(f"chunk {chunk} is not made yet; the last one is {len(self) - 1}")
+        if chunk == 0:
+            return None
+        attended, decoded = self._attended(chunk), range(max(0, chunk - self._lookback), chunk)
+        if any(index not in self._kept for index in (*attended, *decoded)):
+            raise UserError(f"chunk {chunk} is too far back: what was before it is no longer kept")
+        prompts, shots = self._prompts(chunk), self._shots(chunk)
+        return Past(
+            attended=tuple(
+                PastStep(index, shots[index], self._steps[index].cut, prompts[index], self._kept[index].latents)
+                for index in attended
+            ),
+            decoded=tuple(self._kept[index].latents for index in decoded),
+            is_decoded_from_start=decoded[0] == 0,
+            generators=tuple(_behind(state, self._kept[chunk - 1].latents) for state in self._kept[chunk - 1].noise),
+        )
+
+    def _attended(self, chunk: int) -> list[int]:
+        return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
+
+    def _prompts(self, chunk: int) -> list[tuple[str, ...]]:
+        """Return the prompts under which each chunk is seen: its own, or those of the last one that rewrote it."""
+        prompts = []
+        for step in self._steps[:chunk]:
+            if step.recache:
+                prompts = [step.prompts] * len(prompts)
+            prompts.append(step.prompts)
+        return prompts
+
+    def _shots(self, chunk: int) -> list[int]:
+        shots, shot = [], 0
+        for step in self._steps[:chunk]:
+            shot += step.cut
+            shots.append(shot)
+        return shots
+
+
+def _behind(state: Tensor, latents: Tensor) -> torch.Generator:
+    """Return a generator that has made the noise of a chunk since it was in `state`."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    torch.randn(latents.shape[1:], generator=generator)
+    return generator
