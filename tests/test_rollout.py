@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
 from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
-from longvideo.model.attention import Full
+from longvideo.model.attention import Cached, Filling, Full
+from longvideo.model.cache import KVCache, past_chunks, visible_chunks
 from longvideo.model.layout import TokenLayout
-from longvideo.model.transformer import CausalTransformer
-from longvideo.rollout import CachedTransformer, branches, rollout
+from longvideo.model.transformer import CausalTransformer, TextContext
+from longvideo.rollout import CachedTransformer, MadeChunk, branches, rollout
 from tests.golden import relative_error
 from tests.model import small
 
@@ -108,3 +110,61 @@ def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
     frames = small.SPEC.chunk_frames
     assert torch.equal(shifted[:, :, :frames], plain[:, :, :frames])
     assert relative_error(shifted[:, :, frames:], plain[:, :, frames:]) > 1e-4
+
+
+def prefilled(model: CausalTransformer, text: TextContext, chunks: dict[int, Tensor]) -> KVCache:
+    """Return a cache that was given these chunks under a text, and nothing else."""
+    config = model.config
+    cache = KVCache(
+        small.SPEC,
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+    )
+    for index, latents in chunks.items():
+        rope = model.rope(TokenLayout.one_chunk(small.SPEC, index))
+        model.fill_cache(latents, torch.zeros(1, latents.shape[2]), text, rope=rope, attention=Filling(cache))
+        cache.commit()
+    return cache
+
+
+@torch.no_grad()
+def test_recache_equals_a_fresh_prefill_of_the_window_under_the_new_text() -> None:
+    model = small.model()
+    old, new = conditioning(model, [0]), conditioning(model, [2], recache=True)
+    made = make(model, [old] * 5 + [new], [5]).split(small.SPEC.chunk_frames, 2)
+    text = new.text.select(torch.tensor([2]))
+    cache = prefilled(model, text, {index: made[index] for index in (0, 3, 4)})  # the sink, and what else is in sight
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randn(made[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
+    trajectory = UniPC(STEPS).start(noise)
+    for timestep in UniPC(STEPS).timesteps:
+        sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
+        rope = model.rope(TokenLayout.one_chunk(small.SPEC, 5))
+        trajectory.step(model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache)))
+    assert relative_error(made[5], trajectory.sample) < 1e-5
+    kept = make(model, [old] * 5 + [dataclasses.replace(new, recache=False)], [5]).split(small.SPEC.chunk_frames, 2)
+    assert relative_error(kept[5], made[5]) > 1e-3
+
+
+def test_a_rollout_goes_on_behind_what_another_made() -> None:
+    model, told = small.model(), conditioning(small.model(), [1])
+    chunks = [dataclasses.replace(told, cut=index == 2) for index in range(4)]
+    whole = make(model, chunks, [5]).split(small.SPEC.chunk_frames, 2)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        torch.randn(whole[0].shape[1:], generator=generator)
+    past = [(MadeChunk(index, int(index >= 2), index == 2, whole[index]), told) for index in range(3)]
+    denoiser = CachedTransformer(model, small.SPEC, batch=1)
+    (last,) = rollout(denoiser, chunks[3:], solver=UniPC(STEPS), generators=[generator], past=past)
+    assert relative_error(last, whole[3]) < 1e-5
+
+
+@pytest.mark.parametrize("pin_shots", [False, True])
+def test_past_chunks_are_those_that_a_rollout_sees(pin_shots: bool) -> None:
+    spec = dataclasses.replace(small.SPEC, pin_shots=pin_shots)
+    cuts = [index in (3, 4, 9) for index in range(12)]
+    visible = visible_chunks(spec, [*cuts, False])
+    for chunk in range(len(cuts) + 1):
+        seen = visible[chunk, :chunk].nonzero().flatten().tolist()
+        assert past_chunks(spec, cuts[:chunk]) == seen

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.evaluation.shapeworld import Report, Score, Task
+    from longvideo.evaluation.switches import SwitchResult, SwitchTask
     from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.timeline import SwitchMode
 
 app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that measures them.")
 
 MAX_SECONDS = 3600.0
 LEAST_SHOT_SECONDS = 1.5
+SWITCH_CHUNKS = 4  # before a change of prompt and after it
+SHOWN_SWITCHES = 8
 HEADINGS = {
     "count": "number",
     "color": "color",
@@ -144,6 +148,81 @@ def shapeworld(
 
         report = evaluate_videos(counted(), out=out, workers=workers)
     _print_report(report, out, console)
+
+
+@app.command()
+def switches(
+    model: Annotated[str, typer.Option(help="`tiny` or a model folder.")] = "tiny",
+    change: Annotated[
+        str, typer.Option(help="What the new prompt changes: `color` of the object, or the `scene`.")
+    ] = "color",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="`keep`, `recache` or `cut`; give it again for more.  [default: all]")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Number of switches for each mode.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other scenes and noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path(
+        "runs/switches"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
+) -> None:
+    """Say how soon a session shows a new prompt, and whether the scene goes on meanwhile.
+
+    Makes videos of one object, changes the prompt after four chunks, and judges each of the four that follow. Writes
+    `results.json` and for each mode a film strip of some switches, and says how many chunks pass at most from the one
+    being made when the prompt was given to the first that shows it.
+
+    Example: `longvideo eval switches --change scene --mode cut --out runs/cuts`
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from longvideo.evaluation.sheet import film_strip, spaced_indices
+    from longvideo.evaluation.switches import build_switches, summarize_switches
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.timeline import MODES
+
+    modes = list(mode or MODES)
+    if change not in ("color", "scene"):
+        raise UserError(f"--change {change!r} is unknown; use color or scene")
+    if unknown := [name for name in modes if name not in MODES]:
+        raise UserError(f"--mode {unknown[0]!r} is unknown; use {', '.join(MODES)}")
+    _check_output(out, overwrite)
+    tasks = build_switches(num, change=change, seed=seed)
+    pipeline = StreamingPipeline.from_pretrained(model, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    console, record, rows = Console(stderr=True), {}, {}
+    with _progress(console) as progress:
+        bar = progress.add_task("switches", total=num * len(modes))
+        for name in modes:
+            results, clips = [], []
+            for task in tasks:
+                result, frames = _switch(pipeline, task, name, steps)
+                results.append(result)
+                clips.append(frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)])
+                progress.advance(bar)
+            rows[name] = summarize_switches(results)
+            late = [result.late for result in results]
+            record[name] = {
+                **{key: score.record() for key, score in rows[name].items()},
+                "late_at_most": None if None in late else max(late),
+                "never_shown": late.count(None),
+                "switches": [asdict(result) for result in results],
+            }
+            shown = slice(0, SHOWN_SWITCHES)
+            captions = [
+                f"{result.task.prompts[1]} | shown {result.shown}, goes on {result.goes_on}" for result in results
+            ]
+            film_strip(clips[shown], captions=captions[shown], scale=0.6).save(out / f"{name}.png")
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(_table(f"{change}, {num} each", rows, list(next(iter(rows.values())))))
+    for name, found in record.items():
+        most = "one or more never did" if found["late_at_most"] is None else f"at most {found['late_at_most']}"
+        console.print(f"{name}: chunks from the one being made to the first that shows the prompt: {most}")
+    console.print(f"written: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -306,6 +385,35 @@ def generate_videos(
         yield from zip(group, frames, strict=True)
 
 
+def _switch(
+    pipeline: StreamingPipeline, task: SwitchTask, mode: SwitchMode, steps: int | None
+) -> tuple[SwitchResult, np.ndarray]:
+    """Make a video of two prompts and judge it; return its frames too."""
+    import numpy as np
+
+    from longvideo.evaluation.switches import judge_switch
+
+    chunks: dict[int, list[np.ndarray]] = {}
+    receipt = None
+    with pipeline.session(task.prompts[0], seed=task.seed, steps=steps) as session:
+        for chunk in session:
+            index = chunk.step.index
+            chunks.setdefault(index, []).append(chunk.frames[0])
+            if receipt is None and index == SWITCH_CHUNKS - 1:
+                receipt = session.set_prompt(task.prompts[1], mode)
+            if receipt is not None and index == receipt.effective_at + SWITCH_CHUNKS - 1:
+                break
+    assert receipt is not None
+    whole = [np.concatenate(parts) for parts in chunks.values()]
+    result = judge_switch(
+        task,
+        whole[receipt.effective_at - 1],
+        whole[receipt.effective_at :],
+        first_late=receipt.effective_at - receipt.accepted_at,
+    )
+    return result, np.concatenate(whole[receipt.effective_at - SWITCH_CHUNKS :])
+
+
 def read_tasks(folder: Path) -> list[Task]:
     """Turn a folder's manifest.jsonl into tasks; the captions say what each shot should show."""
     from longvideo.data.manifest import read_manifest
@@ -370,13 +478,14 @@ def _progress(console):
     return Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
 
-def _table(corner: str, rows: dict[str, dict[str, Score]]):
+def _table(corner: str, rows: dict[str, dict[str, Score]], names: list[str] | None = None):
     from rich import box
     from rich.table import Table
 
-    names = [name for name in HEADINGS if any(name in scores for scores in rows.values())]
+    if names is None:
+        names = [name for name in HEADINGS if any(name in scores for scores in rows.values())]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in (corner, *(HEADINGS[name] for name in names)):
+    for heading in (corner, *(HEADINGS.get(name, name) for name in names)):
         table.add_column(heading, no_wrap=True)
     for row, scores in rows.items():
         cells = (f"{scores[name].share:.1%}" if name in scores else "" for name in names)

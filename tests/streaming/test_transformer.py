@@ -34,6 +34,7 @@ CONFIG = TransformerConfig(
 )
 SPEC = ChunkSpec(2, 4, chunk_frames=2, window_frames=6, sink_frames=2, pin_shots=False, offset_per_shot=4)
 CUTS = (True, False, False, True, False)
+RECACHED = 2
 CACHES = {"bf16": KVCache, "nvfp4": NVFP4KVCache}
 
 
@@ -58,7 +59,10 @@ def roll_out(
     with torch.inference_mode():
         text = model.encode_text(features)
     rows = torch.arange(samples, device=denoiser.device)
-    chunks = [Conditioning(text, (rows + cut) % 2, 0 * rows + 2, cut=cut) for cut in CUTS]
+    chunks = [
+        Conditioning(text, (rows + cut) % 2, 0 * rows + 2, cut=cut, recache=index == RECACHED)
+        for index, cut in enumerate(CUTS)
+    ]
     generators = [torch.Generator().manual_seed(seed) for seed in range(samples)]
     made = rollout(denoiser, chunks, solver=UniPC(2), generators=generators, guidance=guidance, clean_pass=clean_pass)
     return torch.cat(list(made), dim=2)
@@ -92,7 +96,7 @@ def test_it_multiplies_as_the_model_does(precision: str) -> None:
     got, wanted = both(precision, "bf16", "cpu", torch.float32)
     plain = roll_out(CachedTransformer(_weights(), SPEC, batch=1), _weights())
     # where an input is rounded, one that lies between two numbers may fall the other way; far below the rounding itself
-    bound = 1e-5 if precision == "nvfp4-weights" else 0.2 * relative_error(wanted, plain)
+    bound = 1e-5 if precision == "nvfp4-weights" else 0.3 * relative_error(wanted, plain)
     assert relative_error(got, wanted) < bound
 
 

@@ -1,0 +1,105 @@
+"""Say how soon a video shows a new prompt, and whether the scene goes on meanwhile.
+
+A video is made under one prompt, and under another one from some chunk on. The judge sees the pixels of each chunk
+alone. "Shown": the object has the color and shape of the new prompt, and is the only one. "Goes on": over the switch
+the object stays where it is, with its shape, before the same background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from longvideo.evaluation.judge import compare, perceive
+from longvideo.evaluation.shapeworld import FPS, SECOND_STRIDE, Score
+from longvideo.shapeworld.captions import caption
+from longvideo.shapeworld.world import COLORS, Scene, sample_scene
+
+SEAM_FRAMES = 4
+"""On each side of the switch, as many as a latent frame lasts."""
+LEAST_JUMP = 12.0
+"""World units, 0.09 of the height: motion over a few frames stays below, a new shot's place seldom does."""
+
+Change = Literal["color", "scene"]
+
+
+@dataclass(frozen=True)
+class SwitchTask:
+    """A scene and its prompt, the scene and prompt after it, and the seed of the noise."""
+
+    scenes: tuple[Scene, Scene]
+    prompts: tuple[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SwitchResult:
+    """shown: for each chunk from the first that is made under the new prompt. goes_on: see the top of the file.
+
+    late: chunks between the one that was being made when the prompt was given and the first that shows it; None if none
+    does.
+    """
+
+    task: SwitchTask
+    shown: tuple[bool, ...]
+    goes_on: bool
+    late: int | None
+
+
+def build_switches(num: int, *, change: Change, seed: int = 0) -> list[SwitchTask]:
+    """Return tasks of held-out scenes with one object; another color of it, or another scene, comes after."""
+    tasks = []
+    for index in range(num):
+        number = seed * num + index
+        before = sample_scene(2 * number, split="heldout", num_sprites=1)
+        if change == "color":
+            names = tuple(COLORS)
+            (sprite,) = before.sprites
+            other = names[(names.index(sprite.color) + 1 + number % (len(names) - 1)) % len(names)]
+            after = replace(before, sprites=(replace(sprite, color=other),))
+        else:
+            after = sample_scene(2 * number + 1, split="heldout", num_sprites=1)
+        # the same words, but for what changes
+        prompts = (caption(before, number), caption(after, number))
+        tasks.append(SwitchTask((before, after), prompts, number))
+    return tasks
+
+
+def judge_switch(task: SwitchTask, before: np.ndarray, after: Sequence[np.ndarray], *, first_late: int) -> SwitchResult:
+    """Judge frames [T, H, W, 3] of the last chunk before a switch and of each one after it.
+
+    first_late: how many chunks the first of `after` is behind the one that was being made when the prompt was given.
+    """
+    verdicts = [
+        compare(perceive(frames[::SECOND_STRIDE], FPS / SECOND_STRIDE), task.scenes[1], from_start=False)
+        for frames in after
+    ]
+    shown = tuple(verdict.color and verdict.shape and verdict.count for verdict in verdicts)
+    return SwitchResult(
+        task,
+        shown,
+        goes_on=_goes_on(before[-SEAM_FRAMES:], after[0][:SEAM_FRAMES], task.scenes[0]),
+        late=first_late + shown.index(True) if any(shown) else None,
+    )
+
+
+def summarize_switches(results: Sequence[SwitchResult]) -> dict[str, Score]:
+    """Add results up: shown in the first chunk under the new prompt, in the second, and so on; and how many go on."""
+    chunks = len(results[0].shown)
+    scores = {
+        f"chunk {chunk + 1}": Score(sum(r.shown[chunk] for r in results), len(results)) for chunk in range(chunks)
+    }
+    return {**scores, "goes on": Score(sum(result.goes_on for result in results), len(results))}
+
+
+def _goes_on(before: np.ndarray, after: np.ndarray, scene: Scene) -> bool:
+    seen = [perceive(frames, FPS) for frames in (before, after)]
+    if any(len(percept.sprites) != 1 or percept.background != scene.background for percept in seen):
+        return False
+    (old,), (new,) = (percept.sprites for percept in seen)
+    jump = math.hypot(new.center_x - old.center_x, new.center_y - old.center_y)
+    return new.shape == old.shape and jump < LEAST_JUMP
