@@ -314,7 +314,7 @@ def _joined(layers: Sequence[nn.Module]) -> nn.Module | None:
         linears = cast(Sequence[nn.Linear], layers)
         joined = nn.Linear(linears[0].in_features, 3 * linears[0].out_features, device="meta")
         for name in ("weight", "bias"):
-            whole = torch.cat([layer.get_parameter(name).detach() for layer in linears])
+            whole = _side_by_side([layer.get_parameter(name).detach() for layer in linears])
             setattr(joined, name, nn.Parameter(whole, requires_grad=False))
             for layer, part in zip(linears, whole.chunk(3), strict=True):
                 setattr(layer, name, nn.Parameter(part, requires_grad=False))
@@ -322,7 +322,7 @@ def _joined(layers: Sequence[nn.Module]) -> nn.Module | None:
     if all(isinstance(layer, FP8Linear) for layer in layers):
         eights = cast(Sequence[FP8Linear], layers)
         # as bytes: not every operation knows the dtype
-        values = torch.cat([layer.quantized_weight.values.view(torch.uint8) for layer in eights])
+        values = _side_by_side([layer.quantized_weight.values.view(torch.uint8) for layer in eights])
         whole = FP8Rows(
             values.view(torch.float8_e4m3fn), torch.cat([layer.quantized_weight.scales for layer in eights])
         )
@@ -331,3 +331,17 @@ def _joined(layers: Sequence[nn.Module]) -> nn.Module | None:
             setattr(layer, VALUES, part)
         return FP8Linear(whole, bias)
     return None
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Return tensors as one, without a copy where they lie so already: several transformers may take a model over."""
+    first = parts[0]
+    lie_so = all(
+        part.is_contiguous()
+        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.storage_offset() == first.storage_offset() + index * first.numel()
+        for index, part in enumerate(parts)
+    )
+    if not lie_so:
+        return torch.cat(parts)
+    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride(), first.storage_offset())

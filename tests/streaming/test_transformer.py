@@ -126,6 +126,22 @@ def test_a_second_video_knows_nothing_of_the_first() -> None:
     assert torch.equal(roll_out(streaming, model), first)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_two_of_them_share_the_weights_of_a_model(precision: str) -> None:
+    model = transformer(precision, "cpu", torch.float32)
+    first = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
+    name = "weight" if precision == "bf16" else "quantized_weight"
+    places = [_place(block.self_attn.k, name) for block in model.blocks]
+    second = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
+    assert torch.equal(first, second)
+    assert [_place(block.self_attn.k, name) for block in model.blocks] == places
+
+
+def _place(layer: torch.nn.Module, name: str) -> int:
+    weight = getattr(layer, name)
+    return (weight if isinstance(weight, Tensor) else weight.values).data_ptr()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("precision", ["bf16", "nvfp4-weights", "nvfp4", "fp8"])
