@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import json
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._features: dict[str, Tensor] = {}
         self._features_version = 0
 
     @classmethod
@@ -110,15 +109,14 @@ class TextEncoder(nn.Module):
         if version != self._features_version or self.training:
             self._features.clear()
             self._features_version = version
-        if prompt in self._features:
-            self._features.move_to_end(prompt)
-            features_SD = self._features[prompt]
-        else:
+        # several videos may be made at once: each step is whole in itself, and the newest is the last
+        features_SD = self._features.pop(prompt, None)
+        if features_SD is None:
             ids_PS, mask_PS = self.tokenize([prompt])
             features_SD = self.forward(ids_PS, mask_PS)[0, : ids_PS.shape[1]]
-            self._features[prompt] = features_SD
-            if len(self._features) > MAX_CACHED_PROMPTS:
-                self._features.popitem(last=False)
+        self._features[prompt] = features_SD
+        for oldest in list(self._features)[:-MAX_CACHED_PROMPTS]:
+            self._features.pop(oldest, None)
         return nn.functional.pad(features_SD, (0, 0, 0, self.text_len - features_SD.shape[0]))
 
     def _ids(self, text: str) -> list[int]:

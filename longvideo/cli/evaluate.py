@@ -185,10 +185,10 @@ def switches(
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import MODES
 
-    modes = list(mode or MODES)
+    modes = [known for known in MODES if mode is None or known in mode]
     if change not in ("color", "scene"):
         raise UserError(f"--change {change!r} is unknown; use color or scene")
-    if unknown := [name for name in modes if name not in MODES]:
+    if unknown := [name for name in mode or () if name not in MODES]:
         raise UserError(f"--mode {unknown[0]!r} is unknown; use {', '.join(MODES)}")
     _check_output(out, overwrite)
     tasks = build_switches(num, change=change, seed=seed)
@@ -219,9 +219,9 @@ def switches(
             film_strip(clips[shown], captions=captions[shown], scale=0.6).save(out / f"{name}.png")
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(_table(f"{change}, {num} each", rows, list(next(iter(rows.values())))))
-    for name, found in record.items():
+    for row, found in record.items():
         most = "one or more never did" if found["late_at_most"] is None else f"at most {found['late_at_most']}"
-        console.print(f"{name}: chunks from the one being made to the first that shows the prompt: {most}")
+        console.print(f"{row}: chunks from the one being made to the first that shows the prompt: {most}")
     console.print(f"written: {out}", soft_wrap=True)
 
 

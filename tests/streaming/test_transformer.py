@@ -131,15 +131,15 @@ def test_two_of_them_share_the_weights_of_a_model(precision: str) -> None:
     model = transformer(precision, "cpu", torch.float32)
     first = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
     name = "weight" if precision == "bf16" else "quantized_weight"
-    places = [_place(block.self_attn.k, name) for block in model.blocks]
+    places = _places(model, name)
     second = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
     assert torch.equal(first, second)
-    assert [_place(block.self_attn.k, name) for block in model.blocks] == places
+    assert _places(model, name) == places
 
 
-def _place(layer: torch.nn.Module, name: str) -> int:
-    weight = getattr(layer, name)
-    return (weight if isinstance(weight, Tensor) else weight.values).data_ptr()
+def _places(model: CausalTransformer, name: str) -> list[int]:
+    weights = [getattr(block.get_submodule("self_attn.k"), name) for block in model.blocks]
+    return [(weight if isinstance(weight, Tensor) else weight.values).data_ptr() for weight in weights]
 
 
 @pytest.mark.gpu
