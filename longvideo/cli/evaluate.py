@@ -185,10 +185,11 @@ def switches(
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import MODES
 
-    modes = [known for known in MODES if mode is None or known in mode]
+    wanted = mode or list(MODES)
+    modes: list[SwitchMode] = [known for known in MODES if wanted.count(known)]
     if change not in ("color", "scene"):
         raise UserError(f"--change {change!r} is unknown; use color or scene")
-    if unknown := [name for name in mode or () if name not in MODES]:
+    if unknown := [name for name in wanted if name not in MODES]:
         raise UserError(f"--mode {unknown[0]!r} is unknown; use {', '.join(MODES)}")
     _check_output(out, overwrite)
     tasks = build_switches(num, change=change, seed=seed)

@@ -15,6 +15,7 @@ from longvideo.errors import UserError
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
+    "serve": "longvideo.cli.serve:serve",
     "train": "longvideo.train.command:app",
     "distill": "longvideo.distill.command:distill",
     "merge": "longvideo.distill.command:merge",

@@ -1,0 +1,153 @@
+"""What a client of the WebSocket may say, checked strictly, and how it is answered; docs/server.md is the protocol."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from longvideo.errors import UserError
+from longvideo.infer.options import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
+from longvideo.infer.script import MAX_SECONDS, check_prompt
+from longvideo.infer.server.security import ID_PATTERN
+from longvideo.infer.timeline import SwitchMode
+
+MAX_CHUNK = 10**6
+MAX_LEAD = 3600.0
+
+ErrorCode = Literal[
+    "bad_message",
+    "bad_prompt",
+    "bad_chunk",
+    "too_late",
+    "unauthorized",
+    "too_many_sessions",
+    "not_found",
+    "too_slow",
+    "shutting_down",
+    "internal",
+]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
+LeadSeconds = Annotated[float, Field(ge=0, le=MAX_LEAD, allow_inf_nan=False)]
+Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class Refusal(Exception):
+    """Why something is not done, for the client: the code and message of an `error`."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code: ErrorCode = code
+
+
+class ClientMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _First(ClientMessage):
+    lead_seconds: LeadSeconds | None = None
+    slow: Literal["wait", "drop"] = "wait"
+
+
+class Start(_First):
+    type: Literal["start"]
+    prompt: str
+    seed: Seed = 0
+    steps: Steps | None = None
+    guidance: Guidance | None = None
+    seconds: Seconds | None = None
+
+
+class Continue(_First):
+    type: Literal["continue"]
+    session: Annotated[str, Field(pattern=ID_PATTERN)]
+
+
+class SetPrompt(ClientMessage):
+    type: Literal["set_prompt"]
+    prompt: str
+    mode: SwitchMode = "cut"
+
+
+class AddShot(ClientMessage):
+    type: Literal["add_shot"]
+    prompt: str
+    chunk: Chunk
+    mode: SwitchMode = "cut"
+
+
+class Seek(ClientMessage):
+    type: Literal["seek"]
+    chunk: Chunk
+    prompt: str | None = None
+    mode: SwitchMode = "cut"
+
+
+class Pause(ClientMessage):
+    type: Literal["pause"]
+
+
+class Resume(ClientMessage):
+    type: Literal["resume"]
+
+
+class Played(ClientMessage):
+    type: Literal["played"]
+    seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+
+
+class Stop(ClientMessage):
+    type: Literal["stop"]
+
+
+FirstMessage = Start | Continue
+LaterMessage = SetPrompt | AddShot | Seek | Pause | Resume | Played | Stop
+_MESSAGES: TypeAdapter[FirstMessage | LaterMessage] = TypeAdapter(
+    Annotated[FirstMessage | LaterMessage, Field(discriminator="type")]
+)
+
+
+def read_message(text: str | None, *, max_bytes: int, max_prompt: int) -> FirstMessage | LaterMessage:
+    """Check a message; text is None for a binary one. Raises Refusal with `bad_message` or `bad_prompt`."""
+    if text is None:
+        raise Refusal("bad_message", "the message is binary; send JSON as text")
+    if len(text.encode("utf-8", "replace")) > max_bytes:
+        raise Refusal("bad_message", f"the message is larger than {max_bytes} bytes")
+    try:
+        message = _MESSAGES.validate_json(text)
+    except ValidationError as error:
+        raise Refusal("bad_message", first_reason(error.errors(include_url=False, include_input=False))) from error
+    if (prompt := getattr(message, "prompt", None)) is not None:
+        check_prompt_length(prompt, max_prompt)
+    return message
+
+
+def check_prompt_length(prompt: str, max_length: int) -> None:
+    """Raise Refusal with `bad_prompt` when a prompt says nothing or too much."""
+    if len(prompt) > max_length:
+        raise Refusal("bad_prompt", f"the prompt has {len(prompt)} characters; at most {max_length} are taken")
+    try:
+        check_prompt(prompt, "the prompt")
+    except UserError as error:
+        raise Refusal("bad_prompt", str(error)) from error
+
+
+def first_reason(errors: Any) -> str:
+    """Say where the first of pydantic's errors is and what it is, without repeating what was sent."""
+    error = errors[0]
+    where = ".".join(str(key)[:40] for key in error["loc"])
+    return f"{where}: {error['msg']}" if where else str(error["msg"])
+
+
+def error_text(code: ErrorCode, message: str) -> str:
+    """Return an `error` as it is sent."""
+    return message_text("error", code=code, message=message)
+
+
+def message_text(kind: str, **fields: Any) -> str:
+    """Return a message as it is sent: JSON in ASCII, which holds anything that a prompt can."""
+    return json.dumps({"type": kind, **fields}, allow_nan=False)

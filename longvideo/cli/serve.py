@@ -1,0 +1,114 @@
+"""`longvideo serve`: a page, live streams and jobs over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.number_formats import NumberFormats
+
+MISSING = "longvideo serve needs fastapi and uvicorn; run: pip install 'longvideo[serve]'"
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but this machine's own (127.0.0.1, ::1) takes `--token`.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LONGVIDEO_TOKEN", show_envvar=True, help="Secret that every client must send; others are refused."
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where videos and the list of jobs are kept.")] = Path("served"),
+    max_sessions: Annotated[
+        int, typer.Option(min=1, help="Live videos at a time; each takes the memory of one. A job runs beside them.")
+    ] = 2,
+    max_seconds: Annotated[
+        float,
+        typer.Option(min=1, max=86400, help="Longest live video; one that is asked for without a length ends there."),
+    ] = 3600.0,
+    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: the GPU if any]")] = None,
+    decode_device: Annotated[
+        str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
+    ] = None,
+    decode_share: Annotated[
+        float | None,
+        typer.Option(help="Of the work of --decode-device, what --device does instead: 0.2 is a fifth.  [default: 0]"),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
+    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
+    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+) -> None:
+    """Serve a page on which videos are watched while they are made, and steered.
+
+    `longvideo serve`, then open http://127.0.0.1:8000: type a prompt, watch, and change the prompt while it runs.
+
+    `longvideo serve --model FOLDER --host 0.0.0.0 --token "$(openssl rand -hex 16)"` lets other machines in. The token
+    and the video are not encrypted: beyond a network that you trust, put a proxy with TLS in front.
+
+    Programs use the same server: live streams over the WebSocket `/v1/stream`, jobs by `POST /v1/videos`, described in
+    `/openapi.json` and docs/server.md. What is made lies under `--folder`, one MP4 a video. Ctrl-C ends it in order:
+    live videos can be continued and queued jobs are taken up when it runs again.
+    """
+    from longvideo.number_formats import NumberFormats
+
+    formats = NumberFormats(precision, kv_cache, attention)
+    try:
+        from longvideo.infer.server.limits import Limits, ServerSettings
+        from longvideo.infer.server.run import VideoServer, listen
+        from longvideo.infer.server.security import check_listening, is_loopback
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise UserError(MISSING) from error
+    check_listening(host, token)
+    socket = listen(host, port)
+    settings = ServerSettings(
+        folder=folder,
+        model=model if model == "tiny" else Path(model).name,
+        token=token,
+        loopback=is_loopback(host),
+        limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
+    )
+    print("loading", file=sys.stderr)
+    pipeline = _load(model, device, decode_device, decode_share, formats)
+    server = VideoServer(pipeline, settings)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"longvideo serves {settings.model} on http://{shown}:{socket.getsockname()[1]}", flush=True)
+    server.run([socket])
+
+
+def _load(
+    model: str,
+    device: str | None,
+    decode_device: str | None,
+    decode_share: float | None,
+    formats: NumberFormats,
+) -> StreamingPipeline:
+    import warnings
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.host_memory import release_large_blocks
+    from longvideo.infer.pipeline import StreamingPipeline
+
+    # clients are told about words that the model does not know; the terminal of the server need not be
+    warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
+    release_large_blocks()
+    return StreamingPipeline.load(
+        ModelFolder.open(model),
+        device=device,
+        decode_device=decode_device,
+        decode_share=decode_share,
+        formats=formats,
+    )

@@ -1,0 +1,420 @@
+"""The page in a browser, against `longvideo serve` with tiny: what a person does, and what they see."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+import pytest
+
+from longvideo.evaluation.judge import judge
+from longvideo.evaluation.request import read_caption
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --autoplay-policy=no-user-gesture-required"
+).split()
+DEADLINE = 90.0  # for what may wait behind other work on this machine
+TOKEN = "right-and-long-enough"
+RED = "a large red circle drifts left over a black background"
+BLUE = "a large blue circle drifts left over a black background"
+
+
+class Server:
+    """`longvideo serve` in a process of its own."""
+
+    def __init__(self, folder: Path, *, port: int = 0, token: str | None = None) -> None:
+        command = [sys.executable, "-c", "from longvideo.cli.main import main; main()", "serve", "--device", "cpu"]
+        command += ["--port", str(port), "--folder", str(folder), "--max-sessions", "4"]
+        environment = os.environ | ({} if token is None else {"LONGVIDEO_TOKEN": token})
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        line = self._first_line()
+        found = re.search(r"http://[\d.]+:(\d+)", line)
+        assert found, f"longvideo serve said {line!r}"
+        self.url, self.port = found[0], int(found[1])
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does. Stopping twice does nothing."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    def _first_line(self) -> str:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
+        return self.process.stdout.readline() if ready else ""
+
+
+class Cable:
+    """A TCP connection that can be cut: forwards a port of its own to the server's."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Break all connections that are there; new ones work."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with closing(end):
+                try:
+                    end.shutdown(socket.SHUT_RDWR)
+                except OSError:  # gone already
+                    continue
+
+    def close(self) -> None:
+        self._listening.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listening.accept()
+            except OSError:  # closed
+                return
+            far = socket.create_connection(("127.0.0.1", self._to))
+            self._ends += [near, far]
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=_forward, args=(source, target), daemon=True).start()
+
+
+def _forward(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:  # cut
+        return
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("served"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server of the test's own; all work in one folder."""
+    servers: list[Server] = []
+
+    def serve(**settings: Any) -> Server:
+        servers.append(Server(tmp_path, **settings))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'longvideo[test]'")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext, server: Server) -> Iterator[Page]:
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: problems.append(said.text) if "Security Policy" in said.text else None)
+    open_page(page, server.url)
+    yield page
+    assert not problems
+
+
+def open_page(page: Page, url: str) -> None:
+    page.goto(url)
+    wait(page, lambda: page.text_content("#status") == "Ready")
+
+
+def wait(page: Page, condition: Callable[[], Any]) -> None:
+    """Look again and again; Playwright's own waiting evaluates strings, which the page's policy forbids."""
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > until:
+            said = {name: page.text_content(name) for name in ("#status", "#notices", "#prompt-problem", "#log")}
+            raise AssertionError(f"not seen within {DEADLINE} s; the page says {said}")
+        page.wait_for_timeout(50)
+
+
+def start(page: Page, prompt: str, **settings: str) -> None:
+    for name, value in settings.items():
+        page.fill(f"#{name}", value)
+    page.fill("#prompt", prompt)
+    page.press("#prompt", "Enter")
+
+
+def played(page: Page) -> float:
+    return page.evaluate("document.querySelector('#video').currentTime")
+
+
+def state(page: Page) -> str:
+    return page.evaluate("document.body.dataset.state")
+
+
+def num_made(page: Page) -> int:
+    return page.locator("#chunks button").count()
+
+
+def picture(page: Page, seconds: float | None = None) -> np.ndarray:
+    """What the video element shows, uint8 [H, W, 3]; with `seconds`, after a jump to there."""
+    pixels, height, width = page.evaluate(
+        """async (seconds) => {
+            const video = document.querySelector("#video");
+            if (seconds !== null) {
+                const seeked = new Promise((done) => video.addEventListener("seeked", done, { once: true }));
+                video.currentTime = seconds;
+                await seeked;
+            }
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+            const drawing = canvas.getContext("2d", { willReadFrequently: true });
+            drawing.drawImage(video, 0, 0);
+            const { data } = drawing.getImageData(0, 0, canvas.width, canvas.height);
+            let text = "";
+            for (const value of data) text += String.fromCharCode(value);
+            return [btoa(text), canvas.height, canvas.width];
+        }""",
+        seconds,
+    )
+    return np.frombuffer(base64.b64decode(pixels), np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def presentation_times(path: Path) -> list[int]:
+    with av.open(str(path)) as container:
+        times = [frame.pts for frame in container.decode(video=0)]
+    assert None not in times
+    return [time for time in times if time is not None]
+
+
+def test_the_video_plays_while_it_is_made(page: Page) -> None:
+    began = time.perf_counter()
+    page.reload()
+    wait(page, lambda: page.text_content("#status") == "Ready")
+    start(page, RED)
+    wait(page, lambda: played(page) > 0.1)
+    print(f"from opening the page to a moving picture: {time.perf_counter() - began:.2f} s")
+    before, at = picture(page), played(page)
+    wait(page, lambda: played(page) > at + 0.8)
+    assert state(page) == "playing"
+    assert np.abs(picture(page).astype(int) - before).max() > 50
+    assert page.text_content("#n-first") != "–"
+
+
+def test_a_change_of_prompt_is_shown_from_the_chunk_of_its_receipt(page: Page) -> None:
+    start(page, RED, seconds="13")
+    wait(page, lambda: num_made(page) >= 2)
+    page.fill("#prompt", BLUE)
+    page.press("#prompt", "Enter")
+    wait(page, lambda: page.locator("#log li").count() == 1)
+    words = page.text_content("#log .log-times") or ""
+    found = re.fullmatch(r"cut: accepted at chunk (\d+), shown from chunk (\d+) \((\d+\.\d) s\)", words)
+    assert found, words
+    chunk, second = int(found[2]), float(found[3])
+    wait(page, lambda: page.text_content("#log .log-state") == "now showing")
+    assert played(page) >= second - 0.1
+    wait(page, lambda: page.evaluate("document.querySelector('#video').ended"))
+    prompts = page.eval_on_selector_all("#chunks button", "all => all.map((one) => one.title.replace(/^.*?: /, ''))")
+    assert prompts == [RED] * chunk + [BLUE] * (len(prompts) - chunk)
+
+    fps = 8
+    for prompt, begin, end in ((RED, 0.0, second), (BLUE, second + 0.1, 13.0)):
+        frames = np.stack(
+            [picture(page, moment + 0.02) for moment in np.arange(begin, min(end, begin + 4) - 0.1, 1 / fps)]
+        )
+        verdict = judge(frames, read_caption(prompt), fps=fps)
+        assert verdict.color and verdict.shape and verdict.background, (prompt, verdict)
+
+
+def test_a_branch_replaces_what_came_after(page: Page) -> None:
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 4)
+    page.click("#pause")
+    page.focus("#chunks button[tabindex='0']")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert "Chunk 1," in (page.text_content("#branch-text") or "")
+    page.fill("#prompt", BLUE)
+    page.click("#branch-new")
+    wait(page, lambda: page.text_content("#log .log-state") == "now showing")
+    assert "branch: " in (page.text_content("#log .log-times") or "")
+    titles = page.eval_on_selector_all("#chunks button", "all => all.map((one) => one.title)")
+    assert RED in titles[0] and BLUE in titles[1]
+    wait(page, lambda: played(page) > 1.4)
+    red, _, blue = picture(page).reshape(-1, 3).astype(int)[picture(page).max(2).ravel() > 90].mean(0)
+    assert blue > red
+
+
+def test_a_shot_can_be_planned(page: Page) -> None:
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 1)
+    page.fill("#when", "30")
+    assert page.text_content("#when-chunk") == "chunk 23"
+    start(page, BLUE)
+    wait(page, lambda: page.locator(".planned").count() == 1)
+    assert page.get_attribute(".planned", "title") == f"Planned from chunk 23, 30.5 s: {BLUE}"
+    assert page.input_value("#when") == ""
+
+
+def test_a_cut_connection_is_mended(page: Page, server: Server) -> None:
+    cable = Cable(server.port)
+    open_page(page, cable.url)
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 2)
+    cable.cut()
+    wait(page, lambda: "connection is lost" in (page.text_content("#notices") or ""))
+    before = num_made(page)
+    wait(page, lambda: state(page) == "playing")
+    assert page.text_content("#notices") == ""
+    wait(page, lambda: num_made(page) >= before + 2)
+    made_until = page.evaluate("document.querySelector('#video').buffered.end(0)")
+    wait(page, lambda: played(page) > made_until - 1)
+    cable.close()
+
+
+def test_a_server_that_restarts_goes_on_with_the_video(page: Page, serve: Callable[..., Server]) -> None:
+    server = serve()
+    open_page(page, server.url)
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 2)
+    server.stop()
+    wait(page, lambda: state(page) == "lost")
+    before = num_made(page)
+    serve(port=server.port)
+    wait(page, lambda: state(page) == "playing" and num_made(page) >= before + 2)
+
+
+def test_what_is_wrong_is_said(page: Page) -> None:
+    page.press("#prompt", "Enter")
+    assert page.text_content("#prompt-problem") == "Write what the video shall show."
+    assert page.get_attribute("#prompt", "aria-invalid") == "true"
+    page.eval_on_selector("#prompt", "prompt => prompt.removeAttribute('maxlength')")
+    start(page, "red " * 400)
+    wait(page, lambda: "The prompt was not accepted." in (page.text_content("#prompt-problem") or ""))
+    assert state(page) == "idle"
+    start(page, "a large red zebra")
+    wait(page, lambda: "zebra" in (page.text_content(".notice.warning") or ""))
+
+
+def test_a_missing_server_is_said(page: Page, serve: Callable[..., Server]) -> None:
+    server = serve()
+    open_page(page, server.url)
+    server.stop()
+    start(page, RED)
+    wait(page, lambda: "The server cannot be reached." in (page.text_content(".notice.error") or ""))
+    assert state(page) == "idle"
+
+
+def test_a_token_is_asked_for_and_used(page: Page, serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(token=TOKEN)
+    open_page(page, server.url)
+    start(page, RED, token="wrong-but-long-enough")
+    wait(page, lambda: "The server refused the token." in (page.text_content(".notice.error") or ""))
+    start(page, RED, token=TOKEN, seconds="2")
+    wait(page, lambda: state(page) == "ended")
+    with page.expect_download() as waiting:
+        page.click("#download")
+    waiting.value.save_as(tmp_path / "video.mp4")
+    assert len(presentation_times(tmp_path / "video.mp4")) == 48
+
+
+def test_the_download_plays(page: Page, tmp_path: Path) -> None:
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 2)
+    page.click("#stop")
+    wait(page, lambda: state(page) == "ended")
+    with page.expect_download() as waiting:
+        page.click("#download")
+    waiting.value.save_as(tmp_path / "video.mp4")
+    times = presentation_times(tmp_path / "video.mp4")
+    assert len(times) >= 29 + 32
+    assert all(earlier < later for earlier, later in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_nothing_reaches_beyond_the_window(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 3)
+    page.click("#chunks button >> nth=1")
+    assert page.is_visible("#branch-same")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_keyboard_is_enough(page: Page) -> None:
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "prompt":
+            break
+    page.keyboard.type(RED)
+    page.keyboard.press("Enter")
+    wait(page, lambda: num_made(page) >= 1 and played(page) > 0)
+    while page.evaluate("document.activeElement.id") != "pause":
+        page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Space")
+    assert state(page) == "paused"
+    assert page.text_content("#pause") == "Resume"
+
+
+def test_everything_has_a_name(page: Page) -> None:
+    start(page, RED)
+    wait(page, lambda: num_made(page) >= 2)
+    page.click("#chunks button >> nth=0")
+    nameless = page.eval_on_selector_all(
+        "input, textarea, button, a, svg, video",
+        """all => all.filter((one) => {
+            const named = one.getAttribute("aria-label") || one.labels?.length;
+            return !named && !one.textContent.trim();
+        }).map((one) => one.outerHTML)""",
+    )
+    assert nameless == []
+    ids = page.eval_on_selector_all("[id]", "all => all.map((one) => one.id)")
+    assert len(ids) == len(set(ids))
+    referred = page.eval_on_selector_all(
+        "[aria-labelledby], [aria-describedby]",
+        "all => all.flatMap((one) => [one.getAttribute('aria-labelledby'), one.getAttribute('aria-describedby')])",
+    )
+    assert {name for name in referred if name} <= set(ids)
+    assert page.get_attribute("#status", "role") == "status"

@@ -1,0 +1,428 @@
+"""Live streams over a real WebSocket: messages in their order, steering, limits, and what a client that leaves gets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import socket
+import threading
+
+import av
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.server.limits import Limits
+from tests.infer.server.conftest import PROMPT, Client, Serve, wait_until
+
+FPS = 24
+DISCONNECTS = int(os.environ.get("LONGVIDEO_DISCONNECTS", "20"))
+FIRST, LATER = 29, 32
+
+
+def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
+    with av.open(io.BytesIO(data)) as container:
+        frames = list(container.decode(video=0))
+    time_base = frames[0].time_base
+    assert time_base is not None
+    return [round(float(frame.pts * time_base) * FPS) for frame in frames], np.stack(
+        [frame.to_ndarray(format="rgb24") for frame in frames]
+    )
+
+
+def closed_with(client: Client) -> int | None:
+    """Read to the end of a connection and return its close code."""
+    try:
+        while True:
+            client.socket.recv(timeout=30)
+    except ConnectionClosed as error:
+        return error.rcvd.code if error.rcvd else None
+
+
+def test_a_stream_is_ready_chunks_and_end_and_can_be_downloaded(serve: Serve, pipeline: StreamingPipeline) -> None:
+    server = serve()
+    client = server.connect(subprotocols=["longvideo.v1"])
+    assert client.socket.subprotocol == "longvideo.v1"
+    ready = client.start(seconds=3, seed=4)
+    assert ready["mime"].startswith('video/mp4; codecs="avc1.42')
+    assert (ready["width"], ready["height"], ready["fps"]) == (64, 32, FPS)
+    assert (ready["first_chunk_frames"], ready["chunk_frames"], ready["steps"]) == (FIRST, LATER, 2)
+    assert (ready["prompt"], ready["seed"], ready["guidance"], ready["seconds"]) == (PROMPT, 4, 1.0, 3)
+    *chunks, end = client.hear_until("end")
+    assert [(c["chunk"], c["start"] * FPS, c["frames"]) for c in chunks] == [
+        (0, 0, 1),
+        (0, 1, 28),
+        (1, 29, 32),
+        (2, 61, 11),
+    ]
+    assert all(c["prompt"] == PROMPT and not c["cut"] and c["dropped"] == 0 and c["made_in"] > 0 for c in chunks)
+    assert (end["chunks"], end["frames"], end["seconds"]) == (3, 72, 3)
+    assert closed_with(client) == 1000
+    data = client.init + b"".join(client.segments)
+    with server.http() as http:
+        assert http.get(end["download"]).content == data
+    indices, frames = decoded(data)
+    assert indices == list(range(72))
+    made = np.concatenate(list(pipeline.stream(PROMPT, seconds=3, seed=4)))
+    # the random model makes noise, whose colours 4:2:0 averages away
+    brightness, expected = (video.astype(float) @ (0.2126, 0.7152, 0.0722) for video in (frames, made))
+    assert np.abs(brightness - expected).mean() < 6
+    assert sorted(path.suffix for path in (server.folder / "streams").iterdir()) == [".mp4"]
+
+
+def test_what_is_made_so_far_can_be_downloaded_while_it_grows(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start()["session"]
+    content = f"/v1/streams/{session}/content"
+    client.hear_until("chunk", chunk=3)
+    with server.http() as http:
+        for chunk in range(4, 7):
+            indices, _ = decoded(http.get(content).content)
+            assert indices == list(range(len(indices))) and len(indices) >= FIRST
+            client.hear_until("chunk", chunk=chunk)
+        client.say("stop")
+        client.hear_until("end")
+        wait_until(lambda: server.streams.num_live == 0)
+        whole = http.get(content)
+        assert http.get(content, headers={"Range": "bytes=-20"}).content == whole.content[-20:]
+
+
+def test_receipts_say_when_a_prompt_is_shown_and_it_is_shown_then(serve: Serve) -> None:
+    client = serve().connect()
+    client.start(lead_seconds=2)
+    client.hear_until("chunk", chunk=1)
+    client.say("set_prompt", prompt="a blue square spins", mode="cut")
+    client.say("add_shot", prompt="a red square spins", mode="keep", chunk=7)
+    *_, first = client.hear_until("receipt")
+    *_, second = client.hear_until("receipt")
+    assert first["action"] == "set_prompt" and first["mode"] == "cut" and first["prompt"] == "a blue square spins"
+    assert 1 <= first["accepted_at"] < first["effective_at"] <= 5
+    assert first["effective_seconds"] == pytest.approx((FIRST + (first["effective_at"] - 1) * LATER) / FPS)
+    assert (second["action"], second["effective_at"], second["mode"]) == ("add_shot", 7, "keep")
+    client.say("played", seconds=600)
+    chunks = {c["chunk"]: c for c in client.hear_until("chunk", chunk=8) if c["type"] == "chunk"}
+    blue = [index for index in chunks if chunks[index]["prompt"] == "a blue square spins"]
+    assert blue == list(range(first["effective_at"], 7)) and chunks[blue[0]]["cut"]
+    assert chunks[7]["prompt"] == "a red square spins" and not chunks[7]["cut"]
+
+
+def test_no_chunk_is_begun_far_ahead_of_the_player(serve: Serve) -> None:
+    client = serve().connect()
+    client.start(lead_seconds=2)
+    client.hear_until("chunk", chunk=2)  # ends at 3.9 s
+    begun = 2
+    for _ in range(3):  # what was under way comes, then nothing
+        try:
+            text = client.socket.recv(timeout=1)
+        except TimeoutError:
+            break
+        client.socket.recv()
+        begun = json.loads(text)["chunk"]
+    assert begun <= 4
+    client.say("played", seconds=4)
+    assert client.hear_until("chunk")[-1]["chunk"] == begun + 1
+
+
+def test_pause_holds_the_stream_and_resume_goes_on(serve: Serve) -> None:
+    client = serve().connect()
+    client.start()
+    client.hear_until("chunk", chunk=0)
+    client.say("pause")
+    *before, paused = client.hear_until("state")
+    assert paused["state"] == "paused"
+    late = []
+    with pytest.raises(TimeoutError):
+        while True:
+            text = client.socket.recv(timeout=1)
+            late.append(json.loads(text)["chunk"])
+            client.socket.recv()
+    client.say("resume")
+    *_, playing = client.hear_until("state")
+    assert playing["state"] == "playing"
+    latest = max([0, *late, *(c["chunk"] for c in before)])
+    assert client.hear_until("chunk")[-1]["chunk"] == latest + 1 or latest == 0
+    assert len(late) <= 6
+
+
+def test_seek_replaces_what_came_after_also_in_the_file(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start(seconds=8, lead_seconds=3)["session"]
+    client.hear_until("chunk", chunk=3)
+    client.say("seek", chunk=2, prompt="a blue square spins", mode="cut")
+    *_, receipt = client.hear_until("receipt")
+    assert (receipt["action"], receipt["effective_at"]) == ("seek", 2)
+    assert receipt["effective_seconds"] == pytest.approx((FIRST + LATER) / FPS)
+    *_, again = client.hear_until("chunk", chunk=2)
+    assert again["prompt"] == "a blue square spins" and again["start"] == receipt["effective_seconds"]
+    client.say("played", seconds=600)
+    *chunks, end = client.hear_until("end")
+    assert [c["chunk"] for c in chunks if c["type"] == "chunk"] == [3, 4, 5, 6]
+    assert end["frames"] == 192
+    indices, _ = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
+    assert indices == list(range(192))
+
+
+def test_a_lost_stream_is_continued_as_if_nothing_had_been(serve: Serve) -> None:
+    server = serve(limits=Limits(sessions=1))
+    whole = server.connect()
+    reference = whole.start(seconds=8, seed=5)["session"]
+    whole.hear_until("end")
+    lost = server.connect()
+    session = lost.start(seconds=8, seed=5)["session"]
+    lost.hear_until("chunk", chunk=2)
+    lost.socket.socket.shutdown(socket.SHUT_RDWR)
+    again = server.connect()
+    again.say("continue", session=session)
+    ready = again.hear()
+    assert (ready["type"], ready["session"], ready["prompt"], ready["seconds"]) == ("ready", session, PROMPT, 8)
+    assert again.init == lost.init
+    *chunks, end = again.hear_until("end")
+    assert end["frames"] == 192 and chunks[0]["chunk"] >= 3
+    indices, frames = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
+    assert indices == list(range(192))
+    _, expected = decoded((server.folder / "streams" / f"{reference}.mp4").read_bytes())
+    assert np.abs(frames.astype(int) - expected).mean() < 4
+
+
+def test_a_stream_is_continued_although_its_old_connection_looks_alive(serve: Serve) -> None:
+    server = serve(limits=Limits(sessions=1))
+    old = server.connect()
+    session = old.start(seconds=8)["session"]
+    old.hear_until("chunk", chunk=1)
+    new = server.connect()
+    new.say("continue", session=session)
+    assert new.hear()["type"] == "ready"
+    assert new.hear_until("end")[-1]["frames"] == 192
+    assert closed_with(old) == 1000
+    assert decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())[0] == list(range(192))
+
+
+def test_continue_works_after_a_restart_and_not_for_what_never_was(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start(seconds=6)["session"]
+    client.hear_until("chunk", chunk=0)
+    stopper = threading.Thread(target=server.stop)
+    stopper.start()
+    *_, error = client.hear_until("error")
+    assert error["code"] == "shutting_down"
+    assert closed_with(client) == 1012
+    stopper.join()
+    later = serve()
+    for name in ("A" * 22, session[:-1] + "?", "../" + session[:19]):
+        other = later.connect()
+        other.say("continue", session=name)
+        assert other.hear()["code"] in ("not_found", "bad_message")
+        assert closed_with(other) == 1008
+    again = later.connect()
+    again.say("continue", session=session)
+    assert again.hear()["type"] == "ready"
+    *_, end = again.hear_until("end")
+    assert end["frames"] == 144
+    assert decoded((later.folder / "streams" / f"{session}.mp4").read_bytes())[0] == list(range(144))
+
+
+def test_a_stream_that_was_stopped_ends_and_is_not_continued(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start()["session"]
+    client.hear_until("chunk", chunk=0)
+    client.say("stop")
+    *_, end = client.hear_until("end")
+    assert end["frames"] >= 1 and closed_with(client) == 1000
+    again = server.connect()
+    again.say("continue", session=session)
+    assert again.hear()["code"] == "not_found"
+
+
+def test_one_more_than_the_places_is_refused_until_one_leaves(serve: Serve) -> None:
+    server = serve(limits=Limits(sessions=1))
+    first = server.connect()
+    first.start()
+    second = server.connect()
+    assert second.start()["code"] == "too_many_sessions"
+    assert closed_with(second) == 1013
+    first.socket.close()
+    wait_until(lambda: server.streams.num_live == 0)
+    assert server.connect().start()["type"] == "ready"
+
+
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve) -> None:
+    """LONGVIDEO_DISCONNECTS: how many."""
+    server = serve(limits=Limits(sessions=DISCONNECTS))
+    # one stream first: threads of the event loop's pool stay
+    client = server.connect()
+    client.start()
+    client.socket.close()
+    wait_until(lambda: server.streams.num_live == 0)
+    chance = random.Random(0)
+    for _ in range(DISCONNECTS):
+        client = server.connect()
+        for _ in range(chance.randrange(4)):
+            if client.init:
+                client.hear()
+            else:
+                client.start()
+        if chance.random() < 0.5:
+            client.socket.close()
+        else:
+            client.socket.socket.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: server.streams.num_live == 0)
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("live-", "denoise", "decode"))])
+
+
+def test_a_client_that_takes_nothing_is_left(serve: Serve) -> None:
+    server = serve(limits=Limits(taking=0.5), send_buffer=4096)
+    client = server.connect_idle()
+    session = client.start()["session"]
+    wait_until(lambda: server.streams.num_live == 0)
+    assert (server.folder / "streams" / f"{session}.safetensors").exists()
+    client.socket.socket.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_slow_client_may_miss_segments_but_the_file_has_them_all(serve: Serve) -> None:
+    server = serve(limits=Limits(waiting_segments=1), send_buffer=4096)
+    client = server.connect_idle()
+    session = client.start(slow="drop", seconds=20)["session"]
+    file = server.folder / "streams" / f"{session}.mp4"
+    with server.http() as http:
+        wait_until(lambda: "segments_dropped_total 0\n" not in http.get("/metrics").text)
+    chunks = [c for c in client.hear_until("end") if c["type"] == "chunk"]
+    assert chunks[-1]["dropped"] > 0
+    indices, _ = decoded(file.read_bytes())
+    assert indices == list(range(480))
+    seen, _ = decoded(client.init + b"".join(client.segments))
+    assert len(seen) < 480 and seen == sorted(set(seen))
+
+
+@pytest.mark.filterwarnings("ignore:the model never learned")
+def test_unknown_words_are_named(serve: Serve) -> None:
+    client = serve().connect()
+    client.start("a red zeppelin bounces", seconds=2)
+    *_, warning = client.hear_until("warning")
+    assert "'zeppelin'" in warning["message"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_goes_wrong_inside_ends_one_stream_and_not_the_server(serve: Serve) -> None:
+    server = serve(limits=Limits(sessions=1))
+    shutil.rmtree(server.folder / "streams")
+    client = server.connect()
+    error = client.start()
+    assert error["code"] == "internal" and "Traceback" not in error["message"]
+    assert closed_with(client) == 1011
+    (server.folder / "streams").mkdir()
+    assert server.connect().start()["type"] == "ready"
+
+
+def test_a_damaged_snapshot_is_not_continued(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start()["session"]
+    client.hear_until("chunk", chunk=1)
+    client.socket.close()
+    wait_until(lambda: server.streams.num_live == 0)
+    (server.folder / "streams" / f"{session}.safetensors").write_bytes(b"nothing")
+    again = server.connect()
+    again.say("continue", session=session)
+    assert again.hear()["code"] == "not_found"
+    assert closed_with(again) == 1008
+
+
+def test_only_the_newest_snapshots_are_kept(serve: Serve) -> None:
+    server = serve(limits=Limits(snapshots=2))
+    for _ in range(4):
+        client = server.connect()
+        client.start()
+        client.hear_until("chunk", chunk=0)
+        client.socket.close()
+        wait_until(lambda: server.streams.num_live == 0)
+    suffixes = [path.suffix for path in (server.folder / "streams").iterdir()]
+    assert sorted(suffixes) == [".json"] * 2 + [".mp4"] * 4 + [".safetensors"] * 2
+
+
+def test_seek_to_the_start_and_back_again_leaves_a_whole_file(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start(seconds=6, lead_seconds=1)["session"]
+    for chunk in (1, 0, 1, 0):
+        client.hear_until("chunk", chunk=chunk)
+        client.say("seek", chunk=0)
+        *_, receipt = client.hear_until("receipt")
+        assert (receipt["effective_at"], receipt["effective_seconds"], receipt["prompt"]) == (0, 0, None)
+    client.say("played", seconds=600)
+    *_, end = client.hear_until("end")
+    assert end["frames"] == 144
+    indices, _ = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
+    assert indices == list(range(144))
+
+
+BAD = {
+    "binary": b"\x00\x01",
+    "no JSON": "hello",
+    "an array": "[]",
+    "no type": "{}",
+    "unknown type": '{"type": "sing"}',
+    "missing field": '{"type": "set_prompt"}',
+    "extra field": '{"type": "pause", "x": 1}',
+    "wrong type": '{"type": "set_prompt", "prompt": 5}',
+    "text for a number": '{"type": "seek", "chunk": "3"}',
+    "huge number": '{"type": "seek", "chunk": 1' + "0" * 400 + "}",
+    "negative": '{"type": "seek", "chunk": -1}',
+    "not a number": '{"type": "played", "seconds": NaN}',
+    "infinite": '{"type": "played", "seconds": 1e999}',
+    "deep": '{"type": ' + "[" * 5000 + "]" * 5000 + "}",
+    "large": '{"type": "set_prompt", "prompt": "' + "a" * 70_000 + '"}',
+    "half a surrogate pair": '{"type": "set_prompt", "prompt": "\\ud800"}',
+    "second start": '{"type": "start", "prompt": "a red ball"}',
+    "unknown mode": '{"type": "set_prompt", "prompt": "a red ball", "mode": "melt"}',
+}
+
+
+def test_malformed_messages_are_answered_and_the_stream_goes_on(serve: Serve) -> None:
+    client = serve().connect()
+    client.start(lead_seconds=0)
+    for text in BAD.values():
+        for _ in range(20):
+            client.socket.send(text)
+            *_, error = client.hear_until("error")
+            assert error["code"] == "bad_message" and len(error["message"]) < 500
+    for prompt in ("", "  ", "a" * 1001):
+        client.say("set_prompt", prompt=prompt)
+        assert client.hear_until("error")[-1]["code"] == "bad_prompt"
+    client.say("seek", chunk=1000)
+    assert client.hear_until("error")[-1]["code"] == "bad_chunk"
+    client.say("add_shot", chunk=0, prompt="a red ball")
+    assert client.hear_until("error")[-1]["code"] == "too_late"
+    client.say("add_shot", chunk=999_999, prompt="a red ball")
+    assert client.hear_until("error")[-1]["code"] == "bad_chunk"
+    client.say("played", seconds=600)
+    client.hear_until("chunk", chunk=4)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_malformed_first_messages_close_the_connection(serve: Serve, kind: str) -> None:
+    if kind == "second start":
+        pytest.skip("that is a good first message")
+    client = serve().connect()
+    client.socket.send(BAD[kind])
+    assert client.hear()["code"] == "bad_message"
+    assert closed_with(client) == 1008
+
+
+def test_a_client_that_says_nothing_is_left(serve: Serve) -> None:
+    client = serve(limits=Limits(first_message=0.1)).connect()
+    assert client.hear()["code"] == "bad_message"
+    assert closed_with(client) == 1008
+
+
+@pytest.mark.parametrize("fields", [{"steps": 0}, {"guidance": -1}, {"seed": -1}, {"seconds": 1e6}, {"slow": "never"}])
+def test_options_out_of_range_are_refused(serve: Serve, fields: dict) -> None:
+    client = serve().connect()
+    assert client.start(**fields)["code"] == "bad_message"
