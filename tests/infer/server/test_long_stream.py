@@ -1,0 +1,56 @@
+"""A long stream: memory stays where it is, and the file is whole. LONGVIDEO_STREAM_SECONDS says how long."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import av
+import pytest
+from websockets.sync.client import connect
+
+from tests.infer.server.conftest import Client
+from tests.infer.server.test_page import Server
+
+SECONDS = float(os.environ.get("LONGVIDEO_STREAM_SECONDS", "16"))
+SETTLED_CHUNKS = 6
+GROWTH = 1.05
+PROMPTS = ("a small red circle drifts left over a black background", "a large blue star spins on a meadow")
+
+
+def resident_bytes(process: int) -> int:
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files(process: int) -> int:
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+@pytest.mark.timeout(600 + 3 * SECONDS)
+def test_a_long_stream_takes_no_more_and_more_memory(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    try:
+        with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
+            client = Client(socket)
+            session = client.start(PROMPTS[0], seconds=SECONDS)["session"]
+            memory, files = [], []
+            while (message := client.hear())["type"] != "end":
+                if message["type"] != "chunk":
+                    continue
+                client.segments.clear()
+                memory.append(resident_bytes(server.process.pid))
+                files.append(open_files(server.process.pid))
+                if message["chunk"] % 20 == 19:
+                    client.say("set_prompt", prompt=PROMPTS[message["chunk"] // 20 % 2], mode="cut")
+    finally:
+        server.stop()
+    settled, end = memory[SETTLED_CHUNKS], max(memory[-10:])
+    print(f"{SECONDS:g} s, {len(memory) - 1} chunks: {settled >> 20} MiB after {SETTLED_CHUNKS}, {end >> 20} at last")
+    assert end < GROWTH * settled
+    assert files[-1] <= files[SETTLED_CHUNKS]
+    with av.open(str(tmp_path / "streams" / f"{session}.mp4")) as container:
+        times = [frame.pts for frame in container.decode(video=0)]
+    assert len(times) == message["frames"] == round(SECONDS * 24)
+    assert all(later > earlier for earlier, later in zip(times, times[1:], strict=False))
