@@ -288,6 +288,10 @@ class StreamingPipeline:
             raise
         self.release(stages)  # not after an error, which may have left anything behind
 
+    def warm_up(self) -> None:
+        """Build, compile and record what the first video with the model's own guidance would wait for."""
+        self.release(self.acquire(batch=1, copies=branches(self.models.settings.guidance)))
+
     def acquire(self, *, batch: int, copies: int) -> Stages:
         """Return what makes a video: what an earlier one left, or built and warmed up now. See `Stages`."""
         with self._lock:

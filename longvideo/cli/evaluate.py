@@ -37,6 +37,7 @@ HEADINGS = {
     "both": "both",
     "shows_prompt": "shown",
     "cut_in_time": "cut",
+    "goes_on": "goes on",
 }
 
 
@@ -219,7 +220,7 @@ def switches(
             ]
             film_strip(clips[shown], captions=captions[shown], scale=0.6).save(out / f"{name}.png")
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(f"{change}, {num} each", rows, list(next(iter(rows.values())))))
+    console.print(_table(f"new {change}, {num} each", rows, list(next(iter(rows.values())))))
     for row, found in record.items():
         most = "one or more never did" if found["late_at_most"] is None else f"at most {found['late_at_most']}"
         console.print(f"{row}: chunks from the one being made to the first that shows the prompt: {most}")

@@ -105,10 +105,12 @@ def _load(
     # clients are told about words that the model does not know; the terminal of the server need not be
     warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
     release_large_blocks()
-    return StreamingPipeline.load(
+    pipeline = StreamingPipeline.load(
         ModelFolder.open(model),
         device=device,
         decode_device=decode_device,
         decode_share=decode_share,
         formats=formats,
     )
+    pipeline.warm_up()
+    return pipeline

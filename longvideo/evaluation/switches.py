@@ -1,8 +1,8 @@
 """Say how soon a video shows a new prompt, and whether the scene goes on meanwhile.
 
 A video is made under one prompt, and under another one from some chunk on. The judge sees the pixels of each chunk
-alone. "Shown": the object has the color and shape of the new prompt, and is the only one. "Goes on": over the switch
-the object stays where it is, with its shape, before the same background.
+alone. "Shown": there is an object with the color and shape of the new prompt. "Number": there is no other. "Goes on":
+over the switch the object stays where it is, with its shape, before the same background.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SwitchTask:
 
 @dataclass(frozen=True)
 class SwitchResult:
-    """shown: for each chunk from the first that is made under the new prompt. goes_on: see the top of the file.
+    """shown: for each chunk from the first that is made under the new prompt. number: in the last of these. See the top
+    of the file.
 
     late: chunks between the one that was being made when the prompt was given and the first that shows it; None if none
     does.
@@ -46,6 +47,7 @@ class SwitchResult:
 
     task: SwitchTask
     shown: tuple[bool, ...]
+    number: bool
     goes_on: bool
     late: int | None
 
@@ -78,10 +80,11 @@ def judge_switch(task: SwitchTask, before: np.ndarray, after: Sequence[np.ndarra
         compare(perceive(frames[::SECOND_STRIDE], FPS / SECOND_STRIDE), task.scenes[1], from_start=False)
         for frames in after
     ]
-    shown = tuple(verdict.color and verdict.shape and verdict.count for verdict in verdicts)
+    shown = tuple(verdict.color and verdict.shape for verdict in verdicts)
     return SwitchResult(
         task,
         shown,
+        number=verdicts[-1].count,
         goes_on=_goes_on(before[-SEAM_FRAMES:], after[0][:SEAM_FRAMES], task.scenes[0]),
         late=first_late + shown.index(True) if any(shown) else None,
     )
@@ -93,7 +96,9 @@ def summarize_switches(results: Sequence[SwitchResult]) -> dict[str, Score]:
     scores = {
         f"chunk {chunk + 1}": Score(sum(r.shown[chunk] for r in results), len(results)) for chunk in range(chunks)
     }
-    return {**scores, "goes on": Score(sum(result.goes_on for result in results), len(results))}
+    for name in ("number", "goes_on"):
+        scores[name] = Score(sum(getattr(result, name) for result in results), len(results))
+    return scores
 
 
 def _goes_on(before: np.ndarray, after: np.ndarray, scene: Scene) -> bool:

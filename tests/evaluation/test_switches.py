@@ -57,8 +57,8 @@ def test_results_add_up() -> None:
         judge_switch(TASK, clip(RED, 0), [clip(first, 1), clip(BLUE, 2)], first_late=1) for first in (RED, BLUE, BLUE)
     ]
     scores = summarize_switches(results)
-    assert [(score.right, score.total) for score in scores.values()] == [(2, 3), (3, 3), (3, 3)]
-    assert list(scores) == ["chunk 1", "chunk 2", "goes on"]
+    assert [(score.right, score.total) for score in scores.values()] == [(2, 3), (3, 3), (3, 3), (3, 3)]
+    assert list(scores) == ["chunk 1", "chunk 2", "number", "goes_on"]
 
 
 def test_color_tasks_change_nothing_else() -> None:

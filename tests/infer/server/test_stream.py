@@ -114,8 +114,8 @@ def test_receipts_say_when_a_prompt_is_shown_and_it_is_shown_then(serve: Serve) 
 def test_no_chunk_is_begun_far_ahead_of_the_player(serve: Serve) -> None:
     client = serve().connect()
     client.start(lead_seconds=2)
-    client.hear_until("chunk", chunk=2)  # ends at 3.9 s
-    begun = 2
+    client.hear_until("chunk", chunk=1)  # ends at 2.5 s
+    begun = 1
     for _ in range(3):  # what was under way comes, then nothing
         try:
             text = client.socket.recv(timeout=1)
@@ -152,7 +152,7 @@ def test_pause_holds_the_stream_and_resume_goes_on(serve: Serve) -> None:
 def test_seek_replaces_what_came_after_also_in_the_file(serve: Serve) -> None:
     server = serve()
     client = server.connect()
-    session = client.start(seconds=8, lead_seconds=3)["session"]
+    session = client.start(seconds=8, lead_seconds=4.5)["session"]
     client.hear_until("chunk", chunk=3)
     client.say("seek", chunk=2, prompt="a blue square spins", mode="cut")
     *_, receipt = client.hear_until("receipt")
@@ -350,7 +350,7 @@ def test_only_the_newest_snapshots_are_kept(serve: Serve) -> None:
 def test_seek_to_the_start_and_back_again_leaves_a_whole_file(serve: Serve) -> None:
     server = serve()
     client = server.connect()
-    session = client.start(seconds=6, lead_seconds=1)["session"]
+    session = client.start(seconds=6, lead_seconds=2)["session"]
     for chunk in (1, 0, 1, 0):
         client.hear_until("chunk", chunk=chunk)
         client.say("seek", chunk=0)
