@@ -76,6 +76,7 @@ class LiveVideo:
         self._paused = False
         self._made = self._played = 0.0  # seconds of video
         self._dropped = 0
+        self._total: tuple[int, int] | None = None  # chunks and frames of a video that ended
         self._thread = threading.Thread(target=self._run, name=f"live-{name[:6]}", daemon=True)
 
     def start(self) -> None:
@@ -221,7 +222,7 @@ class LiveVideo:
             with self._lock:
                 why = self.ending = self.ending or "ended"
             if why == "ended":
-                self._say_end(chunks, file.num_frames)
+                self._total = (chunks, file.num_frames)
                 self.files.forget()
             elif why != "internal":
                 self.files.keep(session, record)
@@ -313,11 +314,13 @@ class LiveVideo:
     def _end(self, why: Ending) -> None:
         with self._lock:
             self.ending = why
+        self.released.set()  # before the last words: who hears them may want the place at once
+        if why == "ended" and self._total is not None:
+            self._say_end(*self._total)
         if why in WHY and self.failure is None:
             self.failure, message = WHY[why]
             self.outbox.put(Outgoing(error_text(self.failure, message)))
         self.outbox.finish()
-        self.released.set()
         self._loop.call_soon_threadsafe(self.opened.set)
         self._loop.call_soon_threadsafe(self.done.set)
 
