@@ -1,19 +1,28 @@
-"""A long stream: memory stays where it is, and the file is whole. LONGVIDEO_STREAM_SECONDS says how long."""
+"""`longvideo serve` with tiny, for long and for many: memory stays where it is, and the file is whole.
+
+LONGVIDEO_STREAM_SECONDS says how long, LONGVIDEO_CLIENTS how many.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import re
 from pathlib import Path
+from socket import SHUT_RDWR
 
 import av
+import httpx
 import pytest
 from websockets.sync.client import connect
 
-from tests.infer.server.conftest import Client
+from tests.infer.server.conftest import Client, wait_until
 from tests.infer.server.test_page import Server
 
 SECONDS = float(os.environ.get("LONGVIDEO_STREAM_SECONDS", "16"))
+CLIENTS = int(os.environ.get("LONGVIDEO_CLIENTS", "8"))
 SETTLED_CHUNKS = 6
+SETTLED_CLIENTS = 4
 GROWTH = 1.05
 PROMPTS = ("a small red circle drifts left over a black background", "a large blue star spins on a meadow")
 
@@ -27,7 +36,39 @@ def open_files(process: int) -> int:
     return len(list(Path(f"/proc/{process}/fd").iterdir()))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+
+
+def live_streams(server: Server) -> int:
+    found = re.search(r"^longvideo_sessions_live (\d+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.timeout(600 + 10 * CLIENTS)
+def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
+    server, chance = Server(tmp_path), random.Random(0)
+    memory, files = [], []
+    try:
+        for _ in range(CLIENTS):
+            with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
+                client = Client(socket)
+                client.start(chance.choice(PROMPTS))
+                for _ in range(chance.randrange(4)):
+                    client.hear()
+                if chance.random() < 0.5:
+                    socket.socket.shutdown(SHUT_RDWR)
+            wait_until(lambda: live_streams(server) == 0)
+            memory.append(resident_bytes(server.process.pid))
+            files.append(open_files(server.process.pid))
+    finally:
+        server.stop()
+    settled, end = memory[SETTLED_CLIENTS - 1], memory[-1]
+    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} at last; {files[-1]} files")
+    assert end < GROWTH * settled
+    assert files[-1] <= files[SETTLED_CLIENTS - 1]
+
+
 @pytest.mark.timeout(600 + 3 * SECONDS)
 def test_a_long_stream_takes_no_more_and_more_memory(tmp_path: Path) -> None:
     server = Server(tmp_path)
