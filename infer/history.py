@@ -13,8 +13,8 @@ from longvideo.infer.timeline import Step
 from longvideo.model.cache import past_chunks
 from longvideo.model.spec import ChunkSpec
 
-HISTORY_BYTES = 256 * 2**20
-"""Of latents in host memory: all of an hour of `tiny`, about a minute of 704 x 1280."""
+HISTORY_CHUNKS = 64
+"""Whose latents are kept: 85 s to go back, 11 MB of `tiny`, 350 MB of 704 x 1280."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ class Past:
 
 
 class History:
-    """Chunks in their order. The latents of the oldest are dropped when they take more than `capacity` bytes, but for
-    those that are still attended to."""
+    """Chunks in their order. The latents of the last `capacity` are kept, and of those that are still attended to."""
 
     def __init__(
         self,
         spec: ChunkSpec,
         *,
         decode_lookback: int,
-        capacity: int = HISTORY_BYTES,
+        capacity: int = HISTORY_CHUNKS,
         steps: Sequence[Step] = (),
         kept: Iterable[ChunkRecord] = (),
     ) -> None:
@@ -90,11 +89,9 @@ class History:
         assert index == len(self), (index, len(self))
         self._steps.append(record.step)
         self._kept[index] = record
-        most = max(1, self._capacity // record.latents.nbytes)
-        if len(self._kept) > most:
-            attended = self._attended(len(self))
-            oldest = min(index for index in self._kept if index not in attended)
-            del self._kept[oldest]
+        attended = set(self._attended(len(self)))
+        for old in [old for old in self._kept if old <= index - self._capacity and old not in attended]:
+            del self._kept[old]
 
     def truncate(self, chunk: int) -> None:
         """Forget a chunk and those behind it."""
