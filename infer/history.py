@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.infer.timeline import Step
-from longvideo.model.cache import past_chunks
+from longvideo.model.cache import ChunkWindow, past_chunks
 from longvideo.model.spec import ChunkSpec
 
 HISTORY_CHUNKS = 64
@@ -69,6 +69,7 @@ class History:
         self._lookback = -(-decode_lookback // spec.chunk_frames)
         self._steps = list(steps)
         self._kept = {record.step.index: record for record in kept}
+        self._window = self._replayed()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -89,14 +90,16 @@ class History:
         assert index == len(self), (index, len(self))
         self._steps.append(record.step)
         self._kept[index] = record
-        attended = set(self._attended(len(self)))
-        for old in [old for old in self._kept if old <= index - self._capacity and old not in attended]:
+        self._window.begin()
+        self._window.commit(cut=record.step.cut)
+        for old in [old for old in self._kept if old <= index - self._capacity and old not in self._window.chunks]:
             del self._kept[old]
 
     def truncate(self, chunk: int) -> None:
         """Forget a chunk and those behind it."""
         del self._steps[chunk:]
         self._kept = {index: record for index, record in self._kept.items() if index < chunk}
+        self._window = self._replayed()
 
     def behind(self, chunk: int) -> Past | None:
         """Return what it takes to make a chunk (again); None for the first. Raises UserError if that is gone."""
@@ -117,6 +120,13 @@ class History:
             is_decoded_from_start=decoded[0] == 0,
             generators=tuple(_behind(state, self._kept[chunk - 1].latents) for state in self._kept[chunk - 1].noise),
         )
+
+    def _replayed(self) -> ChunkWindow:
+        window = ChunkWindow(self._spec)
+        for step in self._steps:
+            window.begin()
+            window.commit(cut=step.cut)
+        return window
 
     def _attended(self, chunk: int) -> list[int]:
         return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
