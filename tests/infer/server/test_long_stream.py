@@ -62,12 +62,13 @@ def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
             wait_until(lambda: live_streams(server) == 0)
             memory.append(resident_bytes(server.process.pid))
             files.append(open_files(server.process.pid))
+        # the connection on which it was just asked how many streams live may not be closed yet
+        wait_until(lambda: open_files(server.process.pid) <= files[SETTLED_CLIENTS - 1])
     finally:
         server.stop()
     settled, end = memory[SETTLED_CLIENTS - 1], memory[-1]
-    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} at last; {files[-1]} files")
+    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} at last; files {files}")
     assert end < GROWTH * settled
-    assert files[-1] <= files[SETTLED_CLIENTS - 1]
 
 
 @pytest.mark.timeout(600 + 3 * SECONDS)
