@@ -96,9 +96,9 @@ def merge(
         raise UserError(f"--steps {steps} must be at least 1")
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists; choose another place or add --overwrite")
+    from longvideo.checkpoint.adapters import Adapter, layer_sizes
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.checkpoint.tensors import OnMeta
-    from longvideo.distill.adapters import Adapter, layer_sizes
+    from longvideo.checkpoint.modules import OnMeta
     from longvideo.distill.distillation import save_merged
     from longvideo.model.transformer import CausalTransformer
 

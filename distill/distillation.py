@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.adapters import UP, Adapter, layer_sizes, merge
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
-from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
 from longvideo.data.encoded import EncodedDataset
-from longvideo.distill.adapters import UP, Adapter, layer_sizes, merge
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (

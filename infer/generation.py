@@ -214,7 +214,7 @@ def _denoise(
         for step in steps:
             noise = tuple(generator.get_state() for generator in sampling.generators)
             begun.append((step, noise, time.perf_counter()))
-            conditioning = prompts.conditioning(step.prompts)
+            conditioning = prompts.conditioning(step.prompts, cut=step.cut)
             first = first_latent if step.index == 0 else None
             yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
 
@@ -229,7 +229,7 @@ def _denoise(
         past=(
             (
                 MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
-                prompts.conditioning(chunk.prompts),
+                prompts.conditioning(chunk.prompts, cut=chunk.announces),
             )
             for chunk in (past.attended if past else ())
         ),
@@ -295,20 +295,22 @@ class _Prompts:
     def __init__(self, models: Models, *, guided: bool) -> None:
         self._models = models
         self._negative = (NEGATIVE_PROMPT,) if guided else ()
-        self._prompts: tuple[str, ...] | None = None
+        self._texts: tuple[str, ...] | None = None
         self._conditioning: Conditioning | None = None
 
     @torch.inference_mode()
-    def conditioning(self, prompts: tuple[str, ...]) -> Conditioning:
-        """Return what a chunk under these prompts is made from; it opens no shot."""
-        if self._conditioning is None or prompts != self._prompts:
-            features_PLD, rows = self._models.text_encoder.encode([*prompts, *self._negative])
+    def conditioning(self, prompts: tuple[str, ...], *, cut: bool) -> Conditioning:
+        """Return what a chunk under these prompts is made from; cut: whether it opens a shot, as far as text tells."""
+        prefix = self._models.settings.cut_prefix if cut else ""
+        texts = tuple(prefix + prompt for prompt in prompts)
+        if self._conditioning is None or texts != self._texts:
+            features_PLD, rows = self._models.text_encoder.encode([*texts, *self._negative])
             rows = rows.to(self._models.device)
-            batch = len(prompts)
+            batch = len(texts)
             self._conditioning = Conditioning(
                 text=self._models.transformer.encode_text(features_PLD.to(self._models.device)),
                 prompt_index=rows[:batch],
                 negative_index=rows[batch:].expand(batch) if self._negative else None,
             )
-            self._prompts = prompts
+            self._texts = texts
         return self._conditioning

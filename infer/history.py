@@ -29,12 +29,16 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class PastStep:
-    """A chunk that the next one attends to, the `shot`-th cut behind it or at it, and the prompts it is seen under."""
+    """A chunk that the next one attends to, the `shot`-th cut behind it or at it, and the prompts it is seen under.
+
+    announces: whether its text says that it opens a shot, as it no longer does when it is seen under another prompt.
+    """
 
     index: int
     shot: int
     cut: bool
     prompts: tuple[str, ...]
+    announces: bool
     latents: Tensor
 
 
@@ -110,10 +114,10 @@ class History:
         attended, decoded = self._attended(chunk), range(max(0, chunk - self._lookback), chunk)
         if any(index not in self._kept for index in (*attended, *decoded)):
             raise UserError(f"chunk {chunk} is too far back: what was before it is no longer kept")
-        prompts, shots = self._prompts(chunk), self._shots(chunk)
+        texts, shots = self._texts(chunk), self._shots(chunk)
         return Past(
             attended=tuple(
-                PastStep(index, shots[index], self._steps[index].cut, prompts[index], self._kept[index].latents)
+                PastStep(index, shots[index], self._steps[index].cut, *texts[index], self._kept[index].latents)
                 for index in attended
             ),
             decoded=tuple(self._kept[index].latents for index in decoded),
@@ -131,14 +135,15 @@ class History:
     def _attended(self, chunk: int) -> list[int]:
         return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
 
-    def _prompts(self, chunk: int) -> list[tuple[str, ...]]:
-        """Return the prompts under which each chunk is seen: its own, or those of the last one that rewrote it."""
-        prompts = []
+    def _texts(self, chunk: int) -> list[tuple[tuple[str, ...], bool]]:
+        """Return the prompts under which each chunk is seen, its own or those of the last one that rewrote it, and
+        whether its text says that it opens a shot."""
+        texts: list[tuple[tuple[str, ...], bool]] = []
         for step in self._steps[:chunk]:
             if step.recache:
-                prompts = [step.prompts] * len(prompts)
-            prompts.append(step.prompts)
-        return prompts
+                texts = [(step.prompts, False)] * len(texts)
+            texts.append((step.prompts, step.cut))
+        return texts
 
     def _shots(self, chunk: int) -> list[int]:
         shots, shot = [], 0

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import nn
 
-from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import OnMeta
-from longvideo.errors import UserError
+from longvideo.checkpoint.modules import OnMeta
+from longvideo.infer.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import linear_layers
 from longvideo.rollout import branches
+from longvideo.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.decoder_stages import HISTORY, Grid, plan_stages
 from longvideo.vae.layers import CausalConv3d, ResidualBlock, UpBlock
 from longvideo.vae.streaming import boundary_of
@@ -40,6 +36,30 @@ QUANTISING_BYTES = {"fp8": 12, "nvfp4": 29, "nvfp4-weights": 29}
 GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is streamed, in which formats, and where.
+
+    decode_share: of the decoding, what `device` does. batch: videos made together, with the settings' own guidance.
+    dtype: of whatever is not quantised. loaded_in: of a transformer that is not packed before it gets
+    `formats.precision`, `dtype` unless it is given.
+    """
+
+    shapes: ModelShapes
+    formats: NumberFormats
+    device: torch.device
+    decode_device: torch.device
+    decode_share: float = 0.0
+    batch: int = 1
+    dtype: torch.dtype
+    loaded_in: torch.dtype | None = None
+
+    @property
+    def precision(self) -> str:
+        """Of the transformer; without a choice that of its file."""
+        return self.formats.precision or ("nvfp4" if self.shapes.packed else "bf16")
+
+
 @dataclass(frozen=True)
 class Part:
     """What something takes of a device's memory."""
@@ -49,48 +69,35 @@ class Part:
     bytes: int
 
 
-def estimate(
-    transformer_config: TransformerConfig,
-    autoencoder_config: AutoencoderConfig,
-    *,
-    spec: ChunkSpec,
-    settings: ModelSettings,
-    formats: NumberFormats,
-    device: torch.device,
-    decode_device: torch.device,
-    decode_share: float,
-    batch: int,
-    text_encoder_bytes: int,
-    dtype: torch.dtype,
-    loaded_in: torch.dtype | None,
-) -> list[Part]:
+def estimate(workload: Workload) -> list[Part]:
     """Return the parts of each device's peak: that of loading or that of streaming, whichever is larger.
-
-    batch: videos made together, with the settings' own guidance. dtype: of whatever is not quantised. loaded_in: of the
-    transformer's weights before they get `formats.precision`, None where they are packed in the file.
 
     "CUDA graphs" is what recorded passes keep for themselves, or what recording them takes beyond the rest: a pass runs
     once before, and torch gives nothing back to the GPU while it records. `torch.cuda.max_memory_allocated` counts
     neither that nor "CUDA context".
     """
-    device, decode_device = _numbered(device), _numbered(decode_device)
+    shapes, dtype, batch = workload.shapes, workload.dtype, workload.batch
+    device, decode_device = numbered(workload.device), numbered(workload.decode_device)
     with OnMeta():
-        transformer, autoencoder = CausalTransformer(transformer_config), Autoencoder(autoencoder_config)
-    scale = autoencoder_config.scale_factor_spatial
-    grid = Grid(batch, 1, settings.height // scale, settings.width // scale)
-    decoders = _decoders(autoencoder, grid, devices=(device, decode_device), share=decode_share, dtype=dtype)
+        transformer, autoencoder = CausalTransformer(shapes.transformer), Autoencoder(shapes.autoencoder)
+        text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
+    scale = shapes.autoencoder.scale_factor_spatial
+    grid = Grid(batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
+    share = workload.decode_share
+    decoders = _decoders(autoencoder, grid, devices=(device, decode_device), share=share, dtype=dtype)
     denoisers = {
         device: _denoiser(
             transformer,
-            spec,
-            formats=formats,
+            shapes.spec,
+            precision=workload.precision,
+            formats=workload.formats,
             batch=batch,
-            copies=branches(settings.guidance),
+            copies=branches(shapes.settings.guidance),
             dtype=dtype,
-            loaded_in=loaded_in,
+            loaded_in=None if shapes.packed else workload.loaded_in or dtype,
         )
     }
-    text_encoders = {device: text_encoder_bytes}
+    text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
     autoencoders = {decode_device: _num_values(autoencoder) * dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
@@ -104,129 +111,9 @@ def estimate(
     return parts
 
 
-def check_memory(
-    transformer_config: TransformerConfig,
-    autoencoder_config: AutoencoderConfig,
-    *,
-    spec: ChunkSpec,
-    settings: ModelSettings,
-    formats: NumberFormats,
-    device: torch.device,
-    decode_device: torch.device,
-    decode_share: float,
-    batch: int,
-    text_encoder_bytes: int,
-    dtype: torch.dtype,
-    loaded_in: torch.dtype | None,
-) -> None:
-    """Raise UserError, with the parts and what would fit, where a GPU has less free than streaming needs.
-
-    Arguments as in `estimate`. CPUs are not checked.
-    """
-    if all(place.type != "cuda" for place in (device, decode_device)):
-        return
-    estimated = partial(
-        estimate,
-        transformer_config,
-        autoencoder_config,
-        spec=spec,
-        settings=settings,
-        device=device,
-        decode_share=decode_share,
-        batch=batch,
-        text_encoder_bytes=text_encoder_bytes,
-        dtype=dtype,
-        loaded_in=loaded_in,
-    )
-    torch.cuda.empty_cache()  # what this process merely keeps for later is free
-    parts = estimated(formats=formats, decode_device=decode_device)
-    lacking = _lacking(parts)
-    if not lacking:
-        return
-    changes: list[_Change] = []
-    widths = (transformer_config.dim, transformer_config.ffn_dim)
-    if loaded_in is not None and formats.precision in (None, "bf16", "fp8") and not any(x % GROUP for x in widths):
-        changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))
-    if formats.kv_cache != "nvfp4" and transformer_config.attention_head_dim % GROUP == 0:
-        changes.append(_Change("--kv-cache nvfp4", formats={"kv_cache": "nvfp4"}))
-    if _numbered(device) == _numbered(decode_device) and (other := _other_device(device)) is not None:
-        changes.append(_Change(f"--decode-device {other}", decode_device=other))
-    remedy = _remedy(changes, estimated, formats=formats, decode_device=decode_device)
-    raise UserError("; ".join([*(_shortage(parts, place) for place in lacking), remedy]))
-
-
-def cuda_devices() -> list[torch.device]:
-    """Return the GPUs of this machine."""
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-
-
-def _numbered(device: torch.device) -> torch.device:
+def numbered(device: torch.device) -> torch.device:
+    """Return a device with its number: "cuda" is "cuda:0"."""
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _other_device(device: torch.device) -> torch.device | None:
-    """Return the GPU with the most free memory beside one."""
-    others = [other for other in cuda_devices() if other != _numbered(device)]
-    return max(others, key=_free_bytes, default=None)
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def _totals(parts: Sequence[Part]) -> dict[torch.device, int]:
-    """Return the bytes that each GPU needs."""
-    places = dict.fromkeys(part.device for part in parts if part.device.type == "cuda")
-    return {place: sum(part.bytes for part in parts if part.device == place) for place in places}
-
-
-def _lacking(parts: Sequence[Part]) -> list[torch.device]:
-    """Return the GPUs that have less free than they need."""
-    return [place for place, needed in _totals(parts).items() if needed > _free_bytes(place)]
-
-
-def _shortage(parts: Sequence[Part], device: torch.device) -> str:
-    own = sorted((part for part in parts if part.device == device), key=lambda part: -part.bytes)
-    listed = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
-    needed = _totals(parts)[device]
-    return f"{device} has {_gb(_free_bytes(device))} free, streaming needs about {_gb(needed)}: {listed}"
-
-
-@dataclass(frozen=True)
-class _Change:
-    """An option, and what it changes: number formats, and the device that decodes."""
-
-    option: str
-    formats: dict[str, str] = field(default_factory=dict)
-    decode_device: torch.device | None = None
-
-
-def _remedy(
-    changes: Sequence[_Change],
-    estimated: Callable[..., list[Part]],
-    *,
-    formats: NumberFormats,
-    decode_device: torch.device,
-) -> str:
-    """Say which change is the first to fit, or which changes together are, the fewest first."""
-    for chosen in (some for count in range(1, len(changes) + 1) for some in combinations(changes, count)):
-        changed, where = formats, decode_device
-        for change in chosen:
-            changed, where = replace(changed, **change.formats), change.decode_device or where
-        parts = estimated(formats=changed, decode_device=where)
-        if not _lacking(parts):
-            totals = _totals(parts)
-            needed = " and ".join(
-                _gb(size) if len(totals) == 1 else f"{_gb(size)} on {x}" for x, size in totals.items()
-            )
-            return f"with {' '.join(change.option for change in chosen)} it needs {needed}"
-    if not changes:
-        return "use a GPU with more memory"
-    return f"not even {' '.join(change.option for change in changes)} makes it fit; use a GPU with more memory"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 @dataclass(frozen=True)
@@ -278,15 +165,18 @@ def _denoiser(
     model: CausalTransformer,
     spec: ChunkSpec,
     *,
+    precision: str,
     formats: NumberFormats,
     batch: int,
     copies: int,
     dtype: torch.dtype,
     loaded_in: torch.dtype | None,
 ) -> _Denoiser:
-    """copies: how often a video is run in a step."""
+    """precision: in place of that of the formats, which can be None. copies: how often a video is run in a step.
+
+    loaded_in: None for packed weights.
+    """
     config, rows, size = model.config, batch * copies, dtype.itemsize
-    precision = formats.precision or ("nvfp4" if loaded_in is None else "bf16")
     attended_size = 1 if formats.attention == "fp8" else size
     num_values = _num_values(model)
     layers = [cast(nn.Linear, model.get_submodule(name)) for name in linear_layers(model)]

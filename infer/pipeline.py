@@ -21,9 +21,11 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
+from longvideo.infer.fit import check_memory
+from longvideo.infer.formats import check_formats
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.history import ChunkRecord, History, Past
-from longvideo.infer.memory import check_memory
+from longvideo.infer.memory import Workload
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import (
     ChunkPlan,
@@ -35,11 +37,9 @@ from longvideo.infer.script import (
     plan_chunks,
 )
 from longvideo.infer.session import Session
+from longvideo.infer.shapes import folder_shapes
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
 from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
-from longvideo.kernels.attention.cudnn_fp8 import unavailable as fp8_attention_unavailable
-from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
-from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import branches
@@ -118,13 +118,15 @@ class StreamingPipeline:
         check_formats(folder, formats, device=where)
         decode_where = where if decode_device is None else pick_device(decode_device)
         check_decode_share(decode_share, where, decode_where)
-        check_folder_memory(
-            folder,
-            formats,
-            device=where,
-            decode_device=decode_where,
-            decode_share=decode_share or 0.0,
-            dtype=dtype or pick_dtype(where),
+        check_memory(
+            Workload(
+                shapes=folder_shapes(folder),
+                formats=formats,
+                device=where,
+                decode_device=decode_where,
+                decode_share=decode_share or 0.0,
+                dtype=dtype or pick_dtype(where),
+            )
         )
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
@@ -326,56 +328,6 @@ class StreamingPipeline:
             warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
 
 
-def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
-    """Raise UserError where a folder's model cannot be run in these formats on a device. Reads no weight."""
-    if formats.precision in ("bf16", "fp8") and folder.is_packed:
-        raise UserError(
-            f"{folder.path} holds packed 4-bit weights, which --precision {formats.precision} cannot run; use nvfp4 or "
-            "nvfp4-weights"
-        )
-    if formats.precision == "fp8" and (reason := fp8_unavailable(device)):
-        raise UserError(reason)
-    if formats.attention == "fp8" and device.type == "cuda" and (reason := fp8_attention_unavailable(device)):
-        raise UserError(f"{reason}; or use --attention bf16")
-    config = folder.transformer_config
-    if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
-        raise UserError(
-            f"a 4-bit KV cache needs a head dim that {GROUP} divides; {folder.path} has {config.attention_head_dim}"
-        )
-    if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
-        raise UserError(
-            f"precision {formats.precision} needs widths that {GROUP} divides; {folder.path} has {config.dim} and "
-            f"{config.ffn_dim}"
-        )
-
-
-def check_folder_memory(
-    folder: ModelFolder,
-    formats: NumberFormats,
-    *,
-    device: torch.device,
-    decode_device: torch.device,
-    decode_share: float,
-    dtype: torch.dtype,
-) -> None:
-    """Raise UserError where a GPU has too little free to load a folder and stream one video. Reads no weight."""
-    text_encoder = folder.weights("text_encoder").infos.values()
-    check_memory(
-        folder.transformer_config,
-        folder.vae_config,
-        spec=folder.spec,
-        settings=folder.settings,
-        formats=formats,
-        device=device,
-        decode_device=decode_device,
-        decode_share=decode_share,
-        batch=1,
-        text_encoder_bytes=sum(info.num_values for info in text_encoder) * dtype.itemsize,
-        dtype=dtype,
-        loaded_in=None if folder.is_packed else dtype,
-    )
-
-
 def check_decode_share(share: float | None, device: torch.device, decode_device: torch.device) -> None:
     """Raise UserError where two devices cannot share the decoding like that. None is no share at all."""
     if share is None:
@@ -407,15 +359,21 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """Return a device that is there; None takes CUDA if there is one. Raises UserError for any other."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {str(device)!r} is none; use cpu, cuda or cuda:1") from error
-    if picked.type not in ("cpu", "cuda"):
-        raise UserError(f"device {str(device)!r} is not supported; use cpu or cuda")
+    picked = named_device(device)
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {str(device)!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
     return picked
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """Return a CPU or CUDA device by its name, be it there or not. Raises UserError for any other name."""
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {str(device)!r} is none; use cpu, cuda or cuda:1") from error
+    if named.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r} is not supported; use cpu or cuda")
+    return named
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:

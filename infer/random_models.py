@@ -8,39 +8,34 @@ import torch
 from torch import Tensor
 
 from longvideo.benchmark.step import random_model
-from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.infer.generation import Models
 from longvideo.infer.pipeline import pick_dtype
-from longvideo.model.config import PRESETS
+from longvideo.infer.shapes import ModelShapes
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.config import AutoencoderConfig
 
 
 def random_models(
-    preset: str,
-    settings: ModelSettings,
+    shapes: ModelShapes,
     *,
     device: torch.device,
     decode_device: torch.device,
     decode_share: float = 0.0,
     formats: NumberFormats,
 ) -> Models:
-    """Build models of a preset's shapes with random weights, for speed; prompts are random features, too."""
-    config = PRESETS[preset]
-    autoencoder_config = AutoencoderConfig.wan22() if preset != "tiny" else AutoencoderConfig.tiny()
-    spec = chunk_spec(settings, autoencoder_config.scale_factor_spatial)
+    """Build models of these shapes with random weights, for speed; prompts are random features, too."""
+    config = shapes.transformer
     transformer = with_precision(random_model(config, device, pick_dtype(device)), formats.precision)
     with torch.device(decode_device):
-        autoencoder = Autoencoder(autoencoder_config)
+        autoencoder = Autoencoder(shapes.autoencoder)
     return Models(
         transformer=transformer.eval().requires_grad_(False),
         autoencoder=autoencoder.to(decode_device, pick_dtype(decode_device)).eval().requires_grad_(False),
         text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
-        settings=settings,
-        spec=spec,
+        settings=shapes.settings,
+        spec=shapes.spec,
         kv_cache=formats.kv_cache,
         attention=formats.attention,
         decode_share=decode_share,

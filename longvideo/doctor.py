@@ -1,40 +1,38 @@
-"""What this machine can run: versions, and for every operation which backend would run and why not the others."""
+"""For every operation which backend would run here and why not the others, and whether its numbers are right."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend
 
 from longvideo.kernels import backends
 from longvideo.kernels.attention import cudnn_fp8
 from longvideo.kernels.fp8 import scaled_mm as fp8_scaled_mm
 from longvideo.kernels.nvfp4 import reference, scaled_mm, te
 from longvideo.kernels.nvfp4.format import Rule
+from longvideo.model.attention import preferred_attention
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import choose_w4a4
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "diffusers",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "transformer-engine",
-    "safetensors",
-    "av",
-    "nvidia-cudnn-frontend",
-)
+H264_ENCODER = "libx264"
+HEAD_DIM, TOKENS = 128, 256
+"""Of the attention that is asked about: its heads are as wide as those of Wan2.2."""
+
+Finding = tuple[bool, str]
+"""Whether a check passed, and what was measured against what bound."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, the backend that would run it, and for each other backend why it would not."""
+    """An operation, the backend that would run it ("none" where nothing can), and for each other one why it would not.
+
+    reference: plain torch, the definition.
+    """
 
     name: str
     backend: str
@@ -50,88 +48,132 @@ class Check:
     measured: str
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Describe processor, memory, GPUs and the versions of packages."""
-    facts = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
-        "device": str(device),
-    }
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        facts[f"GPU {index}"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB,"
-            f" compute capability {properties.major}.{properties.minor}"
-        )
-    for package in PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
-
-
 def operations(device: torch.device) -> list[Operation]:
     """Say for every operation on a device what would run it."""
-    no_triton, no_units = backends.triton_unavailable(device), scaled_mm.unavailable(device)
-    no_te = te.unavailable(device)
-    kernels = "reference" if no_triton else "triton"
-    other = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
-    slower = "the FP4 units are faster"
-    on_cpu = device.type == "cpu"
-    no_fp8 = f"it needs a CUDA device, not {device.type}" if on_cpu else fp8_scaled_mm.unavailable(device)
     no_attention = cudnn_fp8.unavailable(device)
-    products = "reference" if on_cpu else "none" if no_fp8 else "torch scaled_mm"
-    attention = "reference" if on_cpu else "none" if no_attention else "cuDNN frontend"
+    attention = "reference" if device.type == "cpu" else "none" if no_attention else "cuDNN frontend"
+    instead = {"cuDNN frontend": no_attention} if no_attention else {"reference": "slower"}
     return [
+        _attention(device),
+        Operation("attention in fp8", attention, instead),
+        *_kernels(device),
+        _video_encoding(),
+    ]
+
+
+def self_test(device: torch.device) -> list[Check]:
+    """Run small numeric checks on a device. One that cannot run has not passed."""
+    return [_checked(name, check, device) for name, check in CHECKS.items()]
+
+
+def _kernels(device: torch.device) -> list[Operation]:
+    """Return the operations that on CUDA take Triton's kernels, alone or beside others."""
+    on_cpu, no_triton = device.type == "cpu", backends.triton_unavailable(device)
+    no_units, no_te = scaled_mm.unavailable(device), te.unavailable(device)
+    no_fp8 = f"it needs a CUDA device, not {device.type}" if on_cpu else fp8_scaled_mm.unavailable(device)
+    kernels = "reference" if on_cpu else "triton"
+    same = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
+    close = {"triton": no_triton} if no_triton else {"reference": "slower"}
+    emulated = {"emulated": "the FP4 units are faster"}
+    products = "reference" if on_cpu else "none" if no_fp8 else "torch scaled_mm"
+    rows = [
+        Operation("norms and rotation between a transformer's products", kernels, close),
+        Operation("norms and pixels between a decoder's convolutions", kernels, close),
         Operation(
             "product of fp8 weights and inputs",
             products,
             {"torch scaled_mm": no_fp8} if no_fp8 else {"reference": "slower"},
         ),
-        Operation(
-            "attention in fp8", attention, {"cuDNN frontend": no_attention} if no_attention else {"reference": "slower"}
-        ),
-        Operation("quantise, dequantise", kernels, other),
-        Operation("rebuild keys and values of a 4-bit cache", kernels, other),
-        Operation("product of 4-bit weights", f"{kernels}, then {_dtype(device)} matmul", other),
+        Operation("quantise, dequantise", kernels, same),
+        Operation("rebuild keys and values of a 4-bit cache", kernels, same),
+        Operation("product of 4-bit weights", f"{kernels}, then {_dtype(device)} matmul", same),
         Operation(
             "product of 4-bit weights and inputs",
             "emulated" if no_units else "torch",
-            {"torch": no_units} if no_units else {"emulated": slower},
+            {"torch": no_units} if no_units else emulated,
         ),
         Operation(
             "training in NVFP4",
             "emulated" if no_te else "te, where it knows the recipe",
-            {"te": no_te} if no_te else {"emulated": slower},
+            {"te": no_te} if no_te else emulated,
         ),
     ]
+    if on_cpu or no_triton is None:
+        return rows
+    return [replace(row, backend="none", rejected={"triton": no_triton}) for row in rows]
 
 
-def self_test(device: torch.device) -> list[Check]:
-    """Run small numeric checks on a device."""
-    return [check(device) for check in CHECKS]
+def _attention(device: torch.device) -> Operation:
+    """Ask torch which attention it takes for a chunk, with the order that streaming prefers."""
+    names = {
+        SDPBackend.CUDNN_ATTENTION: "cuDNN",
+        SDPBackend.FLASH_ATTENTION: "torch's flash attention",
+        SDPBackend.EFFICIENT_ATTENTION: "torch's memory-efficient attention",
+        SDPBackend.MATH: "reference",
+    }
+    usable = {SDPBackend.CUDNN_ATTENTION: can_use_cudnn_attention, SDPBackend.FLASH_ATTENTION: can_use_flash_attention}
+    dtype = torch.bfloat16 if _dtype(device) == "bf16" else torch.float32
+    try:
+        q_BNLK = torch.zeros(1, 1, TOKENS, HEAD_DIM, dtype=dtype, device=device)
+    except RuntimeError as error:  # the GPU is full, or in use by one process alone
+        return Operation("attention in bf16", "none", {"torch": str(error).partition("\n")[0]})
+    rejected = {}
+    with preferred_attention(device):
+        chosen = SDPBackend(torch._fused_sdp_choice(q_BNLK, q_BNLK, q_BNLK))
+        for backend, can_use in usable.items():
+            if backend == chosen:
+                continue
+            if device.type != "cuda":
+                rejected[names[backend]] = f"it needs a CUDA device, not {device.type}"
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                can = can_use(SDPAParams(q_BNLK, q_BNLK, q_BNLK, None, 0.0, False, False), True)
+            reasons = [" ".join(str(warning.message).split()) for warning in caught]
+            rejected[names[backend]] = f"{names[chosen]} comes first" if can else "; ".join(reasons) or "torch cannot"
+    return Operation("attention in bf16", names[chosen] + ("" if dtype == torch.bfloat16 else ", in fp32"), rejected)
 
 
-def _round_trip(device: torch.device) -> Check:
+def _video_encoding() -> Operation:
+    name = "H.264 of videos"
+    try:
+        import av
+        from av.codec.codec import Codec, UnknownCodecError
+    except ImportError as error:
+        return Operation(name, "none", {"PyAV": f"{error}; pip install av"})
+    try:
+        Codec(H264_ENCODER, "w")
+    except UnknownCodecError:
+        reason = f"PyAV {av.__version__} was built without it; pip install --force-reinstall av"
+        return Operation(name, "none", {H264_ENCODER: reason})
+    return Operation(name, f"{H264_ENCODER} of PyAV {av.__version__}", {})
+
+
+def _checked(name: str, check: Callable[[torch.device], Finding], device: torch.device) -> Check:
+    try:
+        return Check(name, *check(device))
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _round_trip(device: torch.device) -> Finding:
     x = _gaussian(device, 128, 256)
     operations = backends.nvfp4_operations(device)
     error = float((operations.dequantize(operations.quantize(x)) - x).norm() / x.norm())
-    return Check("round trip of a Gaussian matrix", 0.08 < error < 0.095, f"relative error {error:.4f}, wanted 0.087")
+    return 0.08 < error < 0.095, f"relative error {error:.4f}, wanted 0.087"
 
 
-def _kernels_equal_reference(device: torch.device) -> Check:
+def _kernels_equal_reference(device: torch.device) -> Finding:
     operations, differing = backends.nvfp4_operations(device), 0
     for rule in Rule:
         x = _gaussian(device, 64, 256).bfloat16()
         got, wanted = operations.quantize(x, rule), reference.quantize(x, rule)
         differing += int((got.codes != wanted.codes).sum())
         differing += int((got.scales.view(torch.uint8) != wanted.scales.view(torch.uint8)).sum())
-    return Check("kernels give the reference's bits", differing == 0, f"{differing} codes and scales differ")
+    return differing == 0, f"{differing} codes and scales differ"
 
 
-def _product(device: torch.device) -> Check:
+def _product(device: torch.device) -> Finding:
     x, weight = _gaussian(device, 64, 256), _gaussian(device, 96, 256, seed=1)
     layer = torch.nn.Linear(256, 96, bias=False, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -143,20 +185,20 @@ def _product(device: torch.device) -> Check:
     a, b = (reference.dequantize(operand).double() for operand in operands)
     error = float((got - a @ b.t()).norm() / (a @ b.t()).norm())
     # two roundings to bfloat16, of relative size 2^-9 on average at most
-    return Check("product of 4-bit operands", error < 2.0**-8, f"relative error {error:.1e}, wanted below 3.9e-03")
+    return error < 2.0**-8, f"relative error {error:.1e}, wanted below 3.9e-03"
 
 
-def _gradient(device: torch.device) -> Check:
+def _gradient(device: torch.device) -> Finding:
     layer = torch.nn.Linear(64, 64, device=device)
     packed = NVFP4Linear.from_linear(layer)
     packed.set_product(choose_w4a4(device, backend="emulated"))
     x = _gaussian(device, 16, 64).requires_grad_()
     packed(x).square().sum().backward()
     norm = 0.0 if x.grad is None else float(x.grad.norm())
-    return Check("gradient through a packed layer", norm > 0, f"norm {norm:.3g}, wanted more than 0")
+    return norm > 0, f"norm {norm:.3g}, wanted more than 0"
 
 
-def _cache(device: torch.device) -> Check:
+def _cache(device: torch.device) -> Finding:
     from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
     operations = backends.kv_operations(device)
@@ -168,16 +210,16 @@ def _cache(device: torch.device) -> Check:
     which = torch.tensor([1], dtype=torch.int32, device=device)
     operations.rebuild(slots, which, *still, workspace[0], workspace[1])
     error = float((workspace[0, :, 1] - keys).norm() / keys.norm())
-    return Check("keys through a 4-bit cache", error < 0.1, f"relative error {error:.4f}, wanted 0.087")
+    return error < 0.1, f"relative error {error:.4f}, wanted 0.087"
 
 
-CHECKS: tuple[Callable[[torch.device], Check], ...] = (
-    _round_trip,
-    _kernels_equal_reference,
-    _product,
-    _gradient,
-    _cache,
-)
+CHECKS: dict[str, Callable[[torch.device], Finding]] = {
+    "round trip of a Gaussian matrix": _round_trip,
+    "kernels give the reference's bits": _kernels_equal_reference,
+    "product of 4-bit operands": _product,
+    "gradient through a packed layer": _gradient,
+    "keys through a 4-bit cache": _cache,
+}
 
 
 def _gaussian(device: torch.device, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -48,6 +48,11 @@ class UMT5Config:
                 raise CheckpointError(f"{key}={value!r}, wanted a positive {'number' if len(kinds) > 1 else 'integer'}")
         return cls(**given)
 
+    @classmethod
+    def xxl(cls) -> UMT5Config:
+        """Return the sizes of google/umt5-xxl, the text encoder of Wan2.2-TI2V-5B: 5.68 billion parameters."""
+        return cls(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+
     def to_dict(self) -> dict[str, Any]:
         """Write the config.json that transformers' UMT5EncoderModel.from_pretrained reads."""
         kind = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "feed_forward_proj": "gated-gelu"}

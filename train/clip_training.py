@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
-from longvideo.checkpoint.tensors import OnMeta
 from longvideo.conditioning import Conditioning
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule

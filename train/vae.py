@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.modules import load_weights
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import load_weights
 from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split, sample_scenes

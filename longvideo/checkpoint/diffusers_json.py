@@ -1,4 +1,4 @@
-"""The JSON files of diffusers' folder layout, as this project's configurations and back."""
+"""The JSON files of diffusers' folder layout and of Wan's own, as this project's configurations and back."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ ROPE_TABLE = "rope_max_seq_len"
 # tells diffusers that it cannot read packed weights; ours say themselves what they are
 QUANTIZATION = "quantization_config"
 NOT_READ = (ROPE_TABLE, QUANTIZATION)
+OFFICIAL_CLASS = "WanModel"
+OFFICIAL_TYPES = ("ti2v", "t2v")
+OFFICIAL_TEXT_DIM = 4096
+OFFICIAL_KEYS = {
+    "dim": "attention_head_dim",  # times num_heads
+    "num_heads": "num_attention_heads",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_layers": "num_layers",
+    "text_len": "text_len",
+}
 PART_CLASSES = {
     "scheduler": ("diffusers", "UniPCMultistepScheduler"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
@@ -60,6 +73,31 @@ def transformer_json(config: TransformerConfig) -> dict[str, Any]:
     """Write the config.json that diffusers' WanTransformer3DModel.from_pretrained reads."""
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "text_len"}
     return {"_class_name": TRANSFORMER_CLASS, **values, "patch_size": list(config.patch_size), **TRANSFORMER_FORM}
+
+
+def official_config(values: Mapping[str, Any]) -> TransformerConfig:
+    """Read the config.json of Wan's official folder. Raises CheckpointError for a missing or unsupported key."""
+    if missing := sorted(OFFICIAL_KEYS.keys() - values.keys()):
+        raise CheckpointError(f"the keys {missing} are missing")
+    if (model_type := values.get("model_type", "ti2v")) not in OFFICIAL_TYPES:
+        raise CheckpointError(f"model_type={model_type!r} is not supported, wanted one of {', '.join(OFFICIAL_TYPES)}")
+    for key in OFFICIAL_KEYS:
+        if not _is_count(values[key]):
+            raise CheckpointError(f"{key}={values[key]!r}, wanted a whole number of at least 1")
+    given = {ours: values[theirs] for theirs, ours in OFFICIAL_KEYS.items()}
+    heads, dim = values["num_heads"], values["dim"]
+    if dim % heads:
+        raise CheckpointError(f"dim={dim} does not divide into num_heads={heads}")
+    eps = values.get("eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise CheckpointError(f"eps={eps!r}, wanted a number")
+    return TransformerConfig(**{**given, "attention_head_dim": dim // heads}, text_dim=OFFICIAL_TEXT_DIM, eps=eps)
+
+
+def official_json(config: TransformerConfig) -> dict[str, Any]:
+    """Write the config.json that Wan's own WanModel reads; it has no place for the width of text features."""
+    values = {theirs: getattr(config, ours) for theirs, ours in OFFICIAL_KEYS.items() if ours != "attention_head_dim"}
+    return {"_class_name": OFFICIAL_CLASS, "model_type": "ti2v", **values, "dim": config.dim, "eps": config.eps}
 
 
 def scheduler_json(settings: ModelSettings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A model on disk: diffusers' folder layout plus longvideo.json, opened, checked, loaded and saved.
+"""A model on disk, in any format that is known: opened, checked, loaded; and saved in diffusers' folder layout.
 
-model_index.json, longvideo.json, scheduler/, tokenizer/; transformer/ and vae/ with config.json and
+What is saved: model_index.json, longvideo.json, scheduler/, tokenizer/; transformer/ and vae/ with config.json and
 diffusion_pytorch_model.safetensors (diffusers' names); text_encoder/ with config.json and model.safetensors.
 """
 
@@ -10,31 +10,27 @@ import difflib
 import re
 import shutil
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from longvideo.checkpoint import diffusers_json, names, packed
-from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import (
-    OnMeta,
-    Weights,
-    check_fits,
-    load_weights,
-    open_weights,
-    own_tensors,
-    read_json,
-    save_weights,
-    write_json,
-)
-from longvideo.config import load_config
-from longvideo.errors import CheckpointError, UserError
+from longvideo.checkpoint import diffusers_json, names, packed, pickle_file
+from longvideo.checkpoint.adapters import merged
+from longvideo.checkpoint.diffusers_folder import INDEX_FILE, SETTINGS_FILE, WEIGHT_STEMS
+from longvideo.checkpoint.files import write_json
+from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part
+from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
+from longvideo.checkpoint.saving import MAX_SHARD_BYTES, save_weights
+from longvideo.checkpoint.settings import PRESETS, ModelSettings
+from longvideo.checkpoint.tensors import Weights
+from longvideo.errors import CheckpointError, ConfigError
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -44,62 +40,93 @@ from longvideo.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 
-T = TypeVar("T")
-
 SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("tiny", "tiny-teacher")}
-SETTINGS_FILE = "longvideo.json"
-INDEX_FILE = "model_index.json"
-WEIGHT_STEMS = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = [INDEX_FILE, SETTINGS_FILE, "tokenizer/*", "scheduler/*"] + [
-    f"{part}/{pattern}" for part in WEIGHT_STEMS for pattern in ("*.json", "*.safetensors")
-]
+HUB_FILES = ["*.json", "*.safetensors", "*.pth", "*.pt", "*/*.json", "*/*.safetensors", "google/umt5-xxl/*"]
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened model folder: its configurations are read and agree; no weight is loaded yet.
+    """An opened model: its configurations are read and agree; no weight is loaded yet.
 
-    parts: which of transformer, vae and text_encoder it holds.
+    format: what was recognised. stored: its transformer, vae and text_encoder, those that are there. tokenizer: folder
+    with tokenizer.json. notes: numbers and texts beside the weights. unused: files that are of no part, and why.
     """
 
     path: Path
+    format: str
     settings: ModelSettings
-    parts: tuple[str, ...]
+    stored: Mapping[str, Part]
+    tokenizer: Path | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[Path, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str | Path) -> ModelFolder:
-        """Open a shipped name ("tiny", "tiny-teacher"), a folder, or a hub id ("org/name", which is downloaded).
+    def open(
+        cls,
+        name: str | Path,
+        *,
+        base: str | Path | None = None,
+        preset: str | None = None,
+        entry: str | None = None,
+    ) -> ModelFolder:
+        """Open a shipped name ("tiny", "tiny-teacher"), a folder or file, or a hub id ("org/name", downloaded).
 
+        What it is, is found by content; `longvideo.checkpoint.formats` lists what is known. base: another model, from
+        which the parts that are missing come, and the transformer that a LoRA belongs to; for a checkpoint of a run by
+        default the model folder of that run. preset: name in `PRESETS` of the settings; None takes the model's own.
+        entry: which weights of a training checkpoint, for example "generator_ema" or "ema".
         Raises CheckpointError or ConfigError, naming the file, when something is absent or does not agree.
         """
         path = locate(name)
-        index = read_json(path / INDEX_FILE)
-        parts = tuple(part for part in WEIGHT_STEMS if _listed_class(index.get(part)))
-        if not parts:
-            raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(WEIGHT_STEMS)}")
-        settings_file = path / SETTINGS_FILE
-        settings = load_config(ModelSettings, [settings_file] if settings_file.is_file() else [])
-        folder = cls(path=path, settings=settings, parts=parts)
+        if base is None and is_run_checkpoint(path):
+            base = exported_model(path)
+        under = None if base is None else cls.open(base)
+        like = under.transformer_config if under is not None and TRANSFORMER in under.parts else None
+        found = recognise(path, entry=entry, like=like)
+        parts, settings = {**(under.stored if under else {}), **found.parts}, _settings(found, under, preset)
+        if found.adapter is not None:
+            if TRANSFORMER not in parts:
+                raise CheckpointError(f"{path} is a LoRA; say with a base which model it belongs to")
+            part = parts[TRANSFORMER]
+            parts[TRANSFORMER] = replace(part, weights=merged(part.weights, found.adapter))
+        if TRANSFORMER in parts:
+            config = parts[TRANSFORMER].config
+            assert isinstance(config, TransformerConfig)
+            parts[TRANSFORMER] = replace(parts[TRANSFORMER], config=replace(config, text_len=settings.text_len))
+        tokenizer = under.tokenizer if found.tokenizer is None and under is not None else found.tokenizer
+        ordered = {part: parts[part] for part in PARTS if part in parts}
+        folder = cls(path, found.format, settings, ordered, tokenizer, found.notes, found.unused)
         folder._check_configs()
         return folder
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of transformer, vae and text_encoder it has."""
+        return tuple(self.stored)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Which parts a model that makes videos would have besides."""
+        return tuple(part for part in PARTS if part not in self.stored)
+
     @cached_property
     def transformer_config(self) -> TransformerConfig:
-        text_len = self.settings.text_len
-        return self._read_config("transformer", lambda json: diffusers_json.transformer_config(json, text_len=text_len))
+        config = self._part(TRANSFORMER).config
+        assert isinstance(config, TransformerConfig)
+        return config
 
     @cached_property
     def vae_config(self) -> AutoencoderConfig:
-        return self._read_config("vae", AutoencoderConfig.from_dict)
+        config = self._part(VAE).config
+        assert isinstance(config, AutoencoderConfig)
+        return config
 
     @cached_property
     def text_encoder_config(self) -> UMT5Config:
-        return self._read_config("text_encoder", UMT5Config.from_dict)
+        config = self._part(TEXT_ENCODER).config
+        assert isinstance(config, UMT5Config)
+        return config
 
     @cached_property
     def spec(self) -> ChunkSpec:
@@ -123,58 +150,57 @@ class ModelFolder:
         )
 
     def weights(self, part: str) -> Weights:
-        """Read the headers of a part's weight files; the transformer's tensors under official names."""
-        self._require(part)
-        weights = open_weights(self.path / part, stem=WEIGHT_STEMS[part])
-        return _official(weights) if part == "transformer" else weights
+        """Return a part's tensors, of which only headers are read, under our names."""
+        return self._part(part).weights
 
     def kind(self, part: str) -> str:
-        """Name the class that model_index.json gives a part."""
-        self._require(part)
-        return _listed_class(read_json(self.path / INDEX_FILE)[part])
+        """Name the class that a part's files say they are of."""
+        return self._part(part).kind
 
     @property
     def is_packed(self) -> bool:
         """Whether the transformer's weights are NVFP4."""
-        return packed.is_packed(self.weights("transformer"))
+        return packed.is_packed(self.weights(TRANSFORMER))
 
     def check(self, part: str) -> None:
         """Raise CheckpointError unless a part's weight files fit its config. Reads headers only."""
-        if part == "text_encoder":
+        if part == TEXT_ENCODER:
             self._load_tokenizer()
-        weights = self.weights(part)
-        module = self._build_transformer(weights) if part == "transformer" else self._build(part)
-        check_fits(module, weights)
+        check_fits(self.build(part), self.weights(part))
+
+    def build(self, part: str) -> nn.Module:
+        """Build the module that a part's weights fit, on the meta device: packed layers where they hold codes."""
+        with OnMeta():
+            if part == VAE:
+                return Autoencoder(self.vae_config)
+            if part == TEXT_ENCODER:
+                return UMT5Encoder(self.text_encoder_config)
+            model = CausalTransformer(self.transformer_config)
+        expect_packed(model, self.weights(TRANSFORMER).infos)
+        return model
 
     def load_transformer(
-        self,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        weights: Path | None = None,
-        entry: str | None = None,
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> CausalTransformer:
-        """Load the transformer. dtype None keeps the stored one; packed layers stay packed whatever it is.
-
-        weights: take them from this file instead (.safetensors, index, .pt), in official or diffusers names; entry
-        selects the dict of a training checkpoint, for example "generator_ema".
-        """
-        source = self.weights("transformer") if weights is None else _official(open_weights(weights, entry=entry))
-        module = self._build_transformer(source)
-        load_weights(module, source, device=device, dtype=dtype)
+        """Load the transformer. dtype None keeps the stored one; packed layers stay packed whatever it is."""
+        module = self.build(TRANSFORMER)
+        assert isinstance(module, CausalTransformer)
+        load_weights(module, self.weights(TRANSFORMER), device=device, dtype=dtype)
         return module.eval()
 
     def load_vae(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
         """Load the video autoencoder. dtype None keeps the stored one."""
-        module = self._build_vae()
-        load_weights(module, self.weights("vae"), device=device, dtype=dtype)
+        module = self.build(VAE)
+        assert isinstance(module, Autoencoder)
+        load_weights(module, self.weights(VAE), device=device, dtype=dtype)
         return module.eval()
 
     def load_text_encoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
         """Load tokenizer and text encoder. dtype None keeps the stored one."""
         tokenizer = self._load_tokenizer()
-        module = self._build_umt5()
-        load_weights(module, self.weights("text_encoder"), device=device, dtype=dtype)
+        module = self.build(TEXT_ENCODER)
+        assert isinstance(module, UMT5Encoder)
+        load_weights(module, self.weights(TEXT_ENCODER), device=device, dtype=dtype)
         return TextEncoder(module, tokenizer, text_len=self.settings.text_len).eval()
 
     @classmethod
@@ -187,7 +213,7 @@ class ModelFolder:
         vae: Autoencoder | None = None,
         text_encoder: TextEncoder | None = None,
         dtype: torch.dtype | None = None,
-        max_shard_bytes: int = 5 * 2**30,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> ModelFolder:
         """Write the given parts as a folder that this class and diffusers' classes open.
@@ -226,24 +252,23 @@ class ModelFolder:
             write_json(temporary / "scheduler" / "scheduler_config.json", diffusers_json.scheduler_json(settings))
             write_json(temporary / INDEX_FILE, diffusers_json.model_index(parts))
             write_json(temporary / SETTINGS_FILE, asdict(settings))
-            opened = cls.open(temporary)
-            _replace_folder(temporary, folder)
+            cls.open(temporary)
+            replace_path(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return cls(path=folder, settings=opened.settings, parts=opened.parts)
+        return cls.open(folder)
 
     def _load_tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.path / "tokenizer")
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.path} has no tokenizer.json; Wan's official folder has it in google/umt5-xxl")
+        tokenizer = load_tokenizer(self.tokenizer)
         num_tokens, rows = tokenizer.get_vocab_size(), self.text_encoder_config.vocab_size
         if num_tokens > rows:
-            raise CheckpointError(f"{self.path / 'tokenizer'} has {num_tokens} tokens, the text encoder {rows}")
+            raise CheckpointError(f"{self.tokenizer} has {num_tokens} tokens, the text encoder {rows}")
         return tokenizer
 
     def _check_configs(self) -> None:
         parts = set(self.parts)
-        for part in self.parts:
-            self._read_config(part, dict)
-            self.weights(part)
         if "transformer" in parts and "vae" in parts:
             channels, z_dim = self.transformer_config.in_channels, self.vae_config.z_dim
             self._agree("transformer in_channels", channels, "vae z_dim", z_dim)
@@ -256,38 +281,11 @@ class ModelFolder:
         if one_value != other_value:
             raise CheckpointError(f"{self.path}: {one} is {one_value}, {other} is {other_value}; they must be equal")
 
-    def _require(self, part: str) -> None:
-        if part not in self.parts:
-            raise CheckpointError(f"{self.path} holds no {part}, only {', '.join(self.parts)}")
-
-    def _read_config(self, part: str, parse: Callable[[dict[str, Any]], T]) -> T:
-        self._require(part)
-        file = self.path / part / "config.json"
-        try:
-            return parse(read_json(file))
-        except UserError as error:
-            if str(file) in str(error):
-                raise
-            raise CheckpointError(f"{file}: {error}") from error
-
-    def _build(self, part: str) -> nn.Module:
-        return {"vae": self._build_vae, "text_encoder": self._build_umt5}[part]()
-
-    def _build_transformer(self, weights: Weights) -> CausalTransformer:
-        """Build the module that these weights fit: packed layers where they hold codes."""
-        packed.check_convention(weights)
-        with OnMeta():
-            model = CausalTransformer(self.transformer_config)
-        expect_packed(model, weights.infos)
-        return model
-
-    def _build_vae(self) -> Autoencoder:
-        with OnMeta():
-            return Autoencoder(self.vae_config)
-
-    def _build_umt5(self) -> UMT5Encoder:
-        with OnMeta():
-            return UMT5Encoder(self.text_encoder_config)
+    def _part(self, part: str) -> Part:
+        if part not in self.stored:
+            has = ", ".join(self.parts) or "no part of a model"
+            raise CheckpointError(f"{self.path} holds no {part}, only {has}; a model folder as base can give the rest")
+        return self.stored[part]
 
 
 def locate(name: str | Path) -> Path:
@@ -300,13 +298,15 @@ def locate(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; wanted a model folder")
+    if path.is_file():
+        if not path.name.endswith((".safetensors", ".index.json", *pickle_file.SUFFIXES)):
+            raise CheckpointError(f"{path} is no weight file; wanted a model folder, or .safetensors, .pt or .pth")
+        return path
     if HUB_ID.fullmatch(text):
         return _download(text)
     near = difflib.get_close_matches(text, SHIPPED, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(SHIPPED)}"
-    raise CheckpointError(f"no model {text!r}: neither a folder nor a hub id like org/name; {hint}")
+    raise CheckpointError(f"no model {text!r}: neither a folder nor a file nor a hub id like org/name; {hint}")
 
 
 def _download(hub_id: str) -> Path:
@@ -319,16 +319,20 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(f"no folder {hub_id!r}, and it cannot be had from the hub: {reason}") from error
 
 
-def _listed_class(entry: object) -> str:
-    """Take the class from an entry [library, class] of model_index.json; "" for an absent part."""
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else ""
-
-
-def _official(weights: Weights) -> Weights:
-    try:
-        return weights.renamed(names.official_naming(weights.infos))
-    except CheckpointError as error:
-        raise CheckpointError(f"{weights.label}: {error}") from error
+def _settings(found: Found, under: ModelFolder | None, preset: str | None) -> ModelSettings:
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"no preset {preset!r}; known are {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    if found.settings is not None:
+        return found.settings
+    if under is not None:
+        return under.settings
+    own = found.parts.get(TRANSFORMER)
+    if own is None:
+        return ModelSettings()
+    assert isinstance(own.config, TransformerConfig)
+    return ModelSettings(text_len=own.config.text_len)
 
 
 def _check_text_len(
@@ -344,11 +348,12 @@ def _check_text_len(
             raise CheckpointError(f"the {part} takes {text_len} text positions, the settings say {settings.text_len}")
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
+def replace_path(new: Path, path: Path) -> None:
+    """Put a file or folder where another one may be, which goes only then."""
+    if not path.exists():
+        new.rename(path)
         return
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-    folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old)
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,62 +1,141 @@
-"""Tables between the two namings of Wan's transformer: the official one, which our module uses, and diffusers'.
+"""What other projects call our parameters: one table for each format, read in both directions.
 
-Blocks differ in their norms: the affine norm before cross attention is norm3 officially and norm2 in diffusers.
+Our transformer has Wan's official names, our autoencoder and text encoder those of diffusers and transformers. In a
+table `{}` stands for a number, the same ones in the same order on both sides, and `*` at the end for the rest of a name
+(weight, bias, lora_A.weight, ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import TypeAlias
 
 from longvideo.errors import CheckpointError
 
-# dicts inside public training checkpoints, in the order in which they are looked for
-CHECKPOINT_ENTRIES = ("generator", "generator_ema", "model")
+Rules: TypeAlias = list[tuple[re.Pattern[str], str]]
+
 WRAPPER_PARTS = ("_fsdp_wrapped_module", "_orig_mod", "module")
 MODEL_PREFIX = "model."
 
-# module paths, official -> diffusers; the leaf (weight, bias) is the same in both
-TOP_LEVEL = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-}
-BLOCK_LEVEL = {
-    f"{official}.{part}": f"{diffusers}.{diffusers_part}"
-    for official, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for part, diffusers_part in (
-        ("q", "to_q"),
-        ("k", "to_k"),
-        ("v", "to_v"),
-        ("o", "to_out.0"),
-        ("norm_q", "norm_q"),
-        ("norm_k", "norm_k"),
-    )
-} | {
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-# parameters that are no module's weight or bias
-TOP_LEVEL_PARAMETERS = {"head.modulation": "scale_shift_table"}
-BLOCK_LEVEL_PARAMETERS = {"modulation": "scale_shift_table"}
 
-OFFICIAL_MARK = "text_embedding.0.weight"
-DIFFUSERS_MARK = TOP_LEVEL["text_embedding.0"] + ".weight"
+class NameTable:
+    """Two namings of the same parameters. A name that a table lacks is returned as it is."""
+
+    def __init__(self, ours_to_theirs: Mapping[str, str]) -> None:
+        self.ours_to_theirs = dict(ours_to_theirs)
+
+    def theirs(self, name: str) -> str:
+        return _translate(name, self._to_theirs)
+
+    def ours(self, name: str) -> str:
+        return _translate(name, self._to_ours)
+
+    @cached_property
+    def _to_theirs(self) -> Rules:
+        return _rules(self.ours_to_theirs)
+
+    @cached_property
+    def _to_ours(self) -> Rules:
+        return _rules({theirs: ours for ours, theirs in self.ours_to_theirs.items()})
+
+
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+
+# Blocks differ in their norms: the affine norm before cross attention is norm3 officially and norm2 in diffusers.
+TRANSFORMER_DIFFUSERS = NameTable(
+    {
+        "patch_embedding.*": "patch_embedding.*",
+        "text_embedding.0.*": "condition_embedder.text_embedder.linear_1.*",
+        "text_embedding.2.*": "condition_embedder.text_embedder.linear_2.*",
+        "time_embedding.0.*": "condition_embedder.time_embedder.linear_1.*",
+        "time_embedding.2.*": "condition_embedder.time_embedder.linear_2.*",
+        "time_projection.1.*": "condition_embedder.time_proj.*",
+        "head.head.*": "proj_out.*",
+        "head.modulation": "scale_shift_table",
+        "blocks.{}.modulation": "blocks.{}.scale_shift_table",
+        "blocks.{}.norm3.*": "blocks.{}.norm2.*",
+        "blocks.{}.ffn.0.*": "blocks.{}.ffn.net.0.proj.*",
+        "blocks.{}.ffn.2.*": "blocks.{}.ffn.net.2.*",
+    }
+    | {f"blocks.{{}}.self_attn.{ours}.*": f"blocks.{{}}.attn1.{theirs}.*" for ours, theirs in _ATTENTION.items()}
+    | {f"blocks.{{}}.cross_attn.{ours}.*": f"blocks.{{}}.attn2.{theirs}.*" for ours, theirs in _ATTENTION.items()}
+)
+
+TEXT_ENCODER_OFFICIAL = NameTable(
+    {
+        "shared.weight": "token_embedding.weight",
+        "encoder.final_layer_norm.weight": "norm.weight",
+        "encoder.block.{}.layer.0.layer_norm.weight": "blocks.{}.norm1.weight",
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight": (
+            "blocks.{}.pos_embedding.embedding.weight"
+        ),
+        "encoder.block.{}.layer.1.layer_norm.weight": "blocks.{}.norm2.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "blocks.{}.ffn.gate.0.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "blocks.{}.ffn.fc1.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "blocks.{}.ffn.fc2.weight",
+    }
+    | {f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight": f"blocks.{{}}.attn.{x}.weight" for x in "qkvo"}
+)
+
+_RESIDUAL = {
+    "norm1.gamma": "residual.0.gamma",
+    "conv1.*": "residual.2.*",
+    "norm2.gamma": "residual.3.gamma",
+    "conv2.*": "residual.6.*",
+    "conv_shortcut.*": "shortcut.*",
+}
+# the official modules put the change of grid behind a level's residual blocks, in the same list
+_LEVELS = (
+    ("encoder.down_blocks.{}", "encoder.downsamples.{}.downsamples", "downsampler", 0),
+    ("decoder.up_blocks.{}", "decoder.upsamples.{}.upsamples", "upsampler", 1),
+)
+
+
+def autoencoder_official(num_res_blocks: int) -> NameTable:
+    """Return the table of Wan2.2_VAE.pth, for an autoencoder with this many residual blocks in an encoder's level."""
+    table = {"quant_conv.*": "conv1.*", "post_quant_conv.*": "conv2.*"}
+    for coder in ("encoder", "decoder"):
+        table |= {
+            f"{coder}.conv_in.*": f"{coder}.conv1.*",
+            f"{coder}.norm_out.gamma": f"{coder}.head.0.gamma",
+            f"{coder}.conv_out.*": f"{coder}.head.2.*",
+            f"{coder}.mid_block.attentions.0.*": f"{coder}.middle.1.*",
+        }
+        for ours, theirs in _RESIDUAL.items():
+            table[f"{coder}.mid_block.resnets.0.{ours}"] = f"{coder}.middle.0.{theirs}"
+            table[f"{coder}.mid_block.resnets.1.{ours}"] = f"{coder}.middle.2.{theirs}"
+    for ours_level, their_level, resampler, more_blocks in _LEVELS:
+        last = num_res_blocks + more_blocks
+        table |= {
+            f"{ours_level}.{resampler}.resample.1.*": f"{their_level}.{last}.resample.1.*",
+            f"{ours_level}.{resampler}.time_conv.*": f"{their_level}.{last}.time_conv.*",
+        }
+        for ours, theirs in _RESIDUAL.items():
+            table[f"{ours_level}.resnets.{{}}.{ours}"] = f"{their_level}.{{}}.{theirs}"
+    return NameTable(table)
+
+
+# names outside the blocks: of one naming alone, and of both
+OFFICIAL_MARKS = ("text_embedding.0.weight", "time_projection.1.weight", "head.head.weight", "head.modulation")
+DIFFUSERS_MARKS = (
+    "condition_embedder.text_embedder.linear_1.weight",
+    "condition_embedder.time_proj.weight",
+    "proj_out.weight",
+    "scale_shift_table",
+)
+COMMON_MARKS = ("patch_embedding.weight",)
 
 
 def to_diffusers(name: str) -> str:
-    """Translate an official parameter name; a name the tables lack is returned as it is."""
-    return _translate(name, TOP_LEVEL, BLOCK_LEVEL, TOP_LEVEL_PARAMETERS, BLOCK_LEVEL_PARAMETERS)
+    """Translate an official name of the transformer's."""
+    return TRANSFORMER_DIFFUSERS.theirs(name)
 
 
 def to_official(name: str) -> str:
-    """Translate a diffusers parameter name; a name the tables lack is returned as it is."""
-    tables = (TOP_LEVEL, BLOCK_LEVEL, TOP_LEVEL_PARAMETERS, BLOCK_LEVEL_PARAMETERS)
-    return _translate(name, *({new: old for old, new in table.items()} for table in tables))
+    """Translate diffusers' name of a parameter of the transformer's."""
+    return TRANSFORMER_DIFFUSERS.ours(name)
 
 
 def strip_wrappers(name: str) -> str:
@@ -74,29 +153,31 @@ def official_naming(names: Iterable[str]) -> Callable[[str], str]:
     """
     names = list(names)
     bare = {strip_wrappers(name) for name in names}
-    if OFFICIAL_MARK in bare:
+    if not bare.isdisjoint(OFFICIAL_MARKS):
         return strip_wrappers
-    if DIFFUSERS_MARK in bare:
+    if not bare.isdisjoint(DIFFUSERS_MARKS):
         return lambda name: to_official(strip_wrappers(name))
     shown = ", ".join(names[:3]) or "none"
     raise CheckpointError(
         f"these {len(names)} tensors ({shown}, ...) are no Wan transformer:"
-        f" wanted {OFFICIAL_MARK} (official names) or {DIFFUSERS_MARK} (diffusers names) among them"
+        f" wanted {OFFICIAL_MARKS[0]} (official names) or {DIFFUSERS_MARKS[0]} (diffusers names) among them"
     )
 
 
-def _translate(
-    name: str,
-    top_level: dict[str, str],
-    block_level: dict[str, str],
-    top_level_parameters: dict[str, str],
-    block_level_parameters: dict[str, str],
-) -> str:
-    prefix, modules, parameters = "", top_level, top_level_parameters
-    if name.startswith("blocks."):
-        _, number, name = name.split(".", 2) if name.count(".") >= 2 else ("", "", name)
-        prefix, modules, parameters = f"blocks.{number}." if number else "", block_level, block_level_parameters
-    if name in parameters:
-        return prefix + parameters[name]
-    path, _, leaf = name.rpartition(".")
-    return f"{prefix}{modules[path]}.{leaf}" if path in modules else prefix + name
+def _rules(table: Mapping[str, str]) -> Rules:
+    return [(_pattern(source), _replacement(target)) for source, target in table.items()]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)"))
+
+
+def _replacement(template: str) -> str:
+    return template.replace("*", "{}")
+
+
+def _translate(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        if found := pattern.fullmatch(name):
+            return replacement.format(*found.groups())
+    return name

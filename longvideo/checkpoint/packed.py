@@ -6,27 +6,31 @@ NAME.weight_tensor_scale, a float32 scalar, in place of NAME.weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from longvideo.checkpoint.diffusers_json import QUANTIZATION
-from longvideo.checkpoint.tensors import Weights
+from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
+from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
 from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE, NVFP4Linear
 
 CONVENTION_KEY = "nvfp4_convention"
 CONVENTION = (
     "1: e2m1 codes, low nibble first; e4m3 scale of 16 along in, row-major; value = code * scale * tensor_scale"
 )
-LEAVES = (CODES, SCALES, TENSOR_SCALE)
+PACKED_LEAVES = (CODES, SCALES, TENSOR_SCALE)
 DTYPES = {CODES: torch.uint8, SCALES: torch.float8_e4m3fn, TENSOR_SCALE: torch.float32}
 
 
 def is_packed(weights: Weights) -> bool:
     """Say whether any tensor is of a packed layer."""
-    return any(_leaf(name) in LEAVES for name in weights.infos)
+    return any(_leaf(name) in PACKED_LEAVES for name in weights.infos)
 
 
 def check_convention(weights: Weights) -> None:
@@ -47,16 +51,78 @@ def check_convention(weights: Weights) -> None:
             raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, wanted {wanted}")
 
 
+def header_metadata(weights: Weights) -> dict[str, str]:
+    """Return what the header of a file with these tensors has to say."""
+    return {CONVENTION_KEY: CONVENTION} if is_packed(weights) else {}
+
+
 def to_save(
     model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors, floating ones cast to dtype unless they are of packed layers, and the metadata to go along."""
     packed = any(isinstance(module, NVFP4Linear) for module in model.modules())
     cast = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and _leaf(name) not in LEAVES else tensor
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and _leaf(name) not in PACKED_LEAVES else tensor
         for name, tensor in tensors.items()
     }
     return cast, {CONVENTION_KEY: CONVENTION} if packed else {}
+
+
+VALUES_AT_ONCE = 2**17
+OnPacked: TypeAlias = Callable[[str, Tensor, NVFP4Tensor], None]
+"""Called with a layer's name, its weight, and that packed."""
+
+
+def pack(
+    weights: Weights, layers: Sequence[str], rule: Rule, *, on_packed: OnPacked = lambda layer, weight, packed: None
+) -> Weights:
+    """Show layers packed, each when it is read. Reading raises CheckpointError for NaN or infinity in a weight."""
+    changes: dict[str, Lazy | None] = {}
+    for layer in layers:
+        name = f"{layer}.weight"
+        source = _Quantized(weights.tensors[name], rule, f"{weights.label}: {name}", partial(on_packed, layer))
+        rows, columns = weights.infos[name].shape
+        changes[name] = None
+        changes[f"{layer}.{CODES}"] = Made(TensorInfo((rows, columns // 2), torch.uint8), source.codes)
+        changes[f"{layer}.{SCALES}"] = Made(TensorInfo((rows, columns // GROUP), torch.float8_e4m3fn), source.scales)
+        changes[f"{layer}.{TENSOR_SCALE}"] = Made(TensorInfo((), torch.float32), source.tensor_scale)
+    packed = weights.replaced(changes)
+    return Weights(packed.tensors, packed.files, {**packed.metadata, CONVENTION_KEY: CONVENTION})
+
+
+class _Quantized:
+    """A weight that is quantised when its codes are read; its scales are kept until they are read too."""
+
+    def __init__(self, weight: Lazy, rule: Rule, label: str, on_packed: Callable[[Tensor, NVFP4Tensor], None]) -> None:
+        self.weight, self.rule, self.label, self.on_packed = weight, rule, label, on_packed
+        self._scales: Tensor | None = None
+
+    def codes(self) -> Tensor:
+        weight = read(self.weight)
+        quantized = self._quantize(weight)
+        self.on_packed(weight, quantized)
+        self._scales = quantized.scales
+        return quantized.codes
+
+    def scales(self) -> Tensor:
+        scales, self._scales = self._scales, None
+        return self._quantize(read(self.weight)).scales if scales is None else scales
+
+    def tensor_scale(self) -> Tensor:
+        return reference.tensor_scale_of(reference.largest_magnitude(read(self.weight)), self.rule)
+
+    def _quantize(self, weight: Tensor) -> NVFP4Tensor:
+        """Quantise some rows at a time, which stay in the processor's cache; the result is that of all at once."""
+        scale = reference.tensor_scale_of(reference.largest_magnitude(weight), self.rule)
+        try:
+            parts = [
+                reference.quantize(rows, self.rule, tensor_scale=scale, name=self.label)
+                for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1]))
+            ]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+        return NVFP4Tensor(torch.cat([part.codes for part in parts]), scales, scale)
 
 
 def config_entry(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:

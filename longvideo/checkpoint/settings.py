@@ -18,7 +18,8 @@ class ModelSettings:
     chunk_frames, window_frames, sink_frames, offset_per_shot: latent frames, as in ChunkSpec. pin_shots: keep the first
     chunk of the current shot. height, width: pixels. fps: frames a second. text_len: prompt positions.
     steps, guidance, shift: of the solver. clean_pass: whether later chunks see a finished one as it is in a pass of its
-    own, or as it was in its last denoising step, which a model must have been trained for.
+    own, or as it was in its last denoising step, which a model must have been trained for. cut_prefix: what the text
+    encoder reads before the prompt of a chunk that opens a shot after a cut.
     """
 
     chunk_frames: int = 8
@@ -34,6 +35,7 @@ class ModelSettings:
     guidance: float = 5.0
     shift: float = 5.0
     clean_pass: bool = True
+    cut_prefix: str = ""
 
     def __post_init__(self) -> None:
         for name in ("chunk_frames", "window_frames", "fps", "height", "width", "text_len", "steps"):
@@ -46,6 +48,14 @@ class ModelSettings:
             raise ConfigError(f"steps={self.steps}, wanted at most {NUM_TRAIN_TIMESTEPS}")
         if not self.shift > 0:
             raise ConfigError(f"shift={self.shift}, wanted more than 0")
+
+
+PRESETS = {
+    "wan2.2-ti2v-5b": ModelSettings(),
+    "longlive-2.0-5b": ModelSettings(offset_per_shot=8, steps=4, guidance=1.0, cut_prefix="The scene transitions. "),
+}
+"""How published models are used. LongLive 2.0 samples in 4 steps without guidance, moves positions on by 8 latent
+frames at a cut, and was trained with these words before the prompt of a shot's first chunk."""
 
 
 def chunk_spec(settings: ModelSettings, spatial_scale: int = VAE_SCALE) -> ChunkSpec:

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
+from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from longvideo.model.spec import ChunkSpec
+    from longvideo.infer.shapes import ModelShapes
 
 app = typer.Typer(no_args_is_help=True, help="Time the parts against what the hardware allows.")
 
-# tokens of a latent frame, height and width, at the sizes the models are made for
-PRESET_GRIDS = {"wan2.2-ti2v-5b": (22, 40), "tiny": (4, 7)}
 PRESET_HELP = "Whose shapes: `wan2.2-ti2v-5b` or `tiny`.  [default: the former on a GPU]"
 DEVICE_HELP = "`cuda`, `cuda:1` or `cpu`; the GPU if there is one."
 
@@ -49,14 +47,13 @@ def kernels(
     from rich.table import Table
 
     from longvideo.benchmark.kernels import time_kernels
-    from longvideo.doctor import machine
     from longvideo.infer.pipeline import pick_device
-    from longvideo.model.config import PRESETS
+    from longvideo.machine import machine
 
     where = pick_device(device)
-    name, spec = _shapes(preset, where)
+    name, shapes = _shapes(preset, where)
     _check_folder(out)
-    bandwidth, timings = time_kernels(PRESETS[name], spec, device=where)
+    bandwidth, timings = time_kernels(shapes.transformer, shapes.spec, device=where)
     table = Table("kernel", "size", "time", "bytes", "floor", "share", title=f"copy: {bandwidth / 1e12:.3f} TB/s")
     for timing in timings:
         table.add_row(
@@ -97,16 +94,15 @@ def step(
     from rich.table import Table
 
     from longvideo.benchmark.step import time_steps
-    from longvideo.doctor import machine
     from longvideo.infer.pipeline import pick_device
-    from longvideo.model.config import PRESETS
+    from longvideo.machine import machine
 
     where = pick_device(device)
-    name, spec = _shapes(preset, where)
+    name, shapes = _shapes(preset, where)
     _check_folder(out)
     console = Console(width=120)
     with console.status("") as status:
-        timings = time_steps(PRESETS[name], spec, device=where, on_case=status.update)
+        timings = time_steps(shapes.transformer, shapes.spec, device=where, on_case=status.update)
     table = Table(
         "precision", "cache", "step", "of bf16", "weights", "cache", "peak on the GPU", title=f"{name}, {where}"
     )
@@ -139,14 +135,13 @@ def load(
     from dataclasses import asdict
 
     from longvideo.benchmark.loading import time_loading
-    from longvideo.doctor import machine
     from longvideo.infer.pipeline import pick_device
-    from longvideo.model.config import PRESETS
+    from longvideo.machine import machine
 
     where = pick_device(device)
-    name, _ = _shapes(preset, where)
+    name, shapes = _shapes(preset, where)
     _check_folder(out)
-    timing = time_loading(PRESETS[name], device=where)
+    timing = time_loading(shapes.transformer, device=where)
     sizes = (timing.file_bytes, timing.model_bytes, timing.peak_bytes)
     stored, held, peak = (f"{size / 1e9:.3f} GB" for size in sizes)
     typer.echo(f"{name}, {where}: {timing.seconds:.2f} s, {stored} stored, {held} of weights, peak on the GPU {peak}")
@@ -175,20 +170,18 @@ def encode(
     import torch
 
     from longvideo.benchmark.encoding import time_encoding
-    from longvideo.doctor import machine
     from longvideo.infer.pipeline import pick_device
-    from longvideo.vae.config import AutoencoderConfig
+    from longvideo.machine import machine
 
     where = pick_device(device)
-    name, spec = _shapes(preset, where)
-    latents = chunks * spec.chunk_frames
+    name, shapes = _shapes(preset, where)
+    latents = chunks * shapes.spec.chunk_frames
     if latents % ranks:
         raise UserError(f"--ranks {ranks} does not divide {latents} latent frames")
     _check_folder(out)
-    size = (32 * spec.grid_height, 32 * spec.grid_width)
+    size = (shapes.settings.height, shapes.settings.width)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    config = AutoencoderConfig.wan22() if name == "wan2.2-ti2v-5b" else AutoencoderConfig.tiny()
-    timing = time_encoding(config, latents=latents, ranks=ranks, size=size, device=where, dtype=dtype)
+    timing = time_encoding(shapes.autoencoder, latents=latents, ranks=ranks, size=size, device=where, dtype=dtype)
     typer.echo(f"{name}, {where}, {dtype}: {latents} latent frames of {size[0]} x {size[1]} pixels, halo {timing.halo}")
     typer.echo(f"whole: {timing.whole_seconds:.2f} s")
     for rank, (seconds, frames) in enumerate(zip(timing.part_seconds, timing.part_frames, strict=True)):
@@ -210,9 +203,9 @@ def stream(
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, with --preset.")] = "704x1280",
     window: Annotated[int, typer.Option(help="Latent frames attended to, with --preset.")] = 32,
     chunks: Annotated[int, typer.Option(min=2, help="Chunks to measure, after those that fill the window.")] = 20,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     decode_device: Annotated[
         str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
@@ -240,17 +233,17 @@ def stream(
     from rich.table import Table
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.checkpoint.settings import ModelSettings, chunk_spec
     from longvideo.infer.bench import measure
+    from longvideo.infer.fit import check_memory
+    from longvideo.infer.formats import check_formats
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.memory import check_memory
-    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, check_formats, pick_device, pick_dtype
+    from longvideo.infer.memory import Workload
+    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, pick_device, pick_dtype
     from longvideo.infer.random_models import random_models
+    from longvideo.infer.shapes import preset_shapes
     from longvideo.infer.writer import VideoWriter, check_output
-    from longvideo.model.config import PRESETS
     from longvideo.number_formats import NumberFormats
     from longvideo.training.run_log import environment
-    from longvideo.vae.config import AutoencoderConfig
 
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other")
@@ -272,32 +265,23 @@ def stream(
                 folder, device=where, decode_device=decode_where, decode_share=decode_share, formats=formats
             )
         else:
-            name, _ = _shapes(preset, where)
             height, width = _size(size)
-            settings = ModelSettings(
-                window_frames=window, height=height, width=width, steps=2, guidance=1.0, sink_frames=8
-            )
-            if name == "tiny":
-                settings = ModelFolder.open("tiny").settings
-            autoencoder = AutoencoderConfig.wan22() if name != "tiny" else AutoencoderConfig.tiny()
+            name, _ = _shapes(preset, where)
+            shapes = preset_shapes(name, height=height, width=width, window_frames=window)
             check_memory(
-                PRESETS[name],
-                autoencoder,
-                spec=chunk_spec(settings, autoencoder.scale_factor_spatial),
-                settings=settings if guidance is None else dataclasses.replace(settings, guidance=guidance),
-                formats=formats,
-                device=where,
-                decode_device=decode_where,
-                decode_share=decode_share or 0.0,
-                batch=1,
-                text_encoder_bytes=0,
-                dtype=pick_dtype(where),
-                loaded_in=torch.float32,  # random weights are drawn so
+                Workload(
+                    shapes=dataclasses.replace(shapes.with_guidance(guidance), text_encoder=None),
+                    formats=formats,
+                    device=where,
+                    decode_device=decode_where,
+                    decode_share=decode_share or 0.0,
+                    dtype=pick_dtype(where),
+                    loaded_in=torch.float32,  # random weights are drawn so
+                )
             )
             pipeline = StreamingPipeline(
                 random_models(
-                    name,
-                    settings,
+                    shapes,
                     device=where,
                     decode_device=decode_where,
                     decode_share=decode_share or 0.0,
@@ -344,9 +328,9 @@ def stream(
 @app.command()
 def parallel(
     preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} Random weights.")] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time passes of ranks that share every chunk: its tokens, and in self-attention its heads, the cache included.
@@ -359,8 +343,6 @@ def parallel(
 
     import torch.distributed as dist
 
-    from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.checkpoint.settings import ModelSettings
     from longvideo.infer.bench import measure_passes
     from longvideo.infer.pipeline import pick_device
     from longvideo.infer.random_models import random_models
@@ -372,9 +354,8 @@ def parallel(
     formats = NumberFormats(precision, kv_cache, attention)
     with launched_ranks(None) as (own_device, group):
         where = pick_device(own_device)
-        name, _ = _shapes(preset, where)
-        settings = ModelFolder.open("tiny").settings if name == "tiny" else ModelSettings(steps=2, guidance=1.0)
-        models = random_models(name, settings, device=where, decode_device=where, formats=formats)
+        name, shapes = _shapes(preset, where)
+        models = random_models(shapes, device=where, decode_device=where, formats=formats)
         report = measure_passes(models, group=group, on_stage=lambda stage: None)
         if group is not None and dist.get_rank():
             return
@@ -395,16 +376,11 @@ def _size(size: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _shapes(preset: str | None, device: torch.device) -> tuple[str, ChunkSpec]:
-    from longvideo.model.spec import ChunkSpec
+def _shapes(preset: str | None, device: torch.device) -> tuple[str, ModelShapes]:
+    from longvideo.infer.shapes import preset_shapes
 
     name = preset or ("wan2.2-ti2v-5b" if device.type == "cuda" else "tiny")
-    if name not in PRESET_GRIDS:
-        raise UserError(f"--preset {name!r} is unknown; use one of {', '.join(PRESET_GRIDS)}")
-    height, width = PRESET_GRIDS[name]
-    if name == "tiny":
-        return name, ChunkSpec(height, width, window_frames=24, sink_frames=0, pin_shots=False)
-    return name, ChunkSpec(height, width)
+    return name, preset_shapes(name)
 
 
 def _check_folder(out: Path | None) -> None:

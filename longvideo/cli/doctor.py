@@ -1,50 +1,151 @@
-"""`longvideo doctor`: what this machine can run, and whether its numbers are right."""
+"""`longvideo doctor`: what this machine has and can run, whether its numbers are right, and whether a model fits."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    Base,
+    DecodeDevice,
+    DecodeShare,
+    Device,
+    Entry,
+    Guidance,
+    KVCacheFormat,
+    ModelChoice,
+    Precision,
+)
+from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.cli.doctor_report import Question
+    from longvideo.number_formats import NumberFormats
 
 EXIT_FAILED = 1
 
 
 def doctor(
-    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Does it fit? `tiny`, or a folder or file; nothing is downloaded.")
+    ] = None,
+    base: Base = None,
+    entry: Entry = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Do these shapes fit? `wan2.2-ti2v-5b` or `tiny`, guidance 1; needs no weights."),
+    ] = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    decode_device: DecodeDevice = None,
+    decode_share: DecodeShare = None,
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     self_test: Annotated[bool, typer.Option("--self-test", help="Run small numeric checks on the device.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
-    """Show the machine, the versions, and what would run each operation and why nothing else.
+    """Show what this machine has, what would run each operation and why nothing else, and whether a model fits.
 
-    With --self-test small numeric checks run too: a round trip, kernels against the definition, a product, a gradient,
-    the 4-bit cache. Ends with code 1 when one fails.
+    `longvideo doctor` lists GPUs and how they reach each other, memory, disks and versions. Where there is no GPU, and
+    where something cannot be told, it says why.
 
-    Example: `longvideo doctor --self-test`
+    `longvideo doctor --self-test` runs small numeric checks too: a round trip, kernels against the definition, a
+    product, a gradient, the 4-bit cache.
+
+    `longvideo doctor --model FOLDER --precision fp8` also says what streaming takes of each GPU, part by part, whether
+    that is free, and which options would help where it is not. The options are those of `longvideo generate`; no weight
+    is read.
+
+    `longvideo doctor --preset wan2.2-ti2v-5b --decode-device cuda:1` does so before there are weights. A machine
+    without a GPU answers both: how much memory GPUs would need.
+
+    Ends with code 1 when a check fails or a model does not fit into the GPUs of this machine, with 0 otherwise.
     """
-    from dataclasses import asdict
-
-    from longvideo import __version__
-    from longvideo.doctor import machine, operations
-    from longvideo.doctor import self_test as run_checks
+    from longvideo.infer.fit import cuda_devices
     from longvideo.infer.pipeline import pick_device
+    from longvideo.number_formats import NumberFormats
 
-    where = pick_device(device)
-    facts = {"longvideo": __version__, **machine(where)}
-    rows, checks = operations(where), run_checks(where) if self_test else []
-    if as_json:
-        report = {"machine": facts, "operations": [asdict(row) for row in rows], "checks": [asdict(c) for c in checks]}
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        for name, value in facts.items():
-            typer.echo(f"{name:<24}{value}")
-        for row in rows:
-            typer.echo(f"\n{row.name}: {row.backend}")
-            for backend, reason in row.rejected.items():
-                typer.echo(f"    not {backend}: {reason}")
-        if checks:
-            typer.echo()
-        for check in checks:
-            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.measured}")
-    if not all(check.passed for check in checks):
+    formats = NumberFormats(precision, kv_cache, attention)
+    if model is not None and preset is not None:
+        raise UserError("--model and --preset exclude each other")
+    question = None
+    if model is not None or preset is not None:
+        choice = None if model is None else ModelChoice(model, base, None, entry)
+        question = _question(choice, preset, guidance, formats, device, decode_device, decode_share)
+    elif formats != NumberFormats() or any(x is not None for x in (base, entry, guidance, decode_device, decode_share)):
+        raise UserError("options of a model were given and no model; name one with --model or --preset")
+    # without a GPU, --device names one of another machine: the operations of this one are those of its CPU
+    elsewhere = question is not None and not self_test and not cuda_devices()
+    where = pick_device(None if elsewhere else device)
+    from longvideo.cli.doctor_report import Report
+
+    report = Report.of(where, question, self_test=self_test)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
+    if report.failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _question(
+    choice: ModelChoice | None,
+    preset: str | None,
+    guidance: float | None,
+    formats: NumberFormats,
+    device: str | None,
+    decode_device: str | None,
+    decode_share: float | None,
+) -> Question:
+    """Check what `longvideo generate` checks before it loads a model; of a GPU that is elsewhere, not its hardware."""
+    from longvideo.cli.doctor_report import Question
+    from longvideo.infer.fit import cuda_devices
+    from longvideo.infer.formats import check_hardware, check_shapes
+    from longvideo.infer.memory import Workload
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.pipeline import check_decode_share, pick_dtype
+    from longvideo.infer.shapes import folder_shapes, preset_shapes
+
+    SamplingOptions(guidance=guidance)
+    where = _place(device)
+    decode_where = where if decode_device is None else _place(decode_device)
+    check_decode_share(decode_share, where, decode_where)
+    folder = None if choice is None else _open(choice)
+    shapes = preset_shapes(str(preset)) if folder is None else folder_shapes(folder)
+    name = str(preset) if choice is None else choice.name
+    check_shapes(shapes, formats, name=name)
+    if where.type == "cpu" or cuda_devices():
+        check_hardware(formats, device=where)
+    workload = Workload(
+        shapes=shapes.with_guidance(guidance),
+        formats=formats,
+        device=where,
+        decode_device=decode_where,
+        decode_share=decode_share or 0.0,
+        dtype=pick_dtype(where),
+    )
+    return Question(name, None if folder is None else folder.path, workload)
+
+
+def _open(choice: ModelChoice) -> ModelFolder:
+    for name in (choice.name, choice.base or ""):
+        if "/" in name and not Path(name).expanduser().exists():
+            raise UserError(f"there is no {name}, and doctor downloads nothing; --preset takes shapes alone")
+    return choice.open()
+
+
+def _place(name: str | None) -> torch.device:
+    """Return a device of this machine, or where that has no GPU, a device of one that has."""
+    import torch
+
+    from longvideo.infer.fit import cuda_devices
+    from longvideo.infer.pipeline import named_device, pick_device
+
+    if cuda_devices():
+        return pick_device(name)
+    return torch.device("cuda", 0) if name is None else named_device(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
+from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def shapeworld(
     batch: Annotated[int, typer.Option(min=1, help="Videos made together; more is faster on a GPU.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes that judge while the next videos are made.")] = 1,
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
 ) -> None:
@@ -239,9 +239,9 @@ def sheet(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every clip.")] = 0,
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     name: Annotated[
         str | None, typer.Option(help="Of the pictures.  [default: the last part of the model's name]")
     ] = None,

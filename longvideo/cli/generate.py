@@ -15,6 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    Base,
+    DecodeDevice,
+    DecodeShare,
+    Device,
+    Entry,
+    Guidance,
+    KVCacheFormat,
+    ModelChoice,
+    ModelName,
+    Precision,
+    SettingsPreset,
+)
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +41,6 @@ if TYPE_CHECKING:
     from longvideo.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
-PRECISION_HELP = (
-    "Of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
-    " `nvfp4-weights`.  [default: as the model is stored]"
-)
-KV_CACHE_HELP = "How the chunks already made are kept: `bf16`, or `nvfp4` in 0.28 of the memory."
-ATTENTION_HELP = "`bf16`, or `fp8` on a GPU of compute capability 9 with `pip install nvidia-cudnn-frontend==1.16.0`."
 EXIT_INTERRUPTED = 130
 
 
@@ -52,26 +60,19 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(help="Solver steps a chunk: more is slower and finer.  [default: the model's own]")
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="How strongly to follow the prompt; other than 1 doubles the work.  [default: the model's own]"
-        ),
-    ] = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="Another seed gives another video, the same seed the same one.")] = 0,
     image: Annotated[Path | None, typer.Option(help="Picture to start from, scaled and cropped to the video.")] = None,
-    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
-    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: the GPU if any]")] = None,
-    decode_device: Annotated[
-        str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
-    ] = None,
-    decode_share: Annotated[
-        float | None,
-        typer.Option(help="Of the work of --decode-device, what --device does instead: 0.2 is a fifth.  [default: 0]"),
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    model: ModelName = "tiny",
+    base: Base = None,
+    preset: SettingsPreset = None,
+    entry: Entry = None,
+    device: Device = None,
+    decode_device: DecodeDevice = None,
+    decode_share: DecodeShare = None,
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
@@ -101,6 +102,7 @@ def generate(
     from longvideo.infer.writer import check_output
     from longvideo.number_formats import NumberFormats
 
+    choice = ModelChoice(model, base, preset, entry)
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats(precision, kv_cache, attention)
@@ -109,7 +111,7 @@ def generate(
     from longvideo.streaming.parallel import launched_ranks
 
     with launched_ranks(device) as (own_device, group):
-        load = partial(_load, model, shots, image, own_device, decode_device, decode_share, formats, group)
+        load = partial(_load, choice, shots, image, own_device, decode_device, decode_share, formats, group)
         if group is not None and group.rank() > 0:
             _take_part(load, shots, options, image)
             return
@@ -271,7 +273,7 @@ def _read_shots(prompts: list[str], script: Path | None, seconds: float | None) 
 
 
 def _load(
-    model: str,
+    choice: ModelChoice,
     shots: Script,
     image: Path | None,
     device: str | None,
@@ -281,16 +283,16 @@ def _load(
     group: ProcessGroup | None,
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
-    from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.video import read_image
+    from longvideo.infer.formats import check_formats
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline, check_formats, chunk_timing, pick_device
+    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device
     from longvideo.infer.script import plan_chunks
 
     if image is not None:
         read_image(image)
     where, _ = (pick_device(name) for name in (device, decode_device))
-    folder = ModelFolder.open(model)
+    folder = choice.open()
     check_formats(folder, formats, device=where)
     plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
     release_large_blocks()

@@ -11,10 +11,14 @@ import typer
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from longvideo.checkpoint.adapters import StoredAdapter
     from longvideo.checkpoint.folder import ModelFolder
 
-MILLION = 1e6
-MEBIBYTE = 2**20
+MILLION, BILLION = 1e6, 1e9
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
+DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -31,23 +35,49 @@ class PartReport:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help='"tiny", a model folder, or a hub id like org/name.')] = "tiny",
+    model: Annotated[str, typer.Argument(help="`tiny`, a folder or file of any known format, or a hub id.")] = "tiny",
+    base: Annotated[
+        str | None, typer.Option(help="Model from which the parts that MODEL lacks come, and which a LoRA is added to.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings to show: `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: its own]")
+    ] = None,
+    entry: Annotated[
+        str | None, typer.Option(help="Which weights of a training checkpoint, such as `generator_ema` or `ema`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what a model folder holds: its parts, sizes, geometry and default settings.
+    """Show what a model on disk is: its format, parts, sizes, geometry and default settings, and what it lacks.
 
-    Compares every weight file with the configuration beside it, from the headers alone, so it is quick and needs no
-    memory for the weights. Ends with code 2 when something is missing or does not fit.
+    The format is recognised by content; see `longvideo convert --help` for those that are known. Compares every weight
+    file with the configuration beside it, from the headers alone, so it is quick and needs no memory for the weights.
+    Ends with code 2 when something is damaged or does not fit.
+
+    `longvideo info Wan2.2-TI2V-5B`
+
+    `longvideo info model_bf16.pt --base Wan2.2-TI2V-5B`
     """
-    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.checkpoint.folder import ModelFolder, locate
+    from longvideo.checkpoint.formats import recognise
 
-    folder = ModelFolder.open(model)
+    if base is None and (adapter := recognise(locate(model), entry=entry).adapter) is not None:
+        _print_adapter(model, adapter, as_json=as_json)
+        return
+    folder = ModelFolder.open(model, base=base, preset=preset, entry=entry)
     parts = [describe_part(folder, part) for part in folder.parts]
     geometry = describe_geometry(folder)
     if as_json:
-        settings = asdict(folder.settings)
-        report = {"path": str(folder.path), "parts": [asdict(part) for part in parts], "settings": settings}
-        typer.echo(json.dumps({**report, "geometry": geometry}, indent=2))
+        report = {
+            "path": str(folder.path),
+            "format": folder.format,
+            "notes": dict(folder.notes),
+            "parts": [asdict(part) for part in parts],
+            "missing": list(folder.missing),
+            "unused": {str(file): reason for file, reason in folder.unused.items()},
+            "settings": asdict(folder.settings),
+            "geometry": geometry,
+        }
+        typer.echo(json.dumps(report, indent=2))
     else:
         _print_tables(folder, parts, geometry)
     for part in parts:
@@ -69,10 +99,20 @@ def describe_part(folder: ModelFolder, part: str) -> PartReport:
         name=part,
         kind=folder.kind(part),
         num_parameters=sum(num_represented(name, tensor.num_values) for name, tensor in weights.infos.items()),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.infos.values()})),
+        dtypes=tuple(sorted({_stored_as(name, tensor.dtype) for name, tensor in weights.infos.items()})),
         num_bytes=weights.num_bytes,
         num_files=len(weights.files),
         problem=problem,
+    )
+
+
+def _stored_as(name: str, dtype: torch.dtype) -> str:
+    from longvideo.checkpoint.packed import PACKED_LEAVES
+
+    return (
+        "nvfp4"
+        if name.rpartition(".")[2] in PACKED_LEAVES
+        else DTYPES.get(str(dtype), str(dtype)).removeprefix("torch.")
     )
 
 
@@ -104,7 +144,7 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
     from rich.table import Table
 
     console = Console(soft_wrap=True)
-    console.print(f"[bold]{folder.path}[/bold]", highlight=False)
+    console.print(f"[bold]{folder.path}[/bold]: {folder.format}", highlight=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("part", "class", "parameters", "dtype", "size", "weights"):
         table.add_column(heading, no_wrap=True)
@@ -112,16 +152,44 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
         table.add_row(
             part.name,
             part.kind,
-            f"{part.num_parameters / MILLION:,.2f} M",
+            _count(part.num_parameters),
             ", ".join(part.dtypes),
-            f"{part.num_bytes / MEBIBYTE:,.1f} MiB",
+            _size(part.num_bytes),
             "fit" if part.problem is None else "[red]do not fit[/red]",
         )
     total = sum(part.num_parameters for part in parts), sum(part.num_bytes for part in parts)
     table.add_section()
-    table.add_row("all", "", f"{total[0] / MILLION:,.2f} M", "", f"{total[1] / MEBIBYTE:,.1f} MiB", "")
+    table.add_row("all", "", _count(total[0]), "", _size(total[1]), "")
     console.print(table)
     console.print(_settings_table(folder, geometry))
+    for key, note in folder.notes.items():
+        console.print(f"{key}: {note}", highlight=False)
+    if folder.missing:
+        console.print(f"no {', no '.join(folder.missing)}: videos need a base that has them (--base)", highlight=False)
+    for file, reason in folder.unused.items():
+        console.print(f"not used: {file.name}, {reason}", highlight=False)
+
+
+def _count(number: int) -> str:
+    return f"{number / BILLION:,.2f} B" if number >= BILLION else f"{number / MILLION:,.2f} M"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIBIBYTE:,.2f} GiB" if num_bytes >= GIBIBYTE else f"{num_bytes / MEBIBYTE:,.1f} MiB"
+
+
+def _print_adapter(model: str, adapter: StoredAdapter, *, as_json: bool) -> None:
+    facts = {
+        "rank": adapter.rank,
+        "scaling": adapter.scaling,
+        "layers": len(adapter.sizes),
+        "parameters": sum(info.num_values for info in adapter.weights.infos.values()),
+    }
+    if as_json:
+        typer.echo(json.dumps({"path": model, "format": "LoRA", **facts}, indent=2))
+        return
+    listed = ", ".join(f"{name} {value:g}" for name, value in facts.items())
+    typer.echo(f"{model}: LoRA; {listed}; give the model it belongs to as --base")
 
 
 def _settings_table(folder: ModelFolder, geometry: dict[str, Any]) -> Any:

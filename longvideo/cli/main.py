@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",
+    "convert": "longvideo.cli.convert:convert",
     "quantize": "longvideo.cli.quantize:quantize",
     "doctor": "longvideo.cli.doctor:doctor",
     "bench": "longvideo.cli.bench:app",

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.generate import ATTENTION_HELP, KV_CACHE_HELP, PRECISION_HELP
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    Base,
+    DecodeDevice,
+    DecodeShare,
+    Device,
+    Entry,
+    KVCacheFormat,
+    ModelChoice,
+    ModelName,
+    Precision,
+    SettingsPreset,
+)
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +31,10 @@ MISSING = "longvideo serve needs fastapi and uvicorn; run: pip install 'longvide
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
+    model: ModelName = "tiny",
+    base: Base = None,
+    preset: SettingsPreset = None,
+    entry: Entry = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Any but this machine's own (127.0.0.1, ::1) takes `--token`.")
     ] = "127.0.0.1",
@@ -38,17 +53,12 @@ def serve(
         float,
         typer.Option(min=1, max=86400, help="Longest live video; one that is asked for without a length ends there."),
     ] = 3600.0,
-    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: the GPU if any]")] = None,
-    decode_device: Annotated[
-        str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
-    ] = None,
-    decode_share: Annotated[
-        float | None,
-        typer.Option(help="Of the work of --decode-device, what --device does instead: 0.2 is a fifth.  [default: 0]"),
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
-    kv_cache: Annotated[str, typer.Option(help=KV_CACHE_HELP)] = "bf16",
-    attention: Annotated[str, typer.Option(help=ATTENTION_HELP)] = "bf16",
+    device: Device = None,
+    decode_device: DecodeDevice = None,
+    decode_share: DecodeShare = None,
+    precision: Precision = None,
+    kv_cache: KVCacheFormat = "bf16",
+    attention: AttentionFormat = "bf16",
 ) -> None:
     """Serve a page on which videos are watched while they are made, and steered.
 
@@ -82,7 +92,7 @@ def serve(
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
     print("loading", file=sys.stderr)
-    pipeline = _load(model, device, decode_device, decode_share, formats)
+    pipeline = _load(ModelChoice(model, base, preset, entry), device, decode_device, decode_share, formats)
     server = VideoServer(pipeline, settings)
     shown = f"[{host}]" if ":" in host else host
     print(f"longvideo serves {settings.model} on http://{shown}:{socket.getsockname()[1]}", flush=True)
@@ -90,7 +100,7 @@ def serve(
 
 
 def _load(
-    model: str,
+    choice: ModelChoice,
     device: str | None,
     decode_device: str | None,
     decode_share: float | None,
@@ -98,7 +108,6 @@ def _load(
 ) -> StreamingPipeline:
     import warnings
 
-    from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline
 
@@ -106,7 +115,7 @@ def _load(
     warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
     release_large_blocks()
     pipeline = StreamingPipeline.load(
-        ModelFolder.open(model),
+        choice.open(),
         device=device,
         decode_device=decode_device,
         decode_share=decode_share,

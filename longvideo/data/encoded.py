@@ -25,7 +25,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longvideo.checkpoint.tensors import TensorInfo, open_weights, read_json
+from longvideo.checkpoint.files import read_json
+from longvideo.checkpoint.opening import open_weights
+from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.config import load_config
 from longvideo.data.clips import Footage
 from longvideo.errors import CheckpointError, UserError

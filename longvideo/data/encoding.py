@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longvideo.checkpoint.files import write_atomically, write_json
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.tensors import write_atomically, write_json
 from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
 from longvideo.data.encoded import (
     DATASET_FILE,

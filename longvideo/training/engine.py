@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longvideo.checkpoint.tensors import own_tensors
+from longvideo.checkpoint.modules import own_tensors
 from longvideo.errors import CheckpointError
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.guard import LossGuard

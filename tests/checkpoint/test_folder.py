@@ -201,7 +201,7 @@ def test_a_training_checkpoint_replaces_the_folders_transformer(
         torch.save({"generator": wrapped, "step": 3}, file)
     else:
         save_file({to_diffusers(strip_wrappers(name)): tensor for name, tensor in wrapped.items()}, file)
-    state = saved.load_transformer(weights=file).state_dict()
+    state = ModelFolder.open(file, base=saved.path).load_transformer().state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in other.items())
 
 
@@ -276,11 +276,11 @@ def test_names_that_mean_nothing_get_a_hint(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CheckpointError, match="known names: tiny"):
         locate("gigantic")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is a file; wanted a model folder"):
+    with pytest.raises(CheckpointError, match="is no weight file; wanted a model folder"):
         locate(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no model "):
         locate(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"no file .*model_index.json"):
+    with pytest.raises(CheckpointError, match=r"no .*model_index.json, and no weights beside it"):
         ModelFolder.open(tmp_path)
 
 

@@ -25,7 +25,7 @@ def test_json_counts_parameters_and_works_out_the_geometry(folder: Path, capsys:
     assert counts["transformer"] == sum(p.numel() for p in small.transformer().parameters())
     assert counts["vae"] == sum(p.numel() for p in small.vae().parameters())
     assert counts["text_encoder"] == sum(p.numel() for p in small.text_encoder().parameters())
-    assert all(part["problem"] is None and part["dtypes"] == ["float32"] for part in report["parts"])
+    assert all(part["problem"] is None and part["dtypes"] == ["fp32"] for part in report["parts"])
     assert report["settings"]["steps"] == small.SETTINGS.steps
     geometry = report["geometry"]
     assert (geometry["latent_height"], geometry["latent_width"], geometry["tokens_per_chunk"]) == (4, 6, 48)

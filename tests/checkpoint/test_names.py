@@ -5,12 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longvideo.checkpoint.names import official_naming, strip_wrappers, to_diffusers, to_official
-from longvideo.checkpoint.tensors import OnMeta
+from longvideo.checkpoint.modules import OnMeta, own_tensors
+from longvideo.checkpoint.names import (
+    TEXT_ENCODER_OFFICIAL,
+    NameTable,
+    autoencoder_official,
+    official_naming,
+    strip_wrappers,
+    to_diffusers,
+    to_official,
+)
 from longvideo.errors import CheckpointError
 from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
+from longvideo.umt5 import UMT5Encoder
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.config import AutoencoderConfig
 from tests import golden
+from tests.checkpoint.random_weights import UMT5_XXL
+
+# as in wan/modules/vae2_2.py and t5.py of github.com/Wan-Video/Wan2.2, read and written down
+RESIDUAL = {"residual.0.gamma", *(f"residual.{i}.{x}" for i in (2, 6) for x in ("weight", "bias")), "residual.3.gamma"}
+SHORTCUT = {"shortcut.weight", "shortcut.bias"}
+CONV = ("weight", "bias")
 
 
 def test_every_parameter_of_the_5b_maps_once_onto_diffusers() -> None:
@@ -33,6 +50,59 @@ def test_every_parameter_of_the_5b_maps_once_onto_diffusers() -> None:
     assert translated == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert sum(shape.numel() for shape in translated.values()) == pytest.approx(4.9998e9, rel=1e-4)
     assert [to_official(to_diffusers(name)) for name in ours.state_dict()] == list(ours.state_dict())
+
+
+def official_autoencoder_names() -> set[str]:
+    """List the parameters of Wan2.2's own autoencoder: 2 residual blocks a level, 3 in the decoder's."""
+    found = {f"{conv}.{x}" for conv in ("conv1", "conv2") for x in CONV}
+    for coder, levels, blocks, widens, times in (
+        ("encoder", "downsamples", 2, (1, 2), (1, 2)),
+        ("decoder", "upsamples", 3, (2, 3), (0, 1)),
+    ):
+        found |= {f"{coder}.conv1.{x}" for x in CONV} | {f"{coder}.head.2.{x}" for x in CONV}
+        found |= {f"{coder}.head.0.gamma", f"{coder}.middle.1.norm.gamma"}
+        found |= {f"{coder}.middle.1.{conv}.{x}" for conv in ("to_qkv", "proj") for x in CONV}
+        found |= {f"{coder}.middle.{i}.{name}" for i in (0, 2) for name in RESIDUAL}
+        for level in range(4):
+            prefix = f"{coder}.{levels}.{level}.{levels}"
+            found |= {f"{prefix}.{block}.{name}" for block in range(blocks) for name in RESIDUAL}
+            found |= {f"{prefix}.0.{name}" for name in SHORTCUT if level in widens}
+            found |= {f"{prefix}.{blocks}.resample.1.{x}" for x in CONV if level < 3}
+            found |= {f"{prefix}.{blocks}.time_conv.{x}" for x in CONV if level in times}
+    return found
+
+
+def official_text_encoder_names() -> set[str]:
+    own = {
+        "norm1",
+        "norm2",
+        "pos_embedding.embedding",
+        "ffn.gate.0",
+        "ffn.fc1",
+        "ffn.fc2",
+        *(f"attn.{x}" for x in "qkvo"),
+    }
+    blocks = {f"blocks.{i}.{name}.weight" for i in range(24) for name in own}
+    return {"token_embedding.weight", "norm.weight", *blocks}
+
+
+def test_every_parameter_of_the_autoencoder_maps_once_onto_the_official_one() -> None:
+    with OnMeta():
+        ours = Autoencoder(AutoencoderConfig.wan22()).state_dict()
+    _check_table(autoencoder_official(2), set(ours), official_autoencoder_names(), num_parameters=196)
+
+
+def test_every_parameter_of_the_text_encoder_maps_once_onto_the_official_one() -> None:
+    with OnMeta():
+        ours = own_tensors(UMT5Encoder(UMT5_XXL))
+    _check_table(TEXT_ENCODER_OFFICIAL, set(ours), official_text_encoder_names(), num_parameters=242)
+
+
+def _check_table(table: NameTable, ours: set[str], theirs: set[str], *, num_parameters: int) -> None:
+    assert len(ours) == num_parameters
+    assert {table.theirs(name) for name in ours} == theirs
+    assert {table.ours(name) for name in theirs} == ours
+    assert all(table.ours(table.theirs(name)) == name for name in ours)
 
 
 def test_the_two_affine_norms_swap_numbers() -> None:

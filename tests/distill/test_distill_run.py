@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
-from longvideo.distill.adapters import Adapter
 from longvideo.distill.distillation import BackboneConfig
 from longvideo.distill.prompts import DistillStage
 from longvideo.distill.roles import LoraSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import Receipt
+from longvideo.text import TextEncoder
 from tests.infer.test_pipeline import torch_threads, video
 
 PROMPTS = ("a red ball bounces", "a blue square spins at night")
@@ -104,6 +106,26 @@ def test_recache_changes_what_comes_and_nothing_before(pipeline: StreamingPipeli
             made[mode] = [part.record.latents for part in parts]
     assert all(map(torch.equal, made["keep"][:3], made["recache"][:3]))
     assert (made["keep"][3] - made["recache"][3]).norm() > 1e-3 * made["keep"][3].norm()
+
+
+def test_words_that_announce_a_cut_are_read_with_its_first_chunk_alone(
+    pipeline: StreamingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = StreamingPipeline(
+        replace(pipeline.models, settings=replace(pipeline.models.settings, cut_prefix="a red ball moves. "))
+    )
+    read: list[str] = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: read.extend(texts) or encode(self, texts))
+    with told.session(PROMPTS[0], seed=5) as session:
+        take(session, 1)
+        session.set_prompt(PROMPTS[1], mode="cut")
+        before = take(session, 2)
+        session.seek(2)
+        again = take(session, 1)
+    announced = f"a red ball moves. {PROMPTS[1]}"
+    assert [text for text in read if text] == [PROMPTS[0], announced, PROMPTS[1]] * 2
+    assert near(again[-1].frames[0], before[-1].frames[0])
 
 
 def test_going_back_makes_the_same_again(pipeline: StreamingPipeline) -> None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import OnMeta
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import Rule

@@ -12,7 +12,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.distill.distillation import BackboneConfig
 from longvideo.errors import ConfigError, UserError
-from longvideo.infer.pipeline import check_formats
+from longvideo.infer.formats import check_formats
 from longvideo.kernels.fp8 import reference, scaled_mm
 from longvideo.model.transformer import CausalTransformer
 from longvideo.number_formats import NumberFormats

@@ -1,0 +1,236 @@
+"""LoRA weights on disk, as peft, diffusers and LongLive name them, and their sum with the weights they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.checkpoint import names
+from longvideo.checkpoint.files import read_json, write_json
+from longvideo.checkpoint.opening import open_weights
+from longvideo.checkpoint.packed import PACKED_LEAVES
+from longvideo.checkpoint.saving import save_weights
+from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
+from longvideo.errors import CheckpointError
+from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.format import NVFP4Tensor
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.linear import CODES, NVFP4Linear
+
+PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
+DIFFUSERS_STEM, DIFFUSERS_PREFIX = "pytorch_lora_weights", "transformer."
+DOWN, UP = ".lora_A", ".lora_B"
+ADAPTER_NAME = ".default"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter of which only headers are read. weights: named as in `Adapter`; other fields too."""
+
+    weights: Weights
+    rank: int
+    scaling: float
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of the layers it updates."""
+        infos = self.weights.infos
+        layers = [name.removesuffix(DOWN) for name in infos if name.endswith(DOWN)]
+        return {layer: (infos[layer + UP].shape[0], infos[layer + DOWN].shape[1]) for layer in layers}
+
+    def load(self) -> Adapter:
+        return Adapter({name: self.weights.read(name).float() for name in self.weights.infos}, self.rank, self.scaling)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates of a transformer's layers.
+
+    weights: `blocks.0.self_attn.q.lora_A` [rank, in] and `.lora_B` [out, rank], under official names. scaling: what an
+    update B @ A counts.
+    """
+
+    weights: Mapping[str, Tensor]
+    rank: int
+    scaling: float
+
+    @property
+    def layers(self) -> list[str]:
+        return [name.removesuffix(DOWN) for name in self.weights if name.endswith(DOWN)]
+
+    def save(self, folder: Path, *, base: str) -> None:
+        """Write a folder that `peft.PeftModel.from_pretrained` reads, and beside it the file that diffusers reads.
+
+        base: name of the model it belongs to. Diffusers' naming has no place for a scaling, so it is in those weights.
+        """
+        peft = {f"{PEFT_PREFIX}{name}.weight": x for name, x in self.weights.items()}
+        save_weights(folder, PEFT_STEM, peft, dtype=torch.float32)
+        config = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": self.scaling * self.rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted(self.layers),
+        }
+        write_json(folder / PEFT_CONFIG, config)
+        diffusers = {
+            _diffusers_name(name): x * self.scaling if name.endswith(UP) else x for name, x in self.weights.items()
+        }
+        save_weights(folder, DIFFUSERS_STEM, diffusers, dtype=torch.float32)
+
+    @classmethod
+    def load(cls, folder: Path) -> Adapter:
+        """Read what `save` or peft wrote. Raises CheckpointError, naming the file, where it is no LoRA."""
+        return open_adapter_folder(folder).load()
+
+    def check_fits(self, sizes: Mapping[str, tuple[int, int]], model: str, adapter: str) -> None:
+        """Raise CheckpointError unless every update is of a layer of the model and of its size.
+
+        sizes: [out, in] of the layers that an adapter can be of.
+        """
+        for layer in self.layers:
+            if layer not in sizes:
+                raise CheckpointError(f"{adapter} updates {layer}, which {model} has not; it belongs to another model")
+            rows, columns = sizes[layer]
+            found = tuple(self.weights[layer + UP].shape), tuple(self.weights[layer + DOWN].shape)
+            if found != ((rows, self.rank), (self.rank, columns)):
+                raise CheckpointError(
+                    f"{adapter}: {layer} has updates {list(found[0])} x {list(found[1])}, wanted"
+                    f" {[rows, self.rank]} x {[self.rank, columns]} for {model} at rank {self.rank}"
+                )
+
+
+def open_adapter_folder(folder: Path) -> StoredAdapter:
+    """Open what `Adapter.save` or peft wrote. Raises CheckpointError, naming the file, where it is no LoRA."""
+    config = read_json(folder / PEFT_CONFIG)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{folder / PEFT_CONFIG} describes no LoRA adapter with r and lora_alpha")
+    stored = open_adapter(open_weights(folder, stem=PEFT_STEM), scaling=alpha / rank)
+    if stored.rank != rank:
+        raise CheckpointError(f"{folder / PEFT_CONFIG} says r={rank}, the weights have rank {stored.rank}")
+    return stored
+
+
+def open_adapter(weights: Weights, *, scaling: float = 1.0) -> StoredAdapter:
+    """Open low-rank weights in anyone's naming; what an update counts is 1 in diffusers' and LongLive's (alpha = rank).
+
+    Raises CheckpointError, naming the tensor, where something is no low-rank weight, stands alone, or differs in rank.
+    """
+    bare = weights.renamed(_bare_name)
+    ranks = set()
+    for name, info in bare.infos.items():
+        if not name.endswith((DOWN, UP)) or len(info.shape) != 2:
+            raise CheckpointError(f"{weights.label}: {name} is no low-rank weight")
+        layer, down = name.rpartition(".")[0], name.endswith(DOWN)
+        if (layer + (UP if down else DOWN)) not in bare.infos:
+            raise CheckpointError(f"{weights.label}: {name} has no {'lora_B' if down else 'lora_A'} beside it")
+        ranks.add(info.shape[0 if down else 1])
+    if len(ranks) != 1:
+        raise CheckpointError(f"{weights.label} has updates of ranks {sorted(ranks)}; wanted one rank")
+    return StoredAdapter(bare, ranks.pop(), scaling)
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Say whether names are those of low-rank updates."""
+    return any(f"{DOWN}." in name or name.endswith(DOWN) for name in names)
+
+
+def merged(base: Weights, adapter: StoredAdapter, *, dtype: torch.dtype = torch.bfloat16) -> Weights:
+    """Show a transformer's weights with an adapter added, each when it is read; official names.
+
+    Sums are made in fp32 and rounded once, to the dtype of the weight, or to `dtype` where the base is packed: its
+    updated layers become what they stand for. Raises CheckpointError where the adapter does not belong to the base.
+    """
+    changes: dict[str, Lazy | None] = {}
+    for layer, size in adapter.sizes.items():
+        name, codes = f"{layer}.weight", f"{layer}.{CODES}"
+        if codes in base.tensors:
+            rows, half = base.infos[codes].shape
+            parts = [base.tensors[f"{layer}.{leaf}"] for leaf in PACKED_LEAVES]
+            own, result = (rows, 2 * half), dtype
+            weight: Lazy = Made(TensorInfo(own, torch.float32), partial(_dequantized, *parts))
+            changes |= dict.fromkeys(f"{layer}.{leaf}" for leaf in PACKED_LEAVES)
+        elif name in base.tensors:
+            weight, own, result = base.tensors[name], base.infos[name].shape, base.infos[name].dtype
+        else:
+            raise CheckpointError(f"{adapter.weights.label} updates {layer}, which {base.label} has not")
+        if own != size:
+            raise CheckpointError(
+                f"{adapter.weights.label} updates {layer} of {list(size)}, in {base.label} it is {list(own)}"
+            )
+        down, up = (adapter.weights.tensors[layer + part] for part in (DOWN, UP))
+        changes[name] = Made(TensorInfo(size, result), partial(_read_sum, weight, down, up, adapter.scaling, result))
+    return base.replaced(changes)
+
+
+@torch.no_grad()
+def merge(
+    model: CausalTransformer, adapter: Adapter, *, on_layer: Callable[[str], None] = lambda name: None
+) -> CausalTransformer:
+    """Add an adapter to a transformer's weights, in place; packed layers become what they stand for, and no longer are.
+
+    Sums are made in fp32 and rounded once to the weights' dtype.
+    """
+    for layer in adapter.layers:
+        linear = model.get_submodule(layer)
+        if isinstance(linear, NVFP4Linear):
+            linear = _unpacked(linear, model.patch_embedding.weight.dtype)
+            model.set_submodule(layer, linear)
+        assert isinstance(linear, nn.Linear)
+        down, up = (adapter.weights[layer + part].to(linear.weight.device) for part in (DOWN, UP))
+        linear.weight.copy_(_sum(linear.weight, down, up, adapter.scaling))
+        on_layer(layer)
+    return model
+
+
+def layer_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return [out, in] of the linear layers inside the blocks; the model may be on the meta device."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if name.startswith("blocks.") and isinstance(module, nn.Linear | NVFP4Linear)
+    }
+
+
+def _unpacked(packed: NVFP4Linear, dtype: torch.dtype) -> nn.Linear:
+    weight = reference.dequantize(packed.quantized_weight).to(dtype)
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def _sum(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    return weight.float() + scaling * (up.float() @ down.float())
+
+
+def _read_sum(weight: Lazy, down: Lazy, up: Lazy, scaling: float, dtype: torch.dtype) -> Tensor:
+    return _sum(read(weight), read(down), read(up), scaling).to(dtype)
+
+
+def _dequantized(codes: Lazy, scales: Lazy, tensor_scale: Lazy) -> Tensor:
+    return reference.dequantize(NVFP4Tensor(read(codes), read(scales), read(tensor_scale)))
+
+
+def _bare_name(name: str) -> str:
+    """Reduce a name in peft's, diffusers' or LongLive's naming to an official layer and .lora_A or .lora_B."""
+    bare = name.removesuffix(".weight").removesuffix(ADAPTER_NAME)
+    bare = names.strip_wrappers(bare.removeprefix(PEFT_PREFIX)).removeprefix(DIFFUSERS_PREFIX)
+    layer, _, part = bare.rpartition(".")
+    return f"{names.to_official(f'{layer}.weight').removesuffix('.weight')}.{part}"
+
+
+def _diffusers_name(name: str) -> str:
+    layer, _, part = name.rpartition(".")
+    return f"{DIFFUSERS_PREFIX}{names.to_diffusers(f'{layer}.weight').removesuffix('.weight')}.{part}.weight"

@@ -1,0 +1,85 @@
+"""Read diffusers' folder layout: model_index.json, a folder for every part, and our longvideo.json if it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from longvideo.checkpoint import diffusers_json, names, packed
+from longvideo.checkpoint.files import read_json
+from longvideo.checkpoint.opening import open_weights
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.tensors import Weights
+from longvideo.config import load_config
+from longvideo.errors import CheckpointError, UserError
+from longvideo.umt5 import UMT5Config
+from longvideo.vae.config import AutoencoderConfig
+
+T = TypeVar("T")
+
+SETTINGS_FILE = "longvideo.json"
+INDEX_FILE = "model_index.json"
+WEIGHT_STEMS = {TRANSFORMER: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
+
+
+def is_diffusers_folder(path: Path) -> bool:
+    return (path / INDEX_FILE).is_file()
+
+
+def read_folder(path: Path) -> Found:
+    """Read the configurations of a folder and the headers of its weights.
+
+    Raises CheckpointError or ConfigError, naming the file, when something is absent or does not agree.
+    """
+    index = read_json(path / INDEX_FILE)
+    kinds = {part: kind for part in PARTS if (kind := _listed_class(index.get(part)))}
+    if not kinds:
+        raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(PARTS)}")
+    settings_file = path / SETTINGS_FILE
+    ours = settings_file.is_file()
+    settings = load_config(ModelSettings, [settings_file] if ours else [])
+    parts = {part: _read_part(path / part, part, kind, text_len=settings.text_len) for part, kind in kinds.items()}
+    return Found(
+        "longvideo folder (diffusers' layout)" if ours else "diffusers folder",
+        parts,
+        settings,
+        path / "tokenizer" if TEXT_ENCODER in parts else None,
+    )
+
+
+def read_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """Parse a JSON file; what is wrong with it is said with its name."""
+    try:
+        return parse(read_json(file))
+    except UserError as error:
+        if str(file) in str(error):
+            raise
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def official_transformer(weights: Weights) -> Weights:
+    """Show a transformer's tensors under official names, from either naming. Raises CheckpointError for neither."""
+    try:
+        weights = weights.renamed(names.official_naming(weights.infos))
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights.label}: {error}") from error
+    packed.check_convention(weights)
+    return weights
+
+
+def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> Part:
+    def parse(json: dict[str, Any]) -> PartConfig:
+        if part == TRANSFORMER:
+            return diffusers_json.transformer_config(json, text_len=text_len)
+        return AutoencoderConfig.from_dict(json) if part == VAE else UMT5Config.from_dict(json)
+
+    config = read_config(folder / "config.json", parse)
+    weights = open_weights(folder, stem=WEIGHT_STEMS[part])
+    return Part(kind, official_transformer(weights) if part == TRANSFORMER else weights, config)
+
+
+def _listed_class(entry: object) -> str:
+    """Take the class from an entry [library, class] of model_index.json; "" for an absent part."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else ""

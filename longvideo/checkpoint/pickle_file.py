@@ -1,0 +1,130 @@
+"""Read and write torch's .pt and .pth files tensor by tensor, without running what is in them.
+
+The zip format of torch.save keeps each tensor's values uncompressed at a place of their own. torch.load under
+FakeTensorMode reads the structure alone and tells the places; torch.save under skip_data leaves them to be filled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from longvideo.checkpoint.files import write_atomically
+from longvideo.checkpoint.tensors import InFile, Lazy, Made, TensorInfo, Weights, as_bytes, listing, read
+from longvideo.errors import CheckpointError
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# dicts inside public training checkpoints, in the order in which they are looked for
+ENTRIES = ("generator", "generator_ema", "model")
+LORA_ENTRIES = ("generator_lora",)
+
+
+def open_file(file: Path, entry: str | None = None) -> Weights:
+    """Open the tensors of a file, or of one of the dicts in it; None takes the first of ENTRIES that is there.
+
+    metadata: the numbers and texts beside the tensors or dicts, such as "step", and under "entry" the dict taken.
+    Raises CheckpointError, naming the file, when it is truncated, in the format before torch 1.6, or holds anything but
+    tensors, numbers and texts.
+    """
+    try:
+        with FakeTensorMode():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(file) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} is truncated or holds more than tensors: {reason}") from error
+    if packed:
+        raise CheckpointError(f"{file} is compressed ({packed[0]}); torch.save writes no such files, save it again")
+    metadata, found = _select(file, content, entry)
+    size = file.stat().st_size
+    return Weights({name: _place(file, size, name, tensor) for name, tensor in found.items()}, [file], metadata)
+
+
+def write_file(
+    file: Path,
+    weights: Weights,
+    *,
+    within: Iterable[str] = (),
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write a dict of tensors, in pieces, and put the file in place when it is whole.
+
+    within: names of the dicts around it, outermost first. on_bytes: as in `safetensors_file.write_file`.
+    """
+
+    def write(target: Path) -> None:
+        write_structure(target, weights, within=within)
+        with FakeTensorMode():
+            stored = torch.load(target, weights_only=True, mmap=True)
+        for key in within:
+            stored = stored[key]
+        with target.open("r+b") as stream:
+            for name, tensor in weights.tensors.items():
+                stream.seek(_offset(stored[name]))
+                for piece in tensor.pieces():
+                    stream.write(as_bytes(piece))
+                    on_bytes(piece.numel() * piece.element_size())
+
+    write_atomically(file, write)
+
+
+def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ()) -> None:
+    """Write a file of the right length and structure, with zeros, which take no room, where the values are to be."""
+    with FakeTensorMode():
+        content: dict[str, Any] = {
+            name: torch.empty(info.shape, dtype=info.dtype) for name, info in weights.infos.items()
+        }
+    for key in reversed(list(within)):
+        content = {key: content}
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(content, file)
+
+
+def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}; wanted a dict of tensors")
+    nested = {key: value for key, value in content.items() if isinstance(value, dict)}
+    if entry is None:
+        entry = next((name for name in (*ENTRIES, *LORA_ENTRIES) if name in nested), None)
+    elif entry not in nested:
+        raise CheckpointError(f"{file} has no entry {entry!r}; it has {listing(str(key) for key in content)}")
+    metadata = {str(key): str(value) for key, value in content.items() if isinstance(value, int | float | str)}
+    if entry is not None:
+        return {**metadata, "entry": entry}, _tensors(file, nested[entry])
+    return metadata, _tensors(file, {key: content[key] for key in content if str(key) not in metadata})
+
+
+def _tensors(file: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    wrong = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if wrong or not content:
+        raise CheckpointError(f"{file} is no dict of tensors: {listing(wrong) or 'it is empty'}")
+    return {str(name): value for name, value in content.items()}
+
+
+def _place(file: Path, size: int, name: str, tensor: Tensor) -> Lazy:
+    """Find the values of a tensor; its whole storage must lie inside the file before any memory is taken for it."""
+    storage, item = tensor.untyped_storage(), tensor.dtype.itemsize
+    start = _offset(tensor)
+    if start + storage.nbytes() > size:
+        raise CheckpointError(
+            f"{file}: {name} ends at byte {start + storage.nbytes()} of {size}; copy or download it again"
+        )
+    info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    if tensor.is_contiguous():
+        return InFile(info, file, start + int(tensor.storage_offset()) * item)
+    whole = InFile(TensorInfo((storage.nbytes() // item,), tensor.dtype), file, start)
+    shape, stride, first = tensor.shape, tensor.stride(), tensor.storage_offset()
+    return Made(info, lambda: read(whole).as_strided(shape, stride, first))
+
+
+def _offset(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._checkpoint_offset)  # type: ignore[attr-defined]

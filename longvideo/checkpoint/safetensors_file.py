@@ -1,0 +1,132 @@
+"""Read and write .safetensors files tensor by tensor; the format is that of github.com/huggingface/safetensors.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and bytes of every tensor,
+and texts under __metadata__), and the values, in row-major order and without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from longvideo.checkpoint.files import write_atomically
+from longvideo.checkpoint.tensors import InFile, TensorInfo, Weights, as_bytes
+from longvideo.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"
+LENGTH_BYTES = 8
+ALIGNMENT = 8
+
+
+def open_file(file: Path) -> Weights:
+    """Read a header. Raises CheckpointError for a missing, truncated or foreign file, naming it."""
+    if not file.is_file():
+        raise CheckpointError(f"no weight file {file}")
+    size = file.stat().st_size
+    try:
+        with safe_open(file, framework="pt") as handle:  # checks that the header is sound and the file as long
+            metadata = handle.metadata() or {}
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        cut, remedy = _first_cut(file, size), "copy or download it again"
+        raise CheckpointError(
+            f"{file} ({size} bytes) is truncated or not safetensors: {cut}{error}; {remedy}"
+        ) from error
+    header.pop(METADATA, None)
+    foreign = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+    if foreign:
+        raise CheckpointError(f"{file} stores tensors as {', '.join(foreign)}; wanted one of {', '.join(DTYPES)}")
+    start = LENGTH_BYTES + length
+    tensors = {
+        name: InFile(TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]]), file, start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    return Weights(tensors, [file], metadata)
+
+
+def write_file(
+    file: Path,
+    weights: Weights,
+    *,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write tensors one after the other, in pieces, and put the file in place when it is whole.
+
+    metadata: goes into the header. on_bytes: called with the bytes of every piece written, for progress.
+    """
+    order = in_file_order(weights)
+    header = _header(weights, order, metadata)
+
+    def write(target: Path) -> None:
+        with target.open("wb") as stream:
+            stream.write(header)
+            for name in order:
+                for piece in weights.tensors[name].pieces():
+                    stream.write(as_bytes(piece))
+                    on_bytes(piece.numel() * piece.element_size())
+
+    write_atomically(file, write)
+
+
+def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
+    """Say whether a file is there that `write_file` would have given the same header and length."""
+    if not file.is_file():
+        return False
+    header = _header(weights, in_file_order(weights), metadata)
+    with file.open("rb") as stream:
+        same = stream.read(len(header)) == header
+    return same and file.stat().st_size == len(header) + weights.num_bytes
+
+
+def in_file_order(weights: Weights) -> list[str]:
+    """Sort names as the format's own writer does: wide dtypes first, so that all values are aligned; then by name."""
+    return sorted(weights.infos, key=lambda name: (-weights.infos[name].dtype.itemsize, name))
+
+
+def _first_cut(file: Path, size: int) -> str:
+    """Name the first tensor that a file is too short for, if its header is whole enough to tell."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            header = json.loads(stream.read(min(length, size)))
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != METADATA}
+            cut = [name for name, end in ends.items() if LENGTH_BYTES + length + end > size]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return ""
+    return f"{min(cut, key=lambda name: ends[name])} is not whole in it: " if cut else ""
+
+
+def _header(weights: Weights, order: list[str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {METADATA: dict(metadata)}
+    end = 0
+    for name in order:
+        info = weights.infos[name]
+        if info.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, which .safetensors cannot hold")
+        begin, end = end, end + info.num_bytes
+        entries[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text

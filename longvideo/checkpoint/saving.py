@@ -1,0 +1,72 @@
+"""Write a module's weights as one .safetensors file, or as numbered shards with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint import safetensors_file
+from longvideo.checkpoint.files import write_json
+from longvideo.checkpoint.tensors import Weights
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def save_weights(
+    folder: Path,
+    stem: str,
+    weights: Weights | Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    go_on: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write folder/stem.safetensors, or numbered shards with an index when they would exceed max_shard_bytes.
+
+    Floating tensors are cast to dtype (None keeps theirs). metadata goes into the header of every file. Each file is
+    written under a temporary name and renamed, the index last; shards of an earlier save are deleted after that.
+
+    go_on: leave out the shards that are there already, from a save of the same tensors that was cut short. on_bytes:
+    called as bytes are written or found, for progress.
+    """
+    weights = (weights if isinstance(weights, Weights) else Weights.of(weights)).cast(dtype)
+    header = {"format": "pt", **(metadata or {})}
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {file for file in folder.glob(f"{stem}*.safetensors*") if file.is_file()}
+    written: set[Path] = set()
+    weight_map: dict[str, str] = {}
+    shards = plan_shards(weights, max_shard_bytes)
+    for number, names in enumerate(shards, start=1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = Weights({key: weights.tensors[key] for key in names}, weights.files)
+        if go_on and safetensors_file.holds(folder / name, shard, metadata=header):
+            on_bytes(shard.num_bytes)
+        else:
+            safetensors_file.write_file(folder / name, shard, metadata=header, on_bytes=on_bytes)
+        weight_map.update(dict.fromkeys(names, name))
+        written.add(folder / name)
+    if len(shards) > 1:
+        index_file = folder / f"{stem}.safetensors.index.json"
+        index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(index_file, index)
+        written.add(index_file)
+    for stale in before - written:
+        stale.unlink()
+
+
+def plan_shards(weights: Weights, max_shard_bytes: int) -> list[list[str]]:
+    """Divide names, in their order, so that no shard of more than one tensor exceeds the limit."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in weights.infos.items():
+        if shards[-1] and filled + info.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.num_bytes
+    return shards

@@ -1,0 +1,119 @@
+"""What a model is, worked out from the shapes of its tensors where no configuration lies beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from longvideo.checkpoint.tensors import TensorInfo, Weights
+from longvideo.errors import CheckpointError
+from longvideo.model.config import TransformerConfig
+from longvideo.quantization.linear import CODES
+from longvideo.umt5 import UMT5Config
+from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD, AutoencoderConfig
+
+HEAD_DIM = 128
+"""Of every published Wan transformer; shapes do not tell it, as heads lie side by side."""
+COLORS = 3
+
+
+def transformer_config(weights: Weights, *, text_len: int) -> TransformerConfig:
+    """Work out a transformer's sizes; weights under official names, packed or not. Raises CheckpointError."""
+    shapes = _Shapes(weights)
+    dim, in_channels, *patch = shapes.of("patch_embedding.weight", 5)
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f"{weights.label} is {dim} wide, no multiple of {HEAD_DIM}, so its number of heads cannot be told;"
+            " give a model folder of the same shape as its base"
+        )
+    packed = f"blocks.0.ffn.0.{CODES}" in weights.infos
+    return TransformerConfig(
+        num_attention_heads=dim // HEAD_DIM,
+        attention_head_dim=HEAD_DIM,
+        in_channels=in_channels,
+        out_channels=shapes.of("head.head.weight", 2)[0] // math.prod(patch),
+        text_dim=text_dim(weights),
+        ffn_dim=shapes.of(f"blocks.0.ffn.0.{CODES if packed else 'weight'}", 2)[0],
+        num_layers=shapes.count("blocks.", 1),
+        freq_dim=shapes.of("time_embedding.0.weight", 2)[1],
+        text_len=text_len,
+        patch_size=(patch[0], patch[1], patch[2]),
+    )
+
+
+def text_dim(weights: Weights) -> int:
+    """Return the width of text features that a transformer takes; official names."""
+    return _Shapes(weights).of("text_embedding.0.weight", 2)[1]
+
+
+def autoencoder_config(weights: Weights) -> AutoencoderConfig:
+    """Work out an autoencoder's sizes; weights under diffusers' names. Raises CheckpointError.
+
+    The mean and deviation of latents are in no weight file, so only those of 48 channels, Wan2.2's, are known.
+    """
+    shapes = _Shapes(weights)
+    base, in_channels = shapes.of("encoder.conv_in.weight", 5)[:2]
+    z_dim = shapes.of("post_quant_conv.weight", 5)[0]
+    if z_dim != len(WAN22_LATENTS_MEAN):
+        raise CheckpointError(
+            f"{weights.label} has {z_dim} latent channels; the statistics of latents are known for Wan2.2's"
+            f" {len(WAN22_LATENTS_MEAN)} alone, and are not in the file"
+        )
+    levels = range(shapes.count("encoder.down_blocks.", 2))
+    widths = [shapes.of(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 5)[0] for i in levels]
+    patch = math.isqrt(in_channels // COLORS)
+    halves_time = tuple(f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in weights.infos for i in levels[:-1])
+    return AutoencoderConfig(
+        base_dim=base,
+        decoder_base_dim=shapes.of("decoder.conv_in.weight", 5)[0] * base // widths[-1],
+        z_dim=z_dim,
+        dim_mult=tuple(width // base for width in widths),
+        num_res_blocks=shapes.count("encoder.down_blocks.0.resnets.", 4),
+        temperal_downsample=halves_time,
+        latents_mean=WAN22_LATENTS_MEAN,
+        latents_std=WAN22_LATENTS_STD,
+        is_residual=True,
+        in_channels=in_channels,
+        out_channels=shapes.of("decoder.conv_out.weight", 5)[0],
+        patch_size=patch,
+        scale_factor_spatial=patch * 2 ** (len(levels) - 1),
+        scale_factor_temporal=2 ** sum(halves_time),
+    )
+
+
+def text_encoder_config(weights: Weights) -> UMT5Config:
+    """Work out a text encoder's sizes; weights under transformers' names. Raises CheckpointError."""
+    shapes = _Shapes(weights)
+    vocab_size, d_model = shapes.of("shared.weight", 2)
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    num_buckets, num_heads = shapes.of(f"{attention}.relative_attention_bias.weight", 2)
+    return UMT5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=shapes.of(f"{attention}.q.weight", 2)[0] // num_heads,
+        d_ff=shapes.of("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+        num_layers=shapes.count("encoder.block.", 2),
+        num_heads=num_heads,
+        relative_attention_num_buckets=num_buckets,
+    )
+
+
+class _Shapes:
+    def __init__(self, weights: Weights) -> None:
+        self.label = weights.label
+        self.infos: Mapping[str, TensorInfo] = weights.infos
+
+    def of(self, name: str, num_axes: int) -> tuple[int, ...]:
+        if name not in self.infos:
+            raise CheckpointError(f"{self.label} lacks {name}, without which nothing can be told of the model")
+        shape = self.infos[name].shape
+        if len(shape) != num_axes or 0 in shape:
+            raise CheckpointError(f"{self.label}: {name} has shape {list(shape)}, wanted {num_axes} axes")
+        return shape
+
+    def count(self, prefix: str, part: int) -> int:
+        """Count the different numbers that stand at a part of the names with a prefix."""
+        found = {name.split(".")[part] for name in self.infos if name.startswith(prefix)}
+        if not found:
+            raise CheckpointError(f"{self.label} has nothing named {prefix}0 and so on")
+        return len(found)

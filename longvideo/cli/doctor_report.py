@@ -1,0 +1,225 @@
+"""What `longvideo doctor` found, as a dictionary for JSON and as lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from longvideo import __version__
+from longvideo.doctor import Check, Operation, operations
+from longvideo.doctor import self_test as run_checks
+from longvideo.gpus import GPU, Link, driver, gpus, links, why_none
+from longvideo.infer.fit import Fit, assess, no_remedy
+from longvideo.infer.memory import Workload
+from longvideo.machine import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
+
+T = TypeVar("T")
+
+NAME_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether a model fits. name: as the user gave it. folder: None for a preset."""
+
+    name: str
+    folder: Path | None
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Graphics:
+    """What torch sees of GPUs. none_because: why it sees none. torch_cuda: the CUDA version it is built with."""
+
+    gpus: list[GPU]
+    none_because: str | None
+    links: list[Link]
+    driver: str | Unknown
+    torch_cuda: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model takes. file_bytes: of its folder."""
+
+    question: Question
+    fit: Fit
+    file_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it. versions: of packages, and what else is one word about the machine. disks: by what they are for."""
+
+    versions: dict[str, str]
+    graphics: Graphics
+    memory: HostMemory | Unknown
+    disks: dict[str, Disk | Unknown]
+    operations: list[Operation]
+    checks: list[Check]
+    answer: Answer | None
+
+    @classmethod
+    def of(cls, device: torch.device, question: Question | None, *, self_test: bool) -> Report:
+        """Examine this machine, with the operations and checks of one device."""
+        return cls(
+            versions={"longvideo": __version__, **versions(device)},
+            graphics=Graphics(gpus(), why_none(), links(), driver(), torch.version.cuda),
+            memory=host_memory(),
+            disks=disks(),
+            operations=operations(device),
+            answer=None if question is None else _answer(question),
+            checks=run_checks(device) if self_test else [],
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed, or a GPU of this machine has too little free."""
+        lacking = self.answer is not None and bool(self.answer.fit.lacking)
+        return lacking or not all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON holds: sizes in bytes, {"unknown": reason} for what cannot be told."""
+        return {
+            "machine": self.versions,
+            "graphics": asdict(self.graphics),
+            "memory": asdict(self.memory),
+            "disks": {use: asdict(disk) for use, disk in self.disks.items()},
+            "operations": [asdict(operation) for operation in self.operations],
+            "checks": [asdict(check) for check in self.checks],
+            "model": None if self.answer is None else _answer_dict(self.answer),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield what the terminal shows."""
+        for name, value in {**self.versions, **_graphics_rows(self.graphics), **self._room_rows()}.items():
+            yield f"{name:<{NAME_WIDTH}}{value}"
+        for operation in self.operations:
+            yield f"\n{operation.name}: {operation.backend}"
+            yield from (f"    not {backend}: {reason}" for backend, reason in operation.rejected.items())
+        if self.checks:
+            yield ""
+        for check in self.checks:
+            yield f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.measured}"
+        if self.answer is not None:
+            yield ""
+            yield from _answer_lines(self.answer, self.memory)
+
+    def _room_rows(self) -> dict[str, str]:
+        rows = {
+            "memory": _told(self.memory, lambda x: f"{_gb(x.total_bytes)}, {_gb(x.available_bytes)} available"),
+        }
+        for use, disk in self.disks.items():
+            rows[use] = _told(disk, lambda x: f"{_gb(x.free_bytes)} of {_gb(x.total_bytes)} free, {x.path}")
+        return rows
+
+
+def _answer(question: Question) -> Answer:
+    return Answer(
+        question, assess(question.workload), None if question.folder is None else bytes_on_disk(question.folder)
+    )
+
+
+def _answer_dict(answer: Answer) -> dict[str, Any]:
+    question, fit, workload = answer.question, answer.fit, answer.question.workload
+    settings, remedy = workload.shapes.settings, fit.remedy
+    return {
+        "name": question.name,
+        "folder": None if question.folder is None else str(question.folder),
+        "file_bytes": answer.file_bytes,
+        "height": settings.height,
+        "width": settings.width,
+        "window_frames": settings.window_frames,
+        "guidance": settings.guidance,
+        "formats": {**asdict(workload.formats), "precision": workload.precision},
+        "decode_share": workload.decode_share,
+        "devices": {
+            str(device): {
+                "parts": {part.name: part.bytes for part in fit.parts if part.device == device},
+                "needed_bytes": needed,
+                "free_bytes": fit.free.get(device),
+                "fits": device not in fit.lacking if device in fit.free else None,
+            }
+            for device, needed in fit.needed.items()
+        },
+        "not_estimated": _cpus(workload),
+        "remedy": None
+        if remedy is None
+        else {"options": list(remedy.options), "needed_bytes": {str(x): size for x, size in remedy.needed.items()}},
+    }
+
+
+def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]:
+    fit, workload = answer.fit, answer.question.workload
+    settings, formats = workload.shapes.settings, workload.formats
+    yield (
+        f"{answer.question.name}: {settings.width} x {settings.height} pixels, a window of {settings.window_frames}"
+        f" latent frames, guidance {settings.guidance:g}; precision {workload.precision}, KV cache {formats.kv_cache},"
+        f" attention {formats.attention}"
+    )
+    if answer.file_bytes is not None:
+        yield f"files: {_gb(answer.file_bytes, 3)}, {answer.question.folder}"
+    for device, needed in fit.needed.items():
+        yield f"\n{device} for {answer.question.name}"
+        sizes = {part.name: part.bytes for part in fit.parts if part.device == device}
+        for name, size in {**sizes, "total": needed}.items():
+            yield f"    {name:<{NAME_WIDTH}}{_gb(size, 3):>12}"
+        yield f"    {_verdict(fit, device)}"
+    if "fp8" in (formats.precision, formats.attention) and not set(fit.needed) <= set(fit.free):
+        yield "\nwhether that GPU multiplies fp8 cannot be told here; `longvideo doctor` there says it"
+    for cpu in _cpus(workload):
+        available = _told(memory, lambda x: f"{_gb(x.available_bytes)} of memory are available")
+        yield f"\n{cpu}: not estimated, since what it takes was never measured; {available}"
+
+
+def _verdict(fit: Fit, device: torch.device) -> str:
+    needed, free = fit.needed[device], fit.free.get(device)
+    if free is None:
+        above = math.ceil(needed / 1e8) / 10
+        return f"this machine has no GPU that torch sees; one with {above:.1f} GB free would be needed"
+    if device not in fit.lacking:
+        return f"fits: {_gb(free)} are free"
+    if fit.remedy is not None:
+        advice = f"with {' '.join(fit.remedy.options)} it would, in {fit.remedy.sizes()}"
+    else:
+        advice = no_remedy(fit.tried)
+    return f"does not fit: {_gb(free)} are free, {_gb(needed - free)} are missing; {advice}"
+
+
+def _graphics_rows(graphics: Graphics) -> dict[str, str]:
+    rows = {}
+    for gpu in graphics.gpus:
+        free = _told(gpu.free_bytes, lambda size: f"{_gb(size)} free", unknown="free memory unknown")
+        rows[f"GPU {gpu.index}"] = (
+            f"{gpu.name}, {_gb(gpu.total_bytes)}, {free}, compute capability {gpu.compute_capability}"
+        )
+    if graphics.none_because is not None:
+        rows["GPU"] = f"none: {graphics.none_because}"
+    for link in graphics.links:
+        direct = "directly" if link.direct else "through the host's memory"
+        wires = _told(
+            link.num_nvlinks, lambda n: f"over {n} NVLinks" if n else "no NVLink", unknown="whether over NVLink"
+        )
+        rows[f"GPU {link.first} to GPU {link.second}"] = f"{direct}, {wires}"
+    rows["NVIDIA driver"] = _told(graphics.driver, str)
+    rows["CUDA of torch"] = graphics.torch_cuda or "none"
+    return rows
+
+
+def _cpus(workload: Workload) -> list[str]:
+    """Return those of a workload's devices that are not estimated."""
+    places = (workload.device, workload.decode_device)
+    return list(dict.fromkeys(str(place) for place in places if place.type == "cpu"))
+
+
+def _told(value: T | Unknown, say: Callable[[T], str], *, unknown: str = "unknown") -> str:
+    return f"{unknown}: {value.unknown}" if isinstance(value, Unknown) else say(value)
+
+
+def _gb(size: int, decimals: int = 1) -> str:
+    return f"{size / 1e9:.{decimals}f} GB"

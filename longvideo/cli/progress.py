@@ -1,0 +1,45 @@
+"""A bar of bytes on a terminal; elsewhere a line for every tenth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.conversion import Progress
+
+TENTHS = 10
+
+
+@contextmanager
+def bytes_progress(label: str) -> Iterator[Progress]:
+    """Show how many bytes of how many are done, how fast, and how long it will take."""
+    from longvideo.checkpoint.conversion import Progress
+
+    if not sys.stderr.isatty():
+        lines = _Lines(label)
+        yield Progress(lines.set_total, lines.add)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None)
+        yield Progress(lambda total: bars.update(task, total=total), lambda count: bars.advance(task, count))
+
+
+class _Lines:
+    def __init__(self, label: str) -> None:
+        self.label, self.total, self.done = label, 0, 0
+
+    def set_total(self, total: int) -> None:
+        self.total = total
+
+    def add(self, count: int) -> None:
+        before, self.done = self.done, self.done + count
+        if self.total and self.done * TENTHS // self.total > before * TENTHS // self.total:
+            print(f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB", file=sys.stderr, flush=True)

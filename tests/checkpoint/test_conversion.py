@@ -1,0 +1,151 @@
+"""Conversions: what was cut short goes on, what is asked for is written, and nothing appears half done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longvideo.checkpoint import conversion
+from longvideo.checkpoint.conversion import Progress, Wishes, convert_model
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.errors import CheckpointError, UserError
+from longvideo.kernels.nvfp4.format import Rule
+from longvideo.quantization.convert import quantize_layers
+from tests.checkpoint import official, small
+from tests.checkpoint.random_weights import fingerprints
+
+SHARD_BYTES = 100_000
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return official.save(tmp_path_factory.mktemp("models") / "ours")
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(num_bytes: int) -> Progress:
+    left = [num_bytes]
+
+    def on_bytes(count: int) -> None:
+        left[0] -= count
+        if left[0] < 0:
+            raise Cut
+
+    return Progress(on_bytes=on_bytes)
+
+
+@pytest.mark.parametrize("target", ["longvideo", "official"])
+def test_a_conversion_that_was_cut_short_goes_on_where_it_was(target: str, ours: ModelFolder, tmp_path: Path) -> None:
+    wishes = Wishes(target, max_shard_bytes=SHARD_BYTES)
+    total = sum(ours.weights(part).num_bytes for part in ours.parts)
+    destination, temporary = tmp_path / "result", tmp_path / ".result.part"
+    with pytest.raises(Cut):
+        convert_model(ours, destination, wishes, progress=cut_after(total * 6 // 10))
+    finished = {file: file.stat().st_ino for file in temporary.rglob("*.safetensors")}
+    assert len(finished) > 3 and not destination.exists()
+    seen: list[int] = []
+    convert_model(ours, destination, wishes, progress=Progress(seen.append, seen.append))
+    assert seen[0] == total == sum(seen[1:])
+    kept = {file: (destination / file.relative_to(temporary)).stat().st_ino for file in finished}
+    assert kept == finished, "a finished shard was written again"
+    assert not temporary.exists()
+    assert fingerprints(ModelFolder.open(destination)) == fingerprints(ours)
+
+
+def test_a_conversion_begins_anew_where_source_or_wishes_are_not_the_same(tmp_path: Path) -> None:
+    source, destination = official.save(tmp_path / "source"), tmp_path / "result"
+    total = sum(source.weights(part).num_bytes for part in source.parts)
+    wishes = Wishes(max_shard_bytes=SHARD_BYTES)
+    with pytest.raises(Cut):
+        convert_model(source, destination, wishes, progress=cut_after(total // 2))
+    other = ModelFolder.save(
+        source.path,
+        settings=small.SETTINGS,
+        transformer=official.transformer(1),
+        vae=official.vae(1),
+        text_encoder=small.text_encoder(),
+        overwrite=True,
+    )
+    with pytest.raises(Cut):
+        convert_model(other, destination, wishes, progress=cut_after(total // 2))
+    convert_model(other, destination, Wishes(precision="bf16", max_shard_bytes=SHARD_BYTES))
+    weights = ModelFolder.open(destination).load_transformer().state_dict()
+    expected = official.transformer(1).state_dict()
+    assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+def test_precision_is_of_the_transformer_and_packing_equals_quantising_in_memory(
+    ours: ModelFolder, tmp_path: Path
+) -> None:
+    convert_model(ours, tmp_path / "packed", Wishes(precision="nvfp4", rule="static6", keep=("blocks.0.*",)))
+    packed = ModelFolder.open(tmp_path / "packed")
+    expected = ours.load_transformer()
+    quantize_layers(expected, Rule.STATIC6, keep=("blocks.0.*",))
+    state = packed.load_transformer().state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        same = [x.reshape(-1).view(torch.uint8) for x in (state[name], tensor)]
+        assert torch.equal(*same), name
+    assert packed.load_vae().decoder.conv_in.weight.dtype == torch.float32
+    with pytest.raises(CheckpointError, match="packed in 4 bits, for which this format has no place"):
+        convert_model(packed, tmp_path / "wan", Wishes("official"))
+    with pytest.raises(CheckpointError, match="convert the model it is from"):
+        convert_model(packed, tmp_path / "bf16", Wishes(precision="bf16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
+
+
+def test_one_file_of_the_transformer_opens_with_a_base(ours: ModelFolder, tmp_path: Path) -> None:
+    file = tmp_path / "transformer.safetensors"
+    assert main(["convert", str(ours.path), str(file), "--to", "safetensors", "--precision", "bf16"]) == 0
+    assert load_file(file).keys() == official.transformer().state_dict().keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]
+    opened = ModelFolder.open(file, base=ours.path)
+    assert opened.parts == ours.parts and opened.settings == ours.settings
+
+
+def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model = small.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="do not hold the statistics of latents"):
+        convert_model(model, tmp_path / "wan", Wishes("official"))
+    with pytest.raises(UserError, match="is unknown; use one of longvideo, diffusers"):
+        Wishes("wan")
+    with pytest.raises(UserError, match="precision 'fp4' is unknown"):
+        Wishes(precision="fp4")
+    vae_only = ModelFolder.save(tmp_path / "vae", settings=small.SETTINGS, vae=small.vae())
+    with pytest.raises(CheckpointError, match="holds no transformer"):
+        convert_model(vae_only, tmp_path / "x.pt", Wishes("longlive"))
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    ours: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = conversion.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="has 0.0 GB free, 0.0 GB more are needed"):
+        convert_model(ours, tmp_path / "result", Wishes())
+    assert not (tmp_path / "result").exists()
+
+
+def test_a_destination_that_exists_is_only_replaced_when_asked(ours: ModelFolder, tmp_path: Path) -> None:
+    (tmp_path / "result").mkdir()
+    with pytest.raises(UserError, match="exists; choose another place or add --overwrite"):
+        convert_model(ours, tmp_path / "result", Wishes())
+    convert_model(ours, tmp_path / "result", Wishes(), overwrite=True)
+    assert ModelFolder.open(tmp_path / "result").parts == ours.parts
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_the_plain_diffusers_folder_says_nothing_of_this_project(ours: ModelFolder, tmp_path: Path) -> None:
+    convert_model(ours, tmp_path / "plain", Wishes("diffusers"))
+    assert not (tmp_path / "plain" / "longvideo.json").exists()
+    index = json.loads((tmp_path / "plain" / "model_index.json").read_text())
+    assert index["_class_name"] == "WanPipeline"
+    assert ModelFolder.open(tmp_path / "plain").format == "diffusers folder"

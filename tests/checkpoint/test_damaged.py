@@ -1,0 +1,265 @@
+"""What can be wrong with a checkpoint: each case is one error that names the tensor or file, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.errors import CheckpointError
+from tests.checkpoint import official
+
+Damage = Callable[[dict[str, Tensor]], None]
+LORA = "base_model.model.blocks.0.self_attn.q"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file of a source, what is done to its tensors, and what the error has to say."""
+
+    file: str
+    damage: Damage
+    says: str
+
+
+def drop(name: str) -> Damage:
+    return lambda tensors: void(tensors.pop(name))
+
+
+def rename(name: str, other: str) -> Damage:
+    return lambda tensors: tensors.update({other: tensors.pop(name)})
+
+
+def copy_to(name: str, other: str) -> Damage:
+    return lambda tensors: tensors.update({other: tensors[name].clone()})
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def void(value: object) -> None:
+    del value
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.t()
+
+
+def wider(x: Tensor) -> Tensor:
+    return torch.cat([x, x[:1]])
+
+
+def whole_numbers(x: Tensor) -> Tensor:
+    return x.long()
+
+
+DIT = "wan/diffusion_pytorch_model.safetensors"
+VAE = "wan/Wan2.2_VAE.pth"
+TEXT = "wan/models_t5_umt5-xxl-enc-bf16.pth"
+OURS = "ours/transformer/diffusion_pytorch_model.safetensors"
+OUR_VAE = "ours/vae/diffusion_pytorch_model.safetensors"
+PACKED = "packed/transformer/diffusion_pytorch_model.safetensors"
+LONGLIVE, PACKED_LONGLIVE, ADAPTER = "model.pt", "packed.pt", "lora.pt"
+Q = "blocks.0.self_attn.q"
+FFN = "blocks.1.ffn.2"
+CASES = {
+    "official, missing": Case(DIT, drop(f"{Q}.weight"), rf"1 missing: {Q}\.weight"),
+    "official, extra": Case(DIT, copy_to(f"{Q}.weight", f"{Q}.gate"), rf"1 unexpected: {Q}\.gate"),
+    "official, renamed": Case(DIT, rename(f"{Q}.bias", f"{Q}.offset"), rf"missing: {Q}\.bias.*unexpected: {Q}\.offset"),
+    "official, another block": Case(DIT, rename(f"{FFN}.bias", "blocks.7.ffn.2.bias"), r"blocks\.1\.ffn\.2\.bias"),
+    "official, doubled by a prefix": Case(DIT, copy_to(f"{Q}.bias", f"model.{Q}.bias"), rf"both mean '{Q}\.bias'"),
+    "official, transposed": Case(DIT, put(f"{FFN}.weight", transposed), rf"wrongly shaped: {FFN}\.weight \[64, 128\]"),
+    "official, too wide": Case(DIT, put("head.head.bias", wider), r"wrongly shaped: head\.head\.bias \[193\], wanted"),
+    "official, whole numbers": Case(
+        DIT, put(f"{Q}.weight", whole_numbers), rf"wrongly typed: {Q}\.weight torch\.int64"
+    ),
+    "official, no text": Case(DIT, drop("text_embedding.0.weight"), r"lacks text_embedding\.0\.weight"),
+    "official, no patches": Case(DIT, drop("patch_embedding.weight"), r"missing: patch_embedding\.weight"),
+    "vae, missing": Case(
+        VAE, drop("decoder.middle.1.norm.gamma"), r"1 missing: decoder\.mid_block\.attentions\.0\.norm"
+    ),
+    "vae, extra": Case(VAE, copy_to("conv2.bias", "conv3.bias"), r"1 unexpected: conv3\.bias"),
+    "vae, too wide": Case(VAE, put("conv1.bias", wider), r"wrongly shaped: quant_conv\.bias \[97\], wanted \[96\]"),
+    "vae, without its first": Case(VAE, drop("encoder.conv1.weight"), r"lacks encoder\.conv_in\.weight"),
+    "vae, doubled by a wrapper": Case(VAE, copy_to("conv2.bias", "module.conv2.bias"), r"both mean 'conv2\.bias'"),
+    "vae, whole numbers": Case(VAE, put("conv2.bias", whole_numbers), r"wrongly typed: post_quant_conv\.bias"),
+    "text, missing": Case(
+        TEXT, drop("blocks.1.ffn.fc1.weight"), r"missing: encoder\.block\.1\.layer\.1\..*wi_1\.weight"
+    ),
+    "text, extra": Case(TEXT, copy_to("norm.weight", "norm3.weight"), r"1 unexpected: norm3\.weight"),
+    "text, another vocabulary": Case(
+        TEXT, put("token_embedding.weight", lambda x: x[:3]), "tokens, the text encoder 3"
+    ),
+    "text, without buckets": Case(
+        TEXT, drop("blocks.0.pos_embedding.embedding.weight"), r"lacks encoder\.block\.0\..*relative_attention_bias"
+    ),
+    "diffusers, missing": Case(OURS, drop("blocks.0.attn1.to_q.weight"), rf"missing: {Q}\.weight"),
+    "diffusers, official name": Case(OURS, copy_to("proj_out.bias", "head.head.bias"), r"both mean 'head\.head\.bias'"),
+    "diffusers, vae too wide": Case(OUR_VAE, put("quant_conv.bias", wider), r"wrongly shaped: quant_conv\.bias \[97\]"),
+    "packed, no scales": Case(PACKED, drop("blocks.0.attn1.to_q.weight_scales"), rf"missing: {Q}\.weight_scales"),
+    "packed, no codes": Case(PACKED, drop("blocks.0.attn1.to_q.weight_codes"), rf"missing: {Q}\.weight"),
+    "packed, codes of bytes with a sign": Case(
+        PACKED,
+        put("blocks.0.attn1.to_q.weight_codes", lambda x: x.view(torch.int8)),
+        rf"{Q}\.weight_codes is torch\.int8",
+    ),
+    "packed, codes of half": Case(
+        PACKED, put("blocks.0.attn1.to_q.weight_codes", lambda x: x[:, :8]), rf"wrongly shaped: {Q}\.weight_codes"
+    ),
+    "longlive, missing": Case(LONGLIVE, drop(f"model.{FFN}.weight"), rf"missing: {FFN}\.weight"),
+    "longlive, whole numbers": Case(LONGLIVE, put(f"model.{Q}.bias", whole_numbers), rf"wrongly typed: {Q}\.bias"),
+    "longlive packed, no amax": Case(
+        PACKED_LONGLIVE, drop(f"model.{Q}.quantized_weight_amax"), rf"lacks {Q}\.quantized_weight_amax"
+    ),
+    "longlive packed, sizes that do not agree": Case(
+        PACKED_LONGLIVE,
+        put(f"model.{Q}.quantized_weight_metadata", lambda x: x * 2),
+        rf"{Q}\.quantized_weight_values has shape",
+    ),
+    "longlive packed, impossible sizes": Case(
+        PACKED_LONGLIVE,
+        put(f"model.{Q}.quantized_weight_metadata", lambda x: -x),
+        rf"{Q}\.quantized_weight_metadata says",
+    ),
+    "longlive packed, scales of another kind": Case(
+        PACKED_LONGLIVE,
+        put(f"model.{Q}.quantized_weight_scale_factors", lambda x: x.view(torch.uint8)),
+        rf"{Q}\.quantized_weight_scale_factors is torch\.uint8",
+    ),
+    "lora, half of a pair": Case(ADAPTER, drop(f"{LORA}.lora_B.weight"), rf"{Q}\.lora_A has no lora_B beside it"),
+    "lora, of another model": Case(ADAPTER, put(f"{LORA}.lora_B.weight", wider), rf"updates {Q} of \[129, 128\]"),
+    "lora, two ranks": Case(ADAPTER, put(f"{LORA}.lora_A.weight", wider), r"updates of ranks \[4, 5\]"),
+    "lora, of no layer": Case(
+        ADAPTER,
+        rename(f"{LORA}.lora_A.weight", "blocks.9.x.lora_A.weight"),
+        r"\.lora_[AB] has no lora_[AB] beside it",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    model = official.save(folder / "ours")
+    convert_model(model, folder / "wan", Wishes("official"))
+    convert_model(model, folder / "packed", Wishes(precision="nvfp4"))
+    convert_model(model, folder / "model.pt", Wishes("longlive"))
+    convert_model(ModelFolder.open(folder / "packed"), folder / "packed.pt", Wishes("longlive"))
+    lora = {f"{LORA}.lora_A.weight": torch.ones(4, 128), f"{LORA}.lora_B.weight": torch.ones(128, 4)}
+    torch.save({"generator_lora": lora}, folder / "lora.pt")
+    return folder
+
+
+@pytest.fixture
+def room(sources: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sources, tmp_path / "room"))
+
+
+def damage_file(file: Path, damage: Damage) -> None:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()
+        tensors = load_file(file)
+        damage(tensors)
+        save_file(tensors, file, metadata=metadata)
+    else:
+        content = torch.load(file, weights_only=True)
+        tensors = next((content[key] for key in ("generator", "generator_lora") if key in content), content)
+        damage(tensors)
+        torch.save(content, file)
+
+
+def refused(room: Path, file: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Convert a source in the room; return what is said: one line, and nothing may be written."""
+    source = room / file if file.endswith(".pt") else room / Path(file).parts[0]
+    base = ["--base", str(room / "ours")] if file.endswith(".pt") else []
+    before = sorted(room.rglob("*"))
+    assert main(["convert", str(source), str(room / "result"), *base]) == 2
+    assert sorted(room.rglob("*")) == before
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damaged_checkpoint_is_refused_by_name(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES[name]
+    damage_file(room / case.file, case.damage)
+    assert re.search(case.says, refused(room, case.file, capsys))
+
+
+@pytest.mark.parametrize("file", [DIT, VAE, TEXT, OURS, PACKED, LONGLIVE, ADAPTER])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
+def test_a_truncated_file_is_refused_by_name(
+    file: str, part: float, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (room / file).read_bytes()
+    (room / file).write_bytes(content[: int(part * len(content))])
+    said = refused(room, file, capsys)
+    assert Path(file).name in said and "truncated" in said
+    if file == DIT and part > 0:
+        assert "is not whole in it" in said and ".weight" in said
+
+
+def test_tensors_in_two_files_and_two_files_of_one_part_are_refused(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(room / DIT)
+    names = sorted(tensors)
+    half, other = {n: tensors[n] for n in names[:40]}, {n: tensors[n] for n in names[39:]}
+    (room / DIT).unlink()
+    for number, shard in enumerate((half, other), start=1):
+        save_file(shard, room / "wan" / f"model-{number:05d}-of-00002.safetensors")
+    weight_map = {n: f"model-{1 if n in half else 2:05d}-of-00002.safetensors" for n in names}
+    index = room / "wan" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"'{names[39]}' is both in" in refused(room, DIT, capsys)
+    index.write_text(json.dumps({"weight_map": weight_map | {names[0]: "../ours/x.safetensors"}}))
+    assert "wanted the name of a .safetensors file beside it" in refused(room, DIT, capsys)
+    index.unlink()
+    for shard_file in (room / "wan").glob("model-*"):
+        shard_file.unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(tensors, room / "wan" / name)
+    assert "holds two of transformer, in a.safetensors and b.safetensors" in refused(room, DIT, capsys)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("this ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(room / LONGLIVE, weights_only=True)
+    torch.save({**content, "step": Harmful()}, room / LONGLIVE)
+    said = refused(room, LONGLIVE, capsys)
+    assert "this ran" not in said and "model.pt is truncated or holds more than tensors" in said
+    torch.save({"checkpoint_format": "longlive_generator_te_nvfp4", **content}, room / LONGLIVE)
+    assert "holds the state of TransformerEngine's modules" in refused(room, LONGLIVE, capsys)
+
+
+def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(room: Path) -> None:
+    # a storage of 4 TB in a file of some kB
+    huge = torch.empty(1).expand(10**6, 10**6)
+    torch.save({"generator": {"a": huge}}, room / "expanded.pt")
+    with pytest.raises(CheckpointError, match="are of no part of a Wan model"):
+        ModelFolder.open(room / "expanded.pt")
+
+
+def test_a_text_file_is_no_model(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (room / "notes.txt").write_text("hello")
+    assert main(["convert", str(room / "notes.txt"), str(room / "result")]) == 2
+    assert "is no weight file" in capsys.readouterr().err

@@ -1,0 +1,252 @@
+"""What a path holds is seen from its content; what other libraries save means the same here, and back."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longvideo.checkpoint import pickle_file, shapes
+from longvideo.checkpoint.adapters import layer_sizes
+from longvideo.checkpoint.conversion import Wishes, convert_adapter, convert_model
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.settings import PRESETS, ModelSettings
+from longvideo.errors import CheckpointError
+from longvideo.model.attention import Full, Masked
+from longvideo.model.config import PRESETS as MODELS
+from longvideo.model.layout import TokenLayout
+from longvideo.quantization.convert import set_product
+from longvideo.quantization.products import W4A16
+from longvideo.vae.config import AutoencoderConfig
+from tests import golden
+from tests.checkpoint import official, small
+from tests.checkpoint.random_weights import UMT5_XXL, random_model
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return official.save(tmp_path_factory.mktemp("models") / "ours")
+
+
+@pytest.fixture(scope="module")
+def wan(ours: ModelFolder) -> Path:
+    folder = ours.path.parent / "wan"
+    convert_model(ours, folder, Wishes("official"))
+    return folder
+
+
+def test_the_official_folder_opens_by_content_whatever_its_files_are_called(
+    ours: ModelFolder, wan: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    shutil.copytree(wan, renamed)
+    (renamed / "Wan2.2_VAE.pth").rename(renamed / "a.bin")
+    (renamed / "models_t5_umt5-xxl-enc-bf16.pth").rename(renamed / "b.pt")
+    (renamed / "diffusion_pytorch_model.safetensors").rename(renamed / "c.safetensors")
+    for folder in (wan, renamed):
+        opened = ModelFolder.open(folder)
+        assert opened.format == "official Wan folder"
+        assert opened.parts == ("transformer", "vae", "text_encoder") and not opened.missing
+        assert opened.transformer_config.num_attention_heads == 1
+        assert (opened.vae_config, opened.text_encoder_config) == (ours.vae_config, ours.text_encoder_config)
+        for part in opened.parts:
+            opened.check(part)
+        features = [model.load_text_encoder().encode(["a red ball"])[0] for model in (ours, opened)]
+        assert torch.equal(*features)
+
+
+def test_sizes_of_the_5b_follow_from_shapes_alone(tmp_path: Path) -> None:
+    config, vae = MODELS["wan2.2-ti2v-5b"], AutoencoderConfig.wan22()
+    model = random_model(config, vae, UMT5_XXL, settings=small.SETTINGS, tokenizer=tmp_path)
+    assert shapes.transformer_config(model.weights("transformer"), text_len=512) == config
+    assert shapes.autoencoder_config(model.weights("vae")) == vae
+    assert shapes.text_encoder_config(model.weights("text_encoder")) == UMT5_XXL
+
+
+def wrapped(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor.bfloat16() for name, tensor in official.transformer(5).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "entry"),
+    [
+        ({"generator": wrapped("model."), "step": 3}, None),
+        ({"generator_ema": wrapped("model._fsdp_wrapped_module."), "generator": wrapped("x")}, "generator_ema"),
+        ({"model": wrapped(""), "critic": wrapped("model.")}, None),
+        (wrapped("module.model."), None),
+    ],
+)
+def test_checkpoints_of_longlive_open_in_all_their_wrappings(
+    content: dict[str, object], entry: str | None, wan: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model_bf16.pt"
+    torch.save(content, file)
+    alone = ModelFolder.open(file, entry=entry)
+    assert alone.parts == ("transformer",) and alone.missing == ("vae", "text_encoder")
+    whole = ModelFolder.open(file, base=wan, entry=entry)
+    assert whole.parts == ("transformer", "vae", "text_encoder")
+    state = whole.load_transformer().state_dict()
+    assert all(torch.equal(state[name], x.bfloat16()) for name, x in official.transformer(5).state_dict().items())
+    if "step" in content:
+        assert alone.notes["step"] == "3" and alone.format == "LongLive 2.0 checkpoint"
+
+
+def test_the_published_model_comes_with_its_settings(tmp_path: Path) -> None:
+    model = random_model(
+        MODELS["wan2.2-ti2v-5b"], AutoencoderConfig.wan22(), UMT5_XXL, settings=ModelSettings(), tokenizer=tmp_path
+    )
+    own = model.weights("transformer").renamed(lambda name: f"model.{name}")
+    pickle_file.write_structure(tmp_path / "model_bf16.pt", own, within=("generator",))
+    opened = ModelFolder.open(tmp_path / "model_bf16.pt")
+    settings = opened.settings
+    assert settings == PRESETS["longlive-2.0-5b"] and opened.transformer_config == MODELS["wan2.2-ti2v-5b"]
+    assert (settings.shift, settings.steps, settings.guidance) == (5.0, 4, 1.0)
+    assert (settings.window_frames, settings.sink_frames, settings.offset_per_shot) == (32, 8, 8) and settings.pin_shots
+    assert ModelFolder.open(tmp_path / "model_bf16.pt", preset="wan2.2-ti2v-5b").settings.steps == 50
+
+
+@torch.no_grad()
+def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
+    base, spec, case = golden.model(), golden.spec(), golden.load("packed_a_forward")
+    settings = ModelSettings(text_len=base.config.text_len)
+    folder = ModelFolder.save(tmp_path / "base", settings=settings, transformer=base)
+    opened = ModelFolder.open(golden.FIXTURES / "packed_a.safetensors", base=folder.path)
+    assert opened.is_packed and opened.format == "LongLive 2.0 checkpoint, packed in 4 bits"
+    convert_model(opened, tmp_path / "packed.pt", Wishes("longlive"))
+    convert_model(opened, tmp_path / "ours", Wishes())
+    layout = TokenLayout.block_causal(spec, case["timestep"].shape[0] // spec.chunk_frames)
+    flows = []
+    for model_folder in (
+        opened,
+        ModelFolder.open(tmp_path / "packed.pt", base=folder.path),
+        ModelFolder.open(tmp_path / "ours"),
+    ):
+        model = model_folder.load_transformer()
+        set_product(model, W4A16(torch.device("cpu")))
+        text, sigma = model.encode_text(case["text"]), case["timestep"].unsqueeze(0) / 1000
+        flow = model(case["noisy"].unsqueeze(0), sigma, text, rope=model.rope(layout), attention=Masked(layout))
+        flows.append(golden.relative_error(flow[0], case["w4a16_block_causal_flow"]))
+    assert max(flows) < TOLERANCE
+    given = load_file(golden.FIXTURES / "packed_a.safetensors")
+    written = torch.load(tmp_path / "packed.pt", weights_only=True)["generator"]
+    assert given.keys() == written.keys()
+    for name, tensor in given.items():
+        if name.endswith("amax"):
+            assert torch.allclose(written[name], tensor, rtol=2e-7, atol=0)
+        else:
+            assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: ModelFolder, tmp_path: Path) -> None:
+    sizes = layer_sizes(official.transformer())
+    torch.manual_seed(1)
+    weights = {
+        f"base_model.model.{layer}.{name}.weight": torch.randn(*shape) / 8
+        for layer, (rows, columns) in sizes.items()
+        for name, shape in (("lora_A", (4, columns)), ("lora_B", (rows, 4)))
+    }
+    file = tmp_path / "lora.pt"
+    torch.save({"generator_lora": weights, "critic_lora": weights, "step": 9}, file)
+    found = recognise(file)
+    assert found.format == "LongLive 2.0 LoRA" and found.adapter is not None and found.adapter.rank == 4
+    with pytest.raises(CheckpointError, match="is a LoRA; say with a base which model it belongs to"):
+        ModelFolder.open(file)
+    with pytest.raises(CheckpointError, match="generator_ema"):
+        ModelFolder.open(file, base=ours.path, entry="generator_ema")
+    merged = ModelFolder.open(file, base=ours.path).load_transformer().state_dict()
+    name = "blocks.1.ffn.0"
+    update = weights[f"base_model.model.{name}.lora_B.weight"] @ weights[f"base_model.model.{name}.lora_A.weight"]
+    expected = official.transformer().state_dict()[f"{name}.weight"] + update
+    assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-6)
+    convert_adapter(file, tmp_path / "lora", base="ours")
+    for source in (tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors"):
+        again = ModelFolder.open(source, base=ours.path).load_transformer().state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+    packed = tmp_path / "packed"
+    convert_model(ours, packed, Wishes(precision="nvfp4"))
+    unpacked = ModelFolder.open(file, base=packed).load_transformer().state_dict()
+    assert 0.05 < golden.relative_error(unpacked[f"{name}.weight"], expected) < 0.1
+
+
+def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_path: Path) -> None:
+    own, other = official.transformer(1).state_dict(), official.transformer(2).state_dict()
+    alone, many = (tmp_path / name / "checkpoints" / "step_0000004" for name in ("alone", "many"))
+    for folder in (alone, many):
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text('{"step": 4}')
+        shutil.copytree(ours.path, folder.parent.parent / "model")
+    save_file({f"transformer.{name}": x for name, x in own.items()}, alone / "ema.safetensors")
+    save_file({f"transformer.{name}": x for name, x in other.items()}, alone / "weights.safetensors")
+    for rank in range(2):
+        kinds = {"average": own, "weight": other, "exp_avg": other}
+        save_file(
+            {f"transformer.{name}/{k}": x.clone() for k, s in kinds.items() for name, x in list(s.items())[rank::2]},
+            many / f"rank_{rank:05d}.safetensors",
+        )
+    for folder in (alone, many):
+        averaged, trained = (ModelFolder.open(folder, entry=entry) for entry in (None, "weights"))
+        assert averaged.parts == ("transformer", "vae", "text_encoder") and averaged.notes["step"] == "4"
+        assert averaged.settings == ours.settings
+        for opened, expected in ((averaged, own), (trained, other)):
+            state = opened.load_transformer().state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        with pytest.raises(CheckpointError, match="has no entry 'generator'; it has ema and weights"):
+            ModelFolder.open(folder, entry="generator")
+
+
+@torch.no_grad()
+def test_models_of_diffusers_and_transformers_go_through_every_format_with_equal_outputs(
+    ours: ModelFolder, tmp_path: Path
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(3)
+    sizes = {key: value for key, value in asdict(official.TRANSFORMER).items() if key != "text_len"}
+    transformer = WanTransformer3DModel(**sizes).eval()
+    vae = AutoencoderKLWan(**{k: v for k, v in official.VAE.to_dict().items() if not k.startswith("_")}).eval()
+    text_config = ours.text_encoder_config
+    text_encoder = UMT5EncoderModel(UMT5Config(**{**text_config.to_dict(), "is_encoder_decoder": False})).eval()
+    given = tmp_path / "given"
+    shutil.copytree(ours.path, given)
+    for part, module in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
+        shutil.rmtree(given / part)
+        module.save_pretrained(given / part)
+    source = given
+    for number, target in enumerate(("longvideo", "official", "longvideo", "diffusers")):
+        convert_model(ModelFolder.open(source), tmp_path / str(number), Wishes(target))
+        source = tmp_path / str(number)
+    back = (
+        WanTransformer3DModel.from_pretrained(source, subfolder="transformer"),
+        AutoencoderKLWan.from_pretrained(source, subfolder="vae"),
+        UMT5EncoderModel.from_pretrained(source / "text_encoder"),
+    )
+    for before, after in zip((transformer, vae, text_encoder), back, strict=True):
+        state = before.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in after.state_dict().items())
+    opened, latents = ModelFolder.open(tmp_path / "1"), torch.randn(1, 48, 8, 4, 6)
+    features = torch.randn(1, small.SETTINGS.text_len, 128)
+    model = opened.load_transformer()
+    layout = TokenLayout.block_causal(ours.spec, 1)
+    flow = model(
+        latents, torch.full((1, 8), 0.7), model.encode_text(features), rope=model.rope(layout), attention=Full()
+    )
+    expected = transformer(latents, torch.tensor([700.0]), features, return_dict=False)[0]
+    assert golden.relative_error(flow, expected) < TOLERANCE
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    moments, _ = opened.load_vae().encode(video)
+    assert golden.relative_error(moments, vae.encode(video, return_dict=False)[0].parameters) < TOLERANCE
+    frames, _ = opened.load_vae().decode(moments[:, :48])
+    assert golden.relative_error(frames.clamp(-1, 1), vae.decode(moments[:, :48], return_dict=False)[0]) < TOLERANCE
+    ids = torch.tensor([[3, 4, 5, 1]])
+    mine = opened.load_text_encoder().model(ids, torch.ones_like(ids))
+    assert golden.relative_error(mine, text_encoder(ids).last_hidden_state) < TOLERANCE

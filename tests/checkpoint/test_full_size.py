@@ -1,0 +1,75 @@
+"""Wan2.2-TI2V-5B's size, on disk, through every format and back, in under 3 GB.
+
+LONGVIDEO_FULL_SIZE names a folder with 50 GB of room; it takes some minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.folder import SHIPPED, ModelFolder
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.model.config import PRESETS
+from longvideo.vae.config import AutoencoderConfig
+from tests.checkpoint.random_weights import UMT5_XXL, fingerprints, random_model
+
+ROOM = os.environ.get("LONGVIDEO_FULL_SIZE")
+MEMORY_LIMIT = 3e9
+TARGETS = ("longvideo", "diffusers", "longvideo", "official")
+MEASURE = """
+import resource, sys
+from longvideo.cli.main import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(ROOM is None, reason="takes 50 GB and minutes; LONGVIDEO_FULL_SIZE names a folder for it")
+def test_every_tensor_of_the_5b_survives_all_formats() -> None:
+    room = Path(str(ROOM)) / "full_size"
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir(parents=True)
+    try:
+        model = random_model(
+            PRESETS["wan2.2-ti2v-5b"],
+            AutoencoderConfig.wan22(),
+            UMT5_XXL,
+            settings=ModelSettings(),
+            tokenizer=SHIPPED["tiny"] / "tokenizer",
+        )
+        source = room / "0"
+        convert_model(model, source, Wishes("official"))
+        num_bytes = sum(model.weights(part).num_bytes for part in model.parts)
+        before = fingerprints(model)
+        print(f"\n{len(before)} tensors, {num_bytes / 1e9:.2f} GB")
+        for number, target in enumerate(TARGETS, start=1):
+            peak, seconds = _convert(source, room / str(number), target)
+            print(f"to {target}: {seconds:.0f} s, {num_bytes / 1e9 / seconds:.2f} GB/s, peak {peak / 1e9:.2f} GB")
+            assert peak < MEMORY_LIMIT
+            shutil.rmtree(source)
+            source = room / str(number)
+        assert fingerprints(ModelFolder.open(source)) == before
+        peak, seconds = _convert(source, room / "packed", "longvideo", "--precision", "nvfp4")
+        print(f"to nvfp4: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
+        assert peak < MEMORY_LIMIT
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _convert(source: Path, destination: Path, target: str, *options: str) -> tuple[int, float]:
+    """Run the command in a process of its own; return its peak memory in bytes and its seconds."""
+    arguments = ["convert", str(source), str(destination), "--to", target, *options]
+    started = time.perf_counter()
+    ran = subprocess.run([sys.executable, "-P", "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout.split("peak ")[-1]), time.perf_counter() - started

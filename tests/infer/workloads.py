@@ -1,0 +1,45 @@
+"""Workloads of the 5B that the tests of memory share, and sums over what they take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from longvideo.infer.memory import Part, Workload
+from longvideo.infer.shapes import ModelShapes, preset_shapes
+from longvideo.number_formats import NumberFormats
+
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def shapes(**changes: Any) -> ModelShapes:
+    """Return the shapes of the 5B with its prompts as features, with changes."""
+    return replace(preset_shapes("wan2.2-ti2v-5b"), **{"text_encoder": None, **changes})
+
+
+def workload(**changes: Any) -> Workload:
+    """Return the 5B in bf16 on one GPU, with changes."""
+    given = {
+        "shapes": shapes(),
+        "formats": NumberFormats("bf16"),
+        "device": FIRST,
+        "decode_device": FIRST,
+        "dtype": torch.bfloat16,
+    }
+    return Workload(**(given | changes))
+
+
+def total(parts: Iterable[Part], device: torch.device = FIRST) -> int:
+    """Return the bytes on a device."""
+    return sum(part.bytes for part in parts if part.device == device)
+
+
+def named(parts: Iterable[Part], device: torch.device = FIRST) -> dict[str, int]:
+    """Return the bytes of each part on a device."""
+    own = [part for part in parts if part.device == device]
+    assert max(Counter(part.name for part in own).values()) == 1
+    return {part.name: part.bytes for part in own}
