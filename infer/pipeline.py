@@ -68,6 +68,8 @@ class StreamingPipeline:
         cls,
         name: str | Path = "tiny",
         *,
+        base: str | Path | None = None,
+        preset: str | None = None,
         device: str | torch.device | None = None,
         decode_device: str | torch.device | None = None,
         decode_share: float | None = None,
@@ -76,8 +78,10 @@ class StreamingPipeline:
         kv_cache: str = "bf16",
         attention: str = "bf16",
     ) -> StreamingPipeline:
-        """Load a shipped name ("tiny"), a folder or a hub id.
+        """Load a shipped name ("tiny"), a folder or file of any known format (docs/checkpoints.md), or a hub id.
 
+        base: model from which missing parts come. preset: settings of a published model, `longlive-2.0-5b`, in place of
+        the model's own.
         device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another
         GPU decodes while the first denoises. decode_share: of that GPU's work, what `device` does instead, from 0 to
         below 1; None for 0. dtype: bfloat16 where the hardware multiplies it, else float32.
@@ -88,7 +92,7 @@ class StreamingPipeline:
         """
         formats = NumberFormats(precision, kv_cache, attention)
         return cls.load(
-            ModelFolder.open(name),
+            ModelFolder.open(name, base=base, preset=preset),
             device=device,
             decode_device=decode_device,
             decode_share=decode_share,

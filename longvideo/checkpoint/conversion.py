@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file
-from longvideo.checkpoint.diffusers_folder import INDEX_FILE, SETTINGS_FILE, WEIGHT_STEMS
+from longvideo.checkpoint import packed
 from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.folder import ModelFolder, locate, replace_path
 from longvideo.checkpoint.formats import recognise
-from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE
-from longvideo.checkpoint.saving import MAX_SHARD_BYTES, save_weights
+from longvideo.checkpoint.parts import TRANSFORMER
+from longvideo.checkpoint.saving import MAX_SHARD_BYTES
+from longvideo.checkpoint.targets import TARGETS, Work
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
-from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
 
 PLAN_FILE = "conversion.json"
-OFFICIAL_STEM = "diffusion_pytorch_model"
-OFFICIAL_VAE, OFFICIAL_TEXT_ENCODER = "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
-OFFICIAL_TOKENIZER = Path("google/umt5-xxl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NVFP4 = "nvfp4"
 
@@ -90,20 +85,20 @@ def convert_model(
     """
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists; choose another place or add --overwrite")
-    for part in source.parts:
+    target = TARGETS[wishes.target]
+    weights = {part: source.weights(part) for part in source.parts if part in target.parts}
+    for part in weights:
         source.check(part)
-    weights = {part: source.weights(part) for part in source.parts}
     if TRANSFORMER in weights:
         weights[TRANSFORMER] = _in_precision(source, wishes, progress.on_packed)
-    target = TARGETS[wishes.target]
     target.check(source, weights)
-    total = sum(weights[part].num_bytes for part in target.parts(source))
+    total = sum(own.num_bytes for own in weights.values())
     temporary = destination.with_name(f".{destination.name}.part")
     plan = {**asdict(wishes), "settings": asdict(source.settings), "files": _stamps(weights)}
     done = _prepare(temporary, plan)
     _check_room(temporary, total - done)
     progress.on_total(total)
-    result = target.write(temporary, source, weights, wishes, progress.on_bytes)
+    result = target.write(Work(temporary, source, weights, wishes.max_shard_bytes, progress.on_bytes))
     (temporary / PLAN_FILE).unlink()
     replace_path(result, destination)
     if result != temporary:
@@ -129,165 +124,6 @@ def convert_adapter(
     replace_path(temporary, destination)
 
 
-@dataclass(frozen=True)
-class Target:
-    """A format to write.
-
-    parts: those of a model that it holds. check: raises where it has no place for something. write: fills a folder and
-    returns the path in it, or itself, that is the result.
-    """
-
-    parts: Callable[[ModelFolder], Sequence[str]]
-    check: Callable[[ModelFolder, Mapping[str, Weights]], None]
-    write: Callable[[Path, ModelFolder, Mapping[str, Weights], Wishes, Callable[[int], None]], Path]
-
-
-def _write_diffusers(
-    folder: Path,
-    source: ModelFolder,
-    weights: Mapping[str, Weights],
-    wishes: Wishes,
-    on_bytes: Callable[[int], None],
-) -> Path:
-    for part in source.parts:
-        own, metadata = weights[part], {}
-        if part == TRANSFORMER:
-            metadata = packed.header_metadata(own)
-            own = own.renamed(names.to_diffusers)
-            config = {**diffusers_json.transformer_json(source.transformer_config), **packed.config_entry(metadata)}
-        else:
-            config = (source.vae_config if part == VAE else source.text_encoder_config).to_dict()
-        save_weights(
-            folder / part,
-            WEIGHT_STEMS[part],
-            own,
-            max_shard_bytes=wishes.max_shard_bytes,
-            metadata=metadata,
-            go_on=True,
-            on_bytes=on_bytes,
-        )
-        write_json(folder / part / "config.json", config)
-    listed = ("scheduler", *source.parts)
-    if TEXT_ENCODER in source.parts:
-        _copy_tokenizer(source, folder / "tokenizer")
-        listed += ("tokenizer",)
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", diffusers_json.scheduler_json(source.settings))
-    write_json(folder / INDEX_FILE, diffusers_json.model_index(listed))
-    return folder
-
-
-def _write_longvideo(
-    folder: Path,
-    source: ModelFolder,
-    weights: Mapping[str, Weights],
-    wishes: Wishes,
-    on_bytes: Callable[[int], None],
-) -> Path:
-    _write_diffusers(folder, source, weights, wishes, on_bytes)
-    write_json(folder / SETTINGS_FILE, asdict(source.settings))
-    ModelFolder.open(folder)
-    return folder
-
-
-def _write_official(
-    folder: Path,
-    source: ModelFolder,
-    weights: Mapping[str, Weights],
-    wishes: Wishes,
-    on_bytes: Callable[[int], None],
-) -> Path:
-    own = weights[TRANSFORMER]
-    save_weights(folder, OFFICIAL_STEM, own, max_shard_bytes=wishes.max_shard_bytes, go_on=True, on_bytes=on_bytes)
-    write_json(folder / "config.json", diffusers_json.official_json(source.transformer_config))
-    if VAE in weights:
-        table = names.autoencoder_official(source.vae_config.num_res_blocks)
-        _write_pickle(folder / OFFICIAL_VAE, weights[VAE].renamed(table.theirs), on_bytes)
-    if TEXT_ENCODER in weights:
-        own = weights[TEXT_ENCODER].renamed(names.TEXT_ENCODER_OFFICIAL.theirs)
-        _write_pickle(folder / OFFICIAL_TEXT_ENCODER, own, on_bytes)
-        _copy_tokenizer(source, folder / OFFICIAL_TOKENIZER)
-    return folder
-
-
-def _write_longlive(
-    folder: Path,
-    source: ModelFolder,
-    weights: Mapping[str, Weights],
-    wishes: Wishes,
-    on_bytes: Callable[[int], None],
-) -> Path:
-    own = longlive_packed.to_longlive(weights[TRANSFORMER]).renamed(lambda name: f"{names.MODEL_PREFIX}{name}")
-    file = folder / "model.pt"
-    _write_pickle(file, own, on_bytes, within=("generator",))
-    return file
-
-
-def _write_safetensors(
-    folder: Path,
-    source: ModelFolder,
-    weights: Mapping[str, Weights],
-    wishes: Wishes,
-    on_bytes: Callable[[int], None],
-) -> Path:
-    own = weights[TRANSFORMER]
-    save_weights(
-        folder,
-        "model",
-        own,
-        max_shard_bytes=own.num_bytes + 1,
-        metadata=packed.header_metadata(own),
-        go_on=True,
-        on_bytes=on_bytes,
-    )
-    return folder / "model.safetensors"
-
-
-def _all_parts(source: ModelFolder) -> Sequence[str]:
-    return source.parts
-
-
-def _transformer_alone(source: ModelFolder) -> Sequence[str]:
-    return (TRANSFORMER,)
-
-
-def _anything(source: ModelFolder, weights: Mapping[str, Weights]) -> None:
-    pass
-
-
-def _needs_transformer(source: ModelFolder, weights: Mapping[str, Weights]) -> None:
-    if TRANSFORMER not in weights:
-        raise CheckpointError(f"{source.path} holds no transformer, which this format is of")
-
-
-def _not_packed(source: ModelFolder, weights: Mapping[str, Weights]) -> None:
-    if TRANSFORMER in weights and packed.is_packed(weights[TRANSFORMER]):
-        raise CheckpointError(
-            f"{source.path} is packed in 4 bits, for which this format has no place; convert the model it is from"
-        )
-
-
-def _wan_itself(source: ModelFolder, weights: Mapping[str, Weights]) -> None:
-    _needs_transformer(source, weights)
-    _not_packed(source, weights)
-    if VAE in weights:
-        config = source.vae_config
-        if (config.latents_mean, config.latents_std) != (WAN22_LATENTS_MEAN, WAN22_LATENTS_STD):
-            raise CheckpointError(
-                f"{source.path}: the official files do not hold the statistics of latents, and Wan knows only its"
-                " own; convert to longvideo or diffusers instead"
-            )
-
-
-TARGETS: dict[str, Target] = {
-    "longvideo": Target(_all_parts, _anything, _write_longvideo),
-    "diffusers": Target(_all_parts, _not_packed, _write_diffusers),
-    "official": Target(_all_parts, _wan_itself, _write_official),
-    "longlive": Target(_transformer_alone, _needs_transformer, _write_longlive),
-    "safetensors": Target(_transformer_alone, _needs_transformer, _write_safetensors),
-}
-
-
 def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacked) -> Weights:
     own = source.weights(TRANSFORMER)
     if wishes.precision is None or (wishes.precision == NVFP4 and packed.is_packed(own)):
@@ -302,24 +138,6 @@ def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacke
         layers = layers_to_quantize(model, wishes.keep)
         return packed.pack(own, layers, Rule(wishes.rule), on_packed=on_packed)
     return own.cast(DTYPES[wishes.precision])
-
-
-def _write_pickle(
-    file: Path, weights: Weights, on_bytes: Callable[[int], None], *, within: tuple[str, ...] = ()
-) -> None:
-    if file.is_file():  # it has this name only when it is whole
-        on_bytes(weights.num_bytes)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pickle_file.write_file(file, weights, within=within, on_bytes=on_bytes)
-
-
-def _copy_tokenizer(source: ModelFolder, folder: Path) -> None:
-    assert source.tokenizer is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source.tokenizer / name).is_file():
-            shutil.copyfile(source.tokenizer / name, folder / name)
 
 
 def _stamps(weights: Mapping[str, Weights]) -> dict[str, list[int]]:

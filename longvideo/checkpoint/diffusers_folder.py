@@ -1,19 +1,21 @@
-"""Read diffusers' folder layout: model_index.json, a folder for every part, and our longvideo.json if it is there."""
+"""Read and write diffusers' folder layout: model_index.json, a folder for every part, and our longvideo.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from longvideo.checkpoint import diffusers_json, names, packed
-from longvideo.checkpoint.files import read_json
+from longvideo.checkpoint.files import read_json, write_json
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
+from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.config import load_config
 from longvideo.errors import CheckpointError, UserError
+from longvideo.model.config import TransformerConfig
 from longvideo.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
@@ -47,6 +49,46 @@ def read_folder(path: Path) -> Found:
         settings,
         path / "tokenizer" if TEXT_ENCODER in parts else None,
     )
+
+
+def write_part(
+    folder: Path,
+    part: str,
+    weights: Weights,
+    config: PartConfig,
+    *,
+    max_shard_bytes: int,
+    go_on: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the folder of a part, weights under our names; options as in `save_weights`."""
+    metadata = packed.header_metadata(weights)
+    if part == TRANSFORMER:
+        weights = weights.renamed(names.to_diffusers)
+    save_weights(
+        folder / part,
+        WEIGHT_STEMS[part],
+        weights,
+        max_shard_bytes=max_shard_bytes,
+        metadata=metadata,
+        go_on=go_on,
+        on_bytes=on_bytes,
+    )
+    if isinstance(config, TransformerConfig):
+        said = {**diffusers_json.transformer_json(config), **packed.config_entry(metadata)}
+    else:
+        said = config.to_dict()
+    write_json(folder / part / "config.json", said)
+
+
+def write_index(folder: Path, parts: Iterable[str], settings: ModelSettings) -> None:
+    """Write what ties parts together: model_index.json, and the solver by which diffusers samples them."""
+    listed = ("scheduler", *parts)
+    if TEXT_ENCODER in listed:
+        listed += ("tokenizer",)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", diffusers_json.scheduler_json(settings))
+    write_json(folder / INDEX_FILE, diffusers_json.model_index(listed))
 
 
 def read_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:

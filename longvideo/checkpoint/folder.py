@@ -19,15 +19,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from longvideo.checkpoint import diffusers_json, names, packed, pickle_file
+from longvideo.checkpoint import packed, pickle_file
 from longvideo.checkpoint.adapters import merged
-from longvideo.checkpoint.diffusers_folder import INDEX_FILE, SETTINGS_FILE, WEIGHT_STEMS
+from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
 from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
-from longvideo.checkpoint.saving import MAX_SHARD_BYTES, save_weights
+from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
@@ -225,32 +225,20 @@ class ModelFolder:
             raise CheckpointError(f"{folder} exists; choose another name, or ask to overwrite it")
         _check_text_len(settings, transformer, text_encoder)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-        parts: tuple[str, ...] = ("scheduler",)
+        parts: dict[str, tuple[nn.Module, PartConfig]] = {}
+        if transformer is not None:
+            parts[TRANSFORMER] = transformer, transformer.config
+        if vae is not None:
+            parts[VAE] = vae, vae.config
+        if text_encoder is not None:
+            parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
         try:
-            if transformer is not None:
-                own, metadata = packed.to_save(transformer, own_tensors(transformer), dtype)
-                tensors = {names.to_diffusers(name): tensor for name, tensor in own.items()}
-                stem = WEIGHT_STEMS["transformer"]
-                save_weights(
-                    temporary / "transformer", stem, tensors, max_shard_bytes=max_shard_bytes, metadata=metadata
-                )
-                config = diffusers_json.transformer_json(transformer.config)
-                write_json(temporary / "transformer" / "config.json", {**config, **packed.config_entry(metadata)})
-                parts += ("transformer",)
-            if vae is not None:
-                save_weights(temporary / "vae", WEIGHT_STEMS["vae"], own_tensors(vae), **options)
-                write_json(temporary / "vae" / "config.json", vae.config.to_dict())
-                parts += ("vae",)
+            for part, (module, config) in parts.items():
+                weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
+                write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)
             if text_encoder is not None:
-                tensors = own_tensors(text_encoder.model)
-                save_weights(temporary / "text_encoder", WEIGHT_STEMS["text_encoder"], tensors, **options)
-                write_json(temporary / "text_encoder" / "config.json", text_encoder.config_json())
                 save_tokenizer(text_encoder.tokenizer, temporary / "tokenizer", text_len=settings.text_len)
-                parts += ("text_encoder", "tokenizer")
-            (temporary / "scheduler").mkdir(parents=True)
-            write_json(temporary / "scheduler" / "scheduler_config.json", diffusers_json.scheduler_json(settings))
-            write_json(temporary / INDEX_FILE, diffusers_json.model_index(parts))
+            write_index(temporary, parts, settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)
             replace_path(temporary, folder)

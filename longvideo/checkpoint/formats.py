@@ -20,6 +20,7 @@ from longvideo.checkpoint.diffusers_folder import (
     read_folder,
 )
 from longvideo.checkpoint.opening import open_weights, sets_of_weights
+from longvideo.checkpoint.packed import CONVENTION_KEY
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, Found, Part
 from longvideo.checkpoint.settings import PRESETS
 from longvideo.checkpoint.tensors import Weights, listing
@@ -31,6 +32,8 @@ from longvideo.vae.config import AutoencoderConfig
 
 LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
+HEADER_KEYS = ("format", CONVENTION_KEY)
+"""Of safetensors metadata, what says how to read them."""
 FOREIGN_STATE = "longlive_generator_te_nvfp4"
 MARKS = {
     "encoder.head.0.gamma": VAE,
@@ -123,7 +126,7 @@ def _found(weights: Weights, config: Path | None, like: TransformerConfig | None
             " merged bf16 weights instead"
         )
     longlive = "entry" in metadata
-    notes = {key: value for key, value in metadata.items() if key != "format" and len(value) <= 100}
+    notes = {key: value for key, value in metadata.items() if key not in HEADER_KEYS}
     if is_adapter(weights.infos):
         return Found("LongLive 2.0 LoRA" if longlive else "LoRA file", {}, adapter=open_adapter(weights), notes=notes)
     part = _part_of(weights)

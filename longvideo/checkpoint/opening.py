@@ -24,6 +24,8 @@ def open_weights(path: Path, *, stem: str | None = None, entry: str | None = Non
         return _open_folder(path, stem)
     if not path.is_file():
         raise CheckpointError(f"no weight file {path}")
+    if entry is not None and path.suffix not in pickle_file.SUFFIXES:
+        raise CheckpointError(f"{path} holds one set of weights, and so has no entry {entry!r}")
     if path.name.endswith(".index.json"):
         return _open_index(path)
     if path.suffix == ".safetensors":

@@ -11,14 +11,14 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longvideo.checkpoint.diffusers_json import QUANTIZATION
 from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
-from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE, NVFP4Linear
+from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE
 
 CONVENTION_KEY = "nvfp4_convention"
 CONVENTION = (
@@ -30,7 +30,7 @@ DTYPES = {CODES: torch.uint8, SCALES: torch.float8_e4m3fn, TENSOR_SCALE: torch.f
 
 def is_packed(weights: Weights) -> bool:
     """Say whether any tensor is of a packed layer."""
-    return any(_leaf(name) in PACKED_LEAVES for name in weights.infos)
+    return any(is_of_packed_layer(name) for name in weights.infos)
 
 
 def check_convention(weights: Weights) -> None:
@@ -56,16 +56,9 @@ def header_metadata(weights: Weights) -> dict[str, str]:
     return {CONVENTION_KEY: CONVENTION} if is_packed(weights) else {}
 
 
-def to_save(
-    model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors, floating ones cast to dtype unless they are of packed layers, and the metadata to go along."""
-    packed = any(isinstance(module, NVFP4Linear) for module in model.modules())
-    cast = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and _leaf(name) not in PACKED_LEAVES else tensor
-        for name, tensor in tensors.items()
-    }
-    return cast, {CONVENTION_KEY: CONVENTION} if packed else {}
+def is_of_packed_layer(name: str) -> bool:
+    """Say whether a tensor is of a packed layer, whose dtypes are not to be changed."""
+    return _leaf(name) in PACKED_LEAVES
 
 
 VALUES_AT_ONCE = 2**17

@@ -107,6 +107,8 @@ def test_one_file_of_the_transformer_opens_with_a_base(ours: ModelFolder, tmp_pa
     assert main(["convert", str(ours.path), str(file), "--to", "safetensors", "--precision", "bf16"]) == 0
     assert load_file(file).keys() == official.transformer().state_dict().keys()
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]
+    with pytest.raises(CheckpointError, match="holds one set of weights, and so has no entry 'generator'"):
+        ModelFolder.open(file, base=ours.path, entry="generator")
     opened = ModelFolder.open(file, base=ours.path)
     assert opened.parts == ours.parts and opened.settings == ours.settings
 

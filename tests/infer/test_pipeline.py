@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import CheckpointError, UserError
 from longvideo.infer import generation
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
@@ -141,6 +143,16 @@ def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> No
 def test_wrong_values_are_refused_when_called_not_when_iterated(pipeline, prompts, options, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.stream(prompts, **options)
+
+
+def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder, tmp_path) -> None:
+    convert_model(ModelFolder.open(model_folder), tmp_path / "model.pt", Wishes("longlive"))
+    whole = StreamingPipeline.from_pretrained(model_folder, device="cpu")
+    put_together = StreamingPipeline.from_pretrained(tmp_path / "model.pt", base=model_folder, device="cpu")
+    options = {"seconds": 1.0, "seed": 2}
+    assert np.array_equal(video(put_together, PROMPTS[0], **options), video(whole, PROMPTS[0], **options))
+    with pytest.raises(CheckpointError, match="number of heads cannot be told; give a model folder"):
+        StreamingPipeline.from_pretrained(tmp_path / "model.pt", device="cpu")
 
 
 def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline, model_folder) -> None:
