@@ -117,8 +117,8 @@ def _together(folder: Path, found: list[tuple[Path, Found]], unused: dict[Path, 
     )
 
 
-def _found(weights: Weights, config: Path | None, like: TransformerConfig | None, format: str) -> Found:
-    """Turn one set of weights into the part or adapter that it is."""
+def _found(weights: Weights, config: Path | None, like: TransformerConfig | None, label: str) -> Found:
+    """Turn one set of weights into the part or adapter that it is. label: what to call it, if not by its kind."""
     metadata = weights.metadata
     if metadata.get("checkpoint_format") == FOREIGN_STATE:
         raise CheckpointError(
@@ -136,12 +136,11 @@ def _found(weights: Weights, config: Path | None, like: TransformerConfig | None
     if part == TRANSFORMER:
         own, kind = _transformer(weights, config, like)
         is_longlive = longlive or longlive_packed.is_packed(weights.renamed(names.strip_wrappers))
-        label = kind if is_longlive else format or "transformer"
         # a small model in that project's names is none that its settings were chosen for
         settings = PRESETS[LONGLIVE] if is_longlive and own.config == MODELS["wan2.2-ti2v-5b"] else None
-        return Found(label, {part: own}, settings, notes=notes)
+        return Found(kind if is_longlive else label or "transformer", {part: own}, settings, notes=notes)
     own = _autoencoder(weights, config) if part == VAE else _text_encoder(weights, config)
-    return Found(format or own.kind, {part: own}, notes=notes)
+    return Found(label or own.kind, {part: own}, notes=notes)
 
 
 def _part_of(weights: Weights) -> str | None:

@@ -5,6 +5,7 @@ LONGVIDEO_FULL_SIZE names a folder with 50 GB of room; it takes some minutes.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from longvideo.checkpoint.conversion import Wishes, convert_model
 from longvideo.checkpoint.folder import SHIPPED, ModelFolder
+from longvideo.checkpoint.settings import PRESETS as PRESET_SETTINGS
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.model.config import PRESETS
 from longvideo.vae.config import AutoencoderConfig
 from tests.checkpoint.random_weights import UMT5_XXL, fingerprints, random_model
@@ -33,21 +37,17 @@ sys.exit(code)
 """
 
 
+needs_room = pytest.mark.skipif(ROOM is None, reason="takes 50 GB and minutes; LONGVIDEO_FULL_SIZE names a folder")
+
+
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(ROOM is None, reason="takes 50 GB and minutes; LONGVIDEO_FULL_SIZE names a folder for it")
+@needs_room
 def test_every_tensor_of_the_5b_survives_all_formats() -> None:
     room = Path(str(ROOM)) / "full_size"
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
     try:
-        model = random_model(
-            PRESETS["wan2.2-ti2v-5b"],
-            AutoencoderConfig.wan22(),
-            UMT5_XXL,
-            settings=ModelSettings(),
-            tokenizer=SHIPPED["tiny"] / "tokenizer",
-        )
-        source = room / "0"
+        model, source = random_5b(), room / "0"
         convert_model(model, source, Wishes("official"))
         num_bytes = sum(model.weights(part).num_bytes for part in model.parts)
         before = fingerprints(model)
@@ -64,6 +64,50 @@ def test_every_tensor_of_the_5b_survives_all_formats() -> None:
         assert peak < MEMORY_LIMIT
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@needs_room
+def test_the_files_of_wan_and_of_longlive_stream_as_they_are() -> None:
+    room = Path(str(ROOM)) / "full_size_streamed"
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir(parents=True)
+    wan, longlive = room / "Wan2.2-TI2V-5B", room / "model_bf16.pt"
+    try:
+        convert_model(random_5b(), wan, Wishes("official"))
+        convert_model(ModelFolder.open(wan), longlive, Wishes("longlive"))
+        print()
+        for name, options in (
+            (wan, {}),
+            (longlive, {"base": wan}),
+            (longlive, {"base": wan, "precision": "nvfp4-weights", "kv_cache": "nvfp4"}),
+        ):
+            started = time.perf_counter()
+            pipe = StreamingPipeline.from_pretrained(name, device="cuda:0", **options)
+            loaded = time.perf_counter() - started
+            frames = pipe.stream("a red ball", seconds=2.0, steps=2, guidance=1.0)
+            first = next(frames)
+            seconds = time.perf_counter() - started
+            shapes = [first.shape, *(part.shape for part in frames)]
+            assert shapes == [(count, 704, 1280, 3) for count in (1, 28, 19)]
+            print(f"{name.name} {sorted(options)}: loaded in {loaded:.1f} s, first frame after {seconds:.1f} s")
+            assert pipe.models.settings == PRESET_SETTINGS["longlive-2.0-5b" if options else "wan2.2-ti2v-5b"]
+            del pipe, frames
+            gc.collect()
+            torch.cuda.empty_cache()
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def random_5b() -> ModelFolder:
+    return random_model(
+        PRESETS["wan2.2-ti2v-5b"],
+        AutoencoderConfig.wan22(),
+        UMT5_XXL,
+        settings=ModelSettings(),
+        tokenizer=SHIPPED["tiny"] / "tokenizer",
+    )
 
 
 def _convert(source: Path, destination: Path, target: str, *options: str) -> tuple[int, float]:
