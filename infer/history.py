@@ -61,11 +61,12 @@ class History:
         spec: ChunkSpec,
         *,
         decode_lookback: int,
-        capacity: int = HISTORY_CHUNKS,
+        capacity: int,
         steps: Sequence[Step] = (),
         kept: Iterable[ChunkRecord] = (),
     ) -> None:
-        """decode_lookback: latents before its own that a frame depends on; see `longvideo.vae.halo`.
+        """decode_lookback: latents before its own that a frame depends on; see `longvideo.vae.halo`. capacity: how many
+        of the latest chunks are kept, beside those that the next one attends to.
 
         steps, kept: of a history to go on with.
         """

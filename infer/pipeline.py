@@ -24,7 +24,7 @@ from longvideo.flow.unipc import UniPC
 from longvideo.infer.fit import check_memory
 from longvideo.infer.formats import check_formats
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
-from longvideo.infer.history import ChunkRecord, History, Past
+from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.memory import Workload
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import (
@@ -196,8 +196,12 @@ class StreamingPipeline:
         guidance: float | None = None,
         seed: int = 0,
         image: Path | str | Tensor | None = None,
+        history_chunks: int = HISTORY_CHUNKS,
     ) -> Session:
-        """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`."""
+        """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`.
+
+        history_chunks: how far back `seek` can go; a chunk that can be gone back to keeps its latents in host memory.
+        """
         check_prompt(prompt, "the prompt")
         if seconds is not None:
             check_seconds(seconds, "the video")
@@ -208,7 +212,7 @@ class StreamingPipeline:
             self._first_latent(image),
         )
         self._warn_unknown_words([prompt])
-        return self._session({0: (prompt, "cut")}, options, self._new_history())
+        return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks))
 
     def restore(self, path: Path | str) -> Session:
         """Go on with a session behind the last chunk that it had handed out when its `snapshot` was written.
@@ -216,7 +220,7 @@ class StreamingPipeline:
         Raises UserError for another file, and for a snapshot of a model with other sizes or settings.
         """
         snapshot = read_snapshot(Path(path), model=self._fingerprint)
-        history = self._new_history(snapshot.steps, snapshot.kept)
+        history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.kept)
         return self._session(snapshot.shots, snapshot.options, history)
 
     def generate_batch(
@@ -256,9 +260,9 @@ class StreamingPipeline:
             check_words=lambda changed: self._warn_unknown_words([changed]),
         )
 
-    def _new_history(self, steps: Sequence[Step] = (), kept: Sequence[ChunkRecord] = ()) -> History:
+    def _new_history(self, capacity: int, steps: Sequence[Step] = (), kept: Sequence[ChunkRecord] = ()) -> History:
         lookback = decode_lookback(self.models.autoencoder.config)
-        return History(self.models.spec, decode_lookback=lookback, steps=steps, kept=kept)
+        return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, kept=kept)
 
     @property
     def _fingerprint(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "b
 DIFFUSERS_STEM, DIFFUSERS_PREFIX = "pytorch_lora_weights", "transformer."
 DOWN, UP = ".lora_A", ".lora_B"
 ADAPTER_NAME = ".default"
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, names.MODEL_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,9 @@ def _dequantized(codes: Lazy, scales: Lazy, tensor_scale: Lazy) -> Tensor:
 
 def _bare_name(name: str) -> str:
     """Reduce a name in peft's, diffusers' or LongLive's naming to an official layer and .lora_A or .lora_B."""
-    bare = name.removesuffix(".weight").removesuffix(ADAPTER_NAME)
-    bare = names.strip_wrappers(bare.removeprefix(PEFT_PREFIX)).removeprefix(DIFFUSERS_PREFIX)
+    bare = names.strip_wrappers(name.removesuffix(".weight").removesuffix(ADAPTER_NAME))
+    while prefix := next((prefix for prefix in PREFIXES if bare.startswith(prefix)), ""):
+        bare = bare.removeprefix(prefix)
     layer, _, part = bare.rpartition(".")
     return f"{names.to_official(f'{layer}.weight').removesuffix('.weight')}.{part}"
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longvideo.checkpoint import pickle_file, shapes
-from longvideo.checkpoint.adapters import layer_sizes
+from longvideo.checkpoint.adapters import layer_sizes, open_adapter
 from longvideo.checkpoint.conversion import Wishes, convert_adapter, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
+from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
 from longvideo.model.attention import Full, Masked
 from longvideo.model.config import PRESETS as MODELS
@@ -143,6 +144,21 @@ def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
             assert torch.allclose(written[name], tensor, rtol=2e-7, atol=0)
         else:
             assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.blocks.1.ffn.0.lora_A.weight",
+        "base_model.model.blocks.1.ffn.0.lora_A.default.weight",
+        "model.base_model.model.blocks.1._fsdp_wrapped_module.ffn.0.lora_A.weight",
+        "transformer.blocks.1.ffn.net.0.proj.lora_A.weight",
+        "blocks.1.ffn.0.lora_A.weight",
+    ],
+)
+def test_low_rank_weights_are_known_by_anyones_names(name: str) -> None:
+    pair = {name: torch.ones(4, 128), name.replace("lora_A", "lora_B"): torch.ones(64, 4)}
+    assert open_adapter(Weights.of(pair)).sizes == {"blocks.1.ffn.0": (64, 128)}
 
 
 def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: ModelFolder, tmp_path: Path) -> None:

@@ -181,11 +181,10 @@ def test_another_beginning_is_another_video(pipeline: StreamingPipeline) -> None
 
 
 def test_what_is_not_made_or_no_longer_kept_cannot_be_gone_back_to(pipeline: StreamingPipeline) -> None:
-    with pipeline.session(PROMPTS[0]) as session:
+    with pipeline.session(PROMPTS[0], history_chunks=4) as session:
         take(session, 2)
         with pytest.raises(UserError, match="chunk 3 is not made yet; the last one is 1"):
             session.seek(3)
-        session._history._capacity = 4
         take(session, 7)
         with pytest.raises(UserError, match="chunk 6 is too far back"):
             session.seek(6)
