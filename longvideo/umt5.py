@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
+from longvideo.model.config import MAX_LAYERS, MAX_SIZE
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class UMT5Config:
             kinds = (int, float) if key == "layer_norm_epsilon" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
                 raise CheckpointError(f"{key}={value!r}, wanted a positive {'number' if len(kinds) > 1 else 'integer'}")
+        if max(value for key, value in given.items() if key != "layer_norm_epsilon") > MAX_SIZE:
+            raise CheckpointError(f"one of {given} is more than {MAX_SIZE}")
+        if given["num_layers"] > MAX_LAYERS:
+            raise CheckpointError(f"num_layers={given['num_layers']}, wanted at most {MAX_LAYERS}")
         return cls(**given)
 
     @classmethod

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,10 @@ PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "b
 DIFFUSERS_STEM, DIFFUSERS_PREFIX = "pytorch_lora_weights", "transformer."
 DOWN, UP = ".lora_A", ".lora_B"
 ADAPTER_NAME = ".default"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+# fields of peft's configuration that give updates another meaning
+UNSUPPORTED = ("use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "lora_bias")
+MAX_ALPHA = 1e9
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, names.MODEL_PREFIX)
 
 
@@ -113,25 +120,55 @@ class Adapter:
 def open_adapter_folder(folder: Path) -> StoredAdapter:
     """Open what `Adapter.save` or peft wrote. Raises CheckpointError, naming the file, where it is no LoRA."""
     config = read_json(folder / PEFT_CONFIG)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+    if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / PEFT_CONFIG} describes no LoRA adapter with r and lora_alpha")
-    stored = open_adapter(open_weights(folder, stem=PEFT_STEM), scaling=alpha / rank)
+    return _configured(open_weights(folder, stem=PEFT_STEM), config, str(folder / PEFT_CONFIG))
+
+
+def open_adapter(weights: Weights) -> StoredAdapter:
+    """Open low-rank weights in anyone's naming.
+
+    What an update counts is as diffusers writes it beside the weights, and else 1, as in LongLive's (alpha = rank).
+    Raises CheckpointError, naming the tensor, where something is no low-rank weight, stands alone, or differs in rank.
+    """
+    if (said := weights.metadata.get(DIFFUSERS_METADATA)) is None:
+        return _paired(weights, scaling=1.0)
+    try:
+        config = json.loads(said)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{weights.label}: {DIFFUSERS_METADATA} in its header is no JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{weights.label}: {DIFFUSERS_METADATA} in its header is no JSON object")
+    bare = {str(key).removeprefix(DIFFUSERS_PREFIX): value for key, value in config.items()}
+    return _configured(weights, bare, weights.label)
+
+
+def _configured(weights: Weights, config: Mapping[str, Any], label: str) -> StoredAdapter:
+    """Open weights that come with a configuration of peft's, whose fields decide what an update counts."""
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(f"{label} says r={rank!r}; wanted a whole number of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+        raise CheckpointError(f"{label} says lora_alpha={alpha!r}; wanted a number")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise CheckpointError(
+                f"{label} says {key}={config[key]!r}, which is not supported; merge it with peft first"
+            )
+    stored = _paired(weights, scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     if stored.rank != rank:
-        raise CheckpointError(f"{folder / PEFT_CONFIG} says r={rank}, the weights have rank {stored.rank}")
+        raise CheckpointError(f"{label} says r={rank}, the weights have rank {stored.rank}")
     return stored
 
 
-def open_adapter(weights: Weights, *, scaling: float = 1.0) -> StoredAdapter:
-    """Open low-rank weights in anyone's naming; what an update counts is 1 in diffusers' and LongLive's (alpha = rank).
-
-    Raises CheckpointError, naming the tensor, where something is no low-rank weight, stands alone, or differs in rank.
-    """
+def _paired(weights: Weights, *, scaling: float) -> StoredAdapter:
     bare = weights.renamed(_bare_name)
     ranks = set()
     for name, info in bare.infos.items():
         if not name.endswith((DOWN, UP)) or len(info.shape) != 2:
             raise CheckpointError(f"{weights.label}: {name} is no low-rank weight")
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, wanted floating numbers")
         layer, down = name.rpartition(".")[0], name.endswith(DOWN)
         if (layer + (UP if down else DOWN)) not in bare.infos:
             raise CheckpointError(f"{weights.label}: {name} has no {'lora_B' if down else 'lora_A'} beside it")
@@ -171,7 +208,9 @@ def merged(base: Weights, adapter: StoredAdapter, *, dtype: torch.dtype = torch.
             )
         down, up = (adapter.weights.tensors[layer + part] for part in (DOWN, UP))
         changes[name] = Made(TensorInfo(size, result), partial(_read_sum, weight, down, up, adapter.scaling, result))
-    return base.replaced(changes)
+    files = tuple(dict.fromkeys((*base.files, *adapter.weights.files)))
+    notes = {**base.metadata, "adapter_scaling": str(adapter.scaling)}
+    return Weights(base.replaced(changes).tensors, files, notes)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ short goes on from the files it has finished, if source and wishes are still the
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from longvideo.quantization.convert import layers_to_quantize
 
 PLAN_FILE = "conversion.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NVFP4 = "nvfp4"
+NVFP4, LORA = "nvfp4", "lora"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Wishes:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UserError(f"target {self.target!r} is unknown; use one of {', '.join(TARGETS)}")
+            raise UserError(f"target {self.target!r} is unknown; use one of {', '.join((*TARGETS, LORA))}")
         if self.precision not in (None, *DTYPES, NVFP4):
             raise UserError(f"precision {self.precision!r} is unknown; use one of {', '.join((*DTYPES, NVFP4))}")
         if self.rule not in [rule.value for rule in Rule]:
@@ -83,9 +84,9 @@ def convert_model(
     Raises CheckpointError or UserError before anything is written where a tensor is missing, unknown or of a wrong
     shape or type, where the target has no place for something, and where the disk has no room.
     """
-    if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists; choose another place or add --overwrite")
     target = TARGETS[wishes.target]
+    destination = _check_destination(destination, target.suffixes, overwrite=overwrite)
+    _check_source_stays(source, destination)
     weights = {part: source.weights(part) for part in source.parts if part in target.parts}
     for part in weights:
         source.check(part)
@@ -94,11 +95,19 @@ def convert_model(
     target.check(source, weights)
     total = sum(own.num_bytes for own in weights.values())
     temporary = destination.with_name(f".{destination.name}.part")
-    plan = {**asdict(wishes), "settings": asdict(source.settings), "files": _stamps(weights)}
-    done = _prepare(temporary, plan)
-    _check_room(temporary, total - done)
+    stamps = _stamps(weights)
+    metadata = {part: own.metadata for part, own in weights.items()}
+    plan = {**asdict(wishes), "settings": asdict(source.settings), "metadata": metadata, "files": stamps}
+    _check_room(destination.parent, total - _bytes_done(temporary))
+    _prepare(temporary, plan)
     progress.on_total(total)
-    result = target.write(Work(temporary, source, weights, wishes.max_shard_bytes, progress.on_bytes))
+    try:
+        result = target.write(Work(temporary, source, weights, wishes.max_shard_bytes, progress.on_bytes))
+        if _stamps(weights) != stamps:
+            raise CheckpointError(f"{source.path} was changed while it was read; convert it again")
+    except UserError:
+        shutil.rmtree(temporary)  # it would end so again
+        raise
     (temporary / PLAN_FILE).unlink()
     replace_path(result, destination)
     if result != temporary:
@@ -112,30 +121,32 @@ def convert_adapter(
 
     base: what the adapter says it belongs to. Raises CheckpointError where the source is no LoRA.
     """
-    if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists; choose another place or add --overwrite")
+    destination = _check_destination(destination, (), overwrite=overwrite)
     found = recognise(locate(source), entry=entry)
     if found.adapter is None:
         raise CheckpointError(f"{source} is no LoRA but: {found.format}")
     temporary = destination.with_name(f".{destination.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    found.adapter.load().save(temporary, base=base or "")
-    replace_path(temporary, destination)
+    try:
+        found.adapter.load().save(temporary, base=base or "")
+        replace_path(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacked) -> Weights:
     own = source.weights(TRANSFORMER)
-    if wishes.precision is None or (wishes.precision == NVFP4 and packed.is_packed(own)):
+    if wishes.precision is None:
         return own
-    if packed.is_packed(own):
+    if packed.is_packed(own) and wishes.precision != NVFP4:
         raise CheckpointError(
             f"{source.path} is packed in 4 bits; its weights are not what they were, so convert the model it is from"
         )
     if wishes.precision == NVFP4:
         model = source.build(TRANSFORMER)
         assert isinstance(model, CausalTransformer)
-        layers = layers_to_quantize(model, wishes.keep)
+        layers = [name for name in layers_to_quantize(model, wishes.keep) if f"{name}.weight" in own.tensors]
         return packed.pack(own, layers, Rule(wishes.rule), on_packed=on_packed)
     return own.cast(DTYPES[wishes.precision])
 
@@ -146,16 +157,66 @@ def _stamps(weights: Mapping[str, Weights]) -> dict[str, list[int]]:
     return {str(file.resolve()): [(status := file.stat()).st_size, status.st_mtime_ns] for file in sorted(files)}
 
 
-def _prepare(folder: Path, plan: object) -> int:
-    """Make the folder to write to, empty unless it is of the same plan; return the bytes that are in it."""
-    file = folder / PLAN_FILE
-    if folder.exists() and not (file.is_file() and json.loads(file.read_text(encoding="utf-8")) == _plain(plan)):
+def _check_destination(path: Path, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
+    """Return where to write, links followed. suffixes: of a file; none for a folder.
+
+    Raises UserError for another suffix, and for what is there already unless it is a model to be replaced.
+    """
+    path = Path(os.path.realpath(path.expanduser()))
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"{path} has to end in {' or '.join(suffixes)} in this format")
+    if not path.exists():
+        return path
+    if not overwrite:
+        raise UserError(f"{path} exists; choose another place or add --overwrite")
+    if path.is_file() != bool(suffixes):
+        wanted = "file" if suffixes else "folder"
+        raise UserError(f"{path} is no {wanted}, as this format is; it is not replaced, choose another place")
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{path} is where this command runs; it is not replaced, choose another place")
+    if path.is_dir() and any(path.iterdir()):
+        try:
+            recognise(path)
+        except UserError as error:
+            raise UserError(f"{path} holds no model that is known; it is not replaced, choose another place") from error
+    return path
+
+
+def _check_source_stays(source: ModelFolder, destination: Path) -> None:
+    """Raise UserError where replacing the destination would take away what a model is not wholly made from."""
+    own = Path(os.path.realpath(source.path))
+    if own == destination:
+        return
+    for part in source.parts:
+        for file in source.weights(part).files:
+            if destination in Path(os.path.realpath(file)).parents:
+                raise UserError(f"{destination} holds {file}, which is read; it is not replaced, choose another place")
+
+
+def _is_of(folder: Path, plan: object) -> bool:
+    """Say whether a folder was begun with the same plan."""
+    try:
+        found = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return found == _plain(plan) and not folder.is_symlink()
+
+
+def _bytes_done(folder: Path) -> int:
+    """Return the bytes of an earlier beginning: they are kept, or go before others are written."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _prepare(folder: Path, plan: object) -> None:
+    """Make the folder to write to, empty unless it was begun with the same plan."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists() and not _is_of(folder, plan):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, plan)
+    write_json(folder / PLAN_FILE, plan)
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _plain(value: object) -> object:
@@ -163,9 +224,10 @@ def _plain(value: object) -> object:
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
     if num_bytes > free:
         raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB more are needed; make room or"
-            " write to another disk"
+            f"{there} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB more are needed; make room or write to"
+            " another disk"
         )

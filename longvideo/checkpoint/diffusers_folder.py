@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 SETTINGS_FILE = "longvideo.json"
 INDEX_FILE = "model_index.json"
+SECOND_TRANSFORMER = "transformer_2"
 WEIGHT_STEMS = {TRANSFORMER: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
 
 
@@ -39,16 +40,26 @@ def read_folder(path: Path) -> Found:
     kinds = {part: kind for part in PARTS if (kind := _listed_class(index.get(part)))}
     if not kinds:
         raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(PARTS)}")
+    if _listed_class(index.get(SECOND_TRANSFORMER)):
+        raise CheckpointError(f"{path / INDEX_FILE} lists two transformers, as of Wan2.2's 14B; wanted one")
     settings_file = path / SETTINGS_FILE
     ours = settings_file.is_file()
-    settings = load_config(ModelSettings, [settings_file] if ours else [])
-    parts = {part: _read_part(path / part, part, kind, text_len=settings.text_len) for part, kind in kinds.items()}
+    settings = _read_settings(settings_file) if ours else None
+    text_len = (settings or ModelSettings()).text_len
+    parts = {part: _read_part(path / part, part, kind, text_len=text_len) for part, kind in kinds.items()}
     return Found(
         "longvideo folder (diffusers' layout)" if ours else "diffusers folder",
         parts,
         settings,
         path / "tokenizer" if TEXT_ENCODER in parts else None,
     )
+
+
+def _read_settings(file: Path) -> ModelSettings:
+    for key, value in read_json(file).items():
+        if isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"{file}: {key} holds ${{, as if it were to be filled in; write what is meant")
+    return load_config(ModelSettings, [file])
 
 
 def write_part(

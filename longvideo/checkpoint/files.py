@@ -46,6 +46,8 @@ def read_json(path: Path) -> dict[str, object]:
         raise CheckpointError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: it is not UTF-8 text") from error
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: it is nested too deep, or has too long a number") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
     return value

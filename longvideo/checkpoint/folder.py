@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from longvideo.checkpoint import packed, pickle_file
-from longvideo.checkpoint.adapters import merged
+from longvideo.checkpoint.adapters import StoredAdapter, merged
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
 from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.formats import recognise
@@ -43,6 +43,14 @@ from longvideo.vae.config import AutoencoderConfig
 SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("tiny", "tiny-teacher")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.pth", "*.pt", "*/*.json", "*/*.safetensors", "google/umt5-xxl/*"]
+
+
+class NeedsBase(CheckpointError):
+    """What was opened is an adapter, and no base was given."""
+
+    def __init__(self, message: str, adapter: StoredAdapter) -> None:
+        super().__init__(message)
+        self.adapter = adapter
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,11 @@ class ModelFolder:
         if base is None and is_run_checkpoint(path):
             base = exported_model(path)
         under = None if base is None else cls.open(base)
-        like = under.transformer_config if under is not None and TRANSFORMER in under.parts else None
-        found = recognise(path, entry=entry, like=like)
+        found = recognise(path, entry=entry, like={} if under is None else under.stored)
         parts, settings = {**(under.stored if under else {}), **found.parts}, _settings(found, under, preset)
         if found.adapter is not None:
             if TRANSFORMER not in parts:
-                raise CheckpointError(f"{path} is a LoRA; say with a base which model it belongs to")
+                raise NeedsBase(f"{path} is a LoRA; say with a base which model it belongs to", found.adapter)
             part = parts[TRANSFORMER]
             parts[TRANSFORMER] = replace(part, weights=merged(part.weights, found.adapter))
         if TRANSFORMER in parts:
@@ -283,7 +290,10 @@ def locate(name: str | Path) -> Path:
         if not SHIPPED[text].is_dir():
             raise CheckpointError(f"this installation lacks the weights of {text!r} at {SHIPPED[text]}; install again")
         return SHIPPED[text]
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{text}: {error}") from error
     if path.is_dir():
         return path
     if path.is_file():

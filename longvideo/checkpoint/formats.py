@@ -6,9 +6,10 @@ checkpoints of training runs; peft's folders; and single files of any of these n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, run_checkpoint, shapes
 from longvideo.checkpoint.adapters import PEFT_CONFIG, is_adapter, open_adapter, open_adapter_folder
@@ -30,6 +31,8 @@ from longvideo.model.config import TransformerConfig
 from longvideo.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
+Like: TypeAlias = Mapping[str, Part]
+NOTHING: Like = {}
 LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
 HEADER_KEYS = ("format", CONVENTION_KEY)
@@ -50,13 +53,16 @@ MARKS = {
 that a file that lacks some is still known for what it is."""
 
 
-def recognise(path: Path, *, entry: str | None = None, like: TransformerConfig | None = None) -> Found:
+def recognise(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> Found:
     """Read the headers of what lies at a path.
 
-    entry: of a training checkpoint, which of its dicts is wanted. like: a transformer's sizes, taken for one of the
-    same width that says nothing of its heads. Raises CheckpointError, naming the file, for what is damaged or unknown.
+    entry: of a training checkpoint, which of its dicts is wanted. like: parts of another model, which say what shapes
+    do not: the heads of a transformer as wide, the statistics of an autoencoder's latents. Raises CheckpointError,
+    naming the file, for what is damaged or unknown.
     """
     if path.is_dir():
+        if entry is not None and (is_diffusers_folder(path) or (path / PEFT_CONFIG).is_file()):
+            raise CheckpointError(f"{path} holds one set of weights, and so has no entry {entry!r}")
         if is_diffusers_folder(path):
             return read_folder(path)
         if (path / PEFT_CONFIG).is_file():
@@ -70,7 +76,17 @@ def recognise(path: Path, *, entry: str | None = None, like: TransformerConfig |
     return _found(weights, path.parent / "config.json", like, "single file")
 
 
-def _loose_files(folder: Path, entry: str | None, like: TransformerConfig | None) -> Found:
+def _open_beside_others(file: Path, entry: str | None) -> Weights:
+    """Open a file, and of it an entry if it has that."""
+    if file.suffix not in pickle_file.SUFFIXES:
+        return open_weights(file)
+    try:
+        return open_weights(file, entry=entry)
+    except pickle_file.NoEntry:
+        return open_weights(file)
+
+
+def _loose_files(folder: Path, entry: str | None, like: Like) -> Found:
     """Put together the parts whose files lie side by side, as in Wan's official folder."""
     files = [*sets_of_weights(folder), *sorted(x for x in folder.iterdir() if x.suffix in pickle_file.SUFFIXES)]
     if not files:
@@ -79,7 +95,7 @@ def _loose_files(folder: Path, entry: str | None, like: TransformerConfig | None
     found: list[tuple[Path, Found]] = []
     unused: dict[Path, str] = {}
     for file in files:
-        weights = open_weights(file, entry=entry if file.suffix in pickle_file.SUFFIXES else None)
+        weights = _open_beside_others(file, entry)
         if _part_of(weights) is None and not is_adapter(weights.infos):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) are of no part of a Wan model"
             continue
@@ -117,7 +133,7 @@ def _together(folder: Path, found: list[tuple[Path, Found]], unused: dict[Path, 
     )
 
 
-def _found(weights: Weights, config: Path | None, like: TransformerConfig | None, label: str) -> Found:
+def _found(weights: Weights, config: Path | None, like: Like, label: str) -> Found:
     """Turn one set of weights into the part or adapter that it is. label: what to call it, if not by its kind."""
     metadata = weights.metadata
     if metadata.get("checkpoint_format") == FOREIGN_STATE:
@@ -135,11 +151,13 @@ def _found(weights: Weights, config: Path | None, like: TransformerConfig | None
         raise CheckpointError(f"{weights.label}: its tensors ({shown}, ...) are of no part of a Wan model")
     if part == TRANSFORMER:
         own, kind = _transformer(weights, config, like)
+        # that project's own prefix, which Wan's and diffusers' files do not have
+        longlive = longlive or any(name.startswith(names.MODEL_PREFIX) for name in weights.infos)
         is_longlive = longlive or longlive_packed.is_packed(weights.renamed(names.strip_wrappers))
         # a small model in that project's names is none that its settings were chosen for
         settings = PRESETS[LONGLIVE] if is_longlive and own.config == MODELS["wan2.2-ti2v-5b"] else None
         return Found(kind if is_longlive else label or "transformer", {part: own}, settings, notes=notes)
-    own = _autoencoder(weights, config) if part == VAE else _text_encoder(weights, config)
+    own = _autoencoder(weights, config, like) if part == VAE else _text_encoder(weights, config)
     return Found(label or own.kind, {part: own}, notes=notes)
 
 
@@ -148,7 +166,7 @@ def _part_of(weights: Weights) -> str | None:
     return next((part for mark, part in MARKS.items() if mark in bare), None)
 
 
-def _transformer(weights: Weights, config: Path | None, like: TransformerConfig | None) -> tuple[Part, str]:
+def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Part, str]:
     stripped = weights.renamed(names.strip_wrappers)
     kind = "LongLive 2.0 checkpoint"
     if longlive_packed.is_packed(stripped):
@@ -159,15 +177,20 @@ def _transformer(weights: Weights, config: Path | None, like: TransformerConfig 
             own = read_config(config, parse)
             # Wan's own configuration does not say how wide the text features are
             return Part(name, weights, replace(own, text_dim=shapes.text_dim(weights))), kind
-    if like is not None and _width(weights) == like.dim:
-        return Part("Wan transformer", weights, like), kind
+    other = like[TRANSFORMER].config if TRANSFORMER in like else None
+    if isinstance(other, TransformerConfig) and _width(weights) == other.dim:
+        own = shapes.transformer_config(weights, text_len=512, head_dim=other.attention_head_dim)
+        return Part("Wan transformer", weights, replace(own, eps=other.eps)), kind
     return Part("Wan transformer", weights, shapes.transformer_config(weights, text_len=512)), kind
 
 
-def _autoencoder(weights: Weights, config: Path | None) -> Part:
+def _autoencoder(weights: Weights, config: Path | None, like: Like) -> Part:
     weights = weights.renamed(names.strip_wrappers)
     if "decoder.head.0.gamma" not in weights.infos:
         said = _json_of(config, "AutoencoderKLWan")
+        other = like[VAE].config if VAE in like else None
+        if said is None and isinstance(other, AutoencoderConfig):
+            return Part("AutoencoderKLWan", weights, other)
         own = shapes.autoencoder_config(weights) if said is None else AutoencoderConfig.from_dict(said)
         return Part("AutoencoderKLWan", weights, own)
     first = "encoder.downsamples.0.downsamples."

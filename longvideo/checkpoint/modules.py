@@ -23,8 +23,8 @@ def check_fits(module: nn.Module, weights: Weights) -> None:
     """
     expected = module.state_dict(keep_vars=True)
     infos, aliases = weights.infos, _aliases(expected)
-    missing = [name for name in expected if name not in infos and aliases.get(name, name) not in infos]
-    missing = [name for name in missing if not any(aliases.get(other) == name for other in infos)]
+    there = {aliases.get(name, name) for name in infos}
+    missing = [name for name in expected if name not in infos and aliases.get(name, name) not in there]
     unexpected = [name for name in infos if name not in expected]
     misshapen = [
         f"{name} {list(info.shape)}, wanted {list(expected[name].shape)}"

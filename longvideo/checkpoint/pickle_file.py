@@ -7,6 +7,7 @@ FakeTensorMode reads the structure alone and tells the places; torch.save under 
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,10 +22,29 @@ from longvideo.checkpoint.files import write_atomically
 from longvideo.checkpoint.tensors import InFile, Lazy, Made, TensorInfo, Weights, as_bytes, listing, read
 from longvideo.errors import CheckpointError
 
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
+"""What torch raises for a file whose bytes are not what they were."""
+STRUCTURE, MAX_STRUCTURE_BYTES = "data.pkl", 256 * 2**20
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # dicts inside public training checkpoints, in the order in which they are looked for
 ENTRIES = ("generator", "generator_ema", "model")
 LORA_ENTRIES = ("generator_lora",)
+
+
+class NoEntry(CheckpointError):
+    """A training checkpoint that has no such dict."""
 
 
 def open_file(file: Path, entry: str | None = None) -> Weights:
@@ -34,16 +54,12 @@ def open_file(file: Path, entry: str | None = None) -> Weights:
     Raises CheckpointError, naming the file, when it is truncated, in the format before torch 1.6, or holds anything but
     tensors, numbers and texts.
     """
+    _check_archive(file)
     try:
         with FakeTensorMode():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        with zipfile.ZipFile(file) as archive:
-            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} is truncated or holds more than tensors: {reason}") from error
-    if packed:
-        raise CheckpointError(f"{file} is compressed ({packed[0]}); torch.save writes no such files, save it again")
+    except DAMAGE as error:
+        raise CheckpointError(f"{file} is truncated or holds more than tensors: {_reason(error)}") from error
     metadata, found = _select(file, content, entry)
     size = file.stat().st_size
     return Weights({name: _place(file, size, name, tensor) for name, tensor in found.items()}, [file], metadata)
@@ -85,8 +101,36 @@ def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ())
         }
     for key in reversed(list(within)):
         content = {key: content}
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(content, file)
+    try:
+        # a stream, so that the archive does not take the name of a file that is renamed later
+        with file.open("wb") as stream, skip_data(materialize_fake_tensors=True):
+            torch.save(content, stream)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file.parent} cannot take {weights.num_bytes / 1e9:.1f} GB: {error}") from error
+
+
+def _check_archive(file: Path) -> None:
+    """Raise CheckpointError unless a file is a zip as torch.save writes it, with values that are not compressed."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{file} is truncated or no file of torch.save since 1.6: {_reason(error)}; copy or download it again"
+        ) from error
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{file} is compressed ({record.filename}); torch.save writes no such files")
+        if record.filename.endswith(STRUCTURE) and record.file_size > MAX_STRUCTURE_BYTES:
+            raise CheckpointError(f"{file}: {record.filename} has {record.file_size} bytes beside the tensors")
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words why torch refuses a file; its own text advises to read it unsafely."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it would run {found[1]}"
+    first = next(iter(str(error).splitlines()), "")
+    return first if not isinstance(error, pickle.UnpicklingError) and first else type(error).__name__
 
 
 def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -96,7 +140,7 @@ def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, s
     if entry is None:
         entry = next((name for name in (*ENTRIES, *LORA_ENTRIES) if name in nested), None)
     elif entry not in nested:
-        raise CheckpointError(f"{file} has no entry {entry!r}; it has {listing(str(key) for key in content)}")
+        raise NoEntry(f"{file} has no entry {entry!r}; it has {listing(str(key) for key in content)}")
     metadata = {str(key): str(value) for key, value in content.items() if isinstance(value, int | float | str)}
     if entry is not None:
         return {**metadata, "entry": entry}, _tensors(file, nested[entry])
@@ -112,12 +156,18 @@ def _tensors(file: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def _place(file: Path, size: int, name: str, tensor: Tensor) -> Lazy:
     """Find the values of a tensor; its whole storage must lie inside the file before any memory is taken for it."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+        raise CheckpointError(f"{file}: {name} is no plain tensor; save a dense copy of it")
     storage, item = tensor.untyped_storage(), tensor.dtype.itemsize
+    if not hasattr(storage, "_checkpoint_offset"):
+        raise CheckpointError(f"{file}: {name} has no values in the file")
     start = _offset(tensor)
     if start + storage.nbytes() > size:
         raise CheckpointError(
             f"{file}: {name} ends at byte {start + storage.nbytes()} of {size}; copy or download it again"
         )
+    if tensor.numel() * item > storage.nbytes():
+        raise CheckpointError(f"{file}: {name} shows {tensor.numel()} values, the file has fewer; save a copy")
     info = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if tensor.is_contiguous():
         return InFile(info, file, start + int(tensor.storage_offset()) * item)

@@ -35,6 +35,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 LENGTH_BYTES = 8
 ALIGNMENT = 8
+MAX_HEADER_BYTES = 100_000_000
+"""What the format allows."""
 
 
 def open_file(file: Path) -> Weights:
@@ -110,7 +112,7 @@ def _first_cut(file: Path, size: int) -> str:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-            header = json.loads(stream.read(min(length, size)))
+            header = json.loads(stream.read(min(length, size, MAX_HEADER_BYTES)))
             ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != METADATA}
             cut = [name for name, end in ends.items() if LENGTH_BYTES + length + end > size]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
@@ -46,8 +47,10 @@ class ModelSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}, wanted 0 or more")
         if self.steps > NUM_TRAIN_TIMESTEPS:
             raise ConfigError(f"steps={self.steps}, wanted at most {NUM_TRAIN_TIMESTEPS}")
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ConfigError(f"shift={self.shift}, wanted more than 0")
+        if not self.guidance < math.inf:
+            raise ConfigError(f"guidance={self.guidance}, wanted a number")
 
 
 PRESETS = {

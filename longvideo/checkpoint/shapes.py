@@ -17,19 +17,19 @@ HEAD_DIM = 128
 COLORS = 3
 
 
-def transformer_config(weights: Weights, *, text_len: int) -> TransformerConfig:
+def transformer_config(weights: Weights, *, text_len: int, head_dim: int = HEAD_DIM) -> TransformerConfig:
     """Work out a transformer's sizes; weights under official names, packed or not. Raises CheckpointError."""
     shapes = _Shapes(weights)
     dim, in_channels, *patch = shapes.of("patch_embedding.weight", 5)
-    if dim % HEAD_DIM:
+    if dim % head_dim:
         raise CheckpointError(
-            f"{weights.label} is {dim} wide, no multiple of {HEAD_DIM}, so its number of heads cannot be told;"
+            f"{weights.label} is {dim} wide, no multiple of {head_dim}, so its number of heads cannot be told;"
             " give a model folder of the same shape as its base"
         )
     packed = f"blocks.0.ffn.0.{CODES}" in weights.infos
     return TransformerConfig(
-        num_attention_heads=dim // HEAD_DIM,
-        attention_head_dim=HEAD_DIM,
+        num_attention_heads=dim // head_dim,
+        attention_head_dim=head_dim,
         in_channels=in_channels,
         out_channels=shapes.of("head.head.weight", 2)[0] // math.prod(patch),
         text_dim=text_dim(weights),

@@ -56,11 +56,12 @@ class Work:
 class Target:
     """A format to write.
 
-    parts: those that it holds. check: raises where it has no place for something in a model. write: does the work and
-    returns the file that is the result, or the folder.
+    parts: those that it holds. suffixes: of its file; none for a folder. check: raises where it has no place for
+    something in a model. write: does the work and returns the file that is the result, or the folder.
     """
 
     parts: tuple[str, ...]
+    suffixes: tuple[str, ...]
     check: Callable[[ModelFolder, Mapping[str, Weights]], None]
     write: Callable[[Work], Path]
 
@@ -154,9 +155,9 @@ def _wan_itself(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
 
 
 TARGETS = {
-    "longvideo": Target(PARTS, _anything, _write_longvideo),
-    "diffusers": Target(PARTS, _not_packed, _write_diffusers),
-    "official": Target(PARTS, _wan_itself, _write_official),
-    "longlive": Target((TRANSFORMER,), _needs_transformer, _write_longlive),
-    "safetensors": Target((TRANSFORMER,), _needs_transformer, _write_safetensors),
+    "longvideo": Target(PARTS, (), _anything, _write_longvideo),
+    "diffusers": Target(PARTS, (), _not_packed, _write_diffusers),
+    "official": Target(PARTS, (), _wan_itself, _write_official),
+    "longlive": Target((TRANSFORMER,), (".pt", ".pth"), _needs_transformer, _write_longlive),
+    "safetensors": Target((TRANSFORMER,), (".safetensors",), _needs_transformer, _write_safetensors),
 }

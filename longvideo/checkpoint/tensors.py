@@ -1,11 +1,12 @@
 """Tensors on disk, of which only names, shapes, dtypes and places are read until they are wanted.
 
 Reading goes through plain file reads, never through a memory map: what was read and dropped takes no memory, so a
-model of any size is converted in little, and a file that is replaced meanwhile cannot change a model.
+model of any size is converted in little.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class TensorInfo:
 
     @property
     def num_values(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:

@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
+from longvideo.cli.model_options import ModelChoice
 from longvideo.cli.progress import bytes_progress
+from longvideo.errors import UserError
 
 
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="`tiny`, a folder or a file in any format below, or a Hugging Face id."),
+        typer.Argument(
+            metavar="SRC", help="`tiny`, a folder or a file in any format named above, or a Hugging Face id."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder or file to write.")],
     target: Annotated[
@@ -43,7 +47,7 @@ def convert(
             " runs `ema`]"
         ),
     ] = None,
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest .safetensors file, in GB.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(min=0.001, max=100000, help="Largest .safetensors file, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
     """Turn a model into another format, tensor by tensor, so that any machine can do it.
@@ -67,16 +71,17 @@ def convert(
     `longvideo convert longlive longlive-nvfp4 --precision nvfp4`
     """
     from longvideo.checkpoint.conversion import Wishes, convert_model
-    from longvideo.checkpoint.folder import ModelFolder
 
     if target == "lora":
+        if precision is not None or preset is not None:
+            raise UserError("--to lora writes an adapter as it is; it takes neither --precision nor --preset")
         from longvideo.checkpoint.conversion import convert_adapter
 
         convert_adapter(source, destination, base=base, entry=entry, overwrite=overwrite)
         print(f"{destination}: for peft and for diffusers")
         return
     wishes = Wishes(target, precision, max_shard_bytes=int(shard_gb * 1e9))
-    model = ModelFolder.open(source, base=base, preset=preset, entry=entry)
+    model = ModelChoice(source, base, preset, entry).open()
     with bytes_progress("writing") as progress:
         convert_model(model, destination, wishes, overwrite=overwrite, progress=progress)
     print(f"{destination}: {model.format} as {target}, {_size(destination)}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longvideo.cli.printing import printable
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def info(
 
     `longvideo info model_bf16.pt --base Wan2.2-TI2V-5B`
     """
-    from longvideo.checkpoint.folder import ModelFolder, locate
-    from longvideo.checkpoint.formats import recognise
+    from longvideo.checkpoint.folder import ModelFolder, NeedsBase
 
-    if base is None and (adapter := recognise(locate(model), entry=entry).adapter) is not None:
-        _print_adapter(model, adapter, as_json=as_json)
+    try:
+        folder = ModelFolder.open(model, base=base, preset=preset, entry=entry)
+    except NeedsBase as error:
+        _print_adapter(model, error.adapter, as_json=as_json)
         return
-    folder = ModelFolder.open(model, base=base, preset=preset, entry=entry)
     parts = [describe_part(folder, part) for part in folder.parts]
     geometry = describe_geometry(folder)
     if as_json:
@@ -141,17 +142,18 @@ def describe_geometry(folder: ModelFolder) -> dict[str, Any]:
 def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(soft_wrap=True)
-    console.print(f"[bold]{folder.path}[/bold]: {folder.format}", highlight=False)
+    console.print(f"{printable(str(folder.path))}: {folder.format}", markup=False, highlight=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("part", "class", "parameters", "dtype", "size", "weights"):
         table.add_column(heading, no_wrap=True)
     for part in parts:
         table.add_row(
             part.name,
-            part.kind,
+            escape(printable(part.kind)),
             _count(part.num_parameters),
             ", ".join(part.dtypes),
             _size(part.num_bytes),
@@ -163,11 +165,11 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
     console.print(table)
     console.print(_settings_table(folder, geometry))
     for key, note in folder.notes.items():
-        console.print(f"{key}: {note}", highlight=False)
+        console.print(printable(f"{key}: {note}"), markup=False, highlight=False)
     if folder.missing:
         console.print(f"no {', no '.join(folder.missing)}: videos need a base that has them (--base)", highlight=False)
     for file, reason in folder.unused.items():
-        console.print(f"not used: {file.name}, {reason}", highlight=False)
+        console.print(printable(f"not used: {file.name}, {reason}"), markup=False, highlight=False)
 
 
 def _count(number: int) -> str:

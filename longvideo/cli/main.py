@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from longvideo import __version__
+from longvideo.cli.printing import printable
 from longvideo.errors import UserError
 
 COMMANDS = {
@@ -103,7 +104,7 @@ def _is_users(error: Exception) -> bool:
 def _fail(error: Exception) -> int:
     # the message is empty where the help was printed instead
     if message := " ".join(_message(error).split()):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from longvideo.cli.printing import printable
+
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
 
@@ -72,5 +74,5 @@ class ModelChoice:
 
         folder = ModelFolder.open(self.name, base=self.base, preset=self.preset, entry=self.entry)
         for file, reason in folder.unused.items():
-            typer.echo(f"not used: {file}, {reason}", err=True)
+            typer.echo(printable(f"not used: {file}, {reason}"), err=True)
         return folder

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.conversion import Progress
 
 TENTHS = 10
+WORTH_LINES = 10**9
+"""Bytes; what is less is done before a line is read."""
 
 
 @contextmanager
@@ -41,5 +43,5 @@ class _Lines:
 
     def add(self, count: int) -> None:
         before, self.done = self.done, self.done + count
-        if self.total and self.done * TENTHS // self.total > before * TENTHS // self.total:
+        if self.total > WORTH_LINES and self.done * TENTHS // self.total > before * TENTHS // self.total:
             print(f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB", file=sys.stderr, flush=True)

@@ -43,6 +43,7 @@ def quantize(
     from longvideo.checkpoint.conversion import Wishes, convert_model
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.kernels.nvfp4 import reference
+    from longvideo.quantization.linear import CODES
 
     if rule not in RULES:
         raise UserError(f"--rule {rule!r} is unknown; use one of {', '.join(RULES)}")
@@ -60,8 +61,11 @@ def quantize(
         convert_model(folder, destination, wishes, overwrite=overwrite, progress=replace(progress, on_packed=on_packed))
     for kind, values in errors.items():
         print(f"{kind}: relative error {100 * min(values):.1f} to {100 * max(values):.1f} %")
-    before, after = (model.weights("transformer").num_bytes for model in (folder, ModelFolder.open(destination)))
-    num_layers = sum(map(len, errors.values()))
+    result = ModelFolder.open(destination)
+    before, after = (model.weights("transformer").num_bytes for model in (folder, result))
+    num_layers = sum(name.endswith(f".{CODES}") for name in result.weights("transformer").infos)
+    if sum(map(len, errors.values())) < num_layers:
+        print("layers that an earlier, interrupted command had packed are not among these")
     print(f"{destination}: {num_layers} layers packed, transformer {_size(before)} -> {_size(after)}")
 
 

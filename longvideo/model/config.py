@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
 
+MAX_SIZE, MAX_LAYERS = 2**24, 1000
+"""Beyond these a configuration is a mistake, and building what it says would take all memory."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -33,6 +36,16 @@ class TransformerConfig:
             )
         if self.patch_size[0] != 1:
             raise ConfigError(f"patch_size={self.patch_size} joins latent frames; the temporal patch must be 1")
+        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "ffn_dim"):
+            if getattr(self, name) > MAX_SIZE:
+                raise ConfigError(f"{name}={getattr(self, name)}, wanted at most {MAX_SIZE}")
+        if self.num_layers > MAX_LAYERS or self.text_len > MAX_SIZE or self.freq_dim > MAX_SIZE:
+            raise ConfigError(
+                f"num_layers={self.num_layers}, text_len={self.text_len}, freq_dim={self.freq_dim}, wanted at most"
+                f" {MAX_LAYERS}, {MAX_SIZE} and {MAX_SIZE}"
+            )
+        if not 0 < self.eps < 1:
+            raise ConfigError(f"eps={self.eps}, wanted between 0 and 1")
         if self.freq_dim % 2:
             raise ConfigError(f"freq_dim={self.freq_dim} must be even")
 

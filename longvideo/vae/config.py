@@ -1,10 +1,15 @@
 """Shape of the video autoencoder, key for key the configuration of diffusers' AutoencoderKLWan."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from longvideo.errors import ConfigError
+
+# beyond these a configuration is a mistake, and building what it says would take all memory
+MOST = {"base_dim": 2**16, "decoder_base_dim": 2**16, "z_dim": 2**16, "num_res_blocks": 100, "patch_size": 64}
+MOST_FACTOR = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class AutoencoderConfig:
         self._check_levels()
         for key in ("latents_mean", "latents_std"):
             values = getattr(self, key)
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+                raise ConfigError(f"{key} holds {list(values)}, wanted numbers")
             if len(values) != self.z_dim:
                 raise ConfigError(f"{key} has {len(values)} values, wanted z_dim={self.z_dim}")
         if min(self.latents_std) <= 0:
@@ -47,9 +54,9 @@ class AutoencoderConfig:
         for key, value in wanted.items():
             if getattr(self, key) != value:
                 raise ConfigError(f"{key}={getattr(self, key)!r} is not the Wan2.2 form, wanted {value!r}")
-        for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}={getattr(self, key)}, wanted 1 or more")
+        for key, most in MOST.items():
+            if not 1 <= getattr(self, key) <= most:
+                raise ConfigError(f"{key}={getattr(self, key)}, wanted from 1 to {most}")
         for key in ("in_channels", "out_channels"):
             if getattr(self, key) != 3 * self.patch_size**2:
                 raise ConfigError(
@@ -57,6 +64,8 @@ class AutoencoderConfig:
                 )
 
     def _check_levels(self) -> None:
+        if not all(isinstance(factor, int) and 1 <= factor <= MOST_FACTOR for factor in self.dim_mult):
+            raise ConfigError(f"dim_mult={list(self.dim_mult)}, wanted whole numbers from 1 to {MOST_FACTOR}")
         num_downsamples = len(self.dim_mult) - 1
         if num_downsamples < 1 or len(self.temperal_downsample) != num_downsamples:
             raise ConfigError(

@@ -151,3 +151,52 @@ def test_the_plain_diffusers_folder_says_nothing_of_this_project(ours: ModelFold
     index = json.loads((tmp_path / "plain" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert ModelFolder.open(tmp_path / "plain").format == "diffusers folder"
+
+
+def test_weights_of_another_entry_or_adapter_are_not_mixed_in(ours: ModelFolder, tmp_path: Path) -> None:
+    two = {f"generator{suffix}": official.transformer(seed).state_dict() for seed, suffix in ((1, ""), (2, "_ema"))}
+    torch.save(two, tmp_path / "two.pt")
+    wishes = Wishes(max_shard_bytes=SHARD_BYTES)
+    first, second = (ModelFolder.open(tmp_path / "two.pt", base=ours.path, entry=entry) for entry in two)
+    with pytest.raises(Cut):
+        convert_model(first, tmp_path / "result", wishes, progress=cut_after(10 * SHARD_BYTES))
+    convert_model(second, tmp_path / "result", wishes)
+    assert fingerprints(ModelFolder.open(tmp_path / "result")) == fingerprints(second)
+    lora = {f"blocks.0.self_attn.q.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 128)), ("B", (128, 4)))}
+    torch.save(lora, tmp_path / "lora.pt")
+    with pytest.raises(Cut):
+        added = ModelFolder.open(tmp_path / "lora.pt", base=ours.path)
+        convert_model(added, tmp_path / "other", wishes, progress=cut_after(10 * SHARD_BYTES))
+    torch.save({name: 2 * x for name, x in lora.items()}, tmp_path / "lora.pt")
+    added = ModelFolder.open(tmp_path / "lora.pt", base=ours.path)
+    convert_model(added, tmp_path / "other", wishes)
+    assert fingerprints(ModelFolder.open(tmp_path / "other")) == fingerprints(added)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    source = official.save(tmp_path / "source")
+    file = tmp_path / "source" / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        convert_model(source, tmp_path / "result", Wishes(), progress=Progress(lambda total: file.touch()))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_overwriting_replaces_a_model_and_nothing_else(ours: ModelFolder, tmp_path: Path) -> None:
+    own = official.save(tmp_path / "own")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for destination, target, says in (
+        ("notes", "longvideo", "holds no model that is known"),
+        ("own", "safetensors", "has to end in .safetensors"),
+        ("model.pt", "safetensors", "has to end in .safetensors"),
+    ):
+        with pytest.raises(UserError, match=says):
+            convert_model(ours, tmp_path / destination, Wishes(target), overwrite=True)
+    with pytest.raises(UserError, match="which is read; it is not replaced"):
+        convert_model(ModelFolder.open(own.path / "transformer"), own.path, Wishes(), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "notes", "own"]
+    convert_model(own, own.path, Wishes(precision="bf16"), overwrite=True)
+    assert ModelFolder.open(own.path).load_transformer().head.head.weight.dtype == torch.bfloat16
+    convert_model(ours, tmp_path / "link", Wishes())
+    assert (tmp_path / "link").is_symlink() and ModelFolder.open(tmp_path / "real").parts == ours.parts

@@ -255,7 +255,7 @@ def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(room: P
     # a storage of 4 TB in a file of some kB
     huge = torch.empty(1).expand(10**6, 10**6)
     torch.save({"generator": {"a": huge}}, room / "expanded.pt")
-    with pytest.raises(CheckpointError, match="are of no part of a Wan model"):
+    with pytest.raises(CheckpointError, match="a shows 1000000000000 values, the file has fewer"):
         ModelFolder.open(room / "expanded.pt")
 
 
@@ -263,3 +263,51 @@ def test_a_text_file_is_no_model(room: Path, capsys: pytest.CaptureFixture[str])
     (room / "notes.txt").write_text("hello")
     assert main(["convert", str(room / "notes.txt"), str(room / "result")]) == 2
     assert "is no weight file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("ours/longvideo.json", {"cut_prefix": "${oc.env:HOME}"}, r"cut_prefix holds \$\{"),
+        ("ours/longvideo.json", {"shift": float("inf")}, "shift=inf"),
+        ("ours/transformer/config.json", {"num_layers": 10**6}, "num_layers=1000000.*wanted at most"),
+        ("ours/transformer/config.json", {"ffn_dim": 2**70}, "ffn_dim="),
+        ("ours/vae/config.json", {"dim_mult": [0, 1, 1, 1]}, "dim_mult=.0, 1, 1, 1., wanted whole numbers"),
+        ("ours/vae/config.json", {"latents_std": ["a"] * 48}, "latents_std holds .*wanted numbers"),
+        ("ours/vae/config.json", {"num_res_blocks": 10**7}, "num_res_blocks=10000000, wanted from 1 to"),
+        ("ours/text_encoder/config.json", {"num_layers": 10**7}, "num_layers=10000000, wanted at most"),
+        ("ours/model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "lists two transformers"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(
+    file: str, change: dict[str, object], says: str, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (room / file).write_text(json.dumps(json.loads((room / file).read_text()) | change))
+    assert re.search(says, refused(room, file, capsys))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"shift": ' + "9" * 5000 + "}"])
+def test_json_that_cannot_be_read_is_refused(text: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (room / "ours" / "longvideo.json").write_text(text)
+    assert "longvideo.json is not JSON" in refused(room, OURS, capsys)
+
+
+def test_damaged_bytes_of_a_pickle_are_one_line(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((room / ADAPTER).read_bytes())
+    start = content.index(b"lora_A") - 200
+    for place in range(start, start + 300, 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x55
+        (room / "x.pt").write_bytes(damaged)
+        assert main(["info", str(room / "x.pt")]) in (0, 2)
+        said = capsys.readouterr().err
+        assert said == "" or (said.startswith("error: ") and said.count("\n") == 1)
+
+
+def test_what_a_terminal_would_obey_is_written_out(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage_file(room / DIT, copy_to("head.head.bias", "\x1b]0;title\x07[/red]"))
+    said = refused(room, DIT, capsys)
+    assert "\x1b" not in said and r"\x1b]0;title\x07[/red]" in said
+    torch.save({"generator": torch.load(room / LONGLIVE)["generator"], "note[/x]": "\x1b[31m"}, room / "note.pt")
+    assert main(["info", str(room / "note.pt")]) == 0
+    assert r"note[/x]: \x1b[31m" in capsys.readouterr().out

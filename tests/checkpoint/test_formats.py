@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from longvideo.errors import CheckpointError
 from longvideo.model.attention import Full, Masked
 from longvideo.model.config import PRESETS as MODELS
 from longvideo.model.layout import TokenLayout
+from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import set_product
 from longvideo.quantization.products import W4A16
 from longvideo.vae.config import AutoencoderConfig
@@ -266,3 +268,55 @@ def test_models_of_diffusers_and_transformers_go_through_every_format_with_equal
     ids = torch.tensor([[3, 4, 5, 1]])
     mine = opened.load_text_encoder().model(ids, torch.ones_like(ids))
     assert golden.relative_error(mine, text_encoder(ids).last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("change", "scaling"),
+    [({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 3}, 0.75)],
+)
+def test_what_an_update_counts_is_what_its_configuration_says(
+    change: dict[str, object], scaling: float, tmp_path: Path
+) -> None:
+    layer = "blocks.1.ffn.0"
+    pair = {f"base_model.model.{layer}.lora_A.weight": torch.ones(4, 128)}
+    pair |= {f"base_model.model.{layer}.lora_B.weight": torch.ones(64, 4)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **change}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    save_file(pair, tmp_path / "with_metadata.safetensors", metadata=header)
+    for source in (tmp_path, tmp_path / "with_metadata.safetensors"):
+        adapter = recognise(source).adapter
+        assert adapter is not None and adapter.scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"r": 0}, "says r=0"),
+        ({"lora_alpha": float("inf")}, "says lora_alpha=inf"),
+        ({"use_dora": True}, "says use_dora=True"),
+        ({"alpha_pattern": {"q": 3}}, "says alpha_pattern="),
+    ],
+)
+def test_an_adapter_that_would_be_added_wrongly_is_refused(
+    change: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    save_file({"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **change}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=says):
+        recognise(tmp_path)
+
+
+def test_a_file_of_another_depth_opens_with_a_base_of_its_width(ours: ModelFolder, tmp_path: Path) -> None:
+    deeper = replace(official.TRANSFORMER, num_layers=3)
+    save_file(CausalTransformer(deeper).state_dict(), tmp_path / "deeper.safetensors")
+    opened = ModelFolder.open(tmp_path / "deeper.safetensors", base=ours.path)
+    assert opened.transformer_config == deeper
+    opened.check("transformer")
+
+
+def test_a_plain_diffusers_folder_takes_the_settings_of_its_base(ours: ModelFolder, tmp_path: Path) -> None:
+    convert_model(ours, tmp_path / "plain", Wishes("diffusers"))
+    assert ModelFolder.open(tmp_path / "plain", base=ours.path).settings == ours.settings
