@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longvideo.cli.model_options import ModelChoice
+from longvideo.cli.model_options import Entry, ModelChoice
 from longvideo.cli.progress import bytes_progress
 from longvideo.errors import UserError
 
@@ -40,13 +40,7 @@ def convert(
             help="Settings of the result, `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: those of SRC or --base]"
         ),
     ] = None,
-    entry: Annotated[
-        str | None,
-        typer.Option(
-            help="Which weights of a training checkpoint, such as `generator_ema`.  [default: `generator`; of our own"
-            " runs `ema`]"
-        ),
-    ] = None,
+    entry: Entry = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, max=100000, help="Largest .safetensors file, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:

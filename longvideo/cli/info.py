@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longvideo.cli.model_options import Entry
 from longvideo.cli.printing import printable
 from longvideo.errors import UserError
 
@@ -43,9 +44,7 @@ def info(
     preset: Annotated[
         str | None, typer.Option(help="Settings to show: `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: its own]")
     ] = None,
-    entry: Annotated[
-        str | None, typer.Option(help="Which weights of a training checkpoint, such as `generator_ema` or `ema`.")
-    ] = None,
+    entry: Entry = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what a model on disk is: its format, parts, sizes, geometry and default settings, and what it lacks.
