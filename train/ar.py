@@ -21,7 +21,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import CachedTransformer, branches, rollout
 from longvideo.shapeworld.captions import caption, vocabulary
-from longvideo.shapeworld.world import Split, sample_scenes
+from longvideo.shapeworld.world import Split, recolor, sample_scenes
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
@@ -176,14 +176,21 @@ class ArRecipe:
         count: int,
     ) -> ViewSource:
         config, scenes = self.config, self.config.scenes
+        drawn = sample_scenes(count, seed=config.seed, split=split, pair_fraction=scenes.pair_fraction)
         pool = ScenePool(
-            sample_scenes(count, seed=config.seed, split=split, pair_fraction=scenes.pair_fraction),
+            drawn,
             height=scenes.height,
             width=scenes.width,
             device=self.device,
+            recolored=[recolor(scene) for scene in drawn] if bank.recolor_fraction or views.wrong_color else [],
         )
         tokens = tokenize_captions(
-            pool.scenes, self.text_encoder, phrasings=views.phrasings, omit=views.caption_omit, device=self.device
+            pool.scenes,
+            self.text_encoder,
+            phrasings=views.phrasings,
+            omit=views.caption_omit,
+            device=self.device,
+            distinct=pool.count,
         )
         latents = LatentBank(
             self.autoencoder,

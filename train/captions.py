@@ -29,11 +29,22 @@ class TokenTable:
 
 
 def tokenize_captions(
-    scenes: Sequence[Scene], encoder: TextEncoder, *, phrasings: int, omit: float, device: torch.device
+    scenes: Sequence[Scene],
+    encoder: TextEncoder,
+    *,
+    phrasings: int,
+    omit: float,
+    device: torch.device,
+    distinct: int | None = None,
 ) -> TokenTable:
-    """Phrase and tokenise. omit: share of captions that leave out the sizes, and the background."""
+    """Phrase and tokenise. omit: share of captions that leave out the sizes, and the background.
+
+    distinct: scenes that lie so many apart are phrased alike; all differently if None.
+    """
     texts = [
-        caption(scene, index * phrasings + p, omit=omit) for index, scene in enumerate(scenes) for p in range(phrasings)
+        caption(scene, index % (distinct or len(scenes)) * phrasings + p, omit=omit)
+        for index, scene in enumerate(scenes)
+        for p in range(phrasings)
     ]
     # all at once in parallel: one by one, a hundred thousand captions take half a minute
     rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch([*texts, ""])]

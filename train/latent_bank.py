@@ -28,7 +28,8 @@ class BankConfig:
     """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
 
     refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
-    them between chunks. late_fraction: share of clips that begin up to max_seconds into their first scene; a caption
+    them between chunks. recolor_fraction: share of the others in which, between two chunks, an object takes another
+    color while the scene goes on. late_fraction: share of clips that begin up to max_seconds into their first scene; a caption
     tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
     """
 
@@ -38,12 +39,17 @@ class BankConfig:
     refresh_every: int = 8
     chunks: int = 4
     cut_fraction: float = 0.35
+    recolor_fraction: float = 0.0
     late_fraction: float = 0.4
     max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.late_fraction < 1:
             raise ConfigError(f"bank.late_fraction={self.late_fraction} must be from 0 up to, but not, 1")
+        if not 0 <= self.recolor_fraction <= 1:
+            raise ConfigError(f"bank.recolor_fraction={self.recolor_fraction} must be from 0 to 1")
+        if self.recolor_fraction and self.chunks < 2:
+            raise ConfigError("bank.recolor_fraction needs clips of two chunks at least; set bank.chunks")
         for name in ("clips", "initial_clips"):
             if getattr(self, name) < self.group or getattr(self, name) % self.group:
                 raise ConfigError(f"bank.{name}={getattr(self, name)} must be a multiple of bank.group={self.group}")
@@ -55,15 +61,16 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """scene: what each chunk shows, start_seconds: its time at the clip's first frame, [N, Q]; late [N]: see above."""
+    """scene: what each chunk shows, start_seconds: its time at the clip's first frame, [N, Q]; late, recolored [N]."""
 
     scene: Tensor
     start_seconds: Tensor
     late: Tensor
+    recolored: Tensor
 
 
 class LatentBank:
-    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool. late: [N]."""
+    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool. late, recolored: [N]."""
 
     def __init__(
         self,
@@ -86,7 +93,7 @@ class LatentBank:
         shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
         self.latents = torch.zeros(shape, dtype=torch.float16, device=pool.device)
         self.scene = torch.zeros(config.clips, config.chunks, dtype=torch.long, device=pool.device)
-        self.late = torch.zeros(config.clips, dtype=torch.bool, device=pool.device)
+        self.late, self.recolored = torch.zeros(2, config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
         self.groups = config.clips // config.group
         self.num_late = round(config.late_fraction * config.group)
@@ -129,6 +136,7 @@ class LatentBank:
         self.latents[place] = self.encode(plan)
         self.scene[place] = plan.scene
         self.late[place] = plan.late
+        self.recolored[place] = plan.recolored
 
     def plan(self, content: int) -> ClipPlan:
         """Draw the scenes, cuts and times of a group."""
@@ -142,13 +150,18 @@ class LatentBank:
         num_cuts = (rand(count, 1) < self.config.cut_fraction) * (1 + (rand(count, 1) < 0.4).long())
         cut = torch.cat((torch.zeros(count, 1, dtype=torch.bool, device=device), rank < num_cuts), dim=1)
         shot = cut.long().cumsum(1)
-        scenes = torch.randint(len(self.pool), (count, chunks), generator=generator, device=device)
+        scenes = torch.randint(self.pool.count, (count, chunks), generator=generator, device=device)
         late = torch.arange(count, device=device) < self.num_late
         number = torch.arange(chunks, device=device)
         opening_chunk = (number * cut).cummax(1).values
         frames_before = (opening_chunk * self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1)).clamp(min=0)
         seconds = torch.where(shot == 0, (late * rand(count))[:, None] * self.config.max_seconds, -frames_before / FPS)
-        return ClipPlan(scene=scenes.gather(1, shot), start_seconds=seconds, late=late)
+        scene = scenes.gather(1, shot)
+        recolored = (rand(count) < self.config.recolor_fraction) & (num_cuts[:, 0] == 0)
+        if self.config.recolor_fraction:
+            at = torch.randint(1, chunks, (count, 1), generator=generator, device=device)
+            scene = torch.where(recolored[:, None] & (number >= at), self.pool.other_color(scene), scene)
+        return ClipPlan(scene=scene, start_seconds=seconds, late=late, recolored=recolored)
 
     @torch.no_grad()
     def encode(self, plan: ClipPlan) -> Tensor:

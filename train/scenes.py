@@ -37,10 +37,23 @@ class SceneConfig:
 
 
 class ScenePool:
-    """Scenes as tensors on `device`; frames are drawn from them there."""
+    """Scenes as tensors on `device`; frames are drawn from them there.
 
-    def __init__(self, scenes: Sequence[Scene], *, height: int, width: int, device: torch.device):
-        self.scenes = list(scenes)
+    recolored: for each scene the same one with an object in another color, if wanted; they follow the `count` others.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        *,
+        height: int,
+        width: int,
+        device: torch.device,
+        recolored: Sequence[Scene] = (),
+    ):
+        assert len(recolored) in (0, len(scenes)), (len(recolored), len(scenes))
+        self.count = len(scenes)
+        self.scenes = [*scenes, *recolored]
         self.batch = SceneBatch.from_scenes(self.scenes).to(device)
         self.height, self.width = height, width
         self.device = device
@@ -51,6 +64,11 @@ class ScenePool:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def other_color(self, scene: Tensor) -> Tensor:
+        """Return the scenes that differ from these in a color."""
+        assert len(self) == 2 * self.count, "no recolored scenes"
+        return (scene + self.count) % len(self)
 
     def draw(self, scene_BT: Tensor, seconds_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Draw frame by frame, so that a clip may cut anywhere: video [B, 3, T, H, W], soft mask [B, 1, T, H, W]."""

@@ -45,7 +45,11 @@ class ViewConfig:
     The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
     context_noise_fraction: share of context chunks that get noise of sigma up to context_noise_max, which the model is
     not told. image_fraction: share of opening views whose first latent frame is given, as for image to video.
-    caption_omit: share of captions that leave out the sizes, and the background.
+    caption_omit: share of captions that leave out the sizes, and the background. wrong_color: share of the chunks that
+    go on with a scene whose caption names another color for one object than it has.
+
+    A view in which an object takes another color has the caption of its last chunk in all chunks, as a session has whose
+    past is seen under a new prompt ("recache"); those before the change are context alone.
     """
 
     start_fraction: float = 0.65
@@ -55,8 +59,11 @@ class ViewConfig:
     image_fraction: float = 0.1
     phrasings: int = 6
     caption_omit: float = 0.1
+    wrong_color: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.wrong_color <= 1:
+            raise ConfigError(f"views.wrong_color={self.wrong_color} must be from 0 to 1")
         if self.phrasings < 1:
             raise ConfigError(f"views.phrasings={self.phrasings} must be at least 1")
 
@@ -206,11 +213,10 @@ class ViewSource:
         frame = first_chunk[:, None] * frames_per_chunk + torch.arange(frames, device=self.device)
         clean = self.bank.latents[clip[:, None], :, frame].transpose(1, 2).float()
 
-        scene = self.bank.scene[clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)]
+        shown = self.bank.scene[clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)]
+        told = torch.where(self.bank.recolored[clip, None], shown[:, -1:], shown)
         phrasing = index(self.tokens.phrasings, count, 1)
         dropped = (rand(count) < config.prompt_dropout)[:, None, None]
-        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[scene, phrasing])
-        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[scene, phrasing])
 
         sigma = self.sigmas[index(len(self.sigmas), count, chunks)].repeat_interleave(frames_per_chunk, dim=1)
         context_sigma = (rand(count, chunks) < config.context_noise_fraction) * rand(count, chunks)
@@ -220,8 +226,15 @@ class ViewSource:
         given = opening & (rand(count) < config.image_fraction)
         sigma[:, 0] = torch.where(given, 0.0, sigma[:, 0])
         loss_mask[:, 0] = torch.where(given, 0.0, loss_mask[:, 0])
+        loss_mask *= (told == shown).repeat_interleave(frames_per_chunk, dim=1)
 
         noise, context_noise = (torch.randn(clean.shape, generator=generator, device=self.device) for _ in range(2))
+        if config.wrong_color:
+            wrong = (rand(count, chunks - 1) < config.wrong_color) & (shown[:, 1:] == shown[:, :-1])
+            wrong &= ~self.bank.recolored[clip, None]
+            told[:, 1:] = torch.where(wrong, self.bank.pool.other_color(told[:, 1:]), told[:, 1:])
+        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[told, phrasing])
+        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[told, phrasing])
         return ViewBatch(
             clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask, None, mean_weight=loss_mask.sum()
         )

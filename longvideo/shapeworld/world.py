@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from longvideo.errors import UserError
@@ -120,6 +120,21 @@ def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) 
         pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
         scenes.append(sample_scene(seed * 10_000_000 + index, split=split, num_sprites=2 if pair else 1))
     return scenes
+
+
+def recolor(scene: Scene) -> Scene:
+    """Give one sprite another color, all else as it is. A train scene becomes none that is held out.
+
+    Equal scenes give equal ones.
+    """
+    generator = random.Random(f"shapeworld color {scene.seed}")
+    others = [
+        replace(scene, sprites=(*scene.sprites[:index], replace(sprite, color=color), *scene.sprites[index + 1 :]))
+        for index, sprite in enumerate(scene.sprites)
+        for color in COLORS
+        if color not in {other.color for other in scene.sprites}
+    ]
+    return pick(generator, [other for other in others if is_held_out(scene) or not is_held_out(other)])
 
 
 def is_held_out(scene: Scene) -> bool:

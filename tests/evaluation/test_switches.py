@@ -52,6 +52,13 @@ def test_another_place_shape_or_background_is_another_scene(after: Scene) -> Non
     assert not judge_switch(TASK, clip(RED, 0), [clip(after, 1)], first_late=1).goes_on
 
 
+def test_a_frame_that_blends_both_colors_at_the_switch_loses_no_scene() -> None:
+    after = clip(BLUE, 1).copy()
+    after[0] = clip(RED, 1)[0]
+    result = judge_switch(TASK, clip(RED, 0), [after], first_late=1)
+    assert result.goes_on and result.shown == (True,) and result.number
+
+
 def test_results_add_up() -> None:
     results = [
         judge_switch(TASK, clip(RED, 0), [clip(first, 1), clip(BLUE, 2)], first_late=1) for first in (RED, BLUE, BLUE)

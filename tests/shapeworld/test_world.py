@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from longvideo.shapeworld.world import (
     Sprite,
     is_held_out,
     is_held_out_sprite,
+    recolor,
     sample_scene,
 )
 
@@ -76,6 +78,19 @@ def test_single_sprites_wrap_and_bounce() -> None:
     wraps = sum(sprite.edge == "wrap" for sprite in travelling) / len(travelling)
     assert 0.4 < wraps < 0.6
     assert all(scene.sprites[0].edge == "bounce" for scene in scenes if scene.sprites[0].motion not in TRAVELLING)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_recolored_scene_differs_in_one_color(split: str) -> None:
+    for seed in range(500):
+        scene = sample_scene(seed, split=split)  # type: ignore[arg-type]
+        other = recolor(scene)
+        changed = [(a, b) for a, b in zip(scene.sprites, other.sprites, strict=True) if a != b]
+        ((before, after),) = changed
+        assert replace(before, color=after.color) == after
+        assert (other.background, other.seed) == (scene.background, scene.seed)
+        assert split == "heldout" or not is_held_out(other)
+        assert recolor(scene) == other
 
 
 def test_first_scenes_never_change() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longvideo.shapeworld.world import sample_scenes
+from longvideo.shapeworld.world import recolor, sample_scenes
 from longvideo.train.scenes import ScenePool
 from longvideo.train.vae import AutoencoderShape, build_autoencoder
 from longvideo.vae.autoencoder import Autoencoder
@@ -14,9 +14,10 @@ from longvideo.vae.autoencoder import Autoencoder
 CPU = torch.device("cpu")
 
 
-def small_pool(count: int = 12, *, height: int = 32, width: int = 64) -> ScenePool:
+def small_pool(count: int = 12, *, height: int = 32, width: int = 64, recolored: bool = False) -> ScenePool:
     scenes = sample_scenes(count, seed=0, split="train", pair_fraction=0.5)
-    return ScenePool(scenes, height=height, width=width, device=CPU)
+    others = [recolor(scene) for scene in scenes] if recolored else []
+    return ScenePool(scenes, height=height, width=width, device=CPU, recolored=others)
 
 
 def small_autoencoder() -> Autoencoder:

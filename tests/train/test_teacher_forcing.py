@@ -18,6 +18,7 @@ from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
+from longvideo.train.scenes import ScenePool
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 from longvideo.training.engine import LocalEngine
@@ -36,18 +37,25 @@ def encoder() -> TextEncoder:
     return TextEncoder.build_tiny(vocabulary(), text_len=TEXT_LEN)
 
 
-def small_bank(config: BankConfig = BANK) -> LatentBank:
+def small_bank(config: BankConfig = BANK, pool: ScenePool | None = None) -> LatentBank:
     return LatentBank(
-        small_autoencoder(), small_pool(), config, chunk_frames=SPEC.chunk_frames, seed=3, precision="fp32"
+        small_autoencoder(), pool or small_pool(), config, chunk_frames=SPEC.chunk_frames, seed=3, precision="fp32"
     )
 
 
 def view_source(
-    encoder: TextEncoder, config: ViewConfig, bank: BankConfig = BANK, *, batch: int, chunks: int = 3
+    encoder: TextEncoder,
+    config: ViewConfig,
+    bank: BankConfig = BANK,
+    *,
+    batch: int,
+    chunks: int = 3,
+    recolored: bool = False,
 ) -> ViewSource:
-    tokens = tokenize_captions(small_pool().scenes, encoder, phrasings=2, omit=0.0, device=CPU)
+    pool = small_pool(recolored=recolored)
+    tokens = tokenize_captions(pool.scenes, encoder, phrasings=2, omit=0.0, device=CPU, distinct=pool.count)
     return ViewSource(
-        small_bank(bank),
+        small_bank(bank, pool),
         tokens,
         [ViewStage(batch=batch, chunks=chunks)],
         config,
@@ -152,6 +160,58 @@ def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> Non
         for chunk in range(3):
             known = tokens.ids[bank.scene[clips, chunk]].flatten(0, 1)
             assert (known == batch.ids[row, chunk]).all(-1).any()
+
+
+RECOLORING = replace(BANK, clips=32, initial_clips=32, group=32, cut_fraction=0.0, recolor_fraction=1.0)
+
+
+def test_an_object_takes_another_color_once_while_its_scene_goes_on() -> None:
+    pool = small_pool(recolored=True)
+    plan = small_bank(replace(RECOLORING, cut_fraction=0.4, recolor_fraction=0.5), pool).plan(0)
+    changed = plan.scene[:, 1:] != plan.scene[:, :-1]
+    same_scene = plan.scene % pool.count == (plan.scene % pool.count)[:, :1]
+    assert 4 < plan.recolored.sum() < 20
+    assert (changed.sum(1) == 1)[plan.recolored].all() and same_scene[plan.recolored].all()
+    assert (plan.start_seconds == plan.start_seconds[:, :1])[plan.recolored].all()
+    assert (plan.scene < pool.count)[~plan.recolored].all()
+    assert set(changed[plan.recolored].nonzero()[:, 1].tolist()) == {0, 1, 2}
+
+
+def test_past_before_a_new_color_is_seen_under_its_caption_and_gets_no_loss(encoder: TextEncoder) -> None:
+    views = ViewConfig(prompt_dropout=0.0, start_fraction=1.0, image_fraction=0.0, phrasings=2)
+    source = view_source(encoder, views, RECOLORING, batch=48, recolored=True)
+    source.start(0)
+    batch, bank, tokens = source.batch(0), source.bank, source.tokens
+    assert batch.ids is not None and (batch.ids == batch.ids[:, :1]).all()
+    trained = batch.loss_mask.unflatten(1, (3, -1))
+    assert (trained == trained[..., :1]).all()
+    firsts = bank.latents[:, :, :6].float()
+    masked = 0
+    for row in range(48):
+        (clip,) = (firsts == batch.clean[row]).flatten(1).all(1).nonzero()[:1].flatten()
+        scene = bank.scene[clip, :3]
+        assert (tokens.ids[scene[-1]] == batch.ids[row, 0]).all(-1).any()
+        assert torch.equal(trained[row, :, 0] == 1, scene == scene[-1])
+        masked += int((scene != scene[-1]).any())
+    assert masked > 16
+
+
+def test_a_wrong_color_is_only_in_captions_of_chunks_that_go_on(encoder: TextEncoder) -> None:
+    views = ViewConfig(prompt_dropout=0.0, start_fraction=1.0, image_fraction=0.0, phrasings=2)
+    cutting = replace(RECOLORING, cut_fraction=0.5, recolor_fraction=0.0)
+    right = view_source(encoder, views, cutting, batch=64, recolored=True)
+    wrong = view_source(encoder, replace(views, wrong_color=0.5), cutting, batch=64, recolored=True)
+    for source in (right, wrong):
+        source.start(0)
+    as_it_is, told = right.batch(0), wrong.batch(0)
+    for name in ("clean", "noise", "sigma", "loss_mask"):
+        assert torch.equal(getattr(as_it_is, name), getattr(told, name))
+    assert as_it_is.ids is not None and told.ids is not None
+    words = (as_it_is.ids != told.ids).sum(-1)
+    assert set(words.unique().tolist()) == {0, 1}
+    goes_on = (as_it_is.ids[:, 1:] == as_it_is.ids[:, :-1]).all(-1)
+    assert (words[:, 0] == 0).all() and (words[:, 1:][~goes_on] == 0).all() and not goes_on.all()
+    assert 0.3 < words[:, 1:][goes_on].float().mean() < 0.7
 
 
 def test_captions_are_tokenised_as_prompts_are(encoder: TextEncoder) -> None:
@@ -268,6 +328,12 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
 
 
 def test_impossible_banks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bank.recolor_fraction=1.5 must be from 0 to 1"):
+        BankConfig(recolor_fraction=1.5)
+    with pytest.raises(ConfigError, match="two chunks at least"):
+        BankConfig(recolor_fraction=0.5, chunks=1)
+    with pytest.raises(ConfigError, match="views.wrong_color=-1 must be from 0 to 1"):
+        ViewConfig(wrong_color=-1)
     with pytest.raises(ConfigError, match="bank.clips=9 must be a multiple of bank.group=2"):
         BankConfig(clips=9, initial_clips=4, group=2)
     with pytest.raises(ConfigError, match="bank.initial_clips=8 exceeds bank.clips=4"):
