@@ -29,8 +29,8 @@ class BankConfig:
 
     refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
     them between chunks. recolor_fraction: share of the others in which, between two chunks, an object takes another
-    color while the scene goes on. late_fraction: share of clips that begin up to max_seconds into their first scene; a caption
-    tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
+    color while the scene goes on. late_fraction: share of clips that begin up to max_seconds into their first scene; a
+    caption tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
     """
 
     clips: int = 8192

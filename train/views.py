@@ -48,7 +48,7 @@ class ViewConfig:
     caption_omit: share of captions that leave out the sizes, and the background. wrong_color: share of the chunks that
     go on with a scene whose caption names another color for one object than it has.
 
-    A view in which an object takes another color has the caption of its last chunk in all chunks, as a session has whose
+    A view in which an object takes another color has the caption of its last chunk in all chunks, as a session whose
     past is seen under a new prompt ("recache"); those before the change are context alone.
     """
 

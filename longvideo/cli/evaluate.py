@@ -26,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that
 MAX_SECONDS = 3600.0
 LEAST_SHOT_SECONDS = 1.5
 SWITCH_CHUNKS = 4  # before a change of prompt and after it
-SHOWN_SWITCHES = 8
+SHOWN_SWITCHES = 6
 HEADINGS = {
     "count": "number",
     "color": "color",
@@ -172,8 +172,8 @@ def switches(
     """Say how soon a session shows a new prompt, and whether the scene goes on meanwhile.
 
     Makes videos of one object, changes the prompt after four chunks, and judges each of the four that follow. Writes
-    `results.json` and for each mode a film strip of some switches, and says how many chunks pass at most from the one
-    being made when the prompt was given to the first that shows it.
+    `results.json` and `switches.png`, where the first switches are shown in every mode, and says how many chunks pass at
+    most from the one being made when the prompt was given to the first that shows it.
 
     Example: `longvideo eval switches --change scene --mode cut --out runs/cuts`
     """
@@ -197,14 +197,18 @@ def switches(
     pipeline = StreamingPipeline.from_pretrained(model, device=device)
     out.mkdir(parents=True, exist_ok=True)
     console, record, rows = Console(stderr=True), {}, {}
+    strips: dict[tuple[int, SwitchMode], tuple[np.ndarray, str]] = {}
     with _progress(console) as progress:
         bar = progress.add_task("switches", total=num * len(modes))
         for name in modes:
-            results, clips = [], []
-            for task in tasks:
+            results = []
+            for number, task in enumerate(tasks):
                 result, frames = _switch(pipeline, task, name, steps)
                 results.append(result)
-                clips.append(frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)])
+                if number < SHOWN_SWITCHES:
+                    seen = ", ".join(str(chunk) for chunk, shown in enumerate(result.shown, 1) if shown) or "none"
+                    few = frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)]
+                    strips[number, name] = few, f"{name}: {task.prompts[1]} (shown in chunks: {seen})"
                 progress.advance(bar)
             rows[name] = summarize_switches(results)
             late = [result.late for result in results]
@@ -214,11 +218,8 @@ def switches(
                 "never_shown": late.count(None),
                 "switches": [asdict(result) for result in results],
             }
-            shown = slice(0, SHOWN_SWITCHES)
-            captions = [
-                f"{result.task.prompts[1]} | shown {result.shown}, goes on {result.goes_on}" for result in results
-            ]
-            film_strip(clips[shown], captions=captions[shown], scale=0.6).save(out / f"{name}.png")
+    clips, captions = zip(*(strips[key] for key in sorted(strips, key=lambda key: key[0])), strict=True)
+    film_strip(clips, captions=captions, scale=0.6).save(out / "switches.png", optimize=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(_table(f"new {change}, {num} each", rows, list(next(iter(rows.values())))))
     for row, found in record.items():

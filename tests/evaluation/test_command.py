@@ -5,6 +5,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from longvideo.cli.evaluate import generate_videos
 from longvideo.cli.main import main
@@ -58,6 +59,23 @@ def test_a_folder_of_ground_truth_videos_scores_full(tmp_path, capsys):
     assert main(["eval", "shapeworld", "--videos", str(data), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (out / "results.json").read_bytes() == before
+
+
+def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
+    out = tmp_path / "switches"
+    options = ["--model", "tiny", "--device", "cpu", "--num", "1", "--steps", "1"]
+    assert main(["eval", "switches", *options, "--mode", "recache", "--mode", "keep", "--out", str(out)]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert list(record) == ["keep", "recache"]
+    for found in record.values():
+        (switch,) = found["switches"]
+        assert [found[f"chunk {chunk}"]["right"] for chunk in (1, 2, 3, 4)] == [int(shown) for shown in switch["shown"]]
+        assert found["never_shown"] == (switch["late"] is None)
+        assert found["goes_on"]["right"] == switch["goes_on"]
+    with Image.open(out / "switches.png") as picture:
+        assert picture.width > 8 * 0.6 * 224 and 2 * 0.6 * 128 < picture.height < 3 * 0.6 * 128
+    printed = capsys.readouterr().err
+    assert "keep" in printed and "goes on" in printed
 
 
 @pytest.mark.parametrize(
