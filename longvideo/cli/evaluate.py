@@ -172,8 +172,8 @@ def switches(
     """Say how soon a session shows a new prompt, and whether the scene goes on meanwhile.
 
     Makes videos of one object, changes the prompt after four chunks, and judges each of the four that follow. Writes
-    `results.json` and `switches.png`, where the first switches are shown in every mode, and says how many chunks pass at
-    most from the one being made when the prompt was given to the first that shows it.
+    `results.json` and `switches.png`, which shows the first ones in every mode, and says how many chunks pass at most
+    from the one being made when the prompt was given to the first that shows it.
 
     Example: `longvideo eval switches --change scene --mode cut --out runs/cuts`
     """

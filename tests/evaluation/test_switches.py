@@ -59,6 +59,16 @@ def test_a_frame_that_blends_both_colors_at_the_switch_loses_no_scene() -> None:
     assert result.goes_on and result.shown == (True,) and result.number
 
 
+def test_of_rendered_scenes_that_take_another_color_39_in_40_go_on() -> None:
+    """The other one is lost where it crosses the edge: its places before and after are a frame's width apart."""
+    results = []
+    for task in build_switches(40, change="color"):
+        before, after = task.scenes
+        results.append(judge_switch(task, clip(before, 3), [clip(after, 4)], first_late=1))
+    assert sum(result.goes_on for result in results) >= 39
+    assert all(result.late == 1 and result.number for result in results)
+
+
 def test_results_add_up() -> None:
     results = [
         judge_switch(TASK, clip(RED, 0), [clip(first, 1), clip(BLUE, 2)], first_late=1) for first in (RED, BLUE, BLUE)
