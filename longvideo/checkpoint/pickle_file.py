@@ -1,17 +1,20 @@
 """Read and write torch's .pt and .pth files tensor by tensor, without running what is in them.
 
 The zip format of torch.save keeps each tensor's values uncompressed at a place of their own. torch.load under
-FakeTensorMode reads the structure alone and tells the places; torch.save under skip_data leaves them to be filled.
+FakeTensorMode reads the structure alone and tells the places; torch.save under skip_data leaves them to be filled, and
+their checksums too (zip: PKWARE's APPNOTE.TXT, 4.3.9 and 4.3.12).
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +39,7 @@ DAMAGE = (
     pickle.UnpicklingError,
 )
 """What torch raises for a file whose bytes are not what they were."""
+LOCAL_HEADER_BYTES, DIRECTORY_HEADER_BYTES = 30, 46
 STRUCTURE, MAX_STRUCTURE_BYTES = "data.pkl", 256 * 2**20
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # dicts inside public training checkpoints, in the order in which they are looked for
@@ -83,12 +87,19 @@ def write_file(
             stored = torch.load(target, weights_only=True, mmap=True)
         for key in within:
             stored = stored[key]
+        checksums = {}
         with target.open("r+b") as stream:
             for name, tensor in weights.tensors.items():
-                stream.seek(_offset(stored[name]))
+                place, checksum = _offset(stored[name]), 0
+                stream.seek(place)
                 for piece in tensor.pieces():
-                    stream.write(as_bytes(piece))
+                    values = as_bytes(piece)
+                    stream.write(values)
+                    checksum = zlib.crc32(values, checksum)
                     on_bytes(piece.numel() * piece.element_size())
+                if stream.tell() > place:
+                    checksums[place] = checksum
+            _write_checksums(stream, checksums)
 
     write_atomically(file, write)
 
@@ -107,6 +118,34 @@ def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ())
             torch.save(content, stream)
     except RuntimeError as error:
         raise CheckpointError(f"{file.parent} cannot take {weights.num_bytes / 1e9:.1f} GB: {error}") from error
+
+
+def _write_checksums(stream: IO[bytes], checksums: Mapping[int, int]) -> None:
+    """Write the checksum of the values at each place to the two places where a zip has it: behind them, and at its end.
+
+    Only there: torch writes zips as streams, whose headers before the values have none. Of no values it is 0 already.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        records, entry = archive.infolist(), archive.start_dir
+    written = 0
+    for record in records:
+        place = record.header_offset + LOCAL_HEADER_BYTES + sum(_lengths(stream, record.header_offset + 26, 2))
+        if place in checksums:
+            checksum = struct.pack("<I", checksums[place])
+            stream.seek(place + record.file_size)
+            assert stream.read(4) == b"PK\x07\x08", f"no checksum behind {record.filename}"
+            stream.write(checksum)
+            stream.seek(entry + 16)
+            stream.write(checksum)
+            written += 1
+        entry += DIRECTORY_HEADER_BYTES + sum(_lengths(stream, entry + 28, 3))
+    assert written == len(checksums), (written, len(checksums))
+
+
+def _lengths(stream: IO[bytes], place: int, count: int) -> tuple[int, ...]:
+    """Read how long the name and what follows it in a header are."""
+    stream.seek(place)
+    return struct.unpack(f"<{count}H", stream.read(2 * count))
 
 
 def _check_archive(file: Path) -> None:

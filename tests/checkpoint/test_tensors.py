@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from longvideo.checkpoint import pickle_file
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.saving import save_weights
@@ -191,6 +193,33 @@ def test_a_pickle_never_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="model.pt"):
         open_weights(file)
+
+
+@pytest.mark.parametrize("within", [(), ("generator", "model")])
+def test_a_written_pickle_is_whole_to_torch_and_to_any_reader_of_zips(tmp_path: Path, within: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "matrix": torch.randn(300, 70, generator=generator),
+        "half": torch.randn(5, generator=generator).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "number": torch.tensor(7),
+        "codes": torch.randint(256, (33,), generator=generator, dtype=torch.uint8),
+    }
+    save_file(values, tmp_path / "model.safetensors")
+    file = tmp_path / "model.pt"
+    pickle_file.write_file(file, open_weights(tmp_path / "model.safetensors"), within=within)
+    found = torch.load(file, weights_only=True)
+    for key in within:
+        found = found[key]
+    assert set(found) == set(values)
+    assert all(found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in values.items())
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+    content = bytearray(file.read_bytes())
+    content[content.index(values["codes"].numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is not None
 
 
 def test_opening_and_checking_read_headers_only(tmp_path: Path) -> None:
