@@ -197,7 +197,7 @@ def switches(
     pipeline = StreamingPipeline.from_pretrained(model, device=device)
     out.mkdir(parents=True, exist_ok=True)
     console, record, rows = Console(stderr=True), {}, {}
-    strips: dict[tuple[int, SwitchMode], tuple[np.ndarray, str]] = {}
+    strips: list[tuple[int, np.ndarray, str]] = []
     with _progress(console) as progress:
         bar = progress.add_task("switches", total=num * len(modes))
         for name in modes:
@@ -208,7 +208,7 @@ def switches(
                 if number < SHOWN_SWITCHES:
                     seen = ", ".join(str(chunk) for chunk, shown in enumerate(result.shown, 1) if shown) or "none"
                     few = frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)]
-                    strips[number, name] = few, f"{name}: {task.prompts[1]} (shown in chunks: {seen})"
+                    strips.append((number, few, f"{name}: {task.prompts[1]} (shown in chunks: {seen})"))
                 progress.advance(bar)
             rows[name] = summarize_switches(results)
             late = [result.late for result in results]
@@ -218,7 +218,8 @@ def switches(
                 "never_shown": late.count(None),
                 "switches": [asdict(result) for result in results],
             }
-    clips, captions = zip(*(strips[key] for key in sorted(strips, key=lambda key: key[0])), strict=True)
+    strips.sort(key=lambda strip: strip[0])
+    clips, captions = [clip for _, clip, _ in strips], [text for _, _, text in strips]
     film_strip(clips, captions=captions, scale=0.6).save(out / "switches.png", optimize=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(_table(f"new {change}, {num} each", rows, list(next(iter(rows.values())))))
