@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.checkpoint import names
-from longvideo.checkpoint.files import read_json, write_json
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.packed import PACKED_LEAVES
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
+from longvideo.files import read_json, write_json
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import NVFP4Tensor
 from longvideo.model.transformer import CausalTransformer

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from longvideo.checkpoint import packed
-from longvideo.checkpoint.files import write_json
-from longvideo.checkpoint.folder import ModelFolder, locate, replace_path
+from longvideo.checkpoint.folder import ModelFolder, locate
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.targets import TARGETS, Work
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import replace_path, write_json
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize

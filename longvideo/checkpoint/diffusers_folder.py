@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from longvideo.checkpoint import diffusers_json, names, packed
-from longvideo.checkpoint.files import read_json, write_json
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
 from longvideo.checkpoint.saving import save_weights
@@ -15,6 +14,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.config import load_config
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import read_json, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,7 +20,6 @@ from torch import nn
 from longvideo.checkpoint import packed, pickle_file
 from longvideo.checkpoint.adapters import StoredAdapter, merged
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
-from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
@@ -31,6 +28,7 @@ from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
+from longvideo.files import write_folder, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -231,7 +229,6 @@ class ModelFolder:
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists; choose another name, or ask to overwrite it")
         _check_text_len(settings, transformer, text_encoder)
-        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         parts: dict[str, tuple[nn.Module, PartConfig]] = {}
         if transformer is not None:
             parts[TRANSFORMER] = transformer, transformer.config
@@ -239,7 +236,7 @@ class ModelFolder:
             parts[VAE] = vae, vae.config
         if text_encoder is not None:
             parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
-        try:
+        with write_folder(folder, overwrite=overwrite) as temporary:
             for part, (module, config) in parts.items():
                 weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
                 write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)
@@ -248,9 +245,6 @@ class ModelFolder:
             write_index(temporary, parts, settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)
-            replace_path(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return cls.open(folder)
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -344,14 +338,3 @@ def _check_text_len(
     for part, text_len in lengths.items():
         if text_len != settings.text_len:
             raise CheckpointError(f"the {part} takes {text_len} text positions, the settings say {settings.text_len}")
-
-
-def replace_path(new: Path, path: Path) -> None:
-    """Put a file or folder where another one may be, which goes only then."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()

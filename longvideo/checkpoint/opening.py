@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longvideo.checkpoint import pickle_file, safetensors_file
-from longvideo.checkpoint.files import read_json
 from longvideo.checkpoint.tensors import Lazy, Weights, listing
 from longvideo.errors import CheckpointError
+from longvideo.files import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from longvideo.checkpoint.files import write_atomically
+from longvideo import files
 from longvideo.checkpoint.tensors import InFile, Lazy, Made, TensorInfo, Weights, as_bytes, listing, read
 from longvideo.errors import CheckpointError
 
@@ -101,7 +101,7 @@ def write_file(
                     checksums[place] = checksum
             _write_checksums(stream, checksums)
 
-    write_atomically(file, write)
+    files.write_file(file, write)
 
 
 def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ()) -> None:

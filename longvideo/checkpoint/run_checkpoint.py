@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from longvideo.checkpoint.files import read_json
 from longvideo.checkpoint.opening import join, open_weights
 from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError
+from longvideo.files import read_json
 
 STATE_FILE = "state.json"
 AVERAGED, TRAINED = "ema", "weights"

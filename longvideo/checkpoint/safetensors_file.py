@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longvideo.checkpoint.files import write_atomically
+from longvideo import files
 from longvideo.checkpoint.tensors import InFile, TensorInfo, Weights, as_bytes
 from longvideo.errors import CheckpointError
 
@@ -89,7 +89,7 @@ def write_file(
                     stream.write(as_bytes(piece))
                     on_bytes(piece.numel() * piece.element_size())
 
-    write_atomically(file, write)
+    files.write_file(file, write)
 
 
 def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint import safetensors_file
-from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.tensors import Weights
+from longvideo.files import write_json
 
 MAX_SHARD_BYTES = 5 * 2**30
 

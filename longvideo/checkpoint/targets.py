@@ -9,12 +9,12 @@ from pathlib import Path
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
-from longvideo.checkpoint.files import write_json
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
+from longvideo.files import write_json
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
 
 OFFICIAL_STEM = "diffusion_pytorch_model"

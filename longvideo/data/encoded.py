@@ -25,12 +25,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longvideo.checkpoint.files import read_json
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.config import load_config
 from longvideo.data.clips import Footage
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import read_json
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.checkpoint.files import write_atomically, write_json
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
 from longvideo.data.encoded import (
@@ -41,6 +40,7 @@ from longvideo.data.encoded import (
 from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import write_file, write_json, write_text
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
@@ -222,7 +222,7 @@ def encode_clips(
                     index.append(EncodedClip(number, clip.captions, clip.cuts, len(encoded), source, shard.stem))
                 on_clip()
             lines = "".join(index_line(entry) + "\n" for entry in index)
-            write_atomically(plan.out / shard.index_file, lambda target, lines=lines: _write_text(target, lines))
+            write_text(plan.out / shard.index_file, lines)
             _write_shard(plan, shard, latents)
 
 
@@ -282,7 +282,7 @@ def _is_complete(plan: EncodingPlan, shard: Shard) -> bool:
 
 def _write_shard(plan: EncodingPlan, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
     header = {FINGERPRINT: plan.info.fingerprint}
-    write_atomically(plan.out / shard.file, lambda target: save_file(dict(tensors), target, metadata=header))
+    write_file(plan.out / shard.file, lambda target: save_file(dict(tensors), target, metadata=header))
 
 
 def _check_limit(skipped: Sequence[SkippedClip], max_bad: int) -> None:
@@ -298,7 +298,3 @@ def _check_limit(skipped: Sequence[SkippedClip], max_bad: int) -> None:
 def _below(footage: Footage, root: Path) -> Footage:
     """Name the file relative to the manifest's folder, as the manifest does."""
     return replace(footage, video=Path(os.path.relpath(footage.video, root)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

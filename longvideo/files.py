@@ -1,0 +1,267 @@
+"""Files and folders that appear whole or not at all, locks, and text that is read with bounds.
+
+Everything that this project writes goes through `write_file` or `write_folder`: a temporary name beside the target, a
+flush to the disk, a rename. What goes wrong becomes one line with the path, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from longvideo.errors import CheckpointError, UserError
+
+TEMPORARY_SUFFIX = ".part"
+MAX_NAME_BYTES = 255  # what Linux's file systems allow
+MAX_TEXT_BYTES = 64 * 2**20
+RENAME_EXCHANGE = 2  # renameat2(2)
+AT_FDCWD = -100  # openat(2)
+
+
+class WriteError(UserError):
+    """A file or folder cannot be written; what was there before is as it was."""
+
+
+class BusyError(UserError):
+    """Another process holds a lock."""
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, mode: int | None = None) -> None:
+    """Let `write` fill a temporary neighbor of a file, flush it to the disk, and rename it.
+
+    A link is written through. mode: permission bits; by default those of the file that is replaced, or of a new file.
+    Raises WriteError with the path and the reason where the disk refuses, with the older file, if any, as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target)
+    with _refused_by_the_disk(path, temporary):
+        if target.exists() and not target.is_file():
+            raise WriteError(f"cannot write {path}: it is a folder or a device")
+        try:
+            with temporary.open("xb"):
+                pass
+            if mode is None:
+                mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
+            write(temporary)
+            temporary.chmod(mode)  # some writers leave a file that only its owner can read
+            flush(temporary)
+            os.replace(temporary, target)
+            flush(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write UTF-8 text. Raises WriteError as `write_file` does."""
+    data = text.encode("utf-8")
+    write_file(path, lambda target: _write_bytes(target, data), mode=mode)
+
+
+def write_json(path: Path, value: object, *, indent: int = 2) -> None:
+    """Write a value as indented JSON. Raises WriteError as `write_file` does."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+@contextmanager
+def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary neighbor of a folder; at the end of the block flush it and put it in its place.
+
+    Raises WriteError where a folder is there that must not be replaced, and where the disk refuses. An error in the
+    block removes what it wrote and leaves an older folder as it was.
+    """
+    if path.exists() and not overwrite:
+        raise WriteError(f"{path} exists; choose another name, or ask to overwrite it")
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target)
+    with _refused_by_the_disk(path, temporary):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                flush(entry)
+            replace_path(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_path(new: Path, path: Path) -> None:
+    """Put a file or folder where another may be.
+
+    On Linux one of the two has the name at every moment, even if the process is killed.
+    """
+    if not path.exists():
+        new.rename(path)
+    elif _exchange(new, path):
+        _remove(new)
+    else:
+        old = temporary_name(path)
+        path.rename(old)
+        new.rename(path)
+        _remove(old)
+    flush(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return an unused hidden name beside a path, short enough for any file system."""
+    suffix = f".{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+    kept = os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix) - 1].decode("utf-8", "ignore")
+    return path.with_name(f".{kept}{suffix}")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(file: Path, *, busy: str) -> Iterator[None]:
+    """Hold a lock for this process, until the block or the process ends, however it ends.
+
+    file: the lock itself, in a folder that exists; it is removed afterwards. busy: what the error says when another
+    process holds it. Raises BusyError.
+    """
+    descriptor = _take_lock(file, busy)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object; raise CheckpointError naming the file and the line when it is none."""
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: it is not UTF-8 text") from error
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: it is nested too deep, or has too long a number") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
+    return value
+
+
+def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read UTF-8 text, with or without a byte order mark. what: the kind of file, for errors.
+
+    Raises UserError where it cannot be read, has more than max_bytes, or is not UTF-8, with the line.
+    """
+    try:
+        with path.open("rb") as file:  # not Path.read_bytes: a device or a pipe may never end
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {reason(error)}") from error
+    if len(data) > max_bytes:
+        raise UserError(f"the {what} {path} has more than {max_bytes:,} bytes; use a smaller file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line} is not UTF-8 text (byte 0x{data[error.start]:02x}); save the {what} as UTF-8"
+        ) from error
+
+
+def read_lines(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:
+    """Read UTF-8 text as lines, divided at line feeds alone: a caption may hold other characters that end lines.
+
+    Raises UserError as `read_text` does.
+    """
+    return [line.removesuffix("\r") for line in read_text(path, what=what, max_bytes=max_bytes).split("\n")]
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise UserError where text holds half a surrogate pair, which no file, tokenizer or browser can take.
+
+    what: names the text in the error, with its line where it has one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = text[max(0, error.start - 20) : error.start]
+        raise UserError(
+            f"{what} is not valid text: half a character (U+{ord(text[error.start]):04X}) follows {place!r};"
+            " write the whole character, in UTF-8"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words why the operating system, or a library in its place, refused."""
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    text = str(error)
+    return text.rsplit(": ", 1)[-1].split(" (os error", 1)[0].lower()
+
+
+@contextmanager
+def _refused_by_the_disk(path: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and _is_elsewhere(error, temporary):
+            raise  # a source that cannot be read
+        raise WriteError(f"cannot write {path}: {reason(error)}; {_what_is_there(path)}") from error
+
+
+def _is_elsewhere(error: OSError, temporary: Path) -> bool:
+    if error.filename is None or isinstance(error.filename, int):
+        return False
+    named = Path(os.fsdecode(error.filename))
+    return named != temporary and named not in temporary.parents and temporary not in named.parents
+
+
+def _what_is_there(path: Path) -> str:
+    with suppress(OSError):
+        if path.exists():
+            return "the older one is unchanged"
+    return "nothing was left behind"
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _take_lock(file: Path, busy: str) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder has removed it meanwhile
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise BusyError(busy) from error
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; return whether this system and file system can."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

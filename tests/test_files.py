@@ -1,0 +1,167 @@
+"""Files and folders appear whole or not at all; what the disk refuses is one line; locks end with their process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from longvideo.errors import UserError
+from longvideo.files import (
+    BusyError,
+    WriteError,
+    check_text,
+    locked,
+    read_lines,
+    read_text,
+    temporary_name,
+    write_file,
+    write_folder,
+    write_json,
+    write_text,
+)
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """Let the system refuse longer files in the block, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_refused_file_is_one_line_and_the_older_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with no_file_longer_than(1000), pytest.raises(WriteError, match=r"cannot write .*a\.json: .*too large; the older"):
+        write_text(path, "x" * 2000)
+    assert path.read_text() == '{\n  "old": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_library_that_wraps_the_error_is_one_line_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with no_file_longer_than(1000), pytest.raises(WriteError, match="too large; nothing was left behind"):
+        write_file(path, lambda target: save_file({"x": torch.zeros(5000)}, target))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_keeps_the_permissions_of_the_one_it_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old", mode=0o640)
+    write_text(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "far" / "file.txt")
+    write_text(link, "text")
+    assert link.is_symlink() and (tmp_path / "far" / "file.txt").read_text() == "text"
+
+
+def test_a_device_is_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(WriteError, match="it is a folder or a device"):
+        write_text(pipe, "text")
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127 + "x")
+    write_text(path, "text")
+    assert path.read_text() == "text"
+    assert len(os.fsencode(temporary_name(path).name)) <= 255
+
+
+def test_a_source_that_cannot_be_read_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        write_file(
+            tmp_path / "a", lambda target: target.write_bytes((tmp_path / "missing" / "b").read_bytes()) and None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for content in ("old", "new"):
+        with write_folder(path, overwrite=True) as folder:
+            (folder / content).write_text(content)
+    assert [entry.name for entry in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with write_folder(path) as folder:
+        (folder / "a").write_text("old")
+    with no_file_longer_than(10), pytest.raises(WriteError, match="the older one is unchanged"):
+        with write_folder(path, overwrite=True) as folder:
+            (folder / "a").write_text("longer than ten bytes")
+    with pytest.raises(WriteError, match="exists; choose another name"), write_folder(path):
+        pass
+    assert (path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from longvideo.files import locked
+with locked(Path(sys.argv[1]), busy=""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_refused_while_its_process_lives(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match="it is busy"), locked(lock, busy="it is busy"):
+            pass
+        assert lock.exists()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with locked(lock, busy="it is busy"):
+        pass
+    assert not lock.exists()
+
+
+def test_text_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\u2028two\r\nthree".encode())
+    assert read_lines(path, what="prompts file") == ["one\u2028two", "three"]
+
+
+def test_text_that_is_no_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"one\ntwo\n\xff")
+    with pytest.raises(UserError, match=r"prompts\.txt:3 is not UTF-8 text \(byte 0xff\)"):
+        read_text(path, what="prompts file")
+
+
+def test_an_endless_file_is_refused() -> None:
+    with pytest.raises(UserError, match="more than 1,000 bytes"):
+        read_text(Path("/dev/zero"), what="script", max_bytes=1000)
+
+
+def test_half_a_character_is_refused() -> None:
+    check_text("a \U0001f600 ball", "the prompt")
+    with pytest.raises(UserError, match=r"the prompt is not valid text: half a character \(U\+D83D\) follows 'a '"):
+        check_text("a \ud83d ball", "the prompt")
