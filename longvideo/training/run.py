@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longvideo.model.attention import preferred_attention
+from longvideo.training.config_changes import changes_line
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
 from longvideo.training.objective import Objective
@@ -62,6 +63,8 @@ def run(
                 return
             if mesh.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
+                if line := changes_line(folder / "config.yaml", config_text):
+                    print(line, flush=True)
                 (folder / "config.yaml").write_text(config_text)
             trainer.run(resume=resume, deadline=deadline)
     finally:
