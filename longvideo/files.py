@@ -67,6 +67,20 @@ def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
     write_file(path, lambda target: _write_bytes(target, data), mode=mode)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line of UTF-8 text to a file. Raises WriteError where the disk refuses, with the file as it was."""
+    length = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as stream:
+            data = memoryview(f"{line}\n".encode())
+            while data:
+                data = data[stream.write(data) :]
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, length)
+        raise WriteError(f"cannot write {path}: {reason(error)}; {_what_is_there(path)}") from error
+
+
 def write_json(path: Path, value: object, *, indent: int = 2) -> None:
     """Write a value as indented JSON. Raises WriteError as `write_file` does."""
     write_text(path, json.dumps(value, indent=indent) + "\n")

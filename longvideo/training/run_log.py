@@ -17,6 +17,7 @@ import torch
 
 from longvideo import __version__
 from longvideo.errors import ConfigError
+from longvideo.files import append_line, write_file
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ class RunLog:
         self._wandb: Any = None
         if not enabled:
             return
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        if self.path.exists() and (dropped := _keep_until(self.path, start_step)):
+            self.note(f"{self.path}: dropped {dropped} lines that are not records of a step")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -99,8 +99,7 @@ class RunLog:
         """Append one line of numbers; `step` must be among them."""
         if not self.enabled:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(dict(values)) + "\n")
+        append_line(self.path, json.dumps(dict(values)))
         if self._board is not None:
             for name, value in values.items():
                 if name != "step":
@@ -174,12 +173,32 @@ def _git(root: Path, command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def _step_of(line: str) -> int:
+def _keep_until(path: Path, last_step: int) -> int:
+    """Keep the records of a run up to a step; return how many other lines were dropped, such as one that was cut."""
+    dropped = 0
+
+    def write(target: Path) -> None:
+        nonlocal dropped
+        with path.open("rb") as source, target.open("wb") as kept:
+            for line in source:
+                step = _step_of(line)
+                if step is None:
+                    dropped += 1
+                elif step <= last_step:
+                    kept.write(line.rstrip(b"\r\n") + b"\n")
+
+    write_file(path, write)
+    return dropped
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line, None where it is not the record of one."""
     try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        # a line cut short by a crash is dropped
-        return sys.maxsize
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _thousands(value: float) -> str:
