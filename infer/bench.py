@@ -24,14 +24,12 @@ from longvideo.infer import gpu_timeline
 from longvideo.infer.generation import Models, Stages
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.session import Session
-from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
+from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import TextContext
+from longvideo.number_formats import FP8_FORMATS
 from longvideo.pixels import to_uint8
-from longvideo.quantization.fp8 import FP8Linear
-from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import W4A16
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
 from longvideo.streaming.transformer import StreamingTransformer
 
@@ -264,16 +262,6 @@ def _draw(session: Session, target: FrameSink, path: Path, *, title: str) -> dic
     return gpu_timeline.share_by_kind(spans)
 
 
-def _precision(models: Models) -> str:
-    layers = list(models.transformer.blocks.modules())
-    if any(isinstance(layer, FP8Linear) for layer in layers):
-        return "fp8"
-    packed = [layer for layer in layers if isinstance(layer, NVFP4Linear)]
-    if not packed:
-        return "bf16"
-    return "nvfp4-weights" if isinstance(packed[0].product, W4A16) else "nvfp4"
-
-
 def _check(models: Models, stages: Stages, steps: int, guidance: float) -> dict[str, float]:
     """Return relative errors against the plain path; raise UserError where they are too large."""
     decoder = stages.decoder
@@ -295,7 +283,9 @@ def _check(models: Models, stages: Stages, steps: int, guidance: float) -> dict[
 
 
 def _velocity_bound(models: Models) -> float:
-    return FP8_ATTENTION_BOUND if models.attention == "fp8" else VELOCITY_BOUNDS[_precision(models)]
+    if models.attention in FP8_FORMATS:
+        return FP8_ATTENTION_BOUND
+    return VELOCITY_BOUNDS[models.precision.removesuffix("-emulated")]
 
 
 def _refuse(errors: dict[str, float], bounds: dict[str, float]) -> None:
@@ -421,27 +411,13 @@ def _mean_ms(work: Callable[[], object], count: int, device: torch.device) -> fl
 def _backends(models: Models) -> dict[str, str]:
     """Say what runs each operation."""
     device, where = models.device, models.decode_device
-    kernels = {place: "triton" if place.type == "cuda" else "reference" for place in (device, where)}
-    on_gpu = device.type == "cuda"
-    library = "cuBLAS" if on_gpu else "oneDNN"
-    products = {
-        "bf16": library,
-        "fp8": "torch scaled_mm, rows of E4M3" if on_gpu else "reference",
-        "nvfp4-weights": f"{library} on weights unpacked by {kernels[device]}",
-        "nvfp4": "FP4 units"
-        if nvfp4_products.unavailable(device) is None
-        else f"{library}, emulated by {kernels[device]}",
-    }[_precision(models)]
-    attention = "torch SDPA, cuDNN first" if on_gpu else "torch SDPA"
-    if models.attention == "fp8":
-        attention = "cuDNN frontend, E4M3" if on_gpu else "reference"
     return {
-        "products": products,
-        "attention": attention,
-        "norms, rotation, cache": kernels[device],
+        "products": str(product_backend(models.precision, device)),
+        "attention": str(attention_backend(models.attention, device)),
+        "norms, rotation, cache": kernels_on(device),
         "convolutions": "cuDNN" if where.type == "cuda" else "oneDNN",
-        "between convolutions": kernels[where],
-        "passes": "CUDA graphs" if on_gpu else "eager",
+        "between convolutions": kernels_on(where),
+        "passes": "CUDA graphs" if device.type == "cuda" else "eager",
     }
 
 

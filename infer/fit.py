@@ -11,6 +11,7 @@ import torch
 from longvideo.errors import UserError
 from longvideo.infer.memory import Part, Workload, estimate, numbered
 from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.number_formats import FP8_FORMATS
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _changes(workload: Workload) -> list[_Change]:
     """Return what a workload could do with less memory, in the order of what it costs."""
     config, formats, changes = workload.shapes.transformer, workload.formats, []
     packs = not any(width % GROUP for width in (config.dim, config.ffn_dim))
-    if not workload.shapes.packed and formats.precision in (None, "bf16", "fp8") and packs:
+    if not workload.shapes.packed and formats.precision in (None, "bf16", *FP8_FORMATS) and packs:
         changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))
     if formats.kv_cache != "nvfp4" and config.attention_head_dim % GROUP == 0:
         changes.append(_Change("--kv-cache nvfp4", formats={"kv_cache": "nvfp4"}))

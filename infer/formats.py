@@ -1,4 +1,4 @@
-"""Whether a model can be run in some number formats: its own widths, and what the hardware multiplies."""
+"""Whether a model can be run in some number formats, by its widths and by the hardware, and what then runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.shapes import ModelShapes, folder_shapes
-from longvideo.kernels.attention.cudnn_fp8 import unavailable as fp8_attention_unavailable
-from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
+from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.number_formats import NumberFormats
+from longvideo.number_formats import FP8_FORMATS, NumberFormats
 
 
 def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
@@ -22,7 +21,7 @@ def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.
 def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> None:
     """Raise UserError where a model of these shapes has no such formats on any device. name: what to call it."""
     config = shapes.transformer
-    if formats.precision in ("bf16", "fp8") and shapes.packed:
+    if formats.precision in ("bf16", *FP8_FORMATS) and shapes.packed:
         raise UserError(
             f"{name} holds packed 4-bit weights, which --precision {formats.precision} cannot run; use nvfp4 or "
             "nvfp4-weights"
@@ -40,7 +39,34 @@ def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> N
 
 def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
     """Raise UserError where a device cannot multiply in these formats, whatever the model."""
-    if formats.precision == "fp8" and (reason := fp8_unavailable(device)):
-        raise UserError(reason)
-    if formats.attention == "fp8" and device.type == "cuda" and (reason := fp8_attention_unavailable(device)):
-        raise UserError(f"{reason}; or use --attention bf16")
+    precision = formats.precision_of(packed=False)
+    for backend in (product_backend(precision, device), attention_backend(formats.attention, device)):
+        if backend.name is None:
+            raise UserError(str(backend.reason))
+
+
+def start_line(
+    formats: NumberFormats,
+    *,
+    packed: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_device: torch.device | None = None,
+) -> str:
+    """Say in one line what will run, and what of it is emulated and why. packed: whether the model's weights are."""
+    precision, name = formats.precision_of(packed=packed), str(dtype).removeprefix("torch.")
+    kept = "in 4 bits, rebuilt by " + kernels_on(device) if formats.kv_cache == "nvfp4" else f"in {name}"
+    if formats.attention in FP8_FORMATS and formats.kv_cache == "bf16":
+        kept = "in E4M3"
+    parts = (
+        f"running on {device} in {name}",
+        f"products {_format(precision, name)}: {product_backend(precision, device)}",
+        f"KV cache: {kept}",
+        f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
+        f"decoding on {decode_device or device}",
+    )
+    return " | ".join(parts)
+
+
+def _format(name: str, dtype: str) -> str:
+    return dtype if name == "bf16" else name

@@ -38,6 +38,7 @@ CHUNKS_AHEAD = 1  # enough to keep both stages busy; more would delay a change o
 class Models:
     """The loaded parts of a model folder. The autoencoder may be on another device than the other two.
 
+    precision: what the transformer has, by the names of `longvideo.number_formats`.
     decode_share: of the work of decoding, what the device that denoises does; only where the autoencoder is on another.
     group: ranks that denoise every chunk together; the first decodes.
     """
@@ -47,6 +48,7 @@ class Models:
     text_encoder: TextEncoder
     settings: ModelSettings
     spec: ChunkSpec
+    precision: str = "bf16"
     kv_cache: str = "bf16"
     attention: str = "bf16"
     decode_share: float = 0.0

@@ -14,7 +14,7 @@ from longvideo.infer.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.number_formats import NumberFormats
+from longvideo.number_formats import FP8_FORMATS, NumberFormats
 from longvideo.quantization.convert import linear_layers
 from longvideo.rollout import branches
 from longvideo.umt5 import UMT5Encoder
@@ -30,7 +30,7 @@ WORKSPACE_BYTES = 150_000_000
 WIDTHS_OF_PASS = 9
 """Activations as wide as the model that a pass holds at most: h, an input, q, k, v, cross q, attended, two updates."""
 WIDTHS_OF_FRAME_ATTENTION = 6
-QUANTISING_BYTES = {"fp8": 12, "nvfp4": 29, "nvfp4-weights": 29}
+QUANTISING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
 """What quantising takes for each weight of a layer, its result included; storages alive in `from_linear`, counted."""
 
 GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
@@ -57,7 +57,7 @@ class Workload:
     @property
     def precision(self) -> str:
         """Of the transformer; without a choice that of its file."""
-        return self.formats.precision or ("nvfp4" if self.shapes.packed else "bf16")
+        return self.formats.precision_of(packed=self.shapes.packed)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _denoiser(
     loaded_in: None for packed weights.
     """
     config, rows, size = model.config, batch * copies, dtype.itemsize
-    attended_size = 1 if formats.attention == "fp8" else size
+    attended_size = 1 if formats.attention in FP8_FORMATS else size
     num_values = _num_values(model)
     layers = [cast(nn.Linear, model.get_submodule(name)) for name in linear_layers(model)]
     num_weights = sum(layer.weight.numel() for layer in layers)
@@ -185,7 +185,9 @@ def _denoiser(
         weights, quantising = num_values * size, 0
     else:
         num_scales = sum(layer.out_features for layer in layers)
-        quantised = num_weights + 4 * num_scales if precision == "fp8" else num_weights // 2 + num_weights // GROUP
+        quantised = (
+            num_weights + 4 * num_scales if precision in FP8_FORMATS else num_weights // 2 + num_weights // GROUP
+        )
         if precision == "nvfp4":
             quantised += num_weights // GROUP  # FP4 units want the scales in an order of their own
         weights = (num_values - num_weights) * size + quantised

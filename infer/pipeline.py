@@ -22,7 +22,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.fit import check_memory
-from longvideo.infer.formats import check_formats
+from longvideo.infer.formats import check_formats, start_line
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.memory import Workload
@@ -142,12 +142,25 @@ class StreamingPipeline:
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
+                precision=formats.precision_of(packed=folder.is_packed),
                 kv_cache=formats.kv_cache,
                 attention=formats.attention,
                 decode_share=decode_share or 0.0,
                 group=group,
             )
         return cls(models)
+
+    @property
+    def formats(self) -> NumberFormats:
+        """The number formats in which this pipeline computes."""
+        return NumberFormats(self.models.precision, self.models.kv_cache, self.models.attention)
+
+    def start_line(self) -> str:
+        """Say in one line what runs, where, and what of it is emulated."""
+        models = self.models
+        dtype = models.transformer.patch_embedding.weight.dtype
+        where = {"device": models.device, "decode_device": models.decode_device}
+        return start_line(self.formats, packed=False, dtype=dtype, **where)
 
     @property
     def fps(self) -> int:

@@ -36,6 +36,7 @@ def random_models(
         text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
         settings=shapes.settings,
         spec=shapes.spec,
+        precision=formats.precision_of(packed=False),
         kv_cache=formats.kv_cache,
         attention=formats.attention,
         decode_share=decode_share,

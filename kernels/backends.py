@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from longvideo.kernels.fp8 import scaled_mm
+from longvideo.kernels.attention import cudnn_fp8
+from longvideo.kernels.fp8 import scaled_mm as fp8_products
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
+from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs an operation in a number format on a device.
+
+    name: of the implementation, None where the device cannot run the format. is_emulated: whether the device has no
+    units for the format and the same numbers are computed in a wider one. reason: why it is emulated or cannot run.
+    """
+
+    name: str | None
+    is_emulated: bool = False
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"emulated by {self.name} ({self.reason})" if self.is_emulated else self.name or f"none ({self.reason})"
+
+
+def product_backend(precision: str, device: torch.device) -> Backend:
+    """Say what multiplies in the blocks of a transformer of this precision (`longvideo.number_formats`)."""
+    library = "cuBLAS" if device.type == "cuda" else "oneDNN"
+    if precision == "nvfp4-weights":
+        return Backend(f"{library} on weights that {kernels_on(device)} unpacks")
+    if precision == "nvfp4":
+        if reason := nvfp4_products.unavailable(device):
+            return Backend(f"{kernels_on(device)} and {library}", is_emulated=True, reason=reason)
+        return Backend("torch scaled_mm on FP4 units")
+    if precision == "fp8":
+        reason = fp8_products.unavailable(device)
+        return Backend(None if reason else "torch scaled_mm on FP8 units, rows of E4M3", reason=reason)
+    return _fp8_reference(device) if precision == "fp8-emulated" else Backend(library)
+
+
+def attention_backend(attention: str, device: torch.device) -> Backend:
+    """Say what attends to the past in this format (`longvideo.number_formats`)."""
+    if attention == "fp8":
+        reason = cudnn_fp8.unavailable(device)
+        return Backend(None, reason=f"{reason}; or use --attention bf16") if reason else Backend("cuDNN frontend, E4M3")
+    if attention == "fp8-emulated":
+        return _fp8_reference(device)
+    return Backend("torch SDPA, cuDNN first" if device.type == "cuda" else "torch SDPA")
+
+
+def kernels_on(device: torch.device) -> str:
+    """Name what runs the operations of this module on a device."""
+    return "triton" if device.type == "cuda" else "reference"
+
+
+def _fp8_reference(device: torch.device) -> Backend:
+    if device.type != "cpu":
+        return Backend(None, reason=f"fp8-emulated is for CPUs, got device {str(device)!r}; use fp8")
+    return Backend("reference", is_emulated=True, reason="a CPU has no FP8 units")
 
 
 class KVOperations(Protocol):
@@ -199,7 +254,7 @@ def decoder_operations(device: torch.device) -> DecoderOperations:
 def fp8_operations(device: torch.device) -> FP8Operations:
     """Return Triton and `scaled_mm` on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
     if _wants_triton(device):
-        if reason := scaled_mm.unavailable(device):
+        if reason := fp8_products.unavailable(device):
             raise ValueError(reason)
         from longvideo.kernels.fp8 import triton as operations
     else:

@@ -11,9 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.nn.attention import SDPBackend
 
 from longvideo.kernels import backends
-from longvideo.kernels.attention import cudnn_fp8
-from longvideo.kernels.fp8 import scaled_mm as fp8_scaled_mm
-from longvideo.kernels.nvfp4 import reference, scaled_mm, te
+from longvideo.kernels.nvfp4 import reference, te
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import preferred_attention
 from longvideo.quantization.linear import NVFP4Linear
@@ -50,12 +48,9 @@ class Check:
 
 def operations(device: torch.device) -> list[Operation]:
     """Say for every operation on a device what would run it."""
-    no_attention = cudnn_fp8.unavailable(device)
-    attention = "reference" if device.type == "cpu" else "none" if no_attention else "cuDNN frontend"
-    instead = {"cuDNN frontend": no_attention} if no_attention else {"reference": "slower"}
     return [
         _attention(device),
-        Operation("attention in fp8", attention, instead),
+        _in_fp8("attention in fp8", backends.attention_backend("fp8", device), "cuDNN frontend"),
         *_kernels(device),
         _video_encoding(),
     ]
@@ -69,28 +64,22 @@ def self_test(device: torch.device) -> list[Check]:
 def _kernels(device: torch.device) -> list[Operation]:
     """Return the operations that on CUDA take Triton's kernels, alone or beside others."""
     on_cpu, no_triton = device.type == "cpu", backends.triton_unavailable(device)
-    no_units, no_te = scaled_mm.unavailable(device), te.unavailable(device)
-    no_fp8 = f"it needs a CUDA device, not {device.type}" if on_cpu else fp8_scaled_mm.unavailable(device)
-    kernels = "reference" if on_cpu else "triton"
+    no_te, products = te.unavailable(device), backends.product_backend("nvfp4", device)
+    kernels = backends.kernels_on(device)
     same = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
     close = {"triton": no_triton} if no_triton else {"reference": "slower"}
     emulated = {"emulated": "the FP4 units are faster"}
-    products = "reference" if on_cpu else "none" if no_fp8 else "torch scaled_mm"
     rows = [
         Operation("norms and rotation between a transformer's products", kernels, close),
         Operation("norms and pixels between a decoder's convolutions", kernels, close),
-        Operation(
-            "product of fp8 weights and inputs",
-            products,
-            {"torch scaled_mm": no_fp8} if no_fp8 else {"reference": "slower"},
-        ),
+        _in_fp8("product of fp8 weights and inputs", backends.product_backend("fp8", device), "torch scaled_mm"),
         Operation("quantise, dequantise", kernels, same),
         Operation("rebuild keys and values of a 4-bit cache", kernels, same),
-        Operation("product of 4-bit weights", f"{kernels}, then {_dtype(device)} matmul", same),
+        Operation("product of 4-bit weights", str(backends.product_backend("nvfp4-weights", device)), same),
         Operation(
             "product of 4-bit weights and inputs",
-            "emulated" if no_units else "torch",
-            {"torch": no_units} if no_units else emulated,
+            f"emulated by {products.name}" if products.is_emulated else str(products),
+            {"torch scaled_mm on FP4 units": str(products.reason)} if products.is_emulated else emulated,
         ),
         Operation(
             "training in NVFP4",
@@ -101,6 +90,14 @@ def _kernels(device: torch.device) -> list[Operation]:
     if on_cpu or no_triton is None:
         return rows
     return [replace(row, backend="none", rejected={"triton": no_triton}) for row in rows]
+
+
+def _in_fp8(name: str, backend: backends.Backend, native: str) -> Operation:
+    """Return an operation that is refused where its units are missing."""
+    slow = {"reference": "it is slow, and for tests on a CPU: fp8-emulated"}
+    if backend.name is None:
+        return Operation(name, "none", {native: str(backend.reason), **slow})
+    return Operation(name, backend.name, slow)
 
 
 def _attention(device: torch.device) -> Operation:

@@ -18,9 +18,9 @@ REMEDY = "use --precision bf16 or nvfp4-weights"
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Return the reason why FP8 products cannot run on a device and what can, None if they can; a CPU always can."""
+    """Return the reason why FP8 products cannot run on a device and what can, None if they can."""
     if device.type != "cuda":
-        return None
+        return f"FP8 products need a GPU of compute capability 8.9 or newer, got device {str(device)!r}; {REMEDY}"
     if not hasattr(functional, "scaled_mm"):
         return (
             f"FP8 products need torch 2.10 or newer, torch {torch.__version__} has no "

@@ -288,6 +288,7 @@ def stream(
                     formats=formats,
                 )
             )
+        console.print(pipeline.start_line(), soft_wrap=True, highlight=False, markup=False)
         writer = VideoWriter(video, fps=pipeline.fps, overwrite=True) if video else None
         try:
             report = measure(

@@ -14,8 +14,9 @@ from longvideo import __version__
 from longvideo.doctor import Check, Operation, operations
 from longvideo.doctor import self_test as run_checks
 from longvideo.gpus import GPU, Link, driver, gpus, links, why_none
-from longvideo.infer.fit import Fit, assess, no_remedy
-from longvideo.infer.memory import Workload
+from longvideo.infer.fit import Fit, assess, cuda_devices, no_remedy
+from longvideo.infer.formats import start_line
+from longvideo.infer.memory import Workload, numbered
 from longvideo.machine import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
 
 T = TypeVar("T")
@@ -162,6 +163,16 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
         f" latent frames, guidance {settings.guidance:g}; precision {workload.precision}, KV cache {formats.kv_cache},"
         f" attention {formats.attention}"
     )
+    if all(
+        place.type == "cpu" or numbered(place) in cuda_devices() for place in (workload.device, workload.decode_device)
+    ):
+        yield start_line(
+            formats,
+            packed=workload.shapes.packed,
+            device=workload.device,
+            dtype=workload.dtype,
+            decode_device=workload.decode_device,
+        )
     if answer.file_bytes is not None:
         yield f"files: {_gb(answer.file_bytes, 3)}, {answer.question.folder}"
     for device, needed in fit.needed.items():

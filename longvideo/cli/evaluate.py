@@ -136,6 +136,7 @@ def shapeworld(
         pipeline = StreamingPipeline.from_pretrained(
             model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
         )
+        typer.echo(pipeline.start_line(), err=True)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,7 @@ def switches(
     _check_output(out, overwrite)
     tasks = build_switches(num, change=change, seed=seed)
     pipeline = StreamingPipeline.from_pretrained(model, device=device)
+    typer.echo(pipeline.start_line(), err=True)
     out.mkdir(parents=True, exist_ok=True)
     console, record, rows = Console(stderr=True), {}, {}
     strips: list[tuple[int, np.ndarray, str]] = []
@@ -270,6 +272,7 @@ def sheet(
     pipeline = StreamingPipeline.from_pretrained(
         model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
     )
+    typer.echo(pipeline.start_line(), err=True)
     streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
     # before the work, so that a folder that cannot be made costs no time
     out.mkdir(parents=True, exist_ok=True)

@@ -131,12 +131,15 @@ def _write(
     started: float,
 ) -> bool:
     """Make the video and write it; return whether that was interrupted."""
+    from longvideo.infer.pipeline import DEFAULT_FORMATS
     from longvideo.infer.writer import VideoWriter
 
     interrupted = False
     with _display() as display:
         display.say("loading")
         pipeline, plan = load()
+        if pipeline.formats != DEFAULT_FORMATS:
+            print(pipeline.start_line(), file=sys.stderr)
         chunks = _start(pipeline, shots, options, image)
         tally = Tally(started, plan.num_chunks, plan.num_frames)
         display.say("making the first chunk")

@@ -45,7 +45,7 @@ Precision: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="Of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
-        " `nvfp4-weights`.  [default: as the model is stored]"
+        " `nvfp4-weights`. `fp8` needs a GPU with FP8 units.  [default: as the model is stored]"
     ),
 ]
 KVCacheFormat: TypeAlias = Annotated[

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from longvideo.errors import UserError
-from longvideo.kernels.fp8.scaled_mm import unavailable as fp8_unavailable
+from longvideo.kernels.backends import product_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
+from longvideo.number_formats import FP8_FORMATS, effective_precision
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
 from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
@@ -177,21 +178,21 @@ def set_product(model: CausalTransformer, product: Product) -> None:
 def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
     """Pack a transformer's layers if need be and say how they multiply; see `longvideo.number_formats`.
 
-    Raises UserError where the transformer's device has no FP8 products and they are wanted, or its layers are packed
+    Raises UserError where the transformer's device has no FP8 products and they are asked for, or its layers are packed
     in 4 bits already.
     """
     packed = is_packed(transformer)
-    if precision is None:
-        precision = "nvfp4" if packed else "bf16"
+    precision = effective_precision(precision, packed=packed)
     if precision == "bf16":
         return transformer
     device = transformer.patch_embedding.weight.device
-    if precision == "fp8":
+    if precision in FP8_FORMATS:
         # that module takes its choice of layers from this one
         from longvideo.quantization.fp8 import quantize_layers_fp8
 
-        if reason := fp8_unavailable(device):
-            raise UserError(reason)
+        backend = product_backend(precision, device)
+        if backend.name is None:
+            raise UserError(str(backend.reason))
         quantize_layers_fp8(transformer)
         return transformer
     if not packed:

@@ -13,8 +13,10 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.kernels.attention import cudnn_fp8
 from longvideo.kernels.attention.reference import attend_fp8
+from longvideo.kernels.backends import attention_backend
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.model.attention import attend
+from longvideo.number_formats import FP8_FORMATS
 
 E4M3 = torch.float8_e4m3fn
 OUT_SCALE = 8.0
@@ -50,16 +52,17 @@ class FP8Attention:
 
     The caller takes the mean off the values: see `longvideo.streaming.transformer`.
 
-    On CUDA it is cuDNN's kernel, which is planned once for each number of slots; elsewhere its definition.
+    "fp8" is cuDNN's kernel, which is planned once for each number of slots; "fp8-emulated" is its definition.
     """
 
     dtype = E4M3
 
-    def __init__(self, device: torch.device):
+    def __init__(self, name: str, device: torch.device):
         """Raise UserError where it cannot run."""
-        if device.type == "cuda" and (reason := cudnn_fp8.unavailable(device)):
-            raise UserError(f"attention in fp8 cannot run: {reason}; or use --attention bf16")
-        self._device = device
+        backend = attention_backend(name, device)
+        if backend.name is None:
+            raise UserError(f"attention in {name} cannot run: {backend.reason}")
+        self._device, self._is_emulated = device, backend.is_emulated
         self._planned: dict[int, cudnn_fp8.FP8Attention] = {}
         self._scales: Tensor | None = None
 
@@ -67,7 +70,7 @@ class FP8Attention:
         self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int
     ) -> Tensor | FP8Rows:
         keys, values = (stored[:, :num_slots].flatten(1, 2) for stored in (keys_BSLNK, values_BSLNK))
-        if self._device.type != "cuda":
+        if self._is_emulated:
             out = attend_fp8(rotated_BLNK, keys, values, scale_p=P_SCALE, scale_out=OUT_SCALE, out_dtype=E4M3)
         else:
             planned = self._planned.get(num_slots)
@@ -101,5 +104,5 @@ class FP8Attention:
 
 
 def slot_attention(name: str, device: torch.device, dtype: torch.dtype) -> SlotAttention:
-    """Return attention by its name: "bf16", which is the model's dtype, or "fp8"."""
-    return FP8Attention(device) if name == "fp8" else PlainAttention(dtype)
+    """Return attention by its name: "bf16", which is the model's dtype, "fp8" or "fp8-emulated"."""
+    return FP8Attention(name, device) if name in FP8_FORMATS else PlainAttention(dtype)

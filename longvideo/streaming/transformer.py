@@ -29,6 +29,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import Block, CausalTransformer, TextContext
+from longvideo.number_formats import FP8_FORMATS
 from longvideo.quantization.fp8 import VALUES, FP8Linear
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.inputs import Inputs, inputs_of
@@ -59,7 +60,8 @@ class StreamingTransformer:
     ):
         """Take a model over: the projections of q, k and v are laid one behind the other, as one product reads them.
 
-        kv_cache: "bf16" (what attention reads) or "nvfp4". attention: "bf16" (the model's dtype) or "fp8".
+        kv_cache: "bf16" (what attention reads) or "nvfp4". attention: "bf16" (the model's dtype), "fp8", or on a CPU
+        "fp8-emulated".
         group: ranks that make every chunk together, each with its share of the cache; all hold the model, are called
         alike and get the whole velocity.
         Raises UserError where FP8 attention cannot run, and for a group whose ranks do not divide the heads and the
@@ -81,7 +83,7 @@ class StreamingTransformer:
         self._window = ChunkWindow(spec)
         self._attend = slot_attention(attention, self.device, weight.dtype)
         self._means: _ValueMeans | None = None
-        if attention == "fp8":
+        if attention in FP8_FORMATS:
             self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
         new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
         self._slots: Slots = new_slots(

@@ -11,6 +11,7 @@ import torch
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.errors import UserError
+from longvideo.infer.formats import start_line
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.linear import NVFP4Linear
@@ -55,7 +56,7 @@ def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
     exact = video(load(model_folder))
     for formats in (
         {"kv_cache": "nvfp4"},
-        {"precision": "fp8"},
+        {"precision": "fp8-emulated", "attention": "fp8-emulated"},
         {"precision": "nvfp4-weights"},
         {"precision": "nvfp4", "kv_cache": "nvfp4"},
     ):
@@ -71,7 +72,7 @@ def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for precision in ("bf16", "fp8"):
+    for precision in ("bf16", "fp8", "fp8-emulated"):
         with pytest.raises(UserError, match=f"packed 4-bit weights, which --precision {precision} cannot run"):
             load(packed_folder, precision=precision)
     for arguments, message in (
@@ -81,3 +82,12 @@ def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: 
         assert main(["generate", PROMPT, *arguments, "-o", str(tmp_path / "out.mp4")]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_start_line_says_what_runs_and_what_is_emulated() -> None:
+    formats = NumberFormats("nvfp4", "nvfp4")
+    line = start_line(formats, packed=False, device=torch.device("cpu"), dtype=torch.float32)
+    assert line.startswith("running on cpu in float32 | products nvfp4: emulated by reference and oneDNN (FP4 products")
+    assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith("decoding on cpu")
+    stored = start_line(NumberFormats(), packed=True, device=torch.device("cpu"), dtype=torch.float32)
+    assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored

@@ -83,7 +83,7 @@ def test_sizes_that_16_does_not_divide_are_refused_before_anything_is_replaced()
 def test_tiny_runs_in_fp8_on_a_cpu() -> None:
     exact = ModelFolder.open("tiny").load_transformer(dtype=torch.float32)
     held = sum(part.numel() * part.element_size() for part in exact.blocks.parameters())
-    model = with_precision(exact, "fp8")
+    model = with_precision(exact, "fp8-emulated")
     kept = sum(part.numel() * part.element_size() for part in (*model.blocks.parameters(), *model.blocks.buffers()))
     assert kept < 0.27 * held
     layer = model.get_submodule("blocks.0.ffn.0")
@@ -95,7 +95,18 @@ def test_a_packed_model_is_refused() -> None:
     packed = small.model()
     quantize_layers(packed)
     with pytest.raises(UserError, match="blocks.0.self_attn.q is packed in 4 bits already"):
-        with_precision(packed, "fp8")
+        with_precision(packed, "fp8-emulated")
+
+
+def test_a_cpu_runs_fp8_only_under_the_name_of_its_emulation() -> None:
+    with pytest.raises(UserError, match="FP8 products need a GPU of compute capability 8.9 or newer, got device 'cpu'"):
+        with_precision(small.model(), "fp8")
+    for formats in (NumberFormats("fp8"), NumberFormats(attention="fp8")):
+        with pytest.raises(UserError, match="need.* a .*GPU"):
+            check_formats(ModelFolder.open("tiny"), formats, device=CPU)
+    check_formats(ModelFolder.open("tiny"), NumberFormats("fp8-emulated", attention="fp8-emulated"), device=CPU)
+    with pytest.raises(UserError, match="fp8-emulated is for CPUs, got device 'cuda'; use fp8"):
+        check_formats(ModelFolder.open("tiny"), NumberFormats("fp8-emulated"), device=CUDA)
 
 
 def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +114,6 @@ def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
     folder, formats = ModelFolder.open("tiny"), NumberFormats("fp8")
-    check_formats(folder, formats, device=CPU)
     with pytest.raises(
         UserError, match="A100 has compute capability 8.0 < 8.9 .* use --precision bf16 or nvfp4-weights"
     ):
@@ -124,7 +134,8 @@ def test_fp8_is_for_generating_only(tmp_path: Path, capsys: pytest.CaptureFixtur
 )
 def test_velocity_on_a_gpu_is_that_of_the_cpu() -> None:
     on_cuda, on_cpu = (
-        small.velocity(with_precision(small.model().bfloat16().to(device), "fp8")).cpu() for device in ("cuda", "cpu")
+        small.velocity(with_precision(small.model().bfloat16().to(device), precision)).cpu()
+        for device, precision in (("cuda", "fp8"), ("cpu", "fp8-emulated"))
     )
     # inputs that differ in their last bit may round to another of E4M3's numbers
     assert relative_error(on_cuda, on_cpu) < 0.05

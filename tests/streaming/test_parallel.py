@@ -46,9 +46,9 @@ CASES = {
     # a tensor scale in 4 bits is that of all heads in one process, of N / R heads on a rank
     "nvfp4 cache": Case(1e-2, kv_cache="nvfp4", options={"samples": 2}),
     # sums in another order let numbers be rounded the other way: as far off as one process with weights changed by 1e-7
-    "fp8 attention": Case(5e-3, attention="fp8", options={"samples": 2}),
-    "fp8 attention, nvfp4 cache": Case(1e-2, kv_cache="nvfp4", attention="fp8", options={"clean_pass": False}),
-    "fp8 products and attention": Case(2e-2, precision="fp8", attention="fp8"),
+    "fp8 attention": Case(5e-3, attention="fp8-emulated", options={"samples": 2}),
+    "fp8 attention, nvfp4 cache": Case(1e-2, kv_cache="nvfp4", attention="fp8-emulated", options={"clean_pass": False}),
+    "fp8 products and attention": Case(2e-2, precision="fp8-emulated", attention="fp8-emulated"),
 }
 
 

@@ -91,7 +91,7 @@ def test_samples_and_guidance() -> None:
     assert relative_error(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["nvfp4-weights", "nvfp4", "fp8"])
+@pytest.mark.parametrize("precision", ["nvfp4-weights", "nvfp4", "fp8-emulated"])
 def test_it_multiplies_as_the_model_does(precision: str) -> None:
     got, wanted = both(precision, "bf16", "cpu", torch.float32)
     plain = roll_out(CachedTransformer(_weights(), SPEC, batch=1), _weights())
@@ -101,9 +101,9 @@ def test_it_multiplies_as_the_model_does(precision: str) -> None:
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8-emulated"])
 def test_attention_in_fp8_is_near(precision: str, kv_cache: str) -> None:
-    got, wanted = both(precision, kv_cache, "cpu", torch.float32, attention="fp8")
+    got, wanted = both(precision, kv_cache, "cpu", torch.float32, attention="fp8-emulated")
     assert 1e-3 < relative_error(got, wanted) < 0.1
 
 
@@ -113,7 +113,7 @@ def test_what_values_have_in_common_survives_attention_in_fp8() -> None:
         if name.endswith("self_attn.v.bias"):
             parameter += 20.0
     wanted = roll_out(CachedTransformer(model, SPEC, batch=1), model)
-    got = roll_out(StreamingTransformer(model, SPEC, batch=1, attention="fp8"), model)
+    got = roll_out(StreamingTransformer(model, SPEC, batch=1, attention="fp8-emulated"), model)
     assert relative_error(got, wanted) < 2e-3
 
 
@@ -126,7 +126,7 @@ def test_a_second_video_knows_nothing_of_the_first() -> None:
     assert torch.equal(roll_out(streaming, model), first)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8-emulated"])
 def test_two_of_them_share_the_weights_of_a_model(precision: str) -> None:
     model = transformer(precision, "cpu", torch.float32)
     first = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
