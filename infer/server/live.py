@@ -9,10 +9,11 @@ from functools import singledispatchmethod
 from typing import Any, Literal
 
 from longvideo.errors import UserError
+from longvideo.infer.fragments import FragmentedVideo
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
 from longvideo.infer.server.limits import ServerSettings
-from longvideo.infer.server.media import FragmentedVideo, StreamFile
+from longvideo.infer.server.media import StreamFile
 from longvideo.infer.server.messages import (
     AddShot,
     Continue,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from longvideo.errors import UserError
+from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, Segment, boxes, segment_times
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.media import TICKS_PER_FRAME, FragmentedVideo, Segment, StreamFile, boxes, segment_times
+from longvideo.infer.server.media import StreamFile
 
 WIDTH, HEIGHT, FPS = 96, 64, 24
 PARTS = (1, 28, 32, 3)
