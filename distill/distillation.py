@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.adapters import UP, Adapter, layer_sizes, merge
+from longvideo.checkpoint.adapters import UP, Adapter, layer_sizes
+from longvideo.checkpoint.conversion import Wishes, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
@@ -44,7 +45,7 @@ from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
 from longvideo.pixels import to_uint8
-from longvideo.quantization.convert import quantize_layers, with_precision
+from longvideo.quantization.convert import with_precision
 from longvideo.rollout import CachedTransformer, rollout
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
@@ -452,14 +453,6 @@ def save_merged(
     overwrite: bool = False,
 ) -> None:
     """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance."""
-    transformer = merge(source.load_transformer(), adapter)
-    if packed:
-        quantize_layers(transformer)
-    ModelFolder.save(
-        target,
-        settings=replace(source.settings, steps=steps, guidance=1.0, clean_pass=clean_pass),
-        transformer=transformer,
-        vae=source.load_vae() if "vae" in source.parts else None,
-        text_encoder=source.load_text_encoder() if "text_encoder" in source.parts else None,
-        overwrite=overwrite,
-    )
+    settings = replace(source.settings, steps=steps, guidance=1.0, clean_pass=clean_pass)
+    wishes = Wishes(precision="nvfp4" if packed else None)
+    convert_model(source.with_adapter(adapter.stored(), settings), target, wishes, overwrite=overwrite)

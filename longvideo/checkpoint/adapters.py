@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,11 @@ from longvideo.checkpoint import names
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.packed import PACKED_LEAVES
 from longvideo.checkpoint.saving import save_weights
-from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
+from longvideo.checkpoint.tensors import InMemory, Lazy, Made, TensorInfo, Weights, as_bytes, is_one_byte_float, read
 from longvideo.errors import CheckpointError
 from longvideo.files import read_json, write_json
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import NVFP4Tensor
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.linear import CODES, NVFP4Linear
 
 PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
@@ -34,6 +35,8 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 UNSUPPORTED = ("use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "lora_bias")
 MAX_ALPHA = 1e9
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, names.MODEL_PREFIX)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ class Adapter:
     @property
     def layers(self) -> list[str]:
         return [name.removesuffix(DOWN) for name in self.weights if name.endswith(DOWN)]
+
+    def stored(self) -> StoredAdapter:
+        """Show it as if it had been opened; its digest stands in for the files that it would be from."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            for piece in InMemory(self.weights[name]).pieces():
+                digest.update(as_bytes(piece))
+        tensors = {name: InMemory(tensor) for name, tensor in self.weights.items()}
+        return StoredAdapter(Weights(tensors, metadata={"sha256": digest.hexdigest()}), self.rank, self.scaling)
 
     def save(self, folder: Path, *, base: str) -> None:
         """Write a folder that `peft.PeftModel.from_pretrained` reads, and beside it the file that diffusers reads.
@@ -183,54 +195,49 @@ def is_adapter(names: Iterable[str]) -> bool:
     return any(f"{DOWN}." in name or name.endswith(DOWN) for name in names)
 
 
-def merged(base: Weights, adapter: StoredAdapter, *, dtype: torch.dtype = torch.bfloat16) -> Weights:
+def merged(base: Weights, adapter: StoredAdapter) -> Weights:
     """Show a transformer's weights with an adapter added, each when it is read; official names.
 
-    Sums are made in fp32 and rounded once, to the dtype of the weight, or to `dtype` where the base is packed: its
-    updated layers become what they stand for. Raises CheckpointError where the adapter does not belong to the base.
+    Sums are made in fp32 and rounded once, to the dtype of the weight. A weight of 4 or 8 bits becomes bf16, because
+    such few bits would round most of an update away; a line in the log says so. Raises CheckpointError where the
+    adapter does not belong to the base.
     """
     changes: dict[str, Lazy | None] = {}
+    widened: dict[str, int] = {}
     for layer, size in adapter.sizes.items():
         name, codes = f"{layer}.weight", f"{layer}.{CODES}"
         if codes in base.tensors:
             rows, half = base.infos[codes].shape
             parts = [base.tensors[f"{layer}.{leaf}"] for leaf in PACKED_LEAVES]
-            own, result = (rows, 2 * half), dtype
-            weight: Lazy = Made(TensorInfo(own, torch.float32), partial(_dequantized, *parts))
+            weight: Lazy = Made(TensorInfo((rows, 2 * half), torch.float32), partial(_dequantized, *parts))
+            stored, result = "NVFP4", torch.bfloat16
             changes |= dict.fromkeys(f"{layer}.{leaf}" for leaf in PACKED_LEAVES)
         elif name in base.tensors:
-            weight, own, result = base.tensors[name], base.infos[name].shape, base.infos[name].dtype
+            weight, result = base.tensors[name], base.infos[name].dtype
+            stored, result = str(result), torch.bfloat16 if is_one_byte_float(result) else result
         else:
             raise CheckpointError(f"{adapter.weights.label} updates {layer}, which {base.label} has not")
-        if own != size:
+        if weight.info.shape != size:
             raise CheckpointError(
-                f"{adapter.weights.label} updates {layer} of {list(size)}, in {base.label} it is {list(own)}"
+                f"{adapter.weights.label} updates {layer} of {list(size)}, in {base.label} it is"
+                f" {list(weight.info.shape)}"
             )
+        if stored != str(result):
+            widened[stored] = widened.get(stored, 0) + 1
         down, up = (adapter.weights.tensors[layer + part] for part in (DOWN, UP))
         changes[name] = Made(TensorInfo(size, result), partial(_read_sum, weight, down, up, adapter.scaling, result))
+    for stored, count in widened.items():
+        logger.warning(
+            "%s: the layers that the adapter updates (%d) become bf16; %s would round most of the update away",
+            *(base.label, count, stored.removeprefix("torch.")),
+        )
     files = tuple(dict.fromkeys((*base.files, *adapter.weights.files)))
-    notes = {**base.metadata, "adapter_scaling": str(adapter.scaling)}
+    notes = {
+        **base.metadata,
+        "adapter_scaling": str(adapter.scaling),
+        **{f"adapter_{key}": value for key, value in adapter.weights.metadata.items()},
+    }
     return Weights(base.replaced(changes).tensors, files, notes)
-
-
-@torch.no_grad()
-def merge(
-    model: CausalTransformer, adapter: Adapter, *, on_layer: Callable[[str], None] = lambda name: None
-) -> CausalTransformer:
-    """Add an adapter to a transformer's weights, in place; packed layers become what they stand for, and no longer are.
-
-    Sums are made in fp32 and rounded once to the weights' dtype.
-    """
-    for layer in adapter.layers:
-        linear = model.get_submodule(layer)
-        if isinstance(linear, NVFP4Linear):
-            linear = _unpacked(linear, model.patch_embedding.weight.dtype)
-            model.set_submodule(layer, linear)
-        assert isinstance(linear, nn.Linear)
-        down, up = (adapter.weights[layer + part].to(linear.weight.device) for part in (DOWN, UP))
-        linear.weight.copy_(_sum(linear.weight, down, up, adapter.scaling))
-        on_layer(layer)
-    return model
 
 
 def layer_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -242,21 +249,8 @@ def layer_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def _unpacked(packed: NVFP4Linear, dtype: torch.dtype) -> nn.Linear:
-    weight = reference.dequantize(packed.quantized_weight).to(dtype)
-    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.to(dtype), requires_grad=False)
-    return linear
-
-
-def _sum(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    return weight.float() + scaling * (up.float() @ down.float())
-
-
 def _read_sum(weight: Lazy, down: Lazy, up: Lazy, scaling: float, dtype: torch.dtype) -> Tensor:
-    return _sum(read(weight), read(down), read(up), scaling).to(dtype)
+    return (read(weight).float() + scaling * (read(up).float() @ read(down).float())).to(dtype)
 
 
 def _dequantized(codes: Lazy, scales: Lazy, tensor_scale: Lazy) -> Tensor:

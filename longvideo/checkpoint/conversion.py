@@ -21,7 +21,7 @@ from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.targets import TARGETS, Work
-from longvideo.checkpoint.tensors import Weights
+from longvideo.checkpoint.tensors import Weights, is_one_byte_float
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import replace_path, write_json
 from longvideo.kernels.nvfp4.format import Rule
@@ -146,9 +146,14 @@ def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacke
     if wishes.precision == NVFP4:
         model = source.build(TRANSFORMER)
         assert isinstance(model, CausalTransformer)
+        own = own.cast(torch.bfloat16, keep=lambda name: not _is_fp8(own, name))
         layers = [name for name in layers_to_quantize(model, wishes.keep) if f"{name}.weight" in own.tensors]
         return packed.pack(own, layers, Rule(wishes.rule), on_packed=on_packed)
     return own.cast(DTYPES[wishes.precision])
+
+
+def _is_fp8(weights: Weights, name: str) -> bool:
+    return is_one_byte_float(weights.infos[name].dtype) and not packed.is_of_packed_layer(name)
 
 
 def _stamps(weights: Mapping[str, Weights]) -> dict[str, list[int]]:

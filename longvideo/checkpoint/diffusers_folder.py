@@ -129,7 +129,7 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> Part:
         return AutoencoderConfig.from_dict(json) if part == VAE else UMT5Config.from_dict(json)
 
     config = read_config(folder / "config.json", parse)
-    weights = open_weights(folder, stem=WEIGHT_STEMS[part])
+    weights = open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers)
     return Part(kind, official_transformer(weights) if part == TRANSFORMER else weights, config)
 
 

@@ -105,6 +105,12 @@ class ModelFolder:
         folder._check_configs()
         return folder
 
+    def with_adapter(self, adapter: StoredAdapter, settings: ModelSettings) -> ModelFolder:
+        """Show the model with an adapter added to its transformer, see `adapters.merged`, and with other settings."""
+        part = self._part(TRANSFORMER)
+        changed = {TRANSFORMER: replace(part, weights=merged(part.weights, adapter))}
+        return replace(self, settings=settings, stored={**self.stored, **changed})
+
     @property
     def parts(self) -> tuple[str, ...]:
         """Which of transformer, vae and text_encoder it has."""

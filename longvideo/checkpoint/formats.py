@@ -200,6 +200,7 @@ def _autoencoder(weights: Weights, config: Path | None, like: Like) -> Part:
 
 
 def _text_encoder(weights: Weights, config: Path | None) -> Part:
+    weights = weights.renamed(names.strip_wrappers)
     if "token_embedding.weight" in weights.infos:
         weights = weights.renamed(names.TEXT_ENCODER_OFFICIAL.ours)
         return Part("UMT5 (official)", weights, shapes.text_encoder_config(weights))

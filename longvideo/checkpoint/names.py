@@ -16,7 +16,8 @@ from longvideo.errors import CheckpointError
 
 Rules: TypeAlias = list[tuple[re.Pattern[str], str]]
 
-WRAPPER_PARTS = ("_fsdp_wrapped_module", "_orig_mod", "module")
+WRAPPER_PARTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
+"""What FSDP, activation checkpointing, torch.compile and DDP put into parameter names."""
 MODEL_PREFIX = "model."
 
 

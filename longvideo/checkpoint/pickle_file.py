@@ -21,9 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from longvideo import files
 from longvideo.checkpoint.tensors import InFile, Lazy, Made, TensorInfo, Weights, as_bytes, listing, read
 from longvideo.errors import CheckpointError
+from longvideo.files import write_file
 
 DAMAGE = (
     RuntimeError,
@@ -69,7 +69,7 @@ def open_file(file: Path, entry: str | None = None) -> Weights:
     return Weights({name: _place(file, size, name, tensor) for name, tensor in found.items()}, [file], metadata)
 
 
-def write_file(
+def write_weights(
     file: Path,
     weights: Weights,
     *,
@@ -78,7 +78,7 @@ def write_file(
 ) -> None:
     """Write a dict of tensors, in pieces, and put the file in place when it is whole.
 
-    within: names of the dicts around it, outermost first. on_bytes: as in `safetensors_file.write_file`.
+    within: names of the dicts around it, outermost first. on_bytes: as in `safetensors_file.write_weights`.
     """
 
     def write(target: Path) -> None:
@@ -101,7 +101,7 @@ def write_file(
                     checksums[place] = checksum
             _write_checksums(stream, checksums)
 
-    files.write_file(file, write)
+    write_file(file, write)
 
 
 def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ()) -> None:

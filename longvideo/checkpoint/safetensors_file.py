@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longvideo import files
 from longvideo.checkpoint.tensors import InFile, TensorInfo, Weights, as_bytes
 from longvideo.errors import CheckpointError
+from longvideo.files import write_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -67,7 +67,7 @@ def open_file(file: Path) -> Weights:
     return Weights(tensors, [file], metadata)
 
 
-def write_file(
+def write_weights(
     file: Path,
     weights: Weights,
     *,
@@ -89,11 +89,11 @@ def write_file(
                     stream.write(as_bytes(piece))
                     on_bytes(piece.numel() * piece.element_size())
 
-    files.write_file(file, write)
+    write_file(file, write)
 
 
 def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
-    """Say whether a file is there that `write_file` would have given the same header and length."""
+    """Say whether a file is there that `write_weights` would have given the same header and length."""
     if not file.is_file():
         return False
     header = _header(weights, in_file_order(weights), metadata)

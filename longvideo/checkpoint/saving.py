@@ -47,7 +47,7 @@ def save_weights(
         if go_on and safetensors_file.holds(folder / name, shard, metadata=header):
             on_bytes(shard.num_bytes)
         else:
-            safetensors_file.write_file(folder / name, shard, metadata=header, on_bytes=on_bytes)
+            safetensors_file.write_weights(folder / name, shard, metadata=header, on_bytes=on_bytes)
         weight_map.update(dict.fromkeys(names, name))
         written.add(folder / name)
     if len(shards) > 1:

@@ -41,7 +41,7 @@ class Work:
         if file.is_file():  # it has this name only when it is whole
             self.on_bytes(weights.num_bytes)
         else:
-            pickle_file.write_file(file, weights, within=within, on_bytes=self.on_bytes)
+            pickle_file.write_weights(file, weights, within=within, on_bytes=self.on_bytes)
         return file
 
     def copy_tokenizer(self, folder: Path) -> None:

@@ -118,6 +118,11 @@ class Made:
         yield made.contiguous().flatten()
 
 
+def is_one_byte_float(dtype: torch.dtype) -> bool:
+    """Say whether a dtype is one of FP8's, for which torch has hardly any arithmetic; bf16 holds its values exactly."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def read(tensor: Lazy) -> Tensor:
     """Return the whole tensor, on the CPU."""
     info = tensor.info

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint import conversion
 from longvideo.checkpoint.conversion import Progress, Wishes, convert_model
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.tensors import Weights
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import Rule
@@ -100,6 +102,43 @@ def test_precision_is_of_the_transformer_and_packing_equals_quantising_in_memory
     with pytest.raises(CheckpointError, match="convert the model it is from"):
         convert_model(packed, tmp_path / "bf16", Wishes(precision="bf16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_packed_as_if_they_had_been_bf16(
+    dtype: torch.dtype, ours: ModelFolder, tmp_path: Path
+) -> None:
+    convert_model(ours, tmp_path / "eight", Wishes(precision="bf16"))
+    file = tmp_path / "eight" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    eight, sixteen = tmp_path / "eight", tmp_path / "sixteen"
+    assert main(["convert", str(eight), str(sixteen), "--precision", "bf16"]) == 0
+    assert main(["convert", str(sixteen), str(tmp_path / "expected"), "--precision", "nvfp4"]) == 0
+    assert main(["convert", str(eight), str(tmp_path / "converted"), "--precision", "nvfp4"]) == 0
+    assert main(["quantize", str(eight), str(tmp_path / "quantized")]) == 0
+    expected = tmp_path / "expected" / file.relative_to(eight)
+    for result in ("converted", "quantized"):
+        assert (tmp_path / result / file.relative_to(eight)).read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+def test_any_floating_dtype_goes_to_every_target_and_back(
+    dtype: torch.dtype, ours: ModelFolder, tmp_path: Path
+) -> None:
+    part = ours.stored["transformer"]
+    values = {name: part.weights.read(name).to(dtype) for name in part.weights.infos}
+    own = replace(ours, stored={**ours.stored, "transformer": replace(part, weights=Weights.of(values))})
+    for target, name in (("longvideo", "a"), ("official", "b"), ("longlive", "c.pt"), ("safetensors", "d.safetensors")):
+        convert_model(own, tmp_path / name, Wishes(target))
+        again = ModelFolder.open(tmp_path / name, base=ours.path).weights("transformer")
+        for tensor, value in values.items():
+            back = again.read(tensor)
+            assert back.dtype == dtype and torch.equal(back.view(torch.uint8), value.view(torch.uint8)), (
+                target,
+                tensor,
+            )
+    convert_model(own, tmp_path / "packed", Wishes(precision="nvfp4"))
+    assert ModelFolder.open(tmp_path / "packed").load_transformer(dtype=torch.bfloat16).eval()
 
 
 def test_one_file_of_the_transformer_opens_with_a_base(ours: ModelFolder, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from longvideo.checkpoint.adapters import layer_sizes, open_adapter
 from longvideo.checkpoint.conversion import Wishes, convert_adapter, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
@@ -192,6 +193,26 @@ def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: Mo
     convert_model(ours, packed, Wishes(precision="nvfp4"))
     unpacked = ModelFolder.open(file, base=packed).load_transformer().state_dict()
     assert 0.05 < golden.relative_error(unpacked[f"{name}.weight"], expected) < 0.1
+
+
+def test_every_part_opens_with_the_names_of_training_wrappers(ours: ModelFolder, wan: Path, tmp_path: Path) -> None:
+    def wrapped(name: str) -> str:
+        first, *rest = name.split(".")
+        inner = ".".join([first, *rest[:1], "_fsdp_wrapped_module._checkpoint_wrapped_module", *rest[1:]])
+        return f"module._orig_mod.{inner}"
+
+    for part, file in (
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+        ("vae", "Wan2.2_VAE.pth"),
+        ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
+    ):
+        official_names = open_weights(wan / file)
+        tensors = {wrapped(name): official_names.read(name) for name in official_names.infos}
+        torch.save(tensors, tmp_path / f"{part}.pt")
+        opened, plain = ModelFolder.open(tmp_path / f"{part}.pt", base=ours.path), ours.weights(part)
+        opened.check(part)
+        assert opened.weights(part).infos.keys() == plain.infos.keys()
+        assert all(torch.equal(opened.weights(part).read(name), plain.read(name)) for name in plain.infos)
 
 
 def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_path: Path) -> None:

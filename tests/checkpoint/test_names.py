@@ -116,6 +116,9 @@ def test_the_two_affine_norms_swap_numbers() -> None:
         "model.blocks.0.ffn.0.weight",
         "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.ffn.0.weight",
         "module.model.blocks.0._orig_mod.ffn.0.weight",
+        "blocks.0._checkpoint_wrapped_module.ffn.0.weight",
+        "_fsdp_wrapped_module.model.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.ffn.0.weight",
+        "module._orig_mod.model.blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module._orig_mod.ffn.0.weight",
     ],
 )
 def test_wrappers_of_training_are_dropped(name: str) -> None:

@@ -207,7 +207,7 @@ def test_a_written_pickle_is_whole_to_torch_and_to_any_reader_of_zips(tmp_path: 
     }
     save_file(values, tmp_path / "model.safetensors")
     file = tmp_path / "model.pt"
-    pickle_file.write_file(file, open_weights(tmp_path / "model.safetensors"), within=within)
+    pickle_file.write_weights(file, open_weights(tmp_path / "model.safetensors"), within=within)
     found = torch.load(file, weights_only=True)
     for key in within:
         found = found[key]
