@@ -24,11 +24,10 @@ def write_slot(
     smoothed_BLNK = keys_BLNK.float() - mean_BNK.float().unsqueeze(1)
     for kind, x_BLNK in ((KEYS, smoothed_BLNK), (VALUES, values_BLNK.float())):
         amax_B = x_BLNK.abs().amax((1, 2, 3))
-        tensor_scale_B = nvfp4.tensor_scale_of(amax_B, rule)
-        quantized = nvfp4.quantize(x_BLNK, rule, tensor_scale=tensor_scale_B[:, None, None, None])
+        quantized = nvfp4.quantize(x_BLNK, rule, amax=amax_B[:, None, None, None])
         slots.codes[kind, slot] = quantized.codes
         slots.scales.view(torch.uint8)[kind, slot] = quantized.scales.view(torch.uint8)
-        slots.tensor_scale[kind, slot] = tensor_scale_B
+        slots.tensor_scale[kind, slot] = quantized.tensor_scale.flatten()
 
 
 def rebuild(

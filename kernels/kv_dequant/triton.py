@@ -31,8 +31,8 @@ from longvideo.kernels.nvfp4.triton.quantizing import (
     BLOCK_GROUPS,
     MAXIMA_BLOCKS,
     MAXIMA_WARPS,
+    amax_and_scales,
     block_warps,
-    tensor_scales,
 )
 
 REBUILD_WARPS = 4
@@ -82,13 +82,13 @@ def write_slot(
         num_warps=MAXIMA_WARPS,
         enable_fp_fusion=False,
     )
-    scale_of_2B = tensor_scales(maxima, rule)
-    slots.tensor_scale[:, slot] = scale_of_2B.view(2, batch)
+    amax_2B, scale_2B = amax_and_scales(maxima, rule)
+    slots.tensor_scale[:, slot] = scale_2B.view(2, batch)
     _write_kernel[(triton.cdiv(num_groups, block_groups), batch, 2)](
         keys_BLNK,
         values_BLNK,
         mean_BNK,
-        scale_of_2B,
+        amax_2B,
         slots.codes.view(torch.int32)[:, slot],
         slots.scales.view(torch.uint8)[:, slot],
         slots.scales.stride(0),
@@ -208,7 +208,7 @@ def _write_kernel(
     keys_ptr,
     values_ptr,
     mean_ptr,
-    tensor_scale_ptr,
+    amax_ptr,
     codes_ptr,
     scales_ptr,
     kind_groups,
@@ -222,8 +222,8 @@ def _write_kernel(
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = group < num_groups
     x = _load_smoothed(keys_ptr, values_ptr, mean_ptr, num_groups, group, inside, CHANNELS)
-    tensor_scale = tl.load(tensor_scale_ptr + kind * tl.num_programs(1) + sample)
-    value, byte, scale = quantize_groups(x, tensor_scale, 0.0, RULE, ADAPTIVE, False)
+    amax = tl.load(amax_ptr + kind * tl.num_programs(1) + sample)
+    value, byte, scale = quantize_groups(x, amax, 0.0, RULE, ADAPTIVE, False)
     first = kind * kind_groups + sample * num_groups
     store_codes(codes_ptr + first * GROUP_WORDS, scales_ptr + first, x, value, byte, group, inside)
 

@@ -18,8 +18,8 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-6  # the smallest normal number, and the smallest scale a group gets
 ADAPTIVE_SCALE_MAX = 256.0  # leaves room for 1.5 times the scale
-# the smallest tensor scale: times the smallest code and group scale it is a normal float32, and no reciprocal overflows
-TENSOR_SCALE_MIN = 2.0**-116
+# the smallest tensor scale: no reciprocal overflows, and what divisions leave of the smallest numbers is representable
+TENSOR_SCALE_MIN = 2.0**-112
 # signs of the 16-point random Hadamard transform; any fixed choice serves, this one is TransformerEngine's
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
@@ -47,6 +47,11 @@ class Rule(str, Enum):
         if self is Rule.STATIC4:
             return 4.0 * E4M3_MAX
         return E2M1_MAX * (ADAPTIVE_SCALE_MAX if self.is_adaptive else E4M3_MAX)
+
+    @property
+    def smallest_amax(self) -> float:
+        """Smallest largest magnitude that a tensor is treated as having, so that its scale is not too small."""
+        return self.largest_product * TENSOR_SCALE_MIN
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """NVFP4 in plain torch: the definition that every kernel is compared with, and the way to run it on any device.
 
 static6 equals torchao's `nvfp4_quantize` bit for bit, and TransformerEngine's reference but for ties and for groups
-whose scale lies below E4M3's normal numbers; the adaptive rules equal the public four-over-six code. Sums of errors are
-taken in a fixed order, a tree of neighbouring pairs, so that a kernel can repeat them exactly.
+whose scale lies below E4M3's normal numbers. The adaptive rules equal the public four-over-six code of LongLive 2.0 in
+float32 on a CPU bit for bit; that fixes the order of every rounding and of the sums of errors, and kernels repeat it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from longvideo.kernels.nvfp4.format import (
     E4M3_TINY,
     GROUP,
     HADAMARD_SIGNS,
-    TENSOR_SCALE_MIN,
     ExactOperand,
     NVFP4Tensor,
     Rule,
@@ -29,6 +28,8 @@ from longvideo.kernels.nvfp4.format import (
 
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 MX_GROUP = 32
+LANES = 8  # float32 numbers in a register of the CPU whose sums the adaptive rules repeat
+AMAX_SHIFT = 2.0**-11  # keeps code x group scale x largest magnitude below that magnitude
 EXPONENT_BITS = 0x7F800000  # of a float32
 ANCHOR = 1.5 * 2.0**22  # times a power of two: a float32 whose last bit is worth half of that power
 
@@ -38,21 +39,22 @@ def quantize(
     rule: Rule = Rule.ADAPTIVE,
     *,
     tile_rows: int = 1,
-    tensor_scale: Tensor | None = None,
+    amax: Tensor | None = None,
     generator: torch.Generator | None = None,
     name: str | None = None,
 ) -> NVFP4Tensor:
     """Quantise along the last dimension, whose size 16 must divide.
 
     tile_rows: 16 gives every 16 x 16 tile of a matrix one scale, so that its transpose has the same codes.
-    tensor_scale: float32, broadcasting against [..., K/16]; by default from the largest magnitude of the whole tensor.
+    amax: largest magnitude that the tensor scale is made for, float32, broadcasting against [..., K/16]; by default
+        that of the whole tensor. Group scales are made with it, not with the tensor scale, its rounded quotient.
     generator: on x's device, rounds stochastically; without it, to nearest, ties to even.
     name: of the tensor; when given, NaN and infinity raise ValueError with it. That waits for the device. Without it
         they turn the tensor scale, and so every value, into NaN or infinity.
     Raises ValueError for shapes that groups do not divide, and for stochastic rounding with an adaptive rule, whose
     choice after the rounding would be biased.
     """
-    values, scales, tensor_scale = _round(x, rule, tile_rows, tensor_scale, generator, name)
+    values, scales, tensor_scale = _round(x, rule, tile_rows, amax, generator, name)
     return NVFP4Tensor(pack(encode(values)).view(*x.shape[:-1], -1), scales, tensor_scale)
 
 
@@ -256,14 +258,14 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
     """Return the tensor scale for a largest magnitude."""
-    return _divide(amax.float(), rule.largest_product).clamp_min(TENSOR_SCALE_MIN)
+    return _divide(amax.float().clamp_min(rule.smallest_amax), rule.largest_product)
 
 
 def _round(
     x: Tensor,
     rule: Rule,
     tile_rows: int,
-    tensor_scale: Tensor | None,
+    amax: Tensor | None,
     generator: torch.Generator | None,
     name: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,29 +277,48 @@ def _round(
         )
     if name is not None and not torch.isfinite(x).all():
         raise ValueError(f"{name} {list(x.shape)} holds NaN or infinity and cannot be quantised")
-    if tensor_scale is None:
-        tensor_scale = tensor_scale_of(largest_magnitude(x), rule)
+    amax = (largest_magnitude(x) if amax is None else amax.float()).clamp_min(rule.smallest_amax)
     groups = x.float().unflatten(-1, (-1, GROUP))
-    amax = groups.abs().amax(-1)
+    group_amax = groups.abs().amax(-1)
     if tile_rows == GROUP:
-        amax = amax.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
-    largest = 4.0 if rule is Rule.STATIC4 else E2M1_MAX
-    wanted = _divide(amax, largest) / tensor_scale
-    # torchao gives no group less than a normal number; the public adaptive code goes down to zero
-    smallest = 0.0 if rule.is_adaptive else E4M3_TINY
-    scales = _to_e4m3(wanted.clamp(smallest, E4M3_MAX), round_up=generator is not None)
-    values = _scaled(groups, scales, tensor_scale)
-    if generator is not None:
-        return _stochastically(values, generator), scales, tensor_scale
-    values = _to_nearest(values)
+        group_amax = group_amax.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
+    tensor_scale = tensor_scale_of(amax, rule)
     if rule.is_adaptive:
-        to_four = _to_e4m3((wanted * 1.5).clamp(smallest, E4M3_MAX), round_up=False)
-        values_to_four = _to_nearest(_scaled(groups, to_four, tensor_scale))
-        error_of = functools.partial(_error, groups, tensor_scale, rule, tile_rows)
-        better = error_of(values_to_four, to_four) < error_of(values, scales)
-        values = torch.where(better.unsqueeze(-1), values_to_four, values)
-        scales = torch.where(better, to_four.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
+        values, scales = _round_adaptively(groups, group_amax, amax, rule, tile_rows)
+    else:
+        values, scales = _round_statically(groups, group_amax, tensor_scale, rule, generator)
     return values, scales, tensor_scale
+
+
+def _round_statically(
+    groups: Tensor, group_amax: Tensor, tensor_scale: Tensor, rule: Rule, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    exact_scale = _divide(group_amax, 4.0 if rule is Rule.STATIC4 else E2M1_MAX) / tensor_scale
+    # torchao gives no group less than a normal number
+    scales = _to_e4m3(exact_scale.clamp(E4M3_TINY, E4M3_MAX), round_up=generator is not None)
+    values = _scaled(groups, tensor_scale.reciprocal() / scales.float())
+    return _to_nearest(values) if generator is None else _stochastically(values, generator), scales
+
+
+def _round_adaptively(
+    groups: Tensor, group_amax: Tensor, amax: Tensor, rule: Rule, tile_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Round with the group's largest magnitude at 6 and at 4, and keep what has the lower error in every group."""
+    encoding_scale = torch.full_like(amax, rule.largest_product) / amax
+    decoding_scale = encoding_scale.reciprocal()
+    exact_scale = _divide(group_amax, E2M1_MAX) * encoding_scale
+    candidates = []
+    for candidate_scale in (exact_scale, exact_scale * 1.5):
+        scales = _to_e4m3(candidate_scale.clamp(0.0, E4M3_MAX), round_up=False)
+        # a group whose scale rounds to zero is zero
+        factor = torch.where(scales.float() > 0, (decoding_scale * scales.float()).reciprocal(), 0.0)
+        values = _to_nearest(_scaled(groups, factor))
+        candidates.append((values, scales, _error(groups, values, scales, amax, rule, tile_rows)))
+    (to_six, scales_to_six, error_to_six), (to_four, scales_to_four, error_to_four) = candidates
+    better = error_to_four < error_to_six
+    values = torch.where(better.unsqueeze(-1), to_four, to_six)
+    scales = torch.where(better, scales_to_four.view(torch.uint8), scales_to_six.view(torch.uint8))
+    return values, scales.view(torch.float8_e4m3fn)
 
 
 def _generator(seed: int | Tensor | None, device: torch.device) -> torch.Generator | None:
@@ -323,31 +344,48 @@ def _divide(x: Tensor, by: float) -> Tensor:
     return x / torch.full((), by, device=x.device)
 
 
-def _scaled(groups: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    # a group whose scale rounds to zero is zero
-    factor = torch.where(scales.float() > 0, tensor_scale.reciprocal() / scales.float(), 0.0)
+def _scaled(groups: Tensor, factor: Tensor) -> Tensor:
     return (groups * factor.unsqueeze(-1)).clamp(-E2M1_MAX, E2M1_MAX)
 
 
-def _error(groups: Tensor, tensor_scale: Tensor, rule: Rule, tile_rows: int, values: Tensor, scales: Tensor) -> Tensor:
-    """Return the error of every group, summed over its tile if there are tiles."""
-    error = values * (scales.float() * tensor_scale).unsqueeze(-1) - groups
+def _error(groups: Tensor, values: Tensor, scales: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> Tensor:
+    """Return the error of every group, summed over its tile if there are tiles.
+
+    A value is `code x scale x amax / (6 x 256)`, rounded after the second product and after the division. The power of
+    two in the divisor comes first, which changes no bit and keeps the product from overflowing.
+    """
+    product = values * scales.float().unsqueeze(-1) * (amax * AMAX_SHIFT).unsqueeze(-1)
+    error = _divide(product, rule.largest_product * AMAX_SHIFT) - groups
     if rule is Rule.ADAPTIVE_MAX:
         worst = error.abs().amax(-1)
-        if tile_rows == GROUP:
-            worst = worst.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
-        return worst
-    total = _pairwise_sum(error.square() if rule is Rule.ADAPTIVE else error.abs())
-    if tile_rows == GROUP:
-        total = _pairwise_sum(total.unflatten(0, (-1, GROUP)).transpose(1, -1)).repeat_interleave(GROUP, 0)
-    return total
+        return worst if tile_rows == 1 else worst.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
+    error = error.square() if rule is Rule.ADAPTIVE else error.abs()
+    return _sum_of_groups(error) if tile_rows == 1 else _sum_of_tiles(error).repeat_interleave(GROUP, 0)
 
 
-def _pairwise_sum(x: Tensor) -> Tensor:
-    """Sum 16 numbers of the last dimension as a tree of neighbouring pairs."""
-    while x.shape[-1] > 1:
-        x = x[..., ::2] + x[..., 1::2]
-    return x.squeeze(-1)
+def _sum_of_groups(x: Tensor) -> Tensor:
+    """Sum 16 numbers of the last dimension as a CPU with registers of eight does: its halves, then their eight sums."""
+    first, second = x.unflatten(-1, (2, LANES)).unbind(-2)
+    return _sum_in_order(first + second)
+
+
+def _sum_of_tiles(x_RG16: Tensor) -> Tensor:
+    """Sum tiles of 16 x 16 as a CPU does with four registers of eight, one for each half of even and of odd rows."""
+    halves_TNPGHL = x_RG16.unflatten(-1, (2, LANES)).unflatten(0, (-1, GROUP // 2, 2))
+    total_TPGHL = halves_TNPGHL[:, 0]
+    for step in range(1, GROUP // 2):
+        total_TPGHL = total_TPGHL + halves_TNPGHL[:, step]
+    even_TGHL, odd_TGHL = total_TPGHL.unbind(1)
+    total_TGL = even_TGHL[..., 0, :] + even_TGHL[..., 1, :] + odd_TGHL[..., 0, :] + odd_TGHL[..., 1, :]
+    return _sum_in_order(total_TGL)
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    """Sum the last dimension from the first number to the last."""
+    first, *others = x.unbind(-1)
+    for other in others:
+        first = first + other
+    return first
 
 
 def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:

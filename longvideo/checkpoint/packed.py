@@ -106,16 +106,16 @@ class _Quantized:
 
     def _quantize(self, weight: Tensor) -> NVFP4Tensor:
         """Quantise some rows at a time, which stay in the processor's cache; the result is that of all at once."""
-        scale = reference.tensor_scale_of(reference.largest_magnitude(weight), self.rule)
+        amax = reference.largest_magnitude(weight)
         try:
             parts = [
-                reference.quantize(rows, self.rule, tensor_scale=scale, name=self.label)
+                reference.quantize(rows, self.rule, amax=amax, name=self.label)
                 for rows in weight.split(max(1, VALUES_AT_ONCE // weight.shape[1]))
             ]
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
-        return NVFP4Tensor(torch.cat([part.codes for part in parts]), scales, scale)
+        return NVFP4Tensor(torch.cat([part.codes for part in parts]), scales, parts[0].tensor_scale)
 
 
 def config_entry(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:

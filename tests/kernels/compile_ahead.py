@@ -100,8 +100,9 @@ def quantising() -> Iterator[Job]:
         maxima = {"GELU": gelu, "BLOCK": quantizing.BLOCK_GROUPS * quantizing.MAXIMA_BLOCKS}
         yield Job(name, quantizing._maxima_kernel, [BF16, I32, "i32"], maxima, num_warps=quantizing.MAXIMA_WARPS)
     for name, count, size in (("tensor scale", "i32", quantizing.BLOCK_MAXIMA), ("tensor scale of one", 1, 1)):
-        constants = {"LARGEST_PRODUCT": Rule.ADAPTIVE.largest_product, "BLOCK": size, "ROUNDS": 1 if count == 1 else 3}
-        yield Job(name, quantizing._tensor_scale_kernel, [I32, FP32, count], constants, HOPPER)
+        constants = {"SMALLEST_AMAX": Rule.ADAPTIVE.smallest_amax, "LARGEST_PRODUCT": Rule.ADAPTIVE.largest_product}
+        constants |= {"BLOCK": size, "ROUNDS": 1 if count == 1 else 3}
+        yield Job(name, quantizing._tensor_scale_kernel, [I32, FP32, FP32, count], constants, HOPPER)
 
 
 def layer_norms() -> Iterator[Job]:
@@ -187,8 +188,9 @@ def describe(ptx: str) -> dict[str, int]:
     """Count instructions."""
     patterns = {
         "block_scaled": r"mxf4nvf4",
-        # those that round to E2M1 multiply by 2^22, exactly
-        "fused_multiply_add": r"\bfma\.rn\.f32 (?!.*0f[4C]A800000)",
+        # fused on purpose: those that round to E2M1 multiply by 2^22, exactly; those that divide by 0.75 take an exact
+        # remainder and correct the quotient by it
+        "fused_multiply_add": r"\bfma\.rn\.f32 (?!.*0f(?:[4C]A800000|BF400000|3FAAAAAB))",
         "flush_to_zero": r"\.ftz\.",
         "shared_memory": r"\bst\.shared",
         "vector_stores": r"\bst\.global\.v[248]",

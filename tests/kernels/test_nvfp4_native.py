@@ -59,7 +59,7 @@ def test_operands_that_scaled_mm_cannot_read_raise() -> None:
         scaled_mm.operand(reference.quantize(gaussian(4, 48)))
     with pytest.raises(ValueError, match=r"matrices whose K 32 divides, got \[2, 4, 32\]"):
         scaled_mm.operand(reference.quantize(gaussian(2, 4, 32)))
-    rows = reference.quantize(gaussian(4, 32), tensor_scale=torch.full((4, 1), 0.01))
+    rows = reference.quantize(gaussian(4, 32), amax=torch.full((4, 1), 10.0))
     with pytest.raises(ValueError, match=r"one tensor scale a matrix, got \[4, 1\]"):
         scaled_mm.operand(rows)
 

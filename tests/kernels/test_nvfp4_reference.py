@@ -154,7 +154,7 @@ def test_every_representable_value_is_kept(rule: Rule, tensor_scale: float) -> N
     scales = torch.arange(8, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(1)
     codes = reference.pack(torch.arange(16, dtype=torch.uint8)).expand(len(scales), -1)
     original = NVFP4Tensor(codes, scales, torch.tensor(tensor_scale))
-    again = reference.quantize(reference.dequantize(original), rule, tensor_scale=original.tensor_scale)
+    again = reference.quantize(reference.dequantize(original), rule, amax=original.tensor_scale * rule.largest_product)
     assert torch.equal(again.codes, original.codes)
     assert torch.equal(scale_bytes(again), scale_bytes(original))
 
@@ -163,7 +163,8 @@ def test_ties_go_to_the_even_code() -> None:
     values = torch.tensor(E2M1_VALUES)
     midpoints = (values[1:] + values[:-1]) / 2
     group = torch.cat((torch.tensor([6.0]), midpoints, -midpoints, torch.zeros(1)))
-    rounded = reference.dequantize(reference.quantize(group, Rule.STATIC6, tensor_scale=torch.tensor(1.0)))
+    amax = torch.tensor(Rule.STATIC6.largest_product)
+    rounded = reference.dequantize(reference.quantize(group, Rule.STATIC6, amax=amax))
     even = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
     assert rounded.tolist() == [6.0, *even, *(-value for value in even), 0.0]
     assert all(E2M1_VALUES.index(value) % 2 == 0 for value in even)
@@ -175,7 +176,8 @@ def test_adaptive_error_of_a_group_never_exceeds_that_of_its_own_scaling_to_six(
     x = gaussian(64, 128)
     errors = {}
     adaptive = reference.quantize(x, Rule.ADAPTIVE, tile_rows=tile_rows)
-    to_six = reference.quantize(x, Rule.STATIC6, tile_rows=tile_rows, tensor_scale=adaptive.tensor_scale)
+    amax = adaptive.tensor_scale * Rule.STATIC6.largest_product
+    to_six = reference.quantize(x, Rule.STATIC6, tile_rows=tile_rows, amax=amax)
     for name, quantized in (("adaptive", adaptive), ("to six", to_six)):
         error = (reference.dequantize(quantized).double() - x.double()).square()
         errors[name] = error.unflatten(-1, (-1, GROUP)).unflatten(0, (-1, tile_rows)).sum((1, -1))
@@ -289,7 +291,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
     quantized = reference.quantize(
         group.expand(draws, -1),
         Rule.STATIC6,
-        tensor_scale=torch.tensor(1.0),
+        amax=torch.tensor(Rule.STATIC6.largest_product),
         generator=torch.Generator().manual_seed(0),
     )
     assert (quantized.scales.float() == 1.0).all()

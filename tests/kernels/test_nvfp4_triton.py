@@ -24,7 +24,7 @@ from longvideo.kernels.nvfp4.format import (
 
 pytest.importorskip("triton")
 from longvideo.kernels.nvfp4 import triton as kernels
-from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_GROUPS, BLOCK_MAXIMA, tensor_scales
+from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_GROUPS, BLOCK_MAXIMA, amax_and_scales
 
 ROWS, COLUMNS = 37, 96
 EPS = 1e-6
@@ -129,11 +129,11 @@ def test_every_dtype_and_shape_has_the_bits_of_the_definition(
 
 
 @pytest.mark.parametrize("scale_shape", [(), (1,), (ROWS, 1), (ROWS, COLUMNS // GROUP)])
-def test_given_tensor_scales_are_used(scale_shape: tuple[int, ...], device: str) -> None:
+def test_a_given_largest_magnitude_is_used(scale_shape: tuple[int, ...], device: str) -> None:
     x = normal()
-    scale = random_tensor(*scale_shape, seed=3).abs() * 1e-3
-    got = kernels.quantize(x.to(device), tensor_scale=scale.to(device), block_groups=GROUPS)
-    wanted = reference.quantize(x, tensor_scale=scale)
+    amax = random_tensor(*scale_shape, seed=3).abs()
+    got = kernels.quantize(x.to(device), amax=amax.to(device), block_groups=GROUPS)
+    wanted = reference.quantize(x, amax=amax)
     assert_same_bits(got, wanted)
     assert_same_numbers(kernels.dequantize(got), reference.dequantize(wanted))
 
@@ -154,8 +154,9 @@ def test_the_largest_magnitude_is_found_in_any_program(device: str) -> None:
     maxima = torch.arange(1, 1 + 2 * (BLOCK_MAXIMA + 3), dtype=torch.float32).view(2, -1)
     for position in (0, BLOCK_MAXIMA - 1, BLOCK_MAXIMA + 2):
         maxima[1, position] = 3e4 + position
-        got = tensor_scales(maxima.view(torch.int32).to(device), Rule.STATIC6)
-        assert torch.equal(got.cpu(), reference.tensor_scale_of(maxima.amax(1), Rule.STATIC6))
+        amax, scale = amax_and_scales(maxima.view(torch.int32).to(device), Rule.STATIC6)
+        assert torch.equal(amax.cpu(), maxima.amax(1))
+        assert torch.equal(scale.cpu(), reference.tensor_scale_of(maxima.amax(1), Rule.STATIC6))
 
 
 def test_infinity_leaves_nothing_finite(device: str) -> None:

@@ -10,11 +10,20 @@ maximum nor its errors cross threads.
 
 from __future__ import annotations
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton import knobs
 
-from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, E4M3_TINY, GROUP, HADAMARD_SIGNS, Rule
+from longvideo.kernels.nvfp4.format import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_TINY,
+    GROUP,
+    HADAMARD_SIGNS,
+    Rule,
+)
+from longvideo.kernels.nvfp4.reference import AMAX_SHIFT
 
 WORD_CODES = 8  # codes in 32 bits
 
@@ -27,6 +36,13 @@ _E2M1_MAX = tl.constexpr(E2M1_MAX)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _E4M3_TINY = tl.constexpr(E4M3_TINY)
 _STATIC4 = tl.constexpr(Rule.STATIC4.value)
+_STATIC4_PRODUCT = tl.constexpr(Rule.STATIC4.largest_product)
+_STATIC6_PRODUCT = tl.constexpr(Rule.STATIC6.largest_product)
+_ADAPTIVE_PRODUCT = tl.constexpr(Rule.ADAPTIVE.largest_product)
+_AMAX_SHIFT = tl.constexpr(AMAX_SHIFT)
+_ERROR_DIVISOR = tl.constexpr(Rule.ADAPTIVE.largest_product * AMAX_SHIFT)
+# rounded to float32, which a correct division by a constant needs of its reciprocal
+_ERROR_RECIPROCAL = tl.constexpr(float(np.float32(1.0 / (Rule.ADAPTIVE.largest_product * AMAX_SHIFT))))
 _ADAPTIVE_SQUARED = tl.constexpr(Rule.ADAPTIVE.value)
 _ADAPTIVE_MAX = tl.constexpr(Rule.ADAPTIVE_MAX.value)
 _FLIPPED = tl.constexpr(sum(1 << lane for lane, sign in enumerate(HADAMARD_SIGNS) if sign < 0))
@@ -129,33 +145,75 @@ def _stochastically(magnitude, draw):
 
 
 @triton.jit
-def _scaled(magnitude, reciprocal, scale):
-    # a group whose scale rounds to zero is zero
-    factor = tl.where(scale > 0, tl.div_rn(reciprocal, tl.where(scale > 0, scale, 1.0)), 0.0)
+def _scaled(magnitude, factor):
     return tl.minimum(magnitude * factor[:, None], _E2M1_MAX)
 
 
 @triton.jit
-def _pairwise_sum(x):
-    """Sum 16 columns as a tree of neighbouring pairs."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], 8, 2)))
-    even, odd = tl.split(tl.reshape(even + odd, (x.shape[0], 4, 2)))
-    even, odd = tl.split(tl.reshape(even + odd, (x.shape[0], 2, 2)))
-    even, odd = tl.split(even + odd)
-    return even + odd
+def _sum_in_order(x):
+    """Sum 8 columns from the first to the last."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 4, 2)))
+    x04, x26 = _alternating(even)
+    x15, x37 = _alternating(odd)
+    x0, x4 = tl.split(x04)
+    x2, x6 = tl.split(x26)
+    x1, x5 = tl.split(x15)
+    x3, x7 = tl.split(x37)
+    return ((((((x0 + x1) + x2) + x3) + x4) + x5) + x6) + x7
 
 
 @triton.jit
-def _error(value, scale, tensor_scale, magnitude, RULE: tl.constexpr, TILES: tl.constexpr):
-    error = value * (scale * tensor_scale)[:, None] - magnitude
+def _alternating(x):
+    return tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+
+
+@triton.jit
+def _halves(x):
+    """Return the first and the last 8 of 16 columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, _HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _sum_of_groups(x):
+    """Sum 16 columns as the reference does: the halves, then their eight sums in order."""
+    first, second = _halves(x)
+    return _sum_in_order(first + second)
+
+
+@triton.jit
+def _sum_of_tiles(x, TILES: tl.constexpr):
+    """Sum tiles, [16 rows x TILES, 16], as the reference does: halves of even and of odd rows, then eight sums."""
+    # a thread gets all rows of a column
+    columns = tl.permute(tl.reshape(x, (GROUP_SIZE, TILES, GROUP_SIZE)), (1, 2, 0))
+    even, odd = tl.split(tl.reshape(columns, (TILES * GROUP_SIZE, _HALF, 2)))
+    first_even, second_even = _halves(tl.reshape(_sum_in_order(even), (TILES, GROUP_SIZE)))
+    first_odd, second_odd = _halves(tl.reshape(_sum_in_order(odd), (TILES, GROUP_SIZE)))
+    return _sum_in_order(((first_even + second_even) + first_odd) + second_odd)
+
+
+@triton.jit
+def _rounded(value, scale, shifted_amax):
+    """Return `value x scale x amax / (6 x 256)`, each operation rounded as the reference has it."""
+    product = (value * scale[:, None]) * shifted_amax[:, None]
+    if _SOFTWARE_ROUNDING:
+        return tl.div_rn(product, _ERROR_DIVISOR)
+    # Markstein's theorem: with a correctly rounded reciprocal, one correction by the exact remainder gives the
+    # correctly rounded quotient
+    quotient = product * _ERROR_RECIPROCAL
+    remainder = tl.fma(quotient, -_ERROR_DIVISOR, product)
+    return tl.fma(remainder, _ERROR_RECIPROCAL, quotient)
+
+
+@triton.jit
+def _error(value, scale, shifted_amax, magnitude, RULE: tl.constexpr, TILES: tl.constexpr):
+    error = _rounded(value, scale, shifted_amax) - magnitude
     if RULE == _ADAPTIVE_MAX:
         total = tl.max(tl.abs(error), axis=1)
         if TILES:
             total = _of_rows(tl.reduce(_rows_of_tiles(total, TILES), 1, _larger), TILES)
     else:
-        total = _pairwise_sum(error * error if RULE == _ADAPTIVE_SQUARED else tl.abs(error))
-        if TILES:
-            total = _of_rows(_pairwise_sum(_rows_of_tiles(total, TILES)), TILES)
+        error = error * error if RULE == _ADAPTIVE_SQUARED else tl.abs(error)
+        total = _of_rows(_sum_of_tiles(error, TILES), TILES) if TILES else _sum_of_groups(error)
     return total
 
 
@@ -179,50 +237,72 @@ def _larger(left, right):
 @triton.jit
 def quantize_groups(
     x,
-    tensor_scale,
+    amax,
     draw,
     RULE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     TILES: tl.constexpr = 0,
 ):
-    """Quantise float32 [G, 16] by a tensor scale, scalar or [G]. Return E2M1 magnitudes, scales as bytes and values.
+    """Quantise float32 [G, 16] by the tensor's largest magnitude, scalar or [G], not below the rule's smallest one.
 
     TILES: the groups are 16 rows of so many, and those below each other share a scale.
+    Return E2M1 magnitudes, scales as bytes and values.
     """
     magnitude = tl.abs(x)
-    amax = tl.reduce(magnitude, 1, _larger)
+    group_amax = tl.reduce(magnitude, 1, _larger)
     if TILES:
-        amax = _of_rows(tl.reduce(_rows_of_tiles(amax, TILES), 1, _larger), TILES)
-    if RULE == _STATIC4:
-        wanted = tl.div_rn(tl.div_rn(amax, 4.0), tensor_scale)
-    else:
-        wanted = tl.div_rn(tl.div_rn(amax, _E2M1_MAX), tensor_scale)
-    reciprocal = tl.div_rn(1.0, tensor_scale)
+        group_amax = _of_rows(tl.reduce(_rows_of_tiles(group_amax, TILES), 1, _larger), TILES)
     if ADAPTIVE:
-        byte, scale = encode_scale(_clamp(wanted, 0.0), False)
-        value = _to_nearest(_scaled(magnitude, reciprocal, scale))
-        byte_to_four, scale_to_four = encode_scale(_clamp(wanted * 1.5, 0.0), False)
-        value_to_four = _to_nearest(_scaled(magnitude, reciprocal, scale_to_four))
-        error = _error(value, scale, tensor_scale, magnitude, RULE, TILES)
-        better = _error(value_to_four, scale_to_four, tensor_scale, magnitude, RULE, TILES) < error
-        value = tl.where(better[:, None], value_to_four, value)
-        byte = tl.where(better, byte_to_four, byte)
-        scale = tl.where(better, scale_to_four, scale)
+        value, byte, scale = _round_adaptively(magnitude, group_amax, amax, RULE, TILES)
     else:
-        byte, scale = encode_scale(_clamp(wanted, _E4M3_TINY), STOCHASTIC)
-        scaled = _scaled(magnitude, reciprocal, scale)
-        if STOCHASTIC:
-            value = _stochastically(scaled, draw)
-        else:
-            value = _to_nearest(scaled)
+        value, byte, scale = _round_statically(magnitude, group_amax, amax, draw, RULE, STOCHASTIC)
     return value, byte, scale
 
 
 @triton.jit
-def _clamp(wanted, smallest):
-    clamped = tl.minimum(tl.maximum(wanted, smallest), _E4M3_MAX)
-    return tl.where(wanted == wanted, clamped, wanted)
+def _round_statically(magnitude, group_amax, amax, draw, RULE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    if RULE == _STATIC4:
+        tensor_scale = tl.div_rn(amax, _STATIC4_PRODUCT)
+        exact_scale = tl.div_rn(tl.div_rn(group_amax, 4.0), tensor_scale)
+    else:
+        tensor_scale = tl.div_rn(amax, _STATIC6_PRODUCT)
+        exact_scale = tl.div_rn(tl.div_rn(group_amax, _E2M1_MAX), tensor_scale)
+    byte, scale = encode_scale(_clamp(exact_scale, _E4M3_TINY), STOCHASTIC)
+    scaled = _scaled(magnitude, tl.div_rn(tl.div_rn(1.0, tensor_scale), scale))
+    value = _stochastically(scaled, draw) if STOCHASTIC else _to_nearest(scaled)
+    return value, byte, scale
+
+
+@triton.jit
+def _round_adaptively(magnitude, group_amax, amax, RULE: tl.constexpr, TILES: tl.constexpr):
+    """Round with the group's largest magnitude at 6 and at 4, and keep what has the lower error in every group."""
+    encoding_scale = tl.div_rn(_ADAPTIVE_PRODUCT, amax)
+    decoding_scale = tl.div_rn(1.0, encoding_scale)
+    exact_scale = tl.div_rn(group_amax, _E2M1_MAX) * encoding_scale
+    shifted_amax = tl.zeros_like(group_amax) + amax * _AMAX_SHIFT
+    value, byte, scale = _round_with(magnitude, exact_scale, decoding_scale)
+    value_to_four, byte_to_four, scale_to_four = _round_with(magnitude, exact_scale * 1.5, decoding_scale)
+    error = _error(value, scale, shifted_amax, magnitude, RULE, TILES)
+    better = _error(value_to_four, scale_to_four, shifted_amax, magnitude, RULE, TILES) < error
+    value = tl.where(better[:, None], value_to_four, value)
+    byte = tl.where(better, byte_to_four, byte)
+    scale = tl.where(better, scale_to_four, scale)
+    return value, byte, scale
+
+
+@triton.jit
+def _round_with(magnitude, exact_scale, decoding_scale):
+    byte, scale = encode_scale(_clamp(exact_scale, 0.0), False)
+    # a group whose scale rounds to zero is zero
+    factor = tl.where(scale > 0, tl.div_rn(1.0, decoding_scale * tl.where(scale > 0, scale, 1.0)), 0.0)
+    return _to_nearest(_scaled(magnitude, factor)), byte, scale
+
+
+@triton.jit
+def _clamp(scale, smallest):
+    clamped = tl.minimum(tl.maximum(scale, smallest), _E4M3_MAX)
+    return tl.where(scale == scale, clamped, scale)
 
 
 @triton.jit

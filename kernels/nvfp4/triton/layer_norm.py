@@ -21,7 +21,7 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
     store_codes,
     store_exact,
 )
-from longvideo.kernels.nvfp4.triton.quantizing import block_warps, check_input, empty_outputs, tensor_scales
+from longvideo.kernels.nvfp4.triton.quantizing import amax_and_scales, block_warps, check_input, empty_outputs
 
 BLOCK_ROWS = 4  # rows per program, which share their frame's modulation
 
@@ -106,11 +106,11 @@ def _layer_norm_quantize(
         "enable_fp_fusion": False,
     }
     _layer_norm_maxima_kernel[grid](*inputs, maxima, *layout, eps, **constants)
-    tensor_scale = tensor_scales(maxima, rule).squeeze(0)
+    amax, tensor_scale = (row.squeeze(0) for row in amax_and_scales(maxima, rule))
     codes, scales = empty_outputs(h_BLD, exact_dtype)
     _layer_norm_quantize_kernel[grid](
         *inputs,
-        tensor_scale,
+        amax,
         codes if exact_dtype else codes.view(torch.int32),
         None if exact_dtype else scales,
         *layout,
@@ -184,7 +184,7 @@ def _layer_norm_quantize_kernel(
     shift_ptr,
     scale_ptr,
     statistics_ptr,
-    tensor_scale_ptr,
+    amax_ptr,
     codes_ptr,
     scales_ptr,
     frames,
@@ -208,7 +208,7 @@ def _layer_norm_quantize_kernel(
     inside = group < DIM // GROUP_SIZE
     shift_ptr += (frame // frames) * shift_stride_b + (frame % frames) * shift_stride_t
     scale_ptr += (frame // frames) * scale_stride_b + (frame % frames) * scale_stride_t
-    tensor_scale = tl.load(tensor_scale_ptr)
+    amax = tl.load(amax_ptr)
     if not PER_TOKEN:
         shift = load_groups(shift_ptr, group, inside)
         scale = load_groups(scale_ptr, group, inside)
@@ -223,7 +223,7 @@ def _layer_norm_quantize_kernel(
                 shift = load_groups(shift_ptr + token * shift_stride_s, group, inside)
                 scale = load_groups(scale_ptr + token * scale_stride_s, group, inside)
             modulated = _modulated(x, mean, reciprocal, shift, scale, h_ptr.dtype.element_ty)
-            value, byte, group_scale = quantize_groups(modulated, tensor_scale, 0.0, RULE, ADAPTIVE, False)
+            value, byte, group_scale = quantize_groups(modulated, amax, 0.0, RULE, ADAPTIVE, False)
             if EXACT:
                 store_exact(codes_ptr + row * DIM, modulated, value, group_scale, group, inside)
             else:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longvideo.kernels.nvfp4.format import GROUP, TENSOR_SCALE_MIN, ExactOperand, NVFP4Tensor, Rule, check_groups
+from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule, check_groups
+from longvideo.kernels.nvfp4.reference import tensor_scale_of
 from longvideo.kernels.nvfp4.triton.arithmetic import (
     GROUP_SIZE,
     GROUP_WORDS,
@@ -28,7 +29,6 @@ MAXIMA_BLOCKS = 16  # times the groups in a program that only looks for their la
 MAXIMA_WARPS = 8
 BLOCK_MAXIMA = 4096  # results of such programs that are reduced at a time
 
-_TENSOR_SCALE_MIN = tl.constexpr(TENSOR_SCALE_MIN)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
@@ -36,21 +36,22 @@ def quantize(
     x: Tensor,
     rule: Rule = Rule.ADAPTIVE,
     *,
-    tensor_scale: Tensor | None = None,
+    amax: Tensor | None = None,
     seed: int | Tensor | None = None,
     block_groups: int = BLOCK_GROUPS,
 ) -> NVFP4Tensor:
     """Quantise a contiguous [..., K] tensor along its last dimension, as `reference.quantize` does. Waits for nothing.
 
-    tensor_scale: float32, broadcasting against [..., K/16]; by default from the largest magnitude of the whole tensor.
+    amax: largest magnitude that the tensor scale is made for, float32, broadcasting against [..., K/16]; by default
+        that of the whole tensor.
     seed: an integer or int64 scalar on the device, rounds stochastically: scales up, codes to one of both neighbours.
         Group i of the tensor draws from blocks 4 i to 4 i + 3 of the seed's Philox stream.
     NaN and infinity turn the tensor scale, and so every value, into NaN or infinity.
-    Bytes moved: 2 E + 9/16, or E + 9/16 with a tensor scale.
+    Bytes moved: 2 E + 9/16, or E + 9/16 with a given amax.
     Raises ValueError for shapes that groups do not divide, memory that is not contiguous, and a seed with an adaptive
     rule, whose choice after the rounding would be biased.
     """
-    codes, scales, tensor_scale = _quantize(x, rule, tensor_scale, seed, block_groups, exact_dtype=None, gelu=False)
+    codes, scales, tensor_scale = _quantize(x, rule, amax, seed, block_groups, exact_dtype=None, gelu=False)
     return NVFP4Tensor(codes, scales, tensor_scale)
 
 
@@ -107,30 +108,33 @@ def seed_on(device: torch.device, seed: int | Tensor | None, rule: Rule) -> Tens
     return torch.full((), seed, dtype=torch.int64, device=device) if isinstance(seed, int) else seed
 
 
-def tensor_scales(maxima: Tensor, rule: Rule) -> Tensor:
-    """Return the tensor scale of each row of maxima: int32 [R, P], bits of the largest magnitudes P programs found.
+def amax_and_scales(maxima: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Return the largest magnitude, not below the rule's smallest one, and the tensor scale of each row of maxima.
 
-    As integers, magnitudes are ordered as they are as numbers, and NaN is above all of them.
+    maxima: int32 [R, P], bits of the largest magnitudes P programs found. As integers, magnitudes are ordered as they
+    are as numbers, and NaN is above all of them.
     """
     rows, count = maxima.shape
-    out = torch.empty(rows, dtype=torch.float32, device=maxima.device)
+    amax, scale = torch.empty(2, rows, dtype=torch.float32, device=maxima.device)
     block = min(BLOCK_MAXIMA, triton.next_power_of_2(count))
     _tensor_scale_kernel[(rows,)](
         maxima,
-        out,
+        amax,
+        scale,
         count,
+        SMALLEST_AMAX=rule.smallest_amax,
         LARGEST_PRODUCT=rule.largest_product,
         ROUNDS=triton.cdiv(count, block),
         BLOCK=block,
         num_warps=MAXIMA_WARPS,
     )
-    return out
+    return amax, scale
 
 
 def _quantize(
     x: Tensor,
     rule: Rule,
-    tensor_scale: Tensor | None,
+    amax: Tensor | None,
     seed: int | Tensor | None,
     block_groups: int,
     *,
@@ -142,14 +146,17 @@ def _quantize(
     seed = seed_on(x.device, seed, rule)
     num_groups = x.numel() // GROUP
     grid = (triton.cdiv(num_groups, block_groups),)
-    if tensor_scale is None:
+    if amax is None:
         maxima = largest_magnitudes(x, gelu=gelu, block_groups=block_groups)
-        tensor_scale = tensor_scales(maxima, rule).squeeze(0)
+        amax, tensor_scale = (row.squeeze(0) for row in amax_and_scales(maxima, rule))
+    else:
+        amax = amax.float().clamp_min(rule.smallest_amax)
+        tensor_scale = tensor_scale_of(amax, rule)
     codes, scales = empty_outputs(x, exact_dtype)
-    per_group = tensor_scale.numel() > 1
+    per_group = amax.numel() > 1
     _quantize_kernel[grid](
         x,
-        tensor_scale.expand(scales.shape).contiguous() if per_group else tensor_scale,
+        amax.expand(scales.shape).contiguous() if per_group else amax,
         seed,
         codes if exact_dtype else codes.view(torch.int32),
         None if exact_dtype else scales,
@@ -215,7 +222,14 @@ def _maxima_kernel(x_ptr, maxima_ptr, num_groups, GELU: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _tensor_scale_kernel(
-    maxima_ptr, out_ptr, count, LARGEST_PRODUCT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+    maxima_ptr,
+    amax_ptr,
+    scale_ptr,
+    count,
+    SMALLEST_AMAX: tl.constexpr,
+    LARGEST_PRODUCT: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
@@ -224,14 +238,15 @@ def _tensor_scale_kernel(
         position = turn * BLOCK + index
         largest = tl.maximum(largest, tl.load(maxima_ptr + row * count + position, mask=position < count, other=0))
     amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, LARGEST_PRODUCT)
-    tl.store(out_ptr + row, tl.where(scale < _TENSOR_SCALE_MIN, _TENSOR_SCALE_MIN, scale))
+    amax = tl.where(amax < SMALLEST_AMAX, SMALLEST_AMAX, amax)
+    tl.store(amax_ptr + row, amax)
+    tl.store(scale_ptr + row, tl.div_rn(amax, LARGEST_PRODUCT))
 
 
 @triton.jit
 def _quantize_kernel(
     x_ptr,
-    tensor_scale_ptr,
+    amax_ptr,
     seed_ptr,
     codes_ptr,
     scales_ptr,
@@ -249,13 +264,13 @@ def _quantize_kernel(
     inside = group < num_groups - first
     x = _load_input(x_ptr + first * GROUP_SIZE, group, inside, GELU)
     if PER_GROUP:
-        tensor_scale = tl.load(tensor_scale_ptr + first + group, mask=inside, other=1.0)
+        amax = tl.load(amax_ptr + first + group, mask=inside, other=1.0)
     else:
-        tensor_scale = tl.load(tensor_scale_ptr)
+        amax = tl.load(amax_ptr)
     draw = 0.0
     if STOCHASTIC:
         draw = uniform(tl.load(seed_ptr), first + group)
-    value, byte, scale = quantize_groups(x, tensor_scale, draw, RULE, ADAPTIVE, STOCHASTIC)
+    value, byte, scale = quantize_groups(x, amax, draw, RULE, ADAPTIVE, STOCHASTIC)
     if EXACT:
         store_exact(codes_ptr + first * GROUP_SIZE, x, value, scale, group, inside)
     else:

@@ -23,12 +23,12 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
     uniform,
 )
 from longvideo.kernels.nvfp4.triton.quantizing import (
+    amax_and_scales,
     block_warps,
     check_contiguous,
     check_input,
     largest_magnitudes,
     seed_on,
-    tensor_scales,
 )
 
 BLOCK_COLUMNS = 64  # of a program that groups rows
@@ -45,11 +45,11 @@ def quantize_tiles_exact(
     check_input(x_RK)
     check_groups(x_RK.shape, tile_rows=GROUP)
     rows, columns = x_RK.shape
-    tensor_scale = tensor_scales(largest_magnitudes(x_RK), rule).squeeze(0)
+    amax, tensor_scale = (row.squeeze(0) for row in amax_and_scales(largest_magnitudes(x_RK), rule))
     values = torch.empty(x_RK.shape, dtype=dtype, device=x_RK.device)
     _tiles_kernel[(rows // GROUP, triton.cdiv(columns // GROUP, block_tiles))](
         x_RK,
-        tensor_scale,
+        amax,
         values,
         columns // GROUP,
         RULE=rule.value,
@@ -105,13 +105,13 @@ def _quantize_across(
     options = {"HADAMARD": hadamard, "BLOCK": block_columns, "enable_fp_fusion": False}
     maxima = torch.empty(1, grid[0] * grid[1], dtype=torch.int32, device=x_MC.device)
     _maxima_across_kernel[grid](x_MC, maxima, rows, columns, num_warps=_column_warps(block_columns), **options)
-    tensor_scale = tensor_scales(maxima, rule).squeeze(0)
+    amax, tensor_scale = (row.squeeze(0) for row in amax_and_scales(maxima, rule))
     shape = (columns, groups * GROUP if exact_dtype else groups * GROUP // 2)
     codes = torch.empty(shape, dtype=exact_dtype or torch.uint8, device=x_MC.device)
     scales = torch.empty(columns, groups, dtype=torch.uint8, device=x_MC.device)
     _across_kernel[grid](
         x_MC,
-        tensor_scale,
+        amax,
         seed_on(x_MC.device, seed, rule),
         codes if exact_dtype else codes.view(torch.int32),
         None if exact_dtype else scales,
@@ -136,7 +136,7 @@ def _column_warps(block_columns: int) -> int:
 @triton.jit
 def _tiles_kernel(
     x_ptr,
-    tensor_scale_ptr,
+    amax_ptr,
     values_ptr,
     row_groups,
     RULE: tl.constexpr,
@@ -149,7 +149,7 @@ def _tiles_kernel(
     group = index // TILES * row_groups + tile
     inside = tile < row_groups
     x = load_groups(x_ptr + first, group, inside)
-    value, _, scale = quantize_groups(x, tl.load(tensor_scale_ptr), 0.0, RULE, ADAPTIVE, False, TILES)
+    value, _, scale = quantize_groups(x, tl.load(amax_ptr), 0.0, RULE, ADAPTIVE, False, TILES)
     store_exact(values_ptr + first, x, value, scale, group, inside)
 
 
@@ -172,7 +172,7 @@ def _maxima_across_kernel(x_ptr, maxima_ptr, rows, columns, HADAMARD: tl.constex
 @triton.jit
 def _across_kernel(
     x_ptr,
-    tensor_scale_ptr,
+    amax_ptr,
     seed_ptr,
     codes_ptr,
     scales_ptr,
@@ -192,7 +192,7 @@ def _across_kernel(
     draw = 0.0
     if STOCHASTIC:
         draw = uniform(tl.load(seed_ptr), group)
-    value, byte, scale = quantize_groups(x, tl.load(tensor_scale_ptr), draw, RULE, ADAPTIVE, STOCHASTIC)
+    value, byte, scale = quantize_groups(x, tl.load(amax_ptr), draw, RULE, ADAPTIVE, STOCHASTIC)
     if EXACT:
         store_exact(codes_ptr, x, value, scale, group, column < columns)
     else:
