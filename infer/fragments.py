@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -39,28 +39,29 @@ class Segment:
     frames: int
 
 
-class FragmentedVideo:
-    """Encode parts of one video; nothing of a part waits for the next.
+class PartEncoder:
+    """Encode parts of a video in H.264; each begins with a key frame, and nothing of a part waits for the next.
 
-    init: initialisation segment (ftyp and moov), the same for equal sizes. mime: for MediaSource.
+    init: ftyp and moov of a fragmented MP4. avcc: the decoder's configuration (avcC), as MP4 and Matroska hold it.
     """
 
-    def __init__(self, *, width: int, height: int, fps: int) -> None:
+    def __init__(self, *, width: int, height: int, fps: Fraction, crf: int = CRF, profile: str = "baseline") -> None:
         import av
 
-        self._memory = io.BytesIO()
-        options = {"movflags": "empty_moov+default_base_moof", "video_track_timescale": str(fps * TICKS_PER_FRAME)}
-        self._container = av.open(self._memory, "w", format="mp4", options=options)
+        memory = io.BytesIO()
+        timescale = str(fps.numerator * TICKS_PER_FRAME)
+        options = {"movflags": "empty_moov+default_base_moof", "video_track_timescale": timescale}
+        self._container = av.open(memory, "w", format="mp4", options=options)
         encoder_options = {
-            "profile": "baseline",
+            "profile": profile,
             "preset": "veryfast",
             "tune": "zerolatency",
-            "crf": str(CRF),
+            "crf": str(crf),
             "g": str(LONGEST_PART),
             "sc_threshold": "0",
             "forced-idr": "1",
         }
-        self._stream = self._container.add_stream("libx264", rate=Fraction(fps), options=encoder_options)
+        self._stream = self._container.add_stream("libx264", rate=fps, options=encoder_options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         codec: Any = self._stream.codec_context
         codec.thread_count = 1  # threads would slice the frame, which costs bits, and take cores from the model
@@ -69,28 +70,61 @@ class FragmentedVideo:
         self._container.start_encoding()
         self._fps = fps
         self._encoded = 0
-        self.init = self._memory.getvalue()
-        self.mime = f'video/mp4; codecs="{_codec_name(self.init)}"'
+        self.init = memory.getvalue()
+        self.avcc = _decoder_configuration(self.init)
 
-    def encode(self, frames: np.ndarray, *, start: int) -> Segment:
-        """Make a segment of frames, uint8 [T, H, W, 3], the first of which is frame `start` of the video."""
+    def encode(self, frames: np.ndarray) -> list[bytes]:
+        """Encode a part, uint8 [T, H, W, 3]: for each frame its NAL units, with their lengths before them."""
         from av.video.frame import PictureType
 
         samples = []
         for offset, pixels in enumerate(frames):
             picture = _yuv_picture(pixels)
             # the encoder's own clock: after a seek the video's goes back, which x264 refuses
-            picture.pts, picture.time_base = self._encoded, Fraction(1, self._fps)
+            picture.pts, picture.time_base = self._encoded, 1 / self._fps
             picture.pict_type = PictureType.I if offset == 0 else PictureType.NONE
             packets = self._stream.encode(picture)
             assert len(packets) == 1, "the encoder held a frame back"
             samples.append(_length_prefixed(bytes(packets[0])))
             self._encoded += 1
-        return Segment(_fragment(samples, start=start), start, len(samples))
+        return samples
 
     def close(self) -> None:
         """Let the encoder go. Closing twice does nothing."""
         self._container.close()
+
+
+class FragmentedVideo:
+    """Encode parts of one video as segments of fragmented MP4.
+
+    init: initialisation segment (ftyp and moov), the same for equal sizes. mime: for MediaSource. options: as of
+    `PartEncoder`.
+    """
+
+    def __init__(self, *, width: int, height: int, fps: int | Fraction, **options: Any) -> None:
+        self._encoder = PartEncoder(width=width, height=height, fps=Fraction(fps), **options)
+        self._ticks = TICKS_PER_FRAME * Fraction(fps).denominator
+        self.init = self._encoder.init
+        # RFC 6381: profile, constraints and level as avcC has them
+        self.mime = f'video/mp4; codecs="avc1.{self._encoder.avcc[1:4].hex().upper()}"'
+
+    def encode(self, frames: np.ndarray, *, start: int) -> Segment:
+        """Make a segment of frames, uint8 [T, H, W, 3], the first of which is frame `start` of the video."""
+        samples = self._encoder.encode(frames)
+        return Segment(_fragment(samples, start=start, ticks=self._ticks), start, len(samples))
+
+    def close(self) -> None:
+        """Let the encoder go. Closing twice does nothing."""
+        self._encoder.close()
+
+
+def random_access(entries: Sequence[tuple[int, int]], *, ticks: int) -> bytes:
+    """Return the box (mfra) by which a player finds segments. entries: first frame and offset in the file of each."""
+    # each entry names the first run (1) of the first track fragment (1), and its first sample (1)
+    times = b"".join(struct.pack(">QQ3B", start * ticks, offset, 1, 1, 1) for start, offset in entries)
+    tfra = _full_box(b"tfra", 1, 0, struct.pack(">III", TRACK, 0, len(entries)) + times)
+    mfro = _full_box(b"mfro", 0, 0, struct.pack(">I", 8 + len(tfra) + 16))
+    return _box(b"mfra", tfra + mfro)
 
 
 def boxes(data: bytes, begin: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
@@ -118,17 +152,17 @@ def _inside(data: bytes, begin: int, end: int, *path: bytes) -> tuple[int, int]:
     return begin, end
 
 
-def _codec_name(init: bytes) -> str:
-    """Return avc1.PPCCLL (RFC 6381): profile, constraints and level as the avcC box has them."""
+def _decoder_configuration(init: bytes) -> bytes:
     begin, end = _inside(init, 0, len(init), b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
-    place = init.index(b"avcC", begin, end) + len(b"avcC") + 1
-    return f"avc1.{init[place : place + 3].hex().upper()}"
+    place = init.index(b"avcC", begin, end)
+    (size,) = struct.unpack_from(">I", init, place - 4)
+    return init[place + 4 : place - 4 + size]
 
 
-def _fragment(samples: list[bytes], *, start: int) -> bytes:
+def _fragment(samples: list[bytes], *, start: int, ticks: int) -> bytes:
     sizes = struct.pack(f">{len(samples)}I", *map(len, samples))
-    tfhd = struct.pack(">III", TRACK, TICKS_PER_FRAME, OTHER_FRAME)
-    tfdt = struct.pack(">Q", start * TICKS_PER_FRAME)
+    tfhd = struct.pack(">III", TRACK, ticks, OTHER_FRAME)
+    tfdt = struct.pack(">Q", start * ticks)
 
     def moof(data_offset: int) -> bytes:
         trun = struct.pack(">IiI", len(samples), data_offset, KEY_FRAME) + sizes

@@ -2,76 +2,65 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 
 from longvideo.errors import UserError
+from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
+from longvideo.infer import matroska
+from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, random_access
 
-if TYPE_CHECKING:
-    from av.container import OutputContainer
-    from av.video.stream import VideoStream
-
-CONTAINERS = {".mp4": "mp4", ".mkv": "matroska"}
-BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix alike
-
-# Short fragments, each begun by whole frames on the disk: a killed process loses less than one of them.
-FRAGMENT_MICROSECONDS = 200_000
-MUXER_OPTIONS = {
-    "mp4": {
-        "movflags": "frag_keyframe+empty_moov+default_base_moof",
-        "frag_duration": str(FRAGMENT_MICROSECONDS),
-        "flush_packets": "1",
-    },
-    "matroska": {"cluster_time_limit": str(FRAGMENT_MICROSECONDS // 1000), "flush_packets": "1"},
-}
+MAX_FPS = 1000
+MOST_SECONDS = 2.0
+"""Length of a part at most, so that a player finds a key frame as often."""
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
     """Return the file that will be written, or raise UserError; nothing on the disk is changed.
 
-    Refused: an unknown suffix, a missing or unwritable folder, and an existing file unless `overwrite`.
+    Refused: an unknown suffix, what `longvideo.files.check_target` refuses, and a file that another process is writing.
     """
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
         raise UserError(f"cannot write {path}: the name must end in {' or '.join(CONTAINERS)}")
-    folder = path.parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write {path}: {folder} is not a folder; create it first")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another name or pass --overwrite")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if path.exists():
-            with path.open("r+b"):
-                pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    check_target(path, overwrite=overwrite, remedy="pass --overwrite")
+    if path.exists():
+        with path.open("r+b") as file:
+            _lock(file.fileno(), path)
     return path
 
 
 class VideoWriter:
     """Append uint8 frames [T, H, W, 3] to an H.264 file; what was appended plays, even if the process is killed.
 
-    The file gets its name when its first frames are in it, so a failure before that leaves an older file untouched.
-    Sizes must be even (4:2:0 colour). Lower `crf` means better pictures and larger files.
+    The file gets its name when its first frames are in it; until then an older file has it. A link is written through.
+    Sizes must be even (4:2:0 color). Lower `crf` means better pictures and larger files.
     """
 
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False, crf: int = 16) -> None:
+        if not 0 < fps <= MAX_FPS:
+            raise UserError(f"fps is {fps!r}; it must be above 0 and at most {MAX_FPS}")
         self.path = check_output(path, overwrite=overwrite)
-        self.num_frames = 0
         self._overwrite = overwrite
         self._fps = Fraction(fps).limit_denominator(1001)
         self._crf = crf
         self._output: _Output | None = None
+        self._num_frames = 0
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that are in the file under its name."""
+        if self._output is not None and self._output.is_published():
+            self._num_frames = self._output.num_frames
+        return self._num_frames
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -82,90 +71,231 @@ class VideoWriter:
         self.close()
 
     def write(self, frames: np.ndarray) -> None:
-        """Encode frames [T, H, W, 3] and put them on the disk; raise UserError when the disk refuses them."""
+        """Encode frames [T, H, W, 3] and put them on the disk; raise WriteError when the disk refuses them.
+
+        After that, what was written before stays whole and plays.
+        """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; uint8 [T, H, W, 3] was expected")
-        if len(frames) == 0:
-            return
-        try:
-            if self._output is None:
-                height, width = frames.shape[1:3]
-                self._output = _Output(self.path, width=width, height=height, fps=self._fps, crf=self._crf)
-            self._output.append(frames, first_index=self.num_frames)
-            if self.num_frames == 0:
-                self._output.publish(self.path, overwrite=self._overwrite)
-        except OSError as error:
-            self._discard()
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self.num_frames += len(frames)
+        most = max(1, round(MOST_SECONDS * self._fps))
+        for begin in range(0, len(frames), most):
+            output = self._output or self._begin(*frames.shape[1:3])
+            if frames.shape[1:3] != output.size:
+                raise UserError(f"frames are {frames.shape[1:3]}; those before were {output.size}, height and width")
+            try:
+                with _Refused(self):
+                    output.append(frames[begin : begin + most])
+                    if not output.is_published():
+                        output.publish(overwrite=self._overwrite)
+            except WriteError:
+                if not output.is_published():
+                    self.close()  # leaves nothing
+                raise
 
     def close(self) -> None:
         """Finish the file. Closing twice does nothing."""
-        output, self._output = self._output, None
-        if output is None:
+        if self._output is None:
             return
-        try:
-            output.finish()
-        except OSError as error:
-            raise UserError(f"cannot finish {self.path}: {error.strerror or error}") from error
-
-    def _discard(self) -> None:
+        frames = self.num_frames
         output, self._output = self._output, None
-        if output is not None:
-            output.discard()
+        try:
+            if frames:
+                with _Refused(self):
+                    output.finish()
+        finally:
+            output.release()
+
+    def _begin(self, height: int, width: int) -> _Output:
+        if width % 2 or height % 2:
+            raise UserError(f"frames are {width} x {height}; H.264 with 4:2:0 color needs an even width and height")
+        container = CONTAINERS[self.path.suffix.lower()](width, height, self._fps, self._crf)
+        with _Refused(self):
+            self._output = _Output(Path(os.path.realpath(self.path)), container, size=(height, width))
+        return self._output
+
+
+class Container(Protocol):
+    """The layout of a file that grows part by part. init: what comes before the first part."""
+
+    init: bytes
+
+    def part(self, frames: np.ndarray, *, start: int) -> bytes:
+        """Return a part, of frames from `start` on."""
+        ...
+
+    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
+        """Return an offset in the file and what is written there once this many frames are in it."""
+        ...
+
+    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
+        """Return what finishes a file of `offset` bytes, by offset. entries: first frame and offset of each part."""
+        ...
+
+    def close(self) -> None:
+        """Let the encoder go."""
+        ...
+
+
+class FragmentedMP4:
+    """A part is a fragment; an index of them comes last."""
+
+    def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
+        self._video = FragmentedVideo(width=width, height=height, fps=fps, crf=crf, profile="high")
+        self._ticks = TICKS_PER_FRAME * fps.denominator
+        self.init = self._video.init
+
+    def part(self, frames: np.ndarray, *, start: int) -> bytes:
+        return self._video.encode(frames, start=start).data
+
+    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
+        return None
+
+    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
+        return [(offset, random_access(entries, ticks=self._ticks))]
+
+    def close(self) -> None:
+        self._video.close()
+
+
+class Matroska:
+    """A part is a cluster; the header says how long the video is, and at the end where the index of clusters is."""
+
+    def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
+        self._encoder = PartEncoder(width=width, height=height, fps=fps, crf=crf, profile="high")
+        self._fps = fps
+        self._header = matroska.header(width=width, height=height, fps=fps, avcc=self._encoder.avcc)
+        self.init = self._header.data
+
+    def part(self, frames: np.ndarray, *, start: int) -> bytes:
+        return matroska.cluster(self._encoder.encode(frames), start=start, fps=self._fps)
+
+    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
+        return self._header.duration_offset, matroska.duration(num_frames, fps=self._fps)
+
+    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
+        begin = self._header.segment_begin
+        return [
+            (offset, matroska.index(entries, fps=self._fps, segment_begin=begin)),
+            (self._header.seek_head_offset, matroska.seek_head(offset, segment_begin=begin)),
+        ]
+
+    def close(self) -> None:
+        self._encoder.close()
+
+
+CONTAINERS: dict[str, Callable[[int, int, Fraction, int], Container]] = {".mp4": FragmentedMP4, ".mkv": Matroska}
 
 
 class _Output:
-    """An open container under a temporary name beside the final one, until it is published."""
+    """An open file under a temporary name beside the final one, until it is published.
 
-    def __init__(self, path: Path, *, width: int, height: int, fps: Fraction, crf: int) -> None:
-        import av
+    It is locked as long as it is open: whoever finds a temporary file that is not locked can remove it.
+    """
 
-        if width % 2 or height % 2:
-            raise UserError(f"frames are {width} x {height}; H.264 with 4:2:0 colour needs an even width and height")
-        kind = CONTAINERS[path.suffix.lower()]
-        self.temporary: Path | None = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self.file: IO[bytes] = self.temporary.open("xb", buffering=0)
-        self.container: OutputContainer = av.open(self.file, "w", format=kind, options=MUXER_OPTIONS[kind])
-        # No look-ahead and no B-frames: a frame handed in is in the file, not in the encoder.
-        options = {"crf": str(crf), "preset": "veryfast", "tune": "zerolatency", "g": str(round(fps))}
-        self.stream: VideoStream = self.container.add_stream("libx264", rate=fps, options=options)
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
-        codec: Any = self.stream.codec_context
-        codec.thread_count = 1  # threads would slice the frame, which costs bits, and take cores from the model
-        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-        codec.color_range = 1  # limited range
+    def __init__(self, target: Path, container: Container, *, size: tuple[int, int]) -> None:
+        """size: height and width of its frames."""
+        for abandoned in temporary_names(target):
+            _remove_abandoned(abandoned)
+        self._target, self._container, self.size = target, container, size
+        self._temporary, self._file = _new_temporary(target)
+        self._entries: list[tuple[int, int]] = []
+        self._end = self.num_frames = 0
 
-    def append(self, frames: np.ndarray, *, first_index: int) -> None:
-        import av
-        from av.video.reformatter import ColorRange, Colorspace
+    def is_published(self) -> bool:
+        """Whether the file has its name."""
+        try:
+            return os.path.samestat(os.stat(self._target), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
 
-        for offset, pixels in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            picture.pts = first_index + offset
-            picture.time_base = 1 / Fraction(self.stream.codec_context.framerate)
-            self.container.mux(self.stream.encode(picture))
+    def append(self, frames: np.ndarray) -> None:
+        """Write a part, all of it or nothing."""
+        part = self._container.part(frames, start=self.num_frames)
+        data = part if self._entries else self._container.init + part
+        offset = self._end + len(data) - len(part)
+        _write_at(self._file, data, self._end)
+        if patch := self._container.patch(self.num_frames + len(frames)):
+            _write_at(self._file, patch[1], patch[0])
+        self._entries.append((self.num_frames, offset))
+        self._end += len(data)
+        self.num_frames += len(frames)
 
-    def publish(self, path: Path, *, overwrite: bool) -> None:
-        assert self.temporary is not None
-        if not overwrite:
-            path.open("xb").close()  # takes the name, or fails if another has taken it meanwhile
-        os.replace(self.temporary, path)
-        self.temporary = None
+    def publish(self, *, overwrite: bool) -> None:
+        """Give the file its name."""
+        os.fsync(self._file)
+        if overwrite:
+            os.replace(self._temporary, self._target)
+        else:
+            os.link(self._temporary, self._target)  # fails if another has taken the name meanwhile
+            self._temporary.unlink()
+        flush(self._target.parent)
 
     def finish(self) -> None:
+        """Drop what is not whole, and write the index."""
+        os.ftruncate(self._file, self._end)
         try:
-            self.container.mux(self.stream.encode(None))
-        finally:
-            self.container.close()
-            self._release()
+            for offset, data in self._container.end(self._entries, self._end):
+                _write_at(self._file, data, offset)
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._end)
+            raise
 
-    def discard(self) -> None:
-        self._release()
+    def release(self) -> None:
+        """Close the file, and remove it if it has no name yet."""
+        self._container.close()
+        self._temporary.unlink(missing_ok=True)
+        os.close(self._file)
 
-    def _release(self) -> None:
-        self.file.close()
-        if self.temporary is not None:
-            self.temporary.unlink(missing_ok=True)
+
+class _Refused:
+    """Turns what the disk refuses into one line that says what is still whole."""
+
+    def __init__(self, writer: VideoWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            path, frames = self._writer.path, self._writer.num_frames
+            whole = f"the {frames} frames before are in it" if frames else "nothing was left behind"
+            raise WriteError(f"cannot write {path}: {reason(error)}; {whole}") from error
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    left = memoryview(data)
+    while left:  # a disk that is nearly full takes a part, and refuses the next
+        count = os.pwrite(file, left, offset)
+        left, offset = left[count:], offset + count
+
+
+def _new_temporary(target: Path) -> tuple[Path, int]:
+    """Open and lock a temporary file beside another one."""
+    while True:
+        name = temporary_name(target)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(BusyError):
+            _lock(file, name)
+            if os.fstat(file).st_nlink:
+                return name, file
+        os.close(file)  # another process took it for abandoned before it was locked
+
+
+def _lock(file: int, path: Path) -> None:
+    """Lock an open file until it is closed. Raises BusyError where another process has done so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BusyError(f"cannot write {path}: another process is writing it; choose another name") from error
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove a temporary file whose writer was killed."""
+    with suppress(OSError, BusyError):
+        with temporary.open("rb") as file:
+            _lock(file.fileno(), temporary)
+            temporary.unlink()

@@ -10,8 +10,10 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from longvideo.errors import CheckpointError, UserError
 
 TEMPORARY_SUFFIX = ".part"
+UNIQUE_DIGITS = 8
 MAX_NAME_BYTES = 255  # what Linux's file systems allow
 MAX_TEXT_BYTES = 64 * 2**20
 RENAME_EXCHANGE = 2  # renameat2(2)
@@ -108,6 +111,34 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --overwrite") -> None:
+    """Raise WriteError where `write_file` would, as far as that can be told before; the disk is as it was afterwards.
+
+    Refused: a name that is too long, a folder that is missing or cannot be written to, a link to nothing, a folder, a
+    device, a pipe, and a file that is there unless `overwrite`. remedy: what allows to replace that.
+    """
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise WriteError(f"cannot write {path}: its name has more than {MAX_NAME_BYTES} bytes; choose a shorter one")
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        if not folder.is_dir():
+            raise WriteError(f"cannot write {path}: {folder} is not a folder; create it first")
+        if path.is_symlink() and not path.exists():
+            raise WriteError(f"cannot write {path}: it is a link to {os.readlink(path)}, which is not there; remove it")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+            raise WriteError(f"cannot write {path}: it is {kind}; choose another name")
+        if path.exists() and not overwrite:
+            raise WriteError(f"{path} exists; choose another name or {remedy}")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.exists():
+            with path.open("r+b"):
+                pass
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {reason(error)}") from error
+
+
 def replace_path(new: Path, path: Path) -> None:
     """Put a file or folder where another may be.
 
@@ -127,9 +158,13 @@ def replace_path(new: Path, path: Path) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Return an unused hidden name beside a path, short enough for any file system."""
-    suffix = f".{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
-    kept = os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix) - 1].decode("utf-8", "ignore")
-    return path.with_name(f".{kept}{suffix}")
+    return path.with_name(f"{_temporary_stem(path)}.{uuid.uuid4().hex[:UNIQUE_DIGITS]}{TEMPORARY_SUFFIX}")
+
+
+def temporary_names(path: Path) -> list[Path]:
+    """Return the names of `temporary_name` that are there for a path, of processes that run or were killed."""
+    name = re.compile(re.escape(f"{_temporary_stem(path)}.") + f"[0-9a-f]{{{UNIQUE_DIGITS}}}{TEMPORARY_SUFFIX}")
+    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
 def flush(path: Path) -> None:
@@ -247,6 +282,11 @@ def _what_is_there(path: Path) -> str:
         if path.exists():
             return "the older one is unchanged"
     return "nothing was left behind"
+
+
+def _temporary_stem(path: Path) -> str:
+    room = MAX_NAME_BYTES - UNIQUE_DIGITS - len(TEMPORARY_SUFFIX) - 2  # for two dots
+    return "." + os.fsencode(path.name)[:room].decode("utf-8", "ignore")
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from longvideo.cli.model_options import (
     Precision,
     SettingsPreset,
 )
+from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from longvideo.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
-EXIT_INTERRUPTED = 130
 
 
 def generate(
@@ -78,7 +78,8 @@ def generate(
 ) -> None:
     """Make a video from prompts, chunk by chunk.
 
-    The file grows while it is made and can be played at any time; after Ctrl-C it holds what was finished.
+    The file grows while it is made and can be played at any time; after Ctrl-C, SIGTERM or SIGHUP it holds what was
+    finished.
 
     `longvideo generate "a red ball bounces on grass" -o ball.mp4`
 
@@ -110,14 +111,15 @@ def generate(
         check_output(output, overwrite=overwrite)
     from longvideo.streaming.parallel import launched_ranks
 
-    with launched_ranks(device) as (own_device, group):
-        load = partial(_load, choice, shots, image, own_device, decode_device, decode_share, formats, group)
-        if group is not None and group.rank() > 0:
-            _take_part(load, shots, options, image)
-            return
-        interrupted = _write(load, shots, options, image, output, overwrite=overwrite, started=started)
-    if interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+    try:
+        with stop_signals(), launched_ranks(device) as (own_device, group):
+            load = partial(_load, choice, shots, image, own_device, decode_device, decode_share, formats, group)
+            if group is not None and group.rank() > 0:
+                _take_part(load, shots, options, image)
+                return
+            _write(load, shots, options, image, output, overwrite=overwrite, started=started)
+    except Stopped as stop:
+        raise typer.Exit(exit_code(stop.number)) from None
 
 
 def _write(
@@ -129,12 +131,12 @@ def _write(
     *,
     overwrite: bool,
     started: float,
-) -> bool:
-    """Make the video and write it; return whether that was interrupted."""
+) -> None:
+    """Make the video and write it. Stopped, it finishes the file before it passes that on."""
     from longvideo.infer.pipeline import DEFAULT_FORMATS
     from longvideo.infer.writer import VideoWriter
 
-    interrupted = False
+    stopped = None
     with _display() as display:
         display.say("loading")
         pipeline, plan = load()
@@ -150,10 +152,12 @@ def _write(
                         writer.write(frames)
                         tally.add(len(frames))
                         display.show(tally)
-            except KeyboardInterrupt:
-                interrupted = True
-    print(_summary(output, tally, pipeline.fps))
-    return interrupted
+            except Stopped as stop:
+                stopped = stop
+    with suppress(OSError) if stopped else nullcontext():  # the terminal may be gone
+        print(_summary(output, writer.num_frames, tally, pipeline.fps), flush=True)
+    if stopped:
+        raise stopped
 
 
 def _take_part(
@@ -321,12 +325,13 @@ def _start(
     return chunks
 
 
-def _summary(output: Path, tally: Tally, fps: float) -> str:
-    if tally.parts == 0:
+def _summary(output: Path, num_frames: int, tally: Tally, fps: float) -> str:
+    if num_frames == 0:
         return "no frames were made; nothing was written"
     rate = tally.frames_a_second
     speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
+    first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""
     return (
-        f"{output}: {tally.frames} frames, {tally.frames / fps:.2f} s at {fps:g} frames/s, "
-        f"{output.stat().st_size / 2**20:.2f} MiB; first frame after {tally.seconds_to_first_frame:.1f} s{speed}"
+        f"{output}: {num_frames} frames, {num_frames / fps:.2f} s at {fps:g} frames/s, "
+        f"{output.stat().st_size / 2**20:.2f} MiB{first}{speed}"
     )

@@ -2,8 +2,10 @@
 
 import errno
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, cast
 
 import typer
@@ -12,6 +14,7 @@ from typer.main import get_command
 
 from longvideo import __version__
 from longvideo.cli.printing import printable
+from longvideo.cli.stopping import exit_code, stop_word
 from longvideo.errors import UserError
 
 COMMANDS = {
@@ -29,7 +32,6 @@ COMMANDS = {
     "bench": "longvideo.cli.bench:app",
 }
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 # errors of a full or read-only disk carry no file name when they come from a write
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
@@ -67,7 +69,7 @@ def longvideo(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 0, 2 for what the user can mend, 128 + N after signal N."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = arguments[:1] == ["--debug"]
     try:
@@ -77,10 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(error)
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    if code == EXIT_INTERRUPTED:
-        print("interrupted", file=sys.stderr)
-    return code if isinstance(code, int) else 0
+        code = exit_code(signal.SIGINT)
+    code = code if isinstance(code, int) else 0
+    if (word := stop_word(code)) is not None:
+        with suppress(OSError):  # the terminal may be gone
+            print(word, file=sys.stderr, flush=True)
+    return code
 
 
 def _load_command(name: str) -> Any:

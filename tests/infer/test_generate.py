@@ -76,12 +76,14 @@ def test_a_frame_of_real_footage_is_where_the_video_starts(
     assert np.corrcoef((first @ luma).ravel(), (expected @ luma).ravel())[0, 1] > 0.98
 
 
-def hear_interrupts() -> None:
+def hear_signals() -> None:
     """A shell starts background jobs with interrupts ignored, and processes inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def test_ctrl_c_leaves_what_was_made(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
     process = subprocess.Popen(
@@ -90,19 +92,36 @@ def test_ctrl_c_leaves_what_was_made(model_folder: Path, tmp_path: Path) -> None
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=hear_interrupts,
+        preexec_fn=hear_signals,
     )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("chunk 3/"):
             break
     playable_while_running = probe(out)[0]
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in stderr
     frames = probe(out)[0]
-    assert frames >= 93 >= playable_while_running >= 61
-    assert f"out.mp4: {frames} frames" in stdout
+    assert frames >= playable_while_running >= 93
+    assert f"out.mp4: {frames} frames" in stdout and os.listdir(tmp_path) == [out.name]
+
+
+def test_an_ignored_hangup_stays_ignored(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "4"]
+    process = subprocess.Popen(
+        ["nohup", *command, "--model", str(model_folder), "--device", "cpu", "-o", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("chunk 1/"))
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and probe(out)[0] == 96
 
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
@@ -122,7 +141,7 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     arguments = ["generate", "a red ball", "--model", str(model_folder), "--device", "cpu", "--overwrite"]
     started = time.monotonic()
     command = [sys.executable, "-c", code, *arguments, "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_interrupts)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_signals)
     assert done.returncode == 130 and "Traceback" not in done.stderr and time.monotonic() - started < 60
     assert "nothing was written" in done.stdout
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.mp4"]

@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from av.error import InvalidDataError
 
+from longvideo.data.video import check_whole, probe_video
 from longvideo.errors import UserError
-from longvideo.infer.writer import VideoWriter, check_output
+from longvideo.infer.writer import FragmentedMP4, VideoWriter, _Output, check_output
 
 SIZES = [29, 32, 32]
 
@@ -67,8 +69,7 @@ def test_the_file_grows_and_plays_at_every_chunk(tmp_path, suffix: str) -> None:
         total += size
         copy = tmp_path / f"copy{suffix}"
         shutil.copy(path, copy)
-        playable = len(decode(copy))
-        assert total - 8 <= playable <= total
+        assert len(decode(copy)) == total
     writer.close()
     writer.close()
     assert len(decode(path)) == total
@@ -84,23 +85,81 @@ def test_a_truncated_file_plays_up_to_the_cut(tmp_path) -> None:
         assert len(decode(tmp_path / "cut.mp4", truncated=True)) > 93 * part * 0.7
 
 
-def test_a_killed_process_leaves_a_file_that_plays(tmp_path) -> None:
-    path = tmp_path / "out.mp4"
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("parts", [(1,), (1, 28), (1, 28, 32)])
+def test_what_was_written_plays_after_a_kill(tmp_path, suffix: str, parts: tuple[int, ...]) -> None:
+    path = tmp_path / f"out{suffix}"
+    path.write_text("old")
     code = (
         "import os, sys, numpy; from longvideo.infer.writer import VideoWriter\n"
-        "writer = VideoWriter(sys.argv[1], fps=24)\n"
-        "for _ in range(2): writer.write(numpy.zeros((32, 64, 64, 3), numpy.uint8))\n"
+        "writer = VideoWriter(sys.argv[1], fps=24, overwrite=True)\n"
+        "for count in map(int, sys.argv[2:]): writer.write(numpy.zeros((count, 64, 64, 3), numpy.uint8))\n"
         "os.kill(os.getpid(), 9)"
     )
+    assert subprocess.run([sys.executable, "-c", code, str(path), *map(str, parts)]).returncode == -9
+    assert len(decode(path)) == sum(parts) and os.listdir(tmp_path) == [path.name]
+
+
+def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    code = (
+        "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output, FragmentedMP4\n"
+        "container = FragmentedMP4(64, 64, fractions.Fraction(24), 16)\n"
+        "_Output(pathlib.Path(sys.argv[1]), container, size=(64, 64)); os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
-    assert 64 - 8 <= len(decode(path)) <= 64
+    (tmp_path / ".other.mp4.0123abcd.part").write_text("of another file")
+    assert len(os.listdir(tmp_path)) == 2
+    running = _Output(path, FragmentedMP4(64, 64, Fraction(24), 16), size=(64, 64))
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 2))
+    assert len(list(tmp_path.glob(".out*"))) == 1
+    running.release()
+    assert sorted(os.listdir(tmp_path)) == [".other.mp4.0123abcd.part", "out.mp4"]
+
+
+def test_a_file_that_is_being_written_is_not_replaced(tmp_path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 2))
+        with pytest.raises(UserError, match="another process is writing it"):
+            check_output(path, overwrite=True)
+    check_output(path, overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_finished_file_says_its_length_and_is_searched(tmp_path, suffix: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    with VideoWriter(path, fps=24) as writer:
+        for size in (1, 28, 32, 100):
+            writer.write(moving_disc(writer.num_frames, size, height=64, width=96))
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (container.duration or 0) / av.time_base == pytest.approx(161 / 24, abs=2e-3)
+        for seconds in (4.0, 1.3, 6.0):
+            container.seek(int(seconds / stream.time_base), stream=stream)
+            frame = next(container.decode(stream))
+            assert seconds - 2.0 < frame.time <= seconds and frame.key_frame
+    probed = probe_video(path)
+    assert (probed.num_frames, probed.fps) == (161, 24.0)
+    check_whole(path)
+
+
+def test_a_rate_that_is_no_whole_number_is_kept(tmp_path) -> None:
+    for suffix in (".mp4", ".mkv"):
+        path = tmp_path / f"out{suffix}"
+        with VideoWriter(path, fps=24000 / 1001) as writer:
+            writer.write(moving_disc(0, 240, height=32, width=32))
+        with av.open(str(path)) as container:
+            times = [frame.time for frame in container.decode(video=0)]
+        assert np.allclose(times, np.arange(240) * 1001 / 24000, atol=1e-3)
 
 
 def test_a_file_made_by_another_meanwhile_is_not_replaced(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     writer = VideoWriter(path, fps=24)
     path.write_text("mine")
-    with pytest.raises(UserError, match="File exists"):
+    with pytest.raises(UserError, match="file exists"):
         writer.write(moving_disc(0, 2))
     assert path.read_text() == "mine" and os.listdir(tmp_path) == [path.name]
 
@@ -131,13 +190,52 @@ def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     path.write_text("old")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0 and f"cannot write {path}: File too large" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"cannot write {path}: file too large" in done.stdout, done.stderr
     assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_disk_that_fills_up_keeps_the_frames_before(tmp_path) -> None:
+    code = (
+        "import resource, sys, numpy; from longvideo.errors import UserError\n"
+        "from longvideo.infer.writer import VideoWriter\n"
+        "noise = numpy.random.default_rng(0).integers(0, 255, (40, 128, 128, 3), numpy.uint8)\n"
+        "try:\n"
+        "    with VideoWriter(sys.argv[1], fps=24) as writer:\n"
+        "        writer.write(noise[:3]); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "        writer.write(noise)\n"
+        "except UserError as error: print(error)"
+    )
+    path = tmp_path / "out.mp4"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert f"cannot write {path}: file too large; the 3 frames before are in it" in done.stdout, done.stderr
+    assert len(decode(path)) == 3 and path.stat().st_size < 100_000 and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_link_is_written_through(tmp_path) -> None:
+    (tmp_path / "far").mkdir()
+    film, link = tmp_path / "far" / "film.mp4", tmp_path / "link.mp4"
+    film.write_text("old")
+    link.symlink_to(film)
+    with VideoWriter(link, fps=24, overwrite=True) as writer:
+        writer.write(moving_disc(0, 3))
+    assert link.is_symlink() and len(decode(film)) == 3
+    assert sorted(os.listdir(tmp_path)) == ["far", "link.mp4"] and os.listdir(tmp_path / "far") == ["film.mp4"]
+
+
+def test_the_longest_name_is_written(tmp_path) -> None:
+    path = tmp_path / ("n" * 251 + ".mp4")
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 2))
+    assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("n" * 252 + ".mp4", "its name has more than 255 bytes"),
+        ("dangling.mp4", "it is a link to nothing.mp4, which is not there"),
+        ("pipe.mp4", "it is a device, a pipe or a socket"),
+        ("null.mp4", "it is a device, a pipe or a socket"),
         ("out.avi", "must end in .mp4 or .mkv"),
         ("out", "must end in .mp4 or .mkv"),
         ("nowhere/out.mp4", "is not a folder; create it first"),
@@ -147,6 +245,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
 )
 def test_bad_outputs_are_refused_before_anything_is_written(tmp_path, name: str, message: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "dangling.mp4").symlink_to("nothing.mp4")
+    (tmp_path / "null.mp4").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "old.mp4").write_text("old")
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(UserError, match=message):
