@@ -48,7 +48,7 @@ def distill(
     def build(config: Distillation, target: torch.device, mesh: Mesh) -> Recipe:
         from longvideo.distill.distillation import DistillRecipe
 
-        return DistillRecipe(config, target, dry_run=bool(dry_run))
+        return DistillRecipe(config, target, mesh, dry_run=bool(dry_run))
 
     def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, target: torch.device) -> PairedEngine:
         return recipe.engine(mesh)

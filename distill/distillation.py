@@ -19,6 +19,7 @@ from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import Conditioning
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.engine import PairedEngine
+from longvideo.distill.memory import adapter_parameters, estimate_memory
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (
     SHAPEWORLD,
@@ -50,7 +51,8 @@ from longvideo.rollout import CachedTransformer, rollout
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.engine import Engine
-from longvideo.training.mesh import Mesh, ParallelConfig, launched
+from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
+from longvideo.training.mesh import Mesh, ParallelConfig, divide, launched
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
@@ -158,7 +160,7 @@ class Distillation:
 class DistillRecipe:
     """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
 
-    def __init__(self, config: Distillation, device: torch.device, *, dry_run: bool = False):
+    def __init__(self, config: Distillation, device: torch.device, mesh: Mesh | None = None, *, dry_run: bool = False):
         self.config, self.device, self.dry_run = config, device, dry_run
         self.folder = None
         self.shape = PRESETS[config.preset]
@@ -182,6 +184,7 @@ class DistillRecipe:
         scripts = read_scripts(Path(config.prompts)) if own_prompts else None
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.dtype = compute_dtype(config.trainer.precision, device)
+        self._check_memory(mesh or Mesh())
         self.scripts = self._scripts(scripts)
         student = self._load(self.folder)
         teacher = None if config.teacher is None else self._load(teacher_folder)
@@ -304,6 +307,40 @@ class DistillRecipe:
         texts = [text for shots in scripts for text in shots]
         features = encode_all(encoder, [*texts, config.negative_prompt])
         return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
+
+    def _check_memory(self, mesh: Mesh) -> None:
+        """Print what a step will take, before a weight is read; raise ConfigError if it cannot fit."""
+        config = self.config
+        backbones = 1 if config.teacher is None else 2
+        estimates = [self._estimate(stage, mesh, backbones) for stage in config.stages]
+        report_estimate(
+            max(estimates, key=lambda estimate: estimate.total),
+            self.device,
+            mesh,
+            "use backbone.precision=nvfp4, backbone.kv_cache=nvfp4, parallel.micro_batch=1 or dmd.checkpoint=true",
+        )
+
+    def _estimate(self, stage: DistillStage, mesh: Mesh, backbones: int) -> MemoryEstimate:
+        config, chunks = self.config, stage.frames // self.spec.chunk_frames
+        clips, passes = divide(stage.batch, mesh, config.parallel.micro_batch)
+        count = adapter_parameters(self.shape, config.lora)
+        student, critic = (
+            engine_memory(
+                count, config.parallel, ranks=mesh.world, bf16=False, passes=passes * chunks, averaged=averaged
+            )
+            for averaged in (config.trainer.ema_decay > 0, False)
+        )
+        return estimate_memory(
+            self.shape,
+            self.spec,
+            student + critic,
+            BlockMemory(self.dtype.itemsize, checkpoint=config.dmd.checkpoint, compiled=config.compile),
+            backbones=backbones,
+            packed=config.backbone.precision != "bf16",
+            packed_cache=config.backbone.kv_cache == "nvfp4",
+            clips=clips,
+            chunks=chunks,
+        )
 
     def _check_clips(self, clips: EncodedDataset, name: str) -> None:
         """Raise ConfigError unless encoded clips have the model's sizes."""

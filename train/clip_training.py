@@ -23,17 +23,23 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import CachedTransformer, branches, rollout
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
-from longvideo.train.cost import GIB, clip_flops, estimate_memory
+from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.train.views import ViewStage
+from longvideo.training.memory import (
+    FP32,
+    ROWS_MASKED,
+    BlockMemory,
+    MemoryEstimate,
+    engine_memory,
+    report_estimate,
+)
 from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
 from longvideo.training.objective import stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.trainer import TrainerConfig
-
-MEMORY_SLACK = 1.15  # what the estimate may be above the truth
 
 
 @dataclass(frozen=True)
@@ -287,29 +293,47 @@ class ClipRecipe:
         config = self.config
         with OnMeta():
             num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())
-        stage = max(config.stages, key=lambda stage: stage.chunks)
+        estimate = max(
+            (self._estimate(stage, shape, num_parameters, device, mesh) for stage in config.stages),
+            key=lambda estimate: estimate.total,
+        )
+        report_estimate(
+            estimate,
+            device,
+            mesh,
+            "use more ranks, a higher parallel.sequence or parallel.zero_stage, fewer chunks, or"
+            " objective.checkpoint=true",
+        )
+
+    def _estimate(
+        self, stage: ViewStage, shape: TransformerConfig, num_parameters: int, device: torch.device, mesh: Mesh
+    ) -> MemoryEstimate:
+        config = self.config
         clips, passes = divide(stage.batch, mesh, config.parallel.micro_batch)
-        estimate = estimate_memory(
+        bf16 = config.trainer.precision != "fp32" and device.type == "cuda"
+        engine = engine_memory(
+            num_parameters,
+            config.parallel,
+            ranks=mesh.world,
+            bf16=bf16,
+            passes=passes,
+            averaged=config.trainer.ema_decay > 0,
+        )
+        blockwise = config.objective.attention == "blockwise"
+        blocks = BlockMemory(
+            size=2 if bf16 else FP32,
+            checkpoint=config.objective.checkpoint,
+            compiled=config.objective.compile,
+            nvfp4=config.nvfp4.enabled,
+            copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
+        )
+        return estimate_memory(
             shape,
             self.spec,
-            num_parameters=num_parameters,
+            engine,
+            blocks,
             chunks=stage.chunks,
             clips=clips,
-            passes=passes,
-            ranks=mesh.world,
             sequence=mesh.sequence,
-            zero_stage=config.parallel.zero_stage,
-            bf16=launched() and config.trainer.precision != "fp32",
-            checkpoint=config.objective.checkpoint,
-            blockwise=config.objective.attention == "blockwise",
+            autocast=bf16 and not launched(),
         )
-        if device.type != "cuda":
-            return
-        available = torch.cuda.get_device_properties(device).total_memory / GIB
-        if mesh.is_main:
-            print(f"memory: {estimate.line()}; there are {available:.1f}", flush=True)
-        if estimate.total > MEMORY_SLACK * available:
-            raise ConfigError(
-                f"training takes {estimate.line()}, and a device has {available:.1f}; use more ranks, a higher"
-                " parallel.sequence or parallel.zero_stage, fewer chunks, or objective.checkpoint=true"
-            )

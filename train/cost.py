@@ -1,16 +1,21 @@
-"""What a teacher-forcing step costs: arithmetic that it cannot do without, and memory that it will take."""
+"""What a teacher-forcing step costs: the arithmetic that it needs, and the memory that it will take."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
+from longvideo.training.memory import (
+    BlockMemory,
+    EngineMemory,
+    MemoryEstimate,
+    head_bytes,
+    row_bytes,
+    text_bytes,
+)
 
-GIB = 2**30
 BACKWARD = 3  # times the arithmetic of a forward pass, its own included
 
 
@@ -32,63 +37,37 @@ def clip_flops(config: TransformerConfig, spec: ChunkSpec, chunks: int, visible:
     return BACKWARD * (config.num_layers * block + 2 * 2 * chunks * tokens * dim * patch)
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """GiB of one rank: weights and gradients in the training dtype, optimiser (masters, moments, averages), kept
-    activations, what one block needs while it runs, and what the optimiser does when activations are gone."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    block: float
-    step: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + max(self.activations + self.block, self.step)
-
-    def line(self) -> str:
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in vars(self).items() if name != "step")
-        return f"about {self.total:.1f} GiB a device: {parts}; afterwards, for a step of the optimiser, {self.step:.1f}"
-
-
 def estimate_memory(
     config: TransformerConfig,
     spec: ChunkSpec,
+    engine: EngineMemory,
+    blocks: BlockMemory,
     *,
-    num_parameters: int,
     chunks: int,
     clips: int,
-    passes: int,
-    ranks: int,
     sequence: int,
-    zero_stage: int,
-    bf16: bool,
-    checkpoint: bool,
-    blockwise: bool,
+    autocast: bool,
 ) -> MemoryEstimate:
-    """Estimate what training takes on each rank. clips: of one pass. A rule of thumb, within a tenth of what was seen.
+    """Estimate the peak of a teacher-forcing step on one rank.
 
-    With ZeRO the optimiser is shared out from stage 1 on, gradients from 2, weights from 3; gradients of several passes
-    are added up in fp32, and the optimiser takes a flat copy of its own, and one in fp32. Without recomputation a block
-    keeps about 34 numbers a token and width (arXiv 2205.05198), with it its input alone. Attention run by run keeps
-    copies of the keys and values that each run sees, and of their gradients.
+    chunks: of the longest clip. clips: of one pass. sequence: ranks that share a clip. autocast: whether fp32 weights
+    are cast as they are used, of which those that no block recomputes are kept.
     """
-    size = 2 if bf16 else 4
-    tokens = 2 * clips * chunks * spec.tokens_per_chunk // sequence
-    row = tokens * config.dim * size / GIB
-    wide = 2 * config.ffn_dim / config.dim
-    within = 34 + wide
-    copies = (chunks + 1) / 2 if blockwise else 0  # of all keys: a run sees so many chunks in the mean
-    shared = [1 if zero_stage < stage else ranks for stage in (1, 2, 3)]
-    masters = 4 if bf16 else 0  # fp32 weights are their own masters
-    added_up = size if passes == 1 else 4
+    runs = clips * (2 * chunks - 1 if sequence == 1 else 2 * chunks / sequence)
+    tokens = runs * spec.tokens_per_chunk
+    row = row_bytes(config, tokens, blocks.size)
+    cast = 2 * 2 * config.num_layers * config.dim**2 if autocast and not blocks.nvfp4 else 0
     return MemoryEstimate(
-        weights=num_parameters * size / shared[2] / GIB,
-        gradients=num_parameters * added_up / shared[1] / GIB,
-        optimizer=num_parameters * (masters + 8 + 4) / shared[0] / GIB,
-        activations=row * config.num_layers * (1 if checkpoint else within),
-        block=row * (within + wide + 2 * 2 * copies),
-        step=num_parameters * (added_up + 4) / shared[0] / GIB if bf16 else 0.0,
+        engine=engine,
+        frozen=0.0,
+        text=text_bytes(config, prompts=clips * chunks / sequence, uses=runs, size=blocks.size) + cast,
+        activations=row * config.num_layers * blocks.kept(config) + head_bytes(config, tokens, blocks.size),
+        block=row * blocks.running(config),
     )
+
+
+def copied_rows(chunks: int, sequence: int) -> float:
+    """Return the rows of keys and values that attention run by run copies, those of all runs together."""
+    clean = chunks - 1 if sequence == 1 else chunks
+    seen = sum(range(1, chunks + 1)) + sum(range(1, clean + 1))  # every run sees earlier clean ones and itself
+    return 2 * seen / (chunks + clean)

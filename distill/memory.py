@@ -1,0 +1,71 @@
+"""How much memory of each GPU a distillation will take, from shapes and settings alone, before any weight is loaded."""
+
+from __future__ import annotations
+
+from longvideo.checkpoint.adapters import layer_sizes
+from longvideo.checkpoint.modules import OnMeta
+from longvideo.distill.roles import LoraSettings
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.model.config import TransformerConfig
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.training.memory import (
+    BlockMemory,
+    EngineMemory,
+    MemoryEstimate,
+    head_bytes,
+    row_bytes,
+    text_bytes,
+)
+
+PACKED_BYTES = 1 / 2 + 1 / GROUP
+"""Bytes of a number in NVFP4: its code and its part of a group's scale."""
+
+
+def adapter_parameters(config: TransformerConfig, lora: LoraSettings) -> int:
+    """Count the parameters of one adapter."""
+    with OnMeta():
+        sizes = layer_sizes(CausalTransformer(config))
+    adapted = [size for name, size in sizes.items() if any(name.endswith(f".{target}") for target in lora.targets)]
+    return lora.rank * sum(map(sum, adapted))
+
+
+def estimate_memory(
+    config: TransformerConfig,
+    spec: ChunkSpec,
+    engines: EngineMemory,
+    blocks: BlockMemory,
+    *,
+    backbones: int,
+    packed: bool,
+    packed_cache: bool,
+    clips: int,
+    chunks: int,
+) -> MemoryEstimate:
+    """Estimate the peak of a step on one rank: one chunk is in flight, with a gradient, beside the cache of a clip.
+
+    engines: student's and critic's. backbones: 2 where the teacher has weights of its own. packed, packed_cache:
+    whether weights of the blocks, and the cache, have 4 bits. clips: of one pass, of so many chunks each.
+    """
+    tokens = clips * spec.tokens_per_chunk
+    row = row_bytes(config, tokens, blocks.size)
+    slots = min(spec.window_chunks, chunks)
+    prompts = clips + 1  # and the negative one
+    contexts = 2 * config.num_layers * prompts * config.text_len * config.dim * blocks.size
+    value = PACKED_BYTES if packed_cache else blocks.size
+    return MemoryEstimate(
+        engine=engines,
+        frozen=backbones * _backbone_bytes(config, blocks.size, packed=packed),
+        text=contexts + text_bytes(config, prompts=clips, uses=clips, size=blocks.size),
+        activations=row * config.num_layers * blocks.kept(config) + head_bytes(config, tokens, blocks.size),
+        block=row * (blocks.running(config) + 2 * slots),
+        cache=2 * config.num_layers * spec.window_chunks * tokens * config.dim * value,
+    )
+
+
+def _backbone_bytes(config: TransformerConfig, size: int, *, packed: bool) -> float:
+    with OnMeta():
+        model = CausalTransformer(config)
+    in_blocks = sum(outputs * inputs for outputs, inputs in layer_sizes(model).values())
+    others = sum(parameter.numel() for parameter in model.parameters()) - in_blocks
+    return others * size + in_blocks * (PACKED_BYTES if packed else size)

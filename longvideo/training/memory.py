@@ -1,0 +1,205 @@
+"""How much memory of each GPU a training step will take, from shapes and settings alone, before any weight is loaded.
+
+Parameters and optimizer states are counted exactly. Activations are counted in rows, a row being one number a token and
+width; how many rows a block needs was fitted to measured peaks (docs/training.md has estimate and measurement side by
+side). Peaks are those of `torch.cuda.max_memory_allocated`: CUDA's context and NCCL's buffers come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longvideo.errors import ConfigError
+from longvideo.model.config import TransformerConfig
+from longvideo.training.mesh import Mesh, ParallelConfig, launched
+
+GIB = 2**30
+FP32 = 4
+SLACK = 1.1  # factor by which the estimate may exceed the truth
+BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them, its default
+ROWS_COMPILED, ROWS_EAGER = 9, 33  # of a block in its backward pass, besides those of the feed-forward layer
+ROWS_MASKED = 8  # of FlexAttention, in place of the copies of keys and values of attention run by run
+ROWS_NVFP4 = 6  # rounded operands of emulated 4-bit products
+ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 30  # kept of a block that is not recomputed, the feed-forward layer's apart
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of one rank that do not depend on the batch.
+
+    weights: in the dtype that they compute in. optimizer: masters, moments, averages, and gradients that are added up
+    in fp32. gradients: while a step lasts. carried: those that are there when a later pass of the step begins. bucket:
+    gradients on their way to other ranks. step: copies that the optimizer makes when activations are gone.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    carried: float = 0.0
+    bucket: float = 0.0
+    step: float = 0.0
+
+    def __add__(self, other: EngineMemory) -> EngineMemory:
+        """Add an engine that takes its turns: gradients and copies exist for one of the two at a time."""
+        return EngineMemory(
+            self.weights + other.weights,
+            self.optimizer + other.optimizer,
+            max(self.gradients, other.gradients),
+            max(self.carried, other.carried),
+            self.bucket + other.bucket,
+            max(self.step, other.step),
+        )
+
+
+def engine_memory(
+    num_parameters: int, parallel: ParallelConfig, *, ranks: int, bf16: bool, passes: int, averaged: bool
+) -> EngineMemory:
+    """Return what the engine holds that `new_engine` would choose for this process.
+
+    bf16: whether DeepSpeed's weights are. passes: backward passes of a step.
+    """
+    if launched():
+        return _deepspeed_engine(num_parameters, bf16=bf16, ranks=ranks, zero_stage=parallel.zero_stage, passes=passes)
+    return _local_engine(num_parameters, passes=passes, averaged=averaged)
+
+
+def _local_engine(num_parameters: int, *, passes: int, averaged: bool) -> EngineMemory:
+    """fp32 weights, two moments, and their average if there is one."""
+    return EngineMemory(
+        weights=num_parameters * FP32,
+        optimizer=num_parameters * FP32 * (3 if averaged else 2),
+        gradients=num_parameters * FP32,
+        carried=num_parameters * FP32 if passes > 1 else 0.0,
+    )
+
+
+def _deepspeed_engine(num_parameters: int, *, bf16: bool, ranks: int, zero_stage: int, passes: int) -> EngineMemory:
+    """ZeRO shares the optimizer and the average from stage 1 on, gradients from 2, weights from 3.
+
+    Gradients of several passes are added up in fp32; those of one are copied, flat, in their dtype and in fp32.
+    """
+    size = 2 if bf16 else FP32
+    has_masters = bf16 or zero_stage > 0
+    shared = [1 if zero_stage < stage else ranks for stage in (1, 2, 3)]
+    states = num_parameters * FP32 * (4 if has_masters else 3) / shared[0]
+    added_up = num_parameters * FP32 / shared[1] if passes > 1 and has_masters else 0.0
+    gradients = num_parameters * size / shared[1]
+    return EngineMemory(
+        weights=num_parameters * size / shared[2],
+        optimizer=states + added_up,
+        gradients=gradients,
+        carried=gradients if passes > 1 else 0.0,
+        bucket=min(BUCKET, num_parameters) * size if zero_stage in (1, 2) else 0.0,
+        step=num_parameters * (size + FP32) / shared[0] if passes == 1 and has_masters else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """How the blocks are run. size: bytes of a number. copies: rows of keys and values that attention copies."""
+
+    size: int
+    checkpoint: bool
+    compiled: bool
+    nvfp4: bool = False
+    copies: float = 0.0
+
+    def running(self, config: TransformerConfig) -> float:
+        """Return the rows that one block needs in its backward pass, what is computed again included."""
+        rows = ROWS_COMPILED if self.compiled else ROWS_EAGER
+        return rows + _feed_forward(config) + 2 * self.copies + (ROWS_NVFP4 if self.nvfp4 else 0)
+
+    def kept(self, config: TransformerConfig) -> float:
+        """Return the rows that one block keeps from its forward to its backward pass."""
+        if self.checkpoint:
+            return 1
+        return (ROWS_KEPT_COMPILED if self.compiled else ROWS_KEPT_EAGER) + _feed_forward(config) + self.copies
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one device, by what they are for.
+
+    text: keys and values of prompts, and their gradients. activations: what all blocks keep. block: what the block that
+    runs needs besides. cache: keys and values of the chunks before.
+    """
+
+    engine: EngineMemory
+    frozen: float
+    text: float
+    activations: float
+    block: float
+    cache: float = 0.0
+
+    @property
+    def always(self) -> float:
+        return self.engine.weights + self.frozen + self.engine.optimizer
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """Bytes at the three moments of which one is the peak."""
+        engine, held = self.engine, self.always + self.cache + self.engine.bucket
+        return {
+            "activations": held + self.text + engine.carried + self.activations + self.block,
+            "gradients": held + self.text + engine.gradients + self.block,
+            "optimizer step": self.always + engine.gradients + engine.step,
+        }
+
+    @property
+    def total(self) -> float:
+        return max(self.moments.values())
+
+    def line(self) -> str:
+        """Describe the estimate in one line, in GiB."""
+        peak = max(self.moments, key=lambda name: self.moments[name])
+        parts = {
+            "weights": self.engine.weights + self.frozen,
+            "optimizer": self.engine.optimizer,
+            "gradients": self.engine.gradients,
+            "activations": self.text + self.activations,
+            "one block": self.block,
+            "cache": self.cache,
+        }
+        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        return f"about {self.total / GIB:.1f} GiB a device at the peak, which the {peak} make: {listed}"
+
+
+def text_bytes(config: TransformerConfig, *, prompts: float, uses: float, size: int) -> float:
+    """Return the bytes of cross-attention's keys and values, of what their backward pass keeps, and of their gradients.
+
+    prompts: encoded. uses: runs of tokens that follow one, each of which has a copy.
+    """
+    numbers = config.num_layers * config.text_len * config.dim
+    within_norm = 2 * FP32  # the norm of keys keeps its input and its result in fp32
+    return numbers * (prompts * (within_norm + 2 * size) + 2 * uses * 2 * size)
+
+
+def head_bytes(config: TransformerConfig, tokens: float, size: int) -> float:
+    """Return the bytes that the last norm and projection keep: two rows in fp32 and one in the model's dtype."""
+    return tokens * config.dim * (2 * FP32 + size)
+
+
+def row_bytes(config: TransformerConfig, tokens: float, size: int) -> float:
+    """Return the bytes of one row: a number for each token and width."""
+    return tokens * config.dim * size
+
+
+def report_estimate(estimate: MemoryEstimate, device: torch.device, mesh: Mesh, remedy: str) -> None:
+    """Print an estimate beside what the GPU has; raise ConfigError, with the remedy, where training cannot fit.
+
+    On a CPU nothing is said: what training takes there was never measured.
+    """
+    if device.type != "cuda":
+        return
+    available = torch.cuda.get_device_properties(device).total_memory
+    if mesh.is_main:
+        print(f"memory: {estimate.line()}; the device has {available / GIB:.1f} GiB", flush=True)
+    if estimate.total > SLACK * available:
+        raise ConfigError(f"training takes {estimate.line()}; a device has {available / GIB:.1f} GiB; {remedy}")
+
+
+def _feed_forward(config: TransformerConfig) -> float:
+    """Return the rows of the feed-forward layer's hidden values before and after their activation."""
+    return 2 * config.ffn_dim / config.dim

@@ -1,0 +1,85 @@
+"""The memory estimate of a teacher-forcing step, against peaks that were measured on H200 GPUs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from longvideo.model.config import PRESETS
+from longvideo.model.spec import ChunkSpec
+from longvideo.train.cost import copied_rows, estimate_memory
+from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
+from longvideo.training.mesh import ParallelConfig
+
+SHAPE = PRESETS["wan2.2-ti2v-5b"]
+SPEC = ChunkSpec(grid_height=22, grid_width=40)
+NUM_PARAMETERS = 4_999_787_712
+
+
+def estimate(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    chunks: int,
+    launched: bool = False,
+    ranks: int = 1,
+    passes: int = 1,
+    averaged: bool = True,
+    compiled: bool = True,
+    nvfp4: bool = False,
+    masked: bool = False,
+) -> MemoryEstimate:
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    engine = engine_memory(
+        NUM_PARAMETERS, ParallelConfig(), ranks=ranks, bf16=launched, passes=passes, averaged=averaged
+    )
+    copies = ROWS_MASKED / 2 if masked else copied_rows(chunks, ranks)
+    blocks = BlockMemory(2, checkpoint=True, compiled=compiled, nvfp4=nvfp4, copies=copies)
+    return estimate_memory(SHAPE, SPEC, engine, blocks, chunks=chunks, clips=1, sequence=ranks, autocast=not launched)
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"chunks": 2}, 96.8),
+        ({"chunks": 4}, 103.9),
+        ({"chunks": 4, "nvfp4": True}, 105.4),
+        ({"chunks": 4, "compiled": False}, 110.6),
+        ({"chunks": 4, "masked": True}, 103.6),
+        ({"chunks": 4, "averaged": False}, 85.3),
+        ({"chunks": 8}, 123.2),
+        ({"chunks": 4, "launched": True}, 121.3),
+        ({"chunks": 4, "launched": True, "nvfp4": True}, 121.3),
+        ({"chunks": 4, "launched": True, "passes": 2}, 132.8),
+        ({"chunks": 12, "launched": True, "ranks": 2}, 86.6),
+        ({"chunks": 12, "launched": True, "ranks": 2, "compiled": False}, 98.2),
+        ({"chunks": 12, "launched": True, "ranks": 2, "masked": True}, 82.2),
+    ],
+)
+def test_measured_peaks_are_estimated_within_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], measured: float
+) -> None:
+    """Wan2.2-TI2V-5B at 704 x 1280; docs/training.md has the commands."""
+    assert estimate(monkeypatch, **settings).total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_sharing_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    held = [
+        engine_memory(NUM_PARAMETERS, ParallelConfig(zero_stage=stage), ranks=4, bf16=True, passes=2, averaged=True)
+        for stage in range(4)
+    ]
+    assert [round(engine.optimizer / GIB, 1) for engine in held] == [93.1, 37.3, 23.3, 23.3]
+    assert [round(engine.weights / GIB, 1) for engine in held] == [9.3, 9.3, 9.3, 2.3]
+
+
+def test_the_line_has_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = estimate(monkeypatch, chunks=4).line()
+    assert re.fullmatch(
+        r"about 106\.5 GiB a device at the peak, which the gradients make: weights 18\.6, optimizer 55\.9,"
+        r" gradients 18\.6, activations 15\.5, one block 7\.7",
+        line,
+    )
