@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.errors import UserError
-from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Out, Resume, Trace, train
+from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
 
 if TYPE_CHECKING:
     import torch
@@ -55,19 +55,8 @@ def distill(
 
     from longvideo.distill.distillation import Distillation
 
-    train(
-        Distillation,
-        build,
-        "tiny/dmd",
-        arguments or [],
-        out,
-        resume,
-        max_minutes,
-        device,
-        dry_run,
-        trace,
-        build_engine=build_engine,
-    )
+    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    train("distill", Distillation, build, "tiny/dmd", options, build_engine=build_engine)
 
 
 def merge(

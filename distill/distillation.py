@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -56,9 +57,11 @@ from longvideo.training.mesh import Mesh, ParallelConfig, divide, launched
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
+from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.trainer import TrainerConfig
 
 COMPILED_FORMS = 32
+LORA = "lora"  # the student's adapter in a run folder
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,7 @@ class DistillRecipe:
         """Write the student's adapter beside the model folder, and, unless told otherwise, that folder."""
         assert self.folder is not None, "a dry run exports nothing"
         adapter = self.adapter()
-        adapter.save(folder.parent / "lora", base=str(self.config.model))
+        adapter.save(folder.parent / LORA, base=str(self.config.model))
         if self.config.merge:
             save_merged(
                 self.folder,
@@ -282,6 +285,19 @@ class DistillRecipe:
                 clean_pass=self.config.rollout.cache_fill == "clean",
                 overwrite=True,
             )
+
+    def next_steps(self, folder: Path) -> list[str]:
+        lora = folder / LORA
+        if not self.config.merge:
+            words = ["longvideo", "merge", str(self.config.model), str(lora), str(folder / MODEL)]
+            words += ["--steps", str(self.config.rollout.steps)]
+            if self.config.rollout.cache_fill != "clean":
+                words.append("--no-clean-pass")
+            return [f"adapter: {lora}", f"next: {shlex.join(words)}"]
+        assert self.folder is not None
+        if {"vae", "text_encoder"} <= set(self.folder.parts):
+            return [f"adapter: {lora}", *describe_model(folder)]
+        return [f"adapter: {lora}", f"model: {folder / MODEL} (its transformer alone)"]
 
     def adapter(self) -> Adapter:
         weights = {name: weight.detach().cpu() for name, weight in self.roles.trained(Role.STUDENT).items()}

@@ -40,7 +40,7 @@ class PairedEngine:
         self.critic_rate, self.student_every, self.critic_first = critic_rate, student_every, critic_first
 
     def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:
-        if step >= self.critic_first and step % self.student_every == 0:
+        if self._trains_student(step):
             parts = self.student_objective.parts(shares)
             found = self.student.train_step(parts, step // self.student_every, learning_rate)
             of_student = {f"student_{name}" if name in ("loss", "grad") else name: x for name, x in found.items()}
@@ -58,6 +58,13 @@ class PairedEngine:
     def num_skipped(self) -> int:
         return self.student.num_skipped() + self.critic.num_skipped()
 
+    def skipped_share(self, steps: int) -> float:
+        of_student = sum(map(self._trains_student, range(steps)))
+        return max(self.student.skipped_share(of_student), self.critic.skipped_share(steps))
+
+    def is_finite(self) -> bool:
+        return self.student.is_finite() and self.critic.is_finite()
+
     def counts(self) -> dict[str, float]:
         both = ((STUDENT, self.student), (CRITIC, self.critic))
         return {f"{role}_{name}": value for role, engine in both for name, value in engine.counts().items()}
@@ -73,3 +80,6 @@ class PairedEngine:
                 raise CheckpointError(f"{folder} is no checkpoint of a distillation: it holds no {role}")
             own = {name.removeprefix(f"{role}_"): value for name, value in counts.items() if name.startswith(role)}
             engine.load(folder / role, counts=own)
+
+    def _trains_student(self, step: int) -> bool:
+        return step >= self.critic_first and step % self.student_every == 0

@@ -32,6 +32,7 @@ from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
+from longvideo.training.run_folder import describe_model
 from longvideo.training.trainer import TrainerConfig
 
 
@@ -285,6 +286,9 @@ class ArRecipe:
             dtype=DTYPES[self.config.export_dtype],
             overwrite=True,
         )
+
+    def next_steps(self, folder: Path) -> list[str]:
+        return describe_model(folder)
 
     def _build_model(self) -> tuple[CausalTransformer, TextEncoder]:
         config = self.config

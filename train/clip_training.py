@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from longvideo.training.memory import (
 from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence, divide, launched
 from longvideo.training.objective import stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.trainer import TrainerConfig
 
 
@@ -251,6 +253,12 @@ class ClipRecipe:
             dtype=torch.bfloat16,
             overwrite=True,
         )
+
+    def next_steps(self, folder: Path) -> list[str]:
+        if self.folder is not None and {"vae", "text_encoder"} <= set(self.folder.parts):
+            return describe_model(folder)
+        model = folder / MODEL
+        return [f"model: {model} (its transformer alone)", f"next: longvideo info {shlex.quote(str(model))}"]
 
     def _open_clips(self, path: str | None, *, dry_run: bool) -> Clips:
         config, settings = self.config, self.settings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from longvideo.errors import ConfigError
-from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Out, Resume, Trace, train
+from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ def vae(
 
     from longvideo.train.vae import VaeTraining
 
-    train(VaeTraining, build, "tiny/vae", arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    train("train vae", VaeTraining, build, "tiny/vae", options)
 
 
 @app.command(no_args_is_help=False)
@@ -76,9 +77,8 @@ def ar(
     """
     from longvideo.config import find_config, sets_key
 
-    given = arguments or []
-    files = [find_config(name) for name in given if "=" not in name]
-    if sets_key("data", files, [name for name in given if "=" in name]):
+    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    if sets_key("data", [find_config(name) for name in options.configs], options.overrides):
         from longvideo.train.clip_training import ClipTraining
 
         def build_clips(config: ClipTraining, target: torch.device, mesh: Mesh) -> Recipe:
@@ -86,7 +86,7 @@ def ar(
 
             return ClipRecipe(config, target, mesh, dry_run=bool(dry_run))
 
-        train(ClipTraining, build_clips, "wan/ar", given, out, resume, max_minutes, device, dry_run, trace)
+        train("train ar", ClipTraining, build_clips, "wan/ar", options)
         return
 
     def build(config: ArTraining, target: torch.device, mesh: Mesh) -> Recipe:
@@ -96,4 +96,4 @@ def ar(
 
     from longvideo.train.ar import ArTraining
 
-    train(ArTraining, build, "tiny/ar_opening", given, out, resume, max_minutes, device, dry_run, trace)
+    train("train ar", ArTraining, build, "tiny/ar_opening", options)

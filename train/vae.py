@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.training.objective import seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
+from longvideo.training.run_folder import MODEL
 from longvideo.training.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -155,6 +157,14 @@ class VaeRecipe:
         ModelFolder.save(
             folder, settings=ModelSettings(height=scenes.height, width=scenes.width), vae=exported, overwrite=True
         )
+
+    def next_steps(self, folder: Path) -> list[str]:
+        model = folder / MODEL
+        out = folder.with_name(f"{folder.name}_ar")
+        return [
+            f"model: {model}",
+            f"next: {shlex.join(['longvideo', 'train', 'ar', 'tiny/ar_opening', f'vae={model}', '--out', str(out)])}",
+        ]
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation of every latent channel over training clips."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
 
     from longvideo.training.engine import Engine
     from longvideo.training.trainer import Recipe
+
+EXIT_USER_ERROR = 2
 
 Arguments = Annotated[
     list[str] | None,
@@ -29,7 +34,8 @@ Arguments = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: checkpoints, metrics, samples and the model.")]
 Resume = Annotated[
-    str, typer.Option(help="`auto` goes on from the newest checkpoint in the run folder; `never` refuses to.")
+    str,
+    typer.Option(help="`auto` resumes from the newest checkpoint in the folder; `never` refuses one that holds a run."),
 ]
 MaxMinutes = Annotated[
     float | None, typer.Option(help="Stop in time, save and export, ready to be resumed by the same command.")
@@ -41,45 +47,104 @@ DryRun = Annotated[
 Trace = Annotated[bool, typer.Option(help="With `--dry-run`: also list the operations that take longest.")]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What every training command is told, in the order of its parameters."""
+
+    arguments: list[str]
+    out: Path
+    resume: str
+    max_minutes: float | None
+    device: str | None
+    dry_run: int
+    trace: bool
+
+    def __post_init__(self) -> None:
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ConfigError(f"--max-minutes {self.max_minutes} must be above 0")
+        if self.dry_run < 0:
+            raise ConfigError(f"--dry-run {self.dry_run} must be at least 1, or be left out")
+
+    @property
+    def overrides(self) -> list[str]:
+        return [argument for argument in self.arguments if "=" in argument]
+
+    @property
+    def configs(self) -> list[str]:
+        return [argument for argument in self.arguments if "=" not in argument]
+
+    def resume_command(self, command: str) -> str:
+        """Return what resumes the run. command: words after `longvideo`, such as "train ar"."""
+        words = [*self.arguments, "--out", str(self.out)]
+        if self.device is not None:
+            words += ["--device", self.device]
+        if self.max_minutes is not None:
+            words += ["--max-minutes", f"{self.max_minutes:g}"]
+        return f"{_start(command)} {shlex.join(words)}"
+
+
 def train(
+    command: str,
     schema: type,
     build: Callable[..., Recipe],
     default_config: str,
-    arguments: list[str],
-    out: Path,
-    resume: str,
-    max_minutes: float | None,
-    device: str | None,
-    dry_run: int,
-    trace: bool,
+    options: Options,
     *,
     build_engine: Callable[..., Engine] | None = None,
 ) -> None:
-    """Read the configuration, and train what it says; the arguments are those of the command line, in its order."""
+    """Read the configuration, and train what it says. command: words after `longvideo` that start it."""
     began = time.monotonic()
-    if max_minutes is not None and max_minutes <= 0:
-        raise ConfigError(f"--max-minutes {max_minutes} must be above 0")
     from longvideo.config import find_config, load_config, to_yaml
 
-    overrides = [argument for argument in arguments if "=" in argument]
-    names = [argument for argument in arguments if "=" not in argument] or [default_config]
-    files = [find_config(name) for name in names]
-    config = load_config(schema, files, overrides)
+    files = [find_config(name) for name in options.configs or [default_config]]
+    config = load_config(schema, files, options.overrides)
 
-    from longvideo.training.run import run
+    from longvideo.training.run import RunOptions, run
+    from longvideo.training.stopping import Stopped
 
-    run(
-        config,
-        build,
-        choose_device(device),
-        out,
-        config_text=to_yaml(config),
-        resume=resume,
-        deadline=began + 60 * max_minutes if max_minutes is not None else math.inf,
-        dry_run=dry_run,
-        trace=trace,
-        build_engine=build_engine,
-    )
+    minutes = options.max_minutes
+    try:
+        run(
+            config,
+            build,
+            choose_device(options.device),
+            options.out,
+            RunOptions(
+                resume_command=options.resume_command(command),
+                config_text=to_yaml(config),
+                resume=options.resume,
+                deadline=math.inf if minutes is None else began + 60 * minutes,
+                dry_run=options.dry_run,
+                trace=options.trace,
+            ),
+            build_engine=build_engine,
+        )
+    except Stopped as stopped:
+        raise typer.Exit(stopped.exit_code) from stopped
+
+
+def main(command: Callable[..., None]) -> None:
+    """Run a training command in one of the processes of a launcher, and end this process as `longvideo` does."""
+    from longvideo.training.mesh import RefusedByMain
+
+    try:
+        typer.run(command)
+    except RefusedByMain:
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from error
+
+
+def _start(command: str) -> str:
+    """Return the words that start a command as it was started: alone, or by a launcher."""
+    from longvideo.training.mesh import launched
+
+    if not launched():
+        return f"longvideo {command}"
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local} -m longvideo.{command.split()[0]}"
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -92,7 +157,7 @@ def choose_device(name: str | None) -> torch.device:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"--device {name} is no device; use cuda, cuda:N or cpu") from error
+        raise ConfigError(f"--device {name} is not a device; use cuda, cuda:N or cpu") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch sees no CUDA device here; use --device cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
 from longvideo.training.ema import decay_at
-from longvideo.training.engine import add_metrics, check_same, read_part
+from longvideo.training.engine import add_metrics, all_finite, check_same, read_part
 from longvideo.training.guard import LossGuard
 from longvideo.training.mesh import Mesh
 from longvideo.training.objective import Objective, as_ratio
@@ -99,6 +99,13 @@ class DeepSpeedEngine:
 
     def num_skipped(self) -> int:
         return self.engine.skipped_steps + self._skipped_before
+
+    def skipped_share(self, steps: int) -> float:
+        return self.num_skipped() / max(1, steps)
+
+    def is_finite(self) -> bool:
+        own = [part for part in (*map(self._own_part, self.parameters), *self.average) if part is not None]
+        return all_finite(own)
 
     def counts(self) -> dict[str, float]:
         return {"skipped": self.num_skipped(), **self.guard.state()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,14 @@ class Engine(Protocol):
         ...
 
     def num_skipped(self) -> int: ...
+
+    def skipped_share(self, steps: int) -> float:
+        """Return the share of the first `steps` steps that changed nothing; of several optimizers, the largest."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Say whether all weights and averages of this rank are finite; the host waits for the device."""
+        ...
 
     def counts(self) -> dict[str, float]:
         """Return the numbers that belong to a checkpoint."""
@@ -97,6 +106,12 @@ class LocalEngine:
     def num_skipped(self) -> int:
         return int(self.skipped)
 
+    def skipped_share(self, steps: int) -> float:
+        return self.num_skipped() / max(1, steps)
+
+    def is_finite(self) -> bool:
+        return all_finite([*self.parameters, *self.ema.average])
+
     def counts(self) -> dict[str, float]:
         return {"skipped": self.num_skipped(), **self.guard.state()}
 
@@ -120,8 +135,9 @@ class LocalEngine:
         loss.backward()
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the norm `gradient_clip`; return the norm they had."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip, foreach=True)
+        """Scale the gradients down to the norm `gradient_clip`, unless it is 0; return the norm they had."""
+        largest = self.gradient_clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.parameters, largest, foreach=True)
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """Update the weights unless the gradient norm is not finite, and clear the gradients."""
@@ -157,6 +173,13 @@ class LocalEngine:
                 for key, value in optimizer_state.items()
                 if key.startswith(prefix)
             }
+
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Say whether no value is infinite or NaN; the host waits once, not for every tensor."""
+    largest = [x.detach().abs().amax().float() for x in tensors if x.numel()]
+    return not largest or bool(torch.isfinite(torch.stack(largest)).all())
 
 
 def add_metrics(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError
+
+HOST_BACKEND = "gloo"  # what is agreed on by processes, not by their devices
+TIMEOUT_MINUTES = 30.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ParallelConfig:
     sequence: int = 1
     zero_stage: int = 1
     micro_batch: int | None = None
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = TIMEOUT_MINUTES
 
     def __post_init__(self) -> None:
         if self.sequence < 1 or (self.micro_batch is not None and self.micro_batch < 1):
@@ -37,14 +40,24 @@ class ParallelConfig:
             raise ConfigError(f"parallel.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
 
 
+class RefusedByMain(UserError):
+    """The main rank has refused to go on, and says why."""
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks of one replica are neighbours: rank = replica * sequence + place. Without processes, one of one."""
+    """Ranks of one replica are neighbours: rank = replica * sequence + place. Without processes, one of one.
+
+    host_group: all ranks, through the CPU: nothing in it waits for a device. store: where ranks leave words for each
+    other, outside all groups.
+    """
 
     world: int = 1
     rank: int = 0
     sequence: int = 1
     sequence_group: dist.ProcessGroup | None = field(default=None, compare=False)
+    host_group: dist.ProcessGroup | None = field(default=None, compare=False)
+    store: dist.Store | None = field(default=None, compare=False)
 
     @property
     def replicas(self) -> int:
@@ -64,8 +77,24 @@ class Mesh:
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait for the processes of all ranks, not for their devices."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each value over all ranks; values are the host's, and no device is waited for."""
+        if self.world == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host_group)
+        return found.tolist()
+
+    def share_refusal(self, refusal: Exception | None) -> None:
+        """Raise what the main rank gives, if anything, there, and RefusedByMain on all others."""
+        if self.largest([int(refusal is not None)])[0] and refusal is None:
+            raise RefusedByMain("the main rank has refused to start")
+        if refusal is not None:
+            raise refusal
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place."""
@@ -79,7 +108,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def build_mesh(sequence: int) -> Mesh:
+def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store: dist.Store | None = None) -> Mesh:
     """Divide the ranks of the default process group; every rank calls this once. Raises ConfigError if they do not
     divide."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -90,14 +119,17 @@ def build_mesh(sequence: int) -> Mesh:
         )
     if world == 1:
         return Mesh()
+    # a new group does not have the timeout of the default one unless it is told to
+    timeout = timedelta(minutes=timeout_minutes)
     groups = [list(range(first, first + sequence)) for first in range(0, world, sequence)]
     rank = dist.get_rank()
     own = None
     for ranks in groups:
-        group = dist.new_group(ranks) if sequence > 1 else None
+        group = dist.new_group(ranks, timeout=timeout) if sequence > 1 else None
         if rank in ranks and isinstance(group, dist.ProcessGroup):
             own = group
-    return Mesh(world, rank, sequence, own)
+    host_group = dist.new_group(backend=HOST_BACKEND, timeout=timeout)
+    return Mesh(world, rank, sequence, own, host_group, store)
 
 
 def check_sequence(sequence: int, *, heads: int, chunk_counts: Sequence[int]) -> None:
@@ -128,7 +160,12 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def start_processes(config: ParallelConfig, device: torch.device) -> None:
-    """Join the other ranks. Raises ConfigError where no launcher says who they are."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
+def start_processes(config: ParallelConfig, device: torch.device) -> dist.Store:
+    """Join the other ranks that a launcher started; return the store they share."""
+    timeout = timedelta(minutes=config.timeout_minutes)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "nccl" if device.type == "cuda" else HOST_BACKEND
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=world, timeout=timeout
+    )
+    return store

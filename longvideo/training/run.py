@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,31 @@ import torch
 import torch.distributed as dist
 
 from longvideo.model.attention import preferred_attention
-from longvideo.training.config_changes import changes_line
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.profile import profile
+from longvideo.training.run_folder import claimed
+from longvideo.training.run_log import check_reporting
+from longvideo.training.stopping import Stopped
 from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a command says of a run beside its configuration.
+
+    resume_command: what starts it again. config_text: the configuration as YAML. resume: "auto" or "never". deadline:
+    on the clock of `time.monotonic`. dry_run: steps of each stage to time instead of training.
+    """
+
+    resume_command: str
+    config_text: str = ""
+    resume: str = "auto"
+    deadline: float = math.inf
+    dry_run: int = 0
+    trace: bool = False
 
 
 def run(
@@ -25,29 +44,25 @@ def run(
     build: Callable[[Any, torch.device, Mesh], Recipe],
     device: torch.device,
     folder: Path,
+    options: RunOptions,
     *,
-    config_text: str,
-    resume: str = "auto",
-    deadline: float = math.inf,
-    dry_run: int = 0,
-    trace: bool = False,
     build_engine: Callable[[Any, Any, Mesh, torch.device], Engine] | None = None,
 ) -> None:
     """Train what a configuration says, in this process or in all that a launcher started.
 
     config: of a recipe, with `trainer`, `optimizer` and, where several processes can work on it, `parallel`.
     build_engine: from config, recipe, mesh and device; by default one for the recipe's objective.
+    Raises Stopped after SIGTERM or SIGINT, once the state is saved.
     """
+    check_reporting(config.trainer.tensorboard, config.trainer.wandb)
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
-    if launched():
-        start_processes(parallel, device)
-    try:
-        mesh = build_mesh(parallel.sequence)
+    store = start_processes(parallel, device) if launched() else None
+
+    def new_trainer() -> Trainer:
         recipe = build(config, device, mesh)
-        engine = (build_engine or of_objective)(config, recipe, mesh, device)
-        trainer = Trainer(
+        return Trainer(
             recipe,
-            engine,
+            (build_engine or of_objective)(config, recipe, mesh, device),
             folder,
             config=config.trainer,
             optimizer=config.optimizer,
@@ -55,21 +70,36 @@ def run(
             mesh=mesh,
             micro_batch=parallel.micro_batch,
         )
-        with preferred_attention(device):
-            if dry_run:
-                for text in profile(trainer, dry_run, trace=trace):
-                    if mesh.is_main:
-                        print(text, flush=True)
-                return
-            if mesh.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                if line := changes_line(folder / "config.yaml", config_text):
-                    print(line, flush=True)
-                (folder / "config.yaml").write_text(config_text)
-            trainer.run(resume=resume, deadline=deadline)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    mesh = build_mesh(parallel.sequence, timeout_minutes=parallel.timeout_minutes, store=store)
+    with preferred_attention(device):
+        if options.dry_run:
+            for text in profile(new_trainer(), options.dry_run, trace=options.trace):
+                if mesh.is_main:
+                    print(text, flush=True)
+        else:
+            with claimed(folder, mesh, resume=options.resume):
+                _train(new_trainer(), options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _train(trainer: Trainer, options: RunOptions) -> None:
+    is_done = False
+    try:
+        is_done = trainer.run(resume=options.resume, deadline=options.deadline, config_text=options.config_text)
+    except Stopped:
+        _say(trainer.mesh, f"resume with: {options.resume_command}")
+        raise
+    if is_done:
+        _say(trainer.mesh, *trainer.recipe.next_steps(trainer.folder))
+    else:
+        _say(trainer.mesh, f"resume with: {options.resume_command}")
+
+
+def _say(mesh: Mesh, *lines: str) -> None:
+    for line in lines if mesh.is_main else ():
+        print(line, flush=True)
 
 
 def of_objective(config: Any, recipe: Recipe, mesh: Mesh, device: torch.device) -> Engine:

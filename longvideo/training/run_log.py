@@ -10,14 +10,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from longvideo import __version__
 from longvideo.errors import ConfigError
-from longvideo.files import append_line, write_file
+from longvideo.files import append_line, read_text, write_file, write_text
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class RunLog:
     ):
         """wandb: project to report to. enabled: whether this rank speaks; the others are silent."""
         self.enabled = enabled
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self._board: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -117,6 +121,16 @@ class RunLog:
             print(text, flush=True)
 
 
+def check_reporting(tensorboard: bool, wandb: str | None) -> None:
+    """Raise ConfigError, with what to install, where a package is missing that the run is to report to."""
+    for key, wanted, package, extra in (
+        ("trainer.tensorboard", tensorboard, "tensorboard", "train"),
+        ("trainer.wandb", wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted and find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package}: pip install 'longvideo[{extra}]'")
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Return versions, device and git commit, for the record."""
     facts = {
@@ -144,22 +158,26 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _start_wandb(folder: Path, project: str) -> Any:
     """Begin a run, or go on with the one that the folder began."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("trainer.wandb needs the package wandb: pip install 'longvideo[wandb]'") from error
+    import wandb
+
     name = folder / "wandb.id"
     if not name.exists():
-        name.write_text(secrets.token_hex(4))
+        write_text(name, secrets.token_hex(4))
     config = folder / "config.yaml"
-    run = wandb.init(
-        project=project,
-        name=folder.name,
-        id=name.read_text().strip(),
-        resume="allow",
-        dir=str(folder),
-        config=str(config) if config.exists() else None,
-    )
+    try:
+        run = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            id=read_text(name, what="id of the wandb run").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=yaml.safe_load(read_text(config, what="configuration")) if config.exists() else None,
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"trainer.wandb={project}: wandb cannot start a run: {error}; log in with `wandb login`, or set"
+            " WANDB_MODE=offline"
+        ) from error
     # a resumed run may log steps again
     run.define_metric("*", step_metric="step")
     return run

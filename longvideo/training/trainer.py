@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.errors import ConfigError, UserError
+from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import CheckpointFolder
 from longvideo.training.engine import Engine, read_part
 from longvideo.training.mesh import Mesh
 from longvideo.training.objective import BatchSource, Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import PRECISIONS
-from longvideo.training.run_log import RunLog, StepReport, environment, peak_memory_gib
+from longvideo.training.run_folder import CHECKPOINTS, MODEL, RESUME, write_record
+from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
+from longvideo.training.stopping import Stopped, StopSignals
 
-RESUME = ("auto", "never")
-LOCK_FILE = "run.lock"
+MOST_SKIPPED = 0.5
+"""Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
+FEWEST_STEPS = 20
+"""Steps after which that share means something; a shorter run is judged at its end."""
+EXPORTED_FILE = "exported.json"
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,17 @@ class Recipe(Protocol):
         """Write the model (averaged weights in place) as a model folder."""
         ...
 
+    def next_steps(self, folder: Path) -> Sequence[str]:
+        """Return lines that say what a finished run has left in its folder, and the command that takes it on."""
+        ...
+
 
 class Diverged(UserError):
-    """Too many steps had a gradient that is not finite."""
+    """Too many steps had a gradient that is not finite, or weights are not."""
 
 
 class Trainer:
-    """Runs a recipe inside a run folder: checkpoints/, samples/, model/, metrics.jsonl and environment.json."""
+    """Runs a recipe inside a run folder that exists: checkpoints/, samples/, model/, metrics.jsonl and others."""
 
     def __init__(
         self,
@@ -124,24 +133,20 @@ class Trainer:
         self.config = config
         self.mesh = mesh or Mesh()
         self.micro_batch = micro_batch
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", keep=config.keep_checkpoints, mesh=self.mesh)
+        self.checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints, mesh=self.mesh)
         self.total_steps = sum(segment.steps for segment in recipe.segments)
         self.learning_rate: Callable[[int], float] = rate_schedule(optimizer, recipe.segments)
         self.device = device
 
-    def run(self, *, resume: str = "auto", deadline: float = math.inf) -> bool:
+    def run(self, *, resume: str = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
         """Train to the last step, or until `time.monotonic()` passes `deadline`; return whether all steps are done.
 
-        Either way a checkpoint and a model folder are left behind. Raises ConfigError when `resume` is "never" and
-        the run folder holds checkpoints, Diverged when the loss has no finite gradient any more.
+        Either way a checkpoint and a model folder are left. SIGTERM and SIGINT leave a checkpoint, and raise Stopped.
+        config_text: what goes into the run folder's `config.yaml`. Raises ConfigError when `resume` is "never" and the
+        run folder holds checkpoints, Diverged when the loss has no finite gradient any more.
         """
-        with claimed(self.folder) if self.mesh.is_main else nullcontext():
-            return self._run(resume, deadline)
-
-    def _run(self, resume: str, deadline: float) -> bool:
         step = self.restore(resume)
-        if self.mesh.is_main:
-            (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
+        changes = write_record(self.folder, config_text, self.device) if self.mesh.is_main else None
         log = RunLog(
             self.folder,
             tensorboard=self.config.tensorboard,
@@ -150,15 +155,19 @@ class Trainer:
             enabled=self.mesh.is_main,
         )
         with closing(log):
-            return self._train(step, deadline, log)
+            log.note(f"{'resuming' if step else 'starting'} at step {step} of {self.total_steps} in {self.folder}")
+            if changes is not None:
+                log.note(changes)
+            self.recipe.start(step)
+            with StopSignals() as signals:
+                return self._train(step, deadline, log, signals)
 
-    def _train(self, step: int, deadline: float, log: RunLog) -> bool:
-        log.note(f"{'resuming' if step else 'starting'} at step {step} of {self.total_steps} in {self.folder}")
-        self.recipe.start(step)
-        saved, sampled = step, step
+    def _train(self, step: int, deadline: float, log: RunLog, signals: StopSignals) -> bool:
+        saved = step
         window = Window(self.device, self.mesh)
         starts = segment_starts(self.recipe.segments)
-        while step < self.total_steps and not self.late(step, deadline):
+        ending = self.ending(deadline, signals)
+        while step < self.total_steps and not ending:
             if step in starts and step > saved:
                 # the first step of a stage may compile for longer than the time that is left
                 with window.paused():
@@ -166,38 +175,39 @@ class Trainer:
                 saved = step
             self.one_step(step, window)
             step += 1
-            if step % self.config.log_every == 0 or step == self.total_steps:
+            if step % self.config.log_every == 0:
                 self.report(step, window, log)
-            if self.config.sample_every and step % self.config.sample_every == 0:
-                with window.paused():
-                    self.sample(step, log)
-                sampled = step
             if self.config.save_every and step % self.config.save_every == 0:
                 with window.paused():
                     self.save(step)
                 saved = step
+            ending = self.ending(deadline, signals)
+            if self.config.sample_every and step % self.config.sample_every == 0 and not ending.number:
+                with window.paused():
+                    self.sample(step, log)
+        if window.steps:
+            self.report(step, window, log)
         if step > saved:
             self.save(step)
-        if step > sampled or not (self.folder / "model").exists():
+        done = step >= self.total_steps
+        if ending.number and not done:
+            self.mesh.barrier()
+            log.note(f"stopped by {signal.Signals(ending.number).name} at step {step} of {self.total_steps}, saved")
+            raise Stopped(ending.number, step)
+        if self.exported_step() != step:
             self.sample(step, log)
         self.mesh.barrier()
-        done = step >= self.total_steps
         log.note(f"{'finished' if done else 'stopped in time'} at step {step} of {self.total_steps}")
         return done
+
+    def ending(self, deadline: float, signals: StopSignals) -> Ending:
+        """Say whether to stop before the next step; all ranks come to the same answer, whichever was asked to."""
+        return Ending(*self.mesh.largest([signals.number, int(time.monotonic() >= deadline)]))
 
     def one_step(self, step: int, window: Window) -> None:
         shares = self.recipe.source.shares(step, self.mesh, self.micro_batch)
         metrics = self.engine.train_step(shares, step, self.learning_rate(step))
         window.add(metrics, size=self.recipe.source.size(step))
-
-    def late(self, step: int, deadline: float) -> bool:
-        """Say whether to stop; several processes agree, at log steps, since their clocks do not."""
-        late = time.monotonic() >= deadline
-        if self.mesh.world == 1 or math.isinf(deadline):
-            return late
-        if step % self.config.log_every:
-            return False
-        return bool(self.mesh.sum(torch.tensor(float(late), device=self.device)) > 0)
 
     def report(self, step: int, window: Window, log: RunLog) -> None:
         steps, size = window.steps, window.size
@@ -218,20 +228,38 @@ class Trainer:
             )
         )
         window.clear()
-        skipped = self.engine.num_skipped()
-        if skipped > self.config.max_skipped_steps:
+        self.check_skipped(step)
+
+    def check_skipped(self, step: int) -> None:
+        """Raise Diverged where more steps were skipped than allowed, or more than half of a run long enough to say."""
+        skipped, share = self.engine.num_skipped(), self.engine.skipped_share(step)
+        too_many = f"allowed: trainer.max_skipped_steps={self.config.max_skipped_steps}"
+        if skipped <= self.config.max_skipped_steps:
+            if share <= MOST_SKIPPED or step < min(FEWEST_STEPS, self.total_steps):
+                return
+            too_many = f"{share:.0%} of them, allowed: {MOST_SKIPPED:.0%}"
+        raise Diverged(
+            f"{skipped} steps up to step {step} had a gradient that is not finite ({too_many}); resume from the last"
+            " checkpoint with a lower learning rate"
+        )
+
+    def check_finite(self, step: int) -> None:
+        """Raise Diverged on all ranks where weights or averages are not finite, before they replace good ones."""
+        if self.mesh.largest([int(not self.engine.is_finite())])[0]:
             raise Diverged(
-                f"{skipped} steps up to step {step} had a gradient that is not finite (allowed:"
-                f" {self.config.max_skipped_steps}); resume from the last checkpoint with a lower learning rate"
+                f"weights are not finite after step {step}, and are not written; resume from the last checkpoint with"
+                " a lower learning rate"
             )
 
     def sample(self, step: int, log: RunLog) -> None:
         """Export the averaged weights, and show what they make."""
+        self.check_finite(step)
         began = time.monotonic()
         with self.engine.averaged(), torch.no_grad():
             values = self.recipe.validate()
             if self.mesh.is_main:
-                self.recipe.export(self.folder / "model")
+                self.recipe.export(self.folder / MODEL)
+                write_json(self.folder / EXPORTED_FILE, {"step": step})
                 with as_written(self.device):
                     values |= self.recipe.sample(step, self.folder / "samples")
             self.mesh.barrier()
@@ -240,7 +268,18 @@ class Trainer:
         numbers = [f"{name} {value:.4g}" for name, value in values.items()]
         log.note(" | ".join([f"sample {step}", *numbers, f"{time.monotonic() - began:.1f} s"]))
 
+    def exported_step(self) -> int:
+        """Return the step whose weights the model folder holds, or -1."""
+        file = self.folder / EXPORTED_FILE
+        step = -1
+        if self.mesh.is_main and file.exists() and (self.folder / MODEL).exists():
+            found = read_json(file).get("step")
+            step = found if isinstance(found, int) else -1
+        return self.mesh.largest([step])[0]
+
     def save(self, step: int) -> None:
+        self.check_finite(step)
+
         def write(folder: Path) -> None:
             self.engine.save(folder)
             if state := self.recipe.state():
@@ -268,16 +307,14 @@ class Trainer:
         return found.step
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone; raises ConfigError when another run is at work in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another run is at work in {folder}; stop it, or use another --out") from error
-        yield
+class Ending(NamedTuple):
+    """Why a run stops before its last step. number: the signal that asked for it, or 0. late: whether time is up."""
+
+    number: int
+    late: int
+
+    def __bool__(self) -> bool:
+        return bool(self.number or self.late)
 
 
 class Window:

@@ -118,7 +118,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["vae", "trainer.precision=fp8"], "trainer.precision='fp8' is unknown; use one of auto, bf16, fp32"),
         (["ar", "vae=nowhere"], "no model 'nowhere'"),
         (["vae", "--max-minutes", "0"], "--max-minutes 0.0 must be above 0"),
-        (["vae", "--device", "abacus"], "--device abacus is no device"),
+        (["vae", "--device", "abacus"], "--device abacus is not a device"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from longvideo.errors import CheckpointError, ConfigError
-from longvideo.training.trainer import claimed
+from longvideo.errors import CheckpointError
 from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 
@@ -47,12 +46,6 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
         weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert len(losses[1]) == STEPS and losses[0] == losses[1]
     assert weights[0] == weights[1]
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    with claimed(tmp_path), pytest.raises(ConfigError, match="another run is at work in"):
-        toy_trainer(tmp_path, 2).run()
-    assert toy_trainer(tmp_path, 2).run()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ class ToyRecipe:
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         return {"half_step": step / 2}
 
+    def next_steps(self, folder: Path) -> list[str]:
+        return [f"model: {folder / 'model'}"]
+
     def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(self.objective.state_dict()), folder / "model.safetensors")
@@ -86,6 +89,7 @@ def toy_trainer(
     **config,
 ) -> Trainer:
     """Build a trainer over segments of so many steps. bad_factor: what the inputs of bad steps are multiplied by."""
+    folder.mkdir(parents=True, exist_ok=True)
     settings = TrainerConfig(**({"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config))
     optimizer = OptimizerConfig(learning_rate=0.03, warmup_steps=5)
     recipe = ToyRecipe([RateSegment(count) for count in steps], Numbers(bad_steps, bad_factor))

@@ -1,0 +1,85 @@
+"""The folder of a run: who may work in it, and what is written there when a run starts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from longvideo.errors import ConfigError, UserError
+from longvideo.files import locked, write_json, write_text
+from longvideo.training.config_changes import changes_line
+from longvideo.training.mesh import Mesh
+from longvideo.training.run_log import METRICS_FILE, environment
+
+LOCK_FILE = "run.lock"
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+CHECKPOINTS, MODEL = "checkpoints", "model"
+RESUME = ("auto", "never")
+PRIVATE = 0o700
+
+
+@contextmanager
+def claimed(folder: Path, mesh: Mesh, *, resume: str) -> Iterator[None]:
+    """Hold a run folder for the processes of one run, and leave everything in it as it is.
+
+    The folder is made, for its owner alone, where there is none, and removed again if nothing was written into it.
+    Raises BusyError where another run holds it, ConfigError where it holds a run and resume is "never", on all ranks.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if mesh.is_main:
+            try:
+                _check_resume(folder, resume)
+                stack.enter_context(_made(folder))
+                busy = f"another run is at work in {folder}; stop it, or use another --out"
+                stack.enter_context(locked(folder / LOCK_FILE, busy=busy))
+            except (UserError, OSError) as error:
+                refusal = error
+        mesh.share_refusal(refusal)
+        yield
+
+
+def write_record(folder: Path, config_text: str, device: torch.device) -> str | None:
+    """Write what a run that was accepted is made of: its configuration, and where it runs.
+
+    Return a line that says which settings differ from those it was last started with, or None where none does.
+    """
+    changes = changes_line(folder / CONFIG_FILE, config_text)
+    write_text(folder / CONFIG_FILE, config_text)
+    write_json(folder / ENVIRONMENT_FILE, environment(device), indent=1)
+    return changes
+
+
+def describe_model(folder: Path) -> list[str]:
+    """Return lines that say where the model of a finished run is, and what makes a video with it."""
+    model = folder / MODEL
+    command = shlex.join(["longvideo", "generate", "a red ball bounces", "--model", str(model), "-o", "ball.mp4"])
+    return [f"model: {model}", f"next: {command}"]
+
+
+def _check_resume(folder: Path, resume: str) -> None:
+    if resume not in RESUME:
+        raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    holds = [name for name in (CHECKPOINTS, MODEL, METRICS_FILE) if (folder / name).exists()]
+    if resume == "never" and holds:
+        raise ConfigError(f"{folder} holds a run already ({', '.join(holds)}); use --resume auto or another --out")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=PRIVATE, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # which only removes what is empty
