@@ -16,8 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.errors import CheckpointError
-from longvideo.model.config import MAX_LAYERS, MAX_SIZE
+from longvideo.bounds import check_number, check_whole
+from longvideo.errors import CheckpointError, ConfigError
+from longvideo.model.config import MAX_EPS, MAX_LAYERS, MAX_WIDTH, MIN_EPS
+
+MOST = {
+    "vocab_size": 2**22,
+    "d_model": MAX_WIDTH,
+    "d_kv": 1024,
+    "d_ff": 4 * MAX_WIDTH,
+    "num_layers": MAX_LAYERS,
+    "num_heads": 1024,
+    "relative_attention_num_buckets": 4096,
+    "relative_attention_max_distance": 2**20,
+}
+"""Beyond these a configuration is a mistake, and building what it says would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,22 @@ class UMT5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        for key, most in MOST.items():
+            check_whole(key, getattr(self, key), 1, most)
+        check_number("layer_norm_epsilon", self.layer_norm_epsilon, MIN_EPS, MAX_EPS)
+        if self.num_heads * self.d_kv > MAX_WIDTH:
+            raise ConfigError(
+                f"num_heads={self.num_heads} times d_kv={self.d_kv} is {self.num_heads * self.d_kv}, wanted at most"
+                f" {MAX_WIDTH}"
+            )
+        buckets = self.relative_attention_num_buckets
+        if buckets % 4 or self.relative_attention_max_distance <= buckets // 4:
+            raise ConfigError(
+                f"relative_attention_num_buckets={buckets}, relative_attention_max_distance="
+                f"{self.relative_attention_max_distance}; wanted a multiple of 4, and more than a quarter of it"
+            )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UMT5Config:
         """Read config.json; keys that do not shape the encoder (decoder, dropout, task heads) are passed over."""
@@ -43,14 +72,6 @@ class UMT5Config:
         given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         if missing := sorted({field.name for field in fields(cls)[:6]} - given.keys()):
             raise CheckpointError(f"the keys {missing} are missing")
-        for key, value in given.items():
-            kinds = (int, float) if key == "layer_norm_epsilon" else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                raise CheckpointError(f"{key}={value!r}, wanted a positive {'number' if len(kinds) > 1 else 'integer'}")
-        if max(value for key, value in given.items() if key != "layer_norm_epsilon") > MAX_SIZE:
-            raise CheckpointError(f"one of {given} is more than {MAX_SIZE}")
-        if given["num_layers"] > MAX_LAYERS:
-            raise CheckpointError(f"num_layers={given['num_layers']}, wanted at most {MAX_LAYERS}")
         return cls(**given)
 
     @classmethod

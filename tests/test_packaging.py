@@ -21,6 +21,7 @@ ROOMS = {
 }
 BUILD_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 NOT_SHIPPED = {".pyc", ".md"}
+MAX_TRACKED_BYTES = 46 * 2**20
 
 
 def shipped_files(source: Path) -> Iterator[tuple[Path, str]]:
@@ -80,17 +81,26 @@ def test_the_presets_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert "longvideo/py.typed" in names
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-teacher"])
-def test_the_shipped_models_are_in_the_wheel(wheel: zipfile.ZipFile, name: str) -> None:
-    tiny = f"longvideo/weights/{name}"
+def test_the_shipped_models_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    weights = "longvideo/weights"
     wanted = {
-        f"{tiny}/model_index.json",
-        f"{tiny}/longvideo.json",
-        f"{tiny}/transformer/diffusion_pytorch_model.safetensors",
-        f"{tiny}/vae/diffusion_pytorch_model.safetensors",
-        f"{tiny}/text_encoder/model.safetensors",
+        *(f"{weights}/{name}/model_index.json" for name in ("tiny", "tiny-teacher")),
+        *(f"{weights}/{name}/longvideo.json" for name in ("tiny", "tiny-teacher")),
+        *(f"{weights}/{name}/transformer/diffusion_pytorch_model.safetensors" for name in ("tiny", "tiny-teacher")),
+        f"{weights}/tiny/vae/diffusion_pytorch_model.safetensors",
+        f"{weights}/tiny/text_encoder/model.safetensors",
     }
     assert wanted <= set(wheel.namelist())
+
+
+def test_the_tracked_files_are_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git repository, so nothing is tracked")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    sizes = {file: file.stat().st_size for file in files if file.is_file()}
+    largest = sorted(sizes, key=lambda file: -sizes[file])[:5]
+    assert sum(sizes.values()) < MAX_TRACKED_BYTES, [(str(file), sizes[file]) for file in largest]
 
 
 def test_the_console_script_and_the_licence_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.checkpoint import names
+from longvideo.checkpoint.locations import check_links
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.packed import PACKED_LEAVES
 from longvideo.checkpoint.saving import save_weights
@@ -110,6 +111,7 @@ class Adapter:
     @classmethod
     def load(cls, folder: Path) -> Adapter:
         """Read what `save` or peft wrote. Raises CheckpointError, naming the file, where it is no LoRA."""
+        check_links(folder)
         return open_adapter_folder(folder).load()
 
     def check_fits(self, sizes: Mapping[str, tuple[int, int]], model: str, adapter: str) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from longvideo.checkpoint import packed
-from longvideo.checkpoint.folder import ModelFolder, locate
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.targets import TARGETS, Work

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from longvideo.checkpoint import diffusers_json, names, packed
+from longvideo.checkpoint.locations import SHIPPED, check_inside, check_links, locate
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
 from longvideo.checkpoint.saving import save_weights
@@ -38,28 +41,81 @@ def read_folder(path: Path) -> Found:
     """
     index = read_json(path / INDEX_FILE)
     kinds = {part: kind for part in PARTS if (kind := _listed_class(index.get(part)))}
-    if not kinds:
-        raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(PARTS)}")
     if _listed_class(index.get(SECOND_TRANSFORMER)):
         raise CheckpointError(f"{path / INDEX_FILE} lists two transformers, as of Wan2.2's 14B; wanted one")
-    settings_file = path / SETTINGS_FILE
-    ours = settings_file.is_file()
-    settings = _read_settings(settings_file) if ours else None
-    text_len = (settings or ModelSettings()).text_len
-    parts = {part: _read_part(path / part, part, kind, text_len=text_len) for part, kind in kinds.items()}
+    stored = _read_settings(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else None
+    elsewhere = {part: _other_folder(path, part, name) for part, name in stored.parts.items()} if stored else {}
+    if both := sorted(kinds.keys() & elsewhere.keys()):
+        raise CheckpointError(f"{path / SETTINGS_FILE} takes {both[0]} from elsewhere, and {INDEX_FILE} lists it too")
+    kinds |= {part: _class_in(folder, part) for part, folder in elsewhere.items()}
+    if not kinds:
+        raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(PARTS)}")
+    text_len = (stored or ModelSettings()).text_len
+    places = {part: elsewhere.get(part, path) for part in kinds}
+    parts = {part: _read_part(places[part] / part, part, kind, text_len=text_len) for part, kind in kinds.items()}
     return Found(
-        "longvideo folder (diffusers' layout)" if ours else "diffusers folder",
+        "longvideo folder (diffusers' layout)" if stored else "diffusers folder",
         parts,
-        settings,
-        path / "tokenizer" if TEXT_ENCODER in parts else None,
+        stored.settings if stored else None,
+        places[TEXT_ENCODER] / "tokenizer" if TEXT_ENCODER in parts else None,
+        notes={part: f"from {folder}" for part, folder in elsewhere.items()},
     )
 
 
-def _read_settings(file: Path) -> ModelSettings:
-    for key, value in read_json(file).items():
-        if isinstance(value, str) and "${" in value:
-            raise CheckpointError(f"{file}: {key} holds ${{, as if it were to be filled in; write what is meant")
-    return load_config(ModelSettings, [file])
+@dataclass(frozen=True)
+class StoredSettings(ModelSettings):
+    """longvideo.json as it lies in a folder.
+
+    parts: for a part that another model's folder holds, the name of that model: one that ships, or of a folder beside
+    this one.
+    """
+
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(**{key.name: getattr(self, key.name) for key in fields(ModelSettings)})
+
+
+def _read_settings(file: Path) -> StoredSettings:
+    def parse(values: dict[str, Any]) -> StoredSettings:
+        for key, value in values.items():
+            is_flag = isinstance(getattr(StoredSettings, key, value), bool)
+            if is_flag != isinstance(value, bool):
+                wanted = "true or false" if is_flag else "another kind of value"
+                raise CheckpointError(f"{key} is {str(value)[:60]}, wanted {wanted}")
+            if "${" in str(value):
+                raise CheckpointError(f"{key} holds ${{, as if it were to be filled in; write what is meant")
+        return load_config(StoredSettings, [file])
+
+    return read_config(file, parse)
+
+
+def _other_folder(folder: Path, part: str, name: str) -> Path:
+    """Find the folder that holds a part of the model in `folder`. Raises CheckpointError for what is not allowed."""
+    file = folder / SETTINGS_FILE
+    if part not in PARTS:
+        raise CheckpointError(f"{file}: parts names {part!r}; wanted one of {', '.join(PARTS)}")
+    if name in SHIPPED:
+        return locate(name)
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"{file} takes {part} from {name!r}; wanted {', '.join(SHIPPED)} or the name of a folder beside {folder}"
+        )
+    real = Path(os.path.realpath(folder))
+    other = real.parent / name
+    if other == real or not is_diffusers_folder(other):
+        raise CheckpointError(f"{file} takes {part} from {name!r}, but {other} is not another model; copy it there")
+    check_inside(other, str(real.parent))
+    check_links(other)
+    return other
+
+
+def _class_in(folder: Path, part: str) -> str:
+    """Name the class of a part that a folder itself holds."""
+    if kind := _listed_class(read_json(folder / INDEX_FILE).get(part)):
+        return kind
+    raise CheckpointError(f"{folder} holds no {part} of its own; name the folder in which it lies")
 
 
 def write_part(

@@ -6,8 +6,6 @@ diffusion_pytorch_model.safetensors (diffusers' names); text_encoder/ with confi
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,10 +15,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from longvideo.checkpoint import packed, pickle_file
+from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import StoredAdapter, merged
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
 from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
@@ -37,10 +36,6 @@ from longvideo.text import TextEncoder, load_tokenizer, save_tokenizer
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
-
-SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("tiny", "tiny-teacher")}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "*.pth", "*.pt", "*/*.json", "*/*.safetensors", "google/umt5-xxl/*"]
 
 
 class NeedsBase(CheckpointError):
@@ -76,7 +71,7 @@ class ModelFolder:
         preset: str | None = None,
         entry: str | None = None,
     ) -> ModelFolder:
-        """Open a shipped name ("tiny", "tiny-teacher"), a folder or file, or a hub id ("org/name", downloaded).
+        """Open a shipped name ("tiny", "tiny-teacher"), a folder or file, or a hub id (see `locate`).
 
         What it is, is found by content; `longvideo.checkpoint.formats` lists what is known. base: another model, from
         which the parts that are missing come, and the transformer that a LoRA belongs to; for a checkpoint of a run by
@@ -150,15 +145,18 @@ class ModelFolder:
             if pixels % unit:
                 raise CheckpointError(f"{self.path / SETTINGS_FILE}: {name}={pixels} is not a multiple of {unit}")
             grid.append(pixels // unit)
-        return ChunkSpec(
-            grid_height=grid[0],
-            grid_width=grid[1],
-            chunk_frames=settings.chunk_frames,
-            window_frames=settings.window_frames,
-            sink_frames=settings.sink_frames,
-            pin_shots=settings.pin_shots,
-            offset_per_shot=settings.offset_per_shot,
-        )
+        try:
+            return ChunkSpec(
+                grid_height=grid[0],
+                grid_width=grid[1],
+                chunk_frames=settings.chunk_frames,
+                window_frames=settings.window_frames,
+                sink_frames=settings.sink_frames,
+                pin_shots=settings.pin_shots,
+                offset_per_shot=settings.offset_per_shot,
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / SETTINGS_FILE}: {error}") from error
 
     def weights(self, part: str) -> Weights:
         """Return a part's tensors, of which only headers are read, under our names."""
@@ -281,40 +279,6 @@ class ModelFolder:
             has = ", ".join(self.parts) or "no part of a model"
             raise CheckpointError(f"{self.path} holds no {part}, only {has}; a model folder as base can give the rest")
         return self.stored[part]
-
-
-def locate(name: str | Path) -> Path:
-    """Find the folder that a shipped name, a path or a hub id means; download the latter if need be."""
-    text = str(name)
-    if text in SHIPPED:
-        if not SHIPPED[text].is_dir():
-            raise CheckpointError(f"this installation lacks the weights of {text!r} at {SHIPPED[text]}; install again")
-        return SHIPPED[text]
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{text}: {error}") from error
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if not path.name.endswith((".safetensors", ".index.json", *pickle_file.SUFFIXES)):
-            raise CheckpointError(f"{path} is no weight file; wanted a model folder, or .safetensors, .pt or .pth")
-        return path
-    if HUB_ID.fullmatch(text):
-        return _download(text)
-    near = difflib.get_close_matches(text, SHIPPED, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(SHIPPED)}"
-    raise CheckpointError(f"no model {text!r}: neither a folder nor a file nor a hub id like org/name; {hint}")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {hub_id!r}, and it cannot be had from the hub: {reason}") from error
 
 
 def _settings(found: Found, under: ModelFolder | None, preset: str | None) -> ModelSettings:

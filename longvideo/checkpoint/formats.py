@@ -6,6 +6,7 @@ checkpoints of training runs; peft's folders; and single files of any of these n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from longvideo.checkpoint.diffusers_folder import (
     read_config,
     read_folder,
 )
+from longvideo.checkpoint.locations import check_inside, check_links
 from longvideo.checkpoint.opening import open_weights, sets_of_weights
 from longvideo.checkpoint.packed import CONVENTION_KEY
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, Found, Part
@@ -61,6 +63,7 @@ def recognise(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
     naming the file, for what is damaged or unknown.
     """
     if path.is_dir():
+        check_links(path)
         if entry is not None and (is_diffusers_folder(path) or (path / PEFT_CONFIG).is_file()):
             raise CheckpointError(f"{path} holds one set of weights, and so has no entry {entry!r}")
         if is_diffusers_folder(path):
@@ -236,6 +239,7 @@ def _tokenizer(folder: Path) -> Path | None:
     """Find the folder with tokenizer.json: Wan's is google/umt5-xxl."""
     for depth in ("tokenizer.json", "*/tokenizer.json", "*/*/tokenizer.json"):
         if found := sorted(folder.glob(depth)):
+            check_inside(found[0], os.path.realpath(folder))
             return found[0].parent
     return None
 

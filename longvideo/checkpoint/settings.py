@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from longvideo.bounds import check_number, check_whole
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.spec import ChunkSpec
 
 VAE_SCALE = 16  # pixels of a latent of Wan2.2's autoencoder, each way
+
+
+BOUNDS = {
+    "chunk_frames": (1, 1024),
+    "window_frames": (1, 16384),
+    "sink_frames": (0, 16384),
+    "offset_per_shot": (0, 65536),
+    "fps": (1, 1000),
+    "height": (1, 16384),
+    "width": (1, 16384),
+    "text_len": (1, 8192),
+    "steps": (1, NUM_TRAIN_TIMESTEPS),
+}
+"""Least and most of what longvideo.json says; beyond them a value is a mistake, and would take memory without end."""
+MAX_GUIDANCE, MIN_SHIFT, MAX_SHIFT, MAX_PREFIX = 1000, 1e-3, 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -39,18 +54,16 @@ class ModelSettings:
     cut_prefix: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_frames", "window_frames", "fps", "height", "width", "text_len", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}, wanted 1 or more")
-        for name in ("sink_frames", "offset_per_shot", "guidance"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}, wanted 0 or more")
-        if self.steps > NUM_TRAIN_TIMESTEPS:
-            raise ConfigError(f"steps={self.steps}, wanted at most {NUM_TRAIN_TIMESTEPS}")
-        if not 0 < self.shift < math.inf:
-            raise ConfigError(f"shift={self.shift}, wanted more than 0")
-        if not self.guidance < math.inf:
-            raise ConfigError(f"guidance={self.guidance}, wanted a number")
+        for name, (least, most) in BOUNDS.items():
+            check_whole(name, getattr(self, name), least, most)
+        check_number("guidance", self.guidance, 0, MAX_GUIDANCE)
+        check_number("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
+        if self.window_frames < self.chunk_frames:
+            raise ConfigError(
+                f"window_frames={self.window_frames}, wanted at least one chunk: chunk_frames={self.chunk_frames}"
+            )
+        if len(self.cut_prefix) > MAX_PREFIX:
+            raise ConfigError(f"cut_prefix has {len(self.cut_prefix)} characters, wanted at most {MAX_PREFIX}")
 
 
 PRESETS = {

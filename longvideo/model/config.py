@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longvideo.bounds import check_number, check_whole
 from longvideo.errors import ConfigError
 
-MAX_SIZE, MAX_LAYERS = 2**24, 1000
+MAX_WIDTH, MAX_LAYERS, MAX_TEXT_LEN, MAX_PATCH = 2**16, 1000, 8192, 64
+MIN_EPS, MAX_EPS = 1e-20, 0.1
+MOST = {
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "in_channels": 4096,
+    "out_channels": 4096,
+    "text_dim": MAX_WIDTH,
+    "ffn_dim": 4 * MAX_WIDTH,
+    "num_layers": MAX_LAYERS,
+    "freq_dim": MAX_WIDTH,
+    "text_len": MAX_TEXT_LEN,
+}
 """Beyond these a configuration is a mistake, and building what it says would take all memory."""
 
 
@@ -30,22 +43,22 @@ class TransformerConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            check_whole(name, getattr(self, name), 1, most)
+        for size in self.patch_size:
+            check_whole("patch_size", size, 1, MAX_PATCH)
+        check_number("eps", self.eps, MIN_EPS, MAX_EPS)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise ConfigError(
                 f"attention_head_dim={self.attention_head_dim} must be even and at least 6 for 3-axis RoPE"
             )
+        if self.dim > MAX_WIDTH:
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} times attention_head_dim={self.attention_head_dim} is"
+                f" {self.dim}, wanted at most {MAX_WIDTH}"
+            )
         if self.patch_size[0] != 1:
             raise ConfigError(f"patch_size={self.patch_size} joins latent frames; the temporal patch must be 1")
-        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "ffn_dim"):
-            if getattr(self, name) > MAX_SIZE:
-                raise ConfigError(f"{name}={getattr(self, name)}, wanted at most {MAX_SIZE}")
-        if self.num_layers > MAX_LAYERS or self.text_len > MAX_SIZE or self.freq_dim > MAX_SIZE:
-            raise ConfigError(
-                f"num_layers={self.num_layers}, text_len={self.text_len}, freq_dim={self.freq_dim}, wanted at most"
-                f" {MAX_LAYERS}, {MAX_SIZE} and {MAX_SIZE}"
-            )
-        if not 0 < self.eps < 1:
-            raise ConfigError(f"eps={self.eps}, wanted between 0 and 1")
         if self.freq_dim % 2:
             raise ConfigError(f"freq_dim={self.freq_dim} must be even")
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from longvideo.errors import ConfigError
 
+MAX_WINDOW_TOKENS = 2**20
+"""What 32 latent frames of 7680 x 4320 pixels have."""
+
 
 @dataclass(frozen=True)
 class ChunkSpec:
@@ -44,6 +47,13 @@ class ChunkSpec:
                 f"window_frames={self.window_frames} leaves no room for the live chunk beside"
                 f" sink_frames={self.sink_frames}{' and the pinned chunk' if self.pin_shots else ''};"
                 f" use at least {(reserved + 1) * self.chunk_frames}"
+            )
+
+        tokens = self.window_frames * self.tokens_per_frame
+        if tokens > MAX_WINDOW_TOKENS:
+            raise ConfigError(
+                f"a window of window_frames={self.window_frames} of {self.grid_height} x {self.grid_width} tokens (the"
+                f" height and width of a picture in patches) has {tokens} tokens, wanted at most {MAX_WINDOW_TOKENS}"
             )
 
     @property

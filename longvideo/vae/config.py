@@ -1,15 +1,25 @@
 """Shape of the video autoencoder, key for key the configuration of diffusers' AutoencoderKLWan."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from longvideo.bounds import check_numbers, check_whole
 from longvideo.errors import ConfigError
 
 # beyond these a configuration is a mistake, and building what it says would take all memory
-MOST = {"base_dim": 2**16, "decoder_base_dim": 2**16, "z_dim": 2**16, "num_res_blocks": 100, "patch_size": 64}
-MOST_FACTOR = 1024
+MOST = {
+    "base_dim": 4096,
+    "decoder_base_dim": 4096,
+    "z_dim": 4096,
+    "num_res_blocks": 100,
+    "patch_size": 64,
+    "in_channels": 3 * 64**2,
+    "out_channels": 3 * 64**2,
+    "scale_factor_spatial": 2**14,
+    "scale_factor_temporal": 2**8,
+}
+MOST_FACTOR, MOST_LEVELS, MAX_STATISTIC = 64, 8, 1e6
 
 
 @dataclass(frozen=True)
@@ -40,14 +50,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         self._check_form()
         self._check_levels()
-        for key in ("latents_mean", "latents_std"):
-            values = getattr(self, key)
-            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-                raise ConfigError(f"{key} holds {list(values)}, wanted numbers")
-            if len(values) != self.z_dim:
-                raise ConfigError(f"{key} has {len(values)} values, wanted z_dim={self.z_dim}")
-        if min(self.latents_std) <= 0:
-            raise ConfigError(f"latents_std holds {min(self.latents_std)}, wanted values above 0")
+        check_numbers("latents_mean", self.latents_mean, self.z_dim, -MAX_STATISTIC, MAX_STATISTIC)
+        check_numbers("latents_std", self.latents_std, self.z_dim, 1 / MAX_STATISTIC, MAX_STATISTIC)
 
     def _check_form(self) -> None:
         wanted = {"is_residual": True, "attn_scales": (), "dropout": 0.0}
@@ -55,8 +59,7 @@ class AutoencoderConfig:
             if getattr(self, key) != value:
                 raise ConfigError(f"{key}={getattr(self, key)!r} is not the Wan2.2 form, wanted {value!r}")
         for key, most in MOST.items():
-            if not 1 <= getattr(self, key) <= most:
-                raise ConfigError(f"{key}={getattr(self, key)}, wanted from 1 to {most}")
+            check_whole(key, getattr(self, key), 1, most)
         for key in ("in_channels", "out_channels"):
             if getattr(self, key) != 3 * self.patch_size**2:
                 raise ConfigError(
@@ -64,8 +67,13 @@ class AutoencoderConfig:
                 )
 
     def _check_levels(self) -> None:
-        if not all(isinstance(factor, int) and 1 <= factor <= MOST_FACTOR for factor in self.dim_mult):
-            raise ConfigError(f"dim_mult={list(self.dim_mult)}, wanted whole numbers from 1 to {MOST_FACTOR}")
+        for key, kind in (("dim_mult", int), ("temperal_downsample", bool)):
+            values = getattr(self, key)
+            if not isinstance(values, tuple) or len(values) > MOST_LEVELS or any(type(x) is not kind for x in values):
+                wanted = "whole numbers" if kind is int else "true and false"
+                raise ConfigError(f"{key}={str(values)[:60]}, wanted a list of at most {MOST_LEVELS}: {wanted}")
+        for factor in self.dim_mult:
+            check_whole("dim_mult", factor, 1, MOST_FACTOR)
         num_downsamples = len(self.dim_mult) - 1
         if num_downsamples < 1 or len(self.temperal_downsample) != num_downsamples:
             raise ConfigError(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint import diffusers_json
-from longvideo.checkpoint.folder import ModelFolder, locate
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.names import strip_wrappers, to_diffusers
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import CheckpointError, UserError
@@ -268,36 +268,3 @@ def test_parts_that_do_not_belong_together_are_named(copy: Path) -> None:
     assert "transformer in_channels is 8, vae z_dim is 4" in error_of(copy)
     edit(copy / "transformer" / "config.json", lambda values: values.update(in_channels=4, num_layerz=2))
     assert "unknown keys ['num_layerz']" in error_of(copy)
-
-
-def test_names_that_mean_nothing_get_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="did you mean 'tiny'"):
-        locate("tinny")
-    with pytest.raises(CheckpointError, match="known names: tiny"):
-        locate("gigantic")
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is no weight file; wanted a model folder"):
-        locate(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="no model "):
-        locate(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"no .*model_index.json, and no weights beside it"):
-        ModelFolder.open(tmp_path)
-
-
-def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    asked: list[str] = []
-
-    def download(hub_id: str, **_: object) -> str:
-        asked.append(hub_id)
-        if hub_id == "some/model":
-            return str(tmp_path)
-        raise LocalEntryNotFoundError("cannot reach the hub\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("some/model") == tmp_path
-    with pytest.raises(CheckpointError, match="cannot be had from the hub: cannot reach the hub$"):
-        locate("other/model")
-    assert asked == ["some/model", "other/model"]

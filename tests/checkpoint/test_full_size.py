@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from longvideo.checkpoint.conversion import Wishes, convert_model
-from longvideo.checkpoint.folder import SHIPPED, ModelFolder
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.locations import SHIPPED
 from longvideo.checkpoint.settings import PRESETS as PRESET_SETTINGS
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.pipeline import StreamingPipeline

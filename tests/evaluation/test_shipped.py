@@ -18,6 +18,15 @@ def test_tiny_takes_few_steps_and_is_of_its_teachers_shape() -> None:
     assert tiny.transformer_config == teacher.transformer_config and tiny.spec == teacher.spec
 
 
+def test_the_teachers_autoencoder_and_text_encoder_are_tinys() -> None:
+    tiny, teacher = ModelFolder.open("tiny"), ModelFolder.open("tiny-teacher")
+    assert teacher.parts == tiny.parts and teacher.tokenizer == tiny.tokenizer
+    for part in ("vae", "text_encoder"):
+        assert teacher.weights(part).files == tiny.weights(part).files
+        assert teacher.stored[part].config == tiny.stored[part].config
+    assert teacher.weights("transformer").files != tiny.weights("transformer").files
+
+
 @pytest.mark.parametrize("steps", [4, 2])
 def test_tiny_shows_what_it_is_asked_for(tmp_path: Path, steps: int) -> None:
     more = ["--num", "8", "--seconds", "2.5", "--batch", "8", "--device", "cpu", "--steps", str(steps)]
