@@ -6,7 +6,6 @@ J text positions, D text width, C channels, H W latent size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError, UserError
+from longvideo.files import check_text, parse_json, read_lines
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import sample_scene
 from longvideo.text import TextEncoder, clean_prompt
@@ -280,10 +280,9 @@ def read_scripts(path: Path) -> list[tuple[str, ...]]:
 
     Raises UserError, naming the line, for a file without prompts, an empty line, or one that cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}") from error
+    lines = read_lines(path, what="file of prompts")
+    if lines[-1] == "":
+        lines.pop()  # the last line ends, too
     if not lines:
         raise UserError(f"{path} is empty; wanted a prompt a line")
     parse = _json_shots if path.suffix == ".jsonl" else lambda line, where: (line,)
@@ -293,15 +292,14 @@ def read_scripts(path: Path) -> list[tuple[str, ...]]:
         shots = tuple(clean_prompt(shot) for shot in parse(line, where))
         if not shots or not all(shots):
             raise UserError(f"{where} holds an empty prompt; remove the line or say what is to be seen")
+        for shot in shots:
+            check_text(shot, f"{where}: the prompt")
         scripts.append(shots)
     return scripts
 
 
 def _json_shots(line: str, where: str) -> tuple[str, ...]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON: {error.msg}") from error
+    found = parse_json(line, where=where)
     shots = found.get("prompts") if isinstance(found, dict) else None
     if not isinstance(shots, list) or not all(isinstance(shot, str) for shot in shots):
         raise UserError(f'{where} is no object like {{"prompts": ["first shot", "second shot"]}}')

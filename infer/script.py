@@ -10,11 +10,14 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 from longvideo.errors import UserError
+from longvideo.files import check_text
 
 MAX_SECONDS = 24 * 3600.0
+MOST_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,13 @@ class Script:
     shots: tuple[ShotRequest, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shots, Sequence) or not all(isinstance(shot, ShotRequest) for shot in self.shots):
+            raise UserError(f"the shots of a script are {_shown(self.shots)}; give a sequence of ShotRequest")
         if not self.shots:
-            raise UserError("no prompt given: write what the video shall show")
+            raise UserError("no prompt given: write what the video should show")
         for number, shot in enumerate(self.shots, 1):
+            if not isinstance(shot.cut, bool):
+                raise UserError(f"shot {number} has cut {_shown(shot.cut)}; true or false was expected")
             check_prompt(shot.prompt, f"the prompt of shot {number}")
             check_seconds(shot.seconds, f"shot {number}")
         check_seconds(self.seconds, "the script")
@@ -45,6 +52,8 @@ class Script:
         """Give every prompt a shot of equal length; `seconds` is the length of the whole video."""
         if isinstance(prompts, str):
             prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise UserError(f"prompts is {_shown(prompts)}; give a text, or a sequence of texts, one for each shot")
         for number, prompt in enumerate(prompts, 1):
             check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         check_seconds(seconds, "the video")
@@ -53,18 +62,13 @@ class Script:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Script:
         """Read a list of `{prompt, seconds, cut}` (cut defaults to true); raise UserError naming file and shot."""
-        import yaml
+        from longvideo.yaml_reader import read_yaml
 
-        path = Path(path)
-        try:
-            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the script {path}: {_reason(error)}") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(entries, list) or not entries:
+        document = read_yaml(Path(path), what="script")
+        if not isinstance(document.value, list) or not document.value:
             raise UserError(f"{path} must hold a list of shots, each with prompt and seconds")
-        return cls(tuple(_read_shot(entry, f"{path}: shot {number}") for number, entry in enumerate(entries, 1)))
+        numbered = enumerate(zip(document.value, document.lines, strict=True), 1)
+        return cls(tuple(_read_shot(entry, f"{path}:{line}: shot {number}") for number, (entry, line) in numbered))
 
     @property
     def seconds(self) -> float:
@@ -159,37 +163,39 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
 
 
 def check_prompt(prompt: str, what: str) -> None:
-    """Raise UserError when a prompt says nothing."""
+    """Raise UserError for a prompt that is no text, says nothing, or holds half a character."""
+    if not isinstance(prompt, str):
+        raise UserError(f"{what} is {_shown(prompt)}; give text")
+    check_text(prompt, what)
     if not prompt.strip():
-        raise UserError(f"{what} is empty: write what the video shall show")
+        raise UserError(f"{what} is empty: write what the video should show")
 
 
 def check_seconds(seconds: float, what: str) -> None:
-    """Raise UserError unless a length is above 0 and at most a day."""
-    if not (math.isfinite(seconds) and 0 < seconds <= MAX_SECONDS):
-        raise UserError(f"{what} has {seconds:g} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
+    """Raise UserError unless a length is a number above 0 and at most a day."""
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise UserError(f"{what} has seconds {_shown(seconds)}; a number was expected")
+    if not 0 < seconds <= MAX_SECONDS:
+        shown = _shown(int(seconds)) if isinstance(seconds, Integral) else f"{float(seconds):g}"
+        raise UserError(f"{what} has {shown} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
 
 
 def _read_shot(entry: object, where: str) -> ShotRequest:
     known = [field.name for field in fields(ShotRequest)]
     if not isinstance(entry, dict):
-        raise UserError(f"{where} is {entry!r}, not a mapping with the keys {', '.join(known)}")
+        raise UserError(f"{where} is {_shown(entry)}, not a mapping with the keys {', '.join(known)}")
     for key in entry:
         if key not in known:
-            raise UserError(f"{where} has the unknown key '{key}'{_nearest_key(str(key), known)}")
+            raise UserError(f"{where} has the unknown key {_shown(key)}{_nearest_key(str(key), known)}")
     prompt, seconds, cut = entry.get("prompt"), entry.get("seconds"), entry.get("cut", True)
     if prompt is None:
         raise UserError(f"{where} has no prompt: add 'prompt: what the shot shows'")
-    if not isinstance(prompt, str):
-        raise UserError(f"{where} has prompt {prompt!r}; text was expected")
     check_prompt(prompt, f"{where}: the prompt")
     if seconds is None:
         raise UserError(f"{where} has no seconds: add 'seconds: 5' for a shot of 5 s")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise UserError(f"{where} has seconds {seconds!r}; a number was expected")
     check_seconds(seconds, where)
     if not isinstance(cut, bool):
-        raise UserError(f"{where} has cut {cut!r}; true or false was expected")
+        raise UserError(f"{where} has cut {_shown(cut)}; true or false was expected")
     return ShotRequest(prompt, float(seconds), cut)
 
 
@@ -198,5 +204,6 @@ def _nearest_key(key: str, known: list[str]) -> str:
     return f"; did you mean '{nearest[0]}'?" if nearest else f"; the keys are {', '.join(known)}"
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -19,12 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longvideo.errors import ConfigError, UserError
+from longvideo.yaml_reader import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 MISSING = "???"
 NEARNESS = 0.6
+MOST_SHOWN = 200
 
 
 def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
@@ -77,15 +79,14 @@ def _read(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise ConfigError(f"no configuration file at {file}")
     try:
-        node = OmegaConf.load(file)
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{file}: not valid YAML{line}: {error.problem}") from error
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML: {_first_line(error)}") from error
-    values = OmegaConf.to_container(node)
+        values = read_yaml(file, what="configuration").value
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ConfigError(f"{file}: holds a {type(values).__name__}, wanted `key: value` lines")
+    if wrong := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{file}: the key {wrong[0]!r} is not text")
     return cast(Mapping[str, Any], values)
 
 
@@ -96,9 +97,10 @@ def _parse_override(override: str, config: DictConfig) -> Mapping[str, Any]:
     if not equals or not all(steps):
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is no override; write key=value")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{COMMAND_LINE}: value of {override!r} is not valid YAML") from error
+        value = parse_yaml(text, where=COMMAND_LINE).value
+    except UserError as error:
+        shown = override if len(override) <= 60 else f"{override[:60]}..."
+        raise ConfigError(f"{COMMAND_LINE}: value of {shown!r} is not valid YAML") from error
     for depth in reversed(range(len(steps))):
         step = steps[depth]
         value = _set_item(config, steps[:depth], int(step), value) if step.isdecimal() else {step: value}
@@ -188,7 +190,9 @@ class _Checker:
         return OmegaConf.merge(OmegaConf.structured(inner), checked) if dataclasses.is_dataclass(inner) else checked
 
     def _wrong_type(self, value: Any, annotation: Any, key: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {key or 'the file'} is {value!r}, wanted {_describe(annotation)}")
+        shown = repr(value)
+        shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
+        return ConfigError(f"{self.source}: {key or 'the file'} is {shown}, wanted {_describe(annotation)}")
 
     def _hint(self, schema: type, parent: str, name: object) -> str:
         siblings = [field.name for field in dataclasses.fields(schema)]

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -196,13 +197,9 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: it is not UTF-8 text") from error
-    except (RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path} is not JSON: it is nested too deep, or has too long a number") from error
+        value = parse_json(read_text(path, what="JSON file"), where=str(path))
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
     return value
@@ -237,6 +234,17 @@ def read_lines(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> lis
     return [line.removesuffix("\r") for line in read_text(path, what=what, max_bytes=max_bytes).split("\n")]
 
 
+def parse_json(text: str, *, where: str) -> Any:
+    """Parse JSON. Raises UserError, which begins with `where`, for what is no JSON, nested too deep, or too long."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise UserError(f"{where} is not JSON: {error.msg} in {place}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where} is not JSON: it is nested too deep, or has too long a number") from error
+
+
 def check_text(text: str, what: str) -> None:
     """Raise UserError where text holds half a surrogate pair, which no file, tokenizer or browser can take.
 
@@ -246,9 +254,11 @@ def check_text(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         place = text[max(0, error.start - 20) : error.start]
+        code = ord(text[error.start])
+        # a byte of a command line that is not UTF-8 becomes one of these
+        found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
         raise UserError(
-            f"{what} is not valid text: half a character (U+{ord(text[error.start]):04X}) follows {place!r};"
-            " write the whole character, in UTF-8"
+            f"{what} is not valid text: {found} follows {place!r}; write whole characters, in UTF-8"
         ) from error
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
+from longvideo.files import check_text
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -120,6 +121,7 @@ class TextEncoder(nn.Module):
         return nn.functional.pad(features_SD, (0, 0, 0, self.text_len - features_SD.shape[0]))
 
     def _ids(self, text: str) -> list[int]:
+        check_text(text, "the prompt")
         ids = self.tokenizer.encode(text).ids
         if len(ids) > self.text_len:
             start = text if len(text) <= 40 else text[:40] + "..."

@@ -168,7 +168,10 @@ def test_a_wrong_value_is_named_with_what_was_wanted(override: str, message: str
         ("seed: 1\nseed: 2\n", "not valid YAML in line 2"),
         ("seed: [1\n", "not valid YAML in line 2"),
         ("- 1\n- 2\n", "holds a list, wanted `key: value` lines"),
-        ("\x00", "cannot be read as YAML"),
+        ("\x00", "not valid YAML: .*control characters"),
+        ("seed: " + "9" * 5000, "not valid YAML in line 1: a number has 5,000 digits"),
+        ("seed: " + "[" * 20_000, "not valid YAML in line 1: values are nested more than 100 deep"),
+        ("7: 1", "the key 7 is not text"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision
+from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision, warn_of_missing_quotes
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -263,9 +263,13 @@ def sheet(
 
     from longvideo.evaluation.showcase import PROMPTS, write_showcase
     from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.script import check_prompt
 
+    warn_of_missing_quotes(prompts or [], command="longvideo eval sheet")
     shown = list(prompts or PROMPTS)
-    name = name or Path(model).name
+    for prompt in shown:
+        check_prompt(prompt, "a prompt")
+    name = name or Path(model).resolve().name
     targets = [out / f"{name}{suffix}" for suffix in (".png", ".gif")]
     for target in targets:
         _check_target(target, overwrite)

@@ -28,6 +28,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    warn_of_missing_quotes,
 )
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
@@ -104,6 +105,7 @@ def generate(
     from longvideo.number_formats import NumberFormats
 
     choice = ModelChoice(model, base, preset, entry)
+    warn_of_missing_quotes(prompts or [], command="longvideo generate")
     shots = _read_shots(prompts or [], script, seconds)
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats(precision, kv_cache, attention)
@@ -133,14 +135,14 @@ def _write(
     started: float,
 ) -> None:
     """Make the video and write it. Stopped, it finishes the file before it passes that on."""
-    from longvideo.infer.pipeline import DEFAULT_FORMATS
     from longvideo.infer.writer import VideoWriter
+    from longvideo.number_formats import NumberFormats
 
     stopped = None
     with _display() as display:
         display.say("loading")
         pipeline, plan = load()
-        if pipeline.formats != DEFAULT_FORMATS:
+        if pipeline.formats != NumberFormats("bf16"):
             print(pipeline.start_line(), file=sys.stderr)
         chunks = _start(pipeline, shots, options, image)
         tally = Tally(started, plan.num_chunks, plan.num_frames)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -76,3 +78,11 @@ class ModelChoice:
         for file, reason in folder.unused.items():
             typer.echo(printable(f"not used: {file}, {reason}"), err=True)
         return folder
+
+
+def warn_of_missing_quotes(prompts: Sequence[str], *, command: str) -> None:
+    """Warn where prompts are words in a row, as a shell makes them of a sentence without quotes."""
+    if any(len(one.split()) == 1 == len(other.split()) for one, other in pairwise(prompts)):
+        sentence = " ".join(prompts).replace("\\", "\\\\").replace('"', '\\"')
+        text = f"warning: these are {len(prompts)} prompts, each shown on its own; for one prompt use quotes"
+        typer.echo(printable(f'{text}: {command} "{sentence}"'), err=True)

@@ -6,7 +6,6 @@ caption/<sample>/<number>.json with {"caption": "..."}.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from longvideo.data.manifest import ShotEntry, VideoEntry
 from longvideo.data.video import probe_video
 from longvideo.errors import UserError
+from longvideo.files import check_text, parse_json, read_text
 
 NO_CAPTION, NO_VIDEO = "no caption", "no video"
 UNREADABLE, UNNUMBERED = "cannot be read", "not a numbered file"
@@ -102,11 +102,9 @@ def _read_shot(video: Path, caption: Path | None, sample: str, left_out: list[Le
 
 
 def _read_caption(path: Path) -> str:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON") from error
+    data = parse_json(read_text(path, what="caption"), where=str(path))
     text = data.get("caption") if isinstance(data, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{path} does not hold {{"caption": "..."}} with a text')
+    check_text(text, f"the caption in {path}")
     return text

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from longvideo.errors import UserError
+from longvideo.files import check_text, parse_json, read_lines, write_text
 
 MAX_FPS = 1000
+MAX_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -99,37 +100,32 @@ def read_manifest(path: Path) -> list[VideoEntry]:
 
 
 def write_manifest(path: Path, entries: Iterable[VideoEntry]) -> None:
-    """Write a manifest whole or not at all: under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for entry in entries:
-            values = asdict(entry) | {"video": entry.video.as_posix()}
-            if entry.sample is None:
-                del values["sample"]
-            file.write(json.dumps(values) + "\n")
-    os.replace(partial, path)
+    """Write a manifest whole or not at all. Raises WriteError as `longvideo.files.write_file` does."""
+    lines = []
+    for entry in entries:
+        values = asdict(entry) | {"video": entry.video.as_posix()}
+        if entry.sample is None:
+            del values["sample"]
+        lines.append(json.dumps(values) + "\n")
+    write_text(path, "".join(lines))
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no manifest at {path}; write one with `longvideo data shapeworld` or by hand") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; give the manifest file, such as {path / 'manifest.jsonl'}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start}); a manifest is JSON lines") from error
-    if not text.strip():
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the manifest file, such as {path / 'manifest.jsonl'}")
+    if not path.exists():
+        raise UserError(f"no manifest at {path}; write one with `longvideo data shapeworld` or by hand")
+    lines = read_lines(path, what="manifest", max_bytes=MAX_BYTES)
+    if not any(line.strip() for line in lines):
         raise UserError(f"{path} names no video; a manifest has one JSON object a line")
-    # not splitlines: a caption may hold characters that Unicode counts as line ends
-    return text.split("\n")
+    return lines
 
 
 def _read_line(text: str, folder: Path, number: int) -> ManifestLine:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        return ManifestLine(number, None, (f"not JSON ({error.msg} at column {error.colno})",))
+        data = parse_json(text, where="the line")
+    except UserError as error:
+        return ManifestLine(number, None, (str(error),))
     values = _Values(data, VideoEntry)
     name = values.take("video", lambda value: isinstance(value, str) and value != "", "a file name")
     fps = values.take("fps", lambda value: _is_number(value) and 0 < value <= MAX_FPS, "a number above 0")
@@ -198,6 +194,12 @@ class _Values:
         if name in self.data and not holds(value):
             self.problems.append(f"{name} is {_show(value)}, wanted {wanted}")
             return None
+        if isinstance(value, str):
+            try:
+                check_text(value, name)
+            except UserError as error:
+                self.problems.append(str(error))
+                return None
         return value
 
 

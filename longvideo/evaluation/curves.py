@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,10 @@ from PIL import Image
 
 from longvideo.errors import UserError
 from longvideo.evaluation.sheet import plot_curves
+from longvideo.files import parse_json, read_lines
 
+MAX_BYTES = 512 * 2**20
+LARGEST = 1e300
 NUM_INTERVALS = 5
 """Stretches into which `plot_curves` divides the y axis."""
 
@@ -41,11 +43,8 @@ class Metrics:
 
 def read_metrics(path: Path) -> Metrics:
     """Read the metrics.jsonl of a run. Raises UserError naming file and line when it is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give the metrics.jsonl of a run folder") from error
-    lines = [_read_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    texts = enumerate(read_lines(path, what="metrics.jsonl of a run", max_bytes=MAX_BYTES), 1)
+    lines = [_read_line(line, f"{path}:{number}") for number, line in texts if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no numbers yet; a run writes a line every trainer.log_every steps")
     return Metrics(path.resolve().parent.name, tuple(lines))
@@ -118,10 +117,11 @@ def round_range(low: float, high: float) -> tuple[float, float]:
 
 
 def _read_line(line: str, where: str) -> dict[str, float]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); give the metrics.jsonl of a run folder") from error
+    values = parse_json(line, where=where)
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         raise UserError(f"{where}: has no step; give the metrics.jsonl of a run folder")
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not abs(value) > LARGEST
+    }

@@ -48,7 +48,7 @@ def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "the line is not JSON: Expecting property name enclosed in double quotes in column 2"),
         ("[1]", r"got \[1\], wanted an object with the keys video, fps, num_frames, shots"),
         (json.dumps(LINE | {"frames": 3}), "unknown key 'frames'; did you mean 'num_frames'"),
         (json.dumps({"video": "a.mp4"}), "missing fps, num_frames, shots; add them"),
@@ -62,6 +62,13 @@ def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
         (json.dumps(LINE | {"shots": [SHOT | {"caption": " "}]}), r"shots\[0\]: caption is"),
         (json.dumps(LINE | {"shots": [SHOT | {"end": 62}]}), r"shots\[0\]: end is 62, wanted .* 1\.\.61"),
         (json.dumps(LINE | {"shots": [SHOT, SHOT]}), r"shots\[1\]: start is 0, wanted a whole number of at least 29"),
+        (
+            json.dumps(LINE | {"shots": [SHOT | {"caption": "a \ud83d"}]}),
+            r"shots\[0\]: caption is not valid text: half a",
+        ),
+        (json.dumps(LINE | {"video": "\ud83d.mp4"}), "video is not valid text"),
+        (json.dumps(LINE).replace("24", "9" * 5000), "is not JSON: it is nested too deep, or has too long a number"),
+        ("[" * 100_000, "is not JSON: it is nested too deep, or has too long a number"),
         (json.dumps(LINE | {"sample": ""}), 'sample is "", wanted a name'),
         (json.dumps(LINE | {"shots": [SHOT | {"text": ""}]}), r"shots\[0\]: unknown key 'text'"),
     ],
@@ -72,6 +79,12 @@ def test_mistakes_name_file_line_and_remedy(tmp_path: Path, line: str, message: 
         read_manifest(path)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path: Path) -> None:
+    path = manifest(tmp_path, json.dumps(LINE))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_manifest(path)) == 1
+
+
 def test_missing_empty_and_binary_manifests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no manifest at"):
         read_manifest(tmp_path / "none.jsonl")
@@ -80,5 +93,5 @@ def test_missing_empty_and_binary_manifests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names no video"):
         read_manifest(manifest(tmp_path, "", ""))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match="binary.jsonl:1 is not UTF-8 text"):
         read_manifest(tmp_path / "binary.jsonl")

@@ -40,7 +40,7 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
     two_wrong = [SHOT | {"caption": " "}, {"start": 40, "end": 90, "caption": "late"}]
     lines: list[tuple[str | dict, list[str]]] = [
         (GOOD, []),
-        ("{", ["not JSON"]),
+        ("{", ["the line is not JSON"]),
         ({"video": "good.mp4", "shots": [SHOT]}, ["missing fps, num_frames; add them"]),
         ("", []),
         (GOOD | {"video": "absent.mp4"}, ["no video at"]),
@@ -64,7 +64,7 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
     assert report.seconds == pytest.approx(61 / 24 + 76 / 29.99)
     assert main(["data", "validate", str(path)]) == 2
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"{path}:2: not JSON")
+    assert out[0].startswith(f"{path}:2: the line is not JSON")
     assert len(out) == len(wanted) + 2
     assert out[-2] == f"{len(wanted)} problems in 8 of 10 lines"
     assert out[-1] == "2 good videos, 0.001 hours, 2 shots, 4 clips of 1 chunk"

@@ -17,7 +17,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.distillation import BackboneConfig
-from longvideo.distill.prompts import DistillStage
+from longvideo.distill.prompts import DistillStage, read_scripts
 from longvideo.distill.roles import LoraSettings
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
@@ -233,7 +233,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["image_fraction=0.5"], "give data=CLIPS"),
         (["parallel.zero_stage=3"], "use 0, 1 or 2"),
         (["backbone.precision=int8"], "backbone.precision='int8'"),
-        (["prompts=nowhere.txt"], "cannot read the prompts in nowhere.txt"),
+        (["prompts=nowhere.txt"], "cannot read the file of prompts nowhere.txt: no such file"),
     ],
 )
 def test_bad_settings_are_refused(home: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,16 +245,31 @@ def test_bad_settings_are_refused(home: Path, more: list[str], said: str, capsys
     [
         ("empty.txt", "", "is empty"),
         ("gap.txt", "a ball\n\na red ball\n", "gap.txt:2 holds an empty prompt"),
-        ("broken.jsonl", '{"prompts": ["a ball"\n', "broken.jsonl:1 is no JSON"),
+        ("broken.jsonl", '{"prompts": ["a ball"\n', "broken.jsonl:1 is not JSON"),
         ("other.jsonl", '{"text": "a ball"}\n', "other.jsonl:1 is no object like"),
         ("none.jsonl", '{"prompts": []}\n', "none.jsonl:1 holds an empty prompt"),
+        (
+            "half.jsonl",
+            '{"prompts": ["a ball"]}\n{"prompts": ["a \\ud83d"]}\n',
+            "half.jsonl:2: the prompt is not valid text",
+        ),
+        ("latin.txt", b"a ball\na r\xe9d ball\n", "latin.txt:2 is not UTF-8 text (byte 0xe9)"),
     ],
 )
 def test_bad_prompt_files_are_refused(
-    home: Path, name: str, text: str, said: str, capsys: pytest.CaptureFixture[str]
+    home: Path, name: str, text: str | bytes, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (home / name).write_text(text)
+    (home / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert said in refusal(arguments(home, "bad", f"prompts={home / name}"), capsys)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.txt", "a ball\r\na cube\u2028b\n"),
+        ("a.jsonl", '{"prompts": ["a ball"]}\n{"prompts": ["a cube b"]}'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert read_scripts(tmp_path / name) == [("a ball",), ("a cube b",)]
 
 
 def test_adapters_and_teachers_that_do_not_fit_are_refused(

@@ -147,6 +147,14 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.mp4"]
 
 
+def test_forgotten_quotes_are_shown(model_folder: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "out.mp4")
+    assert run(model_folder, "a", "red", "ball", "bounces", "--seconds", "6", "-o", out) == 0
+    assert 'for one prompt use quotes: longvideo generate "a red ball bounces"\n' in capsys.readouterr().err
+    assert run(model_folder, "a red ball", "zoom", "-o", out, "--seconds", "4", "--overwrite") == 0
+    assert "quotes" not in capsys.readouterr().err
+
+
 BAD = {
     "no prompt": ([], "no prompt given"),
     "empty prompt": ([""], "the prompt is empty"),
@@ -155,7 +163,10 @@ BAD = {
     "negative seconds": (["a", "--seconds", "-4"], "has -4 seconds"),
     "absurd seconds": (["a", "--seconds", "1e12"], "at most 86400"),
     "seconds that are no number": (["a", "--seconds", "long"], "long"),
-    "too short for its shots": (["a", "b", "--seconds", "1"], "give every shot 1.33 s or more"),
+    "byte that is not UTF-8": (["a r\udce9d ball"], "the prompt is not valid text: the byte 0xe9 follows 'a r'"),
+    "half an emoji": (["a ball", "\ud83d"], "prompt 2 is not valid text: half a character (U+D83D)"),
+    "script without end": (["--script", "/dev/zero"], "has more than 4,194,304 bytes"),
+    "too short for its shots": (["a", "b c", "--seconds", "1"], "give every shot 1.33 s or more"),
     "zero steps": (["a", "--steps", "0"], "steps is 0; it must be from 1 to 1000"),
     "too many steps": (["a", "--steps", "5000"], "steps is 5000"),
     "negative guidance": (["a", "--guidance", "-1"], "guidance is -1; it must be from 0 to 50"),

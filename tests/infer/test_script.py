@@ -83,12 +83,12 @@ def test_yaml_script_is_read(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- {prompt: a, secnds: 3}", "shots.yaml: shot 1 has the unknown key 'secnds'; did you mean 'seconds'?"),
+        ("- {prompt: a, secnds: 3}", "shots.yaml:1: shot 1 has the unknown key 'secnds'; did you mean 'seconds'?"),
         ("- {prompt: a, seconds: 3}\n- {promt: a, seconds: 3}", "shot 2 .*'promt'; did you mean 'prompt'?"),
         ("- {prompt: a, seconds: 3, fps: 3}", "unknown key 'fps'; the keys are prompt, seconds, cut"),
         ("- {seconds: 3}", "shot 1 has no prompt"),
         ("- {prompt: '  ', seconds: 3}", "shot 1: the prompt is empty"),
-        ("- {prompt: 7, seconds: 3}", "shot 1 has prompt 7; text was expected"),
+        ("- {prompt: 7, seconds: 3}", "shots.yaml:1: shot 1: the prompt is 7; give text"),
         ("- {prompt: a}", "shot 1 has no seconds"),
         ("- {prompt: a, seconds: -3}", "shot 1 has -3 seconds; a length must be above 0"),
         ("- {prompt: a, seconds: 0}", "shot 1 has 0 seconds"),
@@ -100,7 +100,17 @@ def test_yaml_script_is_read(tmp_path) -> None:
         ("- a red ball", "shot 1 is 'a red ball', not a mapping"),
         ("prompt: a", "must hold a list of shots"),
         ("", "must hold a list of shots"),
-        ("- [unclosed", "is not YAML"),
+        ("- [unclosed", "shots.yaml: not valid YAML in line"),
+        (
+            "- {prompt: a, seconds: 3}\n- {prompt: 'b', seconds: " + "9" * 5000 + "}",
+            "in line 2: a number has 5,000 digits",
+        ),
+        ("- {prompt: a, seconds: " + "9" * 30 + "}", "has 9{30} seconds; a length must be"),
+        (
+            '- {prompt: a, seconds: 3}\n\n- {prompt: "a \\uD83D ball", seconds: 3}',
+            "yaml: not valid YAML in line 3: found invalid Unicode",
+        ),
+        ("- {prompt: a, seconds: 3, [" + "x" * 500 + "]: 1}", "yaml: not valid YAML in line 1: .*unhashable"),
     ],
 )
 def test_bad_yaml_scripts_name_file_shot_and_remedy(tmp_path, text: str, message: str) -> None:
@@ -112,11 +122,42 @@ def test_bad_yaml_scripts_name_file_shot_and_remedy(tmp_path, text: str, message
 
 
 def test_a_script_that_cannot_be_read_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="cannot read the script.*No such file"):
+    with pytest.raises(UserError, match="cannot read the script.*no such file"):
         Script.from_yaml(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="binary.yaml"):
         Script.from_yaml(tmp_path / "binary.yaml")
+
+
+def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path) -> None:
+    path = tmp_path / "shots.yaml"
+    path.write_bytes(b"- {prompt: a, seconds: 3}\n- {prompt: a r\xe9d ball, seconds: 3}\n")
+    with pytest.raises(UserError, match=r"shots.yaml:2 is not UTF-8 text \(byte 0xe9\)"):
+        Script.from_yaml(path)
+
+
+def test_half_characters_are_refused_wherever_a_prompt_is_given() -> None:
+    for text, found in (("a \ud83d ball", "half a character .U.D83D."), ("a r\udce9d ball", "the byte 0xe9")):
+        with pytest.raises(UserError, match=f"prompt 2 is not valid text: {found} follows 'a"):
+            Script.from_prompts(["a ball", text], seconds=4)
+        with pytest.raises(UserError, match="the prompt of shot 1 is not valid text"):
+            Script((ShotRequest(text, 3.0),))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seconds", "message"),
+    [
+        (7, 4, "prompts is 7; give a text"),
+        (["a", 7], 4, "prompt 2 is 7; give text"),
+        (b"a", 4, "prompt 1 is 97|the prompt is 97"),
+        ("a", "4", "the video has seconds '4'; a number was expected"),
+        ("a", True, "seconds True; a number"),
+        ("a", 10**400, "has 1000.* seconds; a length"),
+    ],
+)
+def test_wrong_types_are_refused(prompts, seconds, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Script.from_prompts(prompts, seconds=seconds)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6])
