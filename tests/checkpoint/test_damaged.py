@@ -288,7 +288,7 @@ NAN, INF = float("nan"), float("inf")
         (SETTINGS, {"window_frames": 10**6}, "window_frames=1000000, wanted a whole number from 1 to 16384"),
         (SETTINGS, {"window_frames": 4}, "window_frames=4, wanted at least one chunk: chunk_frames=8"),
         (SETTINGS, {"fps": 10**9}, "fps=1000000000, wanted a whole number from 1 to 1000"),
-        (SETTINGS, {"fps": 10**400}, "fps"),
+        (SETTINGS, {"fps": 10**400}, "a number has 401 digits"),
         (SETTINGS, {"fps": NAN}, "fps"),
         (SETTINGS, {"offset_per_shot": 10**9}, "offset_per_shot=1000000000, wanted"),
         (SETTINGS, {"text_len": 10**8}, "text_len=100000000, wanted a whole number from 1 to 8192"),
