@@ -125,15 +125,26 @@ def train(
 
 def main(command: Callable[..., None]) -> None:
     """Run a training command in one of the processes of a launcher, and end this process as `longvideo` does."""
+    from longvideo.training.lost_ranks import LostRank
     from longvideo.training.mesh import RefusedByMain
 
     try:
         typer.run(command)
     except RefusedByMain:
         raise SystemExit(EXIT_USER_ERROR) from None
+    except LostRank as error:
+        if error.is_speaker:
+            _print_error(error)
+        # an ordinary end would wait for what a device still exchanges with the lost rank
+        os._exit(EXIT_USER_ERROR)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _print_error(error)
         raise SystemExit(EXIT_USER_ERROR) from error
+
+
+def _print_error(error: UserError) -> None:
+    sys.stdout.flush()
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _start(command: str) -> str:

@@ -76,6 +76,9 @@ class DeepSpeedEngine:
             config=_settings(zero_stage, precision, passes, config.gradient_clip),
             dist_init_required=False,
         )
+        # made with torch's own timeout, whatever the default group has
+        for group in {self.engine.data_parallel_group, self.engine.seq_data_parallel_group}:
+            mesh.limit_waits(group)
         self._start_adam()
         self.average = [None if x is None else x.clone() for x in map(self._own_part, self.parameters)]
         self.guard = LossGuard(spike_factor, self.parameters[0].device)

@@ -49,7 +49,7 @@ class Mesh:
     """Ranks of one replica are neighbours: rank = replica * sequence + place. Without processes, one of one.
 
     host_group: all ranks, through the CPU: nothing in it waits for a device. store: where ranks leave words for each
-    other, outside all groups.
+    other, outside all groups. timeout: of every wait for other ranks.
     """
 
     world: int = 1
@@ -58,6 +58,7 @@ class Mesh:
     sequence_group: dist.ProcessGroup | None = field(default=None, compare=False)
     host_group: dist.ProcessGroup | None = field(default=None, compare=False)
     store: dist.Store | None = field(default=None, compare=False)
+    timeout: timedelta = field(default=timedelta(minutes=TIMEOUT_MINUTES), compare=False)
 
     @property
     def replicas(self) -> int:
@@ -75,6 +76,10 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def limit_waits(self, group: dist.ProcessGroup) -> None:
+        """Let the waits of a group that another package made end as those of this mesh do."""
+        dist.distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def barrier(self) -> None:
         """Wait for the processes of all ranks, not for their devices."""
@@ -129,7 +134,7 @@ def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store
         if rank in ranks and isinstance(group, dist.ProcessGroup):
             own = group
     host_group = dist.new_group(backend=HOST_BACKEND, timeout=timeout)
-    return Mesh(world, rank, sequence, own, host_group, store)
+    return Mesh(world, rank, sequence, own, host_group, store, timeout)
 
 
 def check_sequence(sequence: int, *, heads: int, chunk_counts: Sequence[int]) -> None:
@@ -161,11 +166,17 @@ def divisors(number: int) -> list[int]:
 
 
 def start_processes(config: ParallelConfig, device: torch.device) -> dist.Store:
-    """Join the other ranks that a launcher started; return the store they share."""
+    """Join the other ranks that a launcher started; return the store they share. Raises ConfigError where some do not
+    come in time."""
     timeout = timedelta(minutes=config.timeout_minutes)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     backend = "nccl" if device.type == "cuda" else HOST_BACKEND
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=world, timeout=timeout
-    )
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        raise ConfigError(
+            f"not all {os.environ['WORLD_SIZE']} ranks came together within"
+            f" parallel.timeout_minutes={config.timeout_minutes:g}: {str(error).splitlines()[0]}"
+        ) from error
     return store

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from longvideo.model.attention import preferred_attention
 from longvideo.training.engine import Engine, LocalEngine
+from longvideo.training.lost_ranks import naming_lost_ranks
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig
@@ -72,7 +73,7 @@ def run(
         )
 
     mesh = build_mesh(parallel.sequence, timeout_minutes=parallel.timeout_minutes, store=store)
-    with preferred_attention(device):
+    with naming_lost_ranks(mesh), preferred_attention(device):
         if options.dry_run:
             for text in profile(new_trainer(), options.dry_run, trace=options.trace):
                 if mesh.is_main:
