@@ -24,7 +24,9 @@ from safetensors import SafetensorError
 
 from longvideo.errors import CheckpointError, UserError
 
-TEMPORARY_SUFFIX = ".part"
+TEMPORARY_SUFFIX, LOCK_SUFFIX = ".part", ".lock"
+PLAN_FILE = "plan.json"
+"""What a temporary folder is filled with, as long as it may be filled further after an interruption."""
 UNIQUE_DIGITS = 8
 MAX_NAME_BYTES = 255  # what Linux's file systems allow
 MAX_TEXT_BYTES = 64 * 2**20
@@ -91,8 +93,12 @@ def write_json(path: Path, value: object, *, indent: int = 2) -> None:
 
 
 @contextmanager
-def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary neighbor of a folder; at the end of the block flush it and put it in its place.
+def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) -> Iterator[Path]:
+    """Yield a temporary neighbor of a folder; at the end of the block flush it and put it in its place.
+
+    It is empty, unless the block was interrupted before (by Ctrl-C, or a kill) and `plan`, which says as JSON what is
+    written, is the same: then the files that it had finished are still there. Whoever gives a plan holds the lock of
+    the target, see `locked_target`.
 
     Raises WriteError where a folder is there that must not be replaced, and where the disk refuses. An error in the
     block removes what it wrote and leaves an older folder as it was.
@@ -100,16 +106,22 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise WriteError(f"{path} exists; choose another name, or ask to overwrite it")
     target = Path(os.path.realpath(path))
-    temporary = temporary_name(target)
+    temporary = temporary_name(target) if plan is None else _neighbor(target, TEMPORARY_SUFFIX)
     with _refused_by_the_disk(path, temporary):
+        finished = True
         try:
-            temporary.mkdir(parents=True)
+            _begin_folder(temporary, plan)
             yield temporary
+            (temporary / PLAN_FILE).unlink(missing_ok=True)
             for entry in (*temporary.rglob("*"), temporary):
                 flush(entry)
             replace_path(temporary, target)
+        except (KeyboardInterrupt, SystemExit):
+            finished = plan is None
+            raise
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if finished:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --overwrite") -> None:
@@ -175,6 +187,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_target(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that is to be written, and remove what killed processes left beside it.
+
+    Makes the folder that it will lie in. Raises BusyError where another process writes it.
+    """
+    target = Path(os.path.realpath(path))
+    file = _neighbor(target, LOCK_SUFFIX)
+    with _refused_by_the_disk(path, file):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file, busy=f"{path} is being written by another process; wait for it, or choose another name"):
+        for abandoned in temporary_names(target):
+            _remove(abandoned)
+        yield
 
 
 @contextmanager
@@ -274,6 +302,12 @@ def reason(error: Exception) -> str:
 def _refused_by_the_disk(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
+    except WriteError as error:
+        if isinstance(error.__cause__, OSError | SafetensorError) and not str(error).startswith(
+            f"cannot write {path}: "
+        ):
+            raise WriteError(f"cannot write {path}: {reason(error.__cause__)}; {_what_is_there(path)}") from error
+        raise
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and _is_elsewhere(error, temporary):
             raise  # a source that cannot be read
@@ -292,6 +326,30 @@ def _what_is_there(path: Path) -> str:
         if path.exists():
             return "the older one is unchanged"
     return "nothing was left behind"
+
+
+def _begin_folder(folder: Path, plan: object) -> None:
+    """Make a temporary folder, or clear it unless it was begun with the same plan and may be filled further."""
+    text = json.dumps(plan, sort_keys=True)
+    if os.path.lexists(folder) and (plan is None or not _was_begun(folder, text)):
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in [path for path in folder.rglob(f".*{TEMPORARY_SUFFIX}") if path.is_file()]:
+        unfinished.unlink()
+    if plan is not None:
+        write_text(folder / PLAN_FILE, text)
+
+
+def _was_begun(folder: Path, text: str) -> bool:
+    file = folder / PLAN_FILE
+    if folder.is_symlink() or file.is_symlink() or not file.is_file():
+        return False
+    return file.read_bytes() == text.encode()
+
+
+def _neighbor(path: Path, suffix: str) -> Path:
+    """Return the hidden name beside a path that ends in a suffix."""
+    return path.with_name(f"{_temporary_stem(path)}{suffix}")
 
 
 def _temporary_stem(path: Path) -> str:
@@ -328,4 +386,4 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -6,7 +6,6 @@ Legend: P prompts, S tokens computed, L text positions (text_len), D feature wid
 from __future__ import annotations
 
 import html
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 
 from longvideo.errors import CheckpointError
-from longvideo.files import check_text
+from longvideo.files import check_text, write_json, write_text
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -179,7 +178,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None:
     """Write tokenizer.json and the small files by which transformers' AutoTokenizer opens the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": text_len,
@@ -187,4 +186,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None
         "eos_token": END,
         "unk_token": UNKNOWN,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

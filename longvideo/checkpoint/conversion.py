@@ -1,12 +1,12 @@
 """Turn a model of any known format into another, tensor by tensor: what is held in memory is one tensor at most.
 
-What is written lies in a neighbour of the destination until it is whole, and is then renamed. A conversion that was cut
-short goes on from the files it has finished, if source and wishes are still the same.
+What is written lies in a temporary neighbor of the destination until it is whole, and is then renamed. A conversion
+that was interrupted continues from the files it has finished, if source and wishes are still the same; after an error,
+such as a full disk, nothing of it stays.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,12 +24,11 @@ from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.targets import TARGETS, Work
 from longvideo.checkpoint.tensors import Weights, is_one_byte_float
 from longvideo.errors import CheckpointError, UserError
-from longvideo.files import replace_path, write_json
+from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
 
-PLAN_FILE = "conversion.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NVFP4, LORA = "nvfp4", "lora"
 
@@ -95,24 +94,25 @@ def convert_model(
         weights[TRANSFORMER] = _in_precision(source, wishes, progress.on_packed)
     target.check(source, weights)
     total = sum(own.num_bytes for own in weights.values())
-    temporary = destination.with_name(f".{destination.name}.part")
     stamps = _stamps(weights)
     metadata = {part: own.metadata for part, own in weights.items()}
     plan = {**asdict(wishes), "settings": asdict(source.settings), "metadata": metadata, "files": stamps}
-    _check_room(destination.parent, total - _bytes_done(temporary))
-    _prepare(temporary, plan)
-    progress.on_total(total)
-    try:
-        result = target.write(Work(temporary, source, weights, wishes.max_shard_bytes, progress.on_bytes))
+
+    def write(path: Path) -> None:
+        _check_room(destination.parent, total - _bytes_done(path))
+        progress.on_total(total)
+        target.write(Work(path, source, weights, wishes.max_shard_bytes, progress.on_bytes))
         if _stamps(weights) != stamps:
             raise CheckpointError(f"{source.path} was changed while it was read; convert it again")
-    except UserError:
-        shutil.rmtree(temporary)  # it would end so again
-        raise
-    (temporary / PLAN_FILE).unlink()
-    replace_path(result, destination)
-    if result != temporary:
-        shutil.rmtree(temporary)
+
+    with locked_target(destination):
+        # another process may have written it until the lock was free
+        _check_destination(destination, target.suffixes, overwrite=overwrite)
+        if target.suffixes:
+            write_file(destination, write)
+        else:
+            with write_folder(destination, overwrite=overwrite, plan=plan) as folder:
+                write(folder)
 
 
 def convert_adapter(
@@ -126,14 +126,8 @@ def convert_adapter(
     found = recognise(locate(source), entry=entry)
     if found.adapter is None:
         raise CheckpointError(f"{source} is no LoRA but: {found.format}")
-    temporary = destination.with_name(f".{destination.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        found.adapter.load().save(temporary, base=base or "")
-        replace_path(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with locked_target(destination), write_folder(destination, overwrite=overwrite) as folder:
+        found.adapter.load().save(folder, base=base or "")
 
 
 def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacked) -> Weights:
@@ -199,34 +193,9 @@ def _check_source_stays(source: ModelFolder, destination: Path) -> None:
                 raise UserError(f"{destination} holds {file}, which is read; it is not replaced, choose another place")
 
 
-def _is_of(folder: Path, plan: object) -> bool:
-    """Say whether a folder was begun with the same plan."""
-    try:
-        found = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return found == _plain(plan) and not folder.is_symlink()
-
-
-def _bytes_done(folder: Path) -> int:
-    """Return the bytes of an earlier beginning: they are kept, or go before others are written."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _prepare(folder: Path, plan: object) -> None:
-    """Make the folder to write to, empty unless it was begun with the same plan."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists() and not _is_of(folder, plan):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PLAN_FILE, plan)
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink()
-
-
-def _plain(value: object) -> object:
-    return json.loads(json.dumps(value))
+def _bytes_done(path: Path) -> int:
+    """Return the bytes of what an interrupted conversion has finished."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

@@ -27,7 +27,7 @@ from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
-from longvideo.files import write_folder, write_json
+from longvideo.files import locked_target, write_folder, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -240,7 +240,7 @@ class ModelFolder:
             parts[VAE] = vae, vae.config
         if text_encoder is not None:
             parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
-        with write_folder(folder, overwrite=overwrite) as temporary:
+        with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
             for part, (module, config) in parts.items():
                 weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
                 write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)

@@ -117,7 +117,9 @@ def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ())
         with file.open("wb") as stream, skip_data(materialize_fake_tensors=True):
             torch.save(content, stream)
     except RuntimeError as error:
-        raise CheckpointError(f"{file.parent} cannot take {weights.num_bytes / 1e9:.1f} GB: {error}") from error
+        if isinstance(error.__context__, OSError):  # what the disk refused, before torch closed the archive
+            raise error.__context__ from error
+        raise
 
 
 def _write_checksums(stream: IO[bytes], checksums: Mapping[int, int]) -> None:

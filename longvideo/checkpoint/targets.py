@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file
+from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file, safetensors_file
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
-from longvideo.files import write_json
+from longvideo.files import write_file, write_json
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
 
 OFFICIAL_STEM = "diffusion_pytorch_model"
@@ -25,31 +26,31 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Work:
-    """A model to be written into a folder.
+    """A model to be written.
 
-    weights: of its parts, under our names, as they are to be. Files that are there already are finished.
+    path: the folder, or the file. weights: of its parts, under our names, as they are to be. Files that are in the
+    folder already are finished.
     """
 
-    folder: Path
+    path: Path
     model: ModelFolder
     weights: Mapping[str, Weights]
     max_shard_bytes: int
     on_bytes: Callable[[int], None]
 
-    def write_pickle(self, name: str, weights: Weights, *, within: tuple[str, ...] = ()) -> Path:
-        file = self.folder / name
+    def write_pickle(self, name: str, weights: Weights) -> None:
+        file = self.path / name
         if file.is_file():  # it has this name only when it is whole
             self.on_bytes(weights.num_bytes)
         else:
-            pickle_file.write_weights(file, weights, within=within, on_bytes=self.on_bytes)
-        return file
+            pickle_file.write_weights(file, weights, on_bytes=self.on_bytes)
 
     def copy_tokenizer(self, folder: Path) -> None:
         assert self.model.tokenizer is not None
-        (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        (self.path / folder).mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
-            if (self.model.tokenizer / name).is_file():
-                shutil.copyfile(self.model.tokenizer / name, self.folder / folder / name)
+            if (file := self.model.tokenizer / name).is_file():
+                write_file(self.path / folder / name, partial(_copy, file))
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,19 @@ class Target:
     """A format to write.
 
     parts: those that it holds. suffixes: of its file; none for a folder. check: raises where it has no place for
-    something in a model. write: does the work and returns the file that is the result, or the folder.
+    something in a model. write: does the work.
     """
 
     parts: tuple[str, ...]
     suffixes: tuple[str, ...]
     check: Callable[[ModelFolder, Mapping[str, Weights]], None]
-    write: Callable[[Work], Path]
+    write: Callable[[Work], None]
 
 
-def _write_diffusers(work: Work) -> Path:
+def _write_diffusers(work: Work) -> None:
     for part, weights in work.weights.items():
         write_part(
-            work.folder,
+            work.path,
             part,
             weights,
             work.model.stored[part].config,
@@ -79,51 +80,47 @@ def _write_diffusers(work: Work) -> Path:
         )
     if TEXT_ENCODER in work.weights:
         work.copy_tokenizer(Path("tokenizer"))
-    write_index(work.folder, work.weights, work.model.settings)
-    return work.folder
+    write_index(work.path, work.weights, work.model.settings)
 
 
-def _write_longvideo(work: Work) -> Path:
+def _write_longvideo(work: Work) -> None:
     _write_diffusers(work)
-    write_json(work.folder / SETTINGS_FILE, asdict(work.model.settings))
-    ModelFolder.open(work.folder)
-    return work.folder
+    write_json(work.path / SETTINGS_FILE, asdict(work.model.settings))
+    ModelFolder.open(work.path)
 
 
-def _write_official(work: Work) -> Path:
+def _write_official(work: Work) -> None:
     model, weights = work.model, work.weights
-    _write_safetensors_of(work, OFFICIAL_STEM, work.max_shard_bytes)
-    write_json(work.folder / "config.json", diffusers_json.official_json(model.transformer_config))
+    save_weights(
+        work.path,
+        OFFICIAL_STEM,
+        weights[TRANSFORMER],
+        max_shard_bytes=work.max_shard_bytes,
+        go_on=True,
+        on_bytes=work.on_bytes,
+    )
+    write_json(work.path / "config.json", diffusers_json.official_json(model.transformer_config))
     if VAE in weights:
         table = names.autoencoder_official(model.vae_config.num_res_blocks)
         work.write_pickle(OFFICIAL_VAE, weights[VAE].renamed(table.theirs))
     if TEXT_ENCODER in weights:
         work.write_pickle(OFFICIAL_TEXT_ENCODER, weights[TEXT_ENCODER].renamed(names.TEXT_ENCODER_OFFICIAL.theirs))
         work.copy_tokenizer(OFFICIAL_TOKENIZER)
-    return work.folder
 
 
-def _write_longlive(work: Work) -> Path:
+def _write_longlive(work: Work) -> None:
     own = longlive_packed.to_longlive(work.weights[TRANSFORMER]).renamed(lambda name: f"{names.MODEL_PREFIX}{name}")
-    return work.write_pickle("model.pt", own, within=("generator",))
+    pickle_file.write_weights(work.path, own, within=("generator",), on_bytes=work.on_bytes)
 
 
-def _write_safetensors(work: Work) -> Path:
-    _write_safetensors_of(work, "model", work.weights[TRANSFORMER].num_bytes)
-    return work.folder / "model.safetensors"
-
-
-def _write_safetensors_of(work: Work, stem: str, max_shard_bytes: int) -> None:
+def _write_safetensors(work: Work) -> None:
     own = work.weights[TRANSFORMER]
-    save_weights(
-        work.folder,
-        stem,
-        own,
-        max_shard_bytes=max_shard_bytes,
-        metadata=packed.header_metadata(own),
-        go_on=True,
-        on_bytes=work.on_bytes,
-    )
+    header = {"format": "pt", **packed.header_metadata(own)}
+    safetensors_file.write_weights(work.path, own, metadata=header, on_bytes=work.on_bytes)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:

@@ -16,10 +16,12 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import Weights
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import BusyError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.convert import quantize_layers
 from tests.checkpoint import official, small
 from tests.checkpoint.random_weights import fingerprints
+from tests.test_files import no_file_longer_than
 
 SHARD_BYTES = 100_000
 
@@ -29,8 +31,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return official.save(tmp_path_factory.mktemp("models") / "ours")
 
 
-class Cut(Exception):
-    pass
+class Cut(KeyboardInterrupt):
+    """Ctrl-C, at a chosen byte."""
 
 
 def cut_after(num_bytes: int) -> Progress:
@@ -173,6 +175,85 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     with pytest.raises(UserError, match="has 0.0 GB free, 0.0 GB more are needed"):
         convert_model(ours, tmp_path / "result", Wishes())
     assert not (tmp_path / "result").exists()
+
+
+FOLDERS = {"longvideo": "result", "diffusers": "result", "official": "result"}
+FILES = {"longlive": "result.pt", "safetensors": "result.safetensors"}
+
+
+@pytest.mark.parametrize("longest", [100, 20_000, 200_000])
+@pytest.mark.parametrize(("target", "name"), [*FOLDERS.items(), *FILES.items()])
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_keeps_nothing(
+    target: str, name: str, longest: int, ours: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / name
+    command = ["convert", str(ours.path), str(result), "--to", target, "--shard-gb", "0.001", "--overwrite"]
+    with no_file_longer_than(longest):
+        assert main(command) == 2
+    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; nothing was left behind\n"
+    assert list(tmp_path.iterdir()) == []
+    assert main(command) == 0
+    before = {file: file.read_bytes() for file in [result, *result.rglob("*")] if file.is_file()}
+    with no_file_longer_than(longest):
+        assert main(command) == 2
+    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; the older one is unchanged\n"
+    assert list(tmp_path.iterdir()) == [result]
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_full_disk_while_a_lora_or_a_packed_or_merged_model_is_written(
+    ours: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {f"blocks.0.self_attn.q.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 128)), ("B", (128, 4)))}
+    torch.save(lora, tmp_path / "lora.pt")
+    result, adapter = tmp_path / "result", tmp_path / "lora"
+    assert main(["convert", str(tmp_path / "lora.pt"), str(adapter), "--to", "lora"]) == 0
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    for command in (
+        ["convert", str(tmp_path / "lora.pt"), str(result), "--to", "lora"],
+        ["quantize", str(ours.path), str(result)],
+        ["merge", str(ours.path), str(adapter), str(result)],
+    ):
+        with no_file_longer_than(1000):
+            assert main(command) == 2
+        assert capsys.readouterr().err == f"error: cannot write {result}: file too large; nothing was left behind\n"
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_conversion_into_one_target_is_refused(
+    ours: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {f"blocks.0.self_attn.q.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 128)), ("B", (128, 4)))}
+    torch.save(lora, tmp_path / "lora.pt")
+    result, adapter, source = tmp_path / "result", tmp_path / "lora", str(ours.path)
+    assert main(["convert", str(tmp_path / "lora.pt"), str(adapter), "--to", "lora"]) == 0
+    codes: dict[str, int] = {}
+
+    def meanwhile(total: int) -> None:
+        codes["convert"] = main(["convert", source, str(result), "--overwrite"])
+        codes["quantize"] = main(["quantize", source, str(result), "--overwrite"])
+        codes["merge"] = main(["merge", source, str(adapter), str(result), "--overwrite"])
+        codes["lora"] = main(["convert", str(tmp_path / "lora.pt"), str(result), "--to", "lora", "--overwrite"])
+        with pytest.raises(BusyError):
+            small.save(result)
+
+    convert_model(ours, result, Wishes(), progress=Progress(meanwhile))
+    assert codes == dict.fromkeys(codes, 2) and len(codes) == 4
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"error: {result} is being written by another process; wait for it, or choose another name"] * 4
+    assert fingerprints(ModelFolder.open(result)) == fingerprints(ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "lora.pt", "result"]
+
+
+def test_what_killed_conversions_left_is_removed(ours: ModelFolder, tmp_path: Path) -> None:
+    for left in (".result.01234567.part", ".result.pt.89abcdef.part"):
+        (tmp_path / left).mkdir()
+    other = tmp_path / ".result_2.01234567.part"
+    other.mkdir()
+    convert_model(ours, tmp_path / "result", Wishes())
+    convert_model(ours, tmp_path / "result.pt", Wishes("longlive"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "result", "result.pt"]
 
 
 def test_a_destination_that_exists_is_only_replaced_when_asked(ours: ModelFolder, tmp_path: Path) -> None:
