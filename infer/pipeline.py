@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -46,7 +46,11 @@ from longvideo.rollout import branches
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.halo import decode_lookback
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 DEFAULT_FORMATS = NumberFormats()
+FirstPicture: TypeAlias = "Path | str | np.ndarray | Tensor | Image"
 
 __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
@@ -184,14 +188,14 @@ class StreamingPipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
-        image: Path | str | Tensor | None = None,
+        image: FirstPicture | None = None,
     ) -> Generator[np.ndarray, None, None]:
         """Yield frames, uint8 [T, H, W, 3], chunk by chunk as they are made.
 
         prompts: one prompt a shot, each shown equally long, `seconds` in all; or a Script, which has its own lengths.
-        steps, guidance: None takes the model's own. image: first frame, a file or uint8 [H, W, 3]; it is scaled and its
-        centre cropped to the video's size. Wrong values raise UserError here, not when iterating; words that the model
-        never learned give a UserWarning.
+        steps, guidance: None takes the model's own. image: first frame, a file, a Pillow image, or uint8 [H, W, 3] of
+        numpy or torch; it is scaled and its center cropped to the video's size. Wrong values raise UserError here, not
+        when iterating; words that the model never learned give a UserWarning.
         """
         script = as_script(prompts, seconds)
         options = SamplingOptions(steps, guidance, seed)
@@ -208,7 +212,7 @@ class StreamingPipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
-        image: Path | str | Tensor | None = None,
+        image: FirstPicture | None = None,
         history_chunks: int = HISTORY_CHUNKS,
     ) -> Session:
         """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`.
@@ -330,17 +334,13 @@ class StreamingPipeline:
         with self._lock:
             self._idle = stages
 
-    def _first_latent(self, image: Path | str | Tensor | None) -> Tensor | None:
+    def _first_latent(self, image: FirstPicture | None) -> Tensor | None:
         if image is None:
             return None
-        size = (self.models.settings.height, self.models.settings.width)
-        if isinstance(image, (str, Path)):
-            from longvideo.data.video import read_image
+        from longvideo.data.pictures import as_picture
 
-            image = read_image(Path(image), size=size)
-        if image.dtype != torch.uint8 or image.shape != (*size, 3):
-            raise UserError(f"image is {image.dtype} {list(image.shape)}; wanted uint8 {[*size, 3]}")
-        return encode_first_frame(self.models, image)
+        size = (self.models.settings.height, self.models.settings.width)
+        return encode_first_frame(self.models, as_picture(image, size=size))
 
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))

@@ -292,7 +292,7 @@ def _load(
     group: ProcessGroup | None,
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
-    from longvideo.data.video import read_image
+    from longvideo.data.pictures import read_image
     from longvideo.infer.formats import check_formats
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device

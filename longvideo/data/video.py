@@ -1,4 +1,4 @@
-"""Read and write video files with PyAV, and read images: frames are uint8 [T, H, W, 3] RGB tensors.
+"""Read and write video files with PyAV: frames are uint8 [T, H, W, 3] RGB tensors.
 
 Reading at another frame rate takes the nearest frame in time; reading at another size scales with the aspect kept and
 crops the centre. Nothing is ever stretched.
@@ -167,29 +167,6 @@ def write_video(
     finally:
         partial.unlink(missing_ok=True)
     return count
-
-
-def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a picture as uint8 [H, W, 3]; `size` (height, width) scales with the aspect kept and crops the centre.
-
-    The rotation that cameras note is applied; transparent parts become black. Raises UserError when it is no picture.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise UserError(f"no image at {path}")
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image that can be read; give a PNG or JPEG file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is a damaged image: {error}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-    if size is not None:
-        image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3)
 
 
 class _opened:

@@ -11,7 +11,8 @@ from longvideo.cli.main import main
 from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
-from longvideo.data.video import probe_video, read_image, read_video
+from longvideo.data.pictures import read_image
+from longvideo.data.video import probe_video, read_video
 from longvideo.errors import UserError
 from tests.checkpoint import small
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from longvideo.data.video import iterate_frames, probe_video, read_image, read_video, write_video
+from longvideo.data.video import iterate_frames, probe_video, read_video, write_video
 from longvideo.errors import UserError
 
 
@@ -109,35 +108,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
         write_video(path, [], fps=24)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_images_are_cropped_never_stretched(tmp_path: Path) -> None:
-    path = tmp_path / "disc.png"
-    Image.fromarray(disc(90, 150, 30).numpy()).save(path)
-    assert torch.equal(read_image(path), disc(90, 150, 30))
-    picture = read_image(path, size=(128, 224))
-    assert picture.shape == (128, 224, 3) and picture.dtype == torch.uint8
-    assert_round(picture)
-
-
-def test_images_are_turned_upright_and_transparency_is_black(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (8, 4, 3)
-    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").max() == 0
-
-
-def test_files_that_are_no_image_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no image at"):
-        read_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UserError, match="text.png is not an image"):
-        read_image(tmp_path / "text.png")
-    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
-    data = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="cut.png is a damaged image"):
-        read_image(tmp_path / "cut.png")

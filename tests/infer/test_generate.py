@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from longvideo.cli.main import main
-from longvideo.data.video import read_image, read_video
+from longvideo.data.pictures import read_image
+from longvideo.data.video import read_video
 from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline

@@ -109,6 +109,8 @@ def test_a_first_picture_is_held_as_the_first_frame(pipeline: StreamingPipeline,
     difference = np.abs(frames[0] - expected.permute(1, 2, 0).numpy())
     assert np.median(difference) < 1 and difference.mean() < 2  # the resampling filters differ at the one edge
     assert not np.array_equal(frames, video(pipeline, PROMPTS[0], seconds=1))
+    for image in (pixels, torch.from_numpy(pixels), Image.fromarray(pixels), str(tmp_path / "first.png")):
+        assert np.array_equal(video(pipeline, PROMPTS[0], seconds=1, image=image), frames)
 
 
 def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> None:
@@ -135,7 +137,8 @@ def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> No
         ("a", {"seconds": 4, "guidance": float("nan")}, "guidance is nan"),
         ("a", {"seconds": 4, "seed": -1}, "seed is -1"),
         ("a", {"seconds": 4, "image": "nothing.png"}, "no image at nothing.png"),
-        ("a", {"seconds": 4, "image": torch.zeros(3, 3, 3, dtype=torch.uint8)}, "image is torch.uint8"),
+        ("a", {"seconds": 4, "image": torch.zeros(3, 3, 3)}, "image is torch.float32"),
+        ("a", {"seconds": 4, "image": 7}, "image is of type int"),
         (["a", "a", "a"], {"seconds": 2}, "give every shot 1.33 s or more"),
         (Script((ShotRequest("a", 3.0),)), {"seconds": 4}, "leave seconds out"),
     ],

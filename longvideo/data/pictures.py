@@ -1,0 +1,171 @@
+"""Read pictures by value: white is 255 and black 0, whatever bits and colors a file has, or the picture is refused.
+
+Files are read with imageio, whose plugin is Pillow; Pillow alone reads what a file says of itself.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.errors import UserError
+from longvideo.files import reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 512 * 2**20
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF 6.0
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+WHITE_OF_32_BITS = {"PNG": 2**16 - 1, "PPM": 2**16 - 1}
+"""Formats whose gray of 16 bits some versions of Pillow hand out in 32."""
+ONE_OF_SEVERAL = ("MPO",)
+"""Formats whose first picture is the one that is meant: of a camera, the others are previews or for the other eye."""
+DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, ZeroDivisionError, EOFError,
+    MemoryError, NotImplementedError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow raises for files that are damaged, or contradict themselves."""
+
+
+def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
+    """Read a picture as uint8 [H, W, 3]; `size` (height, width) scales with the aspect kept and crops the center.
+
+    The rotation that cameras note is applied; transparent parts become black. Raises UserError when it is no picture,
+    or one whose values cannot be told, such as an animation or floats beyond 1.
+    """
+    if not path.is_file():
+        raise UserError(f"no image at {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; use a smaller picture")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    return _fitted(_decoded(data, str(path)), size)
+
+
+def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a picture as `read_image` does: of a file by its path, a Pillow image, or uint8 [H, W, 3] (numpy, torch).
+
+    Raises UserError for anything else.
+    """
+    from PIL import Image
+
+    if isinstance(image, str | Path):
+        return read_image(Path(image), size=size)
+    if isinstance(image, Image.Image):
+        return _fitted(_of_pillow(image), size)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy() if image.dtype == torch.uint8 else image
+    if not isinstance(image, np.ndarray):
+        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else f"of type {type(image).__name__}"
+        raise UserError(f"image is {kind}; give a path, a Pillow image, or uint8 [H, W, 3] of numpy or torch")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f"image is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3], 0 for black, 255 for white")
+    return _fitted(image, size)
+
+
+@dataclass(frozen=True)
+class _White:
+    """What white is in a picture of one channel, and whether it is the least value instead of the largest."""
+
+    value: float
+    is_least: bool = False
+
+
+def _decoded(data: bytes, name: str) -> np.ndarray:
+    """Return uint8 [H, W, 3]."""
+    import imageio.v3 as iio
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
+            with Image.open(io.BytesIO(data)) as header:
+                _check_size(header, name)
+                several = getattr(header, "n_frames", 1)
+                if several > 1 and header.format not in ONE_OF_SEVERAL:
+                    raise UserError(f"{name} holds {several} pictures; save the one to start from as a PNG")
+                white = _white(header, name)
+            mode = None if white else "RGBA"
+            values = iio.imread(data, plugin="pillow", index=0, mode=mode, rotate=True)
+            return _eight_bits(values, white, name)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} is not an image that can be read; give a PNG or JPEG file") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels; use a smaller picture") from error
+    except DAMAGE as error:
+        raise UserError(f"{name} is a damaged image: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _of_pillow(image: Image) -> np.ndarray:
+    from PIL import ImageOps
+
+    _check_size(image, "image")
+    white = _white(image, "image")
+    try:
+        upright = ImageOps.exif_transpose(image)
+        values = np.asarray(upright if white else upright.convert("RGBA"))
+    except DAMAGE as error:  # a file that is read only now
+        raise UserError(f"image cannot be read: {' '.join(str(error).split())}") from error
+    return _eight_bits(values, white, "image")
+
+
+def _check_size(image: Image, name: str) -> None:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"{name} has {width} x {height} pixels; it must have from 1 to {MAX_PIXELS:,}")
+
+
+def _white(image: Image, name: str) -> _White | None:
+    """Return what white is in a picture of wide values; None for one that Pillow converts by value itself."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode in EIGHT_BITS:
+        return None
+    if image.mode in SIXTEEN_BITS:
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+        return _White(2**bits - 1, is_least=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+    if image.mode == "I" and image.format in WHITE_OF_32_BITS:
+        return _White(WHITE_OF_32_BITS[image.format])
+    if image.mode == "F":
+        return _White(1.0, is_least=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+    raise UserError(f"{name} has pixels of the kind {image.mode!r}, whose white is unknown; save it as a PNG of 8 bits")
+
+
+def _eight_bits(values: np.ndarray, white: _White | None, name: str) -> np.ndarray:
+    """Return uint8 [H, W, 3] of RGBA values in 8 bits, or of gray ones with a white of their own."""
+    if white is None:
+        opacity = values[..., 3:].astype(np.uint16)
+        return ((values[..., :3] * opacity + 127) // 255).astype(np.uint8)
+    values = values.astype(np.float64)
+    least, most = float(values.min()), float(values.max())
+    if not (least >= 0 and most <= white.value):  # NaN included
+        raise UserError(
+            f"{name} has values from {least:g} to {most:g}, wanted 0 for black to {white.value:g} for white; scale them"
+        )
+    gray = np.rint(values * (255 / white.value)).astype(np.uint8)
+    gray = 255 - gray if white.is_least else gray
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def _fitted(pixels: np.ndarray, size: tuple[int, int] | None) -> Tensor:
+    from PIL import Image, ImageOps
+
+    if size is not None and pixels.shape[:2] != size:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        pixels = np.asarray(ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.LANCZOS))
+    return torch.from_numpy(np.array(pixels))
