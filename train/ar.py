@@ -27,7 +27,7 @@ from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool
-from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
@@ -140,7 +140,7 @@ class ArRecipe:
         self.objective = TeacherForcing(
             self.transformer,
             self.text_encoder,
-            config.objective,
+            runnable(config.objective, config.parallel),
             spec=self.spec,
             schedule=schedule,
             device=device,

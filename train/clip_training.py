@@ -27,7 +27,7 @@ from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipView
 from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.nvfp4 import NVFP4Config, prepare
-from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.views import ViewStage
 from longvideo.training.memory import (
     FP32,
@@ -107,6 +107,7 @@ class ClipRecipe:
             mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
         )
         self.spec = chunk_spec(self.settings)
+        self.objective_config = runnable(config.objective, config.parallel)
         self._check_memory(shape, device, mesh)
         self.mesh = mesh
         self.device = device
@@ -128,7 +129,7 @@ class ClipRecipe:
         self.objective = TeacherForcing(
             self.transformer,
             None,
-            config.objective,
+            self.objective_config,
             spec=self.spec,
             schedule=schedule,
             device=device,
@@ -330,8 +331,8 @@ class ClipRecipe:
         blockwise = config.objective.attention == "blockwise"
         blocks = BlockMemory(
             size=2 if bf16 else FP32,
-            checkpoint=config.objective.checkpoint,
-            compiled=config.objective.compile,
+            checkpoint=self.objective_config.checkpoint,
+            compiled=self.objective_config.compile,
             nvfp4=config.nvfp4.enabled,
             copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
         )

@@ -6,8 +6,9 @@ ranks share the frames of a view (`longvideo.train.sequence_parallel`), T and Q 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from longvideo.train.error_recycling import ErrorBank, Injected, prediction_erro
 from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.sequence_parallel import Ulysses
 from longvideo.train.views import ViewBatch
-from longvideo.training.mesh import Mesh
+from longvideo.training.mesh import Mesh, ParallelConfig, launched
 from longvideo.training.objective import Objective, ratio
 
 SIGMA_BUCKETS = 4
@@ -53,6 +54,17 @@ class TeacherForcingConfig:
         for name, known in (("attention", ATTENTION), ("context", CONTEXTS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"objective.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+
+
+def runnable(config: TeacherForcingConfig, parallel: ParallelConfig) -> TeacherForcingConfig:
+    """Return the configuration without compilation where ZeRO shards the weights, and log that.
+
+    DeepSpeed gathers a layer's weights when the layer is called, which compiled code does not do.
+    """
+    if not (config.compile and launched() and parallel.zero_stage == 3):
+        return config
+    logging.getLogger(__name__).warning("objective.compile is off: parallel.zero_stage=3 shards the weights")
+    return replace(config, compile=False)
 
 
 @dataclass(frozen=True)

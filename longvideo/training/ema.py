@@ -32,13 +32,22 @@ class ExponentialMovingAverage:
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Put the averaged weights in place inside the block; the trained ones are back, bit for bit, after it."""
-        trained = [p.clone() for p in self.parameters]
-        torch._foreach_copy_(self.parameters, self.average)
+        """Put the averaged weights in place inside the block; the trained ones are back, bit for bit, after it.
+
+        Both are exchanged where they lie, so no second copy of all weights is needed.
+        """
+        self._exchange()
         try:
             yield
         finally:
-            torch._foreach_copy_(self.parameters, trained)
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            if average is not parameter:
+                before = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.average, strict=True))

@@ -22,7 +22,7 @@ BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them
 ROWS_COMPILED, ROWS_EAGER = 9, 33  # of a block in its backward pass, besides those of the feed-forward layer
 ROWS_MASKED = 8  # of FlexAttention, in place of the copies of keys and values of attention run by run
 ROWS_NVFP4 = 6  # rounded operands of emulated 4-bit products
-ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 30  # kept of a block that is not recomputed, the feed-forward layer's apart
+ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43  # kept of a block that is not recomputed, the feed-forward layer's apart
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,14 @@ def _local_engine(num_parameters: int, *, passes: int, averaged: bool) -> Engine
 def _deepspeed_engine(num_parameters: int, *, bf16: bool, ranks: int, zero_stage: int, passes: int) -> EngineMemory:
     """ZeRO shares the optimizer and the average from stage 1 on, gradients from 2, weights from 3.
 
-    Gradients of several passes are added up in fp32; those of one are copied, flat, in their dtype and in fp32.
+    Gradients in bf16 of several passes are added up in fp32; those of one pass are copied, flat, in their dtype and in
+    fp32.
     """
     size = 2 if bf16 else FP32
     has_masters = bf16 or zero_stage > 0
     shared = [1 if zero_stage < stage else ranks for stage in (1, 2, 3)]
     states = num_parameters * FP32 * (4 if has_masters else 3) / shared[0]
-    added_up = num_parameters * FP32 / shared[1] if passes > 1 and has_masters else 0.0
+    added_up = num_parameters * FP32 / shared[1] if passes > 1 and bf16 else 0.0
     gradients = num_parameters * size / shared[1]
     return EngineMemory(
         weights=num_parameters * size / shared[2],

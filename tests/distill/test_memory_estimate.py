@@ -41,6 +41,28 @@ def test_measured_peaks_are_estimated_within_a_tenth(packed: bool, backbones: in
     assert estimate.total / GIB == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("ranks", "stage", "chunks", "measured"), [(1, 1, 4, 25.0), (2, 2, 2, 19.1)])
+def test_measured_peaks_of_deepspeed_are_estimated_within_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, stage: int, chunks: int, measured: float
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    parallel, count = ParallelConfig(zero_stage=stage), adapter_parameters(SHAPE, LoraSettings())
+    engine = engine_memory(count, parallel, ranks=ranks, bf16=False, passes=chunks, averaged=True)
+    estimate = estimate_memory(
+        SHAPE,
+        SPEC,
+        engine + engine,
+        BlockMemory(2, checkpoint=True, compiled=False),
+        backbones=1,
+        packed=True,
+        packed_cache=True,
+        clips=1,
+        chunks=chunks,
+    )
+    assert estimate.total / GIB == pytest.approx(measured, rel=0.1)
+
+
 def test_adapters_are_counted() -> None:
     layers = 4 * 2 * 2 * SHAPE.dim + 2 * (SHAPE.dim + SHAPE.ffn_dim)
     assert adapter_parameters(SHAPE, LoraSettings(rank=16)) == 16 * SHAPE.num_layers * layers

@@ -431,3 +431,10 @@ def _on(quantized: NVFP4Tensor, device: str) -> NVFP4Tensor:
 
 def _on_cpu(quantized: NVFP4Tensor) -> NVFP4Tensor:
     return _on(quantized, "cpu")
+
+
+def test_scales_lie_in_memory_of_their_own(device: str) -> None:
+    """Compiled code takes it for granted that what an operator returns is aligned."""
+    x = normal().to(device)
+    for result in (kernels.quantize(x), kernels.quantize_across(x, Rule.ADAPTIVE)):
+        assert result.tensor_scale.storage_offset() == 0

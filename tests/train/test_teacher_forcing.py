@@ -19,9 +19,10 @@ from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
 from longvideo.train.latent_bank import BankConfig, LatentBank
 from longvideo.train.scenes import ScenePool
-from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 from longvideo.training.engine import LocalEngine
+from longvideo.training.mesh import ParallelConfig
 from longvideo.training.objective import seeded
 from longvideo.training.optimizer import OptimizerConfig
 
@@ -338,3 +339,15 @@ def test_impossible_banks_are_refused() -> None:
         BankConfig(clips=9, initial_clips=4, group=2)
     with pytest.raises(ConfigError, match="bank.initial_clips=8 exceeds bank.clips=4"):
         BankConfig(clips=4, initial_clips=8, group=2)
+
+
+def test_nothing_is_compiled_where_weights_are_sharded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TeacherForcingConfig()
+    assert runnable(config, ParallelConfig(zero_stage=3)) is config
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert runnable(config, ParallelConfig(zero_stage=2)) is config
+    assert not runnable(config, ParallelConfig(zero_stage=3)).compile
+    assert caplog.messages == ["objective.compile is off: parallel.zero_stage=3 shards the weights"]

@@ -115,7 +115,8 @@ def amax_and_scales(maxima: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     are as numbers, and NaN is above all of them.
     """
     rows, count = maxima.shape
-    amax, scale = torch.empty(2, rows, dtype=torch.float32, device=maxima.device)
+    # each in memory of its own: what an operator returns must be aligned for compiled code
+    amax, scale = (torch.empty(rows, dtype=torch.float32, device=maxima.device) for _ in range(2))
     block = min(BLOCK_MAXIMA, triton.next_power_of_2(count))
     _tensor_scale_kernel[(rows,)](
         maxima,
