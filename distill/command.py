@@ -65,8 +65,9 @@ def merge(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     steps: Annotated[int, typer.Option(help="Solver steps that the merged model generates with by default.")] = 4,
     clean_pass: Annotated[
-        bool, typer.Option(help="Whether it runs a clean pass after each chunk; not if it was trained without.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Whether it runs a clean pass after each chunk, as it was trained to; default: as MODEL."),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits.")
     ] = "bf16",

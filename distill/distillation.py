@@ -17,7 +17,7 @@ from longvideo.checkpoint.conversion import Wishes, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
-from longvideo.conditioning import Conditioning
+from longvideo.conditioning import chunk_text
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
@@ -29,6 +29,7 @@ from longvideo.distill.prompts import (
     DistillStage,
     FileScripts,
     NoiseScripts,
+    Script,
     Scripts,
     ShapeWorldConfig,
     ShapeWorldScripts,
@@ -46,9 +47,9 @@ from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
-from longvideo.pixels import to_uint8
 from longvideo.quantization.convert import with_precision
-from longvideo.rollout import CachedTransformer, rollout
+from longvideo.rollout import context_level
+from longvideo.sampling import sample_videos
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.engine import Engine
@@ -59,6 +60,7 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_sche
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.trainer import TrainerConfig
+from longvideo.vae.autoencoder import Autoencoder
 
 COMPILED_FORMS = 32
 LORA = "lora"  # the student's adapter in a run folder
@@ -199,14 +201,33 @@ class DistillRecipe:
         if config.compile and device.type == "cuda":
             compile_blocks(student, teacher)
         shape = self._latent_shape(student.config)
+        teacher_settings = self.settings if teacher_folder is None else teacher_folder.settings
         shift = self.settings.shift
-        rollouts = SelfForcing(self.roles, config.rollout, spec=self.spec, shape=shape, shift=shift, seed=config.seed)
-        looks = Looks(rollouts, config.dmd, guidance=self.settings.guidance, shift=shift, seed=config.seed)
+        rollouts = SelfForcing(
+            self.roles,
+            config.rollout,
+            spec=self.spec,
+            shape=shape,
+            shift=shift,
+            seed=config.seed,
+            clean_pass=self.generation.clean_pass,
+        )
+        looks = Looks(
+            rollouts,
+            config.dmd,
+            guidance=self.settings.guidance,
+            shift=shift,
+            seed=config.seed,
+            context=context_level(
+                UniPC(teacher_settings.steps, teacher_settings.shift), clean_pass=teacher_settings.clean_pass
+            ),
+        )
         self.student, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
         self.source = ClipSource(
             self.scripts,
             config.stages,
             negative_prompt=config.negative_prompt,
+            cut_prefix=self.settings.cut_prefix,
             chunk_frames=self.spec.chunk_frames,
             device=device,
         )
@@ -260,8 +281,9 @@ class DistillRecipe:
         values: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         clips, captions, scenes = self._shown()
+        autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
         for steps in config.steps:
-            videos = [video for clip in clips for video in self._generate(clip, steps)]
+            videos = [video for clip in clips for video in self.generate(clip, autoencoder, steps)]
             strip = film_strip(videos[:8], columns=8, captions=captions[:8])
             strip.save(folder / f"student_{step:07d}_{steps}_steps.png")
             if scenes and config.judge:
@@ -281,8 +303,8 @@ class DistillRecipe:
                 self.folder,
                 adapter,
                 folder,
-                steps=self.config.rollout.steps,
-                clean_pass=self.config.rollout.cache_fill == "clean",
+                steps=self.generation.steps,
+                clean_pass=self.generation.clean_pass,
                 overwrite=True,
             )
 
@@ -321,6 +343,8 @@ class DistillRecipe:
         if scripts is None:
             return ShapeWorldScripts(config.shapeworld, encoder.requires_grad_(False), seed=config.seed)
         texts = [text for shots in scripts for text in shots]
+        prefix = self.settings.cut_prefix
+        texts += [chunk_text(text, cut=True, cut_prefix=prefix) for shots in scripts for text in shots[1:]]
         features = encode_all(encoder, [*texts, config.negative_prompt])
         return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
 
@@ -371,6 +395,7 @@ class DistillRecipe:
         ):
             if found != wanted:
                 raise ConfigError(f"{name} has {what} {found}, the model {self.config.model} {wanted}; encode it again")
+        clips.check_texts(self.settings.cut_prefix)
 
     def _load(self, folder: ModelFolder | None) -> CausalTransformer:
         """Load a backbone, or make one, and pack it; only one is ever there in full precision."""
@@ -385,8 +410,7 @@ class DistillRecipe:
         return with_precision(transformer, self.config.backbone.precision)
 
     def _new_cache(self, model: TransformerConfig, batch: int) -> ChunkCache:
-        cache_type = NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
-        return cache_type(
+        return self.cache_type(
             self.spec,
             num_layers=model.num_layers,
             num_heads=model.num_attention_heads,
@@ -411,35 +435,33 @@ class DistillRecipe:
             return clips, [" / ".join(dict.fromkeys(script.prompts)) for script in drawn], []
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
-        features = self.scripts.features([*prompts, ""])
-        rows = torch.arange(config.prompts, device=self.device).expand(config.chunks, -1)
         cuts = (True, *([False] * (config.chunks - 1)))
-        return [Clip(features, rows, cuts, tuple(numbers), step=0)], prompts, scenes
+        drawn = [Script((prompt,) * config.chunks, cuts) for prompt in prompts]
+        return [self.source.assemble(drawn, 0, numbers)], prompts, scenes
 
-    @torch.no_grad()
-    def _generate(self, clip: Clip, steps: int) -> list[np.ndarray]:
-        """Return uint8 [T, H, W, 3] of every sample of a clip."""
-        student = self.roles.switch(Role.STUDENT)
-        text = student.encode_text(clip.features_PJD)
-        chunks = [
-            Conditioning(text=text, prompt_index=rows, cut=cut, first_latent=None if index else clip.first_latent)
-            for index, (rows, cut) in enumerate(zip(clip.prompt_NB, clip.cuts, strict=True))
-        ]
-        cache_type = NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
-        latents = rollout(
-            CachedTransformer(student, self.spec, batch=len(clip.samples), cache_type=cache_type),
-            chunks,
-            solver=UniPC(steps, self.settings.shift),
-            generators=[torch.Generator().manual_seed(number) for number in clip.samples],
-            clean_pass=self.config.rollout.cache_fill == "clean",
+    def generate(self, clip: Clip, autoencoder: Autoencoder, steps: int) -> list[np.ndarray]:
+        """Return uint8 [T, H, W, 3] of every sample of a clip, as the finished student makes them in so many steps."""
+        return sample_videos(
+            self.roles.switch(Role.STUDENT),
+            autoencoder,
+            replace(self.generation, steps=steps),
+            self.spec,
+            features_PJD=clip.features_PJD,
+            rows_NB=clip.prompt_NB,
+            cuts=clip.cuts,
+            seeds=clip.samples,
+            first_latent=clip.first_latent,
+            cache_type=self.cache_type,
         )
-        assert self.folder is not None
-        autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
-        state, frames = None, []
-        for chunk in latents:
-            video, state = autoencoder.decode(autoencoder.denormalize(chunk).to(self.dtype), state)
-            frames.append(to_uint8(video).cpu().numpy())
-        return list(np.concatenate(frames, axis=1))
+
+    @property
+    def generation(self) -> ModelSettings:
+        """How the finished student generates."""
+        return self.config.rollout.distilled(self.settings)
+
+    @property
+    def cache_type(self) -> type[ChunkCache]:
+        return NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
 
 
 def compile_blocks(*backbones: CausalTransformer | None) -> None:
@@ -465,12 +487,13 @@ def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
     for kind, own, other in (
         ("transformer", asdict(student.transformer_config), asdict(teacher.transformer_config)),
         ("chunks", asdict(student.spec), asdict(teacher.spec)),
+        ("texts", {"cut_prefix": student.settings.cut_prefix}, {"cut_prefix": teacher.settings.cut_prefix}),
     ):
         for name, value in own.items():
             if other[name] != value:
                 raise CheckpointError(
-                    f"the student {student.path} has {name}={value}, the teacher {teacher.path} {name}={other[name]};"
-                    f" their {kind} must be equal"
+                    f"the student {student.path} has {name}={value!r}, the teacher {teacher.path}"
+                    f" {name}={other[name]!r}; their {kind} must be equal"
                 )
 
 
@@ -501,11 +524,16 @@ def save_merged(
     target: Path,
     *,
     steps: int,
-    clean_pass: bool = True,
+    clean_pass: bool | None = None,
     packed: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance."""
-    settings = replace(source.settings, steps=steps, guidance=1.0, clean_pass=clean_pass)
+    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance.
+
+    clean_pass: see `ModelSettings`; by default the source's.
+    """
+    settings = replace(source.settings, steps=steps, guidance=1.0)
+    if clean_pass is not None:
+        settings = replace(settings, clean_pass=clean_pass)
     wishes = Wishes(precision="nvfp4" if packed else None)
     convert_model(source.with_adapter(adapter.stored(), settings), target, wishes, overwrite=overwrite)

@@ -19,6 +19,7 @@ from longvideo.distill.self_forcing import Rollout, SelfForcing
 from longvideo.distill.walk import Clip, Walk
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.training.objective import Objective, ratio, seeded
 
 SIGMA_BUCKETS = 4
@@ -75,10 +76,22 @@ class CriticPart:
 
 
 class Looks:
-    """Noisy looks at a clip: at which levels, and what teacher and critic see there."""
+    """Noisy looks at a clip: at which levels, and what teacher and critic see there.
 
-    def __init__(self, rollouts: SelfForcing, config: DmdConfig, *, guidance: float, shift: float, seed: int):
-        self.rollouts, self.config, self.seed = rollouts, config, seed
+    context: noise level at which teacher and critic, which share a backbone, see earlier chunks.
+    """
+
+    def __init__(
+        self,
+        rollouts: SelfForcing,
+        config: DmdConfig,
+        *,
+        guidance: float,
+        shift: float,
+        seed: int,
+        context: ContextLevel = CLEAN_CONTEXT,
+    ):
+        self.rollouts, self.config, self.seed, self.context = rollouts, config, seed, context
         self.shift = shift if config.shift is None else config.shift
         self.guidance = guidance if config.guidance is None else config.guidance
         self.schedule = FlowSchedule(self.shift)
@@ -135,8 +148,17 @@ class Looks:
             velocity = walk.velocity(noisy[index], sigmas[index])
             estimates.append(x0_of(noisy[index], velocity, sigmas[index]))
             if index + 1 < clip.num_chunks:
-                walk.finish(made.latents[index], torch.zeros_like(sigmas[index]))
+                walk.finish(*self.to_keep(clip, made, index))
         return estimates
+
+    def to_keep(self, clip: Clip, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
+        """Return the latents and noise levels whose keys and values teacher and critic keep of a finished chunk."""
+        level, latents = self.context, made.latents[index]
+        weight = clip.weight(index, self.rollouts.spec.chunk_frames)
+        if level.sigma:
+            noise = self.rollouts.noise(clip, index, "context")
+            latents = self.schedule.add_noise(latents, noise, level.sigma * weight)
+        return latents, level.told * weight
 
 
 class RoleObjective(Objective):
@@ -204,8 +226,7 @@ class CriticObjective(RoleObjective):
         clip, index = batch.clip, batch.index
         walk = self.walk(clip, index)
         if index:
-            clean = batch.made.latents[index - 1]
-            walk.finish(clean, torch.zeros_like(batch.sigmas[index - 1]))
+            walk.finish(*self.looks.to_keep(clip, batch.made, index - 1))
         x0, noise, sigma = batch.made.latents[index], batch.noises[index], batch.sigmas[index]
         noisy = self.looks.schedule.add_noise(x0, noise, sigma)
         velocity = walk.velocity(noisy, sigma, checkpoint=self.looks.config.checkpoint)

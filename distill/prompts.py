@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longvideo.conditioning import batch_texts
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError, UserError
@@ -207,10 +208,12 @@ class ClipSource:
         stages: Sequence[DistillStage],
         *,
         negative_prompt: str,
+        cut_prefix: str,
         chunk_frames: int,
         device: torch.device,
     ):
-        self.scripts, self.stages, self.negative_prompt = scripts, stages, negative_prompt
+        self.scripts, self.stages = scripts, stages
+        self.negative_prompt, self.cut_prefix = negative_prompt, cut_prefix
         self.chunk_frames, self.device = chunk_frames, device
         for stage in stages:
             check_frames(stage.frames, chunk_frames)
@@ -254,11 +257,16 @@ class ClipSource:
                 "videos that are computed together must be cut at the same chunks, and these are not;"
                 " use parallel.micro_batch=1"
             )
-        rows = {text: row for row, text in enumerate(dict.fromkeys(p for script in drawn for p in script.prompts))}
+        texts = batch_texts(
+            [script.prompts for script in drawn],
+            drawn[0].cuts,
+            cut_prefix=self.cut_prefix,
+            negative_prompt=self.negative_prompt,
+        )
         images = [script.image for script in drawn if script.image is not None]
         return Clip(
-            features_PJD=self.scripts.features([*rows, self.negative_prompt]),
-            prompt_NB=torch.tensor([[rows[text] for text in script.prompts] for script in drawn], device=self.device).T,
+            features_PJD=self.scripts.features(texts.texts),
+            prompt_NB=texts.rows_NB.to(self.device),
             cuts=drawn[0].cuts,
             samples=tuple(samples),
             step=step,

@@ -6,11 +6,12 @@ chunk, with a gradient. Shapes: B batch, C channels, T latent frames of a chunk,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.settings import ModelSettings
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
 from longvideo.distill.walk import Clip, Walk
@@ -31,20 +32,25 @@ class RolloutConfig:
     mixture of what they make, and only that mixture is matched; the `last` alone matches what generation makes.
 
     cache_fill: what later chunks see of a finished one, its keys and values in a pass of their own over the `clean`
-    result, or those of the `last_step`, which save that pass in generation.
+    result, or those of the `last_step`, which save that pass in generation; by default as the model generates.
     """
 
     steps: int = 4
     exits: str = "shared"
-    cache_fill: str = "clean"
+    cache_fill: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"rollout.steps={self.steps} must be at least 1")
         if self.exits not in EXITS:
             raise ConfigError(f"rollout.exits={self.exits!r} is unknown; use one of {', '.join(EXITS)}")
-        if self.cache_fill not in CACHE_FILLS:
+        if self.cache_fill not in (None, *CACHE_FILLS):
             raise ConfigError(f"rollout.cache_fill={self.cache_fill!r} is unknown; use {' or '.join(CACHE_FILLS)}")
+
+    def distilled(self, settings: ModelSettings) -> ModelSettings:
+        """Return how the student of a model with these settings generates."""
+        clean_pass = settings.clean_pass if self.cache_fill is None else self.cache_fill == "clean"
+        return replace(settings, steps=self.steps, guidance=1.0, clean_pass=clean_pass)
 
 
 @dataclass
@@ -68,9 +74,11 @@ class SelfForcing:
         shape: tuple[int, int, int, int],
         shift: float,
         seed: int,
+        clean_pass: bool = True,
     ):
-        """shape: [C, T, H, W] of a chunk's latents."""
+        """shape: [C, T, H, W] of a chunk's latents. clean_pass: of the student, see `ModelSettings`."""
         self.roles, self.config, self.spec, self.shape, self.seed = roles, config, spec, shape, seed
+        self.clean_pass = clean_pass
         self.solver = UniPC(config.steps, shift)
         self._generator = torch.Generator()
 
@@ -125,6 +133,6 @@ class SelfForcing:
 
     def to_keep(self, clip: Clip, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
         """Return the latents and noise levels whose keys and values later chunks see of a finished one."""
-        if self.config.cache_fill == "last_step":
+        if not self.clean_pass:
             return made.inputs[index], self.told(clip, index, made.exits[index])
         return made.latents[index], torch.zeros(clip.batch, self.spec.chunk_frames, device=self.roles.device)

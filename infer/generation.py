@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.conditioning import Conditioning
+from longvideo.conditioning import Conditioning, chunk_text
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
@@ -303,8 +303,8 @@ class _Prompts:
     @torch.inference_mode()
     def conditioning(self, prompts: tuple[str, ...], *, cut: bool) -> Conditioning:
         """Return what a chunk under these prompts is made from; cut: whether it opens a shot, as far as text tells."""
-        prefix = self._models.settings.cut_prefix if cut else ""
-        texts = tuple(prefix + prompt for prompt in prompts)
+        prefix = self._models.settings.cut_prefix
+        texts = tuple(chunk_text(prompt, cut=cut, cut_prefix=prefix) for prompt in prompts)
         if self._conditioning is None or texts != self._texts:
             features_PLD, rows = self._models.text_encoder.encode([*texts, *self._negative])
             rows = rows.to(self._models.device)

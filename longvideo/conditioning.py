@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longvideo.model.transformer import TextContext
@@ -27,3 +29,37 @@ class Conditioning:
     cut: bool = False
     recache: bool = False
     first_latent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ChunkTexts:
+    """What the text encoder reads for a batch of videos.
+
+    texts: distinct ones, the negative prompt last. rows_NB: int64, the text of every sample in each of N chunks.
+    """
+
+    texts: tuple[str, ...]
+    rows_NB: Tensor
+
+
+def chunk_text(prompt: str, *, cut: bool, cut_prefix: str) -> str:
+    """Return what the text encoder reads for a chunk under a prompt. cut: the chunk opens a shot after another one."""
+    return cut_prefix + prompt if cut else prompt
+
+
+def video_texts(prompts: Sequence[str], cuts: Sequence[bool], *, cut_prefix: str) -> tuple[str, ...]:
+    """Return what the text encoder reads for the chunks of a video. The first chunk opens a shot without a cut."""
+    return tuple(
+        chunk_text(prompt, cut=cut and index > 0, cut_prefix=cut_prefix)
+        for index, (prompt, cut) in enumerate(zip(prompts, cuts, strict=True))
+    )
+
+
+def batch_texts(
+    prompts: Sequence[Sequence[str]], cuts: Sequence[bool], *, cut_prefix: str, negative_prompt: str = ""
+) -> ChunkTexts:
+    """Return what the text encoder reads for videos that share their cuts; prompts: those of each video's chunks."""
+    texts = [video_texts(own, cuts, cut_prefix=cut_prefix) for own in prompts]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for own in texts for text in own))}
+    rows_NB = torch.tensor([[rows[text] for text in own] for own in texts]).T
+    return ChunkTexts((*rows, negative_prompt), rows_NB)

@@ -111,6 +111,24 @@ class CachedTransformer:
 
 
 @dataclass(frozen=True)
+class ContextLevel:
+    """Noise level at which later chunks see a finished one: sigma in its latents, told to the model as `told`."""
+
+    sigma: float = 0.0
+    told: float = 0.0
+
+
+CLEAN_CONTEXT = ContextLevel()
+
+
+def context_level(solver: UniPC, *, clean_pass: bool) -> ContextLevel:
+    """Return the level of the pass whose keys and values a rollout keeps of every chunk."""
+    if clean_pass:
+        return CLEAN_CONTEXT
+    return ContextLevel(solver.sigmas[solver.num_steps - 1], solver.timesteps[-1] / NUM_TRAIN_TIMESTEPS)
+
+
+@dataclass(frozen=True)
 class MadeChunk:
     """A chunk already made, the `shot`-th cut behind it or at it; it opens that shot if it is a `cut`.
 

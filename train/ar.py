@@ -12,14 +12,14 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
-from longvideo.conditioning import Conditioning
+from longvideo.conditioning import batch_texts
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
-from longvideo.pixels import to_uint8
-from longvideo.rollout import CachedTransformer, branches, rollout
+from longvideo.rollout import context_level
+from longvideo.sampling import sample_videos
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.shapeworld.world import Split, recolor, sample_scenes
 from longvideo.text import TextEncoder
@@ -115,6 +115,13 @@ class ArTraining:
                 f"settings.height and width are {self.settings.height}x{self.settings.width}, those of the scenes"
                 f" {self.scenes.height}x{self.scenes.width}; they must be equal"
             )
+        pins = self.settings.pin_shots and self.objective.context == "window"
+        if self.bank.cut_fraction and (self.settings.offset_per_shot or pins):
+            raise ConfigError(
+                f"bank.cut_fraction={self.bank.cut_fraction}: views of ShapeWorld share their positions and what they"
+                " see, so clips with cuts need settings.offset_per_shot=0, and with objective.context=window also"
+                " settings.pin_shots=false; change these or set bank.cut_fraction=0"
+            )
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -151,6 +158,9 @@ class ArRecipe:
                 seed=config.seed,
                 rank=mesh.rank,
                 total_steps=sum(stage.steps for stage in config.stages),
+            ),
+            context=context_level(
+                UniPC(config.settings.steps, config.settings.shift), clean_pass=config.settings.clean_pass
             ),
         )
         self.source = self._views(
@@ -192,6 +202,7 @@ class ArRecipe:
             omit=views.caption_omit,
             device=self.device,
             distinct=pool.count,
+            cut_prefix=config.settings.cut_prefix,
         )
         latents = LatentBank(
             self.autoencoder,
@@ -255,25 +266,20 @@ class ArRecipe:
     @torch.no_grad()
     def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Generate one clip a prompt in one batch: uint8 [T, H, W, 3] each."""
-        settings = self.config.settings
-        features, rows = self.text_encoder.encode([*prompts, ""])
-        conditioning = Conditioning(
-            text=self.transformer.encode_text(features),
-            prompt_index=rows[:-1],
-            negative_index=rows[-1:].expand(len(prompts)),
+        chunks = self.config.rollout.chunks
+        cuts = (False,) * chunks
+        texts = batch_texts([[prompt] * chunks for prompt in prompts], cuts, cut_prefix=self.config.settings.cut_prefix)
+        features, rows = self.text_encoder.encode(texts.texts)
+        return sample_videos(
+            self.transformer,
+            self.autoencoder,
+            self.config.settings,
+            self.spec,
+            features_PJD=features[rows],
+            rows_NB=texts.rows_NB.to(self.device),
+            cuts=cuts,
+            seeds=range(len(prompts)),
         )
-        chunks = rollout(
-            CachedTransformer(self.transformer, self.spec, batch=branches(settings.guidance) * len(prompts)),
-            [conditioning] * self.config.rollout.chunks,
-            solver=UniPC(settings.steps, settings.shift),
-            generators=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
-            guidance=settings.guidance,
-        )
-        state, frames = None, []
-        for latents in chunks:
-            video, state = self.autoencoder.decode(self.autoencoder.denormalize(latents), state)
-            frames.append(to_uint8(video).cpu().numpy())
-        return list(np.concatenate(frames, axis=1))
 
     def export(self, folder: Path) -> None:
         """Write a complete model folder."""
@@ -297,8 +303,9 @@ class ArRecipe:
             transformer = folder.load_transformer(device=self.device, dtype=torch.float32)
             config.model.check(transformer.config, config.initialize)
             return transformer, folder.load_text_encoder(device=self.device, dtype=torch.float32)
+        words = [*vocabulary(), config.settings.cut_prefix]
         text_len = config.model.text_len or PRESETS[config.model.preset].text_len
-        text_encoder = TextEncoder.build_tiny(vocabulary(), seed=config.seed, text_len=text_len).to(self.device)
+        text_encoder = TextEncoder.build_tiny(words, seed=config.seed, text_len=text_len).to(self.device)
         text_dim = text_encoder.config_json()["d_model"]
         transformer = CausalTransformer(config.model.build(channels=self.autoencoder.config.z_dim, text_dim=text_dim))
         transformer.initialize(torch.Generator().manual_seed(config.seed))

@@ -1,4 +1,4 @@
-"""Several phrasings of every scene's caption, tokenised once and kept on the training device."""
+"""Several phrasings of every scene's caption, tokenized once and kept on the training device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvideo.conditioning import chunk_text
 from longvideo.errors import ConfigError
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene
-from longvideo.text import PAD_ID, TOKENS_MULTIPLE, TextEncoder
+from longvideo.text import PAD_ID, TOKENS_MULTIPLE, TextEncoder, clean_prompt
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """ids, mask: long [scenes, phrasings, tokens]; empty_ids, empty_mask: [tokens] of the empty prompt."""
+    """ids, mask: long [2, scenes, phrasings, tokens], without and with the words that announce a cut before them;
+    empty_ids, empty_mask: [tokens] of the empty prompt.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -25,7 +28,7 @@ class TokenTable:
 
     @property
     def phrasings(self) -> int:
-        return self.ids.shape[1]
+        return self.ids.shape[2]
 
 
 def tokenize_captions(
@@ -36,8 +39,9 @@ def tokenize_captions(
     omit: float,
     device: torch.device,
     distinct: int | None = None,
+    cut_prefix: str = "",
 ) -> TokenTable:
-    """Phrase and tokenise. omit: share of captions that leave out the sizes, and the background.
+    """Phrase and tokenize. omit: share of captions that leave out the sizes, and the background.
 
     distinct: scenes that lie so many apart are phrased alike; all differently if None.
     """
@@ -47,7 +51,8 @@ def tokenize_captions(
         for p in range(phrasings)
     ]
     # all at once in parallel: one by one, a hundred thousand captions take half a minute
-    rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch([*texts, ""])]
+    announced = [clean_prompt(chunk_text(text, cut=True, cut_prefix=cut_prefix)) for text in texts if cut_prefix]
+    rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch([*texts, *announced, ""])]
     longest = max(map(len, rows))
     num_tokens = -(-longest // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
     if num_tokens > encoder.text_len:
@@ -55,4 +60,5 @@ def tokenize_captions(
     ids = torch.tensor([row + [PAD_ID] * (num_tokens - len(row)) for row in rows]).to(device)
     mask = (ids != PAD_ID).long()
     shape = (len(scenes), phrasings, -1)
-    return TokenTable(ids[:-1].view(shape), mask[:-1].view(shape), ids[-1], mask[-1])
+    both = (ids[:-1].unflatten(0, (-1, *shape[:2])), mask[:-1].unflatten(0, (-1, *shape[:2])))
+    return TokenTable(*(x.expand(2, *shape) for x in both), ids[-1], mask[-1])

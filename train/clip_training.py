@@ -14,15 +14,15 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
-from longvideo.conditioning import Conditioning
+from longvideo.conditioning import batch_texts
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import visible_chunks
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
-from longvideo.pixels import to_uint8
-from longvideo.rollout import CachedTransformer, branches, rollout
+from longvideo.rollout import context_level
+from longvideo.sampling import sample_videos
 from longvideo.train.clip_views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
@@ -42,6 +42,7 @@ from longvideo.training.objective import stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.trainer import TrainerConfig
+from longvideo.vae.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class ClipRecipe:
                 rank=mesh.rank,
                 total_steps=sum(stage.steps for stage in config.stages),
             ),
+            context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
         )
         self.source = self._source(self.clips, config.stages, config.views, config.seed)
         self.validation = None
@@ -189,45 +191,33 @@ class ClipRecipe:
         from longvideo.evaluation.sheet import film_strip
 
         clips = self.held_out or self.clips
+        autoencoder = self.folder.load_vae(device=self.device, dtype=torch.float32)
         strips, captions = [], []
         for index in range(min(config.prompts, len(clips.clips))):
             clip = clips.clips[index]
-            strips.append(self._roll_out(clips, clip, seed=index))
+            strips.append(self.roll_out(clips, clip, autoencoder, seed=index))
             captions.append(" / ".join(dict.fromkeys(clip.captions[: config.chunks])))
         folder.mkdir(parents=True, exist_ok=True)
         film_strip(strips, columns=8, captions=captions).save(folder / f"ar_{step:07d}.png")
         return {}
 
-    @torch.no_grad()
-    def _roll_out(self, clips: Clips, clip: ClipInfo, *, seed: int) -> np.ndarray:
-        """Return uint8 frames [T, H, W, 3]; past the end of a clip its last caption goes on."""
-        assert self.folder is not None
-        settings, last = self.settings, len(clip.captions) - 1
-        texts = [clips.text(caption) for caption in (*clip.captions, "")]
-        text = self.transformer.encode_text(torch.stack(texts).to(self.device))
-        rows = torch.arange(len(texts), device=self.device)
-        conditionings = [
-            Conditioning(
-                text=text,
-                prompt_index=rows[min(chunk, last), None],
-                negative_index=rows[-1:],
-                cut=chunk <= last and clip.cuts[chunk],
-            )
-            for chunk in range(self.config.validation.chunks)
-        ]
-        autoencoder = self.folder.load_vae(device=self.device, dtype=torch.float32)
-        latents = rollout(
-            CachedTransformer(self.transformer, self.spec, batch=branches(settings.guidance)),
-            conditionings,
-            solver=UniPC(settings.steps, settings.shift),
-            generators=[torch.Generator().manual_seed(seed)],
-            guidance=settings.guidance,
+    def roll_out(self, clips: Clips, clip: ClipInfo, autoencoder: Autoencoder, *, seed: int) -> np.ndarray:
+        """Return uint8 frames [T, H, W, 3]. After the last chunk of a clip its last caption stays."""
+        chunks, last = self.config.validation.chunks, len(clip.captions) - 1
+        prompts = [clip.captions[min(chunk, last)] for chunk in range(chunks)]
+        cuts = [chunk <= last and bool(clip.cuts[chunk]) for chunk in range(chunks)]
+        texts = batch_texts([prompts], cuts, cut_prefix=self.settings.cut_prefix)
+        (video,) = sample_videos(
+            self.transformer,
+            autoencoder,
+            self.settings,
+            self.spec,
+            features_PJD=torch.stack([clips.text(text) for text in texts.texts]).to(self.device),
+            rows_NB=texts.rows_NB.to(self.device),
+            cuts=cuts,
+            seeds=[seed],
         )
-        state, frames = None, []
-        for chunk in latents:
-            video, state = autoencoder.decode(autoencoder.denormalize(chunk), state)
-            frames.append(to_uint8(video)[0].cpu().numpy())
-        return np.concatenate(frames)
+        return video
 
     def _source(self, clips: Clips, stages: Sequence[ViewStage], views: ClipViewConfig, seed: int) -> ClipViewSource:
         pins_matter = self.config.objective.context == "window" and self.spec.pin_shots
@@ -239,6 +229,7 @@ class ClipRecipe:
             seed=seed,
             tokens_per_chunk=self.spec.tokens_per_chunk,
             cuts_matter=bool(self.spec.offset_per_shot) or pins_matter,
+            cut_prefix=self.settings.cut_prefix,
             device=self.device,
         )
 
@@ -295,6 +286,7 @@ class ClipRecipe:
         for name, (got, wanted) in found.items():
             if got != wanted:
                 raise ConfigError(f"{path} has {name} {got}, the model wants {wanted}; encode with this model")
+        clips.check_texts(settings.cut_prefix)
         return clips
 
     def _check_memory(self, shape: TransformerConfig, device: torch.device, mesh: Mesh) -> None:

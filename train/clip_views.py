@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longvideo.conditioning import video_texts
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.views import Origin, ViewBatch, ViewStage
@@ -66,7 +67,7 @@ class Clips(Protocol):
         ...
 
     def text(self, caption: str) -> Tensor:
-        """Return features [J, D] of a clip's caption, or of the empty one."""
+        """Return features [J, D] of a clip's caption, with the words that announce a cut or without, or of none."""
         ...
 
 
@@ -89,7 +90,8 @@ class _Draw:
 class ClipViewSource:
     """Views as a function of seed and step. An epoch shows every clip once, in a new order.
 
-    cuts_matter: whether cuts change positions or what is seen; then views cannot share a pass.
+    cuts_matter: whether cuts change positions or what is seen; then views cannot share a pass. cut_prefix: what the
+    text encoder reads before the caption of a chunk that opens a shot after another one.
     """
 
     unit = "tok"
@@ -104,6 +106,7 @@ class ClipViewSource:
         seed: int,
         tokens_per_chunk: int,
         cuts_matter: bool,
+        cut_prefix: str,
         device: torch.device,
     ):
         if not clips.clips:
@@ -118,6 +121,7 @@ class ClipViewSource:
         self.seed = seed
         self.tokens_per_chunk = tokens_per_chunk
         self.cuts_matter = cuts_matter
+        self.cut_prefix = cut_prefix
         self.device = device
         self._generator = torch.Generator()
         self._noise_generator = torch.Generator(device)
@@ -287,7 +291,8 @@ class ClipViewSource:
             view = mesh.replica * per_replica + place
             index = draw.clip[view]
             first = draw.first_chunk[view] + mesh.place * own
-            captions = self.clips.clips[index].captions[first : first + own]
+            clip = self.clips.clips[index]
+            captions = video_texts(clip.captions, clip.cuts, cut_prefix=self.cut_prefix)[first : first + own]
             texts = [self.clips.text("" if draw.dropped[view] else caption) for caption in captions]
             try:
                 latents = self.clips.latents(

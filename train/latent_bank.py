@@ -61,16 +61,21 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """scene: what each chunk shows, start_seconds: its time at the clip's first frame, [N, Q]; late, recolored [N]."""
+    """scene: what each chunk shows, cut: whether it opens a shot after another one, start_seconds: its time at the
+    clip's first frame, [N, Q]; late, recolored [N].
+    """
 
     scene: Tensor
+    cut: Tensor
     start_seconds: Tensor
     late: Tensor
     recolored: Tensor
 
 
 class LatentBank:
-    """latents: [N, C, T, H, W] float16, normalised. scene: [N, Q], rows of the pool. late, recolored: [N]."""
+    """latents: [N, C, T, H, W] float16, normalized. scene, cut: [N, Q], rows of the pool, and chunks that open a shot
+    after another one. late, recolored: [N].
+    """
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class LatentBank:
         shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
         self.latents = torch.zeros(shape, dtype=torch.float16, device=pool.device)
         self.scene = torch.zeros(config.clips, config.chunks, dtype=torch.long, device=pool.device)
+        self.cut = torch.zeros(config.clips, config.chunks, dtype=torch.bool, device=pool.device)
         self.late, self.recolored = torch.zeros(2, config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
         self.groups = config.clips // config.group
@@ -135,6 +141,7 @@ class LatentBank:
         plan = self.plan(content)
         self.latents[place] = self.encode(plan)
         self.scene[place] = plan.scene
+        self.cut[place] = plan.cut
         self.late[place] = plan.late
         self.recolored[place] = plan.recolored
 
@@ -161,7 +168,7 @@ class LatentBank:
         if self.config.recolor_fraction:
             at = torch.randint(1, chunks, (count, 1), generator=generator, device=device)
             scene = torch.where(recolored[:, None] & (number >= at), self.pool.other_color(scene), scene)
-        return ClipPlan(scene=scene, start_seconds=seconds, late=late, recolored=recolored)
+        return ClipPlan(scene=scene, cut=cut, start_seconds=seconds, late=late, recolored=recolored)
 
     @torch.no_grad()
     def encode(self, plan: ClipPlan) -> Tensor:

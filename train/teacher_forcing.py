@@ -21,6 +21,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
+from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
 from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.sequence_parallel import Ulysses
@@ -83,7 +84,8 @@ class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
 
     text_encoder: tokens to features; None where batches bring features. bank: recycles errors of batches that say where
-    they come from. rounding: of the transformer, where it trains in 4 bits.
+    they come from. rounding: of the transformer, where it trains in 4 bits. context: noise level at which generation
+    keeps finished chunks, and so at which the clean copy is shown.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class TeacherForcing(Objective):
         mesh: Mesh | None = None,
         bank: ErrorBank | None = None,
         rounding: StepRounding | None = None,
+        context: ContextLevel = CLEAN_CONTEXT,
     ):
         super().__init__()
         self.rounding = rounding
+        self.context = context
         self.bank = bank
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -215,10 +219,13 @@ class TeacherForcing(Objective):
         mean_weight: Tensor,
         prepared: Pass,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        context = self.schedule.add_noise(context_clean, context_noise, context_sigma)
+        # only frames that are given have no noise, and those stay clean in every pass
+        is_made = (sigma > 0).to(sigma)
+        level = torch.maximum(context_sigma, self.context.sigma * is_made)
+        context = self.schedule.add_noise(context_clean, context_noise, level)
         features = self._features(ids, mask) if features is None else features
         noisy = self.schedule.add_noise(latents, noise, sigma)
-        velocity = self.velocity(context, noisy, sigma, features, prepared)
+        velocity = self.velocity(context, noisy, self.context.told * is_made, sigma, features, prepared)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
         loss = (self.schedule.loss_weight(sigma) * error_BT * loss_mask).sum() / mean_weight
         return loss, _metrics(error_BT, sigma, loss_mask), velocity
@@ -229,14 +236,20 @@ class TeacherForcing(Objective):
         return features.unflatten(0, ids_BQS.shape[:2])
 
     def velocity(
-        self, context: Tensor, noisy: Tensor, sigma_BT: Tensor, features_BQJD: Tensor, prepared: Pass
+        self,
+        context: Tensor,
+        noisy: Tensor,
+        context_sigma_BT: Tensor,
+        sigma_BT: Tensor,
+        features_BQJD: Tensor,
+        prepared: Pass,
     ) -> Tensor:
-        """Return the velocity of the noisy copy, [B, C, T, H, W]."""
+        """Return the velocity of the noisy copy, [B, C, T, H, W]. Levels are those that the model is told."""
         seen = prepared.seen_frames
         text = self.transformer.encode_text(features_BQJD.flatten(0, 1))
         velocity = self.transformer(
             torch.cat((context[:, :, :seen], noisy), dim=2),
-            torch.cat((torch.zeros_like(sigma_BT[:, :seen]), sigma_BT), dim=1),
+            torch.cat((context_sigma_BT[:, :seen], sigma_BT), dim=1),
             _of_runs(text, features_BQJD.shape[1], seen // self.spec.chunk_frames),
             rope=prepared.rope,
             attention=prepared.attention,

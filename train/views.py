@@ -213,7 +213,8 @@ class ViewSource:
         frame = first_chunk[:, None] * frames_per_chunk + torch.arange(frames, device=self.device)
         clean = self.bank.latents[clip[:, None], :, frame].transpose(1, 2).float()
 
-        shown = self.bank.scene[clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)]
+        place = clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)
+        shown, cut = self.bank.scene[place], self.bank.cut[place].long()
         told = torch.where(self.bank.recolored[clip, None], shown[:, -1:], shown)
         phrasing = index(self.tokens.phrasings, count, 1)
         dropped = (rand(count) < config.prompt_dropout)[:, None, None]
@@ -233,8 +234,8 @@ class ViewSource:
             wrong = (rand(count, chunks - 1) < config.wrong_color) & (shown[:, 1:] == shown[:, :-1])
             wrong &= ~self.bank.recolored[clip, None]
             told[:, 1:] = torch.where(wrong, self.bank.pool.other_color(told[:, 1:]), told[:, 1:])
-        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[told, phrasing])
-        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[told, phrasing])
+        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[cut, told, phrasing])
+        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[cut, told, phrasing])
         return ViewBatch(
             clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask, None, mean_weight=loss_mask.sum()
         )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.tensors import TensorInfo
+from longvideo.conditioning import video_texts
 from longvideo.config import load_config
 from longvideo.data.clips import Footage
 from longvideo.errors import CheckpointError, UserError
@@ -244,7 +245,10 @@ class EncodedDataset:
         return stored_tCHW[first:last].float().transpose(0, 1).contiguous()
 
     def text(self, caption: str) -> Tensor:
-        """Read the features of a caption of any clip, or of "": float32 [J, D], zero beyond its tokens."""
+        """Read the features of a text of any clip, or of "": float32 [J, D], zero beyond its tokens.
+
+        A text is a caption, or one with the words before it by which the model that encoded it announces a cut.
+        """
         key = text_key(caption)
         if key not in self._text_files:
             raise UserError(
@@ -254,6 +258,16 @@ class EncodedDataset:
         stored = self._handle(self._text_files[key]).get_tensor(key)
         features_JD[: len(stored)] = stored
         return features_JD
+
+    def check_texts(self, cut_prefix: str) -> None:
+        """Raise UserError unless the captions at cuts are encoded as a model with this prefix reads them."""
+        for clip in self.clips if cut_prefix else ():
+            for text in video_texts(clip.captions, clip.cuts, cut_prefix=cut_prefix):
+                if text_key(text) not in self._text_files:
+                    raise UserError(
+                        f"{self.path} has no features of {text!r}, which the model reads at a cut of clip"
+                        f" {clip.number} (its cut_prefix is {cut_prefix!r}); encode the clips again with this model"
+                    )
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:

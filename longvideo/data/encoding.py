@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.conditioning import video_texts
 from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
 from longvideo.data.encoded import (
     DATASET_FILE,
@@ -95,7 +96,9 @@ def plan_encoding(
             raise UserError(f"--{name} is {pixels}, wanted a multiple of {unit}; use {max(1, pixels // unit) * unit}")
     chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
     clips = plan_clips(read_manifest(manifest), num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
-    captions = tuple(dict.fromkeys(["", *(caption for clip in clips for caption in clip.captions)]))
+    plain = [caption for clip in clips for caption in clip.captions]
+    read = [text for clip in clips for text in video_texts(clip.captions, clip.cuts, cut_prefix=settings.cut_prefix)]
+    captions = tuple(dict.fromkeys(["", *plain, *read]))
     text_dim = folder.text_encoder_config.d_model
     clip_bytes = num_chunks * settings.chunk_frames * vae.z_dim * (height // scale) * (width // scale) * STORED.itemsize
     info = DatasetInfo(

@@ -63,7 +63,7 @@ def text_encoder() -> TextEncoder:
     return TextEncoder.build_tiny(WORDS, text_len=SETTINGS.text_len).eval()
 
 
-def save(folder: Path) -> ModelFolder:
+def save(folder: Path, settings: ModelSettings = SETTINGS) -> ModelFolder:
     return ModelFolder.save(
-        folder, settings=SETTINGS, transformer=transformer(), vae=vae(), text_encoder=text_encoder()
+        folder, settings=settings, transformer=transformer(), vae=vae(), text_encoder=text_encoder()
     )

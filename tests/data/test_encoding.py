@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,26 @@ def test_text_is_that_of_the_text_encoder_and_trimmed_on_disk(model: Path, encod
     assert sorted(lengths) == [1, 3, 3, 4, 6]
     with pytest.raises(UserError, match="no features of 'a dog'"):
         dataset.text("a dog")
+
+
+def test_captions_after_cuts_are_encoded_with_the_words_that_announce_them(
+    manifest: Path, encoded: Path, tmp_path: Path
+) -> None:
+    prefix, cut, first = "left left ", "a blue ball moves left", "a red ball"
+    small.save(tmp_path / "model", replace(small.SETTINGS, cut_prefix=prefix))
+    assert encode(manifest, tmp_path / "model", tmp_path / "clips", *TWO_CLIPS) == 0
+    announced, plain = EncodedDataset.open(tmp_path / "clips"), EncodedDataset.open(encoded)
+    encoder = ModelFolder.open(tmp_path / "model").load_text_encoder()
+    expected = encoder.encode([prefix + cut])[0][0]
+    torch.testing.assert_close(announced.text(prefix + cut), expected, rtol=2**-8, atol=1e-4)
+    assert all(torch.equal(announced.text(text), plain.text(text)) for text in ("", first, cut))
+    with pytest.raises(UserError, match="has no features of"):
+        announced.text(prefix + first)
+    announced.check_texts(prefix)
+    announced.check_texts("")
+    plain.check_texts("")
+    with pytest.raises(UserError, match="'left left a blue ball moves left', which the model reads at a cut of clip 2"):
+        plain.check_texts(prefix)
 
 
 def test_a_slice_reads_its_frames_and_no_others(encoded: Path, tmp_path: Path) -> None:

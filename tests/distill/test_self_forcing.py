@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from longvideo.conditioning import Conditioning
-from longvideo.distill.objectives import CriticObjective, DmdConfig, StudentObjective
+from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError
+from longvideo.flow.unipc import UniPC
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.convert import with_precision
-from longvideo.rollout import CachedTransformer, rollout
+from longvideo.rollout import CachedTransformer, context_level, rollout
 from tests.distill import videos
 from tests.golden import relative_error
 from tests.model import small
@@ -41,7 +42,7 @@ def generated(found: LoraRoles, rollouts: SelfForcing, clip: Clip, monkeypatch: 
         chunks,
         solver=rollouts.solver,
         generators=[torch.Generator() for _ in clip.samples],
-        clean_pass=rollouts.config.cache_fill == "clean",
+        clean_pass=rollouts.clean_pass,
     )
     return [latents.clone() for latents in made]
 
@@ -224,3 +225,27 @@ def test_a_student_like_its_teacher_is_left_alone() -> None:
     rollouts = looks.rollouts
     for part in StudentObjective(rollouts, looks).parts([videos.clip()]):
         assert not part.gradients[part.index].any()
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_teacher_and_critic_see_earlier_chunks_at_the_level_at_which_their_backbone_keeps_them(image: bool) -> None:
+    found = videos.roles(small.model(), stirred=0.2)
+    rollouts, clean = videos.parts(found)
+    level = context_level(UniPC(4, 3.0), clean_pass=False)
+    looks = Looks(rollouts, clean.config, guidance=2.0, shift=3.0, seed=0, context=level)
+    first = small.latents(1, spec=videos.SPEC, batch=2)[:, :, :1] if image else None
+    clip = videos.clip(CUTS, first_latent=first)
+    made = rollouts.roll_out(clip, "student")
+    for index in range(clip.num_chunks):
+        kept, told = looks.to_keep(clip, made, index)
+        weight = clip.weight(index, videos.SPEC.chunk_frames)
+        assert torch.equal(told, weight * UniPC(4, 3.0).timesteps[3] / 1000)
+        noise = (kept - made.latents[index]) / level.sigma + made.latents[index]
+        is_made = weight[:, None, :, None, None] > 0
+        assert torch.where(is_made, 0, kept - made.latents[index]).abs().max() == 0
+        assert 0.7 < float(noise.masked_select(is_made).std()) < 1.3
+        unchanged, zero = clean.to_keep(clip, made, index)
+        assert torch.equal(unchanged, made.latents[index]) and not zero.any()
+    gradients = [looks.gradients(clip, made), clean.gradients(clip, made)]
+    assert torch.equal(gradients[0][0], gradients[1][0]), "the first chunk sees no other"
+    assert all(relative_error(*pair) > 1e-3 for pair in zip(gradients[0][1:], gradients[1][1:], strict=True))

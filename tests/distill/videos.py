@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.settings import ModelSettings
 from longvideo.distill.objectives import DmdConfig, Looks
 from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
@@ -58,7 +59,9 @@ def roles(
 
 
 def parts(found: LoraRoles, rollout: RolloutConfig | None = None, dmd: DmdConfig | None = None):
-    rollouts = SelfForcing(found, rollout or RolloutConfig(steps=3), spec=SPEC, shape=SHAPE, shift=3.0, seed=0)
+    rollout = rollout or RolloutConfig(steps=3)
+    clean_pass = rollout.distilled(ModelSettings()).clean_pass
+    rollouts = SelfForcing(found, rollout, spec=SPEC, shape=SHAPE, shift=3.0, seed=0, clean_pass=clean_pass)
     return rollouts, Looks(rollouts, dmd or DmdConfig(), guidance=2.0, shift=3.0, seed=0)
 
 

@@ -19,7 +19,7 @@ from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
-from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClips
+from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClip, RandomClips
 from longvideo.train.video_clips import VideoClips
 from longvideo.train.views import ViewStage
 from longvideo.training.mesh import Mesh, build_mesh
@@ -47,7 +47,7 @@ class Counted(RandomClips):
 
 
 def source(
-    clips: Counted, *, cuts_matter: bool = False, stage: ViewStage | None = None, **config: Any
+    clips: Counted, *, cuts_matter: bool = False, cut_prefix: str = "", stage: ViewStage | None = None, **config: Any
 ) -> ClipViewSource:
     config = {"image_fraction": 0.4, "prompt_dropout": 0.3, "context_noise_fraction": 0.5} | config
     return ClipViewSource(
@@ -58,6 +58,7 @@ def source(
         seed=3,
         tokens_per_chunk=10,
         cuts_matter=cuts_matter,
+        cut_prefix=cut_prefix,
         device=CPU,
     )
 
@@ -111,6 +112,26 @@ def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
         views.passes(Mesh(), None)
     shares = views.shares(0, Mesh(), 1)
     assert len(shares) == BATCH and shares[0].cuts == (True, False, False, False)
+
+
+def test_a_chunk_after_a_cut_reads_the_words_that_announce_it() -> None:
+    """The first chunk of a clip opens a shot without a cut; one that begins a view in the middle of a clip is cut."""
+    clips = Counted(count=1)
+    clips.clips = [RandomClip(("a", "a", "b", "b"), (True, False, True, False))]
+    config = {"prompt_dropout": 0.0, "start_fraction": 0.5, "image_fraction": 0.0}
+    stage = ViewStage(batch=16, chunks=2)
+    (batch,) = source(clips, stage=stage, cut_prefix="Cut. ", **config).shares(0, Mesh(), None)
+    texts = {first: torch.stack([clips.text(text) for text in two]) for first, two in VIEWS.items()}
+    assert batch.features is not None
+    views = [next(first for first, text in texts.items() if torch.equal(text, row)) for row in batch.features]
+    assert set(views) == {0, 1, 2}
+    (dropped,) = source(clips, stage=stage, cut_prefix="Cut. ", **config | {"prompt_dropout": 1.0}).shares(
+        0, Mesh(), None
+    )
+    assert dropped.features is not None and (dropped.features == clips.text("")).all()
+
+
+VIEWS = {0: ("a", "a"), 1: ("a", "Cut. b"), 2: ("Cut. b", "b")}
 
 
 class Failing(Counted):

@@ -9,11 +9,13 @@ import torch
 
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import Masked
 from longvideo.model.config import TransformerConfig
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.rollout import CLEAN_CONTEXT, CachedTransformer, ContextLevel, context_level
 from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.text import TextEncoder
 from longvideo.train.captions import tokenize_captions
@@ -52,9 +54,12 @@ def view_source(
     batch: int,
     chunks: int = 3,
     recolored: bool = False,
+    cut_prefix: str = "",
 ) -> ViewSource:
     pool = small_pool(recolored=recolored)
-    tokens = tokenize_captions(pool.scenes, encoder, phrasings=2, omit=0.0, device=CPU, distinct=pool.count)
+    tokens = tokenize_captions(
+        pool.scenes, encoder, phrasings=2, omit=0.0, device=CPU, distinct=pool.count, cut_prefix=cut_prefix
+    )
     return ViewSource(
         small_bank(bank, pool),
         tokens,
@@ -66,7 +71,7 @@ def view_source(
     )
 
 
-def small_objective(encoder: TextEncoder) -> TeacherForcing:
+def small_objective(encoder: TextEncoder, context: ContextLevel = CLEAN_CONTEXT) -> TeacherForcing:
     config = TransformerConfig(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -86,6 +91,7 @@ def small_objective(encoder: TextEncoder) -> TeacherForcing:
         spec=SPEC,
         schedule=FlowSchedule(5.0),
         device=CPU,
+        context=context,
     )
 
 
@@ -159,8 +165,70 @@ def test_captions_belong_to_the_scene_of_each_chunk(encoder: TextEncoder) -> Non
     for row in (~dropped.all(1)).nonzero().flatten():
         clips = (firsts == batch.clean[row]).flatten(1).all(1).nonzero().flatten()
         for chunk in range(3):
-            known = tokens.ids[bank.scene[clips, chunk]].flatten(0, 1)
+            known = tokens.ids[0, bank.scene[clips, chunk]].flatten(0, 1)
             assert (known == batch.ids[row, chunk]).all(-1).any()
+
+
+def test_a_chunk_after_a_cut_is_captioned_with_the_words_that_announce_it(encoder: TextEncoder) -> None:
+    cutting = replace(BANK, cut_fraction=0.5)
+    config = ViewConfig(prompt_dropout=0.0, start_fraction=0.5, phrasings=2)
+    source, plain = (
+        view_source(encoder, config, cutting, batch=32, cut_prefix=prefix) for prefix in ("the background moves. ", "")
+    )
+    for views in (source, plain):
+        views.start(0)
+    announced, told, bank = source.batch(1), plain.batch(1), source.bank
+    assert announced.ids is not None and told.ids is not None and torch.equal(announced.clean, told.clean)
+    prefix_ids, prefix_mask = encoder.tokenize(["the background moves."])
+    words = int(prefix_mask.sum()) - 1  # without the end token
+    clips, frames = bank.latents[: bank.filled].float(), SPEC.chunk_frames
+    seen = {False: 0, True: 0}
+    for row in range(32):
+        places = [
+            (clip, first)
+            for clip in range(bank.filled)
+            for first in range(BANK.chunks - 2)
+            if torch.equal(clips[clip, :, first * frames : (first + 3) * frames], announced.clean[row])
+        ]
+        clip, first = places[0]
+        for chunk in range(3):
+            cut = bool(bank.cut[clip, first + chunk])
+            seen[cut] += 1
+            length = int(told.mask[row, chunk].sum())  # type: ignore[index]
+            expected = torch.cat((prefix_ids[0, : words * cut], told.ids[row, chunk, :length]))
+            assert torch.equal(announced.ids[row, chunk, : len(expected)], expected)
+            assert int(announced.mask[row, chunk].sum()) == len(expected)  # type: ignore[index]
+    assert min(seen.values()) > 5
+    assert not bank.cut[:, 0].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clean_pass", [True, False])
+def test_the_context_is_what_a_roll_out_keeps_of_finished_chunks(encoder: TextEncoder, clean_pass: bool) -> None:
+    """Chunk by chunk through a cache, as generation goes, the velocities are those that the loss is taken of."""
+    source = view_source(encoder, ViewConfig(context_noise_fraction=0.0, image_fraction=0.5, phrasings=2), batch=4)
+    source.start(0)
+    batch, solver = source.batch(3), UniPC(3, 5.0)
+    objective = small_objective(encoder, context_level(solver, clean_pass=clean_pass))
+    torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
+    features = objective._features(batch.ids, batch.mask)
+    schedule, made = objective.schedule, (batch.sigma > 0).float()
+    kept_sigma, told = (0.0, 0.0) if clean_pass else (solver.sigmas[2], solver.timesteps[2] / 1000)
+    context = schedule.add_noise(batch.clean, batch.context_noise, kept_sigma * made)
+    noisy = schedule.add_noise(batch.clean, batch.noise, batch.sigma)
+    denoiser = CachedTransformer(objective.transformer, SPEC, batch=4)
+    velocities = []
+    for index in range(3):
+        frames = slice(index * SPEC.chunk_frames, (index + 1) * SPEC.chunk_frames)
+        denoiser.begin(index, shot=0, text=objective.transformer.encode_text(features[:, index]))
+        velocities.append(denoiser.velocity(noisy[:, :, frames], batch.sigma[:, frames]))
+        denoiser.velocity(context[:, :, frames], told * made[:, frames], keep=True)
+        denoiser.commit()
+    error = (torch.cat(velocities, dim=2) - schedule.velocity(batch.clean, batch.noise)).square().mean((1, 3, 4))
+    expected = (schedule.loss_weight(batch.sigma) * error * batch.loss_mask).sum() / batch.mean_weight
+    loss, _ = objective(batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert 0 < int((made == 0).sum()) < 4
 
 
 RECOLORING = replace(BANK, clips=32, initial_clips=32, group=32, cut_fraction=0.0, recolor_fraction=1.0)
@@ -191,7 +259,7 @@ def test_past_before_a_new_color_is_seen_under_its_caption_and_gets_no_loss(enco
     for row in range(48):
         (clip,) = (firsts == batch.clean[row]).flatten(1).all(1).nonzero()[:1].flatten()
         scene = bank.scene[clip, :3]
-        assert (tokens.ids[scene[-1]] == batch.ids[row, 0]).all(-1).any()
+        assert (tokens.ids[0, scene[-1]] == batch.ids[row, 0]).all(-1).any()
         assert torch.equal(trained[row, :, 0] == 1, scene == scene[-1])
         masked += int((scene != scene[-1]).any())
     assert masked > 16
@@ -219,7 +287,7 @@ def test_captions_are_tokenised_as_prompts_are(encoder: TextEncoder) -> None:
     scenes = small_pool().scenes
     table = tokenize_captions(scenes, encoder, phrasings=2, omit=0.0, device=CPU)
     ids, mask = encoder.tokenize([caption(scene, 2 * i + p) for i, scene in enumerate(scenes) for p in range(2)])
-    assert torch.equal(table.ids.flatten(0, 1), ids) and torch.equal(table.mask.flatten(0, 1), mask)
+    assert torch.equal(table.ids[0].flatten(0, 1), ids) and torch.equal(table.mask[0].flatten(0, 1), mask)
     empty_ids, empty_mask = encoder.tokenize([""])
     count = empty_ids.shape[1]
     assert torch.equal(table.empty_ids[:count], empty_ids[0]) and int(table.empty_mask.sum()) == int(empty_mask.sum())
@@ -239,7 +307,8 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         total, count, plain = 0.0, 0, 0.0
         for row in range(5):
             one = slice(row, row + 1)
-            velocity = objective.velocity(context[one], noisy[one], batch.sigma[one], features[one], prepared)
+            inputs = (context, noisy, torch.zeros_like(batch.sigma), batch.sigma, features)
+            velocity = objective.velocity(*(x[one] for x in inputs), prepared)
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
@@ -271,7 +340,8 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
         attention=Masked(layout),
     )[:, :, 6:]
     features = objective._features(batch.ids, batch.mask)
-    got = objective.velocity(batch.context_noise, batch.noise, batch.sigma, features, objective.prepared(3, None))
+    told = torch.zeros_like(batch.sigma)
+    got = objective.velocity(batch.context_noise, batch.noise, told, batch.sigma, features, objective.prepared(3, None))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
