@@ -133,9 +133,9 @@ def test_average_equals_its_definition() -> None:
         expected = decay * expected + (1 - decay) * weight.detach().double()
         average.update(step)
     torch.testing.assert_close(average.state()["weight"].double(), expected, rtol=1e-6, atol=1e-6)
-    trained = weight.detach().clone()
+    trained, averaged = weight.detach().clone(), average.state()["weight"].clone()
     with average.applied():
-        assert torch.equal(weight, average.state()["weight"])
+        assert torch.equal(weight, averaged)
     assert torch.equal(weight, trained)
 
 
