@@ -7,7 +7,7 @@ INSTALL := $(PIP) install -q -c constraints.txt
 INSTALL_FILES := pyproject.toml setup.py constraints.txt
 PROMPTS := "a small red circle drifts left over a black background" "a large blue star spins on a meadow"
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-slow check format clean
 
 demo: ## fresh .venv, install, write demo.mp4
 	@start=$$(date +%s) && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && \
@@ -15,8 +15,11 @@ demo: ## fresh .venv, install, write demo.mp4
 	$(BIN)/longvideo generate $(PROMPTS) --seconds 20 --overwrite -o demo.mp4 && \
 	end=$$(date +%s) && echo "generated in $$((end - installed)) s, $$((end - start)) s in all: demo.mp4"
 
-test: $(VENV)/.test ## the tests on the CPU
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.test ## the tests on the CPU, without those marked slow
+	$(BIN)/python -m pytest -n 2 --durations 20 -m "not slow"
+
+test-slow: $(VENV)/.test ## those marked slow: kills, soaks, environments of their own
+	$(BIN)/python -m pytest -n 2 --durations 20 -m slow
 
 check: $(VENV)/.dev ## lint, format, types, imports between the rooms
 	$(BIN)/ruff check .
