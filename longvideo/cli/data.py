@@ -225,9 +225,9 @@ def encode(
         precision="bf16" if where.type == "cuda" else "fp32",
         model=model,
     )
-    open_output(plan, share, overwrite=overwrite)
     console = Console(stderr=True)
-    encode_share(plan, folder, share, device=where, workers=workers, max_bad=max_bad, console=console)
+    with open_output(plan, share, overwrite=overwrite):
+        encode_share(plan, folder, share, device=where, workers=workers, max_bad=max_bad, console=console)
 
 
 def encode_share(

@@ -25,17 +25,38 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from longvideo.bounds import check_whole
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.conditioning import video_texts
 from longvideo.config import load_config
 from longvideo.data.clips import Footage
-from longvideo.errors import CheckpointError, UserError
-from longvideo.files import read_json
+from longvideo.errors import CheckpointError, ConfigError, UserError
+from longvideo.files import read_json, read_lines
+from longvideo.model.config import MAX_TEXT_LEN, MAX_WIDTH
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 LATENTS, TEXT = "latents", "text"
+MAX_SHARDS = 10**6
+MOST = {
+    "num_clips": 10**9,
+    "num_captions": 10**10,
+    "num_chunks": 10**6,
+    "chunk_frames": 1024,
+    "fps": 1000,
+    "height": 16384,
+    "width": 16384,
+    "channels": 4096,
+    "latent_height": 16384,
+    "latent_width": 16384,
+    "text_len": MAX_TEXT_LEN,
+    "text_dim": MAX_WIDTH,
+    "shares": 10**5,
+    "clips_per_shard": 2**62,
+    "captions_per_shard": 2**62,
+}
+"""Beyond these dataset.json is a mistake, and planning what it says would take all memory."""
 FINGERPRINT = "dataset"
 """Key in the header of every shard: the fingerprint of the dataset.json that it belongs to."""
 
@@ -70,6 +91,16 @@ class DatasetInfo:
     shares: int
     clips_per_shard: int
     captions_per_shard: int
+
+    def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            check_whole(name, getattr(self, name), 1, most)
+        for name, items, per_shard in (
+            ("clips_per_shard", self.num_clips, self.clips_per_shard),
+            ("captions_per_shard", self.num_captions, self.captions_per_shard),
+        ):
+            if items // per_shard > MAX_SHARDS:
+                raise ConfigError(f"{name}={per_shard} divides {items} into more than {MAX_SHARDS} files")
 
     @property
     def num_frames(self) -> int:
@@ -194,6 +225,12 @@ class EncodedDataset:
             stored = open_shard(path / shard.file, info)
             if len(stored) != len(shard.numbers):
                 raise UserError(f"{path / shard.file} holds {len(stored)} captions, wanted {len(shard.numbers)}")
+            for name, tensor in stored.items():
+                if len(tensor.shape) != 2 or tensor.shape[0] > info.text_len or tensor.shape[1] != info.text_dim:
+                    raise UserError(
+                        f"{path / shard.file}: {name} has shape {list(tensor.shape)}, wanted at most"
+                        f" {[info.text_len, info.text_dim]}; encode again"
+                    )
             text_files.update(dict.fromkeys(stored, path / shard.file))
         return cls(
             path,
@@ -295,7 +332,12 @@ def read_info(path: Path) -> DatasetInfo:
         raise UserError(
             f"{file} has version {version!r}, wanted {FORMAT_VERSION}; encode again, or use the longvideo that wrote it"
         )
-    return load_config(DatasetInfo, [file])
+    try:
+        return load_config(DatasetInfo, [file])
+    except ConfigError as error:
+        if str(file) in str(error):
+            raise
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def open_shard(file: Path, info: DatasetInfo) -> dict[str, TensorInfo]:
@@ -319,9 +361,10 @@ def read_index(path: Path, shard: Shard) -> list[EncodedClip | SkippedClip]:
     file = path / shard.index_file
     entries: list[EncodedClip | SkippedClip] = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entries.append(_index_entry(json.loads(line), shard.stem))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        for line in read_lines(file, what="index"):
+            if line:
+                entries.append(_index_entry(json.loads(line), shard.stem))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}:{len(entries) + 1}: not a line of an index ({error}); copy it again") from error
     if [entry.number for entry in entries] != list(shard.numbers):
         raise CheckpointError(f"{file} tells of {len(entries)} clips, wanted {len(shard.numbers)}; copy the file again")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from longvideo.data.encoded import (
 from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
-from longvideo.files import write_file, write_json, write_text
+from longvideo.files import locked, temporary_names, write_file, write_json, write_text
 from longvideo.text import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
@@ -126,21 +126,28 @@ def plan_encoding(
     return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions)
 
 
-def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
-    """Write dataset.json, or see that it is the plan's.
+@contextmanager
+def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Iterator[None]:
+    """Hold the lock of a share while it is written, and write dataset.json, or see that it is the plan's.
 
     overwrite: delete what this share has written, and what was written with another number of shares.
-    Raises UserError when the folder holds other clips.
+    Raises UserError when the folder holds other clips, and when another process encodes the same share.
     """
     out, info = plan.out, plan.info
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
+    busy = f"share {share} of {info.shares} of {out} is being encoded by another process; wait for it"
+    with locked(out / f".share-{share}-of-{info.shares}.lock", busy=busy):
+        _prepare(plan, share, overwrite=overwrite)
+        yield
+
+
+def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
+    out, info = plan.out, plan.info
     own = {name for shard in _shards(info, share=share) for name in shard.files}
-    for left in out.glob(".*.tmp"):
-        # what a killed run of this share was writing: .NAME.RANDOM.tmp
-        if left.name[1:].rsplit(".", 2)[0] in own:
-            left.unlink()
+    for abandoned in [path for name in own for path in temporary_names(out / name)]:
+        abandoned.unlink()
     if overwrite:
         planned = {name for shard in _shards(info, share=None) for name in shard.files}
         for found in [path for kind in (LATENTS, TEXT) for path in out.glob(f"{kind}-?????-of-?????.*")]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
+from longvideo.files import write_file
 
 if TYPE_CHECKING:
     import av
@@ -142,18 +143,30 @@ def write_video(
     The file appears under its name only when it is complete. crf 12 is visually lossless; yuv444p keeps colour at full
     resolution but not every player shows it. Raises UserError for a size that the pixel format cannot hold.
     """
-    import av
+    count = 0
 
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    def write(temporary: Path) -> None:
+        nonlocal count
+        count = _encode(temporary, frames, fps=fps, crf=crf, pixel_format=pixel_format, name=path)
+
+    write_file(path, write)
+    return count
+
+
+def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pixel_format: str, name: Path) -> int:
+    """Write a video file; name: what it will be called, for errors. Raises OSError where the disk refuses."""
+    import av
+    from av.error import FFmpegError
+
     count = 0
     try:
-        with av.open(str(partial), "w", format="mp4") as container:
+        with av.open(str(target), "w", format="mp4") as container:
             stream: Any = None
             for chunk in frames:
                 if stream is None:
                     _, height, width, _ = chunk.shape
                     if pixel_format == "yuv420p" and (height % 2 or width % 2):
-                        raise UserError(f"{path} would be {height}x{width}; yuv420p needs even sizes")
+                        raise UserError(f"{name} would be {height}x{width}; yuv420p needs even sizes")
                     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                     stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
                     stream.options = {"crf": str(crf), "preset": "veryfast"}
@@ -161,11 +174,12 @@ def write_video(
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.cpu().numpy(), format="rgb24")))
                     count += 1
             if stream is None:
-                raise UserError(f"no frames to write to {path}")
+                raise UserError(f"no frames to write to {name}")
             container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except FFmpegError as error:
+        if error.errno is None or error.errno <= 0:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno)) from error
     return count
 
 

@@ -17,7 +17,9 @@ from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import UserError
+from longvideo.files import locked
 from tests.checkpoint import small
+from tests.test_files import no_file_longer_than
 
 from . import footage
 
@@ -165,7 +167,7 @@ def test_a_rerun_after_a_lost_shard_gives_the_same_bytes(
     cut.write_bytes(cut.read_bytes()[:-10])
     index = out / "latents-00001-of-00003.jsonl"
     index.write_bytes(index.read_bytes()[:-10])
-    (out / f".{cut.name}.0a1b2c3d.tmp").write_bytes(b"what a killed run leaves")
+    (out / f".{cut.name}.0a1b2c3d.part").write_bytes(b"what a killed run leaves")
     kept = (out / "latents-00000-of-00003.safetensors").stat().st_mtime_ns
     assert encode(manifest, model, out, *TWO_CLIPS) == 0
     assert contents(out) == contents(encoded)
@@ -252,6 +254,35 @@ def test_two_shares_equal_one_run(manifest: Path, model: Path, encoded: Path, tm
         assert torch.equal(shares.text(caption), one.text(caption))
 
 
+@pytest.mark.parametrize("longest", [300, 1500, 4000])
+def test_a_full_disk_is_one_line_and_what_was_complete_is_kept(
+    longest: int, manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clips"
+    with no_file_longer_than(longest):
+        assert encode(manifest, model, out, *TWO_CLIPS) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: cannot write {out}/\S+: file too large; nothing was left behind", said)
+    assert not list(out.glob(".*"))
+    complete = contents(encoded)
+    assert all(complete[name] == content for name, content in contents(out).items())
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    assert contents(out) == complete
+
+
+def test_a_share_is_encoded_by_one_process_at_a_time(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clips"
+    out.mkdir()
+    with locked(out / ".share-0-of-1.lock", busy=""):
+        assert encode(manifest, model, out, *TWO_CLIPS, "--overwrite") == 2
+        assert "share 0 of 1 of" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".share-0-of-1.lock"]
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    assert contents(out) == contents(encoded)
+
+
 def test_processes_that_decode_change_no_byte(manifest: Path, model: Path, encoded: Path, tmp_path: Path) -> None:
     assert encode(manifest, model, tmp_path / "clips", *TWO_CLIPS, workers=1) == 0
     assert contents(tmp_path / "clips") == contents(encoded)
@@ -314,6 +345,14 @@ def test_the_reader_names_the_file_that_is_wrong(encoded: Path, tmp_path: Path) 
     other = json.dumps(info | {"num_clips": 5}).encode()
     cases = {
         "dataset.json has version 2, wanted 1": ("dataset.json", json.dumps(info | {"version": 2}).encode()),
+        "dataset.json: .*fps=1000000000, wanted a whole number from 1 to 1000": (
+            "dataset.json",
+            json.dumps(info | {"fps": 10**9}).encode(),
+        ),
+        "divides 1000000000 into more than 1000000 files": (
+            "dataset.json",
+            json.dumps(info | {"num_clips": 10**9}).encode(),
+        ),
         "dataset.json: .*no value for fps": (
             "dataset.json",
             json.dumps({key: value for key, value in info.items() if key != "fps"}).encode(),
