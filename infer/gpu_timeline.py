@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from longvideo.evaluation.sheet import write_picture
+
 KINDS = (
     ("attention", r"sdpa|flash|fmha", (214, 96, 77)),
     ("decoder, between convolutions", r"norm_silu|to_pixels", (146, 197, 222)),
@@ -108,4 +110,4 @@ def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: 
         canvas.rectangle((left, bottom + 26, left + 14, bottom + 40), fill=colours[kind])
         canvas.text((left + 20, bottom + 24), kind, fill="black", font=font)
         left += 40 + int(canvas.textlength(kind, font=font))
-    picture.save(path)
+    write_picture(picture, path)

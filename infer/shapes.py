@@ -12,6 +12,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
+WAN_SIZE, WAN_WINDOW_FRAMES = (704, 1280), 32
 STREAMING_STEPS, STREAMING_GUIDANCE = 2, 1.0
 """Of a preset: those of a model that is distilled for streaming."""
 
@@ -47,20 +48,32 @@ def folder_shapes(folder: ModelFolder) -> ModelShapes:
     )
 
 
-def preset_shapes(name: str, *, height: int = 704, width: int = 1280, window_frames: int = 32) -> ModelShapes:
+def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_frames: int | None = None) -> ModelShapes:
     """Return the shapes that a preset means; "tiny" has its own picture size and window.
 
-    height, width: pixels. window_frames: latent frames attended to.
-    Raises UserError for an unknown name, ConfigError for a size that patches do not divide.
+    size: height and width in pixels. window_frames: latent frames attended to. None takes the preset's own.
+    Raises UserError for an unknown name or a choice that "tiny" does not leave, ConfigError for a size that patches do
+    not divide.
     """
     if name not in PRESETS:
         raise UserError(f"--preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
     if name == "tiny":
         folder = ModelFolder.open("tiny")
+        own = folder.settings
+        if size is not None or window_frames is not None:
+            raise UserError(
+                f"the preset tiny has its own size {own.height}x{own.width} and window {own.window_frames}; leave"
+                " --size and --window out"
+            )
         autoencoder = AutoencoderConfig.tiny()
-        return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, folder.settings, folder.spec)
+        return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, own, folder.spec)
+    height, width = size or WAN_SIZE
     settings = ModelSettings(
-        window_frames=window_frames, height=height, width=width, steps=STREAMING_STEPS, guidance=STREAMING_GUIDANCE
+        window_frames=window_frames or WAN_WINDOW_FRAMES,
+        height=height,
+        width=width,
+        steps=STREAMING_STEPS,
+        guidance=STREAMING_GUIDANCE,
     )
     autoencoder = AutoencoderConfig.wan22()
     spec = chunk_spec(settings, autoencoder.scale_factor_spatial)

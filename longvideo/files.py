@@ -69,7 +69,11 @@ def write_file(path: Path, write: Callable[[Path], None], *, mode: int | None = 
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
     """Write UTF-8 text. Raises WriteError as `write_file` does."""
-    data = text.encode("utf-8")
+    write_bytes(path, text.encode("utf-8"), mode=mode)
+
+
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Write bytes. Raises WriteError as `write_file` does."""
     write_file(path, lambda target: _write_bytes(target, data), mode=mode)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision
 from longvideo.errors import UserError
+from longvideo.files import check_target, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Time the parts against what the hardware allows.")
 
 PRESET_HELP = "Whose shapes: `wan2.2-ti2v-5b` or `tiny`.  [default: the former on a GPU]"
+MOST_SIZE_DIGITS = 11
 DEVICE_HELP = "`cuda`, `cuda:1` or `cpu`; the GPU if there is one."
 
 
@@ -50,9 +51,10 @@ def kernels(
     from longvideo.infer.pipeline import pick_device
     from longvideo.machine import machine
 
+    _check_output(out)
     where = pick_device(device)
     name, shapes = _shapes(preset, where)
-    _check_folder(out)
+    _print_backends(where)
     bandwidth, timings = time_kernels(shapes.transformer, shapes.spec, device=where)
     table = Table("kernel", "size", "time", "bytes", "floor", "share", title=f"copy: {bandwidth / 1e12:.3f} TB/s")
     for timing in timings:
@@ -72,7 +74,7 @@ def kernels(
             "copy_bytes_per_s": bandwidth,
             "kernels": [{**asdict(timing), "share": timing.share} for timing in timings],
         }
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
 
 
 @app.command()
@@ -97,9 +99,10 @@ def step(
     from longvideo.infer.pipeline import pick_device
     from longvideo.machine import machine
 
+    _check_output(out)
     where = pick_device(device)
     name, shapes = _shapes(preset, where)
-    _check_folder(out)
+    _print_backends(where)
     console = Console(width=120)
     with console.status("") as status:
         timings = time_steps(shapes.transformer, shapes.spec, device=where, on_case=status.update)
@@ -117,7 +120,7 @@ def step(
     console.print(table)
     if out is not None:
         report = {"machine": machine(where), "preset": name, "steps": [asdict(timing) for timing in timings]}
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
 
 
 @app.command()
@@ -138,16 +141,17 @@ def load(
     from longvideo.infer.pipeline import pick_device
     from longvideo.machine import machine
 
+    _check_output(out)
     where = pick_device(device)
     name, shapes = _shapes(preset, where)
-    _check_folder(out)
+    _print_backends(where)
     timing = time_loading(shapes.transformer, device=where)
     sizes = (timing.file_bytes, timing.model_bytes, timing.peak_bytes)
     stored, held, peak = (f"{size / 1e9:.3f} GB" for size in sizes)
     typer.echo(f"{name}, {where}: {timing.seconds:.2f} s, {stored} stored, {held} of weights, peak on the GPU {peak}")
     if out is not None:
         report = {"machine": machine(where), "preset": name, **asdict(timing)}
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
 
 
 @app.command()
@@ -173,12 +177,13 @@ def encode(
     from longvideo.infer.pipeline import pick_device
     from longvideo.machine import machine
 
+    _check_output(out)
     where = pick_device(device)
     name, shapes = _shapes(preset, where)
     latents = chunks * shapes.spec.chunk_frames
     if latents % ranks:
         raise UserError(f"--ranks {ranks} does not divide {latents} latent frames")
-    _check_folder(out)
+    _print_backends(where)
     size = (shapes.settings.height, shapes.settings.width)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     timing = time_encoding(shapes.autoencoder, latents=latents, ranks=ranks, size=size, device=where, dtype=dtype)
@@ -189,7 +194,7 @@ def encode(
     typer.echo(f"saved: {timing.saved_seconds:.2f} s; relative error against the whole {timing.relative_error:.1e}")
     if out is not None:
         report = {"machine": machine(where), "preset": name, "saved_seconds": timing.saved_seconds, **asdict(timing)}
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
 
 
 @app.command()
@@ -200,8 +205,12 @@ def stream(
     preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} Random weights.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps a chunk.  [default: 2, or the model's own]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: 1, or the model's own]")] = None,
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, with --preset.")] = "704x1280",
-    window: Annotated[int, typer.Option(help="Latent frames attended to, with --preset.")] = 32,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels, with the preset wan2.2-ti2v-5b.  [default: 704x1280]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Latent frames attended to, with the same preset.  [default: 32]")
+    ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="Chunks to measure, after those that fill the window.")] = 20,
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
@@ -235,9 +244,10 @@ def stream(
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.bench import measure
     from longvideo.infer.fit import check_memory
-    from longvideo.infer.formats import check_formats
+    from longvideo.infer.formats import check_formats, check_hardware, check_shapes
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.memory import Workload
+    from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, pick_device, pick_dtype
     from longvideo.infer.random_models import random_models
     from longvideo.infer.shapes import preset_shapes
@@ -247,12 +257,16 @@ def stream(
 
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other")
+    if model is not None and (size is not None or window is not None):
+        raise UserError("--size and --window are options of a preset; a model has its own")
     formats = NumberFormats(precision, kv_cache, attention)
+    SamplingOptions(steps, guidance)
     where = pick_device(device)
     decode_where = where if decode_device is None else pick_device(decode_device)
     check_decode_share(decode_share, where, decode_where)
-    for target in (out, timeline):
-        _check_folder(target)
+    _check_output(out, timeline)
+    if timeline is not None and (where.type != "cuda" or timeline.suffix != ".png"):
+        raise UserError(f"--timeline {timeline} needs a GPU to be drawn of and a name that ends in .png")
     if video is not None:
         check_output(video, overwrite=True)
     console = Console(width=120, stderr=True)
@@ -265,9 +279,10 @@ def stream(
                 folder, device=where, decode_device=decode_where, decode_share=decode_share, formats=formats
             )
         else:
-            height, width = _size(size)
             name, _ = _shapes(preset, where)
-            shapes = preset_shapes(name, height=height, width=width, window_frames=window)
+            shapes = preset_shapes(name, size=None if size is None else _size(size), window_frames=window)
+            check_shapes(shapes, formats, name=name)
+            check_hardware(formats, device=where)
             check_memory(
                 Workload(
                     shapes=dataclasses.replace(shapes.with_guidance(guidance), text_encoder=None),
@@ -323,7 +338,7 @@ def stream(
             "chunk_s_p50": report.chunk_percentile(50),
             "chunk_s_p95": report.chunk_percentile(95),
         }
-        out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(out, facts)
 
 
 @app.command()
@@ -345,17 +360,22 @@ def parallel(
     import torch.distributed as dist
 
     from longvideo.infer.bench import measure_passes
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.formats import check_hardware, check_shapes, start_line
+    from longvideo.infer.pipeline import pick_device, pick_dtype
     from longvideo.infer.random_models import random_models
     from longvideo.number_formats import NumberFormats
     from longvideo.streaming.parallel import launched_ranks
     from longvideo.training.run_log import environment
 
-    _check_folder(out)
+    _check_output(out)
     formats = NumberFormats(precision, kv_cache, attention)
     with launched_ranks(None) as (own_device, group):
         where = pick_device(own_device)
         name, shapes = _shapes(preset, where)
+        check_shapes(shapes, formats, name=name)
+        check_hardware(formats, device=where)
+        if group is None or not dist.get_rank():
+            typer.echo(start_line(formats, packed=False, device=where, dtype=pick_dtype(where)), err=True)
         models = random_models(shapes, device=where, decode_device=where, formats=formats)
         report = measure_passes(models, group=group, on_stage=lambda stage: None)
         if group is not None and dist.get_rank():
@@ -367,13 +387,13 @@ def parallel(
         )
         if out is not None:
             facts = {"environment": environment(where), "model": name, "formats": dataclasses.asdict(formats)}
-            out.write_text(json.dumps({**facts, **dataclasses.asdict(report)}, indent=1) + "\n", encoding="utf-8")
+            write_json(out, {**facts, **dataclasses.asdict(report)})
 
 
 def _size(size: str) -> tuple[int, int]:
     height, cross, width = size.partition("x")
-    if not cross or not (height.isdigit() and width.isdigit()):
-        raise UserError(f"--size {size!r} is no size; write it like 704x1280")
+    if not cross or not (height.isdecimal() and width.isdecimal() and len(size) <= MOST_SIZE_DIGITS):
+        raise UserError(f"--size {size!r} is not a size; write it like 704x1280")
     return int(height), int(width)
 
 
@@ -384,6 +404,15 @@ def _shapes(preset: str | None, device: torch.device) -> tuple[str, ModelShapes]
     return name, preset_shapes(name)
 
 
-def _check_folder(out: Path | None) -> None:
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+def _check_output(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            check_target(file)
+
+
+def _print_backends(device: torch.device) -> None:
+    """Print which kernels and products are timed."""
+    from longvideo.kernels.backends import kernels_on, product_backend
+
+    products = product_backend("nvfp4", device)
+    typer.echo(f"running on {device} | kernels: {kernels_on(device)} | products nvfp4: {products}", err=True)

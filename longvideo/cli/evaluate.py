@@ -12,6 +12,7 @@ import typer
 
 from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision, warn_of_missing_quotes
 from longvideo.errors import UserError
+from longvideo.files import check_target, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +63,8 @@ def judge(
 
     from longvideo.evaluation.accuracy import measure_judge
 
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None:
+        check_target(out)
     console = Console(stderr=True)
     with _progress(console) as progress:
         bar = progress.add_task("scenes judged", total=num)
@@ -78,11 +79,10 @@ def judge(
         }
         for result in results
     ]
-    text = "[" + ",\n ".join(json.dumps(row) for row in record) + "]"
     if out is None:
-        typer.echo(text)
+        typer.echo("[" + ",\n ".join(json.dumps(row) for row in record) + "]")
     else:
-        out.write_text(text + "\n", encoding="utf-8")
+        write_json(out, record)
 
 
 @app.command()
@@ -182,7 +182,7 @@ def switches(
 
     from rich.console import Console
 
-    from longvideo.evaluation.sheet import film_strip, spaced_indices
+    from longvideo.evaluation.sheet import film_strip, spaced_indices, write_picture
     from longvideo.evaluation.switches import build_switches, summarize_switches
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import MODES
@@ -222,8 +222,8 @@ def switches(
             }
     strips.sort(key=lambda strip: strip[0])
     clips, captions = [clip for _, clip, _ in strips], [text for _, _, text in strips]
-    film_strip(clips, captions=captions, scale=0.6).save(out / "switches.png", optimize=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_picture(film_strip(clips, captions=captions, scale=0.6), out / "switches.png")
+    write_json(out / "results.json", record)
     console.print(_table(f"new {change}, {num} each", rows, list(next(iter(rows.values())))))
     for row, found in record.items():
         most = "one or more never did" if found["late_at_most"] is None else f"at most {found['late_at_most']}"
@@ -249,6 +249,7 @@ def sheet(
     name: Annotated[
         str | None, typer.Option(help="Of the pictures.  [default: the last part of the model's name]")
     ] = None,
+    webp: Annotated[bool, typer.Option("--webp", help="Write NAME.webp, in all colors, in place of NAME.gif.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two pictures.")] = Path("runs/sheet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are already there.")] = False,
 ) -> None:
@@ -270,7 +271,7 @@ def sheet(
     for prompt in shown:
         check_prompt(prompt, "a prompt")
     name = name or Path(model).resolve().name
-    targets = [out / f"{name}{suffix}" for suffix in (".png", ".gif")]
+    targets = out / f"{name}.png", out / f"{name}{'.webp' if webp else '.gif'}"
     for target in targets:
         _check_target(target, overwrite)
     pipeline = StreamingPipeline.from_pretrained(
@@ -283,7 +284,7 @@ def sheet(
     console = Console(stderr=True)
     with _progress(console) as progress:
         clips = [np.concatenate(list(stream)) for stream in progress.track(streams, description="clips")]
-    write_showcase(clips, shown, out, name, fps=pipeline.fps)
+    write_showcase(clips, shown, targets, fps=pipeline.fps)
     console.print(f"written: {', '.join(map(str, targets))}", soft_wrap=True)
 
 
@@ -307,6 +308,7 @@ def curves(
     Example: `longvideo eval curves runs/vae/metrics.jsonl --metric psnr --metric object --out vae.png`
     """
     from longvideo.evaluation.curves import draw_curves, read_metrics
+    from longvideo.evaluation.sheet import write_picture
 
     if out.suffix != ".png":
         raise UserError(f"--out {out}: the name must end in .png")
@@ -322,7 +324,7 @@ def curves(
         y_range=(low, high),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out, optimize=True)
+    write_picture(picture, out)
 
 
 @app.command()
@@ -352,8 +354,8 @@ def quantization(
     from longvideo.flow.unipc import UniPC
     from longvideo.infer.pipeline import pick_device
 
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None:
+        check_target(out)
     folder, where = ModelFolder.open(model), pick_device(device)
     if folder.is_packed:
         raise UserError(f"{folder.path} is packed already; measure the folder it was made from")
@@ -367,7 +369,7 @@ def quantization(
     )
     typer.echo(as_markdown(report))
     if out is not None:
-        out.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        write_json(out, asdict(report))
 
 
 def generate_videos(
@@ -460,13 +462,13 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
     if (out / "results.json").exists() and not overwrite:
         raise UserError(f"--out {out} already holds results.json; choose another folder or add --overwrite")
+    _check_target(out / "results.json", overwrite)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; choose another name")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; choose another place or add --overwrite")
+    """Refuse a file that cannot be written; a folder that is missing is made later."""
+    if target.parent.exists():
+        check_target(target, overwrite=overwrite)
 
 
 def _print_report(report: Report, out: Path, console) -> None:

@@ -6,7 +6,6 @@ a seed alone; the judge sees pixels alone; the verdict compares what the judge s
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 from collections import Counter, deque
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from longvideo.evaluation.judge import AskedScene, Percept, Verdict, compare, judge, perceive
-from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices
+from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices, write_picture
+from longvideo.files import write_json
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, Split, sample_scene
 
@@ -349,16 +349,17 @@ def write_report(
     """Write results.json, scores.png (where there is more than one second to plot) and contact sheets into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     record = report.summary() | {"videos": [asdict(result) for result in report.results]}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "results.json", record)
     seconds = len(report.curves.get("color", []))
     if seconds > 1:
-        plot_curves(
+        scores = plot_curves(
             {name: report.curves[name] for name in ("color", "shape", "background")},
             [second + 1 for second in range(seconds)],
             title=f"Right in each second of {report.num_videos} videos from held-out prompts",
             x_label="seconds",
-        ).save(out / "scores.png")
+        )
+        write_picture(scores, out / "scores.png")
     for name, clips in (("failures.png", failures), ("successes.png", successes)):
         if clips:
             sheet = film_strip([frames for _, frames in clips], captions=[line for line, _ in clips], scale=0.6)
-            sheet.save(out / name)
+            write_picture(sheet, out / name)

@@ -1,21 +1,25 @@
-"""Pictures for people: contact sheets, looping GIFs and curves, drawn with Pillow alone."""
+"""Pictures for people: contact sheets and curves, drawn with Pillow, and looping animations, written with imageio."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longvideo.errors import UserError
+from longvideo.files import write_bytes
 
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)
 RULE = (222, 224, 228)
 CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 GIF_TICK_MS = 10
+WEBP_QUALITY = 85
 OVERSAMPLING = 3
 
 
@@ -72,27 +76,43 @@ def spaced_indices(length: int, count: int) -> list[int]:
     return [round(value) for value in np.linspace(0, length - 1, count)]
 
 
-def write_gif(frames: np.ndarray, path: Path, *, fps: float, source_fps: float = 24.0, scale: float = 1.0) -> None:
-    """Write uint8 [T, H, W, 3] frames of `source_fps` as an endless GIF at about `fps`.
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all. Raises WriteError as `longvideo.files.write_file` does."""
+    pixels = np.asarray(picture.convert("RGB"))
+    write_bytes(path, iio.imwrite("<bytes>", pixels, extension=".png", plugin="pillow", optimize=True))
 
-    A GIF counts in hundredths of a second, so `fps` is rounded to what that can say. One palette serves every frame:
-    with a palette each, flat areas would flicker.
+
+def write_animation(
+    frames: np.ndarray, path: Path, *, fps: float, source_fps: float = 24.0, scale: float = 1.0
+) -> None:
+    """Write uint8 [T, H, W, 3] frames of `source_fps` as an endless GIF or WebP, by the name, at about `fps`.
+
+    A GIF counts in hundredths of a second, so `fps` is rounded to what that can say; one palette serves all its frames:
+    with a palette each, flat areas would flicker. Raises WriteError as `longvideo.files.write_file` does.
     """
     if len(frames) == 0 or fps <= 0:
-        raise UserError(f"a GIF needs frames and a positive rate, got {len(frames)} frames and {fps} frames a second")
+        raise UserError(f"an animation needs frames and a positive rate, got {len(frames)} frames and {fps} a second")
     ticks = max(1, round(1000 / fps / GIF_TICK_MS))
     step = source_fps * ticks * GIF_TICK_MS / 1000
     chosen = frames[np.arange(0, len(frames) - 0.5, step).round().astype(int)]
-    size = (round(chosen.shape[2] * scale), round(chosen.shape[1] * scale))
-    sample = np.concatenate(list(chosen[spaced_indices(len(chosen), min(8, len(chosen)))]))
-    palette = Image.fromarray(sample).quantize(colors=255, method=Image.Quantize.MEDIANCUT)
-    pictures = []
-    for frame in chosen:
-        picture = Image.fromarray(frame)
-        if scale != 1.0:
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
-        pictures.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=ticks * GIF_TICK_MS, loop=0)
+    pictures = [Image.fromarray(frame) for frame in chosen]
+    if scale != 1.0:
+        size = (round(chosen.shape[2] * scale), round(chosen.shape[1] * scale))
+        pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
+    settings: dict[str, Any] = {"duration": ticks * GIF_TICK_MS, "loop": 0}
+    if path.suffix == ".gif":
+        palette = _palette(chosen)
+        pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+        settings |= {"mode": "P", "palette": bytes(palette.getpalette() or ())}
+    else:
+        settings |= {"quality": WEBP_QUALITY}
+    batch = np.stack([np.asarray(picture) for picture in pictures])
+    write_bytes(path, iio.imwrite("<bytes>", batch, extension=path.suffix, plugin="pillow", is_batch=True, **settings))
+
+
+def _palette(frames: np.ndarray) -> Image.Image:
+    sample = np.concatenate(list(frames[spaced_indices(len(frames), min(8, len(frames)))]))
+    return Image.fromarray(sample).quantize(colors=255, method=Image.Quantize.MEDIANCUT)
 
 
 def plot_curves(

@@ -1,4 +1,4 @@
-"""The two pictures on a model's page: a contact sheet and a looping GIF of the same clips."""
+"""The two pictures on a model's page: a contact sheet and a looping animation of the same clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from longvideo.evaluation.sheet import INK, PAPER, film_strip, spaced_indices, write_gif
+from longvideo.evaluation.sheet import INK, PAPER, film_strip, spaced_indices, write_animation, write_picture
 
 PROMPTS = (
     "a large purple star spins above a meadow",
@@ -31,14 +31,19 @@ FONT_SIZE = 12
 CAPTION_LINES = 3
 
 
-def write_showcase(clips: Sequence[np.ndarray], prompts: Sequence[str], folder: Path, name: str, *, fps: float) -> None:
-    """Write `name`.png (a row of frames for each clip) and `name`.gif (the clips side by side) into `folder`.
+def write_showcase(
+    clips: Sequence[np.ndarray], prompts: Sequence[str], targets: tuple[Path, Path], *, fps: float
+) -> None:
+    """Write a sheet (a row of frames for each clip) and an animation of the clips side by side.
 
-    clips: uint8 [T, H, W, 3] of `fps` frames a second, all of one shape.
+    clips: uint8 [T, H, W, 3] of `fps` frames a second, all of one shape. targets: a PNG, and a GIF or WebP.
     """
-    sheet = film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE)
-    sheet.quantize(palette=choose_palette(sheet), dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
-    write_gif(limit_colors(tile_clips(clips, prompts)), folder / f"{name}.gif", fps=GIF_FPS, source_fps=fps)
+    sheet, animation = targets
+    strip = film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE)
+    write_picture(strip.quantize(palette=choose_palette(strip), dither=Image.Dither.NONE), sheet)
+    tiles = tile_clips(clips, prompts)
+    tiles = limit_colors(tiles) if animation.suffix == ".gif" else tiles
+    write_animation(tiles, animation, fps=GIF_FPS, source_fps=fps)
 
 
 def choose_palette(picture: Image.Image) -> Image.Image:

@@ -56,5 +56,5 @@ def test_a_tally_is_a_ratio_of_energies() -> None:
 
 def test_a_missing_folder_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "quantization", "--out", str(tmp_path / "no" / "errors.json")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "is not a folder; create it first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from longvideo.errors import UserError
-from longvideo.evaluation.sheet import contact_sheet, film_strip, plot_curves, round_ticks, write_gif
+from longvideo.evaluation.sheet import (
+    contact_sheet,
+    film_strip,
+    plot_curves,
+    round_ticks,
+    write_animation,
+    write_picture,
+)
 
 
 def test_contact_sheet_places_frames_row_by_row():
@@ -31,14 +38,16 @@ def test_empty_sheet_is_a_user_error():
         contact_sheet([], 4)
 
 
-def test_gif_lasts_as_long_as_the_clip(tmp_path):
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_lasts_as_long_as_the_clip(tmp_path, suffix):
     frames = np.random.default_rng(0).integers(0, 255, (96, 16, 24, 3), dtype=np.uint8)
-    write_gif(frames, tmp_path / "clip.gif", fps=12)
-    with Image.open(tmp_path / "clip.gif") as picture:
+    write_animation(frames, tmp_path / f"clip{suffix}", fps=12)
+    with Image.open(tmp_path / f"clip{suffix}") as picture:
         assert picture.info["loop"] == 0
         total = 0
         for index in range(picture.n_frames):
             picture.seek(index)
+            picture.load()
             total += picture.info["duration"]
     assert abs(total - 4000) <= 80
 
@@ -56,3 +65,22 @@ def test_ticks_lie_inside_the_range(low, high):
     ticks = round_ticks(low, high)
     assert len(ticks) <= 11
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_a_gif_has_the_colors_of_its_frames(tmp_path):
+    levels = np.arange(0, 240, 30, dtype=np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (8, 16, 24, 3)).copy()
+    frames[:, :8, :, 1] = 255 - levels[:, None, None]
+    write_animation(frames, tmp_path / "clip.gif", fps=25, source_fps=25)
+    with Image.open(tmp_path / "clip.gif") as picture:
+        for index, frame in enumerate(frames):
+            picture.seek(index)
+            assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - frame).max() <= 4
+
+
+def test_a_picture_is_written_whole_and_through_a_link(tmp_path):
+    (tmp_path / "far.png").write_bytes(b"old")
+    (tmp_path / "near.png").symlink_to(tmp_path / "far.png")
+    write_picture(Image.new("RGB", (3, 2), (9, 8, 7)), tmp_path / "near.png")
+    assert np.asarray(Image.open(tmp_path / "far.png")).tolist() == [[[9, 8, 7]] * 3] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far.png", "near.png"]

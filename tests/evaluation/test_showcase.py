@@ -40,7 +40,7 @@ def test_a_small_object_keeps_its_color(clips):
 
 
 def test_the_pictures_hold_every_clip_and_are_small(clips, tmp_path):
-    write_showcase(clips, PROMPTS, tmp_path, "model", fps=8)
+    write_showcase(clips, PROMPTS, (tmp_path / "model.png", tmp_path / "model.gif"), fps=8)
     assert (tmp_path / "model.png").stat().st_size < 400_000
     assert (tmp_path / "model.gif").stat().st_size < 2_000_000
     with Image.open(tmp_path / "model.gif") as gif:

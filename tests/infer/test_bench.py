@@ -64,14 +64,24 @@ def test_the_command_writes_what_it_shows(
     assert main([*command, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["steps"] == 1 and report["environment"]["torch"] == torch.__version__
-    assert f"{report['end_to_end_fps']:.1f} frames/s" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{report['end_to_end_fps']:.1f} frames/s" in printed.out
+    assert printed.err.count("running on cpu in ") == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
-        (["--preset", "tiny", "--size", "large"], "--size 'large' is no size; write it like 704x1280"),
+        (["--preset", "wan2.2-ti2v-5b", "--size", "large"], "--size 'large' is not a size; write it like 704x1280"),
+        (["--preset", "tiny", "--size", "128x224"], "the preset tiny has its own size 128x224 and window 24; leave"),
+        (["--preset", "tiny", "--device", "cpu", "--window", "32"], "leave --size and --window out"),
+        (["--model", "tiny", "--size", "704x1280"], "--size and --window are options of a preset; a model has its own"),
+        (["--preset", "tiny", "--device", "cpu", "--precision", "fp8"], "FP8 products need a GPU"),
+        (["--preset", "tiny", "--device", "cpu", "--timeline", "a.png"], "--timeline a.png needs a GPU"),
+        (["--preset", "tiny", "--steps", "0"], "steps is 0; it must be from 1 to 1000"),
+        (["--preset", "tiny", "--out", "nowhere/a.json"], "nowhere is not a folder; create it first"),
+        (["--preset", "tiny", "--out", "/dev/null"], "it is a device, a pipe or a socket"),
         (["--preset", "wan", "--device", "cpu"], "--preset 'wan' is unknown"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "700x1280", "--device", "cpu"],
