@@ -56,7 +56,8 @@ class StoredAdapter:
         return {layer: (infos[layer + UP].shape[0], infos[layer + DOWN].shape[1]) for layer in layers}
 
     def load(self) -> Adapter:
-        return Adapter({name: self.weights.read(name).float() for name in self.weights.infos}, self.rank, self.scaling)
+        weights = self.weights.finite()
+        return Adapter({name: weights.read(name).float() for name in weights.infos}, self.rank, self.scaling)
 
 
 @dataclass(frozen=True)

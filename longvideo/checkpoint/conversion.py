@@ -82,7 +82,8 @@ def convert_model(
     """Write a model in another format.
 
     Raises CheckpointError or UserError before anything is written where a tensor is missing, unknown or of a wrong
-    shape or type, where the target has no place for something, and where the disk has no room.
+    shape or type, where the target has no place for something, and where the disk has no room; and while it is written
+    for NaN or infinity in a tensor.
     """
     target = TARGETS[wishes.target]
     destination = _check_destination(destination, target.suffixes, overwrite=overwrite)
@@ -93,6 +94,7 @@ def convert_model(
     if TRANSFORMER in weights:
         weights[TRANSFORMER] = _in_precision(source, wishes, progress.on_packed)
     target.check(source, weights)
+    weights = {part: own.finite() for part, own in weights.items()}
     total = sum(own.num_bytes for own in weights.values())
     stamps = _stamps(weights)
     metadata = {part: own.metadata for part, own in weights.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from longvideo.checkpoint.tensors import Weights, listing
+from longvideo.checkpoint.tensors import Weights, check_finite, listing
 from longvideo.errors import CheckpointError
 
 RANDOM_IN_PLACE = (Tensor.normal_, Tensor.uniform_)
@@ -77,7 +77,7 @@ def load_weights(
 
     Parameters become new tensors on device, floating ones cast to dtype (None keeps what is stored), so optimisers are
     built afterwards; buffers, such as packed codes and their scales, keep what is stored. Tied parameters stay tied.
-    Raises CheckpointError before anything is loaded if anything is amiss.
+    Raises CheckpointError before anything is loaded if anything is amiss, and for NaN or infinity in a tensor.
     """
     check_fits(module, weights)
     device = torch.device(device)
@@ -91,6 +91,7 @@ def load_weights(
             tensor = weights.read(stored_as[own_name], device)
             if isinstance(old, nn.Parameter):
                 tensor = nn.Parameter(_cast(tensor, dtype), requires_grad=old.requires_grad)
+            check_finite(tensor.detach(), f"{weights.label}: {own_name}")
             loaded[own_name] = tensor
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded[own_name])

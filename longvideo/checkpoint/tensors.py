@@ -19,6 +19,7 @@ from longvideo.errors import CheckpointError
 
 MAX_LISTED = 8
 PIECE_BYTES = 64 * 2**20
+VALUES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,23 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class Finite:
+    """Another tensor, which is looked at for NaN and infinity as it is read; label: names it in the error."""
+
+    source: Lazy
+    label: str
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.info
+
+    def pieces(self) -> Iterator[Tensor]:
+        for piece in self.source.pieces():
+            check_finite(piece, self.label)
+            yield piece
+
+
+@dataclass(frozen=True)
 class Made:
     """A tensor that is computed from others, whole."""
 
@@ -116,6 +134,23 @@ class Made:
         made = self.make()
         assert (tuple(made.shape), made.dtype) == (self.info.shape, self.info.dtype)
         yield made.contiguous().flatten()
+
+
+def check_finite(tensor: Tensor, label: str) -> None:
+    """Raise CheckpointError where a tensor, on any device, holds NaN or infinity. label: names it.
+
+    Its extremes are compared, which takes one pass at the speed of the memory.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    parts = tensor.flatten().split(VALUES_AT_ONCE) if is_one_byte_float(tensor.dtype) else (tensor,)
+    for part in parts:
+        low, high = torch.aminmax(part.to(torch.bfloat16) if is_one_byte_float(part.dtype) else part)
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise CheckpointError(
+                f"{label} holds NaN or infinity; its file is damaged, or its training diverged: use another copy or an"
+                " earlier checkpoint"
+            )
 
 
 def is_one_byte_float(dtype: torch.dtype) -> bool:
@@ -191,6 +226,11 @@ class Weights:
             if tensor.info.dtype.is_floating_point and tensor.info.dtype != dtype and not keep(name)
         }
         return Weights({**self.tensors, **cast}, self.files, self.metadata)
+
+    def finite(self) -> Weights:
+        """Show the same tensors, each of which raises CheckpointError when it is read and holds NaN or infinity."""
+        checked = {name: Finite(tensor, f"{self.label}: {name}") for name, tensor in self.tensors.items()}
+        return Weights(checked, self.files, self.metadata)
 
     def replaced(self, changes: Mapping[str, Lazy | None]) -> Weights:
         """Show other tensors under some names; None takes one away."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.conversion import Wishes, convert_model
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.tensors import check_finite
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError
 from tests.checkpoint import official
@@ -199,6 +200,63 @@ def test_a_damaged_checkpoint_is_refused_by_name(name: str, room: Path, capsys: 
     case = CASES[name]
     damage_file(room / case.file, case.damage)
     assert re.search(case.says, refused(room, case.file, capsys))
+
+
+def all_nan(x: Tensor) -> Tensor:
+    return torch.full_like(x, float("nan"))
+
+
+def one_infinity(x: Tensor) -> Tensor:
+    changed = x.float().clone()
+    changed.view(-1)[-1] = float("nan") if x.dtype == torch.float8_e4m3fn else -float("inf")  # E4M3 has no infinity
+    return changed.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "label"),
+    [
+        (DIT, f"{Q}.weight", rf"{Q}\.weight"),
+        (VAE, "decoder.head.2.bias", r"decoder\.conv_out\.bias"),
+        (TEXT, "norm.weight", r"encoder\.final_layer_norm\.weight"),
+        (OURS, "blocks.0.attn1.to_q.bias", rf"{Q}\.bias"),
+        (PACKED, "blocks.0.attn1.to_q.weight_tensor_scale", rf"{Q}\.weight_tensor_scale"),
+        (PACKED, "blocks.0.attn1.to_q.weight_scales", rf"{Q}\.weight_scales"),
+        (LONGLIVE, "model.head.modulation", r"head\.modulation"),
+        (ADAPTER, f"{LORA}.lora_A.weight", rf"{Q}\.weight"),
+    ],
+)
+@pytest.mark.parametrize("damage", [all_nan, one_infinity])
+def test_nan_and_infinity_are_refused_by_name_when_a_model_is_loaded_or_converted(
+    damage: Callable[[Tensor], Tensor], file: str, name: str, label: str, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_file(room / file, put(name, damage))
+    assert re.search(rf"{label} holds NaN or infinity", refused(room, file, capsys))
+    source = room / file if file.endswith(".pt") else room / Path(file).parts[0]
+    folder = ModelFolder.open(source, base=room / "ours" if file.endswith(".pt") else None)
+    with pytest.raises(CheckpointError, match=rf"{label} holds NaN or infinity"):
+        folder.load_transformer(dtype=torch.bfloat16)
+        folder.load_vae(dtype=torch.float32)
+        folder.load_text_encoder()
+
+
+def test_a_value_that_the_wanted_dtype_cannot_hold_is_refused_too(room: Path) -> None:
+    damage_file(room / OURS, put("proj_out.weight", lambda x: x.double() + 1e300))
+    assert ModelFolder.open(room / "ours").load_transformer()
+    with pytest.raises(CheckpointError, match=r"head\.head\.weight holds NaN or infinity"):
+        ModelFolder.open(room / "ours").load_transformer(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64]
+)
+def test_every_value_of_every_dtype_but_nan_and_infinity_is_finite(dtype: torch.dtype) -> None:
+    extremes = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0], dtype=torch.float64).to(dtype)
+    check_finite(extremes, "x")
+    check_finite(torch.empty(0, dtype=dtype), "x")
+    long = torch.zeros(2**20 + 3, dtype=torch.float32)
+    long[-1] = float("nan")
+    with pytest.raises(CheckpointError, match="x holds NaN or infinity"):
+        check_finite(long.to(dtype), "x")
 
 
 @pytest.mark.parametrize("file", [DIT, VAE, TEXT, OURS, PACKED, LONGLIVE, ADAPTER])
