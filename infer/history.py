@@ -66,12 +66,14 @@ class History:
         kept: Iterable[ChunkRecord] = (),
     ) -> None:
         """decode_lookback: latents before its own that a frame depends on; see `longvideo.vae.halo`. capacity: how many
-        of the latest chunks are kept, beside those that the next one attends to.
+        of the latest chunks are kept, beside those that the next one attends to; at least what the next one needs.
 
         steps, kept: of a history to go on with.
         """
-        self._spec, self._capacity = spec, capacity
+        self._spec = spec
         self._lookback = -(-decode_lookback // spec.chunk_frames)
+        # the next chunk needs the noise of the last one, and the latents that the decoder looks back at
+        self._capacity = max(capacity, self._lookback, 1)
         self._steps = list(steps)
         self._kept = {record.step.index: record for record in kept}
         self._window = self._replayed()

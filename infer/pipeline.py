@@ -26,7 +26,8 @@ from longvideo.infer.formats import check_formats, start_line
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.memory import Workload
-from longvideo.infer.options import SamplingOptions
+from longvideo.infer.options import SamplingOptions, shown, whole_number
+from longvideo.infer.placement import check_placement, pick_dtype
 from longvideo.infer.script import (
     ChunkPlan,
     ChunkTiming,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_FORMATS = NumberFormats()
+MAX_HISTORY_CHUNKS = 2**31
 FirstPicture: TypeAlias = "Path | str | np.ndarray | Tensor | Image"
 
 __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
@@ -95,6 +97,10 @@ class StreamingPipeline:
         Raises UserError when the device is not there, CheckpointError when the folder is not whole.
         """
         formats = NumberFormats(precision, kv_cache, attention)
+        check_placement(device, decode_device, decode_share, dtype, formats)  # a model may be downloaded by its name
+        for what, value in (("the model", name), ("base", base)):
+            if value is not None and not isinstance(value, str | Path):
+                raise UserError(f"{what} is {shown(value)}; give a name or a path")
         return cls.load(
             ModelFolder.open(name, base=base, preset=preset),
             device=device,
@@ -122,10 +128,8 @@ class StreamingPipeline:
         calls, and the first gets the frames.
         Raises UserError before any is read where a GPU has too little memory free.
         """
-        where = pick_device(device)
+        where, decode_where = check_placement(device, decode_device, decode_share, dtype, formats)
         check_formats(folder, formats, device=where)
-        decode_where = where if decode_device is None else pick_device(decode_device)
-        check_decode_share(decode_share, where, decode_where)
         check_memory(
             Workload(
                 shapes=folder_shapes(folder),
@@ -202,7 +206,7 @@ class StreamingPipeline:
         shots = [shot.prompt for shot in script.shots]
         timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
         self._warn_unknown_words(shots)
-        return _frames_only(self._generate(timeline, options, [seed], self._first_latent(image)))
+        return _frames_only(self._generate(timeline, options, [options.seed], self._first_latent(image)))
 
     def session(
         self,
@@ -218,8 +222,10 @@ class StreamingPipeline:
         """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`.
 
         history_chunks: how far back `seek` can go; a chunk that can be gone back to keeps its latents in host memory.
+        What the next chunk needs is kept in any case.
         """
         check_prompt(prompt, "the prompt")
+        history_chunks = whole_number(history_chunks, "history_chunks", 0, MAX_HISTORY_CHUNKS)
         if seconds is not None:
             check_seconds(seconds, "the video")
         options = SessionOptions(
@@ -232,11 +238,14 @@ class StreamingPipeline:
         return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks))
 
     def restore(self, path: Path | str) -> Session:
-        """Go on with a session behind the last chunk that it had handed out when its `snapshot` was written.
+        """Continue a session after the last chunk that it had handed out when its `snapshot` was written.
 
         Raises UserError for another file, and for a snapshot of a model with other sizes or settings.
         """
-        snapshot = read_snapshot(Path(path), model=self._fingerprint)
+        config, spec = self.models.transformer.config, self.models.spec
+        _, p, q = config.patch_size
+        latent_shape = (config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
+        snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=latent_shape)
         history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.kept)
         return self._session(snapshot.shots, snapshot.options, history)
 
@@ -254,7 +263,10 @@ class StreamingPipeline:
         prompts: for every video, a prompt per shot. seconds: of every shot, the same for all videos.
         A video's noise depends on its own seed alone.
         """
-        if not prompts or len(prompts) != len(seeds):
+        for name, values in (("prompts", prompts), ("seconds", seconds), ("seeds", seeds), *_named_shots(prompts)):
+            if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+                raise UserError(f"{name} is {shown(values)}; give a sequence, with one item for each video or shot")
+        if not len(prompts) or len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} videos and {len(seeds)} seeds were given; give one seed for each video")
         if any(len(shots) != len(seconds) for shots in prompts):
             raise UserError(f"every video needs {len(seconds)} prompts, one for each length in seconds")
@@ -262,7 +274,7 @@ class StreamingPipeline:
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
         self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
-        chunks = self._generate(timeline, options[0], seeds, None)
+        chunks = self._generate(timeline, options[0], [option.seed for option in options], None)
         return np.concatenate([chunk.frames for chunk in chunks], axis=1)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
@@ -349,16 +361,6 @@ class StreamingPipeline:
             warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
 
 
-def check_decode_share(share: float | None, device: torch.device, decode_device: torch.device) -> None:
-    """Raise UserError where two devices cannot share the decoding like that. None is no share at all."""
-    if share is None:
-        return
-    if not 0 <= share < 1:
-        raise UserError(f"decode_share is {share}; it must be from 0 to below 1")
-    if (device.type, device.index or 0) == (decode_device.type, decode_device.index or 0):
-        raise UserError(f"decode_share is given, but {device} both denoises and decodes; name another decode_device")
-
-
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:
     """Make a Script of prompts that share `seconds`; a Script is returned as it is, and must come without seconds."""
     if isinstance(prompts, Script):
@@ -376,31 +378,9 @@ def chunk_timing(settings: ModelSettings, autoencoder: AutoencoderConfig) -> Chu
     return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return a device that is there; None takes CUDA if there is one. Raises UserError for any other."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picked = named_device(device)
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {str(device)!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
-    return picked
-
-
-def named_device(device: str | torch.device) -> torch.device:
-    """Return a CPU or CUDA device by its name, be it there or not. Raises UserError for any other name."""
-    try:
-        named = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {str(device)!r} is none; use cpu, cuda or cuda:1") from error
-    if named.type not in ("cpu", "cuda"):
-        raise UserError(f"device {str(device)!r} is not supported; use cpu or cuda")
-    return named
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 on CUDA and on CPUs that multiply it in hardware, float32 elsewhere."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+def _named_shots(prompts: object) -> list[tuple[str, object]]:
+    videos = prompts if isinstance(prompts, Sequence) else ()
+    return [(f"prompts[{index}]", shots) for index, shots in enumerate(videos)]
 
 
 def _frames_only(chunks: Generator[GeneratedChunk, None, None]) -> Generator[np.ndarray, None, None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longvideo.benchmark.step import random_model
 from longvideo.infer.generation import Models
-from longvideo.infer.pipeline import pick_dtype
+from longvideo.infer.placement import pick_dtype
 from longvideo.infer.shapes import ModelShapes
 from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from longvideo.errors import UserError
 from longvideo.files import check_text
+from longvideo.infer.options import shown
 
 MAX_SECONDS = 24 * 3600.0
-MOST_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Script:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shots, Sequence) or not all(isinstance(shot, ShotRequest) for shot in self.shots):
-            raise UserError(f"the shots of a script are {_shown(self.shots)}; give a sequence of ShotRequest")
+            raise UserError(f"the shots of a script are {shown(self.shots)}; give a sequence of ShotRequest")
         if not self.shots:
             raise UserError("no prompt given: write what the video should show")
         for number, shot in enumerate(self.shots, 1):
             if not isinstance(shot.cut, bool):
-                raise UserError(f"shot {number} has cut {_shown(shot.cut)}; true or false was expected")
+                raise UserError(f"shot {number} has cut {shown(shot.cut)}; true or false was expected")
             check_prompt(shot.prompt, f"the prompt of shot {number}")
             check_seconds(shot.seconds, f"shot {number}")
         check_seconds(self.seconds, "the script")
@@ -53,7 +53,7 @@ class Script:
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, Sequence):
-            raise UserError(f"prompts is {_shown(prompts)}; give a text, or a sequence of texts, one for each shot")
+            raise UserError(f"prompts is {shown(prompts)}; give a text, or a sequence of texts, one for each shot")
         for number, prompt in enumerate(prompts, 1):
             check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         check_seconds(seconds, "the video")
@@ -165,7 +165,7 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
 def check_prompt(prompt: str, what: str) -> None:
     """Raise UserError for a prompt that is no text, says nothing, or holds half a character."""
     if not isinstance(prompt, str):
-        raise UserError(f"{what} is {_shown(prompt)}; give text")
+        raise UserError(f"{what} is {shown(prompt)}; give text")
     check_text(prompt, what)
     if not prompt.strip():
         raise UserError(f"{what} is empty: write what the video should show")
@@ -174,19 +174,19 @@ def check_prompt(prompt: str, what: str) -> None:
 def check_seconds(seconds: float, what: str) -> None:
     """Raise UserError unless a length is a number above 0 and at most a day."""
     if isinstance(seconds, bool) or not isinstance(seconds, Real):
-        raise UserError(f"{what} has seconds {_shown(seconds)}; a number was expected")
+        raise UserError(f"{what} has seconds {shown(seconds)}; a number was expected")
     if not 0 < seconds <= MAX_SECONDS:
-        shown = _shown(int(seconds)) if isinstance(seconds, Integral) else f"{float(seconds):g}"
-        raise UserError(f"{what} has {shown} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
+        length = shown(int(seconds)) if isinstance(seconds, Integral) else f"{float(seconds):g}"
+        raise UserError(f"{what} has {length} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
 
 
 def _read_shot(entry: object, where: str) -> ShotRequest:
     known = [field.name for field in fields(ShotRequest)]
     if not isinstance(entry, dict):
-        raise UserError(f"{where} is {_shown(entry)}, not a mapping with the keys {', '.join(known)}")
+        raise UserError(f"{where} is {shown(entry)}, not a mapping with the keys {', '.join(known)}")
     for key in entry:
         if key not in known:
-            raise UserError(f"{where} has the unknown key {_shown(key)}{_nearest_key(str(key), known)}")
+            raise UserError(f"{where} has the unknown key {shown(key)}{_nearest_key(str(key), known)}")
     prompt, seconds, cut = entry.get("prompt"), entry.get("seconds"), entry.get("cut", True)
     if prompt is None:
         raise UserError(f"{where} has no prompt: add 'prompt: what the shot shows'")
@@ -195,15 +195,10 @@ def _read_shot(entry: object, where: str) -> ShotRequest:
         raise UserError(f"{where} has no seconds: add 'seconds: 5' for a shot of 5 s")
     check_seconds(seconds, where)
     if not isinstance(cut, bool):
-        raise UserError(f"{where} has cut {_shown(cut)}; true or false was expected")
+        raise UserError(f"{where} has cut {shown(cut)}; true or false was expected")
     return ShotRequest(prompt, float(seconds), cut)
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean '{nearest[0]}'?" if nearest else f"; the keys are {', '.join(known)}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

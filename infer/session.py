@@ -9,9 +9,10 @@ from types import TracebackType
 
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.history import History, Past
+from longvideo.infer.options import whole_number
 from longvideo.infer.script import ChunkTiming
 from longvideo.infer.snapshot import SessionOptions, Snapshot, write_snapshot
-from longvideo.infer.timeline import LiveSteps, Receipt, Shots, SwitchMode
+from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode
 
 
 class Session(Iterator[GeneratedChunk]):
@@ -97,6 +98,7 @@ class Session(Iterator[GeneratedChunk]):
         nearly, not exactly, what it was.
         Raises UserError for a chunk not made yet, or so far back that what it needs is no longer kept.
         """
+        chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         with self._lock:
             past, begun = self._history.behind(chunk), self._steps.next_chunk
             shots = {first: shot for first, shot in self._steps.shots.items() if first <= chunk or first >= begun}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longvideo.errors import UserError
+from longvideo.infer.options import shown, whole_number
 from longvideo.infer.script import ChunkPlan, ChunkTiming, check_prompt
 
+MAX_CHUNK = 2**31
 SwitchMode = Literal["keep", "recache", "cut"]
 MODES: tuple[SwitchMode, ...] = ("keep", "recache", "cut")
 """Of two asked for at one chunk, the later in this list stays."""
@@ -82,6 +84,7 @@ class LiveSteps(Iterator[Step]):
 
     def add_shot(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
         """Show another prompt from a chunk that is not yet begun; raises UserError for another."""
+        chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         with self._changed:
             if chunk < self._next:
                 raise UserError(f"chunk {chunk} is begun already; the next one is {self._next}")
@@ -129,8 +132,8 @@ class LiveSteps(Iterator[Step]):
 
     def _plan(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
         check_prompt(prompt, "the prompt")
-        if mode not in MODES:
-            raise UserError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+        if not isinstance(mode, str) or mode not in MODES:
+            raise UserError(f"mode is {shown(mode)}; use one of {', '.join(MODES)}")
         if self._num_frames is not None and self._timing.start(chunk) >= self._num_frames:
             raise UserError(
                 f"the video ends before chunk {chunk}; its last one is {self._timing.chunks_for(self._num_frames) - 1}"

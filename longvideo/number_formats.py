@@ -37,7 +37,9 @@ class NumberFormats:
             ("kv_cache", self.kv_cache, KV_CACHES),
             ("attention", self.attention, ATTENTIONS),
         ):
-            if value not in known and (value is not None or name != "precision"):
+            if name == "precision" and value is None:
+                continue
+            if not isinstance(value, str) or value not in known:
                 raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
     def precision_of(self, *, packed: bool) -> str:

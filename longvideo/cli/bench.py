@@ -48,7 +48,7 @@ def kernels(
     from rich.table import Table
 
     from longvideo.benchmark.kernels import time_kernels
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.placement import pick_device
     from longvideo.machine import machine
 
     _check_output(out)
@@ -96,7 +96,7 @@ def step(
     from rich.table import Table
 
     from longvideo.benchmark.step import time_steps
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.placement import pick_device
     from longvideo.machine import machine
 
     _check_output(out)
@@ -138,7 +138,7 @@ def load(
     from dataclasses import asdict
 
     from longvideo.benchmark.loading import time_loading
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.placement import pick_device
     from longvideo.machine import machine
 
     _check_output(out)
@@ -174,7 +174,7 @@ def encode(
     import torch
 
     from longvideo.benchmark.encoding import time_encoding
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.placement import pick_device
     from longvideo.machine import machine
 
     _check_output(out)
@@ -248,7 +248,8 @@ def stream(
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.memory import Workload
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.pipeline import StreamingPipeline, check_decode_share, pick_device, pick_dtype
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.placement import check_decode_share, pick_device, pick_dtype
     from longvideo.infer.random_models import random_models
     from longvideo.infer.shapes import preset_shapes
     from longvideo.infer.writer import VideoWriter, check_output
@@ -361,7 +362,7 @@ def parallel(
 
     from longvideo.infer.bench import measure_passes
     from longvideo.infer.formats import check_hardware, check_shapes, start_line
-    from longvideo.infer.pipeline import pick_device, pick_dtype
+    from longvideo.infer.placement import pick_device, pick_dtype
     from longvideo.infer.random_models import random_models
     from longvideo.number_formats import NumberFormats
     from longvideo.streaming.parallel import launched_ranks

@@ -70,7 +70,7 @@ def doctor(
     Ends with code 1 when a check fails or a model does not fit into the GPUs of this machine, with 0 otherwise.
     """
     from longvideo.infer.fit import cuda_devices
-    from longvideo.infer.pipeline import pick_device
+    from longvideo.infer.placement import pick_device
     from longvideo.number_formats import NumberFormats
 
     formats = NumberFormats(precision, kv_cache, attention)
@@ -108,7 +108,7 @@ def _question(
     from longvideo.infer.formats import check_hardware, check_shapes
     from longvideo.infer.memory import Workload
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.pipeline import check_decode_share, pick_dtype
+    from longvideo.infer.placement import check_decode_share, pick_dtype
     from longvideo.infer.shapes import folder_shapes, preset_shapes
 
     SamplingOptions(guidance=guidance)
@@ -144,7 +144,7 @@ def _place(name: str | None) -> torch.device:
     import torch
 
     from longvideo.infer.fit import cuda_devices
-    from longvideo.infer.pipeline import named_device, pick_device
+    from longvideo.infer.placement import named_device, pick_device
 
     if cuda_devices():
         return pick_device(name)

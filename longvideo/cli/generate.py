@@ -295,7 +295,8 @@ def _load(
     from longvideo.data.pictures import read_image
     from longvideo.infer.formats import check_formats
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing, pick_device
+    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
+    from longvideo.infer.placement import pick_device
     from longvideo.infer.script import plan_chunks
 
     if image is not None:

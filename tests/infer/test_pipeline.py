@@ -55,6 +55,68 @@ def test_same_seed_same_bits_and_another_seed_another_video(pipeline: StreamingP
     assert np.abs(first.astype(int) - other).mean() > 1
 
 
+def test_seeds_and_counts_of_numpy_are_numbers(pipeline: StreamingPipeline) -> None:
+    expected = video(pipeline, PROMPTS[0], seconds=1, seed=7, steps=2, guidance=2.0)
+    for kind in (np.int64, np.uint8):
+        options = {"seed": kind(7), "steps": kind(2), "guidance": np.float32(2), "seconds": kind(1)}
+        assert np.array_equal(video(pipeline, PROMPTS[0], **options), expected)
+    batch = pipeline.generate_batch([PROMPTS[:1]], seconds=[1], seeds=np.array([7]), steps=2, guidance=2.0)
+    assert np.abs(batch[0].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": 7}, "the model is 7; give a name or a path"),
+        ({"base": 7}, "base is 7; give a name or a path"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": 0}, "device is 0; use cpu, cuda or cuda:N"),
+        ({"device": "cpu:x"}, "device 'cpu:x' is not a device"),
+        ({"decode_device": "cuda:97"}, "device 'cuda:97' is not there"),
+        ({"decode_share": "a"}, "decode_share is 'a'; it must be a number"),
+        ({"decode_share": 0.5}, "cpu both denoises and decodes"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of torch.float32, torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; it must be one of"),
+        ({"precision": "int8"}, "precision is 'int8'; it must be one of"),
+        ({"precision": 4}, "precision is 4; it must be one of"),
+        ({"precision": "fp8"}, "FP8 products need a GPU"),
+        ({"kv_cache": None}, "kv_cache is None; it must be one of bf16, nvfp4"),
+        ({"attention": "fp8"}, "FP8 attention needs a CUDA GPU"),
+        ({"preset": "none"}, "preset 'none'|'none'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_opened(options, message: str, monkeypatch) -> None:
+    def opened(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(ModelFolder, "load_transformer", opened)
+    with pytest.raises(UserError, match=message):
+        StreamingPipeline.from_pretrained(**{"name": "tiny", "device": "cpu", **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.session(7), "the prompt is 7; give text"),
+        (lambda pipe: pipe.session("a", history_chunks=-1), "history_chunks is -1; it must be from 0"),
+        (lambda pipe: pipe.session("a", history_chunks="4"), "history_chunks is '4'; it must be a whole number"),
+        (lambda pipe: pipe.session("a", seconds="4"), "the video has seconds '4'"),
+        (lambda pipe: pipe.session("a", seed=True), "seed is True"),
+        (lambda pipe: pipe.session("a").set_prompt("a \ud83d"), "the prompt is not valid text"),
+        (lambda pipe: pipe.session("a").set_prompt("a", mode=None), "mode is None; use one of"),
+        (lambda pipe: pipe.session("a").add_shot("a", chunk="3"), "chunk is '3'; it must be a whole number"),
+        (lambda pipe: pipe.session("a").seek(None), "chunk is None; it must be a whole number"),
+        (lambda pipe: pipe.generate_batch("a ball", seconds=[1], seeds=[1]), "prompts is 'a ball'; give a sequence"),
+        (lambda pipe: pipe.generate_batch(["a ball"], seconds=[1], seeds=[1]), r"prompts\[0\] is 'a ball'; give a seq"),
+        (lambda pipe: pipe.generate_batch([["a ball"]], seconds=1, seeds=[1]), "seconds is 1; give a sequence"),
+        (lambda pipe: pipe.generate_batch([["a ball"]], seconds=[1], seeds=[True]), "seed is True"),
+    ],
+)
+def test_wrong_values_of_other_calls_are_refused(call, message: str, pipeline: StreamingPipeline) -> None:
+    with pytest.raises(UserError, match=message):
+        call(pipeline)
+
+
 def test_the_streamed_video_equals_latents_decoded_at_once(pipeline: StreamingPipeline, monkeypatch) -> None:
     latents = []
     rollout = generation.rollout
@@ -136,6 +198,20 @@ def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> No
         ("a", {"seconds": 4, "guidance": -1}, "guidance is -1"),
         ("a", {"seconds": 4, "guidance": float("nan")}, "guidance is nan"),
         ("a", {"seconds": 4, "seed": -1}, "seed is -1"),
+        ("a", {"seconds": 4, "seed": True}, "seed is True; it must be a whole number"),
+        ("a", {"seconds": 4, "seed": 1.0}, "seed is 1.0; it must be a whole number"),
+        ("a", {"seconds": 4, "seed": np.uint64(2**63)}, "seed is 9223372036854775808; it must be from 0"),
+        ("a", {"seconds": 4, "seed": np.int32(-1)}, "seed is -1; it must be from 0"),
+        ("a", {"seconds": 4, "seed": None}, "seed is None; it must be a whole number"),
+        ("a", {"seconds": 4, "steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ("a", {"seconds": 4, "steps": "4"}, "steps is '4'; it must be a whole number"),
+        ("a", {"seconds": 4, "guidance": "1"}, "guidance is '1'; it must be a number"),
+        ("a", {"seconds": 4, "guidance": True}, "guidance is True; it must be a number"),
+        ("a", {"seconds": 4, "guidance": 10**400}, "guidance is 1000"),
+        ("a", {"seconds": "4"}, "the video has seconds '4'; a number was expected"),
+        (7, {"seconds": 4}, "prompts is 7; give a text"),
+        (["a", None], {"seconds": 4}, "prompt 2 is None; give text"),
+        ("a \ud83d", {"seconds": 4}, "the prompt is not valid text"),
         ("a", {"seconds": 4, "image": "nothing.png"}, "no image at nothing.png"),
         ("a", {"seconds": 4, "image": torch.zeros(3, 3, 3)}, "image is torch.float32"),
         ("a", {"seconds": 4, "image": 7}, "image is of type int"),

@@ -248,7 +248,7 @@ def test_a_snapshot_of_another_model_is_refused(pipeline: StreamingPipeline, tmp
         _changed(path, '"height": 32', '"height": 128')
         pipeline.restore(path)
     save_file(load_file(path), path)
-    with pytest.raises(UserError, match="no snapshot of a session"):
+    with pytest.raises(UserError, match="is not a snapshot of a session"):
         pipeline.restore(path)
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read"):
