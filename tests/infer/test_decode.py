@@ -86,7 +86,7 @@ def test_two_devices_make_what_one_makes(autoencoder: Autoencoder) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
 def test_a_share_outside_its_range_is_refused(model_folder: Path, share: float) -> None:
-    with pytest.raises(UserError, match=f"decode_share is {share}; it must be from 0 to below 1"):
+    with pytest.raises(UserError, match=f"decode_share is {share}; it must be a number from 0 to below 1"):
         StreamingPipeline.from_pretrained(model_folder, device="cpu", decode_device="cpu", decode_share=share)
 
 

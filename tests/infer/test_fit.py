@@ -11,7 +11,7 @@ import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
-from longvideo.infer import fit, pipeline
+from longvideo.infer import fit, placement
 from longvideo.infer.fit import assess, check_memory
 from longvideo.infer.memory import estimate
 from longvideo.infer.pipeline import StreamingPipeline
@@ -129,7 +129,7 @@ def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus, monkeypatch) -
 
 def test_load_refuses_before_any_weight_is_read(model_folder: Path, gpus, monkeypatch) -> None:
     gpus(0.5)
-    monkeypatch.setattr(pipeline, "pick_device", lambda device: FIRST)
+    monkeypatch.setattr(placement, "pick_device", lambda device: FIRST)
     folder = ModelFolder.open(model_folder)
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
         monkeypatch.setattr(ModelFolder, name, lambda *args, **kwargs: pytest.fail("a weight was read"))
