@@ -8,20 +8,16 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from longvideo.errors import CheckpointError
-from longvideo.files import check_text, write_json, write_text
+from longvideo.files import check_text
+from longvideo.tokenizer import PAD_ID, UNKNOWN, encode, word_tokenizer
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
-PUNCTUATION = ".,;:!?'\"-()"
 TOKENS_MULTIPLE = 16
 MAX_CACHED_PROMPTS = 64
 TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2}
@@ -97,7 +93,7 @@ class TextEncoder(nn.Module):
     def unknown_words(self, prompt: str) -> list[str]:
         """Name the words the vocabulary lacks, once each, as they are written in the prompt."""
         text = clean_prompt(prompt)
-        encoding = self.tokenizer.encode(text)
+        encoding = encode(self.tokenizer, text)
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
         return list(dict.fromkeys(text[start:end] for start, end in spans))
@@ -121,7 +117,7 @@ class TextEncoder(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         check_text(text, "the prompt")
-        ids = self.tokenizer.encode(text).ids
+        ids = encode(self.tokenizer, text).ids
         if len(ids) > self.text_len:
             start = text if len(text) <= 40 else text[:40] + "..."
             warnings.warn(
@@ -137,53 +133,3 @@ def clean_prompt(prompt: str) -> str:
     Wan also mends mis-decoded text with ftfy where it is installed; left out, so the result is the same everywhere.
     """
     return " ".join(html.unescape(html.unescape(prompt)).split())
-
-
-def word_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """Build a tokenizer of whole lower-case words, split at white space and punctuation."""
-    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    pieces = {piece for word in words for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(word))}
-    special = {PAD: PAD_ID, END: END_ID, UNKNOWN: UNKNOWN_ID}
-    ordinary = sorted((pieces | set(PUNCTUATION)) - set(special))
-    vocabulary = special | {word: index for index, word in enumerate(ordinary, start=len(special))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, END_ID)])
-    tokenizer.add_special_tokens(list(special))
-    return tokenizer
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json of a tokenizer folder (google/umt5-xxl and the tiny model both have one)."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"no tokenizer.json in {folder}; save the tokenizer with save_pretrained to make one")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:
-        # tokenizers raises a bare Exception for any content it cannot use
-        if type(error) not in (Exception, UnicodeDecodeError):
-            raise
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    found = (tokenizer.token_to_id(PAD), tokenizer.token_to_id(END))
-    if found != (PAD_ID, END_ID):
-        raise CheckpointError(f"{path} has {PAD} and {END} at ids {found}; wanted ({PAD_ID}, {END_ID}) as UMT5 has")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None:
-    """Write tokenizer.json and the small files by which transformers' AutoTokenizer opens the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": text_len,
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
-    }
-    write_json(folder / "tokenizer_config.json", config)

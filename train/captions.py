@@ -12,7 +12,8 @@ from longvideo.conditioning import chunk_text
 from longvideo.errors import ConfigError
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene
-from longvideo.text import PAD_ID, TOKENS_MULTIPLE, TextEncoder, clean_prompt
+from longvideo.text import TOKENS_MULTIPLE, TextEncoder, clean_prompt
+from longvideo.tokenizer import PAD_ID
 
 
 @dataclass(frozen=True)

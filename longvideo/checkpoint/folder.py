@@ -32,7 +32,8 @@ from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import expect_packed
-from longvideo.text import TextEncoder, load_tokenizer, save_tokenizer
+from longvideo.text import TextEncoder
+from longvideo.tokenizer import load_tokenizer, save_tokenizer
 from longvideo.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -254,11 +255,7 @@ class ModelFolder:
     def _load_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise CheckpointError(f"{self.path} has no tokenizer.json; Wan's official folder has it in google/umt5-xxl")
-        tokenizer = load_tokenizer(self.tokenizer)
-        num_tokens, rows = tokenizer.get_vocab_size(), self.text_encoder_config.vocab_size
-        if num_tokens > rows:
-            raise CheckpointError(f"{self.tokenizer} has {num_tokens} tokens, the text encoder {rows}")
-        return tokenizer
+        return load_tokenizer(self.tokenizer, rows=self.text_encoder_config.vocab_size)
 
     def _check_configs(self) -> None:
         parts = set(self.parts)
