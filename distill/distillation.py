@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from longvideo.rollout import context_level
 from longvideo.sampling import sample_videos
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
+from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import Engine
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
 from longvideo.training.mesh import Mesh, ParallelConfig, divide, launched
@@ -245,7 +246,8 @@ class DistillRecipe:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        return []
 
     def validate(self) -> dict[str, float]:
         return {}

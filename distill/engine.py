@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.run_checkpoint import ROLES
+from longvideo.checkpoint.tensors import Lazy
 from longvideo.distill.objectives import CriticObjective, StudentObjective
 from longvideo.distill.walk import Clip
-from longvideo.errors import CheckpointError
 from longvideo.training.engine import Engine
 
-STUDENT, CRITIC = "student", "critic"
 STUDENT_METRICS = ("student_loss", "dmd_gradient", "student_grad")
 
 
@@ -37,6 +35,7 @@ class PairedEngine:
     ):
         self.student_objective, self.student = student
         self.critic_objective, self.critic = critic
+        self.engines = dict(zip(ROLES, (self.student, self.critic), strict=True))
         self.critic_rate, self.student_every, self.critic_first = critic_rate, student_every, critic_first
 
     def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:
@@ -65,21 +64,29 @@ class PairedEngine:
     def is_finite(self) -> bool:
         return self.student.is_finite() and self.critic.is_finite()
 
+    @property
+    def arithmetic(self) -> str:
+        return self.student.arithmetic
+
+    def shapes(self) -> dict[str, torch.Size]:
+        of_roles = {role: engine.shapes() for role, engine in self.engines.items()}
+        return {f"{role}/{name}": shape for role, shapes in of_roles.items() for name, shape in shapes.items()}
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        role, _, own = name.partition("/")
+        return self.engines[role].whole(own, kind)
+
+    def put(self, name: str, kind: str, stored: Lazy) -> None:
+        role, _, own = name.partition("/")
+        self.engines[role].put(own, kind, stored)
+
     def counts(self) -> dict[str, float]:
-        both = ((STUDENT, self.student), (CRITIC, self.critic))
-        return {f"{role}_{name}": value for role, engine in both for name, value in engine.counts().items()}
+        return {f"{role}_{name}": x for role, engine in self.engines.items() for name, x in engine.counts().items()}
 
-    def save(self, folder: Path) -> None:
-        for role, engine in ((STUDENT, self.student), (CRITIC, self.critic)):
-            (folder / role).mkdir(exist_ok=True)
-            engine.save(folder / role)
-
-    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
-        for role, engine in ((STUDENT, self.student), (CRITIC, self.critic)):
-            if not (folder / role).is_dir():
-                raise CheckpointError(f"{folder} is no checkpoint of a distillation: it holds no {role}")
-            own = {name.removeprefix(f"{role}_"): value for name, value in counts.items() if name.startswith(role)}
-            engine.load(folder / role, counts=own)
+    def put_counts(self, counts: Mapping[str, float]) -> None:
+        for role, engine in self.engines.items():
+            prefix = f"{role}_"
+            engine.put_counts({name.removeprefix(prefix): x for name, x in counts.items() if name.startswith(prefix)})
 
     def _trains_student(self, step: int) -> bool:
         return step >= self.critic_first and step % self.student_every == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.views import ViewConfig, ViewSource, ViewStage
+from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
@@ -156,7 +157,7 @@ class ArRecipe:
                 config.nvfp4,
                 self.transformer,
                 seed=config.seed,
-                rank=mesh.rank,
+                place=mesh.place,
                 total_steps=sum(stage.steps for stage in config.stages),
             ),
             context=context_level(
@@ -244,7 +245,10 @@ class ArRecipe:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        rounding = self.objective.rounding
+        note = None if rounding is None else rounding.note(checkpoint.state, mesh)
+        return [] if note is None else [note]
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.views import ViewStage
+from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.memory import (
     FP32,
     ROWS_MASKED,
@@ -140,7 +141,7 @@ class ClipRecipe:
                 config.nvfp4,
                 self.transformer,
                 seed=config.seed,
-                rank=mesh.rank,
+                place=mesh.place,
                 total_steps=sum(stage.steps for stage in config.stages),
             ),
             context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
@@ -167,9 +168,17 @@ class ClipRecipe:
         """Return the recycled errors of this rank."""
         return {} if self.bank is None else self.bank.state()
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        if self.bank is not None and state:
-            self.bank.load(state)
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        rounding, written = self.objective.rounding, checkpoint.state
+        notes = [] if rounding is None else [rounding.note(written, mesh)]
+        if self.bank is not None:
+            self.bank.load(checkpoint.recipes(), rank=mesh.rank, world=mesh.world)
+            if (written.ranks, written.sequence) != (mesh.world, mesh.sequence):
+                notes.append(
+                    f"recycled errors of {written.ranks} ranks are dealt out over {mesh.world}: losses are comparable,"
+                    " not equal"
+                )
+        return [note for note in notes if note is not None]
 
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out clips, each with noise of its own that never changes."""

@@ -189,6 +189,7 @@ class ClipViewSource:
                     mean_weight=mean_weight,
                     cuts=cuts,
                     origin=self._origin(step, draw, numbers, chunks),
+                    first_view=numbers[0],
                 )
             )
         return shares

@@ -28,6 +28,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.tensors import TensorInfo, Weights, read_range
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
 from longvideo.training.objective import seeded
@@ -267,15 +268,40 @@ class ErrorBank:
             torch.cuda.synchronize()
         return {"errors": self.errors, "filled": torch.tensor(self.filled)}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave; raises CheckpointError when it is of another configuration."""
-        if state["errors"].shape != self.errors.shape:
+    def load(self, states: Sequence[Weights], *, rank: int = 0, world: int = 1) -> None:
+        """Take back what `state` gave on each rank that wrote a checkpoint.
+
+        As many ranks as wrote it take back their own errors; among another number, errors are dealt out in turn, and
+        what a bucket has no place for is left out. Raises CheckpointError where they are of another configuration.
+        """
+        states = [state for state in states if state.infos]
+        for state in states:
+            self._check(state.infos["errors"])
+        first, stride = rank, world
+        if len(states) == world:
+            states, first, stride = [states[rank]], 0, 1
+        self.errors.zero_()
+        filled = [state.read("filled").tolist() for state in states]
+        size = torch.Size(self.chunk_shape).numel()
+        for bucket in range(self.config.buckets):
+            stored = sorted((number, o) for o, counts in enumerate(filled) for number in range(counts[bucket]))
+            own = stored[first::stride][: self.entries]
+            self.filled[bucket] = len(own)
+            for slot, (number, o) in enumerate(own):
+                errors = states[o].tensors["errors"]
+                for kind, buckets in enumerate(self.errors):
+                    place = (kind * self.config.buckets + bucket) * errors.info.shape[2] + number
+                    buckets[bucket, slot] = read_range(errors, place * size, size).view(self.chunk_shape)
+
+    def _check(self, errors: TensorInfo) -> None:
+        """Raise CheckpointError unless stored errors are of this bank's kinds, buckets and chunks."""
+        kinds, buckets, _, *chunk = errors.shape
+        if (kinds, buckets, tuple(chunk)) != (self.config.kinds, self.config.buckets, self.chunk_shape):
+            wanted = [self.config.kinds, self.config.buckets, self.entries, *self.chunk_shape]
             raise CheckpointError(
-                f"the checkpoint's errors have shape {list(state['errors'].shape)}, wanted {list(self.errors.shape)}"
+                f"the checkpoint's errors have shape {list(errors.shape)}, wanted {wanted}"
                 " [kinds, buckets, entries, C, F, H, W]; resume with the recycling settings that it was saved with"
             )
-        self.errors.copy_(state["errors"])
-        self.filled = [int(count) for count in state["filled"].tolist()]
 
     def _buckets(self, sigma_BQ: Tensor, x_BCTHW: Tensor) -> list[list[int]]:
         batch, channels, frames, height, width = x_BCTHW.shape

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
+from longvideo.training.mesh import Mesh
 from longvideo.training.objective import seeded
 
 
@@ -52,25 +54,40 @@ class NVFP4Config:
 
 
 class StepRounding:
-    """How a model's layers round, as a function of seed, step, pass and rank. steps: that round; none after them do."""
+    """How a model's layers round, as a function of seed, step, the first view of a pass and the place in it.
 
-    def __init__(self, layers: TrainingLayers, *, seed: int, rank: int, steps: float):
-        self.layers, self.seed, self.rank, self.steps = layers, seed, rank, steps
+    place: which part of the views' frames this rank holds. steps: that round; none after them do.
+    """
+
+    def __init__(self, layers: TrainingLayers, *, seed: int, place: int, steps: float):
+        self.layers, self.seed, self.place, self.steps = layers, seed, place, steps
+        self._step = 0
         self._generator = torch.Generator()
 
     def begin(self, step: int) -> None:
-        """Take the seeds of a step; the passes of one step take theirs by `next_pass`."""
+        self._step = step
         self.layers.set_rounding(step < self.steps)
-        if self.layers.seeds is not None:
-            self.layers.seeds.draw(seeded(self._generator, self.seed, "rounding", step, self.rank))
 
-    def next_pass(self) -> None:
+    def next_pass(self, first_view: int) -> None:
+        """Take the seeds of a pass. first_view: number of its first view in the batch of the step."""
         if self.layers.seeds is not None:
-            self.layers.seeds.advance()
+            parts = (self.seed, "rounding", self._step, first_view, self.place)
+            self.layers.seeds.draw(seeded(self._generator, *parts))
+
+    def note(self, written: RunState, mesh: Mesh) -> str | None:
+        """Say why losses after a resume are not those of an uninterrupted run, where they are not."""
+        if self.layers.seeds is None:
+            return "TransformerEngine rounds with random numbers of its own: losses are comparable, not equal"
+        if (written.ranks, written.sequence) != (mesh.world, mesh.sequence):
+            return (
+                f"{written.ranks} ranks wrote the checkpoint and {mesh.world} resume, and NVFP4 has one scale for what"
+                " a rank computes together: losses are comparable, not equal"
+            )
+        return None
 
 
 def prepare(
-    config: NVFP4Config, transformer: CausalTransformer, *, seed: int, rank: int, total_steps: int
+    config: NVFP4Config, transformer: CausalTransformer, *, seed: int, place: int, total_steps: int
 ) -> StepRounding | None:
     """Let a transformer, which is on its device, train as configured."""
     if not config.enabled:
@@ -79,4 +96,4 @@ def prepare(
         layers = train_in_nvfp4(transformer, config.recipe(), keep=config.keep, backend=config.backend)
     except ValueError as error:
         raise ConfigError(f"nvfp4: {error}") from error
-    return StepRounding(layers, seed=seed, rank=rank, steps=config.until * total_steps)
+    return StepRounding(layers, seed=seed, place=place, steps=config.until * total_steps)

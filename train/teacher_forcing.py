@@ -128,7 +128,7 @@ class TeacherForcing(Objective):
 
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.rounding is not None:
-            self.rounding.next_pass()
+            self.rounding.next_pass(batch.first_view)
         clean, bank, origin = batch.clean, self.bank, batch.origin
         injected = Injected(clean, clean, batch.noise, torch.empty(0))
         if bank is not None and origin is not None:

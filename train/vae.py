@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.train.clips import ClipSource, ClipStage
 from longvideo.train.reconstruction import Reconstruction, ReconstructionConfig, psnr
 from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds
+from longvideo.training.checkpoint import Checkpoint
+from longvideo.training.mesh import Mesh
 from longvideo.training.objective import seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
@@ -118,7 +119,8 @@ class VaeRecipe:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        return []
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Measure held-out clips as the stream would show them, and draw pairs of rows: given, reconstructed."""

@@ -92,7 +92,7 @@ class ViewBatch:
     sigma is what the noisy copy gets and the model is told; context_sigma what the clean copy gets, told as 0.
     mean_weight: sum of the loss mask over all shares of a step, by their number, so that the mean of all shares' losses
     is the mean over all frames that count, however they are divided. cuts: of the whole view, if they change positions
-    or what is seen.
+    or what is seen. first_view: number of the first view in the batch of the step.
     """
 
     clean: Tensor
@@ -107,6 +107,7 @@ class ViewBatch:
     mean_weight: Tensor
     cuts: tuple[bool, ...] | None = None
     origin: Origin | None = None
+    first_view: int = 0
 
     def shares(self, mesh: Mesh, micro_batch: int | None, chunk_frames: int) -> list[ViewBatch]:
         """Divide the batch of a whole step; return this rank's shares, one for each pass.
@@ -137,6 +138,7 @@ class ViewBatch:
                 features=texts(self.features),
                 mean_weight=mean_weight,
                 cuts=self.cuts,
+                first_view=first,
             )
 
         return [share(number) for number in range(passes)]

@@ -79,7 +79,7 @@ def write_weights(
     metadata: goes into the header. on_bytes: called with the bytes of every piece written, for progress.
     """
     order = in_file_order(weights)
-    header = _header(weights, order, metadata)
+    header = encode_header({name: weights.infos[name] for name in order}, metadata=metadata)
 
     def write(target: Path) -> None:
         with target.open("wb") as stream:
@@ -96,7 +96,7 @@ def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
     """Say whether a file is there that `write_weights` would have given the same header and length."""
     if not file.is_file():
         return False
-    header = _header(weights, in_file_order(weights), metadata)
+    header = encode_header({name: weights.infos[name] for name in in_file_order(weights)}, metadata=metadata)
     with file.open("rb") as stream:
         same = stream.read(len(header)) == header
     return same and file.stat().st_size == len(header) + weights.num_bytes
@@ -105,6 +105,20 @@ def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
 def in_file_order(weights: Weights) -> list[str]:
     """Sort names as the format's own writer does: wide dtypes first, so that all values are aligned; then by name."""
     return sorted(weights.infos, key=lambda name: (-weights.infos[name].dtype.itemsize, name))
+
+
+def encode_header(infos: Mapping[str, TensorInfo], *, metadata: Mapping[str, str]) -> bytes:
+    """Return all that comes before the values, for tensors whose values follow in this order."""
+    entries: dict[str, object] = {METADATA: dict(metadata)}
+    end = 0
+    for name, info in infos.items():
+        if info.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{name} is {info.dtype}, which .safetensors cannot hold")
+        begin, end = end, end + info.num_bytes
+        entries[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _first_cut(file: Path, size: int) -> str:
@@ -118,17 +132,3 @@ def _first_cut(file: Path, size: int) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ""
     return f"{min(cut, key=lambda name: ends[name])} is not whole in it: " if cut else ""
-
-
-def _header(weights: Weights, order: list[str], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {METADATA: dict(metadata)}
-    end = 0
-    for name in order:
-        info = weights.infos[name]
-        if info.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, which .safetensors cannot hold")
-        begin, end = end, end + info.num_bytes
-        entries[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text

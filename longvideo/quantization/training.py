@@ -47,17 +47,12 @@ class RoundingSeeds:
     """
 
     def __init__(self, layers: int, device: torch.device):
-        # far apart, so that `advance` leads no layer to the seed of another
-        self.values = (torch.arange(layers * SEEDS, device=device) << 32).view(layers, SEEDS)
+        self.values = torch.arange(layers * SEEDS, device=device).view(layers, SEEDS)
 
     def draw(self, generator: torch.Generator) -> None:
         """Take new seeds from a generator on the host."""
         drawn = torch.randint(2**62, self.values.shape, generator=generator)
         self.values.copy_(drawn, non_blocking=True)
-
-    def advance(self) -> None:
-        """Take the next seeds, for another pass of the same step."""
-        self.values.add_(1)
 
 
 class NVFP4TrainingLinear(nn.Linear):

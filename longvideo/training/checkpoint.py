@@ -1,28 +1,95 @@
-"""Complete, atomic checkpoints of a run: a folder is either whole or not there."""
+"""Complete, atomic checkpoints of a run, which any engine in any number of processes writes and reads."""
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.run_checkpoint import (
+    MOMENTS,
+    PARTS,
+    RECIPE,
+    STATE_FILE,
+    STEP,
+    WEIGHT,
+    DamagedError,
+    FileRecord,
+    RunState,
+    encode_state,
+    find_damage,
+    open_recipes,
+    open_tensors,
+    read_state,
+)
+from longvideo.checkpoint.tensors import InMemory, Lazy, TensorInfo, Weights
 from longvideo.errors import CheckpointError
+from longvideo.files import TEMPORARY_SUFFIX, WriteError, reason, temporary_name, write_folder
 from longvideo.training.mesh import Mesh
+from longvideo.training.tensor_files import write_tensors
 
-PREFIX = "step_"
-STATE_FILE = "state.json"
+NAME = re.compile(r"step_(\d{7,})")
+
+
+class Trained(Protocol):
+    """What an engine trains, as checkpoints see it: whole float32 tensors by the names and kinds of run_checkpoint."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What losses are computed in, for the record."""
+        ...
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every trained parameter."""
+        ...
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """Return the weight, average, moment or step of a parameter; every rank calls it."""
+        ...
+
+    def put(self, name: str, kind: str, stored: Lazy) -> None:
+        """Take a tensor over, of which this rank reads what it needs."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """Return the numbers that belong to a checkpoint."""
+        ...
+
+    def put_counts(self, counts: Mapping[str, float]) -> None:
+        """Take back what `counts` gave."""
+        ...
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole checkpoint on disk. Batches depend on seed and step alone, so these numbers and its files are all."""
+class Checkpoint:
+    """A whole checkpoint on disk. Batches depend on seed and step alone, so this is all that there is to a run."""
 
     folder: Path
-    step: int
-    state: Mapping[str, float | int | str]
+    state: RunState
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    def recipes(self) -> list[Weights]:
+        """Open what each rank that wrote it kept for itself."""
+        return open_recipes(self.folder, self.state)
+
+    def load(self, trained: Trained) -> None:
+        """Put everything into an engine. Raises CheckpointError, before that, where it is of another model."""
+        tensors = open_tensors(self.folder, self.state)
+        shapes = trained.shapes()
+        check_same(shapes, _weight_shapes(tensors))
+        for name, info in layout(shapes).items():
+            trained.put(*_divided(name), tensors.tensors.get(name) or _never_updated(name, info))
+        trained.put_counts(self.state.counts)
 
 
 class CheckpointFolder:
@@ -34,59 +101,209 @@ class CheckpointFolder:
         self.mesh = mesh or Mesh()
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first."""
-        found = self.folder.glob(f"{PREFIX}*/{STATE_FILE}")
-        return sorted(int(path.parent.name.removeprefix(PREFIX)) for path in found)
+        """Return the steps of the checkpoints, oldest first."""
+        found = [NAME.fullmatch(path.name) for path in self._entries() if path.is_dir()]
+        return sorted(int(name[1]) for name in found if name)
 
-    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, float | int | str]) -> Path:
-        """Let every rank write its files under a temporary name, flush to disk, rename; then remove the oldest ones.
+    def strangers(self) -> list[str]:
+        """Return what lies in the folder and is no checkpoint, such as a copy under another name."""
+        own = {self._path(step) for step in self.steps()}
+        return sorted(path.name for path in self._entries() if path not in own and not _is_temporary(path))
 
-        Raises CheckpointError when there is no room, with the checkpoints before left as they were.
+    def save(self, step: int, trained: Trained, recipe: Mapping[str, Tensor]) -> Path:
+        """Let every rank write its share under a temporary name, and rename it; then remove the oldest checkpoints.
+
+        recipe: what this rank keeps for itself. Raises WriteError on all ranks where the disk refuses on one of them;
+        what was written is removed then, and the checkpoints before are as they were.
         """
-        target = self.folder / f"{PREFIX}{step:07d}"
-        temporary = self.folder / f".{target.name}.part"
+        target, mesh = self._path(step), self.mesh
         try:
-            if self.mesh.is_main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-            self.mesh.barrier()
-            write(temporary)
-            self.mesh.barrier()
-            if self.mesh.is_main:
-                (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
-                for path in (*temporary.rglob("*"), temporary):
-                    _flush(path)
-                if target.exists():
-                    shutil.rmtree(target)
-                temporary.rename(target)
-                _flush(self.folder)
-                for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self.folder / f"{PREFIX}{old:07d}")
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            whole = self.steps()
-            left = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
-            raise CheckpointError(f"cannot write the checkpoint of step {step}: {error}; {left}") from error
-        self.mesh.barrier()
+            mesh.on_main(self._remove_leftovers)
+            with ExitStack() as stack:
+                temporary = mesh.on_main(lambda: stack.enter_context(write_folder(target, overwrite=True)))
+                state = RunState(
+                    step=step,
+                    ranks=mesh.world,
+                    sequence=mesh.sequence,
+                    arithmetic=trained.arithmetic,
+                    counts=trained.counts(),
+                    files=self._write_files(target, temporary, trained, recipe),
+                )
+                mesh.on_main(lambda: _write_state(target, temporary, state))
+                mesh.on_main(stack.close)
+        except WriteError as error:
+            steps = mesh.on_main(self.steps)
+            left = f"the newest whole one is {self._path(steps[-1]).name}" if steps else "there is no other one"
+            raise WriteError(f"{error}; of the checkpoints {left}") from error
+        mesh.on_main(self._remove_oldest)
         return target
 
-    def newest(self) -> Found | None:
-        """Return the newest complete checkpoint, or None; raises CheckpointError when it is damaged."""
-        steps = self.steps()
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint after comparing every file with its checksum, or None where there is none.
+
+        Raises CheckpointError where it is damaged, which names the newest one that is not.
+        """
+        steps = self.mesh.on_main(self.steps)
         if not steps:
             return None
-        folder = self.folder / f"{PREFIX}{steps[-1]:07d}"
         try:
-            state = json.loads((folder / STATE_FILE).read_text())
-            return Found(folder, state.pop("step"), state)
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise CheckpointError(f"{folder} is damaged ({error}); remove it to resume from the one before") from error
+            return self._verified(steps[-1])
+        except DamagedError as error:
+            raise CheckpointError(f"{error}; {self._remedy(steps)}") from error
+
+    def _write_files(
+        self, target: Path, folder: Path, trained: Trained, recipe: Mapping[str, Tensor]
+    ) -> dict[str, FileRecord]:
+        """Write the tensors that fall to this rank; return the files of all ranks.
+
+        Ranks wait for each other in `whole`, so one that the disk refuses goes through all tensors nevertheless.
+        """
+        rank, infos = self.mesh.rank, layout(trained.shapes())
+        share = _shares(infos, self.mesh.world)[rank]
+        records: dict[str, FileRecord] = {}
+        refusal: str | None = None
+        for part, kinds in PARTS.items():
+            names = [name for name in infos if _divided(name)[1] in kinds]
+            values = _own_values(trained, names, share)
+            try:
+                if refusal is None:
+                    own = {name: infos[name] for name in names if name in share}
+                    records |= write_tensors(folder, f"{part}_{rank:05d}", own, values)
+            except OSError as error:
+                refusal = reason(error)
+            for _ in values:
+                pass
+        try:
+            if refusal is None:
+                own = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in recipe.items()}
+                records |= write_tensors(folder, f"{RECIPE}_{rank:05d}", own, iter(recipe.values()))
+        except OSError as error:
+            refusal = reason(error)
+        of_ranks = self.mesh.gather((records, refusal))
+        refusals = [f"{text} (on rank {number})" for number, (_, text) in enumerate(of_ranks) if text is not None]
+        if refusals:
+            raise WriteError(f"cannot write {target}: {refusals[0]}")
+        return {name: record for found, _ in of_ranks for name, record in found.items()}
+
+    def _verified(self, step: int) -> Checkpoint:
+        """Open a checkpoint after comparing all files with their checksums, each on one rank. Raises DamagedError."""
+        folder, mesh = self._path(step), self.mesh
+
+        def read() -> RunState:
+            state = read_state(folder)
+            if state.step != step:
+                raise DamagedError(f"{folder} is damaged: its {STATE_FILE} is of step {state.step}")
+            return state
+
+        state = mesh.on_main(read)
+        own = dict(list(state.files.items())[mesh.rank :: mesh.world])
+        problems = [problem for problem in mesh.gather(find_damage(folder, own)) if problem]
+        if problems:
+            raise DamagedError(f"{folder} is damaged: {problems[0]}")
+        open_tensors(folder, state)
+        return Checkpoint(folder, state)
+
+    def _remedy(self, steps: list[int]) -> str:
+        for step in reversed(steps[:-1]):
+            try:
+                older = self._verified(step).folder
+            except CheckpointError:
+                continue
+            return f"{older.name} is whole: move {self._path(steps[-1]).name} elsewhere to resume from it"
+        return "there is no older whole one; start again with another --out"
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}"
+
+    def _entries(self) -> list[Path]:
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left; the run folder is locked, so no other one writes here."""
+        for path in self._entries():
+            if _is_temporary(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_oldest(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            path = self._path(step)
+            # under its own name a folder is whole at every moment
+            hidden = temporary_name(path)
+            with _named(path, "remove"):
+                path.rename(hidden)
+                shutil.rmtree(hidden)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def layout(shapes: Mapping[str, torch.Size]) -> dict[str, TensorInfo]:
+    """Return all tensors of a checkpoint but those of the recipe, in the order in which they are written."""
+    return {
+        f"{name}/{kind}": TensorInfo(() if kind == STEP else tuple(shape), torch.float32)
+        for kinds in PARTS.values()
+        for name, shape in shapes.items()
+        for kind in kinds
+    }
+
+
+def check_same(own: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless a checkpoint holds the parameters that are trained."""
+    shapes = {name: tuple(shape) for name, shape in own.items()}
+    different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    if different:
+        raise CheckpointError(
+            f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
+            f" {', '.join(different[:3])}; use the configuration it was made with, or another --out"
+        )
+
+
+def _shares(infos: Mapping[str, TensorInfo], world: int) -> list[set[str]]:
+    """Divide tensors among ranks, so that all have about as many bytes."""
+    shares: list[set[str]] = [set() for _ in range(world)]
+    sizes = [0] * world
+    for name, info in infos.items():
+        rank = sizes.index(min(sizes))
+        shares[rank].add(name)
+        sizes[rank] += info.num_bytes
+    return shares
+
+
+def _own_values(trained: Trained, names: list[str], share: set[str]) -> Iterator[Tensor]:
+    """Assemble all tensors, together with the other ranks, and yield those of this rank's share."""
+    for name in names:
+        value = trained.whole(*_divided(name))
+        if name in share:
+            yield value.detach()
+
+
+def _divided(name: str) -> tuple[str, str]:
+    """Return the name of a parameter and the kind of its tensor."""
+    parameter, _, kind = name.rpartition("/")
+    return parameter, kind
+
+
+def _weight_shapes(tensors: Weights) -> dict[str, tuple[int, ...]]:
+    found = {_divided(name): info.shape for name, info in tensors.infos.items()}
+    return {parameter: shape for (parameter, kind), shape in found.items() if kind == WEIGHT}
+
+
+def _never_updated(name: str, info: TensorInfo) -> Lazy:
+    """Return the moments or step of a parameter that had no gradient so far."""
+    assert _divided(name)[1] in (*MOMENTS, STEP)
+    return InMemory(torch.zeros(info.shape))
+
+
+def _write_state(target: Path, folder: Path, state: RunState) -> None:
+    with _named(target, "write"):
+        (folder / STATE_FILE).write_text(encode_state(state), encoding="utf-8")
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+@contextmanager
+def _named(path: Path, act: str) -> Iterator[None]:
+    """Raise WriteError with the path of the checkpoint where the disk refuses something."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot {act} {path}: {reason(error)}") from error

@@ -1,33 +1,27 @@
 """Many processes through DeepSpeed: ZeRO stages 0 to 3, bf16 weights with fp32 masters, sharded averages.
 
-Checkpoints hold whole tensors by name, each written by one of the ranks, so any number of ranks and any stage can go on
-from them; safetensors, so loading runs no code.
+Of a checkpoint every rank reads its own parts of the masters, moments and averages, and no more than the stage lets it
+hold of the weights.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longvideo.errors import CheckpointError
+from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
+from longvideo.checkpoint.tensors import Lazy, read, read_range
 from longvideo.training.ema import decay_at
-from longvideo.training.engine import add_metrics, all_finite, check_same, read_part
+from longvideo.training.engine import add_metrics, all_finite
 from longvideo.training.guard import LossGuard
 from longvideo.training.mesh import Mesh
 from longvideo.training.objective import Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-WEIGHT, AVERAGE = "weight", "average"
-INDEX_FILE = "index.json"
 
 
 class DeepSpeedEngine:
@@ -55,6 +49,7 @@ class DeepSpeedEngine:
         self.objective = objective
         self.mesh = mesh
         self.stage = zero_stage
+        self.precision = precision
         self.ema_decay = ema_decay
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -80,7 +75,8 @@ class DeepSpeedEngine:
         for group in {self.engine.data_parallel_group, self.engine.seq_data_parallel_group}:
             mesh.limit_waits(group)
         self._start_adam()
-        self.average = [None if x is None else x.clone() for x in map(self._own_part, self.parameters)]
+        parts = {name: self._own_part(parameter) for name, parameter in self.named.items()}
+        self.average = {name: None if part is None else part.clone() for name, part in parts.items()}
         self.guard = LossGuard(spike_factor, self.parameters[0].device)
         self._skipped_before = 0
 
@@ -107,11 +103,8 @@ class DeepSpeedEngine:
         return self.num_skipped() / max(1, steps)
 
     def is_finite(self) -> bool:
-        own = [part for part in (*map(self._own_part, self.parameters), *self.average) if part is not None]
+        own = [part for part in (*map(self._own_part, self.parameters), *self.average.values()) if part is not None]
         return all_finite(own)
-
-    def counts(self) -> dict[str, float]:
-        return {"skipped": self.num_skipped(), **self.guard.state()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -124,92 +117,92 @@ class DeepSpeedEngine:
             else:
                 before = [p.detach().clone() for p in self.parameters]
                 stack.callback(torch._foreach_copy_, [p.data for p in self.parameters], before)
-            for parameter, own in zip(self.parameters, self.average, strict=True):
+            for parameter, own in zip(self.parameters, self.average.values(), strict=True):
                 parameter.data.copy_(self._whole(parameter, own))
             yield
 
-    def save(self, folder: Path) -> None:
-        """Write whole tensors, those of every so-many-th parameter by this rank."""
-        tensors: dict[str, Tensor] = {}
-        for number, (name, parameter) in enumerate(self.named.items()):
-            own = number % self.mesh.world == self.mesh.rank
-            for kind, value in self._state_of(number, parameter):
-                if own:
-                    tensors[f"{name}/{kind}"] = value.cpu().contiguous()
-        save_file(tensors, folder / f"rank_{self.mesh.rank:05d}.safetensors")
-        if self.mesh.is_main:
-            count = next((float(state["step"]) for state in self._adam_states()), 0.0)
-            (folder / INDEX_FILE).write_text(json.dumps({"files": self.mesh.world, "adam_step": count}))
+    @property
+    def arithmetic(self) -> str:
+        return "bf16 weights with fp32 masters" if self.precision == "bf16" else "fp32"
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: self._shape(parameter) for name, parameter in self.named.items()}
 
     @torch.no_grad()
-    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
-        """Every rank reads all files, one after the other, and keeps what is its own."""
-        try:
-            index = json.loads((folder / INDEX_FILE).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{folder} is not a checkpoint of several processes ({error}); go on with the engine that wrote it"
-            ) from error
-        shapes: dict[str, torch.Size] = {}
-        for file in range(index["files"]):
-            for key, value in read_part(folder, f"rank_{file:05d}").items():
-                name, _, kind = key.rpartition("/")
-                if kind == WEIGHT:
-                    shapes[name] = value.shape
-                if name in self.named and value.shape == self._shape(self.named[name]):
-                    self._put(self.named[name], kind, value)
-        check_same({name: self._shape(p) for name, p in self.named.items()}, shapes)
-        for state in self._adam_states():
-            state["step"].fill_(index["adam_step"])
+    def whole(self, name: str, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.named[name]
+        if kind == STEP:
+            return next(self._adam_states_of(parameter))[STEP].float()
+        if kind == AVERAGE:
+            return self._whole(parameter, self.average[name])
+        if self._is_plain(parameter):
+            return parameter if kind == WEIGHT else self.optimizer.state[parameter][kind]
+        found = (
+            safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
+        )
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def put(self, name: str, kind: str, stored: Lazy) -> None:
+        parameter = self.named[name]
+        if kind == STEP:
+            for state in self._adam_states_of(parameter):
+                state[STEP].clamp_(min=float(read(stored)))
+            return
+        part = self._read_own(parameter, stored)
+        if kind == WEIGHT:
+            self._put_weight(parameter, stored, part)
+        elif kind in MOMENTS:
+            self._put_moment(parameter, kind, part)
+        elif (average := self.average[name]) is not None:
+            own = self._own_part(parameter)
+            assert own is not None
+            average.copy_(part.view_as(average) if self.ema_decay else own)
+
+    def counts(self) -> dict[str, float]:
+        return {"skipped": self.num_skipped(), **self.guard.state()}
+
+    def put_counts(self, counts: Mapping[str, float]) -> None:
         self._skipped_before = int(counts["skipped"])
         self.guard.load(counts)
 
-    def _state_of(self, number: int, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor that belongs to a parameter, whole, on every rank."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def _read_own(self, parameter: nn.Parameter, stored: Lazy) -> Tensor:
+        """Read the values that this rank holds of a parameter's master, flat, as long as its part is."""
+        start, count, length = self._own_range(parameter)
+        return nn.functional.pad(read_range(stored, start, count), (0, length - count)).to(parameter.device)
 
-        if self._is_plain(parameter):
-            state = self.optimizer.state[parameter]
-            yield from ((WEIGHT, parameter.detach()), *((name, state[name]) for name in MOMENTS))
-        else:
-            found = {WEIGHT: safe_get_full_fp32_param(parameter)}
-            found |= {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-            for kind, value in found.items():
-                assert value is not None
-                yield kind, value
-        yield AVERAGE, self._whole(parameter, self.average[number])
+    def _put_weight(self, parameter: nn.Parameter, stored: Lazy, part: Tensor) -> None:
+        """Set the master, and what the rank holds of the weight that is computed with."""
+        if self._is_sharded(parameter):
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+            from deepspeed.utils import safe_set_local_fp32_param
 
-    def _put(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        value = value.to(parameter.device)
-        if kind == AVERAGE:
-            number = next(i for i, p in enumerate(self.parameters) if p is parameter)
-            average = self.average[number]
-            if average is not None:
-                average.copy_(self._part_of(parameter, value))
-        elif kind == WEIGHT:
-            self._put_weight(parameter, value)
-            if not self._is_plain(parameter):
-                safe_set_full_fp32_param(parameter, value)
-        elif self._is_plain(parameter):
-            self.optimizer.state[parameter][kind].copy_(value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-
-    def _put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self.stage < 3:
-            parameter.data.copy_(value)
+            safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+                parameter.data.copy_(read(stored))
             return
-        import deepspeed
+        parameter.data.copy_(read(stored))
+        if not self._is_plain(parameter) and (own := self._own_part(parameter)) is not None:
+            own.copy_(part)
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
+    def _put_moment(self, parameter: nn.Parameter, kind: str, part: Tensor) -> None:
+        if self._is_plain(parameter):
+            self.optimizer.state[parameter][kind].copy_(part.view_as(parameter))
+        elif self._is_sharded(parameter):
+            from deepspeed.utils import safe_set_local_optimizer_state
+
+            safe_set_local_optimizer_state(parameter, part, kind)
+        elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+            parameter._hp_mapping.get_optim_state_fragment(kind).copy_(part)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         decay = decay_at(self.ema_decay, step)
-        for parameter, average in zip(self.parameters, self.average, strict=True):
+        for parameter, average in zip(self.parameters, self.average.values(), strict=True):
             if average is not None:
                 own = self._own_part(parameter)
                 assert own is not None
@@ -221,9 +214,13 @@ class DeepSpeedEngine:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
+    def _is_sharded(self, parameter: nn.Parameter) -> bool:
+        """Whether DeepSpeed divided the parameter itself among ranks, as stage 3 does."""
+        return hasattr(parameter, "ds_id")
+
     def _is_plain(self, parameter: nn.Parameter) -> bool:
         """Whether DeepSpeed left the parameter as it is: fp32 weights, nothing sharded."""
-        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+        return not self._is_sharded(parameter) and not hasattr(parameter, "_hp_mapping")
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -232,7 +229,7 @@ class DeepSpeedEngine:
         """Return the fp32 master values that this rank holds, flat, or None."""
         if self._is_plain(parameter):
             return parameter.detach()
-        if hasattr(parameter, "ds_id"):
+        if self._is_sharded(parameter):
             from deepspeed.utils import safe_get_local_fp32_param
 
             part = safe_get_local_fp32_param(parameter)
@@ -241,17 +238,19 @@ class DeepSpeedEngine:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else mapping.hp_fragment.detach()
 
-    def _part_of(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """Return the part of a whole tensor that this rank holds of a parameter."""
+    def _own_range(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        """Return where this rank's part begins in the flat parameter, its values, and its length with padding."""
+        numel = self._shape(parameter).numel()
         if self._is_plain(parameter):
-            return whole
-        flat = whole.flatten()
-        if hasattr(parameter, "ds_id"):
+            return 0, numel, numel
+        if self._is_sharded(parameter):
             size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            padded = nn.functional.pad(flat, (0, size * self.mesh.world - flat.numel()))
-            return padded.narrow(0, self.mesh.rank * size, size)
+            start = min(self.mesh.rank * size, numel)
+            return start, min(size, numel - start), size
+        if parameter._hp_mapping is None:  # type: ignore[attr-defined]
+            return 0, 0, 0
         address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
-        return flat.narrow(0, address.start, address.numel)
+        return address.start, address.numel, address.numel
 
     def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
         """Assemble a tensor in the shape of a parameter from the parts of all ranks, on all of them."""
@@ -259,14 +258,15 @@ class DeepSpeedEngine:
             assert own is not None
             return own
         shape = self._shape(parameter)
-        if hasattr(parameter, "ds_id"):
+        if self._is_sharded(parameter):
             assert own is not None
             parts = torch.empty(self.mesh.world * own.numel(), dtype=own.dtype, device=own.device)
             dist.all_gather_into_tensor(parts, own.contiguous())
             return parts[: shape.numel()].view(shape)
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         if own is not None:
-            self._part_of(parameter, whole).copy_(own)
+            start, count, _ = self._own_range(parameter)
+            whole.narrow(0, start, count).copy_(own)
         return self.mesh.sum(whole).view(shape)
 
     def _start_adam(self) -> None:
@@ -289,6 +289,13 @@ class DeepSpeedEngine:
     def _adam_states(self) -> Iterator[dict[str, Any]]:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         yield from (state for state in inner.state.values() if "step" in state)
+
+    def _adam_states_of(self, parameter: nn.Parameter) -> Iterator[dict[str, Any]]:
+        """Yield the states that count the steps of a parameter: sharded ones share the counts of flat tensors."""
+        if self._is_plain(parameter):
+            yield self.optimizer.state[parameter]
+        else:
+            yield from self._adam_states()
 
 
 def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float) -> dict[str, Any]:

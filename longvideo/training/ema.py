@@ -18,16 +18,16 @@ class ExponentialMovingAverage:
         if not 0 <= decay < 1:
             raise ConfigError(f"trainer.ema_decay={decay} must be at least 0 and below 1")
         self.decay = decay
-        self.names = list(named_parameters)
-        self.parameters = [p.detach() for p in named_parameters.values()]
+        self.parameters = {name: p.detach() for name, p in named_parameters.items()}
         # without a decay the average is the weights themselves
-        self.average = [p.float().clone() if decay else p.float() for p in self.parameters]
+        self.average = {name: p.float().clone() if decay else p.float() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights that exist after step `step`."""
         decay = decay_at(self.decay, step)
-        torch._foreach_lerp_(self.average, [p.float() for p in self.parameters], 1.0 - decay)
+        averages, weights = list(self.average.values()), [p.float() for p in self.parameters.values()]
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
 
     @contextmanager
     @torch.no_grad()
@@ -43,19 +43,17 @@ class ExponentialMovingAverage:
             self._exchange()
 
     def _exchange(self) -> None:
-        for parameter, average in zip(self.parameters, self.average, strict=True):
+        for parameter, average in zip(self.parameters.values(), self.average.values(), strict=True):
             if average is not parameter:
                 before = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(before)
 
-    def state(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.average, strict=True))
-
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, average in zip(self.names, self.average, strict=True):
-            average.copy_(state[name])
+    def put(self, name: str, value: Tensor) -> None:
+        """Set the average of a parameter; without a decay it is the weight, and stays so."""
+        if self.decay:
+            self.average[name].copy_(value)
 
 
 def decay_at(decay: float, step: int) -> float:

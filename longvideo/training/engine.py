@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longvideo.checkpoint.modules import own_tensors
-from longvideo.errors import CheckpointError
+from longvideo.checkpoint.run_checkpoint import AVERAGE, STEP, WEIGHT
+from longvideo.checkpoint.tensors import Lazy, read
+from longvideo.training.checkpoint import Trained
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig
-from longvideo.training.precision import autocast
+from longvideo.training.precision import autocast, resolve
 
 
-class Engine(Protocol):
+class Engine(Trained, Protocol):
     """Weights are fp32 masters. A step whose gradient is not finite changes nothing; it is counted."""
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
@@ -41,18 +39,6 @@ class Engine(Protocol):
 
     def is_finite(self) -> bool:
         """Say whether all weights and averages of this rank are finite; the host waits for the device."""
-        ...
-
-    def counts(self) -> dict[str, float]:
-        """Return the numbers that belong to a checkpoint."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write all there is into files of this rank; every rank calls it."""
-        ...
-
-    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
-        """Take back what `save` and `counts` gave. Raises CheckpointError where files are damaged or do not fit."""
         ...
 
 
@@ -110,21 +96,45 @@ class LocalEngine:
         return self.num_skipped() / max(1, steps)
 
     def is_finite(self) -> bool:
-        return all_finite([*self.parameters, *self.ema.average])
+        return all_finite([*self.parameters, *self.ema.average.values()])
+
+    @property
+    def arithmetic(self) -> str:
+        bf16 = resolve(self.precision, self.device) == "bf16"
+        return "fp32 weights, products in bf16" if bf16 else "fp32"
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.named.items()}
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        parameter = self.named[name]
+        if kind == WEIGHT:
+            return parameter
+        if kind == AVERAGE:
+            return self.ema.average[name]
+        state = self.optimizer.state[parameter]
+        if kind in state:
+            return state[kind]
+        return torch.zeros(() if kind == STEP else parameter.shape)
+
+    @torch.no_grad()
+    def put(self, name: str, kind: str, stored: Lazy) -> None:
+        parameter, value = self.named[name], read(stored)
+        if kind == WEIGHT:
+            parameter.copy_(value)
+        elif kind == AVERAGE:
+            self.ema.put(name, value)
+        elif kind == STEP:
+            self.optimizer.state[parameter][kind] = value.to(parameter.device)
+        else:
+            # the fused update wants moments laid out as the weights are
+            self.optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
 
     def counts(self) -> dict[str, float]:
         return {"skipped": self.num_skipped(), **self.guard.state()}
 
-    def save(self, folder: Path) -> None:
-        parts = {"weights": self.weights(), "optimizer": self.optimizer_state(), "ema": self.ema.state()}
-        for part, tensors in parts.items():
-            save_file({name: x.detach().contiguous() for name, x in tensors.items()}, folder / f"{part}.safetensors")
-
-    def load(self, folder: Path, *, counts: Mapping[str, Any]) -> None:
-        weights, optimizer, ema = (read_part(folder, part) for part in ("weights", "optimizer", "ema"))
-        self.take(weights, optimizer)
-        self.ema.load(ema)
-        self.skipped.fill_(float(counts["skipped"]))
+    def put_counts(self, counts: Mapping[str, float]) -> None:
+        self.skipped.fill_(counts["skipped"])
         self.guard.load(counts)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,29 +161,6 @@ class LocalEngine:
         self.skipped += found_inf
         self.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return parameters and persistent buffers; tied ones once."""
-        return own_tensors(self.objective)
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the moments and step counts as flat tensors, named after the parameters they belong to."""
-        state = self.optimizer.state
-        return {f"{name}/{key}": value for name, p in self.named.items() for key, value in state[p].items()}
-
-    def take(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
-        """Take back what `weights` and `optimizer_state` gave; raises CheckpointError when the model differs."""
-        own = own_tensors(self.objective)
-        check_same({name: x.shape for name, x in own.items()}, {name: x.shape for name, x in weights.items()})
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-        for name, parameter in self.named.items():
-            prefix = f"{name}/"
-            self.optimizer.state[parameter] = {
-                key.removeprefix(prefix): _moment(value, parameter, key)
-                for key, value in optimizer_state.items()
-                if key.startswith(prefix)
-            }
-
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -186,27 +173,3 @@ def add_metrics(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Add metrics to sums of ratios."""
     for name, value in found.items():
         sums[name] = sums[name] + as_ratio(value) if name in sums else as_ratio(value)
-
-
-def check_same(own: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    """Raise CheckpointError unless a checkpoint holds the tensors of the model that is trained."""
-    different = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-    if different:
-        raise CheckpointError(
-            f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
-            f" {', '.join(different[:3])}; use the configuration it was made with, or another --out"
-        )
-
-
-def read_part(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one file of a checkpoint; raises CheckpointError when it is damaged or not there."""
-    try:
-        return load_file(folder / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it to resume from the one before") from error
-
-
-def _moment(value: Tensor, parameter: Tensor, key: str) -> Tensor:
-    value = value.to(parameter.device)
-    # the fused update wants moments laid out as the weights are
-    return value if key.endswith("/step") else torch.empty_like(parameter).copy_(value)

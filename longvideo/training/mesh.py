@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from longvideo.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 HOST_BACKEND = "gloo"  # what is agreed on by processes, not by their devices
 TIMEOUT_MINUTES = 30.0
@@ -100,6 +103,29 @@ class Mesh:
             raise RefusedByMain("the main rank has refused to start")
         if refusal is not None:
             raise refusal
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone and return its result on all ranks; a UserError is raised on all of them."""
+        if self.world == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.host_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place."""

@@ -7,12 +7,18 @@ import torch
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
+def resolve(precision: str, device: torch.device) -> str:
+    """Return the precision that "auto" stands for: bf16 on CUDA, fp32 on a CPU."""
+    assert precision in PRECISIONS, precision
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context of a forward pass: bf16 where asked, and by "auto" on CUDA.
+    """Return the context of a forward pass in a precision.
 
     On a CPU "auto" is fp32: the backward of oneDNN's bf16 convolution breaks the heap for shapes of the autoencoder
     (seen with torch 2.13).
     """
-    assert precision in PRECISIONS, precision
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve(precision, device) == "bf16")

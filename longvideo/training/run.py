@@ -17,6 +17,7 @@ from longvideo.training.lost_ranks import naming_lost_ranks
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig
+from longvideo.training.precision import resolve
 from longvideo.training.profile import profile
 from longvideo.training.run_folder import claimed
 from longvideo.training.run_log import check_reporting
@@ -137,15 +138,12 @@ def new_engine(
         )
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
-    precision = trainer.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
     return DeepSpeedEngine(
         objective,
         optimizer,
         mesh=mesh,
         zero_stage=parallel.zero_stage,
-        precision=precision,
+        precision=resolve(trainer.precision, device),
         passes=passes,
         ema_decay=trainer.ema_decay,
         spike_factor=trainer.spike_factor,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import read_json, write_json
-from longvideo.training.checkpoint import CheckpointFolder
-from longvideo.training.engine import Engine, read_part
+from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
+from longvideo.training.engine import Engine
 from longvideo.training.mesh import Mesh
 from longvideo.training.objective import BatchSource, Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
@@ -87,8 +87,11 @@ class Recipe(Protocol):
         """Return what this rank needs besides weights to go on bit for bit; batches are a function of the step."""
         ...
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave, or nothing where another number of ranks wrote the checkpoint."""
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        """Take over what `state` gave on all ranks that wrote a checkpoint; return what there is to say of it.
+
+        mesh: the ranks that resume, which may be others.
+        """
         ...
 
     def validate(self) -> dict[str, float]:
@@ -279,32 +282,44 @@ class Trainer:
 
     def save(self, step: int) -> None:
         self.check_finite(step)
-
-        def write(folder: Path) -> None:
-            self.engine.save(folder)
-            if state := self.recipe.state():
-                save_file({name: x.contiguous() for name, x in state.items()}, folder / self._state_file)
-
-        self.checkpoints.save(step, write, {**self.engine.counts(), "ranks": self.mesh.world})
-
-    @property
-    def _state_file(self) -> str:
-        return f"recipe_{self.mesh.rank:05d}.safetensors"
+        self.checkpoints.save(step, self.engine, self.recipe.state())
 
     def restore(self, resume: str) -> int:
-        """Load the newest checkpoint when `resume` is "auto"; return the step to go on from."""
+        """Load the newest checkpoint when `resume` is "auto"; return the step to resume at."""
         if resume not in RESUME:
             raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
-        if resume == "never" and self.checkpoints.steps():
+        if resume == "never" and self.mesh.on_main(self.checkpoints.steps):
             raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")
-        found = self.checkpoints.newest() if resume == "auto" else None
-        if found is None:
+        checkpoint = self.checkpoints.newest() if resume == "auto" else None
+        if strangers := self.checkpoints.strangers():
+            self._say(f"{self.checkpoints.folder}: ignored {', '.join(strangers)}, which are not checkpoints")
+        if checkpoint is None:
             return 0
-        self.engine.load(found.folder, counts=found.state)
-        same_ranks = found.state["ranks"] == self.mesh.world
-        own = found.folder / self._state_file
-        self.recipe.load(read_part(found.folder, own.stem) if same_ranks and own.exists() else {})
-        return found.step
+        if checkpoint.step > self.total_steps:
+            raise ConfigError(
+                f"{checkpoint.folder} is of step {checkpoint.step}, and the stages have {self.total_steps} steps in"
+                f" all; give them at least {checkpoint.step}, or use another --out"
+            )
+        checkpoint.load(self.engine)
+        notes = self.recipe.load(checkpoint, self.mesh)
+        for note in (*_differences(checkpoint.state, self.engine.arithmetic), *notes):
+            self._say(note)
+        return checkpoint.step
+
+    def _say(self, text: str) -> None:
+        if self.mesh.is_main:
+            print(text, flush=True)
+
+
+def _differences(state: RunState, arithmetic: str) -> Iterator[str]:
+    """Say what makes losses other than those of an uninterrupted run, or could not be checked."""
+    if state.format == 1:
+        yield "the checkpoint is of a version that took no checksums: its files are not compared with any"
+    elif state.arithmetic != arithmetic:
+        yield (
+            f"the checkpoint was trained in {state.arithmetic}, this run computes in {arithmetic}: losses are"
+            " comparable, not equal"
+        )
 
 
 class Ending(NamedTuple):

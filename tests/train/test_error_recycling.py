@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import FlowSchedule, expand
 from longvideo.train.error_recycling import (
@@ -234,7 +235,7 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     saved = {name: tensor.clone() for name, tensor in first.state().items()}
     run_steps(first, range(17, 20))
     run_steps(resumed, range(2))
-    resumed.load(saved)
+    resumed.load([Weights.of(saved)])
     got = run_steps(resumed, range(17, 40))
     assert all(same(a, b) for a, b in zip(got, wanted[17:], strict=True))
     assert torch.equal(resumed.errors, whole.errors) and resumed.filled == whole.filled
@@ -265,8 +266,8 @@ def test_on_a_gpu_the_same_without_waiting_for_it(storage: str) -> None:
 
 
 def test_state_of_another_configuration_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"errors have shape \[2, 5, 4, 3, 2, 2, 4\], wanted \[2, 5, 3"):
-        bank(replace(ALWAYS, entries=3)).load(bank().state())
+    with pytest.raises(CheckpointError, match=r"errors have shape \[2, 5, 4, 3, 2, 2, 4\], wanted \[2, 3, 4"):
+        bank(replace(ALWAYS, buckets=3)).load([Weights.of(bank().state())])
 
 
 def test_decisions_and_choices_do_not_depend_on_the_split() -> None:
@@ -274,7 +275,7 @@ def test_decisions_and_choices_do_not_depend_on_the_split() -> None:
     whole, parts = bank(config), [bank(config) for _ in range(4)]
     fill(whole, range(5))
     for part in parts:
-        part.load(whole.state())
+        part.load([Weights.of(whole.state())])
     clean, noise = latents(50), latents(51)
     for step in range(5, 25):
         wanted = whole.inject(clean, noise, LEVELS, step=step)

@@ -73,7 +73,7 @@ def trajectory(world_rows: list[tuple[int, int]], folder: str) -> dict[str, tupl
         objective, engine = build(mesh, stage)
         metrics = train(engine, mesh, range(2))
         place = Path(folder) / f"{mesh.world}_{sequence}_{stage}"
-        CheckpointFolder(place, keep=1, mesh=mesh).save(2, engine.save, engine.counts())
+        CheckpointFolder(place, keep=1, mesh=mesh).save(2, engine, {})
         metrics += train(engine, mesh, range(2, 3))
         results[f"{sequence}, ZeRO {stage}"] = (metrics, averaged(objective, engine))
     return results
@@ -84,7 +84,7 @@ def resumed(stage: int, folder: str) -> dict[str, Tensor]:
     objective, engine = build(mesh, stage)
     found = CheckpointFolder(Path(folder), keep=1, mesh=mesh).newest()
     assert found is not None
-    engine.load(found.folder, counts=found.state)
+    found.load(engine)
     train(engine, mesh, range(2, 3))
     return averaged(objective, engine)
 

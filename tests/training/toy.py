@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import LocalEngine
 from longvideo.training.mesh import Mesh
 from longvideo.training.objective import Objective, ratio, seeded
@@ -68,7 +69,8 @@ class ToyRecipe:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        return []
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         return {"half_step": step / 2}
