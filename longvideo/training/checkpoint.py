@@ -201,6 +201,7 @@ class CheckpointFolder:
         if problems:
             raise DamagedError(f"{folder} is damaged: {problems[0]}")
         open_tensors(folder, state)
+        open_recipes(folder, state)
         return Checkpoint(folder, state)
 
     def _remedy(self, steps: list[int]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read, read_range
+from longvideo.errors import ConfigError
 from longvideo.training.ema import decay_at
 from longvideo.training.engine import add_metrics, all_finite
 from longvideo.training.guard import LossGuard
@@ -42,6 +43,11 @@ class DeepSpeedEngine:
         ema_decay: float,
         spike_factor: float = 0.0,
     ):
+        if precision == "bf16" and zero_stage == 0:
+            raise ConfigError(
+                "parallel.zero_stage=0 keeps no fp32 masters of bf16 weights; use parallel.zero_stage=1, which does, or"
+                " trainer.precision=fp32"
+            )
         import deepspeed
 
         # on CPUs it would compile collectives through shared memory when it first runs; gloo's serve
@@ -114,12 +120,25 @@ class DeepSpeedEngine:
 
                 # what is written into gathered weights is dropped when they are let go
                 stack.enter_context(deepspeed.zero.GatheredParameters(self.parameters))
+                stack.enter_context(self._without_hooks())
             else:
                 before = [p.detach().clone() for p in self.parameters]
                 stack.callback(torch._foreach_copy_, [p.data for p in self.parameters], before)
             for parameter, own in zip(self.parameters, self.average.values(), strict=True):
                 parameter.data.copy_(self._whole(parameter, own))
             yield
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Let the model run on one rank alone: the hooks of stage 3 gather and free weights, which all ranks do."""
+        offload = self.optimizer.parameter_offload
+        offload._remove_module_hooks()
+        offload.forward_hooks.clear()
+        offload.backward_hooks.clear()
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
 
     @property
     def arithmetic(self) -> str:

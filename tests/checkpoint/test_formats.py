@@ -27,6 +27,10 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import set_product
 from longvideo.quantization.products import W4A16
+from longvideo.training.checkpoint import CheckpointFolder
+from longvideo.training.engine import LocalEngine
+from longvideo.training.objective import Objective
+from longvideo.training.optimizer import OptimizerConfig
 from longvideo.vae.config import AutoencoderConfig
 from tests import golden
 from tests.checkpoint import official, small
@@ -215,12 +219,25 @@ def test_every_part_opens_with_the_names_of_training_wrappers(ours: ModelFolder,
         assert all(torch.equal(opened.weights(part).read(name), plain.read(name)) for name in plain.infos)
 
 
+def save_run_checkpoint(folder: Path, *, trained: dict[str, Tensor], averaged: dict[str, Tensor]) -> None:
+    """Write step 4 of a run that trains a transformer."""
+    objective = Objective()
+    objective.transformer = official.transformer()
+    objective.transformer.load_state_dict(trained)
+    engine = LocalEngine(objective, OptimizerConfig(), precision="fp32", device=torch.device("cpu"), ema_decay=0.9)
+    for name, tensor in averaged.items():
+        engine.ema.put(f"transformer.{name}", tensor)
+    CheckpointFolder(folder, keep=1).save(4, engine, {})
+
+
 def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_path: Path) -> None:
     own, other = official.transformer(1).state_dict(), official.transformer(2).state_dict()
-    alone, many = (tmp_path / name / "checkpoints" / "step_0000004" for name in ("alone", "many"))
+    alone, many, today = (tmp_path / name / "checkpoints" / "step_0000004" for name in ("alone", "many", "today"))
     for folder in (alone, many):
         folder.mkdir(parents=True)
         (folder / "state.json").write_text('{"step": 4}')
+    save_run_checkpoint(today.parent, trained=other, averaged=own)
+    for folder in (alone, many, today):
         shutil.copytree(ours.path, folder.parent.parent / "model")
     save_file({f"transformer.{name}": x for name, x in own.items()}, alone / "ema.safetensors")
     save_file({f"transformer.{name}": x for name, x in other.items()}, alone / "weights.safetensors")
@@ -230,7 +247,7 @@ def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_
             {f"transformer.{name}/{k}": x.clone() for k, s in kinds.items() for name, x in list(s.items())[rank::2]},
             many / f"rank_{rank:05d}.safetensors",
         )
-    for folder in (alone, many):
+    for folder in (alone, many, today):
         averaged, trained = (ModelFolder.open(folder, entry=entry) for entry in (None, "weights"))
         assert averaged.parts == ("transformer", "vae", "text_encoder") and averaged.notes["step"] == "4"
         assert averaged.settings == ours.settings
@@ -239,6 +256,13 @@ def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_
             assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
         with pytest.raises(CheckpointError, match="has no entry 'generator'; it has ema and weights"):
             ModelFolder.open(folder, entry="generator")
+    file = today / "ema_00000_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 4
+    file.write_bytes(data)
+    ModelFolder.open(today, entry="weights")
+    with pytest.raises(CheckpointError, match=f"{file} is not as it was written"):
+        ModelFolder.open(today)
 
 
 @torch.no_grad()

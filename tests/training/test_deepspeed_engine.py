@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
+from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.training.checkpoint import CheckpointFolder
+from longvideo.training.checkpoint import CheckpointFolder, layout
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.mesh import Mesh, build_mesh
 from longvideo.training.optimizer import OptimizerConfig
@@ -60,6 +62,10 @@ def train(engine: Engine, mesh: Mesh, steps: range) -> list[dict[str, float]]:
     return found
 
 
+def whole_tensors(engine: Engine) -> dict[str, Tensor]:
+    return {name: engine.whole(*name.rsplit("/", 1)).detach().clone() for name in layout(engine.shapes())}
+
+
 def averaged(objective: TeacherForcing, engine: Engine) -> dict[str, Tensor]:
     with engine.averaged():
         return {name: p.detach().clone() for name, p in objective.named_parameters()}
@@ -74,34 +80,73 @@ def trajectory(world_rows: list[tuple[int, int]], folder: str) -> dict[str, tupl
         metrics = train(engine, mesh, range(2))
         place = Path(folder) / f"{mesh.world}_{sequence}_{stage}"
         CheckpointFolder(place, keep=1, mesh=mesh).save(2, engine, {})
+        with engine.averaged(), torch.no_grad():
+            if sequence == 1 and mesh.is_main:
+                # as samples are drawn: on one rank alone
+                objective(whole_batch().shares(mesh, 1, SPEC.chunk_frames)[0])
+            mesh.barrier()
         metrics += train(engine, mesh, range(2, 3))
         results[f"{sequence}, ZeRO {stage}"] = (metrics, averaged(objective, engine))
     return results
 
 
-def resumed(stage: int, folder: str) -> dict[str, Tensor]:
-    mesh = build_mesh(1)
-    objective, engine = build(mesh, stage)
-    found = CheckpointFolder(Path(folder), keep=1, mesh=mesh).newest()
+def load(engine: Engine, mesh: Mesh, folder: Path) -> None:
+    found = CheckpointFolder(folder, keep=1, mesh=mesh).newest()
     assert found is not None
     found.load(engine)
-    train(engine, mesh, range(2, 3))
-    return averaged(objective, engine)
+
+
+def resumed(cases: list[tuple[str, int, int]], folder: str) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    """Take the third step after each checkpoint, with each sequence and stage."""
+    results = []
+    for written, sequence, stage in cases:
+        mesh = build_mesh(sequence)
+        objective, engine = build(mesh, stage)
+        load(engine, mesh, Path(folder) / written)
+        (metrics,) = train(engine, mesh, range(2, 3))
+        results.append((metrics, averaged(objective, engine)))
+    return results
+
+
+def carried(folder: str) -> list[str]:
+    """Train at every stage, resume at the next one; return what is not the same there, to the last bit."""
+    mesh, wrong = build_mesh(1), []
+    for precision, stages in (("bf16", STAGES[1:]), ("fp32", STAGES)):
+        for stage, following in zip(stages, stages[1:] + stages[:1], strict=True):
+            _, engine = build(mesh, stage, precision)
+            train(engine, mesh, range(2))
+            place = Path(folder) / f"{precision}_{stage}"
+            CheckpointFolder(place, keep=1, mesh=mesh).save(2, engine, {})
+            _, other = build(mesh, following, precision)
+            load(other, mesh, place)
+            before, after = whole_tensors(engine), whole_tensors(other)
+            assert before.keys() == after.keys()
+            wrong += [f"{precision}, ZeRO {stage}: {name}" for name in before if not before[name].equal(after[name])]
+            losses = [train(each, mesh, range(2, 3))[0]["loss"] for each in (engine, other)]
+            if losses[0] != pytest.approx(losses[1], rel=1e-6):
+                wrong.append(f"{precision}, ZeRO {stage}: losses {losses}")
+    return wrong
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     objective = small_objective(Mesh())
     engine = LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=DECAY)
-    metrics = train(engine, Mesh(), range(3))
+    metrics = train(engine, Mesh(), range(2))
+    CheckpointFolder(folder / "alone", keep=1).save(2, engine, {})
+    metrics += train(engine, Mesh(), range(2, 3))
     return metrics, averaged(objective, engine)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("checkpoints")
+def two_ranks(folder: Path) -> dict:
     rows = [(1, stage) for stage in STAGES] + [(2, 1), (2, 3)]
-    return folder, run_in_processes(2, trajectory, rows, str(folder))[0]
+    return run_in_processes(2, trajectory, rows, str(folder))[0]
 
 
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 2e-4) -> None:
@@ -111,9 +156,9 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float
 
 
 def test_every_stage_makes_the_steps_of_one_process(alone, two_ranks) -> None:
-    (metrics, average), (_, found) = alone, two_ranks
-    assert len(found) == 6
-    for name, (got, got_average) in found.items():
+    metrics, average = alone
+    assert len(two_ranks) == 6
+    for name, (got, got_average) in two_ranks.items():
         for mine, theirs in zip(got, metrics, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4), name
             assert mine["grad"] == pytest.approx(theirs["grad"], rel=1e-4), name
@@ -121,8 +166,34 @@ def test_every_stage_makes_the_steps_of_one_process(alone, two_ranks) -> None:
         assert_close(got_average, average)
 
 
-@pytest.mark.parametrize(("written", "stage", "world"), [("2_1_2", 2, 2), ("2_2_3", 1, 1), ("2_1_0", 3, 2)])
-def test_any_ranks_and_stage_go_on_from_a_checkpoint(alone, two_ranks, written: str, stage: int, world: int) -> None:
-    folder, _ = two_ranks
-    for got in run_in_processes(world, resumed, stage, str(folder / written)):
-        assert_close(got, alone[1])
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (1, [("2_1_2", 1, 0), ("2_2_3", 1, 1), ("alone", 1, 3)]),
+        (2, [("alone", 1, 0), ("alone", 2, 1), ("alone", 1, 2), ("alone", 2, 3), ("2_1_0", 1, 3), ("2_2_3", 1, 2)]),
+    ],
+)
+def test_any_ranks_and_stage_resume_from_a_checkpoint(alone, two_ranks, folder: Path, world: int, cases) -> None:
+    for of_rank in run_in_processes(world, resumed, cases, str(folder)):
+        for case, (metrics, average) in zip(cases, of_rank, strict=True):
+            assert metrics["loss"] == pytest.approx(alone[0][2]["loss"], rel=1e-5), case
+            assert_close(average, alone[1])
+
+
+def test_one_plain_process_resumes_from_a_checkpoint_of_any_ranks_and_stage(alone, two_ranks, folder: Path) -> None:
+    for written in ("2_1_0", "2_1_1", "2_1_2", "2_1_3", "2_2_1", "2_2_3"):
+        objective = small_objective(Mesh())
+        engine = LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=DECAY)
+        load(engine, Mesh(), folder / written)
+        (metrics,) = train(engine, Mesh(), range(2, 3))
+        assert metrics["loss"] == pytest.approx(alone[0][2]["loss"], rel=1e-5), written
+        assert_close(averaged(objective, engine), alone[1])
+
+
+def test_a_checkpoint_carries_every_tensor_to_another_stage_bit_for_bit(tmp_path: Path) -> None:
+    assert run_in_processes(2, carried, str(tmp_path)) == [[], []]
+
+
+def test_bf16_weights_without_masters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="parallel.zero_stage=0 keeps no fp32 masters of bf16 weights"):
+        build(Mesh(), 0, "bf16")
