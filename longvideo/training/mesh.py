@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from longvideo.errors import ConfigError, UserError
 
 T = TypeVar("T")
-
 HOST_BACKEND = "gloo"  # what is agreed on by processes, not by their devices
 TIMEOUT_MINUTES = 30.0
 
@@ -103,6 +103,16 @@ class Mesh:
             raise RefusedByMain("the main rank has refused to start")
         if refusal is not None:
             raise refusal
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Leave it to the main rank to raise a UserError that all ranks come to; the others raise RefusedByMain."""
+        try:
+            yield
+        except UserError as error:
+            if self.is_main:
+                raise
+            raise RefusedByMain(str(error)) from error
 
     def gather(self, value: T) -> list[T]:
         """Return the value of every rank, in the order of ranks."""

@@ -282,29 +282,38 @@ class Trainer:
 
     def save(self, step: int) -> None:
         self.check_finite(step)
-        self.checkpoints.save(step, self.engine, self.recipe.state())
+        with self.mesh.one_voice():
+            self.checkpoints.save(step, self.engine, self.recipe.state())
 
     def restore(self, resume: str) -> int:
         """Load the newest checkpoint when `resume` is "auto"; return the step to resume at."""
-        if resume not in RESUME:
-            raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
-        if resume == "never" and self.mesh.on_main(self.checkpoints.steps):
-            raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")
-        checkpoint = self.checkpoints.newest() if resume == "auto" else None
+        with self.mesh.one_voice():
+            checkpoint = self._accepted(resume)
         if strangers := self.checkpoints.strangers():
             self._say(f"{self.checkpoints.folder}: ignored {', '.join(strangers)}, which are not checkpoints")
         if checkpoint is None:
             return 0
-        if checkpoint.step > self.total_steps:
-            raise ConfigError(
-                f"{checkpoint.folder} is of step {checkpoint.step}, and the stages have {self.total_steps} steps in"
-                f" all; give them at least {checkpoint.step}, or use another --out"
-            )
         checkpoint.load(self.engine)
         notes = self.recipe.load(checkpoint, self.mesh)
         for note in (*_differences(checkpoint.state, self.engine.arithmetic), *notes):
             self._say(note)
         return checkpoint.step
+
+    def _accepted(self, resume: str) -> Checkpoint | None:
+        """Return the checkpoint to resume from, None for a new run; raise what all ranks come to."""
+        if resume not in RESUME:
+            raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
+        if resume == "never":
+            if self.mesh.on_main(self.checkpoints.steps):
+                raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")
+            return None
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is not None and checkpoint.step > self.total_steps:
+            raise ConfigError(
+                f"{checkpoint.folder} is of step {checkpoint.step}, and the stages have {self.total_steps} steps in"
+                f" all; give them at least {checkpoint.step}, or use another --out"
+            )
+        return checkpoint
 
     def _say(self, text: str) -> None:
         if self.mesh.is_main:
