@@ -7,12 +7,15 @@ their checksums too (zip: PKWARE's APPNOTE.TXT, 4.3.9 and 4.3.12).
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +43,8 @@ DAMAGE = (
 )
 """What torch raises for a file whose bytes are not what they were."""
 LOCAL_HEADER_BYTES, DIRECTORY_HEADER_BYTES = 30, 46
-STRUCTURE, MAX_STRUCTURE_BYTES = "data.pkl", 256 * 2**20
+STRUCTURE, MAX_STRUCTURE_BYTES = "data.pkl", 32 * 2**20
+MAX_REASON, MAX_NOTE = 200, 1000
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # dicts inside public training checkpoints, in the order in which they are looked for
 ENTRIES = ("generator", "generator_ema", "model")
@@ -60,7 +64,7 @@ def open_file(file: Path, entry: str | None = None) -> Weights:
     """
     _check_archive(file)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), _silent_torch():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or holds more than tensors: {_reason(error)}") from error
@@ -166,12 +170,25 @@ def _check_archive(file: Path) -> None:
             raise CheckpointError(f"{file}: {record.filename} has {record.file_size} bytes beside the tensors")
 
 
+@contextmanager
+def _silent_torch() -> Iterator[None]:
+    """Keep torch from writing to the terminal what is said in one error: tracebacks in its log, and warnings."""
+    own = logging.getLogger("torch._subclasses.fake_tensor")
+    before, own.disabled = own.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.disabled = before
+
+
 def _reason(error: Exception) -> str:
     """Say in a few words why torch refuses a file; its own text advises to read it unsafely."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"it would run {found[1]}"
     first = next(iter(str(error).splitlines()), "")
-    return first if not isinstance(error, pickle.UnpicklingError) and first else type(error).__name__
+    return first[:MAX_REASON] if not isinstance(error, pickle.UnpicklingError) and first else type(error).__name__
 
 
 def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -182,10 +199,17 @@ def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, s
         entry = next((name for name in (*ENTRIES, *LORA_ENTRIES) if name in nested), None)
     elif entry not in nested:
         raise NoEntry(f"{file} has no entry {entry!r}; it has {listing(str(key) for key in content)}")
-    metadata = {str(key): str(value) for key, value in content.items() if isinstance(value, int | float | str)}
+    metadata = {str(key): _shown(value) for key, value in content.items() if isinstance(value, int | float | str)}
     if entry is not None:
         return {**metadata, "entry": entry}, _tensors(file, nested[entry])
     return metadata, _tensors(file, {key: content[key] for key in content if str(key) not in metadata})
+
+
+def _shown(value: float | str) -> str:
+    """Write a number or text, but not one without end."""
+    if isinstance(value, int) and value.bit_length() > MAX_NOTE:
+        return f"a number of {value.bit_length()} bits"
+    return str(value)[:MAX_NOTE]
 
 
 def _tensors(file: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -200,14 +224,16 @@ def _place(file: Path, size: int, name: str, tensor: Tensor) -> Lazy:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
         raise CheckpointError(f"{file}: {name} is no plain tensor; save a dense copy of it")
     storage, item = tensor.untyped_storage(), tensor.dtype.itemsize
-    if not hasattr(storage, "_checkpoint_offset"):
-        raise CheckpointError(f"{file}: {name} has no values in the file")
+    if getattr(storage, "_checkpoint_offset", None) is None:
+        raise CheckpointError(f"{file}: {name} has no values in the file, as of the device meta; save its values too")
     start = _offset(tensor)
     if start + storage.nbytes() > size:
         raise CheckpointError(
             f"{file}: {name} ends at byte {start + storage.nbytes()} of {size}; copy or download it again"
         )
-    if tensor.numel() * item > storage.nbytes():
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if tensor.numel() * item > storage.nbytes() or (tensor.numel() and (last + 1) * item > storage.nbytes()):
         raise CheckpointError(f"{file}: {name} shows {tensor.numel()} values, the file has fewer; save a copy")
     info = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if tensor.is_contiguous():

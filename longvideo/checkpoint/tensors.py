@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longvideo.errors import CheckpointError
 
-MAX_LISTED = 8
+MAX_LISTED, MAX_NAME = 8, 120
 PIECE_BYTES = 64 * 2**20
 VALUES_AT_ONCE = 2**20
 
@@ -257,4 +257,5 @@ def listing(names: Iterable[str]) -> str:
     """Name the first few of many."""
     names = list(names)
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+    shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names[:MAX_LISTED]]
+    return ", ".join(shown) + more

@@ -317,6 +317,53 @@ def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(room: P
         ModelFolder.open(room / "expanded.pt")
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("meta", r"a has no values in the file, as of the device meta"),
+        ("meta beside others", r"a has no values in the file"),
+        ("sparse", "a is no plain tensor; save a dense copy"),
+        ("compressed", "is truncated or holds more than tensors"),
+        ("nested", "is truncated or holds more than tensors"),
+        ("conjugate", "a is no plain tensor"),
+        ("uninitialized", "it would run torch.nn.parameter.UninitializedParameter"),
+        ("a storage", "is no dict of tensors: a"),
+        ("a list", "is no dict of tensors: a"),
+        ("a cycle", "is no dict of tensors: self"),
+        ("long name", r"its tensors \(n{120}\.\.\., \.\.\.\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*prototype stage.*", "ignore:.*beta state.*")
+def test_storages_that_are_no_plain_values_are_one_line(
+    kind: str, says: str, room: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = torch.eye(3)
+    contents: dict[str, Callable[[], dict[str, object]]] = {
+        "meta": lambda: {"a": torch.empty(3, device="meta")},
+        "meta beside others": lambda: {"generator": {"b": values, "a": torch.empty(3, device="meta")}, "step": 3},
+        "sparse": lambda: {"a": values.to_sparse()},
+        "compressed": lambda: {"a": values.to_sparse_csr()},
+        "nested": lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "conjugate": lambda: {"a": torch.ones(3, dtype=torch.complex64).conj()},
+        "uninitialized": lambda: {"a": torch.nn.parameter.UninitializedParameter()},
+        "a storage": lambda: {"a": values.untyped_storage()},
+        "a list": lambda: {"a": [values]},
+        "a cycle": lambda: with_itself({"a": values}),
+        "long name": lambda: {"n" * 5000: values},
+    }
+    torch.save(contents[kind](), room / "odd.pt")
+    capfd.readouterr()
+    assert main(["info", str(room / "odd.pt")]) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert re.search(says, said.err) and "odd.pt" in said.err and len(said.err) < 500
+
+
+def with_itself(content: dict[str, object]) -> dict[str, object]:
+    content["self"] = content
+    return content
+
+
 def test_a_text_file_is_no_model(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (room / "notes.txt").write_text("hello")
     assert main(["convert", str(room / "notes.txt"), str(room / "result")]) == 2
