@@ -13,7 +13,8 @@ from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Op
 if TYPE_CHECKING:
     import torch
 
-    from longvideo.distill.distillation import Distillation, DistillRecipe
+    from longvideo.distill.config import Distillation
+    from longvideo.distill.distillation import DistillRecipe
     from longvideo.distill.engine import PairedEngine
     from longvideo.training.mesh import Mesh
     from longvideo.training.trainer import Recipe
@@ -53,7 +54,7 @@ def distill(
     def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, target: torch.device) -> PairedEngine:
         return recipe.engine(mesh)
 
-    from longvideo.distill.distillation import Distillation
+    from longvideo.distill.config import Distillation
 
     options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
     train("distill", Distillation, build, "tiny/dmd", options, build_engine=build_engine)

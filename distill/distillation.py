@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import chunk_text
 from longvideo.data.encoded import EncodedDataset
+from longvideo.distill.config import Distillation
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
-from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, RoleObjective, StudentObjective
+from longvideo.distill.objectives import CriticObjective, Looks, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (
     SHAPEWORLD,
     ClipScripts,
@@ -31,14 +32,13 @@ from longvideo.distill.prompts import (
     NoiseScripts,
     Script,
     Scripts,
-    ShapeWorldConfig,
     ShapeWorldScripts,
     check_frames,
     encode_all,
     read_scripts,
 )
 from longvideo.distill.roles import LoraRoles, LoraSettings, Role
-from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
+from longvideo.distill.self_forcing import SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
@@ -46,7 +46,6 @@ from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
-from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import context_level
 from longvideo.sampling import sample_videos
@@ -55,112 +54,15 @@ from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import Engine
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
-from longvideo.training.mesh import Mesh, ParallelConfig, divide, launched
+from longvideo.training.mesh import Mesh, divide, launched
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
-from longvideo.training.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
 
 COMPILED_FORMS = 32
 LORA = "lora"  # the student's adapter in a run folder
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """How the frozen weights are kept. precision: as of `generate`, but not fp8. kv_cache: of the chunks made."""
-
-    precision: str = "nvfp4"
-    kv_cache: str = "bf16"
-
-    def __post_init__(self) -> None:
-        for name, known in (("precision", DIFFERENTIABLE_PRECISIONS), ("kv_cache", KV_CACHES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"backbone.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What is drawn on the way, with averaged weights: `prompts` videos of `chunks`, in each of these numbers of steps.
-
-    judge: of ShapeWorld's prompts, say what share of the videos shows what it should.
-    """
-
-    prompts: int = 4
-    chunks: int = 4
-    steps: list[int] = field(default_factory=lambda: [4, 2])
-    judge: bool = True
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """`longvideo distill`.
-
-    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another. A
-    `--dry-run` needs none: backbones are then fresh ones of `preset` at the sizes of `settings`, and prompts are noise.
-    adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
-    folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
-    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. critic_first: steps
-    of the critic alone at the start, so that it knows a student who begins with an `adapter`. compile: blocks, but for
-    their attention, on a GPU. merge: write whole weights besides the adapter.
-    """
-
-    seed: int = 0
-    model: str | None = None
-    preset: str = "wan2.2-ti2v-5b"
-    settings: ModelSettings = field(default_factory=ModelSettings)
-    teacher: str | None = None
-    adapter: str | None = None
-    prompts: str = SHAPEWORLD
-    data: str | None = None
-    image_fraction: float = 0.0
-    negative_prompt: str = ""
-    student_every: int = 5
-    critic_first: int = 0
-    compile: bool = False
-    merge: bool = True
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    dmd: DmdConfig = field(default_factory=DmdConfig)
-    shapeworld: ShapeWorldConfig = field(default_factory=ShapeWorldConfig)
-    stages: list[DistillStage] = field(default_factory=lambda: [DistillStage()])
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-5, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
-        )
-    )
-    critic_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=2e-6, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
-        )
-    )
-    trainer: TrainerConfig = field(
-        default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=50, max_skipped_steps=10)
-    )
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    samples: SampleConfig = field(default_factory=SampleConfig)
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
-        if self.student_every < 1:
-            raise ConfigError(f"student_every={self.student_every} must be at least 1")
-        if self.critic_first < 0:
-            raise ConfigError(f"critic_first={self.critic_first} must be at least 0")
-        if not 0 <= self.image_fraction <= 1:
-            raise ConfigError(f"image_fraction={self.image_fraction} must be from 0 to 1")
-        if self.image_fraction and self.data is None:
-            raise ConfigError("image_fraction needs first frames; give data=CLIPS, a folder of encoded clips")
-        if self.parallel.sequence > 1:
-            raise ConfigError(
-                f"parallel.sequence={self.parallel.sequence}: a distillation shares no video among ranks; use 1"
-            )
-        if self.parallel.zero_stage > 2:
-            raise ConfigError(
-                "parallel.zero_stage=3 shards weights that are trained, which are small here; use 0, 1 or 2"
-            )
 
 
 class DistillRecipe:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvideo.config_fields import Bounded, bounded
 from longvideo.distill.dmd import critic_error, dmd_gradient, guided, sample_score_sigma, student_loss, x0_of
 from longvideo.distill.roles import Role
 from longvideo.distill.self_forcing import Rollout, SelfForcing
@@ -26,7 +27,7 @@ SIGMA_BUCKETS = 4
 
 
 @dataclass(frozen=True)
-class DmdConfig:
+class DmdConfig(Bounded):
     """Where teacher and critic look, and how strongly the teacher is guided.
 
     guidance: classifier-free guidance of the teacher; by default the model's own. sigma_min, sigma_max: least and
@@ -35,23 +36,20 @@ class DmdConfig:
     recompute blocks in the backward pass.
     """
 
-    guidance: float | None = None
-    sigma_min: float = 0.02
-    sigma_max: float = 0.98
-    shift: float | None = None
+    guidance: float | None = bounded(None, least=0)
+    sigma_min: float = bounded(0.02, above=0, below=1)
+    sigma_max: float = bounded(0.98, above=0, below=1)
+    shift: float | None = bounded(None, above=0)
     sigma_per_chunk: bool = False
-    epsilon: float = 1e-3
+    epsilon: float = bounded(1e-3, above=0)
     checkpoint: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sigma_min <= self.sigma_max < 1:
             raise ConfigError(
                 f"dmd.sigma_min={self.sigma_min} and dmd.sigma_max={self.sigma_max} must lie in order between 0 and 1"
             )
-        if self.shift is not None and self.shift <= 0:
-            raise ConfigError(f"dmd.shift={self.shift} must be above 0")
-        if self.epsilon <= 0:
-            raise ConfigError(f"dmd.epsilon={self.epsilon} must be above 0")
 
 
 @dataclass(frozen=True)

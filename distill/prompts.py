@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longvideo.conditioning import batch_texts
+from longvideo.config_fields import Bounded, bounded, share, steps_field
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError, UserError
@@ -55,13 +56,13 @@ class Scripts(Protocol):
 
 
 @dataclass(frozen=True)
-class ShapeWorldConfig:
+class ShapeWorldConfig(Bounded):
     """Prompts that are made up. pair_fraction: with two objects. cut_fraction: steps whose videos have a second shot.
     omit: captions that leave out the sizes, and the background."""
 
-    pair_fraction: float = 0.45
-    cut_fraction: float = 0.0
-    omit: float = 0.1
+    pair_fraction: float = share(0.45)
+    cut_fraction: float = share(0.0)
+    omit: float = share(0.1)
 
 
 class ShapeWorldScripts:
@@ -184,17 +185,13 @@ class Order:
 
 
 @dataclass(frozen=True)
-class DistillStage:
+class DistillStage(Bounded):
     """A run of steps over videos of `frames` latent frames, `batch` of them a step over all ranks."""
 
-    frames: int = 32
-    batch: int = 8
-    steps: int = 5000
-    learning_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.frames < 1 or self.batch < 1 or self.steps < 0:
-            raise ConfigError(f"a stage of frames={self.frames}, batch={self.batch}, steps={self.steps} makes nothing")
+    frames: int = bounded(32, least=1)
+    batch: int = bounded(8, least=1)
+    steps: int = steps_field(5000)
+    learning_rate: float | None = bounded(None, least=0)
 
 
 class ClipSource:

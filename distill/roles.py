@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from longvideo.errors import ConfigError
+from longvideo.config_fields import Bounded, bounded
 from longvideo.model.attention import AttentionPattern, Filling
 from longvideo.model.cache import ChunkCache
 from longvideo.model.layout import TokenLayout
@@ -67,16 +67,12 @@ class Roles(Protocol):
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Bounded):
     """rank: of every update. alpha: updates count alpha / rank. targets: layers, by the end of their names."""
 
-    rank: int = 128
-    alpha: float = 128.0
+    rank: int = bounded(128, least=1)
+    alpha: float = bounded(128.0, above=0)
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ConfigError(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be above 0")
 
     def config(self) -> LoraConfig:
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.config_fields import Bounded, bounded
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
 from longvideo.distill.walk import Clip, Walk
@@ -26,7 +27,7 @@ CACHE_FILLS = ("clean", "last_step")
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Bounded):
     """steps: of the solver. exits: the step a chunk ends at is drawn once for a clip (`shared`), for each (`chunk`), or
     is always the `last`. What is drawn teaches all steps, which then serve for fewer as well, but the critic sees a
     mixture of what they make, and only that mixture is matched; the `last` alone matches what generation makes.
@@ -35,13 +36,12 @@ class RolloutConfig:
     result, or those of the `last_step`, which save that pass in generation; by default as the model generates.
     """
 
-    steps: int = 4
+    steps: int = bounded(4, least=1, most=NUM_TRAIN_TIMESTEPS)
     exits: str = "shared"
     cache_fill: str | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"rollout.steps={self.steps} must be at least 1")
+        super().__post_init__()
         if self.exits not in EXITS:
             raise ConfigError(f"rollout.exits={self.exits!r} is unknown; use one of {', '.join(EXITS)}")
         if self.cache_fill not in (None, *CACHE_FILLS):

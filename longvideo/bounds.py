@@ -10,13 +10,13 @@ MAX_BITS = 128
 def check_whole(name: str, value: object, least: int, most: int) -> None:
     """Raise ConfigError unless a value is a whole number (True and False are none) from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name}={_shown(value)}, wanted a whole number from {least} to {most}")
+        raise ConfigError(f"{name}={shown(value)}, wanted a whole number from {least} to {most}")
 
 
 def check_number(name: str, value: object, least: float, most: float) -> None:
     """Raise ConfigError unless a value is a finite number (True and False are none) from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise ConfigError(f"{name}={_shown(value)}, wanted a number from {least:g} to {most:g}")
+        raise ConfigError(f"{name}={shown(value)}, wanted a number from {least:g} to {most:g}")
 
 
 def check_numbers(name: str, values: object, count: int, least: float, most: float) -> None:
@@ -28,7 +28,7 @@ def check_numbers(name: str, values: object, count: int, least: float, most: flo
         check_number(f"{name}[{index}]", value, least, most)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Write a value, but not the thousands of digits or characters that it may have."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         return f"a number of {value.bit_length()} bits"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longvideo.config_fields import check_field
 from longvideo.errors import ConfigError, UserError
 from longvideo.yaml_reader import parse_yaml, read_yaml
 
@@ -131,11 +132,28 @@ def _build(config: DictConfig, *, source: str) -> object:
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{source}: no value for {', '.join(missing)}; set it in a file or as {missing[0]}=VALUE")
+        _check_numbers(config, "")
         return OmegaConf.to_object(config)
     except UserError:
         raise
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from error
+
+
+def _check_numbers(node: DictConfig, key: str) -> None:
+    """Check the numbers of a structured node, and of those in it, before objects of its classes are made.
+
+    Here, unlike in a class, the whole key is known.
+    """
+    schema = OmegaConf.get_type(node)
+    for field in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
+        value, place = node[field.name], _join(key, field.name)
+        items = list(enumerate(value)) if isinstance(value, ListConfig) else []
+        for child, name in [(value, place), *((item, f"{place}[{index}]") for index, item in items)]:
+            if isinstance(child, DictConfig):
+                _check_numbers(child, name)
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        check_field(plain, field, place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import batch_texts
+from longvideo.config_fields import Bounded, bounded, seed_field
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
@@ -38,17 +39,18 @@ from longvideo.training.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)
-class TransformerShape:
+class TransformerShape(Bounded):
     """A preset, with any of its sizes replaced. Channels and text width come from the autoencoder and text encoder."""
 
     preset: str = "tiny"
-    num_attention_heads: int | None = None
-    attention_head_dim: int | None = None
-    ffn_dim: int | None = None
-    num_layers: int | None = None
-    text_len: int | None = None
+    num_attention_heads: int | None = bounded(None, least=1)
+    attention_head_dim: int | None = bounded(None, least=1)
+    ffn_dim: int | None = bounded(None, least=1)
+    num_layers: int | None = bounded(None, least=1)
+    text_len: int | None = bounded(None, least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"model.preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
 
@@ -68,29 +70,29 @@ class TransformerShape:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Bounded):
     """Held-out prompts rolled out on the way; the judge says what share of them shows what it should."""
 
-    prompts: int = 24
-    shown: int = 6
-    chunks: int = 4
+    prompts: int = bounded(24, least=0)
+    shown: int = bounded(6, least=0)
+    chunks: int = bounded(4, least=1)
     judge: bool = True
 
 
 @dataclass(frozen=True)
-class HeldOutConfig:
+class HeldOutConfig(Bounded):
     """Loss on clips of held-out scenes, always the same `batches` of `batch` views with the same noise; 0: none."""
 
-    batches: int = 0
-    batch: int = 64
-    clips: int = 512
+    batches: int = bounded(0, least=0)
+    batch: int = bounded(64, least=1)
+    clips: int = bounded(512, least=1)
 
 
 @dataclass(frozen=True)
-class ArTraining:
+class ArTraining(Bounded):
     """`longvideo train ar`. vae: a model folder that holds an autoencoder. initialize: one to take weights from."""
 
-    seed: int = 0
+    seed: int = seed_field()
     vae: str = "runs/vae/model"
     initialize: str | None = None
     export_dtype: str = "bf16"
@@ -109,6 +111,7 @@ class ArTraining:
     validation: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.export_dtype not in DTYPES:
             raise ConfigError(f"export_dtype={self.export_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
@@ -255,12 +258,15 @@ class ArRecipe:
         from longvideo.evaluation.sheet import film_strip
 
         config = self.config.rollout
+        if not config.prompts:
+            return {}
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
         videos = self.roll_out(prompts)
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = slice(0, config.shown)
-        film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
+        if config.shown:
+            folder.mkdir(parents=True, exist_ok=True)
+            shown = slice(0, config.shown)
+            film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
         if not config.judge:
             return {}
         from longvideo.evaluation.judge import judge_all

@@ -15,6 +15,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
 from longvideo.conditioning import batch_texts
+from longvideo.config_fields import Bounded, bounded, seed_field
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
@@ -47,7 +48,7 @@ from longvideo.vae.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Bounded):
     """What is looked at on the way, with averaged weights.
 
     data: a folder of encoded clips to take the loss on, always the same `batches` of `batch` clips with the same noise.
@@ -55,14 +56,14 @@ class ValidationConfig:
     """
 
     data: str | None = None
-    batch: int = 8
-    batches: int = 2
-    prompts: int = 2
-    chunks: int = 4
+    batch: int = bounded(8, least=1)
+    batches: int = bounded(2, least=0)
+    prompts: int = bounded(2, least=0)
+    chunks: int = bounded(4, least=1)
 
 
 @dataclass(frozen=True)
-class ClipTraining:
+class ClipTraining(Bounded):
     """`longvideo train ar` with `data`.
 
     data: a folder made by `longvideo data encode`, or a manifest, whose videos are then encoded again and again while
@@ -71,7 +72,7 @@ class ClipTraining:
     the model's own earlier errors to what it sees, see `recycling`.
     """
 
-    seed: int = 0
+    seed: int = seed_field()
     data: str | None = None
     initialize: str | None = None
     preset: str = "wan2.2-ti2v-5b"
@@ -92,6 +93,7 @@ class ClipTraining:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
 
@@ -182,7 +184,7 @@ class ClipRecipe:
 
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out clips, each with noise of its own that never changes."""
-        if self.validation is None:
+        if self.validation is None or not self.config.validation.batches:
             return {}
         count, total = self.config.validation.batches, torch.zeros((), device=self.device)
         for number in range(count):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longvideo.conditioning import video_texts
+from longvideo.config_fields import Bounded, bounded, share
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.views import Origin, ViewBatch, ViewStage
@@ -23,7 +24,7 @@ from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)
-class ClipViewConfig:
+class ClipViewConfig(Bounded):
     """start_fraction: share of views that begin where their clip does; the first chunk of the others is context alone.
 
     prompt_dropout: share of views with the empty prompt, for guidance. context_noise_fraction: share of context chunks
@@ -32,12 +33,12 @@ class ClipViewConfig:
     after each takes its place, and a run that meets more of them stops. Ranks then ask each other in every step.
     """
 
-    start_fraction: float = 1.0
-    prompt_dropout: float = 0.1
-    context_noise_fraction: float = 0.0
-    context_noise_max: float = 0.1
-    image_fraction: float = 0.0
-    max_bad: int = 0
+    start_fraction: float = share(1.0)
+    prompt_dropout: float = share(0.1)
+    context_noise_fraction: float = share(0.0)
+    context_noise_max: float = share(0.1)
+    image_fraction: float = share(0.0)
+    max_bad: int = bounded(0, least=0)
 
 
 class ClipInfo(Protocol):

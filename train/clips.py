@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvideo.config_fields import Bounded, bounded, steps_field
 from longvideo.errors import ConfigError
 from longvideo.train.scenes import ScenePool, frame_seconds
 from longvideo.training.mesh import Mesh
@@ -18,29 +19,26 @@ from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)
-class ClipStage:
+class ClipStage(Bounded):
     """A run of steps on batches of one shape.
 
     frames: 1 + 4k. height, width: of the crop. learning_rate: replaces the optimiser's peak.
     """
 
-    frames: int = 1
-    height: int = 128
-    width: int = 224
-    batch: int = 64
-    steps: int = 1000
-    learning_rate: float | None = None
+    frames: int = bounded(1, least=1)
+    height: int = bounded(128, least=16)
+    width: int = bounded(224, least=16)
+    batch: int = bounded(64, least=1)
+    steps: int = steps_field(1000)
+    learning_rate: float | None = bounded(None, least=0)
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.frames % 4 != 1:
-            raise ConfigError(
-                f"a stage has frames={self.frames}; use 1 + 4k, such as {max(0, self.frames) // 4 * 4 + 1}"
-            )
+        super().__post_init__()
+        if self.frames % 4 != 1:
+            raise ConfigError(f"a stage has frames={self.frames}; use 1 + 4k, such as {self.frames // 4 * 4 + 1}")
         for name in ("height", "width"):
-            if getattr(self, name) < 16 or getattr(self, name) % 16:
+            if getattr(self, name) % 16:
                 raise ConfigError(f"a stage has {name}={getattr(self, name)}; use a multiple of 16")
-        if self.batch < 1 or self.steps < 0:
-            raise ConfigError(f"a stage has batch={self.batch} and steps={self.steps}; use at least 1 and 0")
 
 
 @dataclass(frozen=True)

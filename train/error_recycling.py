@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.tensors import TensorInfo, Weights, read_range
+from longvideo.config_fields import Bounded, bounded, share
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
 from longvideo.training.objective import seeded
 
 STORAGES = ("host", "device")
-SHARES = ("clean_probability", "clean_kept", "context_probability", "latent_probability", "noise_probability")
 DTYPE = torch.bfloat16
 GIB = 2**30
 
@@ -45,7 +45,7 @@ Pick: TypeAlias = tuple[Tensor, float]
 
 
 @dataclass(frozen=True)
-class ErrorRecyclingConfig:
+class ErrorRecyclingConfig(Bounded):
     """How errors are kept and how often they are injected.
 
     buckets: equal ranges of the training timesteps. entries: most errors kept in each; memory_gib, of a rank, may allow
@@ -55,35 +55,22 @@ class ErrorRecyclingConfig:
     modulation: an error is scaled by a factor from 1 - modulation to 1 + modulation.
     """
 
-    buckets: int = 50
-    entries: int = 500
-    memory_gib: float = 8.0
+    buckets: int = bounded(50, least=1, most=NUM_TRAIN_TIMESTEPS)
+    entries: int = bounded(500, least=1)
+    memory_gib: float = bounded(8.0, above=0)
     storage: str = "host"
-    warmup_steps: int = 50
-    clean_probability: float = 0.2
-    clean_kept: float = 0.1
-    context_probability: float = 0.9
-    latent_probability: float = 0.9
-    noise_probability: float = 0.01
-    modulation: float = 0.3
+    warmup_steps: int = bounded(50, least=0)
+    clean_probability: float = share(0.2)
+    clean_kept: float = share(0.1)
+    context_probability: float = share(0.9)
+    latent_probability: float = share(0.9)
+    noise_probability: float = share(0.01)
+    modulation: float = bounded(0.3, least=0, below=1)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.buckets <= NUM_TRAIN_TIMESTEPS:
-            raise ConfigError(f"recycling.buckets={self.buckets} must be from 1 to {NUM_TRAIN_TIMESTEPS}")
-        if self.entries < 1 or self.warmup_steps < 0:
-            raise ConfigError(
-                f"recycling.entries={self.entries} and recycling.warmup_steps={self.warmup_steps} must be at least 1"
-                " and 0"
-            )
-        if not self.memory_gib > 0:
-            raise ConfigError(f"recycling.memory_gib={self.memory_gib} must be above 0")
+        super().__post_init__()
         if self.storage not in STORAGES:
             raise ConfigError(f"recycling.storage={self.storage!r} is unknown; use one of {', '.join(STORAGES)}")
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"recycling.{name}={getattr(self, name)} must be from 0 to 1")
-        if not 0 <= self.modulation < 1:
-            raise ConfigError(f"recycling.modulation={self.modulation} must be from 0 up to, but not, 1")
 
     @property
     def kinds(self) -> int:

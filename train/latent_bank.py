@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvideo.config_fields import Bounded, bounded, share
 from longvideo.errors import ConfigError
 from longvideo.train.scenes import FPS, ScenePool
 from longvideo.training.objective import seeded
@@ -24,7 +25,7 @@ TEMPORAL_SCALE = 4
 
 
 @dataclass(frozen=True)
-class BankConfig:
+class BankConfig(Bounded):
     """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
 
     refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
@@ -33,21 +34,18 @@ class BankConfig:
     caption tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
     """
 
-    clips: int = 8192
-    initial_clips: int = 4096
-    group: int = 32
-    refresh_every: int = 8
-    chunks: int = 4
-    cut_fraction: float = 0.35
-    recolor_fraction: float = 0.0
-    late_fraction: float = 0.4
-    max_seconds: float = 60.0
+    clips: int = bounded(8192, least=1)
+    initial_clips: int = bounded(4096, least=1)
+    group: int = bounded(32, least=1)
+    refresh_every: int = bounded(8, least=1)
+    chunks: int = bounded(4, least=1)
+    cut_fraction: float = share(0.35)
+    recolor_fraction: float = share(0.0)
+    late_fraction: float = bounded(0.4, least=0, below=1)
+    max_seconds: float = bounded(60.0, least=0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.late_fraction < 1:
-            raise ConfigError(f"bank.late_fraction={self.late_fraction} must be from 0 up to, but not, 1")
-        if not 0 <= self.recolor_fraction <= 1:
-            raise ConfigError(f"bank.recolor_fraction={self.recolor_fraction} must be from 0 to 1")
+        super().__post_init__()
         if self.recolor_fraction and self.chunks < 2:
             raise ConfigError("bank.recolor_fraction needs clips of two chunks at least; set bank.chunks")
         for name in ("clips", "initial_clips"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longvideo.checkpoint.run_checkpoint import RunState
+from longvideo.config_fields import Bounded, share
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
@@ -17,7 +18,7 @@ from longvideo.training.objective import seeded
 
 
 @dataclass(frozen=True)
-class NVFP4Config:
+class NVFP4Config(Bounded):
     """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
 
     keep: layers of the blocks that stay as they are, by official name, `*` for anything. until: share of all steps;
@@ -32,12 +33,11 @@ class NVFP4Config:
     tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
-    until: float = 1.0
+    until: float = share(1.0)
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.until <= 1:
-            raise ConfigError(f"nvfp4.until={self.until} is a share of all steps, wanted 0 to 1")
+        super().__post_init__()
         rules = [rule.value for rule in Rule]
         for name in ("inputs", "weights"):
             if getattr(self, name) not in rules:

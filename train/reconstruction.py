@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longvideo.config_fields import Bounded, bounded
 from longvideo.train.clips import ClipBatch
 from longvideo.training.objective import Objective
 from longvideo.vae.autoencoder import Autoencoder
@@ -22,7 +23,7 @@ VIDEO_RANGE = 2.0
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Bounded):
     """Weights of the terms.
 
     foreground: a pixel of an object, or within `margin` pixels of one, counts 1 + foreground times.
@@ -30,14 +31,14 @@ class ReconstructionConfig:
     temporal: in time. kl: per latent value, against the unit Gaussian.
     """
 
-    l1: float = 1.0
-    l2: float = 1.0
-    edge: float = 1.0
-    temporal: float = 0.25
-    foreground: float = 4.0
-    margin: int = 3
-    kl: float = 1e-4
-    charbonnier: float = 1e-3
+    l1: float = bounded(1.0, least=0)
+    l2: float = bounded(1.0, least=0)
+    edge: float = bounded(1.0, least=0)
+    temporal: float = bounded(0.25, least=0)
+    foreground: float = bounded(4.0, least=0)
+    margin: int = bounded(3, least=0)
+    kl: float = bounded(1e-4, least=0)
+    charbonnier: float = bounded(1e-3, above=0)
     compile: bool = True
     compile_mode: str = "default"
 

@@ -11,29 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longvideo.errors import ConfigError
+from longvideo.config_fields import Bounded, bounded, share
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render_with_mask
 from longvideo.shapeworld.world import Scene
 
 FPS = 24.0
+MOST_PIXELS = 4096  # of a side
 
 
 @dataclass(frozen=True)
-class SceneConfig:
+class SceneConfig(Bounded):
     """Which scenes are drawn, how large, and how far into their endless motion a clip may begin."""
 
-    count: int = 20000
-    pair_fraction: float = 0.45
-    max_seconds: float = 60.0
-    height: int = 128
-    width: int = 224
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError(f"scenes.count={self.count} must be at least 1")
-        if not 0 <= self.pair_fraction <= 1:
-            raise ConfigError(f"scenes.pair_fraction={self.pair_fraction} must be from 0 to 1")
+    count: int = bounded(20000, least=1)
+    pair_fraction: float = share(0.45)
+    max_seconds: float = bounded(60.0, least=0)
+    height: int = bounded(128, least=1, most=MOST_PIXELS)
+    width: int = bounded(224, least=1, most=MOST_PIXELS)
 
 
 class ScenePool:

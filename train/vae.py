@@ -12,6 +12,7 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import load_weights
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.config_fields import Bounded, bounded, seed_field, share
 from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split, sample_scenes
@@ -33,14 +34,14 @@ CHUNK_FRAMES = (29, 32)
 
 
 @dataclass(frozen=True)
-class AutoencoderShape:
+class AutoencoderShape(Bounded):
     """The preset `tiny`, with any of its sizes replaced."""
 
-    base_dim: int | None = None
-    decoder_base_dim: int | None = None
-    z_dim: int | None = None
-    dim_mult: tuple[int, ...] | None = None
-    num_res_blocks: int | None = None
+    base_dim: int | None = bounded(None, least=1)
+    decoder_base_dim: int | None = bounded(None, least=1)
+    z_dim: int | None = bounded(None, least=1)
+    dim_mult: tuple[int, ...] | None = bounded(None, least=1)
+    num_res_blocks: int | None = bounded(None, least=1)
 
     def build(self) -> AutoencoderConfig:
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -52,22 +53,22 @@ class AutoencoderShape:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Bounded):
     """Held-out clips of a first and a second chunk, encoded and decoded as a stream; shown clips go on the sheet."""
 
-    clips: int = 32
-    shown: int = 6
-    statistics_clips: int = 256
-    batch: int = 16
+    clips: int = bounded(32, least=1)
+    shown: int = bounded(6, least=0)
+    statistics_clips: int = bounded(256, least=1)
+    batch: int = bounded(16, least=1)
 
 
 @dataclass(frozen=True)
-class VaeTraining:
+class VaeTraining(Bounded):
     """`longvideo train vae`."""
 
-    seed: int = 0
+    seed: int = seed_field()
     initialize: str | None = None
-    cut_fraction: float = 0.04
+    cut_fraction: float = share(0.04)
     model: AutoencoderShape = field(default_factory=AutoencoderShape)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     stages: list[ClipStage] = field(default_factory=list)
@@ -77,6 +78,7 @@ class VaeTraining:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.stages:
             raise ConfigError("stages is empty; list at least one {frames, height, width, batch, steps}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvideo.config_fields import Bounded, bounded, share, steps_field
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.captions import TokenTable
@@ -20,26 +21,20 @@ from longvideo.training.objective import seeded, stage_at
 
 
 @dataclass(frozen=True)
-class ViewStage:
+class ViewStage(Bounded):
     """A run of steps on `batch` views of `chunks` chunks; `learning_rate` replaces the optimiser's peak there.
 
     Views of one chunk show how a video begins: all that is in them must come from the prompt.
     """
 
-    steps: int = 10000
-    batch: int = 64
-    chunks: int = 3
-    learning_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 1 or self.chunks < 1:
-            raise ConfigError(
-                f"a stage has steps={self.steps}, batch={self.batch}, chunks={self.chunks}; use at least 0, 1 and 1"
-            )
+    steps: int = steps_field(10000)
+    batch: int = bounded(64, least=1)
+    chunks: int = bounded(3, least=1)
+    learning_rate: float | None = bounded(None, least=0)
 
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(Bounded):
     """start_fraction: share of views, of clips that are not late, that begin where the video does.
 
     The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
@@ -52,20 +47,14 @@ class ViewConfig:
     past is seen under a new prompt ("recache"); those before the change are context alone.
     """
 
-    start_fraction: float = 0.65
-    prompt_dropout: float = 0.1
-    context_noise_fraction: float = 0.7
-    context_noise_max: float = 0.15
-    image_fraction: float = 0.1
-    phrasings: int = 6
-    caption_omit: float = 0.1
-    wrong_color: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.wrong_color <= 1:
-            raise ConfigError(f"views.wrong_color={self.wrong_color} must be from 0 to 1")
-        if self.phrasings < 1:
-            raise ConfigError(f"views.phrasings={self.phrasings} must be at least 1")
+    start_fraction: float = share(0.65)
+    prompt_dropout: float = share(0.1)
+    context_noise_fraction: float = share(0.7)
+    context_noise_max: float = share(0.15)
+    image_fraction: float = share(0.1)
+    phrasings: int = bounded(6, least=1)
+    caption_omit: float = share(0.1)
+    wrong_color: float = share(0.0)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from longvideo.config_fields import Bounded, bounded
 from longvideo.errors import ConfigError, UserError
 
 T = TypeVar("T")
 HOST_BACKEND = "gloo"  # what is agreed on by processes, not by their devices
 TIMEOUT_MINUTES = 30.0
+MOST_TIMEOUT_MINUTES = 365 * 24 * 60
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Bounded):
     """How a run is spread over the ranks that `torchrun` or `deepspeed` started.
 
     sequence: ranks that share each video's frames; the others hold other videos. zero_stage: what DeepSpeed shards over
@@ -29,18 +31,10 @@ class ParallelConfig:
     a rank that waits gives up.
     """
 
-    sequence: int = 1
-    zero_stage: int = 1
-    micro_batch: int | None = None
-    timeout_minutes: float = TIMEOUT_MINUTES
-
-    def __post_init__(self) -> None:
-        if self.sequence < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise ConfigError(
-                f"parallel.sequence={self.sequence} and parallel.micro_batch={self.micro_batch} must be at least 1"
-            )
-        if self.zero_stage not in range(4):
-            raise ConfigError(f"parallel.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
+    sequence: int = bounded(1, least=1)
+    zero_stage: int = bounded(1, least=0, most=3)
+    micro_batch: int | None = bounded(None, least=1)
+    timeout_minutes: float = bounded(TIMEOUT_MINUTES, above=0, most=MOST_TIMEOUT_MINUTES)
 
 
 class RefusedByMain(UserError):

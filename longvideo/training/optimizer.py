@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from longvideo.config_fields import Bounded, bounded, share, steps_field
 from longvideo.errors import ConfigError
 from longvideo.training.objective import stage_at
 
@@ -13,24 +14,23 @@ SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Bounded):
     """AdamW with a linear warm-up, then a constant rate or a cosine down to `final_fraction` of it."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = bounded(1e-3, above=0)
     schedule: str = "cosine"
-    warmup_steps: int = 100
-    final_fraction: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
+    warmup_steps: int = steps_field(100)
+    final_fraction: float = share(0.02)
+    beta1: float = bounded(0.9, least=0, below=1)
+    beta2: float = bounded(0.99, least=0, below=1)
+    eps: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(0.0, least=0)
+    gradient_clip: float = bounded(1.0, least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"optimizer.schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"optimizer.learning_rate={self.learning_rate} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def rate_schedule(config: OptimizerConfig, segments: Sequence[RateSegment]) -> C
     total = sum(segment.steps for segment in segments)
 
     def rate(step: int) -> float:
-        peak = stage_at(segments, step).learning_rate or config.learning_rate
+        rate_of_segment = stage_at(segments, step).learning_rate
+        peak = config.learning_rate if rate_of_segment is None else rate_of_segment
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "constant":
             return peak * warmup

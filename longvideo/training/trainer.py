@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.run_checkpoint import RunState
+from longvideo.config_fields import Bounded, bounded
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
@@ -35,7 +36,7 @@ EXPORTED_FILE = "exported.json"
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(Bounded):
     """How any objective is run. A `*_every` of 0 means only at the end.
 
     spike_factor: steps whose loss is this many times its running mean are skipped, as those are whose gradient is not
@@ -43,24 +44,22 @@ class TrainerConfig:
     """
 
     precision: str = "auto"
-    ema_decay: float = 0.999
-    log_every: int = 20
-    sample_every: int = 0
-    save_every: int = 1000
-    keep_checkpoints: int = 2
-    max_skipped_steps: int = 50
-    spike_factor: float = 0.0
+    ema_decay: float = bounded(0.999, least=0, below=1)
+    log_every: int = bounded(20, least=1)
+    sample_every: int = bounded(0, least=0)
+    save_every: int = bounded(1000, least=0)
+    keep_checkpoints: int = bounded(2, least=1)
+    max_skipped_steps: int = bounded(50, least=0)
+    spike_factor: float = bounded(0.0, least=0)
     tensorboard: bool = False
     wandb: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-        if self.log_every < 1 or self.keep_checkpoints < 1:
-            raise ConfigError(
-                f"trainer.log_every={self.log_every} and trainer.keep_checkpoints={self.keep_checkpoints}"
-                " must be at least 1"
-            )
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError(f"trainer.spike_factor={self.spike_factor} skips ordinary steps; use 0 (off) or above 1")
 
 
 class Recipe(Protocol):

@@ -16,7 +16,7 @@ from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
-from longvideo.distill.distillation import BackboneConfig
+from longvideo.distill.config import BackboneConfig
 from longvideo.distill.prompts import DistillStage, read_scripts
 from longvideo.distill.roles import LoraSettings
 from longvideo.model.attention import Full
@@ -294,7 +294,8 @@ def test_scripts_of_several_shots_are_computed_one_by_one(home: Path, capsys: py
 
 
 def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from longvideo.distill.distillation import Distillation, DistillRecipe
+    from longvideo.distill.config import Distillation
+    from longvideo.distill.distillation import DistillRecipe
     from longvideo.training.mesh import Mesh
     from tests.data import footage
 

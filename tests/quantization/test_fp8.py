@@ -10,7 +10,7 @@ import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
-from longvideo.distill.distillation import BackboneConfig
+from longvideo.distill.config import BackboneConfig
 from longvideo.errors import ConfigError, UserError
 from longvideo.infer.formats import check_formats
 from longvideo.kernels.fp8 import reference, scaled_mm

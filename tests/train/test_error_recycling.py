@@ -399,16 +399,16 @@ def test_a_bank_without_noise_errors_has_room_for_more_latent_errors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"buckets": 0}, "recycling.buckets=0 must be from 1 to 1000"),
-        ({"buckets": 1001}, "recycling.buckets=1001 must be from 1 to 1000"),
-        ({"entries": 0}, "recycling.entries=0 and recycling.warmup_steps=0 must be at least 1 and 0"),
-        ({"warmup_steps": -1}, "recycling.warmup_steps=-1 must be at least 1 and 0"),
-        ({"memory_gib": 0.0}, "recycling.memory_gib=0.0 must be above 0"),
-        ({"memory_gib": float("nan")}, "recycling.memory_gib=nan must be above 0"),
+        ({"buckets": 0}, "buckets=0 must be from 1 to 1000"),
+        ({"buckets": 1001}, "buckets=1001 must be from 1 to 1000"),
+        ({"entries": 0}, "entries=0 must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"memory_gib": 0.0}, "memory_gib=0.0 must be above 0"),
+        ({"memory_gib": float("nan")}, "memory_gib=nan must be a finite number"),
         ({"storage": "disk"}, "recycling.storage='disk' is unknown; use one of host, device"),
-        ({"clean_probability": 1.5}, "recycling.clean_probability=1.5 must be from 0 to 1"),
-        ({"noise_probability": -0.1}, "recycling.noise_probability=-0.1 must be from 0 to 1"),
-        ({"modulation": 1.0}, "recycling.modulation=1.0 must be from 0 up to, but not, 1"),
+        ({"clean_probability": 1.5}, "clean_probability=1.5 must be from 0 to 1"),
+        ({"noise_probability": -0.1}, "noise_probability=-0.1 must be from 0 to 1"),
+        ({"modulation": 1.0}, "modulation=1.0 must be at least 0 and below 1"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any], message: str) -> None:

@@ -399,11 +399,11 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
 
 
 def test_impossible_banks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="bank.recolor_fraction=1.5 must be from 0 to 1"):
+    with pytest.raises(ConfigError, match="recolor_fraction=1.5 must be from 0 to 1"):
         BankConfig(recolor_fraction=1.5)
     with pytest.raises(ConfigError, match="two chunks at least"):
         BankConfig(recolor_fraction=0.5, chunks=1)
-    with pytest.raises(ConfigError, match="views.wrong_color=-1 must be from 0 to 1"):
+    with pytest.raises(ConfigError, match="wrong_color=-1 must be from 0 to 1"):
         ViewConfig(wrong_color=-1)
     with pytest.raises(ConfigError, match="bank.clips=9 must be a multiple of bank.group=2"):
         BankConfig(clips=9, initial_clips=4, group=2)

@@ -1,0 +1,112 @@
+"""What a distillation is told: the keys of its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.config_fields import Bounded, bounded, seed_field, share
+from longvideo.distill.objectives import DmdConfig
+from longvideo.distill.prompts import SHAPEWORLD, DistillStage, ShapeWorldConfig
+from longvideo.distill.roles import LoraSettings
+from longvideo.distill.self_forcing import RolloutConfig
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.model.config import PRESETS
+from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
+from longvideo.training.mesh import ParallelConfig
+from longvideo.training.optimizer import OptimizerConfig
+from longvideo.training.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """How the frozen weights are kept. precision: as of `generate`, but not fp8. kv_cache: of the chunks made."""
+
+    precision: str = "nvfp4"
+    kv_cache: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, known in (("precision", DIFFERENTIABLE_PRECISIONS), ("kv_cache", KV_CACHES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"backbone.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Bounded):
+    """What is drawn on the way, with averaged weights: `prompts` videos of `chunks`, in each of these numbers of steps.
+
+    judge: of ShapeWorld's prompts, say what share of the videos shows what it should.
+    """
+
+    prompts: int = bounded(4, least=0)
+    chunks: int = bounded(4, least=1)
+    steps: list[int] = bounded([4, 2], least=1, most=NUM_TRAIN_TIMESTEPS)
+    judge: bool = True
+
+
+@dataclass(frozen=True)
+class Distillation(Bounded):
+    """`longvideo distill`.
+
+    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another. A
+    `--dry-run` needs none: backbones are then fresh ones of `preset` at the sizes of `settings`, and prompts are noise.
+    adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
+    folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
+    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. critic_first: steps
+    of the critic alone at the start, so that it knows a student who begins with an `adapter`. compile: blocks, but for
+    their attention, on a GPU. merge: write whole weights besides the adapter.
+    """
+
+    seed: int = seed_field()
+    model: str | None = None
+    preset: str = "wan2.2-ti2v-5b"
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    teacher: str | None = None
+    adapter: str | None = None
+    prompts: str = SHAPEWORLD
+    data: str | None = None
+    image_fraction: float = share(0.0)
+    negative_prompt: str = ""
+    student_every: int = bounded(5, least=1)
+    critic_first: int = bounded(0, least=0)
+    compile: bool = False
+    merge: bool = True
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    dmd: DmdConfig = field(default_factory=DmdConfig)
+    shapeworld: ShapeWorldConfig = field(default_factory=ShapeWorldConfig)
+    stages: list[DistillStage] = field(default_factory=lambda: [DistillStage()])
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-5, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
+        )
+    )
+    critic_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-6, schedule="constant", beta1=0.0, beta2=0.999, gradient_clip=10.0
+        )
+    )
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=50, max_skipped_steps=10)
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        if self.stages and self.critic_first >= sum(stage.steps for stage in self.stages) > 0:
+            raise ConfigError(f"critic_first={self.critic_first} leaves the student no step of the stages")
+        if self.image_fraction and self.data is None:
+            raise ConfigError("image_fraction needs first frames; give data=CLIPS, a folder of encoded clips")
+        if self.parallel.sequence > 1:
+            raise ConfigError(
+                f"parallel.sequence={self.parallel.sequence}: a distillation shares no video among ranks; use 1"
+            )
+        if self.parallel.zero_stage > 2:
+            raise ConfigError(
+                "parallel.zero_stage=3 shards weights that are trained, which are small here; use 0, 1 or 2"
+            )
