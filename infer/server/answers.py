@@ -13,7 +13,6 @@ from longvideo.infer.server.messages import Guidance, Seconds, Seed, Steps, chec
 from longvideo.infer.server.security import ID_PATTERN
 
 VideoId = Annotated[str, Field(pattern=ID_PATTERN)]
-VIDEO_BYTES: dict[str, Any] = {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 class _Body(BaseModel):
@@ -144,3 +143,14 @@ class Health(BaseModel):
 def errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """Describe the errors of a request for OpenAPI."""
     return {int(status): {"model": ErrorAnswer, "description": status.phrase} for status in statuses}
+
+
+CONTENT: dict[int | str, dict[str, Any]] = {
+    status.value: {
+        "description": status.phrase,
+        "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
+    }
+    for status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+}
+CONTENT |= {304: {"description": HTTPStatus.NOT_MODIFIED.phrase}}
+CONTENT |= errors(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)

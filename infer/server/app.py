@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -10,26 +10,37 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from longvideo import __version__
 from longvideo.errors import UserError
+from longvideo.files import WriteError
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.answers import VIDEO_BYTES, Health, ServerAnswer, VideoId, errors
+from longvideo.infer.server.answers import CONTENT, Health, ServerAnswer, VideoId, errors
+from longvideo.infer.server.client_socket import ClientSocket
+from longvideo.infer.server.connections import Waiting
+from longvideo.infer.server.content import FileContent
 from longvideo.infer.server.job_routes import job_routes
-from longvideo.infer.server.job_store import JobStore
+from longvideo.infer.server.job_store import JobStore, StoreError
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.messages import first_reason
 from longvideo.infer.server.metrics import CONTENT_TYPE, Metrics
-from longvideo.infer.server.security import Guard, error_answer
+from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
+from longvideo.infer.server.served_folder import DATABASE, STREAMS, VIDEOS
 from longvideo.infer.server.stream import Streams, talk
 
-READ_BYTES = 64 * 1024
+EVERYWHERE = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
 PAGE = Path(__file__).parent / "page"
+PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 TINY_EXAMPLES = [
     "a small red circle drifts left over a black background",
     "a large blue star spins on a meadow",
@@ -41,13 +52,14 @@ TINY_EXAMPLES = [
 
 
 def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
-    """Build the application; `app.state` has the streams and the worker of jobs, which are to be closed first."""
-    for name in ("streams", "videos"):
-        (settings.folder / name).mkdir(parents=True, exist_ok=True)
+    """Build the application for a folder that this process holds (`served_folder`).
+
+    `app.state` has the streams and the worker of jobs, which are to be closed first, and the waiting connections.
+    """
     metrics = Metrics()
     streams = Streams(pipeline, settings, metrics)
-    store = JobStore(settings.folder / "jobs.sqlite")
-    worker = JobWorker(pipeline, store, settings.folder / "videos", metrics)
+    store = JobStore(settings.folder / DATABASE)
+    worker = JobWorker(pipeline, store, settings.folder / VIDEOS, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,16 +74,29 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # the page of FastAPI loads scripts from elsewhere
         redoc_url=None,
-        responses=errors(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN),
+        responses=errors(*EVERYWHERE),
     )
-    app.state.streams, app.state.worker = streams, worker
+    app.state.streams, app.state.worker, app.state.waiting = streams, worker, Waiting(settings.limits)
     app.add_middleware(Guard, settings=settings)
     _add_error_handlers(app)
     _add_routes(app, pipeline, settings, streams, store, metrics)
     app.include_router(job_routes(pipeline, settings, store, worker), dependencies=_token_in_description(settings))
-    if PAGE.is_dir():
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    _add_page(app)
     return app
+
+
+def _add_page(app: FastAPI) -> None:
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
+
+    @app.get("/", include_in_schema=False)
+    def index() -> Response:
+        return FileContent(files["index.html"], media_type="text/html")
+
+    @app.get(OPEN_FOLDER + "{name}", include_in_schema=False)
+    def page(name: str) -> Response:
+        if (path := files.get(name)) is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "the page has no such file")
+        return FileContent(path, media_type=PAGE_TYPES[path.suffix])
 
 
 def _add_routes(
@@ -83,10 +108,6 @@ def _add_routes(
     metrics: Metrics,
 ) -> None:
     model = pipeline.models.settings
-
-    @app.get("/", include_in_schema=False)
-    def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", media_type="text/html")
 
     @app.get("/healthz")
     def health() -> Health:
@@ -119,29 +140,17 @@ def _add_routes(
     @app.get(
         "/v1/streams/{name}/content",
         dependencies=token,
-        response_class=FileResponse,
-        responses={200: VIDEO_BYTES, **errors(HTTPStatus.NOT_FOUND, HTTPStatus.UNPROCESSABLE_ENTITY)},
+        response_class=Response,
+        responses={**CONTENT, **errors(HTTPStatus.UNPROCESSABLE_ENTITY)},
     )
     def stream_content(name: VideoId) -> Response:
         """What a live stream has made so far; ranges may be asked for when it has ended."""
-        path = settings.folder / "streams" / f"{name}.mp4"
-        if not path.is_file():
-            raise HTTPException(HTTPStatus.NOT_FOUND, "there is no such stream")
-        if streams.is_live(name):  # FileResponse promises a length and then sends what the file has grown to
-            return StreamingResponse(_read_start(path, path.stat().st_size), media_type="video/mp4")
-        return FileResponse(path, media_type="video/mp4", filename=f"{name}.mp4")
+        path = settings.folder / STREAMS / f"{name}.mp4"
+        return FileContent(path, media_type="video/mp4", download=True, grows=streams.is_live(name))
 
     @app.websocket("/v1/stream")
     async def stream(websocket: WebSocket) -> None:
-        await talk(websocket, streams)
-
-
-def _read_start(path: Path, size: int) -> Iterator[bytes]:
-    """Read the first bytes of a file that changes; fewer if a seek makes it shorter meanwhile."""
-    with path.open("rb") as file:
-        while size > 0 and (data := file.read(min(size, READ_BYTES))):
-            size -= len(data)
-            yield data
+        await talk(ClientSocket(websocket), streams, app.state.waiting)
 
 
 def _token_in_description(settings: ServerSettings) -> list[Any]:
@@ -157,6 +166,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     def unusable(request: Request, error: UserError) -> JSONResponse:
         return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", str(error))
+
+    @app.exception_handler(WriteError)
+    @app.exception_handler(StoreError)
+    def full(request: Request, error: UserError) -> JSONResponse:
+        return error_answer(HTTPStatus.INSUFFICIENT_STORAGE, "storage", str(error))
+
+    @app.exception_handler(Exception)
+    def broken(request: Request, error: Exception) -> JSONResponse:
+        return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "this cannot be answered; the log says why")
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> JSONResponse:

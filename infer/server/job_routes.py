@@ -6,13 +6,13 @@ from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.answers import (
-    VIDEO_BYTES,
+    CONTENT,
     PromptVideo,
     ShotsVideo,
     VideoAnswer,
@@ -21,6 +21,7 @@ from longvideo.infer.server.answers import (
     VideoList,
     errors,
 )
+from longvideo.infer.server.content import FileContent
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
@@ -28,6 +29,7 @@ from longvideo.infer.server.messages import Refusal
 from longvideo.infer.server.security import new_id
 
 NOT_FOUND, CONFLICT, INVALID = HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY
+FULL = HTTPStatus.INSUFFICIENT_STORAGE
 
 
 def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: JobStore, worker: JobWorker) -> APIRouter:
@@ -46,9 +48,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
 
     @router.post(
         "",
-        responses=errors(
-            HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, INVALID, HTTPStatus.TOO_MANY_REQUESTS
-        ),
+        responses=errors(HTTPStatus.BAD_REQUEST, INVALID, HTTPStatus.TOO_MANY_REQUESTS, FULL),
     )
     def create(body: PromptVideo | ShotsVideo) -> VideoAnswer:
         """Queue a video."""
@@ -86,16 +86,16 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
 
     @router.get(
         "/{name}/content",
-        response_class=FileResponse,
-        responses={200: VIDEO_BYTES, **errors(NOT_FOUND, CONFLICT, INVALID)},
+        response_class=Response,
+        responses={**CONTENT, **errors(CONFLICT, INVALID)},
     )
-    def content(name: VideoId) -> FileResponse:
+    def content(name: VideoId) -> Response:
         """Fetch a finished video, or what there is of an interrupted one; ranges may be asked for."""
         job = stored(name)
         path = worker.path(job.id)
         if job.status not in ("completed", "interrupted") or not path.is_file():
             raise HTTPException(CONFLICT, f"the video is {job.status}; it has no file")
-        return FileResponse(path, media_type="video/mp4", filename=path.name)
+        return FileContent(path, media_type="video/mp4", download=True)
 
     @router.post("/{name}/cancel", responses=errors(NOT_FOUND, INVALID))
     def cancel(name: VideoId) -> VideoAnswer:
@@ -103,13 +103,14 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         worker.cancel(stored(name).id)
         return answer(stored(name))
 
-    @router.delete("/{name}", responses=errors(NOT_FOUND, CONFLICT, INVALID))
+    @router.delete("/{name}", responses=errors(NOT_FOUND, CONFLICT, INVALID, FULL))
     def delete(name: VideoId) -> VideoDeleted:
         """Delete a video that is over, and its file."""
         job = stored(name)
-        if not store.delete(job.id):
+        if not job.is_over:
             raise HTTPException(CONFLICT, f"the video is {job.status}; cancel it first")
-        worker.path(job.id).unlink(missing_ok=True)
+        worker.path(job.id).unlink(missing_ok=True)  # first, so that a full disk has room for the rest
+        store.delete(job.id)
         return VideoDeleted(id=job.id)
 
     return router

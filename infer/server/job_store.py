@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from longvideo.errors import UserError
 from longvideo.infer.script import ShotRequest
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
@@ -30,6 +35,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     error TEXT
 )
 """
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,22 +61,35 @@ class Job:
         return self.status not in ("queued", "in_progress")
 
 
+class StoreError(UserError):
+    """The disk refuses a change of the list of jobs, or the list cannot be read."""
+
+
 class JobStore:
-    """One connection in one lock; every change is on the disk when the call returns."""
+    """One connection in one lock; a change is on the disk when the call returns, as long as the disk takes it.
+
+    How a job is doing is never lost on a full disk: such a change is held in memory, where all answers come from, and
+    written with the next one that the disk takes. What a client adds or deletes is refused with StoreError instead.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute(SCHEMA)
+        """Open the file, or create it; raises StoreError where it cannot be used."""
+        self._path = path
+        self._lock = threading.RLock()
+        self._held: dict[str, dict[str, Any]] = {}  # columns that the disk has not taken, by job
+        with self._refused_by_the_disk("open"):
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(SCHEMA)
 
     def close(self) -> None:
         with self._lock:
+            self._write_held()
             self._connection.close()
 
     def add(self, job: Job, *, max_queued: int) -> Job | None:
-        """Store a new job and return it with its time; None when enough are queued."""
+        """Store a new job and return it with its time; None when enough are queued. Raises StoreError."""
         values = {
             "id": job.id,
             "status": job.status,
@@ -78,61 +99,101 @@ class JobStore:
             "guidance": job.guidance,
             "total_frames": job.total_frames,
             "created_at": int(time.time()),
-            "max_queued": max_queued,
         }
         query = (
             "INSERT INTO jobs (id, status, shots, seed, steps, guidance, total_frames, created_at) "
-            "SELECT :id, :status, :shots, :seed, :steps, :guidance, :total_frames, :created_at "
-            "WHERE (SELECT count(*) FROM jobs WHERE status = 'queued') < :max_queued"
+            "VALUES (:id, :status, :shots, :seed, :steps, :guidance, :total_frames, :created_at)"
         )
-        return self.get(job.id) if self._execute(query, values).rowcount else None
+        with self._lock:
+            if self.counts()["queued"] >= max_queued:
+                return None
+            self._write(query, values)
+            return self.get(job.id)
 
     def get(self, name: str) -> Job | None:
-        rows = self._rows("SELECT * FROM jobs WHERE id = ?", (name,))
-        return _job(rows[0]) if rows else None
+        jobs = self._jobs("SELECT * FROM jobs WHERE id = ?", (name,))
+        return jobs[0] if jobs else None
 
     def change(self, name: str, status: JobStatus, *, among: tuple[JobStatus, ...], error: str | None = None) -> bool:
         """Give a job another status if it has one of these; return whether it had."""
-        over = status not in ("queued", "in_progress")
-        marks = ", ".join("?" * len(among))
-        query = f"UPDATE jobs SET status = ?, error = ?, completed_at = ? WHERE id = ? AND status IN ({marks})"
-        return self._execute(query, (status, error, int(time.time()) if over else None, name, *among)).rowcount > 0
+        with self._lock:
+            job = self.get(name)
+            if job is None or job.status not in among:
+                return False
+            over = status not in ("queued", "in_progress")
+            self._hold(name, status=status, error=error, completed_at=int(time.time()) if over else None)
+            return True
 
     def set_frames(self, name: str, frames: int) -> None:
-        self._execute("UPDATE jobs SET frames = ? WHERE id = ?", (frames, name))
+        self._hold(name, frames=frames)
 
-    def delete(self, name: str) -> bool:
-        """Delete a job that is over; return whether there was one."""
-        over = "('queued', 'in_progress')"
-        return self._execute(f"DELETE FROM jobs WHERE id = ? AND status NOT IN {over}", (name,)).rowcount > 0
+    def delete(self, name: str) -> None:
+        """Delete a job that is over. Raises StoreError."""
+        with self._lock:
+            self._write("DELETE FROM jobs WHERE id = ?", (name,))
+            self._held.pop(name, None)
 
     def page(self, *, limit: int, after: str | None, newest_first: bool) -> list[Job]:
-        """Return up to `limit` jobs behind one in the order of their making."""
+        """Return up to `limit` jobs that follow one in the order of their making."""
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
-        behind = f"WHERE number {sign} (SELECT number FROM jobs WHERE id = :after)" if after is not None else ""
-        query = f"SELECT * FROM jobs {behind} ORDER BY number {order} LIMIT :limit"
-        return [_job(row) for row in self._rows(query, {"after": after, "limit": limit})]
+        where = f"WHERE number {sign} (SELECT number FROM jobs WHERE id = :after)" if after is not None else ""
+        query = f"SELECT * FROM jobs {where} ORDER BY number {order} LIMIT :limit"
+        return self._jobs(query, {"after": after, "limit": limit})
 
-    def with_status(self, status: JobStatus) -> list[Job]:
-        """Return the jobs of a status, the oldest first."""
-        return [_job(row) for row in self._rows("SELECT * FROM jobs WHERE status = ? ORDER BY number", (status,))]
+    def unfinished(self) -> list[Job]:
+        """Return the jobs that are not over, the oldest first."""
+        jobs = self._jobs("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') ORDER BY number", ())
+        return [job for job in jobs if not job.is_over]
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs have each status."""
-        rows = self._rows("SELECT status, count(*) AS number FROM jobs GROUP BY status", ())
-        found = {row["status"]: row["number"] for row in rows}
-        return {status: found.get(status, 0) for status in STATUSES}
-
-    def _execute(self, query: str, values: Any) -> sqlite3.Cursor:
         with self._lock:
-            return self._connection.execute(query, values)
+            rows = self._rows("SELECT status, count(*) AS number FROM jobs GROUP BY status", ())
+            numbers = Counter({row["status"]: row["number"] for row in rows})
+            for name in self._held:
+                for row in self._rows("SELECT status FROM jobs WHERE id = ?", (name,)):
+                    numbers[row["status"]] -= 1
+                    numbers[self._held[name].get("status", row["status"])] += 1
+        return {status: numbers[status] for status in STATUSES}
 
-    def _rows(self, query: str, values: Any) -> list[sqlite3.Row]:
+    def _hold(self, name: str, **columns: Any) -> None:
         with self._lock:
-            return self._connection.execute(query, values).fetchall()
+            self._held[name] = {**self._held.get(name, {}), **columns}
+            self._write_held()
+
+    def _write_held(self) -> None:
+        """Write what is held, up to the first change that the disk refuses."""
+        for name, columns in list(self._held.items()):
+            assignments = ", ".join(f"{column} = :{column}" for column in columns)
+            try:
+                self._write(f"UPDATE jobs SET {assignments} WHERE id = :name", {**columns, "name": name})
+            except StoreError as error:
+                log.warning("%s; the change is held in memory", error)
+                return
+            del self._held[name]
+
+    def _write(self, query: str, values: Any) -> None:
+        with self._refused_by_the_disk("write"):
+            self._connection.execute(query, values)
+
+    def _jobs(self, query: str, values: Any) -> list[Job]:
+        with self._lock:
+            return [_job({**row, **self._held.get(row["id"], {})}) for row in self._rows(query, values)]
+
+    def _rows(self, query: str, values: Any) -> list[dict[str, Any]]:
+        with self._refused_by_the_disk("read"):
+            return [dict(row) for row in self._connection.execute(query, values)]
+
+    @contextmanager
+    def _refused_by_the_disk(self, action: str) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot {action} the list of jobs {self._path}: {error}") from error
 
 
-def _job(row: sqlite3.Row) -> Job:
-    fields = {name: row[name] for name in row.keys() if name not in ("number", "shots", "status")}
+def _job(row: Mapping[str, Any]) -> Job:
+    fields = {name: value for name, value in row.items() if name not in ("number", "shots", "status")}
     shots = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
     return Job(status=cast(JobStatus, row["status"]), shots=shots, **fields)

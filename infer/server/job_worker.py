@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from longvideo.errors import UserError
+from longvideo.files import TEMPORARY_SUFFIX
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import Metrics
 from longvideo.infer.writer import VideoWriter
 
+log = logging.getLogger(__name__)
 INTERRUPTED = "the server ended before the video did; what was made until then is kept"
 
 
@@ -26,12 +28,10 @@ class JobWorker:
         self._pipeline, self._store, self._folder, self._metrics = pipeline, store, folder, metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._closing = threading.Event()
-        for unfinished in folder.glob(".*.part"):
-            unfinished.unlink(missing_ok=True)
-        for job in store.with_status("in_progress"):
-            self._give_up(job)
-        for job in store.with_status("queued"):
-            self.submit(job)
+        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        for job in store.unfinished():
+            self._give_up(job) if job.status == "in_progress" else self.submit(job)
 
     def path(self, name: str) -> Path:
         """Return where the video of a job is, or will be."""
@@ -81,8 +81,13 @@ class JobWorker:
     def _ended(self, job: Job, future: Future[None]) -> None:
         if future.cancelled() or (error := future.exception()) is None:
             return
-        message = str(error) if isinstance(error, UserError) else "the video could not be made; the log says why"
-        logging.getLogger(__name__).error("job %s failed", job.id, exc_info=error)
+        if isinstance(error, UserError):
+            message = str(error)
+            log.error("job %s failed: %s", job.id, message)
+        else:
+            message = "the video could not be made; the log says why"
+            log.error("job %s failed", job.id, exc_info=error)
+        self.path(job.id).unlink(missing_ok=True)  # first, so that a full disk has room for the rest
         self._store.change(job.id, "failed", among=("in_progress",), error=message)
 
     def _give_up(self, job: Job) -> None:

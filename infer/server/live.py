@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
+from contextlib import ExitStack
 from functools import singledispatchmethod
 from typing import Any, Literal
 
 from longvideo.errors import UserError
+from longvideo.files import WriteError
 from longvideo.infer.fragments import FragmentedVideo
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
@@ -32,14 +35,17 @@ from longvideo.infer.server.messages import (
 )
 from longvideo.infer.server.metrics import Metrics
 from longvideo.infer.server.outbox import Outbox, Outgoing
+from longvideo.infer.server.served_folder import STREAMS
 from longvideo.infer.server.stream_files import StreamFiles, StreamRecord
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import Receipt, Step
 
-Ending = Literal["ended", "left", "too_slow", "shutting_down", "internal"]
+log = logging.getLogger(__name__)
+Ending = Literal["ended", "left", "too_slow", "shutting_down", "storage", "internal"]
 WHY: dict[Ending, tuple[ErrorCode, str]] = {
     "too_slow": ("too_slow", "nothing was taken for too long; continue when the connection is better"),
     "shutting_down": ("shutting_down", "the server shuts down; continue when it is back"),
+    "storage": ("storage", "the server's disk takes no more of the video; continue when it has room again"),
     "internal": ("internal", "the video cannot go on; the server's log says why"),
 }
 
@@ -62,7 +68,7 @@ class LiveVideo:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.name = name
-        self.files = StreamFiles(settings.folder / "streams", name)
+        self.files = StreamFiles(settings.folder / STREAMS, name)
         self.outbox = Outbox(loop, capacity=settings.limits.waiting_segments)
         self.opened, self.done = asyncio.Event(), asyncio.Event()
         self.released = threading.Event()
@@ -194,30 +200,20 @@ class LiveVideo:
             self._end(why)
 
     def _make(self) -> Ending:
-        session, record = self._open()
-        fields = record.model_dump()
-        settings = self._pipeline.models.settings
-        video = FragmentedVideo(width=settings.width, height=settings.height, fps=settings.fps)
-        file = StreamFile(self.files.video, video.init)
-        try:
+        with ExitStack() as stack:
+            session, record = self._open()
+            stack.callback(session.close)
+            settings = self._pipeline.models.settings
+            video = FragmentedVideo(width=settings.width, height=settings.height, fps=settings.fps)
+            stack.callback(video.close)
+            file = self._open_file(video)
+            stack.callback(file.close)
             with self._lock:
                 self._session, self._record = session, record
                 self._made = self._played = self._seconds_at(session.next_chunk)
                 if self.ending is not None:  # the client left while the session was built
                     session.close()
-            ready = message_text(
-                "ready",
-                session=self.name,
-                mime=video.mime,
-                width=settings.width,
-                height=settings.height,
-                fps=settings.fps,
-                first_chunk_frames=self._timing.first_frames,
-                chunk_frames=self._timing.later_frames,
-                **fields,
-            )
-            self.outbox.put(Outgoing(ready, video.init))
-            self._warn_unknown_words(record.prompt)
+            self._say_ready(record, video)
             self._loop.call_soon_threadsafe(self.opened.set)
             chunks = self._deliver(session, video, file)
             with self._lock:
@@ -226,12 +222,41 @@ class LiveVideo:
                 self._total = (chunks, file.num_frames)
                 self.files.forget()
             elif why != "internal":
-                self.files.keep(session, record)
+                self._keep(session, record)
             return why
-        finally:
-            session.close()
-            file.close()
-            video.close()
+
+    def _open_file(self, video: FragmentedVideo) -> StreamFile:
+        """Open the file of the stream; raises Refusal."""
+        try:
+            return StreamFile(self.files.video, video.init)
+        except WriteError as error:
+            log.error("stream %s cannot begin: %s", self.name, error)
+            raise Refusal(*WHY["storage"]) from error
+        except UserError as error:
+            log.error("stream %s cannot be continued: %s", self.name, error)
+            raise Refusal("not_found", "the stream was begun by another version of the server") from error
+
+    def _say_ready(self, record: StreamRecord, video: FragmentedVideo) -> None:
+        settings = self._pipeline.models.settings
+        ready = message_text(
+            "ready",
+            session=self.name,
+            mime=video.mime,
+            width=settings.width,
+            height=settings.height,
+            fps=settings.fps,
+            first_chunk_frames=self._timing.first_frames,
+            chunk_frames=self._timing.later_frames,
+            **record.model_dump(),
+        )
+        self.outbox.put(Outgoing(ready, video.init))
+        self._warn_unknown_words(record.prompt)
+
+    def _keep(self, session: Session, record: StreamRecord) -> None:
+        try:
+            self.files.keep(session, record)
+        except UserError as error:
+            log.error("stream %s cannot be continued: %s", self.name, error)
 
     def _open(self) -> tuple[Session, StreamRecord]:
         """Return the session and what is kept of it; raises Refusal."""
@@ -277,7 +302,13 @@ class LiveVideo:
             if chunk.is_complete:
                 self._metrics.chunk_made(chunk.seconds)
             segment = video.encode(chunk.frames[0], start=start)
-            file.append(segment)
+            try:
+                file.append(segment)
+            except WriteError as error:
+                log.error("stream %s ends: %s", self.name, error)
+                session.seek(chunk.step.index)  # whoever continues it makes this chunk again
+                self.leave("storage")
+                break
             start += segment.frames
             made += segment.frames
             self._metrics.count("longvideo_frames_total", segment.frames)

@@ -26,6 +26,7 @@ ErrorCode = Literal[
     "not_found",
     "too_slow",
     "shutting_down",
+    "storage",
     "internal",
 ]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]

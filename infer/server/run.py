@@ -10,11 +10,11 @@ import uvicorn
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.app import build_app
+from longvideo.infer.server.connections import HttpConnection
 from longvideo.infer.server.limits import ServerSettings
 
 MESSAGE_ROOM = 4  # times the limit: what is a little too large gets an answer, more closes the connection
 SHUTDOWN_SECONDS = 10
-MAX_CONNECTIONS = 256
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -27,7 +27,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class VideoServer(uvicorn.Server):
-    """Ends the live videos, with a word to their clients, before uvicorn closes the connections."""
+    """Serve from a folder that this process holds (`served_folder`).
+
+    At its end live videos end, with a word to their clients, before uvicorn closes the connections.
+    """
 
     def __init__(self, pipeline: StreamingPipeline, settings: ServerSettings) -> None:
         self.app = build_app(pipeline, settings)
@@ -37,7 +40,7 @@ class VideoServer(uvicorn.Server):
             server_header=False,
             ws_max_size=MESSAGE_ROOM * settings.limits.message_bytes,
             ws_per_message_deflate=False,  # H.264 does not get smaller
-            limit_concurrency=MAX_CONNECTIONS,
+            http=HttpConnection,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         super().__init__(config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable
 
-from fastapi import WebSocket, WebSocketDisconnect
-
+from longvideo.files import TEMPORARY_SUFFIX
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.server.client_socket import ClientLeft, ClientSocket
+from longvideo.infer.server.connections import Waiting
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.live import LiveVideo
 from longvideo.infer.server.messages import (
@@ -24,13 +26,16 @@ from longvideo.infer.server.messages import (
 from longvideo.infer.server.metrics import Metrics
 from longvideo.infer.server.outbox import Outgoing
 from longvideo.infer.server.security import SUBPROTOCOL, new_id, token_fits
+from longvideo.infer.server.served_folder import STREAMS
 
 NORMAL, POLICY, INTERNAL, RESTART, TRY_LATER = 1000, 1008, 1011, 1012, 1013  # RFC 6455 and its registry
 CLOSE_CODES: dict[ErrorCode, int] = {
     "internal": INTERNAL,
+    "storage": INTERNAL,
     "shutting_down": RESTART,
     "too_many_sessions": TRY_LATER,
 }
+log = logging.getLogger(__name__)
 CLOSING_SECONDS = 2.0  # for the last words to one who may not listen
 
 
@@ -43,6 +48,8 @@ class Streams:
         self._live: dict[str, LiveVideo] = {}
         self._lock = threading.Lock()
         self._closed = False
+        for leftover in (settings.folder / STREAMS).glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
 
     @property
     def num_live(self) -> int:
@@ -86,7 +93,7 @@ class Streams:
         with self._lock:
             if self._live.get(video.name) is video:
                 del self._live[video.name]
-        kept = sorted((self.settings.folder / "streams").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+        kept = sorted((self.settings.folder / STREAMS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         for path in kept[: -self.settings.limits.snapshots]:
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
@@ -101,21 +108,24 @@ class Streams:
             await asyncio.to_thread(video.join)
 
 
-async def talk(websocket: WebSocket, streams: Streams) -> None:
+async def talk(client: ClientSocket, streams: Streams, waiting: Waiting) -> None:
     """Serve one connection from its first message to its close."""
-    offered = websocket.scope["subprotocols"]
-    await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
     try:
-        if not token_fits(streams.settings.token, websocket.headers, offered):
-            raise Refusal("unauthorized", "the token is missing or wrong")
-        video = await streams.begin(await _first_message(websocket, streams.settings))
-    except Refusal as refusal:
-        await _within(_refuse(websocket, refusal), CLOSING_SECONDS)
-        return
-    except WebSocketDisconnect:
+        await client.accept(SUBPROTOCOL if SUBPROTOCOL in client.subprotocols else None)
+        try:
+            if not token_fits(streams.settings.token, client.headers, client.subprotocols):
+                raise Refusal("unauthorized", "the token is missing or wrong")
+            video = await streams.begin(await _awaited_first_message(client, streams.settings, waiting))
+        except Refusal as refusal:
+            await _within(_refuse(client, refusal), CLOSING_SECONDS)
+            return
+    except ClientLeft as left:
+        log.info("a client left before its stream began: %s", left)
         return
     try:
-        await _serve(websocket, video, streams.settings)
+        await _serve(client, video, streams.settings)
+    except ClientLeft as left:
+        log.info("the client of stream %s left: %s", video.name, left)
     finally:
         await asyncio.to_thread(video.leave, "left")
         await video.done.wait()
@@ -123,29 +133,46 @@ async def talk(websocket: WebSocket, streams: Streams) -> None:
         streams.forget(video)
 
 
-async def _serve(websocket: WebSocket, video: LiveVideo, settings: ServerSettings) -> None:
-    sender = asyncio.create_task(_send_all(websocket, video))
-    reader = asyncio.create_task(_read_all(websocket, video, settings))
+async def _awaited_first_message(client: ClientSocket, settings: ServerSettings, waiting: Waiting) -> FirstMessage:
+    """Return the first message; the connection is one of those that wait until then. Raises Refusal and ClientLeft."""
+    message = asyncio.create_task(_first_message(client, settings))
+    waiting.enter(message, message.cancel)
+    try:
+        return await message
+    except asyncio.CancelledError:
+        if not message.done():  # the server ends
+            message.cancel()
+            raise
+        raise Refusal("too_many_sessions", "too many connections that say nothing") from None
+    finally:
+        waiting.leave(message)
+
+
+async def _serve(client: ClientSocket, video: LiveVideo, settings: ServerSettings) -> None:
+    """Send and read until one of both ends. Raises ClientLeft when that is because the client did."""
+    sender = asyncio.create_task(_send_all(client, video))
+    reader = asyncio.create_task(_read_all(client, video, settings))
     done = asyncio.create_task(video.done.wait())
     try:
         await asyncio.wait({sender, reader, done}, return_when=asyncio.FIRST_COMPLETED)
-        if reader.done():
-            return reader.result()
-        grace = settings.limits.taking if video.failure is None else CLOSING_SECONDS
-        await asyncio.wait({sender, reader}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        if not reader.done():
-            code = NORMAL if video.failure is None else CLOSE_CODES.get(video.failure, POLICY)
-            await _within(_close(websocket, code), CLOSING_SECONDS)
+        if not (sender.done() or reader.done()):
+            grace = settings.limits.taking if video.failure is None else CLOSING_SECONDS
+            await asyncio.wait({sender, reader}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        for task in (reader, sender):
+            if task.done():
+                task.result()
+        code = NORMAL if video.failure is None else CLOSE_CODES.get(video.failure, POLICY)
+        await _within(client.close(code), CLOSING_SECONDS)
     finally:
         for task in (sender, reader, done):
             task.cancel()
         await asyncio.gather(sender, reader, done, return_exceptions=True)
 
 
-async def _first_message(websocket: WebSocket, settings: ServerSettings) -> FirstMessage:
+async def _first_message(client: ClientSocket, settings: ServerSettings) -> FirstMessage:
     limits = settings.limits
     try:
-        text = await asyncio.wait_for(_receive(websocket), limits.first_message)
+        text = await asyncio.wait_for(client.receive(), limits.first_message)
     except asyncio.TimeoutError:  # not yet TimeoutError in Python 3.10
         raise Refusal("bad_message", f"nothing was said within {limits.first_message:g} s") from None
     message = read_message(text, max_bytes=limits.message_bytes, max_prompt=limits.prompt_length)
@@ -156,14 +183,11 @@ async def _first_message(websocket: WebSocket, settings: ServerSettings) -> Firs
     return message
 
 
-async def _read_all(websocket: WebSocket, video: LiveVideo, settings: ServerSettings) -> None:
-    """Do what the client says until it leaves."""
+async def _read_all(client: ClientSocket, video: LiveVideo, settings: ServerSettings) -> None:
+    """Do what the client says until it leaves: raises ClientLeft."""
     limits = settings.limits
     while True:
-        try:
-            text = await _receive(websocket)
-        except WebSocketDisconnect:
-            return
+        text = await client.receive()
         await video.opened.wait()
         await video.outbox.wait_for_fewer(limits.waiting_messages)
         try:
@@ -177,37 +201,14 @@ def _act(video: LiveVideo, message: FirstMessage | LaterMessage) -> None:
     video.act(message)
 
 
-async def _send_all(websocket: WebSocket, video: LiveVideo) -> None:
-    try:
-        while (outgoing := await video.outbox.get()) is not None:
-            await websocket.send_text(outgoing.text)
-            if outgoing.data is not None:
-                await websocket.send_bytes(outgoing.data)
-    except WebSocketDisconnect:
-        return
+async def _send_all(client: ClientSocket, video: LiveVideo) -> None:
+    while (outgoing := await video.outbox.get()) is not None:
+        await client.send(outgoing.text, outgoing.data)
 
 
-async def _receive(websocket: WebSocket) -> str | None:
-    """Return a text message, or None for a binary one; raises WebSocketDisconnect."""
-    message = await websocket.receive()
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code", NORMAL))
-    return message.get("text")
-
-
-async def _refuse(websocket: WebSocket, refusal: Refusal) -> None:
-    try:
-        await websocket.send_text(error_text(refusal.code, str(refusal)))
-        await websocket.close(CLOSE_CODES.get(refusal.code, POLICY))
-    except WebSocketDisconnect:
-        return
-
-
-async def _close(websocket: WebSocket, code: int) -> None:
-    try:
-        await websocket.close(code)
-    except WebSocketDisconnect:
-        return
+async def _refuse(client: ClientSocket, refusal: Refusal) -> None:
+    await client.send(error_text(refusal.code, str(refusal)))
+    await client.close(CLOSE_CODES.get(refusal.code, POLICY))
 
 
 async def _within(work: Awaitable[object], seconds: float) -> None:

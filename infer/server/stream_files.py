@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from longvideo.errors import UserError
+from longvideo.files import read_text, write_text
 from longvideo.infer.server.messages import Refusal
 from longvideo.infer.session import Session
 
@@ -36,18 +37,15 @@ class StreamFiles:
         """Return the record; raises Refusal with `not_found` where the stream cannot be continued."""
         try:
             if self.snapshot.exists() and self.video.exists():
-                return StreamRecord.model_validate_json(self.record.read_bytes())
-        except (OSError, ValidationError) as error:
+                return StreamRecord.model_validate_json(read_text(self.record, what="record of a stream"))
+        except (UserError, ValidationError) as error:
             raise Refusal("not_found", "the stream cannot be continued: what was kept of it is damaged") from error
         raise Refusal("not_found", "there is no such stream, or it has ended, or too many were left after it")
 
     def keep(self, session: Session, record: StreamRecord) -> None:
-        """Write what `continue` needs; a process that ends meanwhile leaves what was there before."""
-        unfinished = self.snapshot.with_suffix(".part")
-        session.snapshot(unfinished)
-        os.replace(unfinished, self.snapshot)
-        unfinished.write_text(record.model_dump_json(), encoding="utf-8")
-        os.replace(unfinished, self.record)
+        """Write what `continue` needs; raises UserError where the disk refuses, with what was there unchanged."""
+        session.snapshot(self.snapshot)
+        write_text(self.record, record.model_dump_json())
 
     def forget(self) -> None:
         """Drop what `continue` needs; the video stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,7 +46,16 @@ def serve(
             envvar="LONGVIDEO_TOKEN", show_envvar=True, help="Secret that every client must send; others are refused."
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where videos and the list of jobs are kept.")] = Path("served"),
+    public_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name under which a proxy on this machine is reached, such as video.example.org; may be repeated."
+            " With a token every name is accepted."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where videos and the list of jobs are kept, readable by this user only.")
+    ] = Path("served"),
     max_sessions: Annotated[
         int, typer.Option(min=1, help="Live videos at a time; each takes the memory of one. A job runs beside them.")
     ] = 2,
@@ -77,26 +87,30 @@ def serve(
     try:
         from longvideo.infer.server.limits import Limits, ServerSettings
         from longvideo.infer.server.run import VideoServer, listen
-        from longvideo.infer.server.security import check_listening, is_loopback
+        from longvideo.infer.server.security import check_listening, check_public_hosts
+        from longvideo.infer.server.served_folder import served_folder
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise UserError(MISSING) from error
     check_listening(host, token)
-    socket = listen(host, port)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("longvideo").setLevel(logging.INFO)
     settings = ServerSettings(
         folder=folder,
         model=model if model == "tiny" else Path(model).name,
         token=token,
-        loopback=is_loopback(host),
+        public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
-    print("loading", file=sys.stderr)
-    pipeline = _load(ModelChoice(model, base, preset, entry), device, decode_device, decode_share, formats)
-    server = VideoServer(pipeline, settings)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"longvideo serves {settings.model} on http://{shown}:{socket.getsockname()[1]}", flush=True)
-    server.run([socket])
+    with listen(host, port) as socket, served_folder(folder):
+        print("loading", file=sys.stderr)
+        pipeline = _load(ModelChoice(model, base, preset, entry), device, decode_device, decode_share, formats)
+        print(pipeline.start_line(), file=sys.stderr)
+        server = VideoServer(pipeline, settings)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"longvideo serves {settings.model} on http://{shown}:{socket.getsockname()[1]}", flush=True)
+        server.run([socket])
 
 
 def _load(

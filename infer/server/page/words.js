@@ -24,6 +24,7 @@ const ERRORS = {
   too_many_sessions: ["The server is busy.", "It streams as many videos as it may. Try again when one has ended."],
   not_found: ["The server does not know this video any more.", "What was made until now can still be watched here."],
   too_slow: ["This browser or its connection was too slow.", "It did not take the video as fast as it was made, and the server ended the stream."],
+  storage: ["The server's disk is full.", "The video ends here. Go on when there is room again."],
   shutting_down: ["The server is shutting down.", "Start again when it is back."],
   internal: ["The server made a mistake.", "Its log says more."],
   bad_prompt: ["The prompt was not accepted.", ""],

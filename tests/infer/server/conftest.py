@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.server.connections import Waiting
 from longvideo.infer.server.limits import Limits, ServerSettings
 from longvideo.infer.server.run import VideoServer, listen
+from longvideo.infer.server.served_folder import served_folder
 from longvideo.infer.server.stream import Streams
 
 DEADLINE = 30.0
@@ -70,8 +75,10 @@ class RunningServer:
     address: str
     folder: Path
     streams: Streams
+    waiting: Waiting
+    count_connections: Callable[[], int]
     stop: Callable[[], None]
-    connections: ExitStack
+    clients: ExitStack
 
     @property
     def url(self) -> str:
@@ -83,7 +90,7 @@ class RunningServer:
     def connect(self, **options: Any) -> Client:
         """Return a client whose connection is closed at the end."""
         options = {"max_size": None, "compression": None, **options}
-        return Client(self.connections.enter_context(connect(f"ws://{self.address}/v1/stream", **options)))
+        return Client(self.clients.enter_context(connect(f"ws://{self.address}/v1/stream", **options)))
 
     def connect_idle(self) -> Client:
         """Return a client with room for next to nothing, which takes what it gets only when told to `hear`."""
@@ -109,8 +116,9 @@ Serve = Callable[..., RunningServer]
 def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
     """Start servers; `limits` and settings by name. They are stopped at the end, and leave no thread."""
     stops: list[Callable[[], None]] = []
-    connections = ExitStack()
+    clients = ExitStack()
     before = set(threading.enumerate())
+    mask = os.umask(0o022)
 
     def start(
         *, limits: Limits | None = None, folder: Path = tmp_path, send_buffer: int | None = None, **settings: Any
@@ -118,6 +126,8 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
         listening = listen("127.0.0.1", 0)
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        held = ExitStack()
+        held.enter_context(served_folder(folder))
         server = VideoServer(pipeline, ServerSettings(folder, "small", limits=limits or Limits(), **settings))
         thread = threading.Thread(target=server.run, args=([listening],), name="uvicorn")
         thread.start()
@@ -126,15 +136,42 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
             server.should_exit = True
             thread.join(DEADLINE)
             assert not thread.is_alive(), "the server did not end"
+            held.close()
 
         stops.append(stop)
         wait_until(lambda: server.started)
         return RunningServer(
-            f"127.0.0.1:{listening.getsockname()[1]}", folder, server.app.state.streams, stop, connections
+            address=f"127.0.0.1:{listening.getsockname()[1]}",
+            folder=folder,
+            streams=server.app.state.streams,
+            waiting=server.app.state.waiting,
+            count_connections=lambda: len(server.server_state.connections),
+            stop=stop,
+            clients=clients,
         )
 
-    with connections:
+    with clients:
         yield start
     for stop in stops:
         stop()
+    os.umask(mask)  # servers that ran at a time did not end in the order that restores it
     wait_until(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.is_alive()})
+
+
+@contextmanager
+def serve_process(
+    model_folder: Path, place: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """Run `longvideo serve` on a free port in a process of its own, whose working folder is `place`."""
+    command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *options], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        with httpx.Client(base_url=line.split()[-1], timeout=DEADLINE) as http:
+            yield process, http
+    finally:
+        process.kill()
+        process.communicate()

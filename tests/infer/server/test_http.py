@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 
+import httpx
 import hypothesis
 import pytest
 import schemathesis
@@ -20,8 +21,8 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.app import PAGE, TINY_EXAMPLES
 from longvideo.infer.server.limits import Limits
 from longvideo.infer.server.run import listen
-from longvideo.infer.server.security import check_listening, is_loopback
-from tests.infer.server.conftest import PROMPT, Serve
+from longvideo.infer.server.security import check_listening, check_public_hosts, is_loopback
+from tests.infer.server.conftest import DEADLINE, PROMPT, Serve
 from tests.infer.server.test_stream import closed_with
 
 TOKEN = "correct-horse-battery"
@@ -99,12 +100,70 @@ def test_other_names_of_this_machine_are_refused(serve: Serve) -> None:
             assert answer.status_code in (400, 403), host
         for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
             assert http.get("/v1/server", headers={"Host": host}).status_code == 200
+    public = serve(public_hosts=frozenset({"video.example.org"}), folder=server.folder / "public")
+    for host, status in (("video.example.org", 200), ("VIDEO.example.org:443", 200), ("localhost", 200)):
+        assert httpx.get(f"{public.url}/v1/server", headers={"Host": host}).status_code == status
+    for host in ("attacker.example", "example.org", "x.video.example.org", "video.example.org.attacker.example"):
+        assert httpx.get(f"{public.url}/v1/server", headers={"Host": host}).status_code == 403
     own = socket.create_connection(("127.0.0.1", int(port)))
     with pytest.raises(InvalidStatus), connect(f"ws://attacker.example:{port}/v1/stream", sock=own):
         pass
     # a second Host header
     with pytest.raises(InvalidStatus):
         server.connect(additional_headers={"Host": "attacker.example"})
+
+
+@pytest.mark.parametrize("host", ["video.example.org", "video.example.org:443", "192.168.1.4:8080", "", "x y"])
+def test_with_a_token_a_proxy_may_pass_on_any_name(serve: Serve, host: str) -> None:
+    server = serve(token=TOKEN)
+    right, wrong = {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": "Bearer not-the-token"}
+    with server.http() as http:
+        assert http.get("/v1/videos", headers={"Host": host, **right}).status_code == 200
+        assert http.get("/v1/videos", headers={"Host": host, **wrong}).status_code == 401
+        assert http.get("/v1/videos", headers={"Host": host}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "public", "status"),
+    [
+        ("https://video.example.org", "video.example.org", [], 101),
+        ("https://video.example.org", "video.example.org:443", [], 101),
+        ("http://video.example.org:8080", "Video.example.org:8080", [], 101),
+        ("https://video.example.org", "127.0.0.1:8000", [], 403),  # a proxy that does not pass Host on
+        ("https://video.example.org", "127.0.0.1:8000", ["video.example.org"], 101),
+        ("https://attacker.example", "127.0.0.1:8000", ["video.example.org"], 403),
+        ("https://attacker.example", "video.example.org", [], 403),
+        ("https://video.example.org:444", "video.example.org", [], 403),
+        ("https://video.example.org@attacker.example", "video.example.org", ["video.example.org"], 403),
+        ("null", "video.example.org", ["video.example.org"], 403),
+        ("", "video.example.org", [], 403),
+    ],
+)
+def test_a_page_behind_a_proxy_reaches_its_own_server_alone(
+    serve: Serve, origin: str, host: str, public: list[str], status: int
+) -> None:
+    server = serve(token=TOKEN, public_hosts=check_public_hosts(public))
+    address, port = server.address.split(":")
+    request = (
+        f"GET /v1/stream HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nConnection: Upgrade\r\n"
+        f"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
+    )
+    with socket.create_connection((address, int(port)), timeout=DEADLINE) as connection:
+        connection.sendall(request.encode())
+        answer = connection.recv(65536)
+    assert int(answer.split()[1]) == status
+    assert status == 101 or b'"bad_origin"' in answer
+    with server.http() as http:
+        headers = {"Host": host, "Origin": origin, "Authorization": f"Bearer {TOKEN}"}
+        posted = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.1}, headers=headers)
+        assert posted.status_code == (200 if status == 101 else 403)
+
+
+@pytest.mark.parametrize("name", ["https://video.example.org", "video.example.org:443", "a/b", "a b", "", "a@b"])
+def test_a_public_host_is_a_name_alone(name: str) -> None:
+    assert check_public_hosts(["Video.Example.org", "[::1]"]) == {"video.example.org", "::1"}
+    with pytest.raises(UserError, match="is not a host name"):
+        check_public_hosts([name])
 
 
 @pytest.mark.parametrize("origin", ["http://attacker.example", "http://127.0.0.1:1", "null", "https://localhost"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import signal
 import sqlite3
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from longvideo.infer.script import ShotRequest
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.limits import Limits
 from longvideo.infer.server.security import new_id
-from tests.infer.server.conftest import DEADLINE, PROMPT, Serve, wait_until
+from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
 
 FPS = 24
 OVER = ("completed", "failed", "cancelled", "interrupted")
@@ -144,21 +142,12 @@ def test_the_end_of_a_server_interrupts_its_job_and_the_next_one_makes_those_in_
 def test_after_a_kill_the_database_opens_and_what_plays_is_kept(
     model_folder: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--folder", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        with httpx.Client(base_url=line.split()[-1], timeout=DEADLINE) as http:
-            done, running, queued = make(http, seconds=1), make(http, seconds=LONG), make(http, seconds=1)
-            wait_until(lambda: job_now(http, running)["frames"] > 100)
-            assert job_now(http, done)["status"] == "completed"
-            whole = http.get(f"/v1/videos/{done['id']}/content").content
-    finally:
+    with serve_process(model_folder, tmp_path, "--folder", ".") as (process, http):
+        done, running, queued = make(http, seconds=1), make(http, seconds=LONG), make(http, seconds=1)
+        wait_until(lambda: job_now(http, running)["frames"] > 100)
+        assert job_now(http, done)["status"] == "completed"
+        whole = http.get(f"/v1/videos/{done['id']}/content").content
         process.send_signal(signal.SIGKILL)
-        process.communicate()
     assert (tmp_path / "videos" / f"{done['id']}.mp4").read_bytes() == whole
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import random
 import shutil
 import socket
+import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import av
 import numpy as np
@@ -17,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.limits import Limits
-from tests.infer.server.conftest import PROMPT, Client, Serve, wait_until
+from tests.infer.server.conftest import PROMPT, Client, RunningServer, Serve, wait_until
 
 FPS = 24
 DISCONNECTS = int(os.environ.get("LONGVIDEO_DISCONNECTS", "20"))
@@ -32,6 +38,17 @@ def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
     return [round(float(frame.pts * time_base) * FPS) for frame in frames], np.stack(
         [frame.to_ndarray(format="rgb24") for frame in frames]
     )
+
+
+def hang_up(client: Client) -> None:
+    """End the TCP connection without a word."""
+    client.socket.socket.shutdown(socket.SHUT_RDWR)
+
+
+def reset(client: Client) -> None:
+    """Let the server's next packet be answered with a reset, as a process that is killed does."""
+    client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hang_up(client)
 
 
 def closed_with(client: Client) -> int | None:
@@ -253,8 +270,9 @@ def test_one_more_than_the_places_is_refused_until_one_leaves(serve: Serve) -> N
     assert server.connect().start()["type"] == "ready"
 
 
-def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve) -> None:
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """LONGVIDEO_DISCONNECTS: how many."""
+    caplog.set_level(logging.INFO, "longvideo")
     server = serve(limits=Limits(sessions=DISCONNECTS))
     # one stream first: threads of the event loop's pool stay
     client = server.connect()
@@ -269,12 +287,49 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve) -> 
                 client.hear()
             else:
                 client.start()
-        if chance.random() < 0.5:
-            client.socket.close()
-        else:
-            client.socket.socket.shutdown(socket.SHUT_RDWR)
+        chance.choice([client.socket.close, partial(hang_up, client), partial(reset, client)])()
     wait_until(lambda: server.streams.num_live == 0)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+    assert len([record for record in caplog.records if "left" in record.getMessage()]) >= DISCONNECTS
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("live-", "denoise", "decode"))])
+
+
+def frame(**message: Any) -> bytes:
+    """Return a text message of fewer than 126 bytes as a client sends it, under a mask of zeros."""
+    data = json.dumps(message).encode()
+    return bytes([0x81, 0x80 | len(data)]) + bytes(4) + data
+
+
+@contextmanager
+def reader_of_nothing(server: RunningServer) -> Iterator[socket.socket]:
+    """A stream whose client takes nothing; its sender waits by now. Closed, it answers all with a reset."""
+    host, _, port = server.address.partition(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(
+            b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + b"A" * 22 + b"==\r\n\r\n"
+        )
+        assert connection.recv(4096).startswith(b"HTTP/1.1 101 ")
+        connection.sendall(frame(type="start", prompt=PROMPT))
+        streams = server.folder / "streams"
+        wait_until(lambda: any(file.stat().st_size > 70_000 for file in streams.glob("*.mp4")))
+        yield connection
+
+
+@pytest.mark.parametrize("more", [b"", frame(type="sing") * 50], ids=["", "answers wait too"])
+def test_a_client_that_leaves_while_it_is_sent_to_is_a_line_in_the_log(
+    serve: Serve, caplog: pytest.LogCaptureFixture, more: bytes
+) -> None:
+    """Where answers wait, what it says is not read on, so that the sender alone learns that it left."""
+    caplog.set_level(logging.INFO, "longvideo")
+    server = serve(limits=Limits(waiting_messages=1), send_buffer=4096)
+    with reader_of_nothing(server) as connection:
+        connection.sendall(more)
+    wait_until(lambda: server.streams.num_live == 0)
+    wait_until(lambda: "left" in caplog.text)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 def test_a_client_that_takes_nothing_is_left(serve: Serve) -> None:
@@ -309,13 +364,12 @@ def test_unknown_words_are_named(serve: Serve) -> None:
     assert "'zeppelin'" in warning["message"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_goes_wrong_inside_ends_one_stream_and_not_the_server(serve: Serve) -> None:
+def test_a_stream_that_cannot_be_written_ends_with_its_reason_and_not_the_server(serve: Serve) -> None:
     server = serve(limits=Limits(sessions=1))
     shutil.rmtree(server.folder / "streams")
     client = server.connect()
     error = client.start()
-    assert error["code"] == "internal" and "Traceback" not in error["message"]
+    assert error["code"] == "storage" and str(server.folder) not in error["message"]
     assert closed_with(client) == 1011
     (server.folder / "streams").mkdir()
     assert server.connect().start()["type"] == "ready"

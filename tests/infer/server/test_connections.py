@@ -1,0 +1,198 @@
+"""Clients that do not finish what they say, say too much, or read nothing: answered, closed, and in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from longvideo.infer.server.connections import HEAD_BYTES
+from longvideo.infer.server.limits import Limits
+from tests.infer.server.conftest import DEADLINE, PROMPT, RunningServer, Serve, wait_until
+from tests.infer.server.test_stream import closed_with
+
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+MANY = 40
+
+
+@contextmanager
+def raw(server: RunningServer, data: bytes = b"") -> Iterator[socket.socket]:
+    host, _, port = server.address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+    return data
+
+
+def answer_of(data: bytes) -> tuple[int, dict]:
+    """Return the status and the error of the only answer in what was read."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower()
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [HEAD, HEAD + b"X-Long: a", POST + b'Content-Length: 20\r\n\r\n{"pro', HEAD + b"\r\n" + HEAD],
+    ids=["no end of the head", "half a header", "half a body", "a second request without its end"],
+)
+def test_a_request_that_is_never_finished_is_answered_and_closed(serve: Serve, data: bytes) -> None:
+    server = serve(limits=Limits(head=0.3, body=0.3))
+    with raw(server, data) as connection:
+        last = read_to_end(connection)
+    assert answer_of(last[last.rindex(b"HTTP/1.1 ") :]) == (
+        408,
+        {"code": "timeout", "message": "the request was not complete in time"},
+    )
+    assert len(server.waiting) == 0
+
+
+@pytest.mark.parametrize("data", [b"", HEAD + b"\r\n"], ids=["nothing", "one whole request"])
+def test_an_idle_connection_is_closed_without_a_word(serve: Serve, data: bytes) -> None:
+    with raw(serve(limits=Limits(head=0.3)), data) as connection:
+        assert b"408" not in read_to_end(connection)
+
+
+def test_a_handshake_that_is_never_finished_is_closed(serve: Serve) -> None:
+    server = serve(limits=Limits(head=0.3, first_message=0.3))
+    upgrade = b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    with raw(server, upgrade) as connection:
+        assert answer_of(read_to_end(connection))[0] == 408
+    with raw(server, upgrade + b"\r\n") as connection:  # without a key
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+    key = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + b"A" * 22 + b"==\r\n\r\n"
+    with raw(server, upgrade + key) as silent:
+        data = b""
+        while b"\x03\xf0" not in data:  # the close code 1008
+            data += silent.recv(65536)
+        assert data.startswith(b"HTTP/1.1 101 ") and b"nothing was said within 0.3 s" in data
+    assert len(server.waiting) == 0
+
+
+def test_connections_that_wait_take_no_place_of_others(serve: Serve) -> None:
+    """More of each kind than there are places: the oldest are closed, and everybody else is answered."""
+    server = serve(limits=Limits(waiting=8, answering=4, head=DEADLINE, body=DEADLINE, first_message=DEADLINE))
+    kinds = [b"", HEAD, POST + b"Content-Length: 20\r\n\r\n{"]
+    with ExitStack() as held, server.http() as http:
+        connections = [held.enter_context(raw(server, kinds[index % len(kinds)])) for index in range(MANY)]
+        silent = [server.connect() for _ in range(MANY)]
+        wait_until(lambda: len(server.waiting) == 8)
+        for _ in range(20):
+            assert http.get("/healthz").status_code == 200
+            with raw(server, HEAD + b"Connection: close\r\n\r\n") as other:
+                assert read_to_end(other).startswith(b"HTTP/1.1 200 ")
+        assert http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.1}).status_code == 200
+        assert server.connect().start(seconds=1)["type"] == "ready"
+        read_to_end(connections[0])
+        assert closed_with(silent[0]) == 1013
+
+
+def test_more_connections_than_all_places_close_one_that_waits(serve: Serve) -> None:
+    server = serve(limits=Limits(connections=8, head=DEADLINE))
+    with ExitStack() as held:
+        for _ in range(MANY):
+            held.enter_context(raw(server, HEAD))
+        with raw(server, HEAD + b"Connection: close\r\n\r\n") as other:
+            assert read_to_end(other).startswith(b"HTTP/1.1 200 ")
+        assert len(server.waiting) <= 8
+
+
+def test_more_requests_than_places_get_an_error_in_the_usual_form(serve: Serve) -> None:
+    with serve(limits=Limits(answering=0)).http() as http:
+        answer = http.get("/healthz")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "busy")
+
+
+def test_a_head_without_end_is_refused_by_its_size(serve: Serve) -> None:
+    with raw(serve(), HEAD + b"X-Long: ") as connection:
+        refused = False
+        for _ in range(4 * HEAD_BYTES // 1024):
+            try:
+                connection.sendall(b"a" * 1024)
+            except OSError:  # it is closed by now
+                refused = True
+                break
+        status = 431 if refused else answer_of(read_to_end(connection))[0]
+    assert status == 431
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 20 + b"\r\n\r\n",
+        b"HELLO\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        HEAD + b"Bad Header: x\r\n\r\n",
+        POST + b"Content-Length: -5\r\n\r\n",
+        POST + b"Content-Length: many\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    ],
+    ids=["TLS", "another protocol", "a path in bytes", "a space in a name", "negative", "no number", "no chunk"],
+)
+def test_what_is_not_http_gets_an_error_in_the_usual_form(serve: Serve, data: bytes) -> None:
+    with raw(serve(), data) as connection:
+        assert answer_of(read_to_end(connection)) == (
+            400,
+            {"code": "bad_request", "message": "this is not an HTTP request that can be read"},
+        )
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+@pytest.mark.parametrize(
+    ("path", "token", "status"),
+    [("/v1/videos", None, 413), ("/healthz", None, 413), ("/v1/videos", "right-and-long-enough", 401)],
+)
+def test_a_body_that_is_much_too_large_is_taken_before_it_is_refused(
+    serve: Serve, path: str, token: str | None, status: int, more: bytes
+) -> None:
+    """A client that writes all of it and reads then, as most do, gets the answer."""
+    size = 30 * 2**20
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n".encode() + more
+    server = serve(token=token)
+    with raw(server, head + b"\r\n") as connection:
+        connection.sendall(bytes(size))
+        answer = connection.recv(65536)
+        while b"}}" not in answer:
+            answer += connection.recv(65536)
+        assert answer_of(answer)[0] == status
+        if not more:
+            connection.sendall(HEAD + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_chunked_body_that_is_too_large_is_refused(serve: Serve) -> None:
+    def body() -> Iterator[bytes]:
+        for _ in range(200):
+            yield bytes(65536)
+
+    with serve().http() as http:
+        answer = http.post("/v1/videos", content=body(), headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_a_client_that_asks_first_is_refused_before_it_sends(serve: Serve) -> None:
+    head = POST + b"Content-Length: 30000000\r\nExpect: 100-continue\r\n\r\n"
+    with raw(serve(), head) as connection:
+        assert answer_of(read_to_end(connection))[0] == 413
+
+
+def test_a_reader_that_takes_nothing_is_cut_off(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(limits=Limits(sending=0.3), send_buffer=4096)
+    name = "A" * 22
+    (server.folder / "streams" / f"{name}.mp4").write_bytes(bytes(2**22))
+    with raw(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(f"GET /v1/streams/{name}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_until(lambda: server.count_connections() == 0)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]

@@ -1,0 +1,97 @@
+"""The folder of a server: one process at a time, and files that no other user can read."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longvideo.errors import UserError
+from longvideo.files import BusyError
+from longvideo.infer.server.served_folder import served_folder
+from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
+
+
+def modes(folder: Path) -> set[int]:
+    """Return the permissions of all files and folders that are not their user's alone."""
+    allowed = {True: 0o700, False: 0o600}
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    return {mode for path, mode in found.items() if mode != allowed[path.is_dir()]}
+
+
+@pytest.mark.parametrize("folder", ["served", "link"])
+def test_a_second_process_is_refused_and_changes_nothing(model_folder: Path, tmp_path: Path, folder: str) -> None:
+    """The default folder, and another name for it."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "link").symlink_to("served")
+    with serve_process(model_folder, tmp_path, "--folder", "served") as (_, http):
+        running = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 300}).json()["id"]
+        wait_until(lambda: http.get(f"/v1/videos/{running}").json()["frames"] > 0)
+        command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--port", "0"]
+        more = [] if folder == "served" else ["--folder", folder]
+        second = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 2 and second.stdout == ""
+        assert f"another process serves {folder}" in second.stderr and "--folder" in second.stderr
+        assert http.get(f"/v1/videos/{running}").json()["status"] == "in_progress"
+
+
+def test_a_folder_is_free_again_after_its_process(tmp_path: Path) -> None:
+    for _ in range(2):
+        with served_folder(tmp_path / "new" / "served"):
+            with pytest.raises(BusyError, match="another process serves"), served_folder(tmp_path / "new" / "served"):
+                pass
+    assert [path.name for path in (tmp_path / "new" / "served").iterdir() if path.is_file()] == []
+
+
+def test_all_that_is_served_is_readable_by_its_user_alone(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    server = serve(folder=folder)
+    client = server.connect()
+    client.start()
+    client.hear_until("chunk", chunk=1)
+    with server.http() as http:
+        job = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.1}).json()["id"]
+        wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] == "completed")
+        assert modes(folder) == set()
+    client.socket.close()
+    wait_until(lambda: server.streams.num_live == 0)
+    assert {path.suffix for path in (folder / "streams").iterdir()} == {".mp4", ".json", ".safetensors"}
+    assert modes(folder) == set()
+
+
+def test_what_an_older_version_left_is_made_private_and_other_things_are_left_alone(tmp_path: Path) -> None:
+    folder, mixed = tmp_path / "served", tmp_path / "mixed"
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    for path in (folder, mixed):
+        for name in ("streams", "videos"):
+            (path / name).mkdir(parents=True, mode=0o755)
+        for name in ("jobs.sqlite", "jobs.sqlite-wal", "streams/a.mp4", "streams/a.json", "videos/b.mp4"):
+            (path / name).write_bytes(b"x")
+            (path / name).chmod(0o644)
+    (folder / "videos" / "link.mp4").symlink_to(outside)
+    (mixed / "notes.txt").write_text("")
+    (mixed / "notes.txt").chmod(0o644)
+    mixed.chmod(0o755)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in (folder, mixed):
+        with served_folder(path):
+            (path / "videos" / "new.mp4").write_bytes(b"")
+    (folder / "videos" / "link.mp4").unlink()
+    assert modes(folder) == set()
+    assert modes(mixed) == {0o755, 0o644}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in mixed.rglob("*.mp4")} == {0o600}
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o644
+    assert os.umask(mask) == mask
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use the folder"), served_folder(tmp_path / place):
+        pass

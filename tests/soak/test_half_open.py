@@ -1,0 +1,111 @@
+"""Other requests are answered while hundreds of connections never finish what they say.
+
+LONGVIDEO_SOAK: for how many seconds they are held (6 if not given).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.infer.server.test_page import Server
+
+SECONDS = float(os.environ.get("LONGVIDEO_SOAK", "6"))
+NUM_CONNECTIONS = 300
+BOUND = 1.0  # seconds, of the 99th percentile
+HOST = b"Host: localhost\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+BEGINNINGS = {
+    "nothing": b"",
+    "half a head": b"GET /healthz HTTP/1.1\r\n" + HOST,
+    "half a body": b"POST /v1/videos HTTP/1.1\r\n" + HOST + b"Content-Length: 999\r\n\r\n{",
+    "half a handshake": b"GET /v1/stream HTTP/1.1\r\n" + HOST + UPGRADE,
+    "a silent WebSocket": b"GET /v1/stream HTTP/1.1\r\n"
+    + HOST
+    + UPGRADE
+    + b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+}
+
+
+class HalfOpen:
+    """Connections that are begun and never finished; one that is closed is begun again at once."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._stop = port, threading.Event()
+        self.num_begun = 0
+        self._kinds: Iterator[bytes] = itertools.cycle(BEGINNINGS.values())
+        self._connections = [self._begin() for _ in range(NUM_CONNECTIONS)]
+        self._thread = threading.Thread(target=self._hold)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _begin(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=30)
+        connection.sendall(next(self._kinds))
+        connection.setblocking(False)
+        self.num_begun += 1
+        return connection
+
+    def _hold(self) -> None:
+        while not self._stop.wait(0.1):
+            for index, connection in enumerate(self._connections):
+                if _is_closed(connection):
+                    connection.close()
+                    self._connections[index] = self._begin()
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    with suppress(BlockingIOError):
+        try:
+            while connection.recv(4096):
+                pass
+        except ConnectionError:
+            pass
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300 + 3 * SECONDS)
+@pytest.mark.parametrize("token", [None, "right-and-long-enough"], ids=["without a token", "with a token"])
+def test_others_are_answered_while_connections_are_held(tmp_path: Path, token: str | None) -> None:
+    server = Server(tmp_path, token=token)
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    seconds = []
+    try:
+        held = HalfOpen(server.port)
+        try:
+            end = time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                for path in ("/healthz", "/", "/v1/server", "/v1/videos"):
+                    begin = time.monotonic()
+                    # a connection of its own for each
+                    assert httpx.get(server.url + path, headers=headers, timeout=30).status_code == 200
+                    seconds.append(time.monotonic() - begin)
+                time.sleep(0.05)
+        finally:
+            held.close()
+    finally:
+        server.stop()
+    middle, late = np.percentile(seconds, [50, 99])
+    print(
+        f"{len(seconds)} requests while {NUM_CONNECTIONS} connections were held for {SECONDS:g} s"
+        f" ({held.num_begun} begun): median {1000 * middle:.0f} ms, p99 {1000 * late:.0f} ms,"
+        f" {1000 * max(seconds):.0f} ms at most"
+    )
+    assert late < BOUND
