@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from longvideo.errors import UserError
+from longvideo.files import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -150,10 +151,7 @@ def import_longlive(
     from longvideo.data.longlive import read_longlive
     from longvideo.data.manifest import write_manifest
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out {out}: wanted a file in a folder that exists, such as {folder / 'manifest.jsonl'}")
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out} exists; choose another name or add --overwrite")
+    check_target(out, overwrite=overwrite)
     with _progress(Console(stderr=True)) as progress:
         bar = progress.add_task("samples read", total=None)
         entries, left_out = read_longlive(

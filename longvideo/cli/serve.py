@@ -98,7 +98,7 @@ def serve(
     logging.getLogger("longvideo").setLevel(logging.INFO)
     settings = ServerSettings(
         folder=folder,
-        model=model if model == "tiny" else Path(model).name,
+        model=model if model == "tiny" else Path(model).resolve().name,
         token=token,
         public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),

@@ -107,3 +107,14 @@ def test_other_layouts_and_existing_manifests_are_refused(
     assert out.read_text() == "old"
     assert main(["data", "import-longlive", str(data), "--out", str(out), "--overwrite"]) == 0
     assert len(read_manifest(out)) == 3
+
+
+def test_captions_have_no_byte_order_mark_and_half_characters_are_left_out(data: Path) -> None:
+    caption = data / "caption" / "walk" / "10.json"
+    caption.write_bytes(b"\xef\xbb\xbf" + caption.read_bytes())
+    (data / "caption" / "walk" / "2.json").write_text('{"caption": "a man \\ud83d"}')
+    (data / "caption" / "run" / "0.json").write_bytes(b'{"caption": "a d\xf6g"}')
+    entries, left_out = read_longlive(data)
+    assert [shot.caption for entry in entries for shot in entry.shots] == ["he stops"]
+    whys = sorted(file.why for file in left_out)
+    assert "0.json:1 is not UTF-8 text (byte 0xf6)" in whys[0] and "2.json is not valid text: half a" in whys[1]
