@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_seeds_and_counts_of_numpy_are_numbers(pipeline: StreamingPipeline) -> N
     for kind in (np.int64, np.uint8):
         options = {"seed": kind(7), "steps": kind(2), "guidance": np.float32(2), "seconds": kind(1)}
         assert np.array_equal(video(pipeline, PROMPTS[0], **options), expected)
-    batch = pipeline.generate_batch([PROMPTS[:1]], seconds=[1], seeds=np.array([7]), steps=2, guidance=2.0)
+    seeds: list[Any] = [np.int64(7)]
+    batch = pipeline.generate_batch([PROMPTS[:1]], seconds=[1], seeds=seeds, steps=2, guidance=2.0)
     assert np.abs(batch[0].astype(int) - expected).max() <= 1
 
 

@@ -43,7 +43,12 @@ def changed(snapshot: Path, target: Path, change: Change) -> Path:
 
 
 def deleted(*keys: str) -> Change:
-    return lambda session, tensors: [session.pop(key, None) or tensors.pop(key, None) for key in keys] and None
+    def change(session: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key in keys:
+            session.pop(key, None)
+            tensors.pop(key, None)
+
+    return change
 
 
 def put(place: str, value: object) -> Change:
