@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.errors import UserError
+from longvideo.packages import require
 from longvideo.training.command import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def distill(
     def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, target: torch.device) -> PairedEngine:
         return recipe.engine(mesh)
 
+    require("peft", extra="train", purpose="longvideo distill")
     from longvideo.distill.config import Distillation
 
     options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
@@ -90,7 +92,7 @@ def merge(
     from longvideo.checkpoint.adapters import Adapter, layer_sizes
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.modules import OnMeta
-    from longvideo.distill.distillation import save_merged
+    from longvideo.distill.merging import save_merged
     from longvideo.model.transformer import CausalTransformer
 
     folder, found = ModelFolder.open(model), Adapter.load(adapter)

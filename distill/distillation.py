@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.adapters import UP, Adapter, layer_sizes
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.adapters import UP, Adapter
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.conditioning import chunk_text
 from longvideo.data.encoded import EncodedDataset
+from longvideo.distill.compatibility import check_adapter, check_same_shape
 from longvideo.distill.config import Distillation
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
+from longvideo.distill.merging import save_merged
 from longvideo.distill.objectives import CriticObjective, Looks, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (
     SHAPEWORLD,
@@ -37,7 +38,7 @@ from longvideo.distill.prompts import (
     encode_all,
     read_scripts,
 )
-from longvideo.distill.roles import LoraRoles, LoraSettings, Role
+from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import CheckpointError, ConfigError
@@ -386,32 +387,6 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
-    """Raise CheckpointError unless a teacher has the student's shapes and chunks."""
-    for kind, own, other in (
-        ("transformer", asdict(student.transformer_config), asdict(teacher.transformer_config)),
-        ("chunks", asdict(student.spec), asdict(teacher.spec)),
-        ("texts", {"cut_prefix": student.settings.cut_prefix}, {"cut_prefix": teacher.settings.cut_prefix}),
-    ):
-        for name, value in own.items():
-            if other[name] != value:
-                raise CheckpointError(
-                    f"the student {student.path} has {name}={value!r}, the teacher {teacher.path}"
-                    f" {name}={other[name]!r}; their {kind} must be equal"
-                )
-
-
-def check_adapter(adapter: Adapter, lora: LoraSettings, shape: TransformerConfig, model: str, name: str) -> None:
-    """Raise CheckpointError unless an adapter has the rank that is to be trained, and is of the model."""
-    if adapter.rank != lora.rank:
-        raise CheckpointError(
-            f"the adapter {name} has rank {adapter.rank}, lora.rank is {lora.rank}; they must be equal"
-        )
-    with OnMeta():
-        sizes = layer_sizes(CausalTransformer(shape))
-    adapter.check_fits(sizes, model, name)
-
-
 @torch.no_grad()
 def put(adapter: Adapter, roles: LoraRoles) -> None:
     """Let the student start from an adapter."""
@@ -420,24 +395,3 @@ def put(adapter: Adapter, roles: LoraRoles) -> None:
             raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers it has")
         scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
         weight.copy_(scale * adapter.weights[name])
-
-
-def save_merged(
-    source: ModelFolder,
-    adapter: Adapter,
-    target: Path,
-    *,
-    steps: int,
-    clean_pass: bool | None = None,
-    packed: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance.
-
-    clean_pass: see `ModelSettings`; by default the source's.
-    """
-    settings = replace(source.settings, steps=steps, guidance=1.0)
-    if clean_pass is not None:
-        settings = replace(settings, clean_pass=clean_pass)
-    wishes = Wishes(precision="nvfp4" if packed else None)
-    convert_model(source.with_adapter(adapter.stored(), settings), target, wishes, overwrite=overwrite)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.distill.distillation import BackboneConfig, Distillation, DistillRecipe, SampleConfig
+from longvideo.distill.config import BackboneConfig, Distillation, SampleConfig
+from longvideo.distill.distillation import DistillRecipe
 from longvideo.distill.prompts import DistillStage, Script
 from longvideo.distill.roles import LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig as DistilledRollout

@@ -22,7 +22,7 @@ from longvideo.kernels.attention.reference import E4M3
 
 HOPPER = (9, 0)
 MINIMUM_CUDNN, BROKEN_CUDNN = 90100, 91000
-INSTALL = "pip install nvidia-cudnn-frontend==1.16.0"
+INSTALL = "pip install 'longvideo[cudnn]'"
 ALIGNMENT = 16  # bytes, of every pointer and row
 OPERANDS = ("q", "k", "v", "out")
 SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")

@@ -17,7 +17,7 @@ from torch import nn
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.kernels.nvfp4.scaled_mm import missing_hardware
 
-INSTALL = "pip install 'transformer-engine[core-cu13,pytorch]>=2.9'"
+INSTALL = "pip install 'longvideo[te]'"
 FOUR_OVER_SIX = {Rule.ADAPTIVE: "MSE", Rule.ADAPTIVE_ABS: "MAE"}
 
 

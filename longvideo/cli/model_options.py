@@ -55,9 +55,7 @@ KVCacheFormat: TypeAlias = Annotated[
 ]
 AttentionFormat: TypeAlias = Annotated[
     str,
-    typer.Option(
-        help="`bf16`, or `fp8` on a GPU of compute capability 9 with `pip install nvidia-cudnn-frontend==1.16.0`."
-    ),
+    typer.Option(help="`bf16`, or `fp8` on a GPU of compute capability 9 with `pip install 'longvideo[cudnn]'`."),
 ]
 
 

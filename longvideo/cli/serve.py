@@ -22,13 +22,11 @@ from longvideo.cli.model_options import (
     Precision,
     SettingsPreset,
 )
-from longvideo.errors import UserError
+from longvideo.packages import require
 
 if TYPE_CHECKING:
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.number_formats import NumberFormats
-
-MISSING = "longvideo serve needs fastapi and uvicorn; run: pip install 'longvideo[serve]'"
 
 
 def serve(
@@ -84,15 +82,13 @@ def serve(
     from longvideo.number_formats import NumberFormats
 
     formats = NumberFormats(precision, kv_cache, attention)
-    try:
-        from longvideo.infer.server.limits import Limits, ServerSettings
-        from longvideo.infer.server.run import VideoServer, listen
-        from longvideo.infer.server.security import check_listening, check_public_hosts
-        from longvideo.infer.server.served_folder import served_folder
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
-            raise
-        raise UserError(MISSING) from error
+    for package in ("fastapi", "uvicorn"):
+        require(package, extra="serve", purpose="longvideo serve")
+    from longvideo.infer.server.limits import Limits, ServerSettings
+    from longvideo.infer.server.run import VideoServer, listen
+    from longvideo.infer.server.security import check_listening, check_public_hosts
+    from longvideo.infer.server.served_folder import served_folder
+
     check_listening(host, token)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("longvideo").setLevel(logging.INFO)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from longvideo.model.attention import preferred_attention
+from longvideo.packages import require
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.lost_ranks import naming_lost_ranks
 from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
@@ -136,6 +137,7 @@ def new_engine(
             ema_decay=trainer.ema_decay,
             spike_factor=trainer.spike_factor,
         )
+    require("deepspeed", extra="train", purpose="training in several processes")
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(

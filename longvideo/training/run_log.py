@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from longvideo import __version__
 from longvideo.errors import ConfigError
 from longvideo.files import append_line, read_text, write_file, write_text
+from longvideo.packages import require
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -122,13 +122,11 @@ class RunLog:
 
 
 def check_reporting(tensorboard: bool, wandb: str | None) -> None:
-    """Raise ConfigError, with what to install, where a package is missing that the run is to report to."""
-    for key, wanted, package, extra in (
-        ("trainer.tensorboard", tensorboard, "tensorboard", "train"),
-        ("trainer.wandb", wandb is not None, "wandb", "wandb"),
-    ):
-        if wanted and find_spec(package) is None:
-            raise ConfigError(f"{key} needs the package {package}: pip install 'longvideo[{extra}]'")
+    """Raise UserError, with what to install, where a package is missing that the run is to report to."""
+    if tensorboard:
+        require("tensorboard", extra="train", purpose="trainer.tensorboard")
+    if wandb is not None:
+        require("wandb", extra="wandb", purpose="trainer.wandb")
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -10,7 +10,7 @@ maximum nor its errors cross threads.
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -42,7 +42,7 @@ _ADAPTIVE_PRODUCT = tl.constexpr(Rule.ADAPTIVE.largest_product)
 _AMAX_SHIFT = tl.constexpr(AMAX_SHIFT)
 _ERROR_DIVISOR = tl.constexpr(Rule.ADAPTIVE.largest_product * AMAX_SHIFT)
 # rounded to float32, which a correct division by a constant needs of its reciprocal
-_ERROR_RECIPROCAL = tl.constexpr(float(np.float32(1.0 / (Rule.ADAPTIVE.largest_product * AMAX_SHIFT))))
+_ERROR_RECIPROCAL = tl.constexpr(torch.tensor(1.0 / (Rule.ADAPTIVE.largest_product * AMAX_SHIFT)).item())
 _ADAPTIVE_SQUARED = tl.constexpr(Rule.ADAPTIVE.value)
 _ADAPTIVE_MAX = tl.constexpr(Rule.ADAPTIVE_MAX.value)
 _FLIPPED = tl.constexpr(sum(1 << lane for lane, sign in enumerate(HADAMARD_SIGNS) if sign < 0))

@@ -1,0 +1,31 @@
+"""Add an adapter to the weights of a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from longvideo.checkpoint.adapters import Adapter
+from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.folder import ModelFolder
+
+
+def save_merged(
+    source: ModelFolder,
+    adapter: Adapter,
+    target: Path,
+    *,
+    steps: int,
+    clean_pass: bool | None = None,
+    packed: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance.
+
+    clean_pass: see `ModelSettings`; by default the source's.
+    """
+    settings = replace(source.settings, steps=steps, guidance=1.0)
+    if clean_pass is not None:
+        settings = replace(settings, clean_pass=clean_pass)
+    wishes = Wishes(precision="nvfp4" if packed else None)
+    convert_model(source.with_adapter(adapter.stored(), settings), target, wishes, overwrite=overwrite)
