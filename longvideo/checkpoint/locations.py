@@ -57,9 +57,11 @@ def check_links(folder: Path) -> None:
 
     The folder itself may be a link, and links of the hub's cache are followed. Nothing is opened.
     """
-    root = os.path.realpath(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder {folder}")
     if folder in SHIPPED.values():
         return  # some installers put links into a package
+    root = os.path.realpath(folder)
     for entry in sorted(folder.iterdir()):
         if entry.suffix in READ_SUFFIXES or entry.name in READ_FOLDERS:
             check_inside(entry, root)

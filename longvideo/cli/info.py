@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 MILLION, BILLION = 1e6, 1e9
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
-DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+DTYPES = {
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.float8_e4m3fn": "fp8",
+    "torch.float8_e5m2": "fp8 (E5M2)",
+}
 
 
 @dataclass(frozen=True)

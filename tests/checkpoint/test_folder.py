@@ -17,12 +17,14 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.names import strip_wrappers, to_diffusers
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import CheckpointError, UserError
+from longvideo.files import WriteError
 from longvideo.model.attention import Full
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from tests import golden
 from tests.checkpoint import small
+from tests.test_files import no_file_longer_than
 
 TOLERANCE = 1e-5
 
@@ -216,6 +218,22 @@ def test_saving_never_harms_an_existing_folder(saved: ModelFolder, copy: Path) -
     ModelFolder.save(copy, settings=small.SETTINGS, vae=small.vae(), overwrite=True)
     assert ModelFolder.open(copy).parts == ("vae",)
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("longest", [50, 1000, 50_000])
+def test_a_full_disk_while_a_model_is_exported_is_one_line_and_keeps_nothing(
+    longest: int, copy: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "export"
+    with no_file_longer_than(longest), pytest.raises(WriteError) as caught:
+        small.save(target)
+    assert str(caught.value) == f"cannot write {target}: file too large; nothing was left behind"
+    assert list(tmp_path.iterdir()) == [copy]
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    with no_file_longer_than(longest), pytest.raises(WriteError, match="file too large; the older one is unchanged"):
+        ModelFolder.save(copy, settings=small.SETTINGS, transformer=small.transformer(seed=9), overwrite=True)
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+    assert list(tmp_path.iterdir()) == [copy]
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from longvideo.data.video import iterate_frames, probe_video, read_video, write_video
 from longvideo.errors import UserError
+from longvideo.files import WriteError
+from tests.test_files import no_file_longer_than
 
 
 def disc(height: int, width: int, radius: float) -> Tensor:
@@ -38,6 +40,16 @@ def video(tmp_path: Path) -> Path:
     path = tmp_path / "numbered.mp4"
     assert write_video(path, [numbered(50)[:29], numbered(50)[29:]], fps=25) == 50
     return path
+
+
+@pytest.mark.parametrize("longest", [10, 700, 3000])
+def test_a_full_disk_while_a_video_is_written_is_one_line_and_keeps_nothing(longest: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    noise = torch.randint(256, (50, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with no_file_longer_than(longest), pytest.raises(WriteError) as caught:
+        write_video(path, [noise], fps=25)
+    assert str(caught.value) == f"cannot write {path}: file too large; nothing was left behind"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_written_video_reads_back(video: Path) -> None:
