@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from longvideo.cli.model_options import (
     SettingsPreset,
     warn_of_missing_quotes,
 )
+from longvideo.cli.printing import STDERR, STDOUT, without_reader
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
 
@@ -156,7 +157,7 @@ def _write(
                         display.show(tally)
             except Stopped as stop:
                 stopped = stop
-    with suppress(OSError) if stopped else nullcontext():  # the terminal may be gone
+    with without_reader(STDOUT):
         print(_summary(output, writer.num_frames, tally, pipeline.fps), flush=True)
     if stopped:
         raise stopped
@@ -237,7 +238,8 @@ class PlainLines:
         pass
 
     def show(self, tally: Tally) -> None:
-        print(tally.line(), file=sys.stderr, flush=True)
+        with without_reader(STDERR):
+            print(tally.line(), file=sys.stderr, flush=True)
 
 
 class ProgressBar:
@@ -256,13 +258,16 @@ class ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        with without_reader(STDERR):
+            self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
+        with without_reader(STDERR):
+            self._progress.update(self._task, description=text)
 
     def show(self, tally: Tally) -> None:
-        self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
+        with without_reader(STDERR):
+            self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
 
 
 def _display() -> Display:

@@ -5,7 +5,6 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated, Any, cast
 
 import typer
@@ -13,7 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from longvideo import __version__
-from longvideo.cli.printing import printable
+from longvideo.cli.printing import STDERR, printable, without_reader
 from longvideo.cli.stopping import exit_code, stop_word
 from longvideo.errors import UserError
 
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = exit_code(signal.SIGINT)
     code = code if isinstance(code, int) else 0
     if (word := stop_word(code)) is not None:
-        with suppress(OSError):  # the terminal may be gone
+        with without_reader(STDERR):
             print(word, file=sys.stderr, flush=True)
     return code
 

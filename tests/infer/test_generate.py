@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -106,6 +109,48 @@ def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Pat
     frames = probe(out)[0]
     assert frames >= playable_while_running >= 93
     assert f"out.mp4: {frames} frames" in stdout and os.listdir(tmp_path) == [out.name]
+
+
+def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_folder: Path, tmp_path: Path) -> None:
+    out, (ours, theirs) = tmp_path / "out.mp4", pty.openpty()
+    command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
+
+    def take_terminal() -> None:
+        hear_signals()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [*command, "--model", str(model_folder), "--device", "cpu", "-o", str(out)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    shown = b""
+    while b"chunk 3/" not in shown:
+        shown += os.read(ours, 2**16)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert probe(out)[0] >= 93 and out.read_bytes()[-16:-12] == b"\0\0\0\x10"  # the index comes last
+    assert os.listdir(tmp_path) == [out.name]
+
+
+def test_a_pipe_whose_reader_ends_does_not_end_the_film(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "4"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model_folder), "--device", "cpu", "-o", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0 and probe(out)[0] == 96
 
 
 def test_an_ignored_hangup_stays_ignored(model_folder: Path, tmp_path: Path) -> None:
