@@ -150,6 +150,12 @@ class DistillRecipe:
         return {}
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        changed = checkpoint.state.changed_ranks(mesh.world, mesh.sequence)
+        if changed and self.config.backbone.precision == "nvfp4":
+            return [
+                f"{changed}: backbone.precision=nvfp4 has one scale for what a rank computes together, so losses are"
+                " comparable, not equal"
+            ]
         return []
 
     def validate(self) -> dict[str, float]:

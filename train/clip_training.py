@@ -175,11 +175,8 @@ class ClipRecipe:
         notes = [] if rounding is None else [rounding.note(written, mesh)]
         if self.bank is not None:
             self.bank.load(checkpoint.recipes(), rank=mesh.rank, world=mesh.world)
-            if (written.ranks, written.sequence) != (mesh.world, mesh.sequence):
-                notes.append(
-                    f"recycled errors of {written.ranks} ranks are dealt out over {mesh.world}: losses are comparable,"
-                    " not equal"
-                )
+            if changed := written.changed_ranks(mesh.world, mesh.sequence):
+                notes.append(f"{changed}: recycled errors are dealt out anew, so losses are comparable, not equal")
         return [note for note in notes if note is not None]
 
     def validate(self) -> dict[str, float]:

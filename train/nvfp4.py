@@ -53,6 +53,9 @@ class NVFP4Config(Bounded):
         )
 
 
+ONE_SCALE = "NVFP4 has one scale for what a rank computes together, so losses are comparable, not equal"
+
+
 class StepRounding:
     """How a model's layers round, as a function of seed, step, the first view of a pass and the place in it.
 
@@ -78,11 +81,8 @@ class StepRounding:
         """Say why losses after a resume are not those of an uninterrupted run, where they are not."""
         if self.layers.seeds is None:
             return "TransformerEngine rounds with random numbers of its own: losses are comparable, not equal"
-        if (written.ranks, written.sequence) != (mesh.world, mesh.sequence):
-            return (
-                f"{written.ranks} ranks wrote the checkpoint and {mesh.world} resume, and NVFP4 has one scale for what"
-                " a rank computes together: losses are comparable, not equal"
-            )
+        if changed := written.changed_ranks(mesh.world, mesh.sequence):
+            return f"{changed}: {ONE_SCALE}"
         return None
 
 

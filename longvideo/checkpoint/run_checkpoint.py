@@ -70,6 +70,11 @@ class RunState:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     format: int = FORMAT
 
+    def changed_ranks(self, ranks: int, sequence: int) -> str:
+        """Describe how those that resume differ from the processes that wrote the checkpoint; "" if they do not."""
+        pairs = (("ranks", self.ranks, ranks), ("parallel.sequence", self.sequence, sequence))
+        return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
+
 
 def is_run_checkpoint(path: Path) -> bool:
     """Say whether a folder is a `step_...` folder of a run."""

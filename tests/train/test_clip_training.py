@@ -16,12 +16,15 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
+from longvideo.config import load_config
 from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.train.clip_training import ClipRecipe, ClipTraining
 from longvideo.train.clip_views import ClipViewConfig, ClipViewSource, RandomClip, RandomClips
 from longvideo.train.video_clips import VideoClips
 from longvideo.train.views import ViewStage
+from longvideo.training.checkpoint import CheckpointFolder
 from longvideo.training.mesh import Mesh, build_mesh
 from tests.checkpoint import small
 from tests.data import footage
@@ -249,6 +252,23 @@ def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: 
     assert len(numbers[0]) == 1 and numbers[1] == pytest.approx(numbers[0], rel=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert "step 4/4" in done.stdout and ModelFolder.open(tmp_path / "two" / "model").parts
+
+
+def test_recycled_errors_of_another_number_of_ranks_are_dealt_out_with_a_word(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = ["train", "ar", *arguments(data, "recycling.entries=4"), "--out", str(tmp_path)]
+    assert main([*command, "--device", "cpu"]) == 0
+    config = load_config(ClipTraining, [tmp_path / "config.yaml"])
+    checkpoint = CheckpointFolder(tmp_path / "checkpoints", keep=1).newest()
+    assert checkpoint is not None
+    one, *two = (ClipRecipe(config, CPU, mesh, dry_run=False) for mesh in (Mesh(), Mesh(2, 0), Mesh(2, 1)))
+    assert one.load(checkpoint, Mesh()) == []
+    notes = [recipe.load(checkpoint, Mesh(2, rank)) for rank, recipe in enumerate(two)]
+    said = "ranks 1 -> 2: recycled errors are dealt out anew, so losses are comparable, not equal"
+    assert notes == [[said], [said]]
+    filled = [sum(recipe.bank.filled) for recipe in (one, *two) if recipe.bank is not None]
+    assert filled[0] == filled[1] + filled[2] > 0 and min(filled) > 0
 
 
 def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_path: Path) -> None:

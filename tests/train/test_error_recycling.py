@@ -270,6 +270,55 @@ def test_state_of_another_configuration_is_refused() -> None:
         bank(replace(ALWAYS, buckets=3)).load([Weights.of(bank().state())])
 
 
+def stored(errors: ErrorBank) -> list[list[bytes]]:
+    """Return the latent and noise errors of every entry, bucket by bucket."""
+    return [
+        [errors.errors[:, bucket, slot].float().numpy().tobytes() for slot in range(count)]
+        for bucket, count in enumerate(errors.filled)
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_errors_are_dealt_out_in_turn_among_another_number_of_ranks(before: int, after: int) -> None:
+    config = replace(ALWAYS, entries=40)
+    written = [bank(config) for _ in range(before)]
+    for number, errors in enumerate(written):
+        fill(errors, range(10 * number, 10 * number + 3 + number))
+    states = [Weights.of(errors.state()) for errors in written]
+    read = [bank(config) for _ in range(after)]
+    for rank, errors in enumerate(read):
+        errors.load(states, rank=rank, world=after)
+    for bucket in range(config.buckets):
+        given = sorted(entry for errors in written for entry in stored(errors)[bucket])
+        taken = [stored(errors)[bucket] for errors in read]
+        assert sorted(entry for own in taken for entry in own) == given
+        assert max(map(len, taken)) - min(map(len, taken)) <= 1
+    assert sum(sum(errors.filled) for errors in read) == sum(sum(errors.filled) for errors in written) > 0
+
+
+def test_errors_that_find_no_place_are_left_out_of_all_ranks_alike() -> None:
+    written = [bank(), bank()]
+    for number, errors in enumerate(written):
+        fill(errors, range(10 * number, 10 * number + 8))
+    small = bank(replace(ALWAYS, entries=3))
+    small.load([Weights.of(errors.state()) for errors in written])
+    for bucket, own in enumerate(stored(small)):
+        assert len(own) == min(3, sum(errors.filled[bucket] for errors in written))
+        kept = [len(set(own) & set(stored(errors)[bucket])) for errors in written]
+        assert len(own) < 3 or sorted(kept) == [1, 2]
+
+
+def test_as_many_ranks_take_back_their_own_errors() -> None:
+    written = [bank(), bank()]
+    for number, errors in enumerate(written):
+        fill(errors, range(10 * number, 10 * number + 3))
+    states = [Weights.of(errors.state()) for errors in written]
+    for rank, errors in enumerate(written):
+        again = bank()
+        again.load(states, rank=rank, world=2)
+        assert torch.equal(again.errors, errors.errors) and again.filled == errors.filled
+
+
 def test_decisions_and_choices_do_not_depend_on_the_split() -> None:
     config = replace(ALWAYS, clean_probability=0.3, context_probability=0.7, latent_probability=0.6)
     whole, parts = bank(config), [bank(config) for _ in range(4)]

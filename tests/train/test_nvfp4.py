@@ -1,0 +1,58 @@
+"""The seeds of stochastic rounding depend on what is computed, not on the rank that does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.checkpoint.run_checkpoint import RunState
+from longvideo.quantization.convert import TrainingLayers
+from longvideo.quantization.training import RoundingSeeds
+from longvideo.train.nvfp4 import StepRounding
+from longvideo.training.mesh import Mesh
+from tests.train.test_sequence_parallel import SPEC, whole_batch
+
+LAYERS = 3
+
+
+def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
+    layers = TrainingLayers([nn.Identity() for _ in range(LAYERS)], RoundingSeeds(LAYERS, torch.device("cpu")))
+    return StepRounding(layers, seed=seed, place=mesh.place, steps=100.0)
+
+
+def seeds(mesh: Mesh, *, step: int = 5, seed: int = 0) -> dict[tuple[int, int], Tensor]:
+    """Return the seeds of every pass of a rank, by its first view and the place of the rank."""
+    own, found = rounding(mesh, seed=seed), {}
+    own.begin(step)
+    for share in whole_batch().shares(mesh, 1, SPEC.chunk_frames):
+        own.next_pass(share.first_view)
+        assert own.layers.seeds is not None
+        found[share.first_view, mesh.place] = own.layers.seeds.values.clone()
+    return found
+
+
+def test_a_view_has_the_same_seeds_on_any_number_of_ranks() -> None:
+    alone = seeds(Mesh())
+    assert len(alone) == whole_batch().sigma.shape[0]
+    many: dict[tuple[int, int], Tensor] = {}
+    for rank in range(2):
+        many |= seeds(Mesh(2, rank))
+    assert alone.keys() == many.keys()
+    assert all(torch.equal(alone[view], many[view]) for view in alone)
+
+
+def test_seeds_of_views_places_steps_layers_and_runs_differ() -> None:
+    drawn = [*seeds(Mesh()).values(), *seeds(Mesh(), step=6).values(), *seeds(Mesh(), seed=1).values()]
+    drawn += seeds(Mesh(2, 1, 2)).values()
+    values = torch.stack(drawn).flatten()
+    assert values.unique().numel() == values.numel() == 4 * whole_batch().sigma.shape[0] * LAYERS * 2
+
+
+def test_a_resume_with_other_ranks_is_said_to_be_comparable() -> None:
+    own = rounding(Mesh())
+    assert own.note(RunState(step=4, ranks=1), Mesh()) is None
+    for state, mesh in ((RunState(step=4, ranks=2), Mesh()), (RunState(step=4, ranks=2, sequence=2), Mesh(2, 0))):
+        note = own.note(state, mesh)
+        assert note is not None and note.startswith("ranks ") == (state.ranks != mesh.world), note
+        assert "parallel.sequence 2 -> 1" in note or state.sequence == 1
+        assert note.endswith("losses are comparable, not equal")
