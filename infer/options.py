@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 
 from longvideo.errors import UserError
 
@@ -50,6 +51,12 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
     if not least <= number <= most:
         raise UserError(f"{name} is {shown(number)}; it must be from {least} to {most}")
     return number
+
+
+def check_path(value: object, name: str) -> None:
+    """Raise UserError for what is not a path or a name."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"{name} is {shown(value)}; give a name or a path")
 
 
 def shown(value: object) -> str:

@@ -26,7 +26,7 @@ from longvideo.infer.formats import check_formats, start_line
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.memory import Workload
-from longvideo.infer.options import SamplingOptions, shown, whole_number
+from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
 from longvideo.infer.placement import check_placement, pick_dtype
 from longvideo.infer.script import (
     ChunkPlan,
@@ -98,9 +98,9 @@ class StreamingPipeline:
         """
         formats = NumberFormats(precision, kv_cache, attention)
         check_placement(device, decode_device, decode_share, dtype, formats)  # a model may be downloaded by its name
-        for what, value in (("the model", name), ("base", base)):
-            if value is not None and not isinstance(value, str | Path):
-                raise UserError(f"{what} is {shown(value)}; give a name or a path")
+        check_path(name, "the model")
+        if base is not None:
+            check_path(base, "base")
         return cls.load(
             ModelFolder.open(name, base=base, preset=preset),
             device=device,
@@ -242,6 +242,7 @@ class StreamingPipeline:
 
         Raises UserError for another file, and for a snapshot of a model with other sizes or settings.
         """
+        check_path(path, "the snapshot")
         config, spec = self.models.transformer.config, self.models.spec
         _, p, q = config.patch_size
         latent_shape = (config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)

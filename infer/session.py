@@ -9,7 +9,7 @@ from types import TracebackType
 
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.history import History, Past
-from longvideo.infer.options import whole_number
+from longvideo.infer.options import check_path, whole_number
 from longvideo.infer.script import ChunkTiming
 from longvideo.infer.snapshot import SessionOptions, Snapshot, write_snapshot
 from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode
@@ -122,6 +122,7 @@ class Session(Iterator[GeneratedChunk]):
 
     def snapshot(self, path: str | Path) -> None:
         """Write what it takes to go on behind the last chunk that was handed out; see `StreamingPipeline.restore`."""
+        check_path(path, "the snapshot")
         with self._lock:
             snapshot = Snapshot(self.options, self._steps.shots, self._history.steps, self._history.kept)
         write_snapshot(snapshot, Path(path))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -17,8 +18,10 @@ from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
 from longvideo.infer import matroska
 from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, random_access
+from longvideo.infer.options import shown, whole_number
 
 MAX_FPS = 1000
+MAX_CRF = 51  # of H.264 in 8 bits
 MOST_SECONDS = 2.0
 """Length of a part at most, so that a player finds a key frame as often."""
 
@@ -46,12 +49,12 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False, crf: int = 16) -> None:
-        if not 0 < fps <= MAX_FPS:
-            raise UserError(f"fps is {fps!r}; it must be above 0 and at most {MAX_FPS}")
+        if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps <= MAX_FPS:
+            raise UserError(f"fps is {shown(fps)}; it must be a number above 0 and at most {MAX_FPS}")
         self.path = check_output(path, overwrite=overwrite)
         self._overwrite = overwrite
-        self._fps = Fraction(fps).limit_denominator(1001)
-        self._crf = crf
+        self._fps = Fraction(float(fps)).limit_denominator(1001)
+        self._crf = whole_number(crf, "crf", 0, MAX_CRF)
         self._output: _Output | None = None
         self._num_frames = 0
 

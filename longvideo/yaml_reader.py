@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from longvideo.errors import UserError
-from longvideo.files import read_text
+from longvideo.files import check_text, read_text
 
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 100
-MAX_NODES = 500_000
+MAX_NODES = 200_000
 """Values of a document at most, those that aliases repeat included."""
 MAX_DIGITS = 40
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -47,6 +47,7 @@ def read_yaml(path: Path, *, what: str) -> Document:
 
 def parse_yaml(text: str, *, where: str) -> Document:
     """Parse a YAML document. Raises UserError, which begins with `where` and names the line."""
+    check_text(text, where)
     try:
         _check_events(text)
         loader = _Loader(text)
@@ -70,7 +71,13 @@ class _Loader(BASE):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # of a tag that its value does not fit
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # of a tag that its value does not fit
             kind = node.tag.rpartition(":")[2]
             raise _problem(f"this is not a value of the type {kind}", node) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from longvideo.errors import UserError
-from longvideo.files import read_text
+from longvideo.yaml_reader import parse_yaml, read_yaml
 
 ABSENT = "(absent)"
 
@@ -22,11 +22,10 @@ def changes_line(file: Path, config_text: str) -> str | None:
     if not file.exists():
         return None
     try:
-        before = yaml.safe_load(read_text(file, what="configuration of the run"))
-    except (UserError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        return f"what changed in the configuration is unknown, since {file} cannot be read: {reason}"
-    changes = list(_changes("", before, yaml.safe_load(config_text)))
+        before = read_yaml(file, what="configuration of the run").value
+    except UserError as error:
+        return f"what changed in the configuration is unknown, since {file} cannot be read: {error}"
+    changes = list(_changes("", before, parse_yaml(config_text, where="the configuration").value))
     if not changes:
         return None
     listed = ", ".join(f"{key} {_shown(old)} -> {_shown(new)}" for key, old, new in changes)

@@ -108,6 +108,8 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(options, message:
         (lambda pipe: pipe.session("a").set_prompt("a", mode=None), "mode is None; use one of"),
         (lambda pipe: pipe.session("a").add_shot("a", chunk="3"), "chunk is '3'; it must be a whole number"),
         (lambda pipe: pipe.session("a").seek(None), "chunk is None; it must be a whole number"),
+        (lambda pipe: pipe.session("a").snapshot(7), "the snapshot is 7; give a name or a path"),
+        (lambda pipe: pipe.restore(None), "the snapshot is None; give a name or a path"),
         (lambda pipe: pipe.generate_batch("a ball", seconds=[1], seeds=[1]), "prompts is 'a ball'; give a sequence"),
         (lambda pipe: pipe.generate_batch(["a ball"], seconds=[1], seeds=[1]), r"prompts\[0\] is 'a ball'; give a seq"),
         (lambda pipe: pipe.generate_batch([["a ball"]], seconds=1, seeds=[1]), "seconds is 1; give a sequence"),

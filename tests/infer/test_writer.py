@@ -118,6 +118,20 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_st
     assert sorted(os.listdir(tmp_path)) == [".other.mp4.0123abcd.part", "out.mp4"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 0}, "fps is 0; it must be a number above 0"),
+        ({"fps": "24"}, "fps is '24'"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"fps": 24, "crf": 99}, "crf is 99; it must be from 0 to 51"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, options, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        VideoWriter(tmp_path / "out.mp4", **options)
+
+
 def test_a_file_that_is_being_written_is_not_replaced(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     with VideoWriter(path, fps=24) as writer:
