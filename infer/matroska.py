@@ -145,6 +145,11 @@ def seek_head(offset: int, *, segment_begin: int) -> bytes:
     )
 
 
+def segment_size(size: int) -> bytes:
+    """Return the size of the segment, in as many bytes as it is left open in, for the bytes before `segment_begin`."""
+    return (size | 1 << 7 * len(UNKNOWN_SIZE)).to_bytes(len(UNKNOWN_SIZE), "big")
+
+
 def _milliseconds(frame: int, fps: Fraction) -> int:
     return round(1000 * frame / fps)
 

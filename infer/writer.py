@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -177,9 +178,12 @@ class Matroska:
 
     def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
         begin = self._header.segment_begin
+        index = matroska.index(entries, fps=self._fps, segment_begin=begin)
+        size = matroska.segment_size(offset + len(index) - begin)
         return [
-            (offset, matroska.index(entries, fps=self._fps, segment_begin=begin)),
+            (offset, index),
             (self._header.seek_head_offset, matroska.seek_head(offset, segment_begin=begin)),
+            (begin - len(size), size),
         ]
 
     def close(self) -> None:
@@ -229,8 +233,7 @@ class _Output:
         if overwrite:
             os.replace(self._temporary, self._target)
         else:
-            os.link(self._temporary, self._target)  # fails if another has taken the name meanwhile
-            self._temporary.unlink()
+            _rename_to_unused(self._temporary, self._target)
         flush(self._target.parent)
 
     def finish(self) -> None:
@@ -267,6 +270,20 @@ class _Refused:
             path, frames = self._writer.path, self._writer.num_frames
             whole = f"the {frames} frames before are in it" if frames else "nothing was left behind"
             raise WriteError(f"cannot write {path}: {reason(error)}; {whole}") from error
+
+
+def _rename_to_unused(source: Path, target: Path) -> None:
+    """Rename a file. Raises FileExistsError if another process has taken the name meanwhile."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system that knows no links: there two processes could still meet
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.replace(source, target)
+    else:
+        source.unlink()
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from av.error import InvalidDataError
 
 from longvideo.data.video import check_whole, probe_video
 from longvideo.errors import UserError
+from longvideo.infer.matroska import UNKNOWN_SIZE
 from longvideo.infer.writer import FragmentedMP4, VideoWriter, _Output, check_output
 
 SIZES = [29, 32, 32]
@@ -157,6 +159,33 @@ def test_a_finished_file_says_its_length_and_is_searched(tmp_path, suffix: str) 
     probed = probe_video(path)
     assert (probed.num_frames, probed.fps) == (161, 24.0)
     check_whole(path)
+
+
+def test_a_finished_matroska_file_says_its_size(tmp_path) -> None:
+    path = tmp_path / "out.mkv"
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 40, height=32, width=32))
+        growing = path.read_bytes()
+    data = path.read_bytes()
+    place = data.index(b"\x18\x53\x80\x67") + 4
+    assert growing[place : place + 8] == UNKNOWN_SIZE
+    assert int.from_bytes(data[place + 1 : place + 8], "big") == len(data) - place - 8
+
+
+def test_a_file_system_without_links_is_written_to(tmp_path, monkeypatch) -> None:
+    def refuse(source, target) -> None:
+        raise PermissionError(errno.EPERM, "operation not permitted", str(source))
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(moving_disc(0, 2))
+    assert len(decode(path)) == 2 and os.listdir(tmp_path) == [path.name]
+    writer = VideoWriter(tmp_path / "other.mp4", fps=24)
+    (tmp_path / "other.mp4").write_text("mine")
+    with pytest.raises(UserError, match="file exists"):
+        writer.write(moving_disc(0, 2))
+    assert (tmp_path / "other.mp4").read_text() == "mine"
 
 
 def test_a_rate_that_is_no_whole_number_is_kept(tmp_path) -> None:
