@@ -82,7 +82,7 @@ def serve(
     from longvideo.number_formats import NumberFormats
 
     formats = NumberFormats(precision, kv_cache, attention)
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "httptools"):
         require(package, extra="serve", purpose="longvideo serve")
     from longvideo.infer.server.limits import Limits, ServerSettings
     from longvideo.infer.server.run import VideoServer, listen
