@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_fold
     )
     os.close(theirs)
     shown = b""
-    while b"chunk 3/" not in shown:
+    while not re.search(rb"chunk (?:[3-9]|\d{2,})/", shown):  # a bar that is drawn ten times a second skips some
         shown += os.read(ours, 2**16)
     os.close(ours)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
