@@ -43,6 +43,7 @@ from longvideo.distill.self_forcing import SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
+from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
@@ -56,7 +57,7 @@ from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import Engine
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
 from longvideo.training.mesh import Mesh, divide, launched
-from longvideo.training.objective import Objective
+from longvideo.training.objective import Objective, compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
@@ -218,6 +219,15 @@ class DistillRecipe:
                 clean_pass=self.generation.clean_pass,
                 overwrite=True,
             )
+
+    def facts(self) -> list[str]:
+        backbone = self.config.backbone
+        return [
+            f"backbone {backbone.precision}: {product_backend(backbone.precision, self.device)}",
+            f"KV cache: {backbone.kv_cache}",
+            f"attention: {attention_backend('bf16', self.device)}",
+            compile_fact(self.config.compile, self.device),
+        ]
 
     def next_steps(self, folder: Path) -> list[str]:
         lora = folder / LORA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,11 +91,16 @@ class HeldOutConfig(Bounded):
 
 @dataclass(frozen=True)
 class ArTraining(Bounded):
-    """`longvideo train ar`. vae: a model folder that holds an autoencoder. initialize: one to take weights from."""
+    """`longvideo train ar`.
+
+    vae: a model folder that holds an autoencoder. initialize: one to take weights from. shipped: for each of these
+    keys, the packaged model that takes the place of a folder which an earlier run has not made yet.
+    """
 
     seed: int = seed_field()
     vae: str = "runs/vae/model"
     initialize: str | None = None
+    shipped: dict[str, str] = field(default_factory=lambda: {"vae": "tiny"})
     export_dtype: str = "bf16"
     model: TransformerShape = field(default_factory=TransformerShape)
     settings: ModelSettings = field(default_factory=ModelSettings)
@@ -128,13 +134,18 @@ class ArTraining(Bounded):
             )
 
 
+FEW_CLIPS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ArRecipe:
     """What the trainer runs for `longvideo train ar`."""
 
-    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh):
+    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False):
+        if dry_run:
+            # a few clips are enough for steps that are only timed
+            few = math.gcd(config.bank.group, FEW_CLIPS)
+            config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
@@ -302,6 +313,9 @@ class ArRecipe:
             dtype=DTYPES[self.config.export_dtype],
             overwrite=True,
         )
+
+    def facts(self) -> list[str]:
+        return self.objective.facts()
 
     def next_steps(self, folder: Path) -> list[str]:
         return describe_model(folder)

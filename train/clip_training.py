@@ -254,6 +254,9 @@ class ClipRecipe:
             overwrite=True,
         )
 
+    def facts(self) -> list[str]:
+        return self.objective.facts()
+
     def next_steps(self, folder: Path) -> list[str]:
         if self.folder is not None and {"vae", "text_encoder"} <= set(self.folder.parts):
             return describe_model(folder)

@@ -92,7 +92,7 @@ def ar(
     def build(config: ArTraining, target: torch.device, mesh: Mesh) -> Recipe:
         from longvideo.train.ar import ArRecipe
 
-        return ArRecipe(config, target, mesh)
+        return ArRecipe(config, target, mesh, dry_run=bool(dry_run))
 
     from longvideo.train.ar import ArTraining
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
+from longvideo.kernels.backends import attention_backend
 from longvideo.model.attention import AttentionPattern, Blockwise, Masked, StaticPattern
 from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout
@@ -27,7 +28,7 @@ from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.sequence_parallel import Ulysses
 from longvideo.train.views import ViewBatch
 from longvideo.training.mesh import Mesh, ParallelConfig, launched
-from longvideo.training.objective import Objective, ratio
+from longvideo.training.objective import Objective, compile_fact, ratio
 
 SIGMA_BUCKETS = 4
 KEPT_PASSES = 32  # masks and rotations, one for each pattern of cuts
@@ -121,6 +122,16 @@ class TeacherForcing(Objective):
                     block.compile(dynamic=False, mode=config.compile_mode)
             else:
                 self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
+
+    def facts(self) -> list[str]:
+        """Return what the start line of a run says of attention, products and compilation."""
+        config = self.config
+        products = "not quantized" if self.rounding is None else f"NVFP4, {self.rounding.layers.description}"
+        return [
+            f"attention: {config.attention} ({attention_backend('bf16', self.device)}), context {config.context}",
+            f"products of the blocks: {products}",
+            compile_fact(config.compile, self.device),
+        ]
 
     def begin(self, step: int) -> None:
         if self.rounding is not None:

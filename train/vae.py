@@ -21,7 +21,7 @@ from longvideo.train.reconstruction import Reconstruction, ReconstructionConfig,
 from longvideo.train.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.mesh import Mesh
-from longvideo.training.objective import seeded
+from longvideo.training.objective import compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
 from longvideo.training.run_folder import MODEL
@@ -64,10 +64,14 @@ class ValidationConfig(Bounded):
 
 @dataclass(frozen=True)
 class VaeTraining(Bounded):
-    """`longvideo train vae`."""
+    """`longvideo train vae`.
+
+    initialize: a model folder to take the autoencoder from. shipped: as of `longvideo.train.ar.ArTraining`.
+    """
 
     seed: int = seed_field()
     initialize: str | None = None
+    shipped: dict[str, str] = field(default_factory=dict)
     cut_fraction: float = share(0.04)
     model: AutoencoderShape = field(default_factory=AutoencoderShape)
     scenes: SceneConfig = field(default_factory=SceneConfig)
@@ -161,6 +165,9 @@ class VaeRecipe:
         ModelFolder.save(
             folder, settings=ModelSettings(height=scenes.height, width=scenes.width), vae=exported, overwrite=True
         )
+
+    def facts(self) -> list[str]:
+        return [compile_fact(self.config.loss.compile, self.device)]
 
     def next_steps(self, folder: Path) -> list[str]:
         model = folder / MODEL

@@ -15,6 +15,7 @@ from longvideo import __version__
 from longvideo.cli.printing import STDERR, printable, without_reader
 from longvideo.cli.stopping import exit_code, stop_word
 from longvideo.errors import UserError
+from longvideo.logs import show_messages
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for what the user can mend, 128 + N after signal N."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = arguments[:1] == ["--debug"]
+    show_messages()
     try:
         code = app(arguments, prog_name="longvideo", standalone_mode=False)
     except (UserError, OSError, typer.TyperException) as error:

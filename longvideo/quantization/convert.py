@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,8 +21,6 @@ from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 
 BLOCKS = "blocks."
-
-logger = logging.getLogger(__name__)
 
 
 def linear_layers(model: CausalTransformer) -> list[str]:
@@ -81,11 +78,13 @@ def quantize_layers(
 class TrainingLayers:
     """The layers of a model that train in NVFP4, by TransformerEngine or emulated.
 
-    seeds: of the emulation's stochastic rounding; TransformerEngine draws from torch's CUDA generator.
+    seeds: of the emulation's stochastic rounding; TransformerEngine draws from torch's CUDA generator. description:
+    what multiplies, and why it is emulated where it is.
     """
 
     layers: list[nn.Module]
     seeds: RoundingSeeds | None
+    description: str
 
     def set_rounding(self, rounds: bool) -> None:
         """Let the layers multiply in 4 bits from now on, or in their own dtype."""
@@ -99,8 +98,8 @@ def train_in_nvfp4(
     """Let linear layers train with NVFP4 products, in place, on the parameters they have.
 
     keep: as in `layers_to_quantize`; arXiv 2509.25149 keeps the first and last blocks. The model has to be on its
-    device already. backend: "te", "emulated", or by default the former where it can run and knows the recipe; logs
-    which. Raises ValueError, listing what is missing, when the named one cannot run.
+    device already. backend: "te", "emulated", or by default the former where it can run and knows the recipe. Raises
+    ValueError, listing what is missing, when the named one cannot run.
     """
     names = layers_to_quantize(model, keep)
     device = model.patch_embedding.weight.device
@@ -110,19 +109,19 @@ def train_in_nvfp4(
     if backend == "te" and reason:
         raise ValueError(f"the backend te cannot run on {device}: {reason}")
     if backend == "emulated" or reason:
-        logger.info("training in NVFP4 on %s is emulated: %s", device, reason or "as asked")
+        description = f"emulated ({reason or 'nvfp4.backend=emulated'})"
         seeds = RoundingSeeds(len(names), device)
         layers = [
             NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
             for name, own in zip(names, seeds.values, strict=True)
         ]
     else:
-        logger.info("training in NVFP4 on %s runs on its FP4 units through TransformerEngine", device)
+        description = "on FP4 units, through TransformerEngine"
         te_recipe, seeds = _te_recipe(recipe), None
         layers = [te.training_linear(_linear(model, name), te_recipe) for name in names]
     for name, layer in zip(names, layers, strict=True):
         model.set_submodule(name, layer)
-    return TrainingLayers(list(layers), seeds)
+    return TrainingLayers(list(layers), seeds, description)
 
 
 def _te_recipe(recipe: TrainingRecipe) -> Any:

@@ -7,14 +7,15 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longvideo.errors import ConfigError, UserError
+from longvideo.logs import show_messages
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +99,11 @@ def train(
 
     files = [find_config(name) for name in options.configs or [default_config]]
     config = load_config(schema, files, options.overrides)
+    if shipped := shipped_models(config, options.overrides):
+        config = load_config(schema, files, [*options.overrides, *(f"{key}={model}" for key, model in shipped.items())])
 
     from longvideo.training.run import RunOptions, run
-    from longvideo.training.stopping import Stopped
+    from longvideo.training.stopping import RunStopped
 
     minutes = options.max_minutes
     try:
@@ -119,15 +122,39 @@ def train(
             ),
             build_engine=build_engine,
         )
-    except Stopped as stopped:
+    except RunStopped as stopped:
         raise typer.Exit(stopped.exit_code) from stopped
+
+
+def shipped_models(config: Any, overrides: Sequence[str]) -> dict[str, str]:
+    """Return packaged models by the keys whose folder is not there, as far as files and not overrides name it.
+
+    config: with `shipped`, or without, as where no earlier run has to make a model first.
+    """
+    from longvideo.config import sets_key
+    from longvideo.training.mesh import is_main_process
+
+    found = {}
+    for key, model in getattr(config, "shipped", {}).items():
+        named = getattr(config, key, None)
+        if (
+            named is not None
+            and os.sep in named
+            and not Path(named).exists()
+            and not sets_key(key, overrides=overrides)
+        ):
+            found[key] = model
+            if is_main_process():
+                print(f"{key}: {named} is not there; the packaged {model} takes its place", flush=True)
+    return found
 
 
 def main(command: Callable[..., None]) -> None:
     """Run a training command in one of the processes of a launcher, and end this process as `longvideo` does."""
     from longvideo.training.lost_ranks import LostRank
-    from longvideo.training.mesh import RefusedByMain
+    from longvideo.training.mesh import RefusedByMain, is_main_process
 
+    show_messages(is_main=is_main_process())
     try:
         typer.run(command)
     except RefusedByMain:

@@ -143,6 +143,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_main_process() -> bool:
+    """Say whether this process speaks for all, also before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store: dist.Store | None = None) -> Mesh:
     """Divide the ranks of the default process group; every rank calls this once. Raises ConfigError if they do not
     divide."""

@@ -26,6 +26,12 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+def compile_fact(wanted: bool, device: torch.device) -> str:
+    """Say for the start line of a run whether its objective is compiled, and why not."""
+    reason = "as configured" if not wanted else "" if device.type == "cuda" else f"nothing is on a {device.type}"
+    return f"compiled: {f'no ({reason})' if reason else 'yes'}"
+
+
 class BatchSource(Protocol):
     """Batches as a function of the step alone, so that a resumed run sees what an uninterrupted one would."""
 

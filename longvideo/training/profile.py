@@ -44,7 +44,7 @@ class StageProfile:
 
 
 def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[str]:
-    """Run 2 + `steps` steps of every stage in turn and yield a line on what they took. Nothing is written.
+    """Run 1 or 2 steps and `steps` more of every stage in turn and yield a line on what they took. Nothing is written.
 
     trace: also yield a table of the operations that take longest.
     """
@@ -56,7 +56,8 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[st
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)
         first = _timed(trainer, begin, 1)
-        _timed(trainer, begin, 1)
+        if trainer.device.type == "cuda":
+            _timed(trainer, begin, 1)  # which may record a graph
         seconds = _timed(trainer, begin, steps)
         size, flops = trainer.recipe.source.size(begin), trainer.recipe.flops(begin)
         yield StageProfile(

@@ -22,7 +22,7 @@ from longvideo.training.precision import resolve
 from longvideo.training.profile import profile
 from longvideo.training.run_folder import claimed
 from longvideo.training.run_log import check_reporting
-from longvideo.training.stopping import Stopped
+from longvideo.training.stopping import RunStopped
 from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
 
 
@@ -55,7 +55,7 @@ def run(
 
     config: of a recipe, with `trainer`, `optimizer` and, where several processes can work on it, `parallel`.
     build_engine: from config, recipe, mesh and device; by default one for the recipe's objective.
-    Raises Stopped after SIGTERM or SIGINT, once the state is saved.
+    Raises RunStopped after SIGTERM or SIGINT, once the state is saved.
     """
     check_reporting(config.trainer.tensorboard, config.trainer.wandb)
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
@@ -77,12 +77,16 @@ def run(
     mesh = build_mesh(parallel.sequence, timeout_minutes=parallel.timeout_minutes, store=store)
     with naming_lost_ranks(mesh), preferred_attention(device):
         if options.dry_run:
-            for text in profile(new_trainer(), options.dry_run, trace=options.trace):
+            trainer = new_trainer()
+            _say(mesh, _describe(trainer, config))
+            for text in profile(trainer, options.dry_run, trace=options.trace):
                 if mesh.is_main:
                     print(text, flush=True)
         else:
             with claimed(folder, mesh, resume=options.resume):
-                _train(new_trainer(), options)
+                trainer = new_trainer()
+                _say(mesh, _describe(trainer, config))
+                _train(trainer, options)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -91,13 +95,29 @@ def _train(trainer: Trainer, options: RunOptions) -> None:
     is_done = False
     try:
         is_done = trainer.run(resume=options.resume, deadline=options.deadline, config_text=options.config_text)
-    except Stopped:
+    except RunStopped:
         _say(trainer.mesh, f"resume with: {options.resume_command}")
         raise
     if is_done:
         _say(trainer.mesh, *trainer.recipe.next_steps(trainer.folder))
     else:
         _say(trainer.mesh, f"resume with: {options.resume_command}")
+
+
+def _describe(trainer: Trainer, config: Any) -> str:
+    """Say in one line what runs, and what of it is not as one would expect, and why."""
+    device, precision = trainer.device, config.trainer.precision
+    resolved = resolve(precision, device)
+    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
+    engine = "one process"
+    if launched():
+        engine = f"DeepSpeed ZeRO {parallel.zero_stage}, {trainer.mesh.world} ranks, {parallel.sequence} to a video"
+    parts = [
+        f"training on {device} in {resolved}{' (trainer.precision=auto)' if precision == 'auto' else ''}",
+        f"engine: {engine}",
+        *trainer.recipe.facts(),
+    ]
+    return " | ".join(parts)
 
 
 def _say(mesh: Mesh, *lines: str) -> None:

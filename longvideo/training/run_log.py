@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ class RunLog:
 
     def note(self, text: str) -> None:
         if self.enabled:
-            print(text, flush=True)
+            with suppress(OSError):  # the terminal, or the reader of a pipe, may be gone; the run goes on
+                print(text, flush=True)
 
 
 def check_reporting(tensorboard: bool, wandb: str | None) -> None:

@@ -6,16 +6,17 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from longvideo.training.mesh import launched
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEATED_SECONDS = 1.0
 """A launcher passes on a signal that the terminal, or a scheduler, has sent to its workers too."""
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """A signal has stopped a run, whose state is saved."""
 
     def __init__(self, number: int, step: int):
@@ -29,8 +30,9 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Remembers the first SIGTERM or SIGINT inside a `with` block; a second one ends the process at once.
+    """Remembers the first SIGTERM, SIGINT or SIGHUP inside a `with` block; a second one ends the process at once.
 
+    A signal that is ignored stays so, as `nohup` asks for.
     Outside the main thread Python can take no signal, and nothing is remembered.
     """
 
@@ -42,7 +44,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._receive)
+                for number in SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -53,7 +59,8 @@ class StopSignals:
         if not self.number:
             self.number, self._came = number, time.monotonic()
             # plain writing: printing may be in the middle of another line, and cannot be entered twice
-            os.write(2, b"stopping after this step; a second signal ends the run at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step; a second signal ends the run at once\n")
         elif not launched() or time.monotonic() - self._came > REPEATED_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

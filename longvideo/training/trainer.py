@@ -26,7 +26,7 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_sche
 from longvideo.training.precision import PRECISIONS
 from longvideo.training.run_folder import CHECKPOINTS, MODEL, RESUME, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
-from longvideo.training.stopping import Stopped, StopSignals
+from longvideo.training.stopping import RunStopped, StopSignals
 
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
@@ -105,6 +105,10 @@ class Recipe(Protocol):
         """Write the model (averaged weights in place) as a model folder."""
         ...
 
+    def facts(self) -> Sequence[str]:
+        """Return what the start line says of this recipe: attention, number formats, compilation."""
+        ...
+
     def next_steps(self, folder: Path) -> Sequence[str]:
         """Return lines that say what a finished run has left in its folder, and the command that takes it on."""
         ...
@@ -143,7 +147,8 @@ class Trainer:
     def run(self, *, resume: str = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
         """Train to the last step, or until `time.monotonic()` passes `deadline`; return whether all steps are done.
 
-        Either way a checkpoint and a model folder are left. SIGTERM and SIGINT leave a checkpoint, and raise Stopped.
+        Either way a checkpoint and a model folder are left. SIGTERM, SIGINT and SIGHUP leave a
+        checkpoint, and raise RunStopped.
         config_text: what goes into the run folder's `config.yaml`. Raises ConfigError when `resume` is "never" and the
         run folder holds checkpoints, Diverged when the loss has no finite gradient any more.
         """
@@ -195,7 +200,7 @@ class Trainer:
         if ending.number and not done:
             self.mesh.barrier()
             log.note(f"stopped by {signal.Signals(ending.number).name} at step {step} of {self.total_steps}, saved")
-            raise Stopped(ending.number, step)
+            raise RunStopped(ending.number, step)
         if self.exported_step() != step:
             self.sample(step, log)
         self.mesh.barrier()

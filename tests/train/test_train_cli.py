@@ -50,7 +50,7 @@ def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Pat
     assert main(ar_arguments(trained, "cut", "optimizer.schedule=constant")) == 0
     assert main(ar_arguments(trained, "constant", "optimizer.schedule=constant")) == 0
     weights = [
-        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors")
+        load_file(trained / name / "checkpoints" / "step_0000004" / "weights_00000_00000.safetensors")
         for name in ("cut", "constant", "whole")
     ]
     assert weights[0].keys() == weights[1].keys()
@@ -89,7 +89,7 @@ def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(train
     assert main(ar_arguments(trained, "fp4_half", *more, four, "nvfp4.until=0.5")) == 0
     names = ("fp4", "fp4_cut", "fp4_then_fp32", "fp4_half")
     whole, cut, switched, half = (
-        load_file(trained / name / "checkpoints" / "step_0000004" / "weights.safetensors") for name in names
+        load_file(trained / name / "checkpoints" / "step_0000004" / "weights_00000_00000.safetensors") for name in names
     )
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
     assert all(torch.equal(tensor, switched[name]) for name, tensor in half.items())
@@ -106,7 +106,9 @@ def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(train
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["train", "vae", *Toy.vae, "--out", str(out), "--device", "cpu", "--dry-run", "1"]) == 0
-    assert capsys.readouterr().out.startswith("stage 0 | 4 steps | first ")
+    started, timed = capsys.readouterr().out.splitlines()
+    assert started == "training on cpu in fp32 | engine: one process | compiled: no (nothing is on a cpu)"
+    assert timed.startswith("stage 0 | 4 steps | first ")
     assert not out.exists()
 
 

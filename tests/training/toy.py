@@ -75,6 +75,9 @@ class ToyRecipe:
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         return {"half_step": step / 2}
 
+    def facts(self) -> list[str]:
+        return []
+
     def next_steps(self, folder: Path) -> list[str]:
         return [f"model: {folder / 'model'}"]
 

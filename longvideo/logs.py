@@ -1,0 +1,31 @@
+"""Messages of the library's loggers, as commands show them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is when a message comes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+def show_messages(*, is_main: bool = True) -> None:
+    """Let a command show what its loggers say on standard error: INFO of longvideo, WARNING of other packages.
+
+    is_main: whether this process speaks for all ranks; the others show warnings alone.
+    """
+    logger = logging.getLogger("longvideo")
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        handler = _StandardError()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
