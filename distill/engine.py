@@ -35,7 +35,7 @@ class PairedEngine:
     ):
         self.student_objective, self.student = student
         self.critic_objective, self.critic = critic
-        self.engines = dict(zip(ROLES, (self.student, self.critic), strict=True))
+        self.engines: dict[str, Engine] = dict(zip(ROLES, (self.student, self.critic), strict=True))
         self.critic_rate, self.student_every, self.critic_first = critic_rate, student_every, critic_first
 
     def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:

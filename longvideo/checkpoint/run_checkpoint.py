@@ -220,7 +220,7 @@ def _tensors_of_one_process(folder: Path, parts: Collection[str]) -> Weights:
     for part in parts:
         tensors = safetensors_file.open_file(folder / f"{part}.safetensors")
         kinds = PARTS[part]
-        opened.append(tensors if len(kinds) > 1 else tensors.renamed(f"{{}}/{kinds[0]}".format))
+        opened.append(tensors if STEP in kinds else tensors.renamed(f"{{}}/{kinds[0]}".format))
     return join(opened)
 
 

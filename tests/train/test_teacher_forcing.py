@@ -386,7 +386,7 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
     source.start(0)
     objective = small_objective(encoder)
     engine = LocalEngine(objective, OptimizerConfig(), precision="fp32", device=CPU)
-    before = {name: value.clone() for name, value in engine.weights().items()}
+    before = {name: value.detach().clone() for name, value in engine.named.items()}
     batch, losses = source.batch(0), []
     for _ in range(30):
         loss, _ = engine.loss(batch)
@@ -394,7 +394,7 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
         engine.step(1e-2, engine.clip())
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-    moved = {name for name, value in engine.weights().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in engine.named.items() if not torch.equal(value, before[name])}
     assert any(name.startswith("text_encoder.") for name in moved)
 
 

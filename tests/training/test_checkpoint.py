@@ -280,3 +280,22 @@ def test_checkpoints_of_format_1_are_resumed(tmp_path: Path, write, capsys: pyte
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(CheckpointError, match=f"step_0000004 is damaged: {file}"):
         trainer(tmp_path).restore("auto")
+
+
+def test_a_distillation_of_format_1_has_the_tensors_of_both_roles(tmp_path: Path) -> None:
+    kinds = {"weights": [""], "ema": [""], "optimizer": ["/exp_avg", "/exp_avg_sq", "/step"]}
+    expected = {}
+    for number, role in enumerate(("student", "critic")):
+        (tmp_path / role).mkdir()
+        for part, suffixes in kinds.items():
+            save_file(
+                {f"q/lora_A{suffix}": torch.full((2,), number) for suffix in suffixes},
+                tmp_path / role / f"{part}.safetensors",
+            )
+        for kind in ("weight", "average", "exp_avg", "exp_avg_sq", "step"):
+            expected[f"{role}/q/lora_A/{kind}"] = number
+    (tmp_path / STATE_FILE).write_text(json.dumps({"step": 3, "ranks": 1, "student_skipped": 0, "critic_skipped": 2}))
+    state = read_state(tmp_path)
+    assert (state.step, state.ranks, state.counts) == (3, 1, {"student_skipped": 0, "critic_skipped": 2})
+    stored = open_tensors(tmp_path, state)
+    assert {name: int(stored.read(name)[0]) for name in stored.infos} == expected
