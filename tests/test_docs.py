@@ -137,7 +137,8 @@ def check_training(ranks: int, arguments: list[str], monkeypatch: pytest.MonkeyP
 
 
 def check_imports(text: str) -> None:
-    statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = ast.walk(ast.parse(text))
+    statements: list[ast.stmt] = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     exec(compile(ast.Module(statements, []), "imports", "exec"), {})
 
 
