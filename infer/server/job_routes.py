@@ -90,10 +90,10 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         responses={**CONTENT, **errors(CONFLICT, INVALID)},
     )
     def content(name: VideoId) -> Response:
-        """Fetch a finished video, or what there is of an interrupted one; ranges may be asked for."""
+        """Fetch a finished video, or what there is of an interrupted or failed one; a range may be asked for."""
         job = stored(name)
         path = worker.path(job.id)
-        if job.status not in ("completed", "interrupted") or not path.is_file():
+        if job.status not in ("completed", "interrupted", "failed") or not path.is_file():
             raise HTTPException(CONFLICT, f"the video is {job.status}; it has no file")
         return FileContent(path, media_type="video/mp4", download=True)
 

@@ -87,7 +87,6 @@ class JobWorker:
         else:
             message = "the video could not be made; the log says why"
             log.error("job %s failed", job.id, exc_info=error)
-        self.path(job.id).unlink(missing_ok=True)  # first, so that a full disk has room for the rest
         self._store.change(job.id, "failed", among=("in_progress",), error=message)
 
     def _give_up(self, job: Job) -> None:

@@ -62,7 +62,10 @@ def test_a_job_fails_with_its_reason_and_the_server_recovers(model_folder: Path,
         assert wait_for(http, again, "completed", "failed")["status"] == "completed"
         assert num_frames(http.get(f"/v1/videos/{again['id']}/content").content) == 24
         assert http.delete(f"/v1/videos/{done['id']}").status_code in (200, 404)
-        assert [path.stem for path in (tmp_path / "served" / "videos").iterdir()] == [again["id"]]
+        made = http.get(f"/v1/videos/{running['id']}/content").content
+        assert num_frames(made) == failed["frames"] > 100  # what was made before is not lost
+        assert http.get(f"/v1/videos/{queued['id']}/content").status_code == 409
+        assert {path.stem for path in (tmp_path / "served" / "videos").iterdir()} == {again["id"], running["id"]}
         with sqlite3.connect(f"file:{tmp_path}/served/jobs.sqlite?mode=ro", uri=True) as stored:
             assert dict(stored.execute("SELECT id, status FROM jobs")) == {
                 running["id"]: "failed",
