@@ -190,6 +190,7 @@ def test_one_plain_process_resumes_from_a_checkpoint_of_any_ranks_and_stage(alon
         assert_close(averaged(objective, engine), alone[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_every_tensor_to_another_stage_bit_for_bit(tmp_path: Path) -> None:
     assert run_in_processes(2, carried, str(tmp_path)) == [[], []]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 
-STEPS, KILLS = 60, 20
+STEPS, KILLS = 30, 8
 PRELOADED = ["torch", "longvideo.training.trainer", "longvideo.train.vae", "longvideo.training.engine"]
 
 
@@ -32,7 +32,7 @@ def train(folder: Path, reports: Connection) -> None:
     reports.close()
 
 
-def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     run_killed(train, tmp_path / "killed", kills=KILLS, most_steps=6, preloaded=PRELOADED)
     toy_trainer(tmp_path / "whole", STEPS, save_every=4, log_every=1).run()
     losses, weights = [], []
