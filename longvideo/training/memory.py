@@ -21,7 +21,7 @@ SLACK = 1.1  # factor by which the estimate may exceed the truth
 BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them, its default
 ROWS_COMPILED, ROWS_EAGER = 9, 33  # of a block in its backward pass, besides those of the feed-forward layer
 ROWS_MASKED = 8  # of FlexAttention, in place of the copies of keys and values of attention run by run
-ROWS_NVFP4 = 6  # rounded operands of emulated 4-bit products
+ROWS_NVFP4 = 6  # rounded operands of emulated 4-bit products; inputs are kept in 4 bits
 ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43  # kept of a block that is not recomputed, the feed-forward layer's apart
 
 
@@ -109,14 +109,17 @@ class BlockMemory:
 
     def running(self, config: TransformerConfig) -> float:
         """Return the rows that one block needs in its backward pass, what is computed again included."""
-        rows = ROWS_COMPILED if self.compiled else ROWS_EAGER
-        return rows + _feed_forward(config) + 2 * self.copies + (ROWS_NVFP4 if self.nvfp4 else 0)
+        rows = _feed_forward(config) + (ROWS_NVFP4 if self.nvfp4 else 0)
+        if self.checkpoint:
+            rows += (ROWS_COMPILED if self.compiled else ROWS_EAGER) + 2 * self.copies
+        return rows
 
     def kept(self, config: TransformerConfig) -> float:
         """Return the rows that one block keeps from its forward to its backward pass."""
         if self.checkpoint:
             return 1
-        return (ROWS_KEPT_COMPILED if self.compiled else ROWS_KEPT_EAGER) + _feed_forward(config) + self.copies
+        rows = ROWS_KEPT_COMPILED if self.compiled else ROWS_KEPT_EAGER
+        return rows + _feed_forward(config) + self.copies - (ROWS_NVFP4 if self.nvfp4 else 0)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from longvideo.checkpoint.modules import OnMeta
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
 from longvideo.train.cost import copied_rows, estimate_memory
 from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
 from longvideo.training.mesh import ParallelConfig
 
 SHAPE = PRESETS["wan2.2-ti2v-5b"]
 SPEC = ChunkSpec(grid_height=22, grid_width=40)
+SMALL = ChunkSpec(grid_height=11, grid_width=20)
 NUM_PARAMETERS = 4_999_787_712
 
 
@@ -28,16 +33,28 @@ def estimate(
     compiled: bool = True,
     nvfp4: bool = False,
     masked: bool = False,
+    zero_stage: int = 1,
+    checkpoint: bool = True,
+    layers: int = 30,
+    spec: ChunkSpec = SPEC,
 ) -> MemoryEstimate:
     if launched:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    shape = replace(SHAPE, num_layers=layers)
+    with OnMeta():
+        num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())
     engine = engine_memory(
-        NUM_PARAMETERS, ParallelConfig(), ranks=ranks, bf16=launched, passes=passes, averaged=averaged
+        num_parameters,
+        ParallelConfig(zero_stage=zero_stage),
+        ranks=ranks,
+        bf16=launched,
+        passes=passes,
+        averaged=averaged,
     )
     copies = ROWS_MASKED / 2 if masked else copied_rows(chunks, ranks)
-    blocks = BlockMemory(2, checkpoint=True, compiled=compiled, nvfp4=nvfp4, copies=copies)
-    return estimate_memory(SHAPE, SPEC, engine, blocks, chunks=chunks, clips=1, sequence=ranks, autocast=not launched)
+    blocks = BlockMemory(2, checkpoint=checkpoint, compiled=compiled, nvfp4=nvfp4, copies=copies)
+    return estimate_memory(shape, spec, engine, blocks, chunks=chunks, clips=1, sequence=ranks, autocast=not launched)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +73,15 @@ def estimate(
         ({"chunks": 12, "launched": True, "ranks": 2}, 86.6),
         ({"chunks": 12, "launched": True, "ranks": 2, "compiled": False}, 98.2),
         ({"chunks": 12, "launched": True, "ranks": 2, "masked": True}, 82.2),
+        ({"chunks": 12, "launched": True, "ranks": 2, "nvfp4": True}, 90.6),
+        ({"chunks": 12, "launched": True, "ranks": 2, "compiled": False, "zero_stage": 3}, 101.5),
+        ({"chunks": 4, "checkpoint": False, "layers": 4}, 50.5),
+        ({"chunks": 4, "checkpoint": False, "layers": 4, "nvfp4": True}, 46.0),
+        ({"chunks": 2, "checkpoint": False, "compiled": False, "spec": SMALL}, 127.7),
     ],
 )
 def test_measured_peaks_are_estimated_within_a_tenth(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], measured: float
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], measured: float
 ) -> None:
     """Wan2.2-TI2V-5B at 704 x 1280; docs/training.md has the commands."""
     assert estimate(monkeypatch, **settings).total / GIB == pytest.approx(measured, rel=0.1)
