@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
 from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision, warn_of_missing_quotes
 from longvideo.errors import UserError
 from longvideo.files import check_target, write_json
@@ -18,15 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.evaluation.shapeworld import Report, Score, Task
-    from longvideo.evaluation.switches import SwitchResult, SwitchTask
-    from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import SwitchMode
 
 app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that measures them.")
 
 MAX_SECONDS = 3600.0
 LEAST_SHOT_SECONDS = 1.5
-SWITCH_CHUNKS = 4  # before a change of prompt and after it
 SHOWN_SWITCHES = 6
 HEADINGS = {
     "count": "number",
@@ -205,7 +202,7 @@ def switches(
         for name in modes:
             results = []
             for number, task in enumerate(tasks):
-                result, frames = _switch(pipeline, task, name, steps)
+                result, frames = show_switch(pipeline, task, name, steps)
                 results.append(result)
                 if number < SHOWN_SWITCHES:
                     seen = ", ".join(str(chunk) for chunk, shown in enumerate(result.shown, 1) if shown) or "none"
@@ -370,91 +367,6 @@ def quantization(
     typer.echo(as_markdown(report))
     if out is not None:
         write_json(out, asdict(report))
-
-
-def generate_videos(
-    pipeline: StreamingPipeline, tasks: list[Task], *, batch: int, steps: int | None, guidance: float | None
-) -> Iterator[tuple[Task, np.ndarray]]:
-    """Make every task's video, `batch` of them together."""
-    from longvideo.evaluation.shapeworld import make_videos
-
-    if batch == 1:
-        yield from make_videos(
-            lambda prompts, seconds, seed: pipeline.stream(
-                prompts, seconds=seconds, steps=steps, guidance=guidance, seed=seed
-            ),
-            tasks,
-        )
-        return
-    for start in range(0, len(tasks), batch):
-        group = tasks[start : start + batch]
-        frames = pipeline.generate_batch(
-            [list(task.prompts) for task in group],
-            seconds=list(group[0].seconds),
-            seeds=[task.seed for task in group],
-            steps=steps,
-            guidance=guidance,
-        )
-        yield from zip(group, frames, strict=True)
-
-
-def _switch(
-    pipeline: StreamingPipeline, task: SwitchTask, mode: SwitchMode, steps: int | None
-) -> tuple[SwitchResult, np.ndarray]:
-    """Make a video of two prompts and judge it; return its frames too."""
-    import numpy as np
-
-    from longvideo.evaluation.switches import judge_switch
-
-    chunks: dict[int, list[np.ndarray]] = {}
-    receipt = None
-    with pipeline.session(task.prompts[0], seed=task.seed, steps=steps) as session:
-        for chunk in session:
-            index = chunk.step.index
-            chunks.setdefault(index, []).append(chunk.frames[0])
-            if receipt is None and index == SWITCH_CHUNKS - 1:
-                receipt = session.set_prompt(task.prompts[1], mode)
-            if receipt is not None and index == receipt.effective_at + SWITCH_CHUNKS - 1:
-                break
-    assert receipt is not None
-    whole = [np.concatenate(parts) for parts in chunks.values()]
-    result = judge_switch(
-        task,
-        whole[receipt.effective_at - 1],
-        whole[receipt.effective_at :],
-        first_late=receipt.effective_at - receipt.accepted_at,
-    )
-    return result, np.concatenate(whole[receipt.effective_at - SWITCH_CHUNKS :])
-
-
-def read_tasks(folder: Path) -> list[Task]:
-    """Turn a folder's manifest.jsonl into tasks; the captions say what each shot should show."""
-    from longvideo.data.manifest import read_manifest
-    from longvideo.evaluation.request import read_caption
-    from longvideo.evaluation.shapeworld import Task
-
-    tasks = []
-    for index, entry in enumerate(read_manifest(folder / "manifest.jsonl")):
-        starts = [shot.start for shot in entry.shots] + [entry.shots[-1].end]
-        captions = tuple(shot.caption for shot in entry.shots)
-        seconds = tuple((b - a) / entry.fps for a, b in pairwise(starts))
-        tasks.append(Task(tuple(read_caption(text) for text in captions), captions, seconds, seed=index))
-    return tasks
-
-
-def read_videos(folder: Path, tasks: list[Task]) -> Iterator[tuple[Task, np.ndarray]]:
-    """Read the videos of `read_tasks` at the judge's frame rate, from the first shot's start to the last one's end."""
-    from longvideo.data.manifest import read_manifest
-    from longvideo.data.video import read_video
-    from longvideo.evaluation.shapeworld import FPS
-
-    entries = read_manifest(folder / "manifest.jsonl")
-    for task, entry in zip(tasks, entries, strict=False):
-        first = entry.shots[0].start / entry.fps
-        frames = read_video(
-            entry.video, fps=FPS, start_seconds=first, max_frames=max(1, round(sum(task.seconds) * FPS))
-        )
-        yield task, frames.numpy()
 
 
 def _check_output(out: Path, overwrite: bool) -> None:

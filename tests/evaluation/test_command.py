@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longvideo.cli.evaluate import generate_videos
+from longvideo.cli.evaluation_videos import generate_videos
 from longvideo.cli.main import main
 from longvideo.evaluation.shapeworld import build_tasks
 from longvideo.infer.pipeline import StreamingPipeline
