@@ -42,7 +42,9 @@ def distill(
     The run folder is laid out as that of `longvideo train ar`: `lora/` holds the student's adapter in peft's and in
     diffusers' naming, `model/` whole weights.
 
-    `longvideo distill tiny/dmd --out runs/dmd`
+    On a GPU: `longvideo distill tiny/dmd --out runs/dmd`
+
+    On a CPU, in a minute or two: `longvideo distill cpu/dmd --out runs/try_dmd`
 
     `torchrun --nproc-per-node 8 -m longvideo.distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
     """

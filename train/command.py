@@ -34,7 +34,9 @@ def vae(
     The run folder holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `samples/` (given and
     reconstructed clips) and `model/` (the averaged weights, in diffusers' layout, with latent statistics).
 
-    Example: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
+    On a GPU: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
+
+    On a CPU, in a minute or two: `longvideo train vae cpu/vae --out runs/try_vae`
     """
 
     def build(config: VaeTraining, target: torch.device, mesh: Mesh) -> Recipe:
@@ -73,7 +75,11 @@ def ar(
 
     The run folder is laid out as that of `train vae`; its `model/` is complete: `longvideo generate --model RUN/model`.
 
-    Example: `longvideo train ar tiny/ar_opening vae=tiny --out runs/ar_opening --max-minutes 9`
+    On a GPU: `longvideo train ar tiny/ar_opening --out runs/ar_opening --max-minutes 9`
+
+    On a CPU, in a minute or two: `longvideo train ar cpu/ar --out runs/try_ar`
+
+    On a CPU, on videos: `longvideo train ar cpu/clips data=MANIFEST --out runs/try_clips`
     """
     from longvideo.config import find_config, sets_key
 

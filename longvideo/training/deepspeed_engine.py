@@ -65,7 +65,7 @@ class DeepSpeedEngine:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=self.parameters[0].device.type == "cuda",
+            fused=True,  # which skips a step on the device's own word
         )
         # what DeepSpeed returns has no common type
         self.engine: Any
@@ -84,26 +84,39 @@ class DeepSpeedEngine:
         parts = {name: self._own_part(parameter) for name, parameter in self.named.items()}
         self.average = {name: None if part is None else part.clone() for name, part in parts.items()}
         self.guard = LossGuard(spike_factor, self.parameters[0].device)
-        self._skipped_before = 0
+        self.skipped = torch.zeros((), device=self.parameters[0].device)
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
+        found_bad = torch.zeros_like(self.skipped)
         for share in shares:
             loss, found = self.engine(share)
-            self.engine.backward(self.guard(loss))
+            guarded = self.guard(loss)
+            found_bad += (~torch.isfinite(guarded.detach())).float()
+            self.engine.backward(guarded)
             norm = self._plain_norm()
+            if self.engine.is_gradient_accumulation_boundary():
+                self._skip_where(found_bad if norm is None else found_bad + (~torch.isfinite(norm)).float())
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **found})
         if norm is None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+            norm = torch.where(norm < 0, torch.nan, norm)  # as DeepSpeed writes one that is not finite
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
 
+    def _skip_where(self, found_bad: Tensor) -> None:
+        """Let the optimizers of all ranks change nothing if one of them found what is not finite; no host waits."""
+        found_inf = self.mesh.sum(found_bad).clamp(max=1.0)
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner.found_inf, inner.grad_scale = found_inf, None
+        self.skipped += found_inf
+
     def num_skipped(self) -> int:
-        return self.engine.skipped_steps + self._skipped_before
+        return int(self.skipped)
 
     def skipped_share(self, steps: int) -> float:
         return self.num_skipped() / max(1, steps)
@@ -185,7 +198,7 @@ class DeepSpeedEngine:
         return {"skipped": self.num_skipped(), **self.guard.state()}
 
     def put_counts(self, counts: Mapping[str, float]) -> None:
-        self._skipped_before = int(counts["skipped"])
+        self.skipped.fill_(float(counts["skipped"]))
         self.guard.load(counts)
 
     def _read_own(self, parameter: nn.Parameter, stored: Lazy) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,56 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_reports_to_wandb_where_it_is_disabled(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert main(ar_arguments(trained, "wandb", "trainer.wandb=longvideo-tests", "rollout.prompts=0")) == 0
+    assert (trained / "wandb" / "wandb.id").is_file() and not (trained / "wandb" / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "extra"),
+    [("trainer.tensorboard=true", "tensorboard", "train"), ("trainer.wandb=x", "wandb", "wandb")],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    setting: str, package: str, extra: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, package, None)  # which Python takes as a package that is not there
+        assert main(["train", "vae", *Toy.vae, setting, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"{setting.partition('=')[0]} needs" in error and f"longvideo[{extra}]" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_no_earlier_run_made_is_the_packaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("stages=[{steps: 2, chunks: 1, batch: 1}]", "scenes.count=4", "bank.clips=4", "bank.initial_clips=4")
+    assert main(["train", "ar", *small, "bank.group=4", "--device", "cpu", "--dry-run", "1"]) == 0
+    captured = capsys.readouterr().out
+    assert captured.startswith("vae: runs/vae_refine/model is not there; the packaged tiny-teacher takes its place\n")
+    assert main(["train", "ar", "tiny/ar_opening", "vae=runs/vae_refine/model", "--device", "cpu"]) == 2
+    assert "runs/vae_refine/model" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_cpu_sized_forms_in_the_help_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vae = "stages=[{frames: 1, height: 64, width: 64, batch: 1, steps: 2}]"
+    assert main(["train", "vae", "cpu/vae", vae, "--device", "cpu", "--out", "vae"]) == 0
+    ar = ("stages=[{steps: 1, chunks: 1, batch: 1}]", "bank.clips=2", "bank.initial_clips=2", "rollout.prompts=0")
+    assert main(["train", "ar", "cpu/ar", *ar, "--device", "cpu", "--out", "ar"]) == 0
+    dmd = ("stages=[{frames: 8, batch: 1, steps: 2}]", "samples.prompts=0")
+    assert main(["distill", "cpu/dmd", *dmd, "--device", "cpu", "--out", "dmd"]) == 0
+    clips = ("stages=[{steps: 1, chunks: 1, batch: 1}]", "--dry-run", "1")
+    assert main(["train", "ar", "cpu/clips", *clips, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("model: ")] == [
+        f"model: {name}/model" for name in ("vae", "ar", "dmd")
+    ]

@@ -198,3 +198,28 @@ def test_a_checkpoint_carries_every_tensor_to_another_stage_bit_for_bit(tmp_path
 def test_bf16_weights_without_masters_are_refused() -> None:
     with pytest.raises(ConfigError, match="parallel.zero_stage=0 keeps no fp32 masters of bf16 weights"):
         build(Mesh(), 0, "bf16")
+
+
+def skipping(stages: tuple[int, ...]) -> list[tuple[int, float, bool]]:
+    """Train with a batch that is not finite on the second rank alone; return skipped steps, moves and finiteness."""
+    from longvideo.training.deepspeed_engine import DeepSpeedEngine
+    from tests.training.toy import Numbers, Regression
+
+    mesh, results = build_mesh(1), []
+    for stage in stages:
+        engine = DeepSpeedEngine(
+            Regression(), OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=1, ema_decay=DECAY
+        )
+        numbers = Numbers(frozenset({1} if mesh.rank == 1 else ()))
+        engine.train_step(numbers.shares(0, mesh, None), 0, 1e-2)
+        before = engine.whole("linear.weight", "weight").clone()
+        engine.train_step(numbers.shares(1, mesh, None), 1, 1e-2)
+        moved = float((engine.whole("linear.weight", "weight") - before).abs().max())
+        engine.train_step(numbers.shares(2, mesh, None), 2, 1e-2)
+        results.append((engine.num_skipped(), moved, engine.is_finite()))
+    return results
+
+
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
+    for results in run_in_processes(2, skipping, STAGES):
+        assert results == [(1, 0.0, True)] * len(STAGES)

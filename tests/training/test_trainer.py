@@ -109,6 +109,66 @@ def test_run_that_never_recovers_raises(tmp_path: Path) -> None:
         trainer.run()
 
 
+def test_a_short_run_whose_steps_are_mostly_not_finite_raises_and_exports_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"9 steps up to step 10 .* \(90% of them, allowed: 50%\)"):
+        toy_trainer(tmp_path, 10, bad_steps=frozenset(range(1, 10)), max_skipped_steps=50).run()
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_long_run_is_judged_by_its_share_after_twenty_steps(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="15 steps up to step 20"):
+        toy_trainer(tmp_path, 400, bad_steps=frozenset(range(5, 20)), max_skipped_steps=50).run()
+    assert toy_trainer(tmp_path / "half", 20, bad_steps=frozenset(range(10, 20)), max_skipped_steps=50).run()
+
+
+def test_weights_that_are_not_finite_replace_neither_checkpoint_nor_model(tmp_path: Path) -> None:
+    assert toy_trainer(tmp_path, 10).run()
+    model = (tmp_path / "model" / "model.safetensors").read_bytes()
+    trainer = toy_trainer(tmp_path, 20)
+    one_step = trainer.one_step
+
+    def breaking(step: int, window: Window) -> None:
+        one_step(step, window)
+        with torch.no_grad():
+            next(trainer.recipe.objective.parameters())[0, 0] = math.inf
+
+    trainer.one_step = breaking  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match="weights are not finite after step 20"):
+        trainer.run()
+    assert toy_trainer(tmp_path, 20).checkpoints.steps() == [10]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_run_stopped_before_its_export_exports_when_it_is_started_again(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 10)
+    window = Window(trainer.device)
+    for step in range(10):
+        trainer.one_step(step, window)
+    trainer.sample(5, RunLog(tmp_path))
+    trainer.save(10)
+    assert trainer.exported_step() == 5
+    again = toy_trainer(tmp_path, 10)
+    assert again.run() and again.exported_step() == 10
+
+
+def test_without_a_gradient_clip_nothing_is_clipped(tmp_path: Path) -> None:
+    engine = toy_trainer(tmp_path, 1).engine
+    assert isinstance(engine, LocalEngine)
+    for parameter in engine.parameters:
+        parameter.grad = torch.full_like(parameter, 100.0)
+    engine.gradient_clip = 0.0
+    assert float(engine.clip()) == pytest.approx(600.0)
+    assert all(float(p.grad.max()) == 100.0 for p in engine.parameters if p.grad is not None)
+    engine.gradient_clip = 6.0
+    engine.clip()
+    assert all(float(p.grad.max()) == pytest.approx(1.0, rel=1e-5) for p in engine.parameters if p.grad is not None)
+
+
+def test_a_rate_of_zero_freezes_a_segment() -> None:
+    rate = rate_schedule(OptimizerConfig(warmup_steps=0), [RateSegment(2), RateSegment(2, 0.0)])
+    assert rate(1) > 0 and rate(2) == rate(3) == 0.0
+
+
 def test_average_equals_its_definition() -> None:
     weight = torch.nn.Parameter(torch.zeros(5))
     average = ExponentialMovingAverage({"weight": weight}, decay=0.7)
