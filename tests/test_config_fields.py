@@ -7,6 +7,7 @@ import typing
 
 import pytest
 
+from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config import find_config, load_config
 from longvideo.config_fields import BOUNDS
 from longvideo.distill.config import Distillation
@@ -79,7 +80,7 @@ def undeclared(schema: type, key: str) -> typing.Iterator[str]:
     for field in dataclasses.fields(schema):
         kinds = {hints[field.name], *typing.get_args(hints[field.name])}
         for kind in kinds:
-            if dataclasses.is_dataclass(kind) and kind.__name__ != "ModelSettings":  # which checks its own
+            if dataclasses.is_dataclass(kind) and kind is not ModelSettings:  # which checks its own
                 yield from undeclared(typing.cast(type, kind), f"{key}{field.name}.")
         if kinds & {int, float, list[int]} and BOUNDS not in field.metadata:
             yield f"{key}{field.name}"

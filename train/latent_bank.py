@@ -16,6 +16,7 @@ from torch import Tensor
 from longvideo.config_fields import Bounded, bounded, share
 from longvideo.errors import ConfigError
 from longvideo.train.scenes import FPS, ScenePool
+from longvideo.training.mesh import is_main_process
 from longvideo.training.objective import seeded
 from longvideo.training.precision import autocast
 from longvideo.vae.autoencoder import Autoencoder
@@ -121,7 +122,8 @@ class LatentBank:
         self.advance(step)
         if self.pool.device.type == "cuda":
             torch.cuda.synchronize(self.pool.device)
-        print(f"bank of {self.filled} clips encoded in {time.monotonic() - began:.1f} s", flush=True)
+        if is_main_process():
+            print(f"bank of {self.filled} clips encoded in {time.monotonic() - began:.1f} s", flush=True)
 
     def advance(self, step: int) -> None:
         """Encode the groups that are due by `step`."""

@@ -169,6 +169,7 @@ def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store
         if rank in ranks and isinstance(group, dist.ProcessGroup):
             own = group
     host_group = dist.new_group(backend=HOST_BACKEND, timeout=timeout)
+    assert isinstance(host_group, dist.ProcessGroup), "every rank belongs to it"
     return Mesh(world, rank, sequence, own, host_group, store, timeout)
 
 

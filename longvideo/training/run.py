@@ -117,6 +117,9 @@ def _describe(trainer: Trainer, config: Any) -> str:
         f"engine: {engine}",
         *trainer.recipe.facts(),
     ]
+    warmup = config.optimizer.warmup_steps
+    if warmup > trainer.total_steps > 0:
+        parts.append(f"warm-up of {warmup} steps is longer than the run: the learning rate stays below its peak")
     return " | ".join(parts)
 
 

@@ -16,7 +16,7 @@ LAYERS = 3
 
 
 def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
-    own = [nn.Identity() for _ in range(LAYERS)]
+    own: list[nn.Module] = [nn.Identity() for _ in range(LAYERS)]
     layers = TrainingLayers(own, RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
     return StepRounding(layers, seed=seed, place=mesh.place, steps=100.0)
 
