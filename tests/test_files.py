@@ -89,10 +89,11 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_source_that_cannot_be_read_keeps_its_own_error(tmp_path: Path) -> None:
+    def copy(target: Path) -> None:
+        target.write_bytes((tmp_path / "missing" / "b").read_bytes())
+
     with pytest.raises(FileNotFoundError, match="missing"):
-        write_file(
-            tmp_path / "a", lambda target: target.write_bytes((tmp_path / "missing" / "b").read_bytes()) and None
-        )
+        write_file(tmp_path / "a", copy)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,9 +166,9 @@ def test_a_sample_of_the_student_is_what_the_exported_model_generates(tmp_path: 
     [({"offset_per_shot": 8}, {}), ({"pin_shots": True}, {"context": "window"})],
 )
 def test_shapeworld_with_cuts_refuses_settings_that_differ_from_view_to_view(
-    settings: dict[str, int], objective: dict[str, str]
+    settings: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    size = {"height": 128, "width": 224, "pin_shots": False}
+    size: dict[str, Any] = {"height": 128, "width": 224, "pin_shots": False}
     shared = {
         "settings": ModelSettings(**size | settings),
         "objective": TeacherForcingConfig(**objective),

@@ -61,5 +61,5 @@ def tokenize_captions(
     ids = torch.tensor([row + [PAD_ID] * (num_tokens - len(row)) for row in rows]).to(device)
     mask = (ids != PAD_ID).long()
     shape = (len(scenes), phrasings, -1)
-    both = (ids[:-1].unflatten(0, (-1, *shape[:2])), mask[:-1].unflatten(0, (-1, *shape[:2])))
-    return TokenTable(*(x.expand(2, *shape) for x in both), ids[-1], mask[-1])
+    by_scene, seen = (x[:-1].unflatten(0, (-1, *shape[:2])).expand(2, *shape) for x in (ids, mask))
+    return TokenTable(by_scene, seen, ids[-1], mask[-1])

@@ -121,14 +121,14 @@ def test_a_chunk_after_a_cut_reads_the_words_that_announce_it() -> None:
     """The first chunk of a clip opens a shot without a cut; one that begins a view in the middle of a clip is cut."""
     clips = Counted(count=1)
     clips.clips = [RandomClip(("a", "a", "b", "b"), (True, False, True, False))]
-    config = {"prompt_dropout": 0.0, "start_fraction": 0.5, "image_fraction": 0.0}
+    config: dict[str, Any] = {"prompt_dropout": 0.0, "start_fraction": 0.5, "image_fraction": 0.0}
     stage = ViewStage(batch=16, chunks=2)
     (batch,) = source(clips, stage=stage, cut_prefix="Cut. ", **config).shares(0, Mesh(), None)
     texts = {first: torch.stack([clips.text(text) for text in two]) for first, two in VIEWS.items()}
     assert batch.features is not None
     views = [next(first for first, text in texts.items() if torch.equal(text, row)) for row in batch.features]
     assert set(views) == {0, 1, 2}
-    (dropped,) = source(clips, stage=stage, cut_prefix="Cut. ", **config | {"prompt_dropout": 1.0}).shares(
+    (dropped,) = source(clips, stage=stage, cut_prefix="Cut. ", **{**config, "prompt_dropout": 1.0}).shares(
         0, Mesh(), None
     )
     assert dropped.features is not None and (dropped.features == clips.text("")).all()

@@ -308,7 +308,8 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         for row in range(5):
             one = slice(row, row + 1)
             inputs = (context, noisy, torch.zeros_like(batch.sigma), batch.sigma, features)
-            velocity = objective.velocity(*(x[one] for x in inputs), prepared)
+            seen, given, seen_sigma, given_sigma, text = (x[one] for x in inputs)
+            velocity = objective.velocity(seen, given, seen_sigma, given_sigma, text, prepared)
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
