@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
 INSTALL_FILES := pyproject.toml setup.py constraints.txt
-PROMPTS := "a small red circle drifts left over a black background" "a large blue star spins on a meadow"
+PROMPTS := "a large pink ring moves left while a small yellow circle moves down over a meadow, both bouncing off the walls" \
+	"a large red triangle circles clockwise over a cream background" \
+	"a small green ring moves right while a large purple square pulses on a checkerboard" \
+	"a small red circle moves up while a large blue star spins against a night sky"
 
 .PHONY: demo test test-slow check format clean
 
 demo: ## fresh .venv, install, write demo.mp4
 	@start=$$(date +%s) && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && \
 	installed=$$(date +%s) && echo "installed in $$((installed - start)) s" && \
-	$(BIN)/longvideo generate $(PROMPTS) --seconds 20 --overwrite -o demo.mp4 && \
+	$(BIN)/longvideo generate $(PROMPTS) --seed 7 --seconds 20 --overwrite -o demo.mp4 && \
 	end=$$(date +%s) && echo "generated in $$((end - installed)) s, $$((end - start)) s in all: demo.mp4"
 
 test: $(VENV)/.test ## the tests on the CPU, without those marked slow
