@@ -380,9 +380,9 @@ NAN, INF = float("nan"), float("inf")
     [
         (SETTINGS, {"cut_prefix": "${oc.env:HOME}"}, r"cut_prefix holds \$\{"),
         (SETTINGS, {"cut_prefix": "x" * 10**6}, "cut_prefix has 1000000 characters, wanted at most 1000"),
-        (SETTINGS, {"shift": INF}, "shift=inf, wanted a number from 0.001 to 1000"),
+        (SETTINGS, {"shift": INF}, "shift=inf must be a finite number"),
         (SETTINGS, {"shift": NAN}, "shift=nan"),
-        (SETTINGS, {"guidance": NAN}, "guidance=nan, wanted a number from 0 to 1000"),
+        (SETTINGS, {"guidance": NAN}, "guidance=nan must be a finite number"),
         (SETTINGS, {"guidance": -1.0}, r"guidance=-1\.0"),
         (SETTINGS, {"height": 3_200_000}, "height=3200000, wanted a whole number from 1 to 16384"),
         (SETTINGS, {"height": 16384, "width": 16384}, "tokens, wanted at most 1048576"),

@@ -231,7 +231,11 @@ def test_torch_accepts_the_operands_on_the_meta_device(biased: bool, out_dtype: 
 
 
 def test_what_is_missing_is_said_with_what_would_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scaled_mm.unavailable(CPU) is None and fp8_operations(CPU).quantize_rows is reference.quantize_rows
+    assert scaled_mm.unavailable(CPU) == (
+        "FP8 products need a GPU of compute capability 8.9 or newer, got device 'cpu';"
+        " use --precision bf16 or nvfp4-weights"
+    )
+    assert fp8_operations(CPU).quantize_rows is reference.quantize_rows
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
