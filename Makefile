@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q -c constraints.txt
-INSTALL_FILES := pyproject.toml setup.py constraints.txt
+INSTALL_FILES := pyproject.toml constraints.txt
 PROMPTS := "a large pink ring moves left while a small yellow circle moves down over a meadow, both bouncing off the walls" \
 	"a large red triangle circles clockwise over a cream background" \
 	"a small green ring moves right while a large purple square pulses on a checkerboard" \
@@ -24,12 +24,11 @@ test: $(VENV)/.test ## the tests on the CPU, without those marked slow
 test-slow: $(VENV)/.test ## those marked slow: kills, soaks, environments of their own
 	$(BIN)/python -m pytest -n 2 --durations 20 -m slow
 
-check: $(VENV)/.dev ## lint, format, types, imports between the rooms
+check: $(VENV)/.dev ## lint, format, types, imports between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && $(PIP) install -q --no-deps --no-build-isolation --target build/tc .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	cd build/tc && ../../$(BIN)/lint-imports --config ../../pyproject.toml
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.config_fields import Bounded, bounded, seed_field, share
+from longvideo.config.fields import Bounded, bounded, seed_field, share
 from longvideo.distill.objectives import DmdConfig
 from longvideo.distill.prompts import SHAPEWORLD, DistillStage, ShapeWorldConfig
 from longvideo.distill.roles import LoraSettings
 from longvideo.distill.self_forcing import RolloutConfig
+from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.config import PRESETS
-from longvideo.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
-from longvideo.training.mesh import ParallelConfig
+from longvideo.quantization.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.trainer import TrainerConfig
 

@@ -16,7 +16,6 @@ from longvideo.checkpoint.adapters import UP, Adapter
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
-from longvideo.conditioning import chunk_text
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.compatibility import check_adapter, check_same_shape
 from longvideo.distill.config import Distillation
@@ -41,26 +40,27 @@ from longvideo.distill.prompts import (
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
 from longvideo.distill.walk import Clip
+from longvideo.distributed import Mesh, divide, launched
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import context_level
-from longvideo.sampling import sample_videos
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import Engine
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
-from longvideo.training.mesh import Mesh, divide, launched
 from longvideo.training.objective import Objective, compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
+from longvideo.training.sampling import sample_videos
 from longvideo.vae.autoencoder import Autoencoder
 
 COMPILED_FORMS = 32

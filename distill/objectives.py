@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longvideo.config_fields import Bounded, bounded
+from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import critic_error, dmd_gradient, guided, sample_score_sigma, student_loss, x0_of
 from longvideo.distill.roles import Role
 from longvideo.distill.self_forcing import Rollout, SelfForcing

@@ -14,16 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longvideo.conditioning import batch_texts
-from longvideo.config_fields import Bounded, bounded, share, steps_field
+from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.walk import Clip
+from longvideo.distributed import Mesh, divide
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import check_text, parse_json, read_lines
+from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import sample_scene
-from longvideo.text import TextEncoder, clean_prompt
-from longvideo.training.mesh import Mesh, divide
+from longvideo.text.encoder import TextEncoder, clean_prompt
 from longvideo.training.objective import seeded, stage_at
 
 SHAPEWORLD = "shapeworld"

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from longvideo.config_fields import Bounded, bounded
+from longvideo.config.fields import Bounded, bounded
 from longvideo.model.attention import AttentionPattern, Filling
 from longvideo.model.cache import ChunkCache
 from longvideo.model.layout import TokenLayout

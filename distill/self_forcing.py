@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.config_fields import Bounded, bounded
+from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
 from longvideo.distill.walk import Clip, Walk

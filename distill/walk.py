@@ -24,7 +24,7 @@ from longvideo.model.spec import ChunkSpec
 class Clip:
     """What a batch of videos is asked to show.
 
-    features_PJD: of distinct texts, as `longvideo.conditioning.batch_texts` has them, the negative prompt last.
+    features_PJD: of distinct texts, as `longvideo.model.conditioning.batch_texts` has them, the negative prompt last.
     prompt_NB: the row of features that a sample follows in a chunk, int64. cuts: chunks that open a shot; samples of
     one batch share them, as they share slots of the cache. first_latent: [B, C, 1, H, W], the given first frame (image
     to video). samples: number of every sample within the step, of which its noise is a function. step: likewise.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.streaming import StreamingDecoder
 
 SMALL_GRID = 512
 """Latent pixels of a frame, up to which a CPU decodes the frames of a chunk together."""

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.conditioning import Conditioning, chunk_text
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import Background
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
 from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
+from longvideo.model.conditioning import Conditioning, chunk_text
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import Denoiser, MadeChunk, rollout
 from longvideo.streaming.transformer import StreamingTransformer
-from longvideo.text import TextEncoder
+from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ CHUNKS_AHEAD = 1  # enough to keep both stages busy; more would delay a change o
 class Models:
     """The loaded parts of a model folder. The autoencoder may be on another device than the other two.
 
-    precision: what the transformer has, by the names of `longvideo.number_formats`.
+    precision: what the transformer has, by the names of `longvideo.quantization.number_formats`.
     decode_share: of the work of decoding, what the device that denoises does; only where the autoencoder is on another.
     group: ranks that denoise every chunk together; the first decodes.
     """

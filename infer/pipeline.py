@@ -21,13 +21,14 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.fit import check_memory
-from longvideo.infer.formats import check_formats, start_line
+from longvideo.infer.fit.formats import check_formats, start_line
+from longvideo.infer.fit.memory import Workload
+from longvideo.infer.fit.placement import check_placement, pick_dtype
+from longvideo.infer.fit.refusal import check_memory
+from longvideo.infer.fit.shapes import folder_shapes
 from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
-from longvideo.infer.memory import Workload
 from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
-from longvideo.infer.placement import check_placement, pick_dtype
 from longvideo.infer.script import (
     ChunkPlan,
     ChunkTiming,
@@ -38,11 +39,10 @@ from longvideo.infer.script import (
     plan_chunks,
 )
 from longvideo.infer.session import Session
-from longvideo.infer.shapes import folder_shapes
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
 from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
-from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import with_precision
+from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.halo import decode_lookback

@@ -62,7 +62,7 @@ class Script:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Script:
         """Read a list of `{prompt, seconds, cut}` (cut defaults to true); raise UserError naming file and shot."""
-        from longvideo.yaml_reader import read_yaml
+        from longvideo.config.yaml_reader import read_yaml
 
         document = read_yaml(Path(path), what="script")
         if not isinstance(document.value, list) or not document.value:

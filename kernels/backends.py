@@ -33,7 +33,7 @@ class Backend:
 
 
 def product_backend(precision: str, device: torch.device) -> Backend:
-    """Say what multiplies in the blocks of a transformer of this precision (`longvideo.number_formats`)."""
+    """Say what multiplies in the blocks of a transformer of this precision (see `NumberFormats`)."""
     library = "cuBLAS" if device.type == "cuda" else "oneDNN"
     if precision == "nvfp4-weights":
         return Backend(f"{library} on weights that {kernels_on(device)} unpacks")
@@ -48,7 +48,7 @@ def product_backend(precision: str, device: torch.device) -> Backend:
 
 
 def attention_backend(attention: str, device: torch.device) -> Backend:
-    """Say what attends to the past in this format (`longvideo.number_formats`)."""
+    """Say what attends to the past in this format (`longvideo.quantization.number_formats`)."""
     if attention == "fp8":
         reason = cudnn_fp8.unavailable(device)
         return Backend(None, reason=f"{reason}; or use --attention bf16") if reason else Backend("cuDNN frontend, E4M3")

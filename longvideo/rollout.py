@@ -13,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longvideo.conditioning import Conditioning
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import AttentionPattern, Cached, Filling
 from longvideo.model.cache import ChunkCache, ChunkWindow, KVCache
+from longvideo.model.conditioning import Conditioning
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec

@@ -13,11 +13,11 @@ import typer
 from typer.main import get_command
 
 from longvideo.cli.main import app, main
+from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
 from longvideo.errors import UserError
 from longvideo.model.config import PRESETS
-from longvideo.train.clip_training import ClipTraining
-from longvideo.train.vae import VaeTraining
-from longvideo.training.mesh import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.vae.recipe import VaeTraining
 from tests.docs_blocks import Block, Task, launch, python_files, read_blocks, read_commands, read_task
 
 ROOT = Path(__file__).parents[1]

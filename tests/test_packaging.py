@@ -1,9 +1,10 @@
-"""The wheel holds every file of the rooms under `longvideo`, and nothing beside it."""
+"""The wheel and the source distribution hold every file of the packages under `longvideo`, and nothing else."""
 
 import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {
+FOLDERS = {
     "longvideo": "longvideo",
     "kernels": "longvideo/kernels",
     "train": "longvideo/train",
@@ -19,25 +20,37 @@ ROOMS = {
     "infer": "longvideo/infer",
     "configs": "longvideo/configs",
 }
-BUILD_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE")
 NOT_SHIPPED = {".pyc", ".md"}
 MAX_TRACKED_BYTES = 46 * 2**20
 
 
 def shipped_files(source: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every file of the rooms under `source` and the path that it has in a wheel."""
-    for room, place in ROOMS.items():
-        for path in sorted((source / room).rglob("*")):
+    """Yield every file of the packages under `source` and its path in a wheel."""
+    for folder, place in FOLDERS.items():
+        for path in sorted((source / folder).rglob("*")):
             if path.is_file() and path.suffix not in NOT_SHIPPED and "__pycache__" not in path.parts:
-                yield path, f"{place}/{path.relative_to(source / room).as_posix()}"
+                yield path, f"{place}/{path.relative_to(source / folder).as_posix()}"
+
+
+def build_wheel(source: Path, out: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    result = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def _contents(wheel: zipfile.ZipFile) -> dict[str, int]:
+    """Return the checksum of every file but those that describe the distribution."""
+    return {info.filename: info.CRC for info in wheel.infolist() if ".dist-info/" not in info.filename}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, because setuptools reuses what an older build left beside it."""
     source = tmp_path_factory.mktemp("source")
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignored)
     for name in BUILD_FILES:
         shutil.copy(ROOT / name, source / name)
     return source
@@ -46,15 +59,33 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    result = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    build_wheel(source, out)
     return zipfile.ZipFile(next(out.glob("longvideo-*.whl")))
 
 
-def test_every_file_of_the_rooms_is_in_the_wheel(source: Path, wheel: zipfile.ZipFile) -> None:
+def test_every_file_of_the_packages_is_in_the_wheel(source: Path, wheel: zipfile.ZipFile) -> None:
     missing = {place for _, place in shipped_files(source)} - set(wheel.namelist())
-    assert not missing, f"add their suffix to DATA_SUFFIXES in setup.py: {sorted(missing)}"
+    assert not missing, f"add their suffix to package-data in pyproject.toml: {sorted(missing)}"
+
+
+def test_the_links_of_the_tree_name_the_folders_at_the_root() -> None:
+    links = {path.name: path.resolve() for path in (ROOT / "longvideo").iterdir() if path.is_symlink()}
+    assert links == {folder: ROOT / folder for folder in FOLDERS if folder != "longvideo"}
+
+
+def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    # the build writes beside the sources, which the other tests read
+    shutil.copytree(source, tmp_path / "source", symlinks=True)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path / "source", capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("longvideo-*.tar.gz"))) as archive:
+        assert not [member.name for member in archive if not (member.isfile() or member.isdir())]
+        archive.extractall(tmp_path, filter="data")
+    unpacked = next(path for path in tmp_path.glob("longvideo-*") if path.is_dir())
+    build_wheel(unpacked, tmp_path / "wheel")
+    rebuilt = zipfile.ZipFile(next((tmp_path / "wheel").glob("*.whl")))
+    assert _contents(rebuilt) == _contents(wheel)
 
 
 def test_files_arrive_unchanged(source: Path, wheel: zipfile.ZipFile) -> None:
@@ -117,8 +148,8 @@ def test_transformer_engine_is_in_its_own_extra_alone(wheel: zipfile.ZipFile) ->
     assert lines and all('extra == "te"' in line for line in lines)
 
 
-def test_no_module_imports_a_room_by_its_folder_name() -> None:
-    folders = {room for room in ROOMS if room != "longvideo"}
+def test_no_module_imports_a_package_by_its_folder_name() -> None:
+    folders = FOLDERS.keys() - {"longvideo"}
     for path, _ in shipped_files(ROOT):
         if path.suffix != ".py":
             continue

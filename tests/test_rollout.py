@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import KVCache, past_chunks, visible_chunks
+from longvideo.model.conditioning import Conditioning
 from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CachedTransformer, MadeChunk, branches, rollout

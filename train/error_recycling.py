@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.tensors import TensorInfo, Weights, read_range
-from longvideo.config_fields import Bounded, bounded, share
+from longvideo.config.fields import Bounded, bounded, share
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
 from longvideo.training.objective import seeded

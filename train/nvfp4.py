@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from longvideo.checkpoint.run_checkpoint import RunState
-from longvideo.config_fields import Bounded, share
+from longvideo.config.fields import Bounded, share
+from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
-from longvideo.training.mesh import Mesh
 from longvideo.training.objective import seeded
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from longvideo.distributed import Mesh, ParallelConfig, launched
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.kernels.backends import attention_backend
@@ -23,11 +24,10 @@ from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
+from longvideo.train.batch import ViewBatch
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
 from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.sequence_parallel import Ulysses
-from longvideo.train.views import ViewBatch
-from longvideo.training.mesh import Mesh, ParallelConfig, launched
 from longvideo.training.objective import Objective, compile_fact, ratio
 
 SIGMA_BUCKETS = 4

@@ -15,11 +15,11 @@ from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Fo
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
-from longvideo.config import load_config
+from longvideo.config.loading import load_config
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.model.config import TransformerConfig
-from longvideo.umt5 import UMT5Config
+from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
 T = TypeVar("T")

@@ -32,9 +32,9 @@ from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import expect_packed
-from longvideo.text import TextEncoder
-from longvideo.tokenizer import load_tokenizer, save_tokenizer
-from longvideo.umt5 import UMT5Config, UMT5Encoder
+from longvideo.text.encoder import TextEncoder
+from longvideo.text.tokenizer import load_tokenizer, save_tokenizer
+from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 

@@ -30,7 +30,7 @@ from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError
 from longvideo.model.config import PRESETS as MODELS
 from longvideo.model.config import TransformerConfig
-from longvideo.umt5 import UMT5Config
+from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
 Like: TypeAlias = Mapping[str, Part]

@@ -11,7 +11,7 @@ from longvideo.checkpoint.adapters import StoredAdapter
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.model.config import TransformerConfig
-from longvideo.umt5 import UMT5Config
+from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
 TRANSFORMER, VAE, TEXT_ENCODER = PARTS = ("transformer", "vae", "text_encoder")

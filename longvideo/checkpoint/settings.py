@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longvideo.bounds import check_number, check_whole
+from longvideo.config.bounds import check_number, check_whole
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.spec import ChunkSpec

@@ -9,7 +9,7 @@ from longvideo.checkpoint.tensors import TensorInfo, Weights
 from longvideo.errors import CheckpointError
 from longvideo.model.config import TransformerConfig
 from longvideo.quantization.linear import CODES
-from longvideo.umt5 import UMT5Config
+from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD, AutoencoderConfig
 
 HEAD_DIM = 128

@@ -14,7 +14,7 @@ from longvideo.files import check_target, write_json
 if TYPE_CHECKING:
     import torch
 
-    from longvideo.infer.shapes import ModelShapes
+    from longvideo.infer.fit.shapes import ModelShapes
 
 app = typer.Typer(no_args_is_help=True, help="Time the parts against what the hardware allows.")
 
@@ -47,9 +47,9 @@ def kernels(
     from rich.console import Console
     from rich.table import Table
 
-    from longvideo.benchmark.kernels import time_kernels
-    from longvideo.infer.placement import pick_device
-    from longvideo.machine import machine
+    from longvideo.infer.bench.kernels import time_kernels
+    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.host import machine
 
     _check_output(out)
     where = pick_device(device)
@@ -95,9 +95,9 @@ def step(
     from rich.console import Console
     from rich.table import Table
 
-    from longvideo.benchmark.step import time_steps
-    from longvideo.infer.placement import pick_device
-    from longvideo.machine import machine
+    from longvideo.infer.bench.step import time_steps
+    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.host import machine
 
     _check_output(out)
     where = pick_device(device)
@@ -137,9 +137,9 @@ def load(
     """
     from dataclasses import asdict
 
-    from longvideo.benchmark.loading import time_loading
-    from longvideo.infer.placement import pick_device
-    from longvideo.machine import machine
+    from longvideo.infer.bench.loading import time_loading
+    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.host import machine
 
     _check_output(out)
     where = pick_device(device)
@@ -173,9 +173,9 @@ def encode(
 
     import torch
 
-    from longvideo.benchmark.encoding import time_encoding
-    from longvideo.infer.placement import pick_device
-    from longvideo.machine import machine
+    from longvideo.infer.bench.encoding import time_encoding
+    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.host import machine
 
     _check_output(out)
     where = pick_device(device)
@@ -242,18 +242,18 @@ def stream(
     from rich.table import Table
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.infer.bench import measure
-    from longvideo.infer.fit import check_memory
-    from longvideo.infer.formats import check_formats, check_hardware, check_shapes
+    from longvideo.infer.bench.random_models import random_models
+    from longvideo.infer.bench.stream import measure
+    from longvideo.infer.fit.formats import check_formats, check_hardware, check_shapes
+    from longvideo.infer.fit.memory import Workload
+    from longvideo.infer.fit.placement import check_decode_share, pick_device, pick_dtype
+    from longvideo.infer.fit.refusal import check_memory
+    from longvideo.infer.fit.shapes import preset_shapes
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.memory import Workload
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.placement import check_decode_share, pick_device, pick_dtype
-    from longvideo.infer.random_models import random_models
-    from longvideo.infer.shapes import preset_shapes
     from longvideo.infer.writer import VideoWriter, check_output
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
     from longvideo.training.run_log import environment
 
     if model is not None and preset is not None:
@@ -360,11 +360,11 @@ def parallel(
 
     import torch.distributed as dist
 
-    from longvideo.infer.bench import measure_passes
-    from longvideo.infer.formats import check_hardware, check_shapes, start_line
-    from longvideo.infer.placement import pick_device, pick_dtype
-    from longvideo.infer.random_models import random_models
-    from longvideo.number_formats import NumberFormats
+    from longvideo.infer.bench.random_models import random_models
+    from longvideo.infer.bench.stream import measure_passes
+    from longvideo.infer.fit.formats import check_hardware, check_shapes, start_line
+    from longvideo.infer.fit.placement import pick_device, pick_dtype
+    from longvideo.quantization.number_formats import NumberFormats
     from longvideo.streaming.parallel import launched_ranks
     from longvideo.training.run_log import environment
 
@@ -399,7 +399,7 @@ def _size(size: str) -> tuple[int, int]:
 
 
 def _shapes(preset: str | None, device: torch.device) -> tuple[str, ModelShapes]:
-    from longvideo.infer.shapes import preset_shapes
+    from longvideo.infer.fit.shapes import preset_shapes
 
     name = preset or ("wan2.2-ti2v-5b" if device.type == "cuda" else "tiny")
     return name, preset_shapes(name)

@@ -207,7 +207,7 @@ def encode(
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.encoding import open_output, plan_encoding
-    from longvideo.infer.placement import pick_device
+    from longvideo.infer.fit.placement import pick_device
 
     share, shares = _parse_share(shard_of)
     where = pick_device(device)

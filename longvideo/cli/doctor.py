@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.cli.doctor_report import Question
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
 EXIT_FAILED = 1
 
@@ -69,9 +69,9 @@ def doctor(
 
     Ends with code 1 when a check fails or a model does not fit into the GPUs of this machine, with 0 otherwise.
     """
-    from longvideo.infer.fit import cuda_devices
-    from longvideo.infer.placement import pick_device
-    from longvideo.number_formats import NumberFormats
+    from longvideo.infer.fit.placement import pick_device
+    from longvideo.infer.fit.refusal import cuda_devices
+    from longvideo.quantization.number_formats import NumberFormats
 
     formats = NumberFormats(precision, kv_cache, attention)
     if model is not None and preset is not None:
@@ -104,12 +104,12 @@ def _question(
 ) -> Question:
     """Check what `longvideo generate` checks before it loads a model; of a GPU that is elsewhere, not its hardware."""
     from longvideo.cli.doctor_report import Question
-    from longvideo.infer.fit import cuda_devices
-    from longvideo.infer.formats import check_hardware, check_shapes
-    from longvideo.infer.memory import Workload
+    from longvideo.infer.fit.formats import check_hardware, check_shapes
+    from longvideo.infer.fit.memory import Workload
+    from longvideo.infer.fit.placement import check_decode_share, pick_dtype
+    from longvideo.infer.fit.refusal import cuda_devices
+    from longvideo.infer.fit.shapes import folder_shapes, preset_shapes
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.placement import check_decode_share, pick_dtype
-    from longvideo.infer.shapes import folder_shapes, preset_shapes
 
     SamplingOptions(guidance=guidance)
     where = _place(device)
@@ -143,8 +143,8 @@ def _place(name: str | None) -> torch.device:
     """Return a device of this machine, or where that has no GPU, a device of one that has."""
     import torch
 
-    from longvideo.infer.fit import cuda_devices
-    from longvideo.infer.placement import named_device, pick_device
+    from longvideo.infer.fit.placement import named_device, pick_device
+    from longvideo.infer.fit.refusal import cuda_devices
 
     if cuda_devices():
         return pick_device(name)

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch
 
 from longvideo import __version__
-from longvideo.doctor import Check, Operation, operations
-from longvideo.doctor import self_test as run_checks
-from longvideo.gpus import GPU, Link, driver, gpus, links, why_none
-from longvideo.infer.fit import Fit, assess, cuda_devices, no_remedy
-from longvideo.infer.formats import start_line
-from longvideo.infer.memory import Workload, numbered
-from longvideo.machine import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
+from longvideo.cli.self_test import Check, Operation, operations
+from longvideo.cli.self_test import self_test as run_checks
+from longvideo.infer.fit.formats import start_line
+from longvideo.infer.fit.memory import Workload, numbered
+from longvideo.infer.fit.refusal import Fit, assess, cuda_devices, no_remedy
+from longvideo.machine.gpus import GPU, Link, driver, gpus, links, why_none
+from longvideo.machine.host import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
 
 T = TypeVar("T")
 

@@ -349,7 +349,7 @@ def quantization(
     from longvideo.evaluation.quantization import as_markdown, measure_quantization
     from longvideo.evaluation.showcase import PROMPTS
     from longvideo.flow.unipc import UniPC
-    from longvideo.infer.placement import pick_device
+    from longvideo.infer.fit.placement import pick_device
 
     if out is not None:
         check_target(out)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.script import ChunkPlan, Script
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
 
@@ -103,7 +103,7 @@ def generate(
     started = time.perf_counter()
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.writer import check_output
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
     choice = ModelChoice(model, base, preset, entry)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
@@ -137,7 +137,7 @@ def _write(
 ) -> None:
     """Make the video and write it. Stopped, it finishes the file before it passes that on."""
     from longvideo.infer.writer import VideoWriter
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
     stopped = None
     with _display() as display:
@@ -298,10 +298,10 @@ def _load(
 ) -> tuple[StreamingPipeline, ChunkPlan]:
     """Check all that can be checked without weights, then load them."""
     from longvideo.data.pictures import read_image
-    from longvideo.infer.formats import check_formats
+    from longvideo.infer.fit.formats import check_formats
+    from longvideo.infer.fit.placement import pick_device
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
-    from longvideo.infer.placement import pick_device
     from longvideo.infer.script import plan_chunks
 
     if image is not None:

@@ -12,17 +12,17 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from longvideo import __version__
+from longvideo.cli.logs import show_messages
 from longvideo.cli.printing import STDERR, printable, without_reader
 from longvideo.cli.stopping import exit_code, stop_word
 from longvideo.errors import UserError
-from longvideo.logs import show_messages
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
     "serve": "longvideo.cli.serve:serve",
-    "train": "longvideo.train.command:app",
-    "distill": "longvideo.distill.command:distill",
-    "merge": "longvideo.distill.command:merge",
+    "train": "longvideo.cli.train:app",
+    "distill": "longvideo.cli.distill:distill",
+    "merge": "longvideo.cli.merge:merge",
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",

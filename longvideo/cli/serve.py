@@ -22,11 +22,11 @@ from longvideo.cli.model_options import (
     Precision,
     SettingsPreset,
 )
-from longvideo.packages import require
+from longvideo.machine.packages import require
 
 if TYPE_CHECKING:
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
 
 def serve(
@@ -79,7 +79,7 @@ def serve(
     `/openapi.json` and docs/server.md. What is made lies under `--folder`, one MP4 a video. Ctrl-C ends it in order:
     live videos can be continued and queued jobs are taken up when it runs again.
     """
-    from longvideo.number_formats import NumberFormats
+    from longvideo.quantization.number_formats import NumberFormats
 
     formats = NumberFormats(precision, kv_cache, attention)
     for package in ("fastapi", "uvicorn", "httptools"):

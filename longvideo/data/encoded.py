@@ -25,14 +25,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longvideo.bounds import check_whole
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.tensors import TensorInfo
-from longvideo.conditioning import video_texts
-from longvideo.config import load_config
+from longvideo.config.bounds import check_whole
+from longvideo.config.loading import load_config
 from longvideo.data.clips import Footage
 from longvideo.errors import CheckpointError, ConfigError, UserError
 from longvideo.files import read_json, read_lines
+from longvideo.model.conditioning import video_texts
 from longvideo.model.config import MAX_TEXT_LEN, MAX_WIDTH
 
 FORMAT_VERSION = 1

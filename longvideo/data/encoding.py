@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.conditioning import video_texts
 from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
 from longvideo.data.encoded import (
     DATASET_FILE,
@@ -42,7 +41,8 @@ from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked, temporary_names, write_file, write_json, write_text
-from longvideo.text import TextEncoder
+from longvideo.model.conditioning import video_texts
+from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
 STORED = torch.bfloat16

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import KVCache
+from longvideo.model.conditioning import Conditioning
 from longvideo.model.rope import Rope, rotate
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -28,7 +28,7 @@ from longvideo.quantization.convert import layers_to_quantize
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4, Product
 from longvideo.rollout import CachedTransformer, rollout
-from longvideo.text import TextEncoder
+from longvideo.text.encoder import TextEncoder
 
 SYNTHETIC_SHAPE = (1024, 1024)
 STUDENT_DEGREES = 3

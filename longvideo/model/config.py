@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longvideo.bounds import check_number, check_whole
+from longvideo.config.bounds import check_number, check_whole
 from longvideo.errors import ConfigError
 
 MAX_WIDTH, MAX_LAYERS, MAX_TEXT_LEN, MAX_PATCH = 2**16, 1000, 8192, 64

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -15,40 +13,12 @@ from longvideo.kernels.backends import product_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
-from longvideo.number_formats import FP8_FORMATS, effective_precision
+from longvideo.quantization.fp8 import quantize_layers_fp8
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
+from longvideo.quantization.number_formats import FP8_FORMATS, effective_precision
 from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
+from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
-
-BLOCKS = "blocks."
-
-
-def linear_layers(model: CausalTransformer) -> list[str]:
-    """Name the linear layers inside the blocks."""
-    return [name for name, module in model.named_modules() if name.startswith(BLOCKS) and _is_linear(module)]
-
-
-def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> list[str]:
-    """Name the linear layers inside the blocks, less those that a pattern keeps.
-
-    keep: official module names, `*` standing for anything: "blocks.0.*", "*.ffn.2". Raises UserError for a pattern that
-    names no layer, and for a layer whose input 16 does not divide.
-    """
-    names = linear_layers(model)
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"layers are named like {names[0]!r}"
-            raise UserError(f"keep pattern {pattern!r} names no linear layer of the blocks; {hint}")
-    chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in keep)]
-    for name in chosen:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear | NVFP4Linear)
-        if layer.in_features % GROUP:
-            raise UserError(
-                f"{name} has {layer.in_features} inputs, not a multiple of {GROUP}; keep it with keep={name!r}"
-            )
-    return chosen
 
 
 def quantize_layers(
@@ -175,7 +145,7 @@ def set_product(model: CausalTransformer, product: Product) -> None:
 
 
 def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
-    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.number_formats`.
+    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.quantization.number_formats`.
 
     Raises UserError where the transformer's device has no FP8 products and they are asked for, or its layers are packed
     in 4 bits already.
@@ -186,9 +156,6 @@ def with_precision(transformer: CausalTransformer, precision: str | None) -> Cau
         return transformer
     device = transformer.patch_embedding.weight.device
     if precision in FP8_FORMATS:
-        # that module takes its choice of layers from this one
-        from longvideo.quantization.fp8 import quantize_layers_fp8
-
         backend = product_backend(precision, device)
         if backend.name is None:
             raise UserError(str(backend.reason))
@@ -227,7 +194,3 @@ def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:
 def is_packed(model: nn.Module) -> bool:
     """Say whether any layer of a model is packed."""
     return any(isinstance(module, NVFP4Linear) for module in model.modules())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | NVFP4Linear)

@@ -11,7 +11,7 @@ from longvideo.kernels.fp8 import reference
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
 from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.convert import linear_layers
+from longvideo.quantization.selection import linear_layers
 
 VALUES, SCALES = "weight_values", "weight_scales"
 

@@ -16,7 +16,7 @@ from longvideo.kernels.attention.reference import attend_fp8
 from longvideo.kernels.backends import attention_backend
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.model.attention import attend
-from longvideo.number_formats import FP8_FORMATS
+from longvideo.quantization.number_formats import FP8_FORMATS
 
 E4M3 = torch.float8_e4m3fn
 OUT_SCALE = 8.0

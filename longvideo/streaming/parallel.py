@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longvideo.distributed import ParallelConfig, divisors, start_processes
 from longvideo.errors import UserError
 from longvideo.kernels.backends import RotaryOperations, rotary_operations
 from longvideo.kernels.fp8.format import FP8Rows
-from longvideo.training.mesh import ParallelConfig, divisors, start_processes
 
 WORD = torch.int64
 """As what heads are moved: no operation has to know FP8, and no kernel moves single bytes."""

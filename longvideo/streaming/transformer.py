@@ -29,8 +29,8 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import Block, CausalTransformer, TextContext
-from longvideo.number_formats import FP8_FORMATS
 from longvideo.quantization.fp8 import VALUES, FP8Linear
+from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.inputs import Inputs, inputs_of
 from longvideo.streaming.parallel import Sharing, sharing_of

@@ -30,9 +30,9 @@ from longvideo.checkpoint.run_checkpoint import (
     read_state,
 )
 from longvideo.checkpoint.tensors import InMemory, Lazy, TensorInfo, Weights
+from longvideo.distributed import Mesh
 from longvideo.errors import CheckpointError
 from longvideo.files import TEMPORARY_SUFFIX, WriteError, reason, temporary_name, write_folder
-from longvideo.training.mesh import Mesh
 from longvideo.training.tensor_files import write_tensors
 
 NAME = re.compile(r"step_(\d{7,})")

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from longvideo.config.yaml_reader import parse_yaml, read_yaml
 from longvideo.errors import UserError
-from longvideo.yaml_reader import parse_yaml, read_yaml
 
 ABSENT = "(absent)"
 

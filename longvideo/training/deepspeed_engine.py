@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read, read_range
+from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.training.ema import decay_at
 from longvideo.training.engine import add_metrics, all_finite
 from longvideo.training.guard import LossGuard
-from longvideo.training.mesh import Mesh
 from longvideo.training.objective import Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig
 

@@ -9,8 +9,8 @@ from threading import Thread
 
 import torch.distributed as dist
 
+from longvideo.distributed import HOST_BACKEND, Mesh
 from longvideo.errors import UserError
-from longvideo.training.mesh import HOST_BACKEND, Mesh
 
 ROLL_CALL_SECONDS = 5.0
 """Time in which all ranks that still run have noticed that a group is broken: gloo closes its connections then."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from longvideo.distributed import Mesh, ParallelConfig, launched
 from longvideo.errors import ConfigError
 from longvideo.model.config import TransformerConfig
-from longvideo.training.mesh import Mesh, ParallelConfig, launched
 
 GIB = 2**30
 FP32 = 4

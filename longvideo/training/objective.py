@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from longvideo.training.mesh import Mesh
+from longvideo.distributed import Mesh
 
 
 class Objective(nn.Module):

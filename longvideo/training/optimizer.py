@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longvideo.config_fields import Bounded, bounded, share, steps_field
+from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.errors import ConfigError
 from longvideo.training.objective import stage_at
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longvideo.distributed import Mesh, ParallelConfig, build_mesh, launched, start_processes
+from longvideo.machine.packages import require
 from longvideo.model.attention import preferred_attention
-from longvideo.packages import require
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.lost_ranks import naming_lost_ranks
-from longvideo.training.mesh import Mesh, ParallelConfig, build_mesh, launched, start_processes
 from longvideo.training.objective import Objective
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.precision import resolve

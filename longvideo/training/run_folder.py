@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import locked, write_json, write_text
 from longvideo.training.config_changes import changes_line
-from longvideo.training.mesh import Mesh
 from longvideo.training.run_log import METRICS_FILE, environment
 
 LOCK_FILE = "run.lock"

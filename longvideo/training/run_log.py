@@ -20,7 +20,7 @@ import yaml
 from longvideo import __version__
 from longvideo.errors import ConfigError
 from longvideo.files import append_line, read_text, write_file, write_text
-from longvideo.packages import require
+from longvideo.machine.packages import require
 
 METRICS_FILE = "metrics.jsonl"
 

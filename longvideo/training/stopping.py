@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from longvideo.training.mesh import launched
+from longvideo.distributed import launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEATED_SECONDS = 1.0

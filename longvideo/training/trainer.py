@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.run_checkpoint import RunState
-from longvideo.config_fields import Bounded, bounded
+from longvideo.config.fields import Bounded, bounded
+from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.training.engine import Engine
-from longvideo.training.mesh import Mesh
 from longvideo.training.objective import BatchSource, Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import PRECISIONS

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from longvideo.bounds import check_numbers, check_whole
+from longvideo.config.bounds import check_numbers, check_whole
 from longvideo.errors import ConfigError
 
 # beyond these a configuration is a mistake, and building what it says would take all memory

@@ -19,7 +19,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import PIECE_BYTES, TensorInfo, Weights, as_bytes
 from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
-from longvideo.umt5 import UMT5Config, UMT5Encoder
+from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 

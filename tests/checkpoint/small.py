@@ -10,7 +10,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
-from longvideo.text import TextEncoder
+from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 

@@ -18,7 +18,7 @@ from longvideo.checkpoint.names import (
 from longvideo.errors import CheckpointError
 from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
-from longvideo.umt5 import UMT5Encoder
+from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 from tests import golden

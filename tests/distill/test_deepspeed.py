@@ -14,9 +14,9 @@ from longvideo.distill.engine import PairedEngine
 from longvideo.distill.objectives import CriticObjective, RoleObjective, StudentObjective
 from longvideo.distill.roles import Role
 from longvideo.distill.walk import Clip
+from longvideo.distributed import Mesh, build_mesh
 from longvideo.training.checkpoint import CheckpointFolder
 from longvideo.training.engine import Engine, LocalEngine
-from longvideo.training.mesh import Mesh, build_mesh
 from longvideo.training.optimizer import OptimizerConfig
 from tests.distill import videos
 from tests.golden import relative_error

@@ -296,7 +296,7 @@ def test_scripts_of_several_shots_are_computed_one_by_one(home: Path, capsys: py
 def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from longvideo.distill.config import Distillation
     from longvideo.distill.distillation import DistillRecipe
-    from longvideo.training.mesh import Mesh
+    from longvideo.distributed import Mesh
     from tests.data import footage
 
     manifest = footage.footage(home / "footage")

@@ -6,10 +6,10 @@ import pytest
 
 from longvideo.distill.memory import adapter_parameters, estimate_memory
 from longvideo.distill.roles import LoraSettings
+from longvideo.distributed import ParallelConfig
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.training.memory import GIB, BlockMemory, engine_memory
-from longvideo.training.mesh import ParallelConfig
 
 SHAPE = PRESETS["wan2.2-ti2v-5b"]
 SPEC = ChunkSpec(grid_height=22, grid_width=40)

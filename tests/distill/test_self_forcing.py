@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.conditioning import Conditioning
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import Clip
 from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
+from longvideo.model.conditioning import Conditioning
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import CachedTransformer, context_level, rollout

@@ -13,7 +13,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
-from longvideo.text import TextEncoder
+from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.decode import ChunkDecoder, mark_ready
+from longvideo.infer.fit.placement import check_decode_share
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.placement import check_decode_share
 from longvideo.pixels import to_uint8
 from longvideo.vae.autoencoder import Autoencoder
 

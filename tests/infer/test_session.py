@@ -17,7 +17,7 @@ from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
 from longvideo.infer.session import Session
 from longvideo.infer.timeline import Receipt
-from longvideo.text import TextEncoder
+from longvideo.text.encoder import TextEncoder
 from tests.infer.test_pipeline import torch_threads, video
 
 PROMPTS = ("a red ball bounces", "a blue square spins at night")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from longvideo.infer.memory import Part, Workload
-from longvideo.infer.shapes import ModelShapes, preset_shapes
-from longvideo.number_formats import NumberFormats
+from longvideo.infer.fit.memory import Part, Workload
+from longvideo.infer.fit.shapes import ModelShapes, preset_shapes
+from longvideo.quantization.number_formats import NumberFormats
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 

@@ -12,12 +12,12 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.distill.config import BackboneConfig
 from longvideo.errors import ConfigError, UserError
-from longvideo.infer.formats import check_formats
+from longvideo.infer.fit.formats import check_formats
 from longvideo.kernels.fp8 import reference, scaled_mm
 from longvideo.model.transformer import CausalTransformer
-from longvideo.number_formats import NumberFormats
 from longvideo.quantization.convert import quantize_layers, with_precision
 from longvideo.quantization.fp8 import FP8Linear, quantize_layers_fp8
+from longvideo.quantization.number_formats import NumberFormats
 from tests.golden import relative_error
 from tests.quantization import small
 

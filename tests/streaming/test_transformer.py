@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.conditioning import Conditioning
 from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import KVCache
+from longvideo.model.conditioning import Conditioning
 from longvideo.model.config import TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.spec import ChunkSpec

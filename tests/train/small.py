@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from longvideo.shapeworld.world import recolor, sample_scenes
-from longvideo.train.scenes import ScenePool
-from longvideo.train.vae import AutoencoderShape, build_autoencoder
+from longvideo.train.shapeworld.scenes import ScenePool
+from longvideo.train.vae.recipe import AutoencoderShape, build_autoencoder
 from longvideo.vae.autoencoder import Autoencoder
 
 CPU = torch.device("cpu")

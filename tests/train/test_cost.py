@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from longvideo.distributed import Mesh
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.train.cost import clip_flops
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.training.mesh import Mesh
 from tests.train.test_sequence_parallel import CHUNKS, CPU, SPEC, VIEWS, small_transformer, whole_batch
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from longvideo.checkpoint.modules import OnMeta
+from longvideo.distributed import ParallelConfig
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.train.cost import copied_rows, estimate_memory
 from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
-from longvideo.training.mesh import ParallelConfig
 
 SHAPE = PRESETS["wan2.2-ti2v-5b"]
 SPEC = ChunkSpec(grid_height=22, grid_width=40)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.checkpoint.run_checkpoint import RunState
+from longvideo.distributed import Mesh
 from longvideo.quantization.convert import TrainingLayers
 from longvideo.quantization.training import RoundingSeeds
 from longvideo.train.nvfp4 import StepRounding
-from longvideo.training.mesh import Mesh
 from tests.train.test_sequence_parallel import SPEC, whole_batch
 
 LAYERS = 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longvideo.distributed import Mesh, build_mesh, check_sequence, divide
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.attention import Blockwise, Masked
@@ -16,9 +17,8 @@ from longvideo.model.config import TransformerConfig
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.train.batch import ViewBatch
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
-from longvideo.train.views import ViewBatch
-from longvideo.training.mesh import Mesh, build_mesh, check_sequence, divide
 from tests.training.processes import run_in_processes
 
 CPU = torch.device("cpu")

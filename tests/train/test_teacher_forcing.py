@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
@@ -17,14 +18,14 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import CLEAN_CONTEXT, CachedTransformer, ContextLevel, context_level
 from longvideo.shapeworld.captions import caption, vocabulary
-from longvideo.text import TextEncoder
-from longvideo.train.captions import tokenize_captions
-from longvideo.train.latent_bank import BankConfig, LatentBank
-from longvideo.train.scenes import ScenePool
+from longvideo.text.encoder import TextEncoder
+from longvideo.train.batch import ViewStage
+from longvideo.train.shapeworld.captions import tokenize_captions
+from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
+from longvideo.train.shapeworld.scenes import ScenePool
+from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.train.views import ViewConfig, ViewSource, ViewStage
 from longvideo.training.engine import LocalEngine
-from longvideo.training.mesh import ParallelConfig
 from longvideo.training.objective import seeded
 from longvideo.training.optimizer import OptimizerConfig
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint.run_checkpoint import STATE_FILE, RunState, encode_state, open_tensors, read_state
+from longvideo.distributed import build_mesh
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.files import WriteError
 from longvideo.training import tensor_files
 from longvideo.training.checkpoint import CheckpointFolder, layout
 from longvideo.training.engine import LocalEngine
-from longvideo.training.mesh import build_mesh
 from longvideo.training.trainer import Trainer, Window
 from tests.training.processes import run_in_processes
 from tests.training.toy import toy_trainer

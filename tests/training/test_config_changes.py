@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longvideo.config import to_yaml
-from longvideo.train.clip_training import ClipTraining
-from longvideo.train.views import ViewStage
+from longvideo.config.loading import to_yaml
+from longvideo.train.batch import ViewStage
+from longvideo.train.clips.recipe import ClipTraining
 from longvideo.training.config_changes import changes_line
 
 CONFIG = ClipTraining(data="clips", stages=[ViewStage(steps=4), ViewStage(steps=6)])

@@ -10,12 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
+from longvideo.distributed import Mesh, build_mesh
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig
 from longvideo.training.checkpoint import CheckpointFolder, layout
 from longvideo.training.engine import Engine, LocalEngine
-from longvideo.training.mesh import Mesh, build_mesh
 from longvideo.training.optimizer import OptimizerConfig
 from tests.train.test_sequence_parallel import CPU, SPEC, small_transformer, whole_batch
 from tests.training.processes import run_in_processes

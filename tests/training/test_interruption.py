@@ -11,7 +11,7 @@ from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 
 STEPS, KILLS = 30, 8
-PRELOADED = ["torch", "longvideo.training.trainer", "longvideo.train.vae", "longvideo.training.engine"]
+PRELOADED = ["torch", "longvideo.training.trainer", "longvideo.train.vae.recipe", "longvideo.training.engine"]
 
 
 def train(folder: Path, reports: Connection) -> None:

@@ -28,9 +28,9 @@ def train(rank: int, world: int, port: int, stopped: int, where: str, outcome: C
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
+    from longvideo.distributed import ParallelConfig, build_mesh, start_processes
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
     from longvideo.training.lost_ranks import LostRank, naming_lost_ranks
-    from longvideo.training.mesh import ParallelConfig, build_mesh, start_processes
     from longvideo.training.optimizer import OptimizerConfig
     from tests.training.toy import CPU, Numbers, Regression
 

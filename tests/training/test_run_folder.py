@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from longvideo.cli.main import main
+from longvideo.distributed import Mesh, RefusedByMain, build_mesh
 from longvideo.errors import ConfigError
 from longvideo.files import BusyError
-from longvideo.training.mesh import Mesh, RefusedByMain, build_mesh
 from longvideo.training.run_folder import claimed
 from tests.train.small import Toy
 from tests.training.processes import run_in_processes

@@ -65,7 +65,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
 
 def ranks_stop_together(folder: str) -> int:
-    from longvideo.training.mesh import build_mesh
+    from longvideo.distributed import build_mesh
     from longvideo.training.stopping import StopSignals
 
     mesh = build_mesh(1)

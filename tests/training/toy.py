@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longvideo.distributed import Mesh
 from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import LocalEngine
-from longvideo.training.mesh import Mesh
 from longvideo.training.objective import Objective, ratio, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.trainer import Trainer, TrainerConfig

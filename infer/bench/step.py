@@ -1,0 +1,103 @@
+"""Time one denoising step of a transformer with random weights, in every number format, with a full window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from longvideo.infer.bench.timing import median_ms
+from longvideo.model.attention import Cached, Filling
+from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.config import TransformerConfig
+from longvideo.model.layout import TokenLayout
+from longvideo.model.quantized_cache import NVFP4KVCache
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.convert import quantize_layers, set_product
+from longvideo.quantization.products import W4A16, choose_w4a4
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """model_bytes: of weights. cache_bytes: of all layers' keys and values. peak_bytes: of the device, 0 on a CPU."""
+
+    precision: str
+    kv_cache: str
+    ms: float
+    model_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+
+
+@torch.no_grad()
+def random_model(
+    config: TransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> CausalTransformer:
+    """Build a transformer with random weights."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        model = CausalTransformer(config).to(dtype)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02, generator=generator)
+    return model.eval()
+
+
+@torch.inference_mode()
+def time_steps(
+    config: TransformerConfig, spec: ChunkSpec, *, device: torch.device, on_case: Callable[[str], None]
+) -> list[StepTiming]:
+    """Time a forward pass over one chunk whose window is full, batch 1, no guidance, without compiling anything."""
+    model = random_model(config, device)
+    timings = []
+    for precision in ("bf16", "nvfp4-weights", "nvfp4"):
+        if precision == "nvfp4-weights":
+            quantize_layers(model)
+            set_product(model, W4A16(device))
+        elif precision == "nvfp4":
+            set_product(model, choose_w4a4(device))
+        for name, cache_type in (("bf16", KVCache), ("nvfp4", NVFP4KVCache)):
+            on_case(f"{precision}, {name} cache")
+            timings.append(_time(model, spec, cache_type, precision, name, device))
+    return timings
+
+
+def _time(
+    model: CausalTransformer,
+    spec: ChunkSpec,
+    cache_type: type[ChunkCache],
+    precision: str,
+    kv_cache: str,
+    device: torch.device,
+) -> StepTiming:
+    config = model.config
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    cache = cache_type(
+        spec,
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    text = model.encode_text(torch.zeros(1, config.text_len, config.text_dim, device=device))
+    _, height, width = config.patch_size
+    shape = (1, config.in_channels, spec.chunk_frames, spec.grid_height * height, spec.grid_width * width)
+    latents, sigma = torch.randn(shape, device=device), torch.full((1, spec.chunk_frames), 0.5, device=device)
+    for index in range(spec.window_chunks + 1):
+        rope = model.rope(TokenLayout.one_chunk(spec, index, shot=0).to(device))
+        if index < spec.window_chunks:
+            model.fill_cache(latents, 0 * sigma, text, rope=rope, attention=Filling(cache))
+            cache.commit()
+    ms = median_ms(lambda: model(latents, sigma, text, rope=rope, attention=Cached(cache)), device)
+    tensors = (*model.parameters(), *model.buffers())
+    return StepTiming(
+        precision=precision,
+        kv_cache=kv_cache,
+        ms=ms,
+        model_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        cache_bytes=cache.num_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    )

@@ -1,0 +1,72 @@
+"""Whether a model can be run in some number formats, by its widths and by the hardware, and what then runs."""
+
+from __future__ import annotations
+
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.errors import UserError
+from longvideo.infer.fit.shapes import ModelShapes, folder_shapes
+from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+
+
+def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
+    """Raise UserError where a folder's model cannot be run in these formats on a device. Reads no weight."""
+    check_shapes(folder_shapes(folder), formats, name=str(folder.path))
+    check_hardware(formats, device=device)
+
+
+def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> None:
+    """Raise UserError where a model of these shapes has no such formats on any device. name: what to call it."""
+    config = shapes.transformer
+    if formats.precision in ("bf16", *FP8_FORMATS) and shapes.packed:
+        raise UserError(
+            f"{name} holds packed 4-bit weights, which --precision {formats.precision} cannot run; use nvfp4 or "
+            "nvfp4-weights"
+        )
+    if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
+        raise UserError(
+            f"a 4-bit KV cache needs a head dim that {GROUP} divides; {name} has {config.attention_head_dim}"
+        )
+    if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
+        raise UserError(
+            f"precision {formats.precision} needs widths that {GROUP} divides; {name} has {config.dim} and "
+            f"{config.ffn_dim}"
+        )
+
+
+def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
+    """Raise UserError where a device cannot multiply in these formats, whatever the model."""
+    precision = formats.precision_of(packed=False)
+    for backend in (product_backend(precision, device), attention_backend(formats.attention, device)):
+        if backend.name is None:
+            raise UserError(str(backend.reason))
+
+
+def start_line(
+    formats: NumberFormats,
+    *,
+    packed: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_device: torch.device | None = None,
+) -> str:
+    """Say in one line what will run, and what of it is emulated and why. packed: whether the model's weights are."""
+    precision, name = formats.precision_of(packed=packed), str(dtype).removeprefix("torch.")
+    kept = "in 4 bits, rebuilt by " + kernels_on(device) if formats.kv_cache == "nvfp4" else f"in {name}"
+    if formats.attention in FP8_FORMATS and formats.kv_cache == "bf16":
+        kept = "in E4M3"
+    parts = (
+        f"running on {device} in {name}",
+        f"products {_format(precision, name)}: {product_backend(precision, device)}",
+        f"KV cache: {kept}",
+        f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
+        f"decoding on {decode_device or device}",
+    )
+    return " | ".join(parts)
+
+
+def _format(name: str, dtype: str) -> str:
+    return dtype if name == "bf16" else name

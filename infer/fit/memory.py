@@ -1,0 +1,315 @@
+"""How much memory of each GPU streaming will take, from shapes alone, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from longvideo.checkpoint.modules import OnMeta
+from longvideo.infer.fit.shapes import ModelShapes
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+from longvideo.quantization.selection import linear_layers
+from longvideo.rollout import branches
+from longvideo.streaming.decoder import boundary_of
+from longvideo.streaming.decoder_stages import HISTORY, Grid, plan_stages
+from longvideo.text.umt5 import UMT5Encoder
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.layers import CausalConv3d, ResidualBlock, UpBlock
+
+CONTEXT_BYTES = 10**9
+"""CUDA's context, kernels and libraries, which torch's allocator does not see."""
+WORKSPACE_BYTES = 150_000_000
+"""What shapes do not explain: cuBLAS's workspaces, 32 MiB a thread and stream on Hopper, and the solver's latents."""
+WIDTHS_OF_PASS = 9
+"""Activations as wide as the model that a pass holds at most: h, an input, q, k, v, cross q, attended, two updates."""
+WIDTHS_OF_FRAME_ATTENTION = 6
+QUANTISING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
+"""What quantising takes for each weight of a layer, its result included; storages alive in `from_linear`, counted."""
+
+GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is streamed, in which formats, and where.
+
+    decode_share: of the decoding, what `device` does. batch: videos made together, with the settings' own guidance.
+    dtype: of whatever is not quantised. loaded_in: of a transformer that is not packed before it gets
+    `formats.precision`, `dtype` unless it is given.
+    """
+
+    shapes: ModelShapes
+    formats: NumberFormats
+    device: torch.device
+    decode_device: torch.device
+    decode_share: float = 0.0
+    batch: int = 1
+    dtype: torch.dtype
+    loaded_in: torch.dtype | None = None
+
+    @property
+    def precision(self) -> str:
+        """Of the transformer; without a choice that of its file."""
+        return self.formats.precision_of(packed=self.shapes.packed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What something takes of a device's memory."""
+
+    name: str
+    device: torch.device
+    bytes: int
+
+
+def estimate(workload: Workload) -> list[Part]:
+    """Return the parts of each device's peak: that of loading or that of streaming, whichever is larger.
+
+    "CUDA graphs" is what recorded passes keep for themselves, or what recording them takes beyond the rest: a pass runs
+    once before, and torch gives nothing back to the GPU while it records. `torch.cuda.max_memory_allocated` counts
+    neither that nor "CUDA context".
+    """
+    shapes, dtype, batch = workload.shapes, workload.dtype, workload.batch
+    device, decode_device = numbered(workload.device), numbered(workload.decode_device)
+    with OnMeta():
+        transformer, autoencoder = CausalTransformer(shapes.transformer), Autoencoder(shapes.autoencoder)
+        text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
+    scale = shapes.autoencoder.scale_factor_spatial
+    grid = Grid(batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
+    share = workload.decode_share
+    decoders = _decoders(autoencoder, grid, devices=(device, decode_device), share=share, dtype=dtype)
+    denoisers = {
+        device: _denoiser(
+            transformer,
+            shapes.spec,
+            precision=workload.precision,
+            formats=workload.formats,
+            batch=batch,
+            copies=branches(shapes.settings.guidance),
+            dtype=dtype,
+            loaded_in=None if shapes.packed else workload.loaded_in or dtype,
+        )
+    }
+    text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
+    autoencoders = {decode_device: _num_values(autoencoder) * dtype.itemsize}
+    parts = []
+    for place in dict.fromkeys((device, decode_device)):
+        peak = _peak(
+            denoisers.get(place, _Denoiser()),
+            decoders.get(place, _Decoder()),
+            text_encoder=text_encoders.get(place, 0),
+            autoencoder=autoencoders.get(place, 0),
+        )
+        parts += [Part(name, place, size) for name, size in peak.items() if size]
+    return parts
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return a device with its number: "cuda" is "cuda:0"."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+@dataclass(frozen=True)
+class _Denoiser:
+    """Bytes. later_text: of `text`, what comes with the first prompt. one_pass: activations of a pass at most."""
+
+    loading: int = 0
+    weights: int = 0
+    cache: int = 0
+    text: int = 0
+    later_text: int = 0
+    queries: int = 0
+    one_pass: int = 0
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Bytes. kept: weights, buffers and what recordings read and return. Then what a pass takes: over an opening frame,
+    which is not recorded, and over later ones.
+    """
+
+    kept: int = 0
+    opening: int = 0
+    later: int = 0
+
+
+def _peak(denoiser: _Denoiser, decoder: _Decoder, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
+    """Return the parts of a device's peak."""
+    loaded = {"text encoder": text_encoder, "autoencoder": autoencoder}
+    loading = {"transformer while loading": denoiser.loading, **loaded, CONTEXT: CONTEXT_BYTES}
+    streaming = decoder.later + denoiser.one_pass
+    # the decoder is recorded first; neither a prompt nor an opening frame is there yet
+    recording = decoder.later + max(decoder.later, 2 * denoiser.one_pass) - denoiser.later_text - decoder.opening
+    running = {
+        "transformer": denoiser.weights,
+        "KV cache": denoiser.cache,
+        "text": denoiser.text,
+        **loaded,
+        "decoder": decoder.kept,
+        "opening frame": decoder.opening,
+        "workspace": denoiser.queries + WORKSPACE_BYTES,
+        GRAPHS: max(streaming, recording),
+        CONTEXT: CONTEXT_BYTES,
+    }
+    return max(running, loading, key=lambda sizes: sum(sizes.values()))
+
+
+def _denoiser(
+    model: CausalTransformer,
+    spec: ChunkSpec,
+    *,
+    precision: str,
+    formats: NumberFormats,
+    batch: int,
+    copies: int,
+    dtype: torch.dtype,
+    loaded_in: torch.dtype | None,
+) -> _Denoiser:
+    """precision: in place of that of the formats, which can be None. copies: how often a video is run in a step.
+
+    loaded_in: None for packed weights.
+    """
+    config, rows, size = model.config, batch * copies, dtype.itemsize
+    attended_size = 1 if formats.attention in FP8_FORMATS else size
+    num_values = _num_values(model)
+    layers = [cast(nn.Linear, model.get_submodule(name)) for name in linear_layers(model)]
+    num_weights = sum(layer.weight.numel() for layer in layers)
+    if precision == "bf16":
+        weights, quantising = num_values * size, 0
+    else:
+        num_scales = sum(layer.out_features for layer in layers)
+        quantised = (
+            num_weights + 4 * num_scales if precision in FP8_FORMATS else num_weights // 2 + num_weights // GROUP
+        )
+        if precision == "nvfp4":
+            quantised += num_weights // GROUP  # FP4 units want the scales in an order of their own
+        weights = (num_values - num_weights) * size + quantised
+        quantising = QUANTISING_BYTES[precision] * max(layer.weight.numel() for layer in layers)
+    loading = 0
+    if loaded_in is not None:
+        loading = max(num_values * loaded_in.itemsize, num_values * size + quantising)
+    keys_values = 2 * rows * spec.window_frames * spec.tokens_per_frame * config.dim
+    cache = config.num_layers * keys_values * attended_size
+    if formats.kv_cache == "nvfp4":
+        stored = keys_values // 2 + keys_values // GROUP
+        means = 2 * rows * spec.window_chunks * config.dim
+        fresh = (stored + means) // spec.window_chunks
+        rotation = 4 * spec.window_frames * spec.tokens_per_frame * config.attention_head_dim
+        cache = config.num_layers * (stored + means) + fresh + keys_values * attended_size + rotation
+    prompt = 2 * config.num_layers * config.text_len * config.dim * size
+    # the transformer's own copy; when a prompt changes, the old and the new context, and both as they are selected
+    own_text, later_text = rows * prompt, 2 * (batch + copies - 1 + rows) * prompt
+    tokens = rows * spec.tokens_per_chunk
+    return _Denoiser(
+        loading=loading,
+        weights=weights,
+        cache=cache,
+        text=own_text + later_text,
+        later_text=later_text,
+        queries=tokens * config.dim * attended_size,
+        # the widest layer and its GELU beside what is as wide as the model
+        one_pass=tokens * (WIDTHS_OF_PASS * config.dim + 2 * config.ffn_dim) * size,
+    )
+
+
+def _decoders(
+    autoencoder: Autoencoder,
+    grid: Grid,
+    *,
+    devices: tuple[torch.device, torch.device],
+    share: float,
+    dtype: torch.dtype,
+) -> dict[torch.device, _Decoder]:
+    """Return what `StreamingDecoder` takes of each device; arguments as there."""
+    stages = list(_stages(autoencoder, grid))
+    boundary = boundary_of(plan_stages(autoencoder, grid), share) if share else 0
+    handed = stages[boundary - 1].result if boundary else 0
+    decoders = {devices[1]: _decoder(stages[boundary:], handed, dtype)}
+    if boundary:
+        decoders[devices[0]] = _decoder(stages[:boundary], handed, dtype)
+    return decoders
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Values. kept: weights and buffers. Then what a pass holds at once, over an opening frame and over later ones, and
+    what it hands to the next stage.
+    """
+
+    kept: int
+    opening: int
+    later: int
+    result: int
+
+
+def _decoder(stages: Sequence[_Stage], handed: int, dtype: torch.dtype) -> _Decoder:
+    """handed: values that go from one device to the other; both keep a place for them."""
+    return _Decoder(
+        kept=(sum(stage.kept for stage in stages) + handed) * dtype.itemsize,
+        opening=max(stage.opening for stage in stages) * dtype.itemsize,
+        later=max(stage.later for stage in stages) * dtype.itemsize,
+    )
+
+
+def _stages(autoencoder: Autoencoder, grid: Grid) -> Iterator[_Stage]:
+    """Yield what each stage of `plan_stages` takes, in its order."""
+    decoder = autoencoder.decoder
+    first, second = cast(list[ResidualBlock], list(decoder.mid_block.resnets))
+    yield _stage([decoder.conv_in], grid, held=decoder.conv_in.out_channels, result=decoder.conv_in.out_channels)
+    yield _residual(first, grid, around=0)
+    width = first.conv1.in_channels
+    yield _stage([], grid, held=WIDTHS_OF_FRAME_ATTENTION * width, result=width)
+    yield _residual(second, grid, around=0)
+    for level in cast(list[UpBlock], list(decoder.up_blocks)):
+        blocks = cast(list[ResidualBlock], list(level.resnets))
+        around = 0 if level.upsampler is None else blocks[0].conv1.in_channels
+        for block in blocks:
+            yield _residual(block, grid, around=around)
+        if level.upsampler is not None:
+            yield _upsampling(level, grid)
+            times, _, _ = level.factors
+            grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
+    conv = decoder.conv_out
+    yield _stage([conv], grid, held=conv.in_channels + 2 * conv.out_channels, result=conv.out_channels)
+
+
+def _residual(block: ResidualBlock, grid: Grid, *, around: int) -> _Stage:
+    """around: channels of what goes around the level."""
+    narrow, wide = block.conv1.in_channels, block.conv1.out_channels
+    return _stage([block.conv1, block.conv2], grid, held=narrow + 2 * wide + around, result=wide + around)
+
+
+def _upsampling(level: UpBlock, grid: Grid) -> _Stage:
+    assert level.upsampler is not None
+    time, conv = level.upsampler.time_conv, cast(nn.Conv2d, level.upsampler.resample[1])
+    given, around = conv.in_channels, cast(ResidualBlock, level.resnets[0]).conv1.in_channels
+    times, _, _ = level.factors
+    grown = 4 * conv.out_channels  # four pixels for one
+    stage = _stage(
+        [] if time is None else [time],
+        grid,
+        held=given + around + times * (2 * grown + (0 if time is None else given)),
+        result=times * grown,
+    )
+    folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
+    opening = grid.pixels // grid.frames * (given + around + 2 * grown)
+    return replace(stage, kept=stage.kept + folded_weights, opening=opening)
+
+
+def _stage(convolutions: Sequence[CausalConv3d], grid: Grid, *, held: int, result: int) -> _Stage:
+    """held, result: values for each pixel of the grid."""
+    frame = grid.pixels // grid.frames
+    buffers = sum(conv.in_channels for conv in convolutions) * frame * (HISTORY + grid.frames)
+    weights = sum(conv.weight.numel() for conv in convolutions)
+    return _Stage(weights + buffers, frame * held, grid.pixels * held, grid.pixels * result)
+
+
+def _num_values(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

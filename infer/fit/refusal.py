@@ -1,0 +1,170 @@
+"""Whether streaming fits into the GPUs of this machine, and which options would make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import torch
+
+from longvideo.errors import UserError
+from longvideo.infer.fit.memory import Part, Workload, estimate, numbered
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.quantization.number_formats import FP8_FORMATS
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Options of the command line with which streaming fits, and the bytes that each GPU then needs."""
+
+    options: tuple[str, ...]
+    needed: dict[torch.device, int]
+
+    def sizes(self) -> str:
+        """Say the bytes, with their devices where these are several."""
+        alone = len(self.needed) == 1
+        sizes = (gigabytes(size) if alone else f"{gigabytes(size)} on {x}" for x, size in self.needed.items())
+        return " and ".join(sizes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What streaming needs of GPUs, and what they have.
+
+    parts: of GPUs alone. free: bytes of those that this machine has. tried: options that might help; remedy: the fewest
+    of them that are enough, None where all are not, and where nothing is lacking.
+    """
+
+    parts: tuple[Part, ...]
+    free: dict[torch.device, int]
+    tried: tuple[str, ...] = ()
+    remedy: Remedy | None = None
+
+    @property
+    def needed(self) -> dict[torch.device, int]:
+        """The bytes that each GPU needs."""
+        return _totals(self.parts)
+
+    @property
+    def lacking(self) -> list[torch.device]:
+        """The GPUs of this machine that have less free than they need."""
+        return [device for device, needed in self.needed.items() if needed > self.free.get(device, needed)]
+
+
+def assess(workload: Workload) -> Fit:
+    """Compare what a workload needs of GPUs with what is free there; of GPUs that are not there, say what it needs."""
+    parts = _gpu_parts(workload)
+    present = [device for device in _totals(parts) if device in cuda_devices()]
+    if present:
+        torch.cuda.empty_cache()  # what this process merely keeps for later is free
+    fit = Fit(tuple(parts), {device: _free_bytes(device) for device in present})
+    if not fit.lacking:
+        return fit
+    changes = _changes(workload)
+    tried = tuple(change.option for change in changes)
+    return replace(fit, tried=tried, remedy=_remedy(changes, workload))
+
+
+def check_memory(workload: Workload) -> None:
+    """Raise UserError, with the parts and what would fit, where a GPU has less free than streaming needs.
+
+    CPUs are not checked.
+    """
+    fit = assess(workload)
+    if not fit.lacking:
+        return
+    if fit.remedy is not None:
+        advice = f"with {' '.join(fit.remedy.options)} it needs {fit.remedy.sizes()}"
+    else:
+        advice = no_remedy(fit.tried)
+    raise UserError("; ".join([*(_shortage(fit, device) for device in fit.lacking), advice]))
+
+
+def no_remedy(tried: Sequence[str]) -> str:
+    """Say that options do not help."""
+    if not tried:
+        return "use a GPU with more memory"
+    return f"not even {' '.join(tried)} makes it fit; use a GPU with more memory"
+
+
+def gigabytes(size: int) -> str:
+    """Write bytes as GB, 10^9 of them, with one decimal."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def cuda_devices() -> list[torch.device]:
+    """Return the GPUs of this machine."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """An option, and what it changes: number formats, or devices."""
+
+    option: str
+    formats: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, torch.device] = field(default_factory=dict)
+
+    def applied(self, workload: Workload) -> Workload:
+        return replace(workload, formats=replace(workload.formats, **self.formats), **self.devices)
+
+
+def _changes(workload: Workload) -> list[_Change]:
+    """Return what a workload could do with less memory, in the order of what it costs."""
+    config, formats, changes = workload.shapes.transformer, workload.formats, []
+    packs = not any(width % GROUP for width in (config.dim, config.ffn_dim))
+    if not workload.shapes.packed and formats.precision in (None, "bf16", *FP8_FORMATS) and packs:
+        changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))
+    if formats.kv_cache != "nvfp4" and config.attention_head_dim % GROUP == 0:
+        changes.append(_Change("--kv-cache nvfp4", formats={"kv_cache": "nvfp4"}))
+    device, decode_device = numbered(workload.device), numbered(workload.decode_device)
+    if device == decode_device and (other := _other_device(device)) is not None:
+        changes.append(_Change(f"--decode-device {other}", devices={"decode_device": other}))
+        changes.append(_Change(f"--device {other}", devices={"device": other, "decode_device": other}))
+    return changes
+
+
+def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
+    """Return the first change that is enough, or the fewest that are together."""
+    for chosen in (some for count in range(1, len(changes) + 1) for some in combinations(changes, count)):
+        changed = workload
+        for change in chosen:
+            changed = change.applied(changed)
+        needed = _totals(_gpu_parts(changed))
+        if all(size <= _free_bytes(device) for device, size in needed.items()):
+            return Remedy(tuple(change.option for change in chosen), needed)
+    return None
+
+
+def _gpu_parts(workload: Workload) -> list[Part]:
+    if all(device.type != "cuda" for device in (workload.device, workload.decode_device)):
+        return []
+    return [part for part in estimate(workload) if part.device.type == "cuda"]
+
+
+def _other_device(device: torch.device) -> torch.device | None:
+    """Return the GPU with the most free memory beside one."""
+    return max((other for other in cuda_devices() if other != device), key=_free_bytes, default=None)
+
+
+def _free_bytes(device: torch.device) -> int:
+    try:
+        return torch.cuda.mem_get_info(device)[0]
+    except RuntimeError as error:  # it has no room for another context, or is in use by one process alone
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{device} does not say what is free ({reason}); use another GPU, or end what runs there"
+        ) from error
+
+
+def _totals(parts: Sequence[Part]) -> dict[torch.device, int]:
+    places = dict.fromkeys(part.device for part in parts)
+    return {place: sum(part.bytes for part in parts if part.device == place) for place in places}
+
+
+def _shortage(fit: Fit, device: torch.device) -> str:
+    own = sorted((part for part in fit.parts if part.device == device), key=lambda part: -part.bytes)
+    listed = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
+    free, needed = gigabytes(fit.free[device]), gigabytes(fit.needed[device])
+    return f"{device} has {free} free, streaming needs about {needed}: {listed}"

@@ -1,0 +1,80 @@
+"""The shapes of a model, all that is known before its weights are: of a folder, or of a preset that needs none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
+from longvideo.errors import UserError
+from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.spec import ChunkSpec
+from longvideo.text.umt5 import UMT5Config
+from longvideo.vae.config import AutoencoderConfig
+
+WAN_SIZE, WAN_WINDOW_FRAMES = (704, 1280), 32
+STREAMING_STEPS, STREAMING_GUIDANCE = 2, 1.0
+"""Of a preset: those of a model that is distilled for streaming."""
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Sizes of a model's parts and its settings.
+
+    text_encoder: None where prompts come as features. packed: whether the transformer's weights are stored in 4 bits.
+    """
+
+    transformer: TransformerConfig
+    autoencoder: AutoencoderConfig
+    text_encoder: UMT5Config | None
+    settings: ModelSettings
+    spec: ChunkSpec
+    packed: bool = False
+
+    def with_guidance(self, guidance: float | None) -> ModelShapes:
+        """Return the same with another guidance scale; None keeps the model's own."""
+        return self if guidance is None else replace(self, settings=replace(self.settings, guidance=guidance))
+
+
+def folder_shapes(folder: ModelFolder) -> ModelShapes:
+    """Return the shapes of an opened folder. Raises CheckpointError where it lacks a part."""
+    return ModelShapes(
+        transformer=folder.transformer_config,
+        autoencoder=folder.vae_config,
+        text_encoder=folder.text_encoder_config,
+        settings=folder.settings,
+        spec=folder.spec,
+        packed=folder.is_packed,
+    )
+
+
+def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_frames: int | None = None) -> ModelShapes:
+    """Return the shapes that a preset means; "tiny" has its own picture size and window.
+
+    size: height and width in pixels. window_frames: latent frames attended to. None takes the preset's own.
+    Raises UserError for an unknown name or a choice that "tiny" does not leave, ConfigError for a size that patches do
+    not divide.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+    if name == "tiny":
+        folder = ModelFolder.open("tiny")
+        own = folder.settings
+        if size is not None or window_frames is not None:
+            raise UserError(
+                f"the preset tiny has its own size {own.height}x{own.width} and window {own.window_frames}; leave"
+                " --size and --window out"
+            )
+        autoencoder = AutoencoderConfig.tiny()
+        return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, own, folder.spec)
+    height, width = size or WAN_SIZE
+    settings = ModelSettings(
+        window_frames=window_frames or WAN_WINDOW_FRAMES,
+        height=height,
+        width=width,
+        steps=STREAMING_STEPS,
+        guidance=STREAMING_GUIDANCE,
+    )
+    autoencoder = AutoencoderConfig.wan22()
+    spec = chunk_spec(settings, autoencoder.scale_factor_spatial)
+    return ModelShapes(PRESETS[name], autoencoder, UMT5Config.xxl(), settings, spec)

@@ -1,0 +1,61 @@
+"""`longvideo distill`, and the same under `torchrun -m longvideo.distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longvideo.cli.training import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
+from longvideo.machine.packages import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from longvideo.distill.config import Distillation
+    from longvideo.distill.distillation import DistillRecipe
+    from longvideo.distill.engine import PairedEngine
+    from longvideo.distributed import Mesh
+    from longvideo.training.trainer import Recipe
+
+
+def distill(
+    arguments: Arguments = None,
+    out: Out = Path("runs/distill"),
+    resume: Resume = "auto",
+    max_minutes: MaxMinutes = None,
+    device: Device = None,
+    dry_run: DryRun = 0,
+    trace: Trace = False,
+) -> None:
+    """Distil a causal model into one of 4 or 2 steps without guidance (DMD), training LoRA weights alone.
+
+    Student and critic are adapters on one frozen backbone, packed to 4 bits unless `backbone.precision=bf16`; without
+    an adapter it is the teacher. The student makes videos as it will when it generates, chunk by chunk on its own
+    chunks; teacher and critic compare them.
+
+    Prompts are ShapeWorld's, or `prompts=FILE` (one a line; `.jsonl` with a list of shots a line), or the captions of
+    `data=CLIPS`, a folder that `longvideo data encode` made, whose first frames can be given too.
+
+    The run folder is laid out as that of `longvideo train ar`: `lora/` holds the student's adapter in peft's and in
+    diffusers' naming, `model/` whole weights.
+
+    On a GPU: `longvideo distill tiny/dmd --out runs/dmd`
+
+    On a CPU, in a minute or two: `longvideo distill cpu/dmd --out runs/try_dmd`
+
+    `torchrun --nproc-per-node 8 -m longvideo.distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
+    """
+
+    def build(config: Distillation, target: torch.device, mesh: Mesh) -> Recipe:
+        from longvideo.distill.distillation import DistillRecipe
+
+        return DistillRecipe(config, target, mesh, dry_run=bool(dry_run))
+
+    def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, target: torch.device) -> PairedEngine:
+        return recipe.engine(mesh)
+
+    require("peft", extra="train", purpose="longvideo distill")
+    from longvideo.distill.config import Distillation
+
+    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
+    train("distill", Distillation, build, "tiny/dmd", options, build_engine=build_engine)

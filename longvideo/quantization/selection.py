@@ -1,0 +1,48 @@
+"""Names of the linear layers to quantize."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from longvideo.errors import UserError
+from longvideo.kernels.nvfp4.format import GROUP
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.linear import NVFP4Linear
+
+BLOCKS = "blocks."
+
+
+def linear_layers(model: CausalTransformer) -> list[str]:
+    """Name the linear layers inside the blocks."""
+    return [name for name, module in model.named_modules() if name.startswith(BLOCKS) and _is_linear(module)]
+
+
+def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> list[str]:
+    """Name the linear layers inside the blocks, less those that a pattern keeps.
+
+    keep: official module names, `*` standing for anything: "blocks.0.*", "*.ffn.2". Raises UserError for a pattern that
+    names no layer, and for a layer whose input 16 does not divide.
+    """
+    names = linear_layers(model)
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"layers are named like {names[0]!r}"
+            raise UserError(f"keep pattern {pattern!r} names no linear layer of the blocks; {hint}")
+    chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in keep)]
+    for name in chosen:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | NVFP4Linear)
+        if layer.in_features % GROUP:
+            raise UserError(
+                f"{name} has {layer.in_features} inputs, not a multiple of {GROUP}; keep it with keep={name!r}"
+            )
+    return chosen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | NVFP4Linear)

@@ -1,0 +1,135 @@
+"""Prompts to text features: tokens, the UMT5 encoder, and zeros at the padding, as Wan conditions on them.
+
+Legend: P prompts, S tokens computed, L text positions (text_len), D feature width.
+"""
+
+from __future__ import annotations
+
+import html
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from longvideo.files import check_text
+from longvideo.text.tokenizer import PAD_ID, UNKNOWN, encode, word_tokenizer
+from longvideo.text.umt5 import UMT5Config, UMT5Encoder
+
+TOKENS_MULTIPLE = 16
+MAX_CACHED_PROMPTS = 64
+TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2}
+
+
+class TextEncoder(nn.Module):
+    """Tokenizer and UMT5 encoder; features are zero at padded positions and text_len long.
+
+    tokenizer: ends each prompt with </s>, pads with id 0.
+    """
+
+    model: UMT5Encoder
+    tokenizer: Tokenizer
+
+    def __init__(self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+        self._features: dict[str, Tensor] = {}
+        self._features_version = 0
+
+    @classmethod
+    def build_tiny(cls, words: Iterable[str], *, seed: int = 0, text_len: int = 512) -> TextEncoder:
+        """Build a small random encoder that knows exactly these words and common punctuation."""
+        tokenizer = word_tokenizer(words)
+        with torch.random.fork_rng(devices=[]):
+            model = UMT5Encoder(UMT5Config(vocab_size=tokenizer.get_vocab_size(), **TINY_SIZES))
+        model.initialize(torch.Generator().manual_seed(seed))
+        return cls(model, tokenizer, text_len=text_len)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def config_json(self) -> dict[str, Any]:
+        """Return the config.json by which transformers opens the model."""
+        return self.model.config.to_dict()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask, both long [P, S]: S is the longest prompt rounded up to a multiple of 16.
+
+        Prompts are cleaned first. One of more than text_len tokens loses its end, with a warning; </s> stays.
+        """
+        rows = [self._ids(clean_prompt(prompt)) for prompt in prompts]
+        longest = max((len(row) for row in rows), default=1)
+        num_tokens = min(-(-longest // TOKENS_MULTIPLE) * TOKENS_MULTIPLE, self.text_len)
+        ids_PS = torch.full((len(rows), num_tokens), PAD_ID)
+        mask_PS = torch.zeros_like(ids_PS)
+        for index, row in enumerate(rows):
+            ids_PS[index, : len(row)] = torch.tensor(row)
+            mask_PS[index, : len(row)] = 1
+        return ids_PS.to(self.device), mask_PS.to(self.device)
+
+    def forward(self, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
+        """Encode tokens to features [P, L, D]. Padding is masked inside and zero in the result."""
+        features_PSD = self.model(ids_PS, mask_PS)
+        features_PSD = features_PSD.masked_fill(mask_PS.unsqueeze(-1) == 0, 0.0)
+        return nn.functional.pad(features_PSD, (0, 0, 0, self.text_len - features_PSD.shape[1]))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the features [P, L, D] of the distinct prompts and the row of each given prompt, long [len(prompts)].
+
+        Every distinct prompt is computed once, alone, so its features do not depend on its neighbours, and the latest
+        64 are kept for later calls until a weight changes.
+        """
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(cleaned))}
+        features_PLD = torch.stack([self._encode_one(prompt) for prompt in row_of])
+        return features_PLD, torch.tensor([row_of[prompt] for prompt in cleaned], device=features_PLD.device)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Name the words the vocabulary lacks, once each, as they are written in the prompt."""
+        text = clean_prompt(prompt)
+        encoding = encode(self.tokenizer, text)
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
+        return list(dict.fromkeys(text[start:end] for start, end in spans))
+
+    def _encode_one(self, prompt: str) -> Tensor:
+        # tensors made in inference mode count no versions, and cannot be changed outside it
+        counted = (parameter for parameter in self.model.parameters() if not parameter.is_inference())
+        version = sum(parameter._version for parameter in counted) + id(self.model)
+        if version != self._features_version or self.training:
+            self._features.clear()
+            self._features_version = version
+        # several videos may be made at once: each step is whole in itself, and the newest is the last
+        features_SD = self._features.pop(prompt, None)
+        if features_SD is None:
+            ids_PS, mask_PS = self.tokenize([prompt])
+            features_SD = self.forward(ids_PS, mask_PS)[0, : ids_PS.shape[1]]
+        self._features[prompt] = features_SD
+        for oldest in list(self._features)[:-MAX_CACHED_PROMPTS]:
+            self._features.pop(oldest, None)
+        return nn.functional.pad(features_SD, (0, 0, 0, self.text_len - features_SD.shape[0]))
+
+    def _ids(self, text: str) -> list[int]:
+        check_text(text, "the prompt")
+        ids = encode(self.tokenizer, text).ids
+        if len(ids) > self.text_len:
+            start = text if len(text) <= 40 else text[:40] + "..."
+            warnings.warn(
+                f"prompt {start!r} has {len(ids)} tokens; only the first {self.text_len} are used", stacklevel=3
+            )
+            ids = ids[: self.text_len - 1] + ids[-1:]
+        return ids
+
+
+def clean_prompt(prompt: str) -> str:
+    """Resolve HTML entities, twice as Wan does, and collapse white space.
+
+    Wan also mends mis-decoded text with ftfy where it is installed; left out, so the result is the same everywhere.
+    """
+    return " ".join(html.unescape(html.unescape(prompt)).split())

@@ -1,0 +1,76 @@
+"""Sample videos of a model while it is trained, as `generate` makes them with the model when it is exported.
+
+Shapes: N chunks, B samples, P texts, J text positions, D text width, C channels, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.flow.unipc import UniPC
+from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.conditioning import Conditioning
+from longvideo.model.spec import ChunkSpec
+from longvideo.model.transformer import CausalTransformer
+from longvideo.pixels import to_uint8
+from longvideo.rollout import CachedTransformer, branches, rollout
+from longvideo.vae.autoencoder import Autoencoder
+
+
+@torch.no_grad()
+def sample_videos(
+    transformer: CausalTransformer,
+    autoencoder: Autoencoder,
+    settings: ModelSettings,
+    spec: ChunkSpec,
+    *,
+    features_PJD: Tensor,
+    rows_NB: Tensor,
+    cuts: Sequence[bool],
+    seeds: Sequence[int],
+    first_latent: Tensor | None = None,
+    cache_type: type[ChunkCache] = KVCache,
+) -> list[np.ndarray]:
+    """Return uint8 frames [T, H, W, 3] of every sample.
+
+    features: what the text encoder makes of `batch_texts`, which gives rows too. cuts: chunks that open a shot.
+    first_latent: [B, C, 1, h, w], normalized, held as the first latent frame.
+    """
+    weight = autoencoder.post_quant_conv.weight
+    state, frames = None, []
+    chunks = _conditionings(transformer, features_PJD, rows_NB, cuts, first_latent)
+    for latents in rollout(
+        CachedTransformer(transformer, spec, batch=branches(settings.guidance) * len(seeds), cache_type=cache_type),
+        chunks,
+        solver=UniPC(settings.steps, settings.shift),
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        guidance=settings.guidance,
+        clean_pass=settings.clean_pass,
+    ):
+        video, state = autoencoder.decode(autoencoder.denormalize(latents).to(weight), state)
+        frames.append(to_uint8(video).cpu().numpy())
+    return list(np.concatenate(frames, axis=1))
+
+
+def _conditionings(
+    transformer: CausalTransformer,
+    features_PJD: Tensor,
+    rows_NB: Tensor,
+    cuts: Sequence[bool],
+    first_latent: Tensor | None,
+) -> Iterator[Conditioning]:
+    text = transformer.encode_text(features_PJD)
+    negative_B = torch.full_like(rows_NB[0], len(features_PJD) - 1)
+    for index, (rows_B, cut) in enumerate(zip(rows_NB, cuts, strict=True)):
+        yield Conditioning(
+            text=text,
+            prompt_index=rows_B,
+            negative_index=negative_B,
+            cut=cut and index > 0,
+            first_latent=None if index else first_latent,
+        )

@@ -1,0 +1,93 @@
+"""Four bits from the pipeline's door: packed or packed while loading, 4-bit cache or not, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.cli.main import main
+from longvideo.errors import UserError
+from longvideo.infer.fit.formats import start_line
+from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.quantization.linear import NVFP4Linear
+from longvideo.quantization.number_formats import NumberFormats
+
+PROMPT = "a red ball bounces"
+
+
+def load(folder: Path, **formats: str) -> StreamingPipeline:
+    # the folder holds float32; a cast before packing would round twice
+    return StreamingPipeline.load(
+        ModelFolder.open(folder), device="cpu", dtype=torch.float32, formats=NumberFormats(**formats)
+    )
+
+
+def video(pipeline: StreamingPipeline) -> np.ndarray:
+    return np.concatenate(list(pipeline.stream(PROMPT, seconds=3, steps=2))).astype(int)
+
+
+def num_packed(pipeline: StreamingPipeline) -> int:
+    return sum(isinstance(module, NVFP4Linear) for module in pipeline.models.transformer.modules())
+
+
+@pytest.fixture(scope="module")
+def packed_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("packed") / "model"
+    assert main(["quantize", str(model_folder), str(target)]) == 0
+    return target
+
+
+def test_packing_before_and_while_loading_give_the_same_video(model_folder: Path, packed_folder: Path) -> None:
+    for precision in ("nvfp4", "nvfp4-weights"):
+        before, now = (load(folder, precision=precision) for folder in (packed_folder, model_folder))
+        assert num_packed(before) == num_packed(now) == 20
+        assert np.array_equal(video(before), video(now))
+
+
+def test_a_packed_folder_runs_in_four_bits_by_default(packed_folder: Path) -> None:
+    assert np.array_equal(video(load(packed_folder)), video(load(packed_folder, precision="nvfp4")))
+
+
+def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
+    exact = video(load(model_folder))
+    for formats in (
+        {"kv_cache": "nvfp4"},
+        {"precision": "fp8-emulated", "attention": "fp8-emulated"},
+        {"precision": "nvfp4-weights"},
+        {"precision": "nvfp4", "kv_cache": "nvfp4"},
+    ):
+        pipeline = load(model_folder, **formats)
+        difference = np.abs(video(pipeline) - exact).mean()
+        assert 0 < difference < 12, (formats, difference)
+    assert pipeline.models.kv_cache == "nvfp4"
+
+
+def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
+    first, quantized = (next(load(model_folder, kv_cache=kind).stream(PROMPT, seconds=1)) for kind in ("bf16", "nvfp4"))
+    assert np.array_equal(first, quantized)
+
+
+def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in ("bf16", "fp8-emulated"):
+        with pytest.raises(UserError, match=f"packed 4-bit weights, which --precision {precision} cannot run"):
+            load(packed_folder, precision=precision)
+    for arguments, message in (
+        (["--precision", "int8"], "one of bf16, nvfp4, nvfp4-weights, fp8"),
+        (["--kv-cache", "int4"], "one of bf16, nvfp4"),
+    ):
+        assert main(["generate", PROMPT, *arguments, "-o", str(tmp_path / "out.mp4")]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_start_line_says_what_runs_and_what_is_emulated() -> None:
+    formats = NumberFormats("nvfp4", "nvfp4")
+    line = start_line(formats, packed=False, device=torch.device("cpu"), dtype=torch.float32)
+    assert line.startswith("running on cpu in float32 | products nvfp4: emulated by reference and oneDNN (FP4 products")
+    assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith("decoding on cpu")
+    stored = start_line(NumberFormats(), packed=True, device=torch.device("cpu"), dtype=torch.float32)
+    assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored

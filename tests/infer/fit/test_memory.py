@@ -1,0 +1,156 @@
+"""What streaming will take of each GPU, against what was measured and what is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.settings import chunk_spec
+from longvideo.infer.fit.memory import CONTEXT, GRAPHS, Part, estimate
+from longvideo.infer.fit.shapes import ModelShapes
+from longvideo.model.config import PRESETS
+from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.number_formats import NumberFormats
+from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.slots import NVFP4Slots, PlainSlots
+from longvideo.text.umt5 import UMT5Config
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.config import AutoencoderConfig
+from tests.infer.workloads import CPU, FIRST, SECOND, named, shapes, total, workload
+
+# torch.cuda.max_memory_allocated in GB from `longvideo bench stream` on H200s, random weights, 704x1280, 2 steps, a
+# window of 32 latent frames: precision, cache, attention, share, what is on the GPU that denoises and on another one
+MEASURED = [
+    ("bf16", "bf16", "bf16", 0.0, (33.45,)),
+    ("fp8", "bf16", "bf16", 0.0, (28.55,)),
+    ("fp8", "bf16", "fp8", 0.0, (23.34,)),
+    ("bf16", "bf16", "bf16", 0.09, (22.77, 11.23)),
+    ("fp8", "bf16", "bf16", 0.15, (18.23, 10.88)),
+    ("fp8", "bf16", "fp8", 0.23, (14.05, 10.72)),
+    ("bf16", "bf16", "bf16", 0.0, (21.32, 12.31)),
+    ("fp8", "bf16", "bf16", 0.0, (16.43, 12.31)),
+    ("nvfp4-weights", "nvfp4", "bf16", 0.09, (8.98, 11.23)),
+]
+UNCOUNTED = (GRAPHS, CONTEXT)
+"""Parts that `max_memory_allocated` does not count."""
+
+
+def estimated(**changes: Any) -> list[Part]:
+    return estimate(workload(**changes))
+
+
+def small_shapes(*, height: int, width: int) -> ModelShapes:
+    """Return the widths of tiny at another picture size."""
+    settings = replace(shapes().settings, height=height, width=width)
+    return shapes(
+        transformer=PRESETS["tiny"],
+        autoencoder=AutoencoderConfig.tiny(),
+        settings=settings,
+        spec=chunk_spec(settings),
+    )
+
+
+@pytest.mark.parametrize(("precision", "kv_cache", "attention", "share", "measured"), MEASURED)
+def test_the_estimate_meets_what_was_measured(
+    precision: str, kv_cache: str, attention: str, share: float, measured: tuple[float, ...]
+) -> None:
+    parts = estimated(
+        formats=NumberFormats(precision, kv_cache, attention),
+        decode_device=(FIRST, SECOND)[len(measured) - 1],
+        decode_share=share,
+        shapes=shapes(packed=precision == "nvfp4-weights"),  # the peaks are without loading
+    )
+    for device, peak in zip((FIRST, SECOND), measured, strict=False):
+        counted = total((part for part in parts if part.name not in UNCOUNTED), device)
+        assert 0.95 * peak <= counted / 1e9 <= 1.15 * peak
+        assert named(parts, device).keys() >= set(UNCOUNTED)
+
+
+def test_the_decoder_takes_what_it_allocates() -> None:
+    small = small_shapes(height=64, width=96)
+    coder, scale = Autoencoder(small.autoencoder), small.autoencoder.scale_factor_spatial
+    decoder = StreamingDecoder(coder, batch=2, height=64 // scale, width=96 // scale)
+    kept = named(estimated(shapes=replace(small, packed=True), batch=2, dtype=torch.float32))["decoder"]
+    shared = {parameter.untyped_storage().data_ptr() for parameter in coder.parameters()}
+    assert kept == pytest.approx(_allocated(decoder, shared), rel=0.01)
+
+
+def _allocated(root: object, shared: set[int]) -> int:
+    """Return the bytes of all tensors that an object of ours holds, those with shared memory left out."""
+    sizes, waiting, seen = {}, [root], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif type(value).__module__.startswith("longvideo.vae") and not isinstance(value, torch.nn.Module):
+            waiting += vars(value).values()
+    return sum(size for pointer, size in sizes.items() if pointer not in shared)
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
+def test_the_cache_takes_what_it_allocates(kv_cache: str) -> None:
+    small = small_shapes(height=64, width=64)
+    config = small.transformer
+    new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
+    slots = new_slots(
+        small.spec,
+        layers=config.num_layers,
+        batch=2,
+        heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    tensors, waiting = {}, list(vars(slots).values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif hasattr(value, "key_mean"):
+            waiting += vars(value).values()
+    parts = estimated(formats=NumberFormats("bf16", kv_cache), shapes=small, batch=2)
+    assert named(parts)["KV cache"] == pytest.approx(sum(tensors.values()), rel=0.01)
+
+
+def test_guidance_doubles_the_cache_and_not_the_decoder() -> None:
+    plain, guided = named(estimated()), named(estimated(shapes=shapes().with_guidance(5.0)))
+    assert guided["KV cache"] == 2 * plain["KV cache"]
+    assert guided["decoder"] == plain["decoder"]
+
+
+def test_a_model_that_is_quantised_on_the_way_needs_the_memory_of_the_whole_one() -> None:
+    formats = NumberFormats("nvfp4-weights", "nvfp4")
+    whole = estimated(formats=formats, decode_device=SECOND)
+    packed = estimated(formats=formats, decode_device=SECOND, shapes=shapes(packed=True))
+    drawn = estimated(formats=formats, decode_device=SECOND, loaded_in=torch.float32)
+    assert total(packed) < total(whole) < total(drawn)
+    assert named(whole).keys() == {"transformer while loading", CONTEXT}
+    assert named(whole)["transformer while loading"] > 10e9
+    assert named(drawn)["transformer while loading"] == pytest.approx(20e9, rel=0.01)
+    assert "transformer while loading" not in named(packed)
+    assert "transformer while loading" not in named(estimated(formats=NumberFormats("fp8")))
+
+
+def test_the_text_encoder_is_where_the_transformer_is() -> None:
+    parts = estimated(decode_device=SECOND, shapes=shapes(text_encoder=UMT5Config.xxl()))
+    assert named(parts)["text encoder"] == 2 * 5_680_910_336  # parameters of google/umt5-xxl's encoder
+    assert "text encoder" not in named(parts, SECOND)
+    assert total(parts) == total(estimated(decode_device=SECOND)) + named(parts)["text encoder"]
+
+
+def test_the_weights_of_the_5b_take_two_bytes_for_each_parameter() -> None:
+    with torch.device("meta"):
+        model = CausalTransformer(PRESETS["wan2.2-ti2v-5b"])
+    assert named(estimated())["transformer"] == 2 * sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,210 @@
+"""The streaming decoder against the autoencoder's own, in pieces of any length, and what it remembers."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.errors import UserError
+from longvideo.pixels import to_uint8
+from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.decoder_stages import Grid, fold_upsampling, plan_stages
+from longvideo.vae import Autoencoder, AutoencoderConfig
+
+SMALL = replace(
+    AutoencoderConfig.tiny(),
+    base_dim=8,
+    decoder_base_dim=12,
+    z_dim=6,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    latents_mean=(0.1, -0.2, 0.3, 0.0, 0.5, -1.0),
+    latents_std=(1.0, 0.5, 2.0, 1.5, 0.7, 0.1),
+)
+CPU = torch.device("cpu")
+
+
+@cache
+def ours() -> Autoencoder:
+    torch.manual_seed(0)
+    model = Autoencoder(SMALL)
+    # gains of one and small random biases would hide a norm or a bias that is left out
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("gamma")), std=0.3)
+    return model.eval()
+
+
+def latents(num_frames: int, seed: int = 0, batch: int = 2) -> Tensor:
+    return torch.randn(batch, SMALL.z_dim, num_frames, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def expected(num_frames: int, seed: int) -> Tensor:
+    with torch.no_grad():
+        video, _ = ours().decode(ours().denormalize(latents(num_frames, seed=seed)), None)
+    return to_uint8(video)
+
+
+def decoder(latents_per_step: int = 1) -> StreamingDecoder:
+    return StreamingDecoder(ours(), batch=2, height=2, width=3, latents_per_step=latents_per_step)
+
+
+def differing(got: Tensor, wanted: Tensor) -> float:
+    """Return the share of values that differ; none may by more than one step of 255."""
+    assert got.shape == wanted.shape and got.dtype == torch.uint8
+    difference = (got.int() - wanted.int()).abs()
+    assert difference.max() <= 1
+    return (difference > 0).float().mean().item()
+
+
+def test_an_upsampling_and_its_convolution_are_one_small_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(7, 5, 3, 3, generator=generator)
+    wanted = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2), weight, padding=1)
+    folded = torch.nn.functional.conv2d(x, fold_upsampling(weight), padding=1).unflatten(1, (2, 2, 7))
+    got = torch.empty_like(wanted)
+    for a in range(2):
+        for b in range(2):
+            got[:, :, a::2, b::2] = folded[:, a, b, :, a : a + 4, b : b + 3]
+    assert (got - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("pieces", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("latents_per_step", [1, 3])
+def test_it_makes_the_pixels_of_the_autoencoder(pieces: list[int], latents_per_step: int) -> None:
+    wanted, streaming = expected(5, 0), decoder(latents_per_step)
+    got = torch.cat([streaming.decode(part) for part in latents(5).split(pieces, dim=2)], dim=1)
+    # rounding differs where a value lies half way between two steps
+    assert differing(got, wanted) < 1e-3
+
+
+def test_a_state_can_be_gone_on_from_twice_and_a_video_begun_anew() -> None:
+    streaming = decoder()
+    first, second, other = latents(3), latents(2, seed=1), latents(2, seed=2)
+    streaming.decode(first)
+    state = streaming.state()
+    once, _ = streaming.decode(second), streaming.decode(other)
+    streaming.restore(state)
+    assert torch.equal(streaming.decode(second), once)
+    streaming.restore(())
+    assert differing(streaming.decode(latents(5)), expected(5, 0)) < 1e-3
+
+
+def test_the_shipped_autoencoder_in_bf16() -> None:
+    autoencoder = ModelFolder.open("tiny").load_vae(dtype=torch.bfloat16)
+    z = torch.randn(1, autoencoder.config.z_dim, 3, 8, 14, generator=torch.Generator().manual_seed(0))
+    exact = ModelFolder.open("tiny").load_vae(dtype=torch.float32)
+    with torch.no_grad():
+        wanted = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
+        plain = to_uint8(autoencoder.decode(autoencoder.denormalize(z).bfloat16(), None)[0]).float()
+    got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
+    # folded weights are rounded once more
+    assert (got - wanted).norm() < 1.2 * (plain - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def shared(first_share: float, latents_per_step: int = 1) -> StreamingDecoder:
+    return StreamingDecoder(
+        ours(),
+        batch=2,
+        height=2,
+        width=3,
+        latents_per_step=latents_per_step,
+        devices=(CPU, CPU),
+        first_share=first_share,
+    )
+
+
+def test_two_devices_make_the_same_pixels_at_every_boundary() -> None:
+    wanted = torch.cat([decoder(2).decode(latents(4)), decoder(2).decode(latents(1, seed=1))], dim=1)
+    seen = set()
+    for percent in range(1, 100, 3):
+        split = shared(percent / 100, latents_per_step=2)
+        if split.shares in seen:
+            continue
+        seen.add(split.shares)
+        got = split.decode(latents(4))
+        state = split.state()
+        split.restore(())
+        assert torch.equal(torch.cat([got, split.decode(latents(1, seed=1))], dim=1), wanted)
+        split.restore(state)
+        assert split.decode(latents(2, seed=2)).shape[1] == 8
+    assert len(seen) > 8
+
+
+@pytest.mark.parametrize("first_share", [0.05, 0.3, 0.5, 0.9])
+def test_the_first_device_takes_about_its_share(first_share: float) -> None:
+    first, second = shared(first_share).shares
+    assert first + second == pytest.approx(1)
+    assert abs(first - first_share) < 0.1
+    assert decoder().shares == (1.0,)
+
+
+@pytest.mark.parametrize("first_share", [0.0, 1.0, -0.5, float("nan")])
+def test_a_share_of_nothing_or_all_is_refused(first_share: float) -> None:
+    with pytest.raises(UserError, match=f"first_share is {first_share}; it must be above 0 and below 1"):
+        shared(first_share)
+
+
+def test_multiply_adds_are_those_of_the_convolutions_that_run() -> None:
+    plan = plan_stages(ours(), Grid(2, 2, 2, 3))
+    streaming = decoder(2)
+    streaming.decode(latents(1))
+    with FlopCounterMode(display=False) as counter:
+        streaming.decode(latents(2))
+    flops = counter.get_flop_counts()["Global"]
+    # what is not a convolution, attention and the matrix of the latents, are batched products
+    convolutions = sum(count for name, count in flops.items() if "conv" in str(name))
+    shortcuts = sum(count for name, count in flops.items() if "mm" in str(name) and "bmm" not in str(name))
+    assert 2 * sum(stage.multiply_adds for stage in plan) == convolutions + shortcuts
+
+
+def test_a_warmed_up_decoder_begins_a_video() -> None:
+    streaming = decoder()
+    streaming.decode(latents(2, seed=3))
+    streaming.warm_up()
+    assert torch.equal(streaming.decode(latents(5)), decoder().decode(latents(5)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [None, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_recorded_step_makes_the_same_bits_as_the_first_one(split: float | None) -> None:
+    autoencoder, gpu = deepcopy(ours()).to("cuda"), torch.device("cuda")
+    options = {} if split is None else {"devices": (gpu, gpu), "first_share": split}
+    streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3, **options)
+    z = latents(5).cuda()
+    first = streaming.decode(z).cpu()  # the second latent frame runs as it is, the third is replayed
+    assert (first.float() - expected(5, 0).float()).norm() < 2e-3 * expected(5, 0).float().norm()
+    for begin in (lambda: streaming.restore(()), streaming.warm_up):
+        begin()
+        pieces = [streaming.decode(part).cpu() for part in z.split([2, 1, 2], dim=2)]
+        assert torch.equal(torch.cat(pieces, dim=1), first)
+
+
+@pytest.mark.gpu
+def test_an_autoencoder_built_on_cuda_has_its_statistics_there() -> None:
+    with torch.device("cuda"):
+        model = Autoencoder(SMALL)
+    assert model.denormalize(latents(1).cuda()).is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_it_makes_the_pixels_of_the_cpu(dtype: torch.dtype) -> None:
+    autoencoder = deepcopy(ours()).to("cuda", dtype)
+    streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3)
+    got = torch.cat([streaming.decode(part.cuda()).cpu() for part in latents(5).split([2, 3], dim=2)], dim=1)
+    wanted = expected(5, 0).float()
+    assert (got.float() - wanted).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * wanted.norm()
+
+
+def test_latents_of_another_shape_are_refused() -> None:
+    with pytest.raises(UserError, match=r"latents are \[1, 6, 2, 2, 3\], wanted \[2, 6, 1 or more, 2, 3\]"):
+        decoder().decode(latents(2, batch=1))

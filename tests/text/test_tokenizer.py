@@ -1,0 +1,169 @@
+"""Tokenizer files that would explode, panic or point outside of a table are refused in one line, in little memory."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longvideo.errors import CheckpointError, UserError
+from longvideo.text import charsmap
+from longvideo.text.tokenizer import encode, load_tokenizer, save_tokenizer, word_tokenizer
+
+WORDS = ("a", "red", "ball")
+ROWS = 64
+MAX_GROWTH_BYTES = 200 * 2**20
+
+
+def charsmap_of(replacement: bytes = b"b\0", **units: int) -> str:
+    """Build a table that replaces "a"; units: other values of its trie, by place."""
+    trie = np.zeros(256, dtype="<u4")
+    trie[97] = 97 | 1 << 8 | 1 << 10  # the child for "a", whose value lies at 97 xor 1
+    trie[96] = 1 << 31
+    for place, unit in units.items():
+        trie[int(place.removeprefix("unit_"))] = unit
+    data = trie.tobytes()
+    return base64.b64encode(len(data).to_bytes(4, "little") + data + replacement).decode()
+
+
+def precompiled(table: str) -> dict[str, Any]:
+    return {"normalizer": {"type": "Precompiled", "precompiled_charsmap": table}}
+
+
+def replace_by(content: str, pattern: dict[str, str], times: int = 1) -> dict[str, Any]:
+    member = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"normalizer": {"type": "Sequence", "normalizers": [member] * times}}
+
+
+def template(single: list[Any], ids: list[int] | None = None) -> dict[str, Any]:
+    special = {"</s>": {"id": "</s>", "ids": ids or [1], "tokens": ["</s>"]}}
+    pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}]
+    return {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": special,
+        }
+    }
+
+
+TEXT, OTHER_TEXT = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+THE_END = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+BPE = {"type": "BPE", "vocab": {"<pad>": 0, "</s>": 1, "a": 2, "aa": 3}, "merges": [["a", "a"]]}
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["<pad>", 0.0], ["</s>", 0.0], ["a", -1.0]]}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "an id of two billion": ({"vocab": {"zzz": 2_000_000_000}}, "it has the id 2000000000, the text encoder has 64"),
+    "the largest id": ({"vocab": {"zzz": 2**32 - 1}}, "it has the id 4294967295"),
+    "an id below zero": ({"vocab": {"zzz": -1}}, "it has the id -1"),
+    "an id that is true": ({"vocab": {"zzz": True}}, "it has the id True"),
+    "an added token far away": ({"added_tokens": [{"id": 10**9, "content": "<q>"}]}, "it has the id 1000000000"),
+    "a list of unnatural length": ({"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 65}}, "has 65 tokens"),
+    "no vocabulary": ({"model": {"type": "WordLevel"}}, "its vocabulary has no tokens"),
+    "a template with far ids": (template([TEXT, THE_END], [10**6]), "it has the id 1000000"),
+    "a template of many texts": (template([TEXT] * 10**5), "no list of at most 16 pieces"),
+    "templates of templates": (
+        {"post_processor": {"type": "Sequence", "processors": [template([TEXT] * 9)["post_processor"]] * 9}},
+        "puts 32 pieces together; wanted at most 16",
+    ),
+    "a template for another text": (template([OTHER_TEXT]), "asks for another text"),
+    "a template without an end": (template([TEXT]), "does not end '' with </s>"),
+    "no post-processor": ({"post_processor": None}, "does not end '' with </s>"),
+    "a post-processor of another kind": ({"post_processor": {"type": "BertProcessing"}}, "'BertProcessing'; wanted"),
+    "words that explode": (replace_by("a" * 3000, {"String": "a"}, 2), "may make a text 9000000 times as long"),
+    "a pattern that matches everywhere": (replace_by("a" * 1024, {"Regex": ""}), "1025 times as long"),
+    "an empty pattern": (replace_by("a" * 1024, {"String": ""}), "1025 times as long"),
+    "a long beginning": ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}}, "times as long"),
+    "many normalizers": (replace_by("a", {"String": "a"}, 17), "normalizers is no list of at most 16"),
+    "an unknown normalizer": ({"normalizer": {"type": "Reverse"}}, "of the type 'Reverse', which is not supported"),
+    "a table that is no base64": (precompiled("***"), "precompiled_charsmap is not in base64"),
+    "a table of two bytes": (precompiled("AQA="), "says that its trie has"),
+    "a table of 4 GB": (precompiled(base64.b64encode(b"\xff" * 68).decode()), "its trie has 4294967295 bytes"),
+    "a table with a way out": (precompiled(charsmap_of(unit_0=1 << 20)), "leads to unit 1024 of 256"),
+    "a table with a far way out": (precompiled(charsmap_of(unit_97=97 | 3 << 9 | 1 << 20)), "leads to unit"),
+    "a table with a wrong value": (precompiled(charsmap_of(unit_96=1 << 31 | 99)), "points to no replacement"),
+    "a table into a character": (precompiled(charsmap_of("é\0".encode(), unit_96=1 << 31 | 1)), "to no replacement"),
+    "a table of long replacements": (precompiled(charsmap_of(b"b" * 257 + b"\0")), "by more than 256 bytes"),
+    "a table of other bytes": (precompiled(charsmap_of(b"\xff\0")), "not UTF-8"),
+    "dropout": ({"model": {**BPE, "dropout": 0.5}}, "has a dropout"),
+    "a long prefix": ({"model": {**BPE, "continuing_subword_prefix": "x" * 10**6}}, "has more than 16 characters"),
+    "no token for the unknown": ({"model": UNIGRAM}, "unk_id"),
+    "no word for the unknown": ({"unk_token": "nope"}, "Missing"),
+    "a broken pattern": (replace_by("a", {"Regex": "((("}), "parenthesis"),
+}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    save_tokenizer(word_tokenizer(WORDS), tmp_path, text_len=16)
+    return json.loads((tmp_path / "tokenizer.json").read_text())
+
+
+def changed(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Change the file, where a key is one of its own, and else its model."""
+    result = copy.deepcopy(values)
+    for key, value in change.items():
+        if key == "vocab":
+            result["model"]["vocab"].update(value)
+        elif key == "unk_token":
+            result["model"][key] = value
+        else:
+            result[key] = value
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_cannot_be_a_tokenizer_for_this_is_refused(name: str, values: dict[str, Any], tmp_path: Path) -> None:
+    change, says = CASES[name]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(changed(values, change)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path, rows=ROWS)
+    message = str(caught.value)
+    assert says in message and str(file) in message and "\n" not in message and len(message) < 500
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MAX_GROWTH_BYTES
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 10**5, '{"model": NaN}', "\x00", "x" * 100])
+def test_what_is_no_tokenizer_at_all_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(tmp_path, rows=ROWS)
+
+
+def test_of_a_key_that_stands_twice_what_is_checked_is_read(values: dict[str, Any], tmp_path: Path) -> None:
+    text = json.dumps(values)
+    bad = json.dumps({**values["model"], "vocab": {**values["model"]["vocab"], "zzz": 2_000_000_000}})
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {bad}, {text[1:]}')
+    assert encode(load_tokenizer(tmp_path, rows=ROWS), "a red ball").ids[-1] == 1
+
+
+def test_a_file_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b" " * (64 * 2**20 + 1))
+    with pytest.raises(UserError, match=r"tokenizer\.json has more than 67,108,864 bytes"):
+        load_tokenizer(tmp_path, rows=ROWS)
+
+
+def test_a_table_of_replacements_that_is_sound_is_used(values: dict[str, Any], tmp_path: Path) -> None:
+    assert charsmap.problem(charsmap_of()) is None
+    known = word_tokenizer(["b"]).get_vocab()
+    change = {**precompiled(charsmap_of()), "model": {**values["model"], "vocab": known}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(values, change)))
+    tokenizer = load_tokenizer(tmp_path, rows=ROWS)
+    assert encode(tokenizer, "a").ids == encode(tokenizer, "b").ids == [known["b"], 1]
+
+
+def test_a_library_that_panics_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$B </s>", special_tokens=[("</s>", 1)])
+    with pytest.raises(CheckpointError, match="index out of bounds"):
+        encode(tokenizer, "a red ball")

@@ -1,0 +1,103 @@
+"""One rank's input of a teacher-forcing step: latents, noise, noise levels and captions.
+
+Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunks of a view, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longvideo.config.fields import Bounded, bounded, steps_field
+from longvideo.distributed import Mesh, divide
+from longvideo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ViewStage(Bounded):
+    """A run of steps on `batch` views of `chunks` chunks; `learning_rate` replaces the optimiser's peak there.
+
+    Views of one chunk show how a video begins: all that is in them must come from the prompt.
+    """
+
+    steps: int = steps_field(10000)
+    batch: int = bounded(64, least=1)
+    chunks: int = bounded(3, least=1)
+    learning_rate: float | None = bounded(None, least=0)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the views of a batch come from, for what is kept of them: numbers in the step's batch and in the view.
+
+    sigma_BQ, trained_BQ: noise level of every chunk, and whether it gets a loss, on the host. given_BT: 1 at frames
+    that are given, on the device.
+    """
+
+    step: int
+    samples: tuple[int, ...]
+    chunks: tuple[int, ...]
+    sigma_BQ: Tensor
+    trained_BQ: Tensor
+    given_BT: Tensor
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """A rank's share of one pass: clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T];
+    ids, mask [B, Q, S], or features [B, Q, J, D].
+
+    sigma is what the noisy copy gets and the model is told; context_sigma what the clean copy gets, told as 0.
+    mean_weight: sum of the loss mask over all shares of a step, by their number, so that the mean of all shares' losses
+    is the mean over all frames that count, however they are divided. cuts: of the whole view, if they change positions
+    or what is seen. first_view: number of the first view in the batch of the step.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    context_noise: Tensor
+    sigma: Tensor
+    context_sigma: Tensor
+    loss_mask: Tensor
+    ids: Tensor | None
+    mask: Tensor | None
+    features: Tensor | None
+    mean_weight: Tensor
+    cuts: tuple[bool, ...] | None = None
+    origin: Origin | None = None
+    first_view: int = 0
+
+    def shares(self, mesh: Mesh, micro_batch: int | None, chunk_frames: int) -> list[ViewBatch]:
+        """Divide the batch of a whole step; return this rank's shares, one for each pass.
+
+        Raises ConfigError when views or chunks do not divide.
+        """
+        views, frames = self.sigma.shape
+        size, passes = divide(views, mesh, micro_batch)
+        if frames % (mesh.sequence * chunk_frames):
+            raise ConfigError(f"{frames // chunk_frames} chunks do not divide into {mesh.sequence} ranks")
+        own = frames // mesh.sequence
+        time = slice(mesh.place * own, (mesh.place + 1) * own)
+        chunks = slice(time.start // chunk_frames, time.stop // chunk_frames)
+        mean_weight = self.loss_mask.sum() / (mesh.world * passes)
+
+        def share(number: int) -> ViewBatch:
+            first = (mesh.replica * passes + number) * size
+            view = slice(first, first + size)
+
+            def texts(x: Tensor | None) -> Tensor | None:
+                return None if x is None else x[view, chunks]
+
+            return ViewBatch(
+                *(x[view, :, time] for x in (self.clean, self.noise, self.context_noise)),
+                *(x[view, time] for x in (self.sigma, self.context_sigma, self.loss_mask)),
+                ids=texts(self.ids),
+                mask=texts(self.mask),
+                features=texts(self.features),
+                mean_weight=mean_weight,
+                cuts=self.cuts,
+                first_view=first,
+            )
+
+        return [share(number) for number in range(passes)]

@@ -1,0 +1,58 @@
+"""Clips encoded while training goes on, from a manifest of videos: no encoded copy on disk, but every epoch pays again.
+
+A rank reads and encodes its own latent frames and the raw frames that they depend on (`longvideo.vae.halo`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
+from longvideo.data.manifest import read_manifest
+from longvideo.errors import ConfigError
+from longvideo.training.precision import autocast
+from longvideo.vae.halo import encode_latents, encode_window, temporal_lookback
+
+
+class VideoClips:
+    """The clips of a manifest, as `longvideo.train.clips.views.Clips` wants them. Encoders run on `device`."""
+
+    def __init__(self, manifest: Path, folder: ModelFolder, *, chunks: int, device: torch.device, precision: str):
+        missing = [part for part in ("vae", "text_encoder") if part not in folder.parts]
+        if missing:
+            raise ConfigError(
+                f"{folder.path} has no {' and no '.join(missing)}, which training from videos needs; give a whole model"
+                " folder, or encode the videos first"
+            )
+        settings = folder.settings
+        self.size, self.fps = (settings.height, settings.width), float(settings.fps)
+        self.num_chunks, self.chunk_frames = chunks, settings.chunk_frames
+        self.scale = folder.vae_config.scale_factor_temporal
+        frames = ChunkFrames.of_latents(settings.chunk_frames, self.scale)
+        self.clips = plan_clips(read_manifest(manifest), num_chunks=chunks, fps=self.fps, chunks=frames)
+        self.autoencoder = folder.load_vae(device=device, dtype=torch.float32).requires_grad_(False)
+        self.text_encoder = folder.load_text_encoder(device=device).requires_grad_(False)
+        self.lookback = temporal_lookback(folder.vae_config)
+        self.device, self.precision = device, precision
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def latents(self, index: int, first: int, last: int) -> Tensor:
+        """Read and encode latent frames [first, last): float32 [C, t, H, W], on the CPU."""
+        window = encode_window(first, last, self.lookback, temporal_scale=self.scale)
+        frames_THWC = read_frames(self.clips[index], window.first_frame, window.end_frame, size=self.size, fps=self.fps)
+        video = (frames_THWC.to(self.device).float() / 127.5 - 1).permute(3, 0, 1, 2).unsqueeze(0)
+        with autocast(self.precision, self.device):
+            return encode_latents(self.autoencoder, video, window)[0].cpu()
+
+    @torch.no_grad()
+    def text(self, caption: str) -> Tensor:
+        """Return features [J, D] of a caption, encoded once."""
+        if caption not in self._texts:
+            features, rows = self.text_encoder.encode([caption])
+            self._texts[caption] = features[rows[0]].float().cpu()
+        return self._texts[caption]

@@ -1,0 +1,186 @@
+"""Latents of ShapeWorld clips, kept on the training device and replaced little by little.
+
+Clips are encoded in groups. Content c of the bank (a group of clips with their scenes, cuts and times) is a function of
+the seed and c alone and lies in place c mod groups, so what the bank holds at a step follows from the step.
+Shapes: N clips, C channels, T latent frames, H W latent grid, Q chunks of a clip.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longvideo.config.fields import Bounded, bounded, share
+from longvideo.distributed import is_main_process
+from longvideo.errors import ConfigError
+from longvideo.train.shapeworld.scenes import FPS, ScenePool
+from longvideo.training.objective import seeded
+from longvideo.training.precision import autocast
+from longvideo.vae.autoencoder import Autoencoder
+
+TEMPORAL_SCALE = 4
+"""Pixel frames of a latent frame; the first latent frame of a video holds one."""
+
+
+@dataclass(frozen=True)
+class BankConfig(Bounded):
+    """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
+
+    refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
+    them between chunks. recolor_fraction: share of the others in which, between two chunks, an object takes another
+    color while the scene goes on. late_fraction: share of clips that begin up to max_seconds into their first scene; a
+    caption tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
+    """
+
+    clips: int = bounded(8192, least=1)
+    initial_clips: int = bounded(4096, least=1)
+    group: int = bounded(32, least=1)
+    refresh_every: int = bounded(8, least=1)
+    chunks: int = bounded(4, least=1)
+    cut_fraction: float = share(0.35)
+    recolor_fraction: float = share(0.0)
+    late_fraction: float = bounded(0.4, least=0, below=1)
+    max_seconds: float = bounded(60.0, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recolor_fraction and self.chunks < 2:
+            raise ConfigError("bank.recolor_fraction needs clips of two chunks at least; set bank.chunks")
+        for name in ("clips", "initial_clips"):
+            if getattr(self, name) < self.group or getattr(self, name) % self.group:
+                raise ConfigError(f"bank.{name}={getattr(self, name)} must be a multiple of bank.group={self.group}")
+        if self.initial_clips > self.clips:
+            raise ConfigError(f"bank.initial_clips={self.initial_clips} exceeds bank.clips={self.clips}")
+        if self.refresh_every < 1:
+            raise ConfigError(f"bank.refresh_every={self.refresh_every} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """scene: what each chunk shows, cut: whether it opens a shot after another one, start_seconds: its time at the
+    clip's first frame, [N, Q]; late, recolored [N].
+    """
+
+    scene: Tensor
+    cut: Tensor
+    start_seconds: Tensor
+    late: Tensor
+    recolored: Tensor
+
+
+class LatentBank:
+    """latents: [N, C, T, H, W] float16, normalized. scene, cut: [N, Q], rows of the pool, and chunks that open a shot
+    after another one. late, recolored: [N].
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        pool: ScenePool,
+        config: BankConfig,
+        *,
+        chunk_frames: int,
+        seed: int,
+        precision: str,
+    ):
+        self.autoencoder = autoencoder
+        self.pool = pool
+        self.config = config
+        self.chunk_frames = chunk_frames
+        self.seed = seed
+        self.precision = precision
+        scale = autoencoder.config.scale_factor_spatial
+        frames = config.chunks * chunk_frames
+        shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
+        self.latents = torch.zeros(shape, dtype=torch.float16, device=pool.device)
+        self.scene = torch.zeros(config.clips, config.chunks, dtype=torch.long, device=pool.device)
+        self.cut = torch.zeros(config.clips, config.chunks, dtype=torch.bool, device=pool.device)
+        self.late, self.recolored = torch.zeros(2, config.clips, dtype=torch.bool, device=pool.device)
+        self.generator = torch.Generator(pool.device)
+        self.groups = config.clips // config.group
+        self.num_late = round(config.late_fraction * config.group)
+        self.contents = 0
+
+    @property
+    def filled(self) -> int:
+        """Clips that can be drawn."""
+        return min(self.contents, self.groups) * self.config.group
+
+    def draw_opening(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw clips that are not late, [count]; the late ones are the first of every group."""
+        group, device = self.config.group, self.pool.device
+        row = torch.randint(self.filled // group, (count,), generator=generator, device=device)
+        return row * group + torch.randint(self.num_late, group, (count,), generator=generator, device=device)
+
+    def start(self, step: int) -> None:
+        """Fill the bank as it is at `step`, whatever it holds now."""
+        began = time.monotonic()
+        self.contents = max(0, self._contents_at(step) - self.groups)
+        self.advance(step)
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+        if is_main_process():
+            print(f"bank of {self.filled} clips encoded in {time.monotonic() - began:.1f} s", flush=True)
+
+    def advance(self, step: int) -> None:
+        """Encode the groups that are due by `step`."""
+        while self.contents < self._contents_at(step):
+            self._write(self.contents)
+            self.contents += 1
+
+    def _contents_at(self, step: int) -> int:
+        return self.config.initial_clips // self.config.group + step // self.config.refresh_every
+
+    @torch.no_grad()
+    def _write(self, content: int) -> None:
+        first = content % self.groups * self.config.group
+        place = slice(first, first + self.config.group)
+        plan = self.plan(content)
+        self.latents[place] = self.encode(plan)
+        self.scene[place] = plan.scene
+        self.cut[place] = plan.cut
+        self.late[place] = plan.late
+        self.recolored[place] = plan.recolored
+
+    def plan(self, content: int) -> ClipPlan:
+        """Draw the scenes, cuts and times of a group."""
+        generator = seeded(self.generator, self.seed, "bank", content)
+        device, count, chunks = self.pool.device, self.config.group, self.config.chunks
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        rank = rand(count, chunks - 1).argsort(1).argsort(1)
+        num_cuts = (rand(count, 1) < self.config.cut_fraction) * (1 + (rand(count, 1) < 0.4).long())
+        cut = torch.cat((torch.zeros(count, 1, dtype=torch.bool, device=device), rank < num_cuts), dim=1)
+        shot = cut.long().cumsum(1)
+        scenes = torch.randint(self.pool.count, (count, chunks), generator=generator, device=device)
+        late = torch.arange(count, device=device) < self.num_late
+        number = torch.arange(chunks, device=device)
+        opening_chunk = (number * cut).cummax(1).values
+        frames_before = (opening_chunk * self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1)).clamp(min=0)
+        seconds = torch.where(shot == 0, (late * rand(count))[:, None] * self.config.max_seconds, -frames_before / FPS)
+        scene = scenes.gather(1, shot)
+        recolored = (rand(count) < self.config.recolor_fraction) & (num_cuts[:, 0] == 0)
+        if self.config.recolor_fraction:
+            at = torch.randint(1, chunks, (count, 1), generator=generator, device=device)
+            scene = torch.where(recolored[:, None] & (number >= at), self.pool.other_color(scene), scene)
+        return ClipPlan(scene=scene, cut=cut, start_seconds=seconds, late=late, recolored=recolored)
+
+    @torch.no_grad()
+    def encode(self, plan: ClipPlan) -> Tensor:
+        """Draw and encode clips chunk by chunk, as a stream: normalised mean latents [N, C, T, H, W], float32."""
+        state, latents, begin = None, [], 0
+        for chunk in range(plan.scene.shape[1]):
+            frames = self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1 if chunk == 0 else 0)
+            clock = (begin + torch.arange(frames, device=self.pool.device)) / FPS
+            seconds = plan.start_seconds[:, chunk, None] + clock
+            video, _ = self.pool.draw(plan.scene[:, chunk, None].expand(-1, frames), seconds)
+            with autocast(self.precision, self.pool.device):
+                moments, state = self.autoencoder.encode(video, state)
+            latents.append(self.autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+            begin += frames
+        return torch.cat(latents, dim=2)

@@ -1,0 +1,337 @@
+"""Train the causal transformer and its text encoder on ShapeWorld: build, roll out, export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.settings import ModelSettings, chunk_spec
+from longvideo.config.fields import Bounded, bounded, seed_field
+from longvideo.distributed import Mesh, ParallelConfig, check_sequence
+from longvideo.errors import ConfigError
+from longvideo.flow.schedule import FlowSchedule
+from longvideo.flow.unipc import UniPC
+from longvideo.model.conditioning import batch_texts
+from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.transformer import CausalTransformer
+from longvideo.rollout import context_level
+from longvideo.shapeworld.captions import caption, vocabulary
+from longvideo.shapeworld.world import Split, recolor, sample_scenes
+from longvideo.text.encoder import TextEncoder
+from longvideo.train.batch import ViewStage
+from longvideo.train.nvfp4 import NVFP4Config, prepare
+from longvideo.train.shapeworld.captions import tokenize_captions
+from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
+from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
+from longvideo.train.shapeworld.views import ViewConfig, ViewSource
+from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
+from longvideo.training.checkpoint import Checkpoint
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.precision import autocast
+from longvideo.training.run_folder import describe_model
+from longvideo.training.sampling import sample_videos
+from longvideo.training.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class TransformerShape(Bounded):
+    """A preset, with any of its sizes replaced. Channels and text width come from the autoencoder and text encoder."""
+
+    preset: str = "tiny"
+    num_attention_heads: int | None = bounded(None, least=1)
+    attention_head_dim: int | None = bounded(None, least=1)
+    ffn_dim: int | None = bounded(None, least=1)
+    num_layers: int | None = bounded(None, least=1)
+    text_len: int | None = bounded(None, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ConfigError(f"model.preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+
+    def build(self, *, channels: int, text_dim: int) -> TransformerConfig:
+        return replace(
+            PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **self._given()
+        )
+
+    def check(self, found: TransformerConfig, folder: str) -> None:
+        """Raise ConfigError where a size given here is not that of the model a run goes on from."""
+        for name, value in self._given().items():
+            if getattr(found, name) != value:
+                raise ConfigError(f"model.{name}={value}, but the model in {folder} has {getattr(found, name)}")
+
+    def _given(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Bounded):
+    """Held-out prompts rolled out on the way; the judge says what share of them shows what it should."""
+
+    prompts: int = bounded(24, least=0)
+    shown: int = bounded(6, least=0)
+    chunks: int = bounded(4, least=1)
+    judge: bool = True
+
+
+@dataclass(frozen=True)
+class HeldOutConfig(Bounded):
+    """Loss on clips of held-out scenes, always the same `batches` of `batch` views with the same noise; 0: none."""
+
+    batches: int = bounded(0, least=0)
+    batch: int = bounded(64, least=1)
+    clips: int = bounded(512, least=1)
+
+
+@dataclass(frozen=True)
+class ArTraining(Bounded):
+    """`longvideo train ar`.
+
+    vae: a model folder that holds an autoencoder. initialize: one to take weights from. shipped: for each of these
+    keys, the packaged model that takes the place of a folder which an earlier run has not made yet.
+    """
+
+    seed: int = seed_field()
+    vae: str = "runs/vae/model"
+    initialize: str | None = None
+    shipped: dict[str, str] = field(default_factory=lambda: {"vae": "tiny"})
+    export_dtype: str = "bf16"
+    model: TransformerShape = field(default_factory=TransformerShape)
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    objective: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
+    nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
+    stages: list[ViewStage] = field(default_factory=lambda: [ViewStage()])
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    validation: HeldOutConfig = field(default_factory=HeldOutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.export_dtype not in DTYPES:
+            raise ConfigError(f"export_dtype={self.export_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
+            raise ConfigError(
+                f"settings.height and width are {self.settings.height}x{self.settings.width}, those of the scenes"
+                f" {self.scenes.height}x{self.scenes.width}; they must be equal"
+            )
+        pins = self.settings.pin_shots and self.objective.context == "window"
+        if self.bank.cut_fraction and (self.settings.offset_per_shot or pins):
+            raise ConfigError(
+                f"bank.cut_fraction={self.bank.cut_fraction}: views of ShapeWorld share their positions and what they"
+                " see, so clips with cuts need settings.offset_per_shot=0, and with objective.context=window also"
+                " settings.pin_shots=false; change these or set bank.cut_fraction=0"
+            )
+
+
+FEW_CLIPS = 4
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ArRecipe:
+    """What the trainer runs for `longvideo train ar`."""
+
+    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False):
+        if dry_run:
+            # a few clips are enough for steps that are only timed
+            few = math.gcd(config.bank.group, FEW_CLIPS)
+            config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
+        self.config = config
+        self.device = device
+        self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
+        self.autoencoder = ModelFolder.open(config.vae).load_vae(device=device, dtype=torch.float32)
+        self.autoencoder.requires_grad_(False)
+        self.transformer, self.text_encoder = self._build_model()
+        check_sequence(
+            mesh.sequence,
+            heads=self.transformer.config.num_attention_heads,
+            chunk_counts=[stage.chunks for stage in config.stages],
+        )
+        self.spec = chunk_spec(config.settings, self.autoencoder.config.scale_factor_spatial)
+        schedule = FlowSchedule(config.settings.shift)
+        self.objective = TeacherForcing(
+            self.transformer,
+            self.text_encoder,
+            runnable(config.objective, config.parallel),
+            spec=self.spec,
+            schedule=schedule,
+            device=device,
+            mesh=mesh,
+            rounding=prepare(
+                config.nvfp4,
+                self.transformer,
+                seed=config.seed,
+                place=mesh.place,
+                total_steps=sum(stage.steps for stage in config.stages),
+            ),
+            context=context_level(
+                UniPC(config.settings.steps, config.settings.shift), clean_pass=config.settings.clean_pass
+            ),
+        )
+        self.source = self._views(
+            "train", config.bank, config.stages, config.views, seed=config.seed, count=config.scenes.count
+        )
+        self.validation = None
+        if config.validation.batches:
+            held_out = config.validation
+            bank = replace(
+                config.bank, clips=held_out.clips, initial_clips=held_out.clips, refresh_every=held_out.batches
+            )
+            stages = [replace(config.stages[-1], batch=held_out.batch)]
+            views = replace(config.views, prompt_dropout=0.0)
+            self.validation = self._views("heldout", bank, stages, views, seed=0, count=held_out.clips)
+
+    def _views(
+        self,
+        split: Split,
+        bank: BankConfig,
+        stages: Sequence[ViewStage],
+        views: ViewConfig,
+        *,
+        seed: int,
+        count: int,
+    ) -> ViewSource:
+        config, scenes = self.config, self.config.scenes
+        drawn = sample_scenes(count, seed=config.seed, split=split, pair_fraction=scenes.pair_fraction)
+        pool = ScenePool(
+            drawn,
+            height=scenes.height,
+            width=scenes.width,
+            device=self.device,
+            recolored=[recolor(scene) for scene in drawn] if bank.recolor_fraction or views.wrong_color else [],
+        )
+        tokens = tokenize_captions(
+            pool.scenes,
+            self.text_encoder,
+            phrasings=views.phrasings,
+            omit=views.caption_omit,
+            device=self.device,
+            distinct=pool.count,
+            cut_prefix=config.settings.cut_prefix,
+        )
+        latents = LatentBank(
+            self.autoencoder,
+            pool,
+            bank,
+            chunk_frames=self.spec.chunk_frames,
+            seed=seed,
+            precision=config.trainer.precision,
+        )
+        return ViewSource(
+            latents,
+            tokens,
+            stages,
+            views,
+            self.objective.schedule,
+            seed=seed,
+            tokens_per_chunk=self.spec.tokens_per_chunk,
+        )
+
+    def start(self, step: int) -> None:
+        """Encode the bank."""
+        self.source.start(step)
+
+    def flops(self, step: int) -> float | None:
+        return None
+
+    def validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        if not self.validation.bank.filled:
+            self.validation.start(0)
+        total = torch.zeros((), device=self.device)
+        for number in range(self.config.validation.batches):
+            with autocast(self.config.trainer.precision, self.device):
+                loss, _ = self.objective(self.validation.batch(number))
+            total += loss
+        return {"val_loss": float(total) / self.config.validation.batches}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        rounding = self.objective.rounding
+        note = None if rounding is None else rounding.note(checkpoint.state, mesh)
+        return [] if note is None else [note]
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""
+        from longvideo.evaluation.sheet import film_strip
+
+        config = self.config.rollout
+        if not config.prompts:
+            return {}
+        scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
+        prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
+        videos = self.roll_out(prompts)
+        if config.shown:
+            folder.mkdir(parents=True, exist_ok=True)
+            shown = slice(0, config.shown)
+            film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
+        if not config.judge:
+            return {}
+        from longvideo.evaluation.judge import judge_all
+
+        return judge_all(videos, scenes, FPS)
+
+    @torch.no_grad()
+    def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Generate one clip a prompt in one batch: uint8 [T, H, W, 3] each."""
+        chunks = self.config.rollout.chunks
+        cuts = (False,) * chunks
+        texts = batch_texts([[prompt] * chunks for prompt in prompts], cuts, cut_prefix=self.config.settings.cut_prefix)
+        features, rows = self.text_encoder.encode(texts.texts)
+        return sample_videos(
+            self.transformer,
+            self.autoencoder,
+            self.config.settings,
+            self.spec,
+            features_PJD=features[rows],
+            rows_NB=texts.rows_NB.to(self.device),
+            cuts=cuts,
+            seeds=range(len(prompts)),
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write a complete model folder."""
+        ModelFolder.save(
+            folder,
+            settings=replace(self.config.settings, text_len=self.transformer.config.text_len),
+            transformer=self.transformer,
+            vae=self.autoencoder,
+            text_encoder=self.text_encoder,
+            dtype=DTYPES[self.config.export_dtype],
+            overwrite=True,
+        )
+
+    def facts(self) -> list[str]:
+        return self.objective.facts()
+
+    def next_steps(self, folder: Path) -> list[str]:
+        return describe_model(folder)
+
+    def _build_model(self) -> tuple[CausalTransformer, TextEncoder]:
+        config = self.config
+        if config.initialize is not None:
+            folder = ModelFolder.open(config.initialize)
+            transformer = folder.load_transformer(device=self.device, dtype=torch.float32)
+            config.model.check(transformer.config, config.initialize)
+            return transformer, folder.load_text_encoder(device=self.device, dtype=torch.float32)
+        words = [*vocabulary(), config.settings.cut_prefix]
+        text_len = config.model.text_len or PRESETS[config.model.preset].text_len
+        text_encoder = TextEncoder.build_tiny(words, seed=config.seed, text_len=text_len).to(self.device)
+        text_dim = text_encoder.config_json()["d_model"]
+        transformer = CausalTransformer(config.model.build(channels=self.autoencoder.config.z_dim, text_dim=text_dim))
+        transformer.initialize(torch.Generator().manual_seed(config.seed))
+        return transformer.to(self.device), text_encoder

@@ -1,0 +1,232 @@
+"""Train the autoencoder on ShapeWorld: build, validate, measure latent statistics, export."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.modules import load_weights
+from longvideo.checkpoint.settings import ModelSettings
+from longvideo.config.fields import Bounded, bounded, seed_field, share
+from longvideo.distributed import Mesh
+from longvideo.errors import ConfigError
+from longvideo.pixels import to_uint8
+from longvideo.shapeworld.world import Split, sample_scenes
+from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
+from longvideo.train.vae.clips import ClipSource, ClipStage
+from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, psnr
+from longvideo.training.checkpoint import Checkpoint
+from longvideo.training.objective import compile_fact, seeded
+from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.precision import autocast
+from longvideo.training.run_folder import MODEL
+from longvideo.training.trainer import TrainerConfig
+from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.config import AutoencoderConfig
+
+CHUNK_FRAMES = (29, 32)
+"""Pixel frames of a video's first chunk and of every later one."""
+
+
+@dataclass(frozen=True)
+class AutoencoderShape(Bounded):
+    """The preset `tiny`, with any of its sizes replaced."""
+
+    base_dim: int | None = bounded(None, least=1)
+    decoder_base_dim: int | None = bounded(None, least=1)
+    z_dim: int | None = bounded(None, least=1)
+    dim_mult: tuple[int, ...] | None = bounded(None, least=1)
+    num_res_blocks: int | None = bounded(None, least=1)
+
+    def build(self) -> AutoencoderConfig:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        preset = AutoencoderConfig.tiny()
+        channels = given.get("z_dim", preset.z_dim)
+        if "dim_mult" in given:
+            given["dim_mult"] = tuple(given["dim_mult"])
+        return replace(preset, **given, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
+
+
+@dataclass(frozen=True)
+class ValidationConfig(Bounded):
+    """Held-out clips of a first and a second chunk, encoded and decoded as a stream; shown clips go on the sheet."""
+
+    clips: int = bounded(32, least=1)
+    shown: int = bounded(6, least=0)
+    statistics_clips: int = bounded(256, least=1)
+    batch: int = bounded(16, least=1)
+
+
+@dataclass(frozen=True)
+class VaeTraining(Bounded):
+    """`longvideo train vae`.
+
+    initialize: a model folder to take the autoencoder from. shipped: as of `ArTraining`.
+    """
+
+    seed: int = seed_field()
+    initialize: str | None = None
+    shipped: dict[str, str] = field(default_factory=dict)
+    cut_fraction: float = share(0.04)
+    model: AutoencoderShape = field(default_factory=AutoencoderShape)
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    stages: list[ClipStage] = field(default_factory=list)
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise ConfigError("stages is empty; list at least one {frames, height, width, batch, steps}")
+
+
+class VaeRecipe:
+    """What the trainer runs for `longvideo train vae`."""
+
+    def __init__(self, config: VaeTraining, device: torch.device):
+        self.config = config
+        self.device = device
+        self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
+        self.autoencoder = build_autoencoder(config.model.build(), seed=config.seed, device=device)
+        if config.initialize is not None:
+            load_weights(
+                self.autoencoder,
+                ModelFolder.open(config.initialize).weights("vae"),
+                device=device,
+                dtype=torch.float32,
+            )
+        self.objective = Reconstruction(self.autoencoder, config.loss, device=device)
+        self.pool = self._pool("train", config.scenes.count)
+        self.source = ClipSource(
+            self.pool,
+            config.stages,
+            seed=config.seed,
+            max_seconds=config.scenes.max_seconds,
+            cut_fraction=config.cut_fraction,
+            latent_channels=self.autoencoder.config.z_dim,
+        )
+
+    def start(self, step: int) -> None:
+        """Nothing to get ready: every batch is drawn afresh."""
+
+    def flops(self, step: int) -> float | None:
+        return None
+
+    def validate(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        return []
+
+    def sample(self, step: int, folder: Path) -> dict[str, float]:
+        """Measure held-out clips as the stream would show them, and draw pairs of rows: given, reconstructed."""
+        from longvideo.evaluation.sheet import film_strip
+
+        config = self.config.validation
+        pool = self._pool("heldout", config.clips)
+        overall, objects, rows = [], [], []
+        for first in range(0, config.clips, config.batch):
+            scenes = torch.arange(first, min(first + config.batch, config.clips), device=self.device)
+            video, mask = self._clips(pool, scenes, stream="validation")
+            output = self._stream(video)
+            for found, values in zip((overall, objects), psnr(output, video, mask), strict=True):
+                found.append(values)
+            num_shown = max(0, min(config.shown - first, len(scenes)))
+            for given, made in zip(
+                *(to_uint8(clips[:num_shown]).cpu().numpy() for clips in (video, output)), strict=True
+            ):
+                rows += [given, made]
+        folder.mkdir(parents=True, exist_ok=True)
+        values_overall, values_objects = torch.cat(overall), torch.cat(objects)
+        captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
+        film_strip(rows, columns=8, captions=captions).save(folder / f"vae_{step:07d}.png")
+        return {
+            "val_psnr": values_overall.mean().item(),
+            "val_object": values_objects.mean().item(),
+            "val_object_worst": values_objects.min().item(),
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write `vae/` of a model folder, with the latent statistics of training clips."""
+        mean, std = self._statistics()
+        exported = Autoencoder(replace(self.autoencoder.config, latents_mean=mean, latents_std=std))
+        exported.load_state_dict(self.autoencoder.state_dict())
+        scenes = self.config.scenes
+        ModelFolder.save(
+            folder, settings=ModelSettings(height=scenes.height, width=scenes.width), vae=exported, overwrite=True
+        )
+
+    def facts(self) -> list[str]:
+        return [compile_fact(self.config.loss.compile, self.device)]
+
+    def next_steps(self, folder: Path) -> list[str]:
+        model = folder / MODEL
+        out = folder.with_name(f"{folder.name}_ar")
+        return [
+            f"model: {model}",
+            f"next: {shlex.join(['longvideo', 'train', 'ar', 'tiny/ar_opening', f'vae={model}', '--out', str(out)])}",
+        ]
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and deviation of every latent channel over training clips."""
+        config = self.config.validation
+        count = max(1, config.statistics_clips // config.batch)
+        sums = torch.zeros(3, self.autoencoder.config.z_dim, dtype=torch.float64, device=self.device)
+        for group in range(count):
+            generator = seeded(torch.Generator(self.device), self.config.seed, "statistics", group)
+            scenes = torch.randint(len(self.pool), (config.batch,), generator=generator, device=self.device)
+            video, _ = self._clips(self.pool, scenes, stream=f"statistics {group}")
+            latents = torch.cat(self._encode(video), dim=2).double().transpose(0, 1).flatten(1)
+            sums += torch.stack((torch.ones_like(latents), latents, latents.square())).sum(-1)
+        mean = sums[1] / sums[0]
+        std = (sums[2] / sums[0] - mean.square()).clamp_min(1e-8).sqrt()
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def _pool(self, split: Split, count: int) -> ScenePool:
+        config = self.config.scenes
+        scenes = sample_scenes(count, seed=self.config.seed, split=split, pair_fraction=config.pair_fraction)
+        return ScenePool(scenes, height=config.height, width=config.width, device=self.device)
+
+    def _clips(self, pool: ScenePool, scene_B: Tensor, *, stream: str) -> tuple[Tensor, Tensor]:
+        frames = sum(CHUNK_FRAMES)
+        generator = seeded(torch.Generator(self.device), self.config.seed, stream, int(scene_B[0]))
+        start = torch.rand(len(scene_B), generator=generator, device=self.device) * self.config.scenes.max_seconds
+        return pool.draw(scene_B[:, None].expand(-1, frames), frame_seconds(start, frames))
+
+    def _encode(self, video: Tensor) -> list[Tensor]:
+        """Return the mean latents of a first and a second chunk."""
+        state, latents = None, []
+        with self._autocast():
+            for chunk in video.split(list(CHUNK_FRAMES), dim=2):
+                moments, state = self.autoencoder.encode(chunk, state)
+                latents.append(moments.float().chunk(2, dim=1)[0])
+        return latents
+
+    def _stream(self, video: Tensor) -> Tensor:
+        state, output = None, []
+        for latents in self._encode(video):
+            with self._autocast():
+                frames, state = self.autoencoder.decode(latents, state)
+            output.append(frames.float())
+        return torch.cat(output, dim=2)
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.config.trainer.precision, self.device)
+
+
+def build_autoencoder(config: AutoencoderConfig, *, seed: int, device: torch.device) -> Autoencoder:
+    """Build an autoencoder with fresh weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = Autoencoder(config)
+    return autoencoder.to(device)
