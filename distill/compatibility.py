@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint.adapters import Adapter, layer_sizes
-from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.distill.roles import LoraSettings
 from longvideo.errors import CheckpointError
-from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.distill.roles import LoraSettings
+    from longvideo.model.config import TransformerConfig
 
 
 def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.compatibility import check_adapter, check_same_shape
-from longvideo.distill.config import Distillation
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
 from longvideo.distill.merging import save_merged
@@ -39,7 +37,6 @@ from longvideo.distill.prompts import (
 )
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
-from longvideo.distill.walk import Clip
 from longvideo.distributed import Mesh, divide, launched
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
@@ -53,15 +50,23 @@ from longvideo.quantization.convert import with_precision
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
-from longvideo.training.checkpoint import Checkpoint
-from longvideo.training.engine import Engine
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
 from longvideo.training.objective import Objective, compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.sampling import sample_videos
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from longvideo.distill.config import Distillation
+    from longvideo.distill.walk import Clip
+    from longvideo.training.checkpoint import Checkpoint
+    from longvideo.training.engine import Engine
+    from longvideo.vae.autoencoder import Autoencoder
 
 COMPILED_FORMS = 32
 LORA = "lora"  # the student's adapter in a run folder

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.checkpoint.run_checkpoint import ROLES
-from longvideo.checkpoint.tensors import Lazy
-from longvideo.distill.objectives import CriticObjective, StudentObjective
-from longvideo.distill.walk import Clip
-from longvideo.training.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from longvideo.checkpoint.tensors import Lazy
+    from longvideo.distill.objectives import CriticObjective, StudentObjective
+    from longvideo.distill.walk import Clip
+    from longvideo.training.engine import Engine
 
 STUDENT_METRICS = ("student_loss", "dmd_gradient", "student_grad")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from longvideo.checkpoint.adapters import layer_sizes
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.distill.roles import LoraSettings
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.model.config import TransformerConfig
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.training.memory import (
     BlockMemory,
@@ -17,6 +16,11 @@ from longvideo.training.memory import (
     row_bytes,
     text_bytes,
 )
+
+if TYPE_CHECKING:
+    from longvideo.distill.roles import LoraSettings
+    from longvideo.model.config import TransformerConfig
+    from longvideo.model.spec import ChunkSpec
 
 PACKED_BYTES = 1 / 2 + 1 / GROUP
 """Bytes of a number in NVFP4: its code and its part of a group's scale."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.conversion import Wishes, convert_model
-from longvideo.checkpoint.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longvideo.checkpoint.adapters import Adapter
+    from longvideo.checkpoint.folder import ModelFolder
 
 
 def save_merged(

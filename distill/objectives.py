@@ -7,8 +7,8 @@ reach another. Shapes: B batch, C channels, T latent frames of a chunk, H W late
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.training.objective import Objective, ratio, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SIGMA_BUCKETS = 4
 

@@ -6,16 +6,13 @@ J text positions, D text width, C channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
-from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.walk import Clip
 from longvideo.distributed import Mesh, divide
 from longvideo.errors import ConfigError, UserError
@@ -25,6 +22,12 @@ from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import sample_scene
 from longvideo.text.encoder import TextEncoder, clean_prompt
 from longvideo.training.objective import seeded, stage_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from longvideo.data.encoded import EncodedDataset
 
 SHAPEWORLD = "shapeworld"
 ENCODED_AT_ONCE = 16

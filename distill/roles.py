@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from longvideo.config.fields import Bounded, bounded
-from longvideo.model.attention import AttentionPattern, Filling
-from longvideo.model.cache import ChunkCache
-from longvideo.model.layout import TokenLayout
-from longvideo.model.rope import Rope
-from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.quantization.lora import TARGETS, LoraLinear, add_lora
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longvideo.model.attention import AttentionPattern, Filling
+    from longvideo.model.cache import ChunkCache
+    from longvideo.model.layout import TokenLayout
+    from longvideo.model.rope import Rope
+    from longvideo.model.transformer import CausalTransformer, TextContext
 
 
 class Role(Enum):

@@ -7,11 +7,11 @@ chunk, with a gradient. Shapes: B batch, C channels, T latent frames of a chunk,
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
@@ -19,8 +19,11 @@ from longvideo.distill.walk import Clip, Walk
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
-from longvideo.model.spec import ChunkSpec
 from longvideo.training.objective import seeded
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.model.spec import ChunkSpec
 
 EXITS = ("shared", "chunk", "last")
 CACHE_FILLS = ("clean", "last_step")

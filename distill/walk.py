@@ -8,16 +8,19 @@ latent size, P prompts, J text positions, D text width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.distill.roles import Network
 from longvideo.model.attention import Cached, Filling
-from longvideo.model.cache import ChunkCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.rope import Rope
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from longvideo.distill.roles import Network
+    from longvideo.model.cache import ChunkCache
+    from longvideo.model.rope import Rope
+    from longvideo.model.spec import ChunkSpec
 
 
 @dataclass(frozen=True)

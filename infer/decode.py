@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longvideo.streaming.decoder import StreamingDecoder
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+
+    from longvideo.vae.autoencoder import Autoencoder
 
 SMALL_GRID = 512
 """Latent pixels of a frame, up to which a CPU decodes the frames of a chunk together."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +26,9 @@ from longvideo.rollout import Denoiser, MadeChunk, rollout
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.infer.timeline import Step
 from longvideo.model.cache import ChunkWindow, past_chunks
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from longvideo.model.spec import ChunkSpec
 
 HISTORY_CHUNKS = 64
 """Whose latents are kept: 85 s to go back, 11 MB of `tiny`, 350 MB of 704 x 1280."""

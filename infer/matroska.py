@@ -6,12 +6,15 @@ Elements: RFC 9559; their coding: RFC 8794 (EBML).
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from longvideo.infer.fragments import BT709
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from fractions import Fraction
 
 TIMESTAMP_SCALE_NS = 1_000_000  # times are milliseconds
 TRACK = 1

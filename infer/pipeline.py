@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.fit.formats import check_formats, start_line
@@ -44,11 +42,14 @@ from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
-from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.halo import decode_lookback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.distributed import ProcessGroup
+
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.vae.config import AutoencoderConfig
 
 DEFAULT_FORMATS = NumberFormats()
 MAX_HISTORY_CHUNKS = 2**31

@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from longvideo.infer.generation import GeneratedChunk
-from longvideo.infer.history import History, Past
 from longvideo.infer.options import check_path, whole_number
-from longvideo.infer.script import ChunkTiming
 from longvideo.infer.snapshot import SessionOptions, Snapshot, write_snapshot
 from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from longvideo.infer.history import History, Past
+    from longvideo.infer.script import ChunkTiming
 
 
 class Session(Iterator[GeneratedChunk]):

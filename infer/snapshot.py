@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,9 @@ from longvideo.infer.history import ChunkRecord
 from longvideo.infer.options import SamplingOptions, shown, whole_number
 from longvideo.infer.script import check_prompt
 from longvideo.infer.timeline import MODES, Shots, Step, SwitchMode
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = "longvideo session 1"
 FIRST_LATENT = "first_latent"
@@ -117,13 +119,13 @@ class _Fields:
         return self._data[name]
 
     def mapping(self, name: str) -> dict[str, Any]:
-        return cast(dict[str, Any], self._of_type(name, dict))
+        return cast("dict[str, Any]", self._of_type(name, dict))
 
     def sequence(self, name: str) -> list[Any]:
-        return cast(list[Any], self._of_type(name, list))
+        return cast("list[Any]", self._of_type(name, list))
 
     def boolean(self, name: str) -> bool:
-        return cast(bool, self._of_type(name, bool))
+        return cast("bool", self._of_type(name, bool))
 
     def _of_type(self, name: str, kind: type) -> object:
         value = self.value(name)
@@ -171,7 +173,7 @@ def _read_shots(entries: list[Any], path: Path) -> Shots:
         check_prompt(entry[1], f"{path}: the prompt of a shot")
         shots[whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)] = (
             entry[1],
-            cast(SwitchMode, entry[2]),
+            cast("SwitchMode", entry[2]),
         )
     if 0 not in shots:
         raise UserError(f"{path} is damaged: no shot begins with chunk 0")
@@ -189,7 +191,7 @@ def _read_tensors(
         expected[_latents(index)] = ([1, *latent_shape], torch.float32)
         expected[_noise(index)] = ([1, *state.shape], state.dtype)
     tensors = {}
-    for name in file.keys():
+    for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
         shape, dtype = expected.get(name, (None, None))
         if file.get_slice(name).get_shape() != shape:
             found = file.get_slice(name).get_shape()

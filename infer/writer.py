@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +18,10 @@ from longvideo.files import BusyError, WriteError, check_target, flush, reason, 
 from longvideo.infer import matroska
 from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, random_access
 from longvideo.infer.options import shown, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 MAX_FPS = 1000
 MAX_CRF = 51  # of H.264 in 8 bits
@@ -211,7 +213,7 @@ class _Output:
     def is_published(self) -> bool:
         """Whether the file has its name."""
         try:
-            return os.path.samestat(os.stat(self._target), os.fstat(self._file))
+            return os.path.samestat(self._target.stat(), os.fstat(self._file))
         except FileNotFoundError:
             return False
 
@@ -231,7 +233,7 @@ class _Output:
         """Give the file its name."""
         os.fsync(self._file)
         if overwrite:
-            os.replace(self._temporary, self._target)
+            self._temporary.replace(self._target)
         else:
             _rename_to_unused(self._temporary, self._target)
         flush(self._target.parent)
@@ -281,7 +283,7 @@ def _rename_to_unused(source: Path, target: Path) -> None:
     except OSError:  # a file system that knows no links: there two processes could still meet
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        os.replace(source, target)
+        source.replace(target)
     else:
         source.unlink()
 
@@ -315,7 +317,6 @@ def _lock(file: int, path: Path) -> None:
 
 def _remove_abandoned(temporary: Path) -> None:
     """Remove a temporary file whose writer was killed."""
-    with suppress(OSError, BusyError):
-        with temporary.open("rb") as file:
-            _lock(file.fileno(), temporary)
-            temporary.unlink()
+    with suppress(OSError, BusyError), temporary.open("rb") as file:
+        _lock(file.fileno(), temporary)
+        temporary.unlink()

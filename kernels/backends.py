@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from longvideo.kernels.attention import cudnn_fp8
 from longvideo.kernels.fp8 import scaled_mm as fp8_products
-from longvideo.kernels.fp8.format import FP8Rows
-from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
+
+if TYPE_CHECKING:
+    from longvideo.kernels.fp8.format import FP8Rows
+    from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def norm_operations(device: torch.device) -> NormOperations:
         from longvideo.kernels.norm import triton as operations
     else:
         from longvideo.kernels.norm import reference as operations
-    return cast(NormOperations, operations)
+    return cast("NormOperations", operations)
 
 
 def rotary_operations(device: torch.device) -> RotaryOperations:
@@ -239,7 +241,7 @@ def rotary_operations(device: torch.device) -> RotaryOperations:
         from longvideo.kernels.rotary import triton as operations
     else:
         from longvideo.kernels.rotary import reference as operations
-    return cast(RotaryOperations, operations)
+    return cast("RotaryOperations", operations)
 
 
 def decoder_operations(device: torch.device) -> DecoderOperations:
@@ -248,7 +250,7 @@ def decoder_operations(device: torch.device) -> DecoderOperations:
         from longvideo.kernels.vae import triton as operations
     else:
         from longvideo.kernels.vae import reference as operations
-    return cast(DecoderOperations, operations)
+    return cast("DecoderOperations", operations)
 
 
 def fp8_operations(device: torch.device) -> FP8Operations:
@@ -259,7 +261,7 @@ def fp8_operations(device: torch.device) -> FP8Operations:
         from longvideo.kernels.fp8 import triton as operations
     else:
         from longvideo.kernels.fp8 import reference as operations
-    return cast(FP8Operations, operations)
+    return cast("FP8Operations", operations)
 
 
 def kv_operations(device: torch.device) -> KVOperations:
@@ -268,7 +270,7 @@ def kv_operations(device: torch.device) -> KVOperations:
         from longvideo.kernels.kv_dequant import triton as operations
     else:
         from longvideo.kernels.kv_dequant import reference as operations
-    return cast(KVOperations, operations)
+    return cast("KVOperations", operations)
 
 
 def nvfp4_operations(device: torch.device) -> NVFP4Operations:
@@ -277,7 +279,7 @@ def nvfp4_operations(device: torch.device) -> NVFP4Operations:
         from longvideo.kernels.nvfp4 import triton as operations
     else:
         from longvideo.kernels.nvfp4 import reference as operations
-    return cast(NVFP4Operations, operations)
+    return cast("NVFP4Operations", operations)
 
 
 def triton_unavailable(device: torch.device) -> str | None:

@@ -15,14 +15,16 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from longvideo.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 TEMPORARY_SUFFIX, LOCK_SUFFIX = ".part", ".lock"
 PLAN_FILE = "plan.json"
@@ -61,7 +63,7 @@ def write_file(path: Path, write: Callable[[Path], None], *, mode: int | None = 
             write(temporary)
             temporary.chmod(mode)  # some writers leave a file that only its owner can read
             flush(temporary)
-            os.replace(temporary, target)
+            temporary.replace(target)
             flush(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -141,7 +143,7 @@ def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --ove
         if not folder.is_dir():
             raise WriteError(f"cannot write {path}: {folder} is not a folder; create it first")
         if path.is_symlink() and not path.exists():
-            raise WriteError(f"cannot write {path}: it is a link to {os.readlink(path)}, which is not there; remove it")
+            raise WriteError(f"cannot write {path}: it is a link to {path.readlink()}, which is not there; remove it")
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
             raise WriteError(f"cannot write {path}: it is {kind}; choose another name")
@@ -370,7 +372,7 @@ def _take_lock(file: Path, busy: str) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
         except FileNotFoundError:
             pass  # its last holder has removed it meanwhile

@@ -5,23 +5,26 @@ Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
-from longvideo.flow.unipc import UniPC
 from longvideo.model.attention import AttentionPattern, Cached, Filling
 from longvideo.model.cache import ChunkCache, ChunkWindow, KVCache
-from longvideo.model.conditioning import Conditioning
 from longvideo.model.layout import TokenLayout
-from longvideo.model.rope import Rope
-from longvideo.model.spec import ChunkSpec
-from longvideo.model.transformer import CausalTransformer, TextContext
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from longvideo.flow.unipc import UniPC
+    from longvideo.model.conditioning import Conditioning
+    from longvideo.model.rope import Rope
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer, TextContext
 
 
 class Denoiser(Protocol):

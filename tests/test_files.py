@@ -110,9 +110,9 @@ def test_a_folder_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with write_folder(path) as folder:
         (folder / "a").write_text("old")
-    with no_file_longer_than(10), pytest.raises(WriteError, match="the older one is unchanged"):
-        with write_folder(path, overwrite=True) as folder:
-            (folder / "a").write_text("longer than ten bytes")
+    unchanged = pytest.raises(WriteError, match="the older one is unchanged")
+    with no_file_longer_than(10), unchanged, write_folder(path, overwrite=True) as folder:
+        (folder / "a").write_text("longer than ten bytes")
     with pytest.raises(WriteError, match="exists; choose another name"), write_folder(path):
         pass
     assert (path / "a").read_text() == "old"

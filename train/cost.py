@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from longvideo.model.config import TransformerConfig
-from longvideo.model.spec import ChunkSpec
 from longvideo.training.memory import (
     BlockMemory,
     EngineMemory,
@@ -15,6 +15,10 @@ from longvideo.training.memory import (
     row_bytes,
     text_bytes,
 )
+
+if TYPE_CHECKING:
+    from longvideo.model.config import TransformerConfig
+    from longvideo.model.spec import ChunkSpec
 
 BACKWARD = 3  # times the arithmetic of a forward pass, its own included
 

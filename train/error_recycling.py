@@ -21,9 +21,8 @@ Shapes: B samples, C channels, T latent frames, H W latent grid, Q chunks of F f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +32,9 @@ from longvideo.config.fields import Bounded, bounded, share
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
 from longvideo.training.objective import seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 STORAGES = ("host", "device")
 DTYPE = torch.bfloat16

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.config.fields import Bounded, share
-from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
 from longvideo.training.objective import seeded
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.run_checkpoint import RunState
+    from longvideo.distributed import Mesh
+    from longvideo.model.transformer import CausalTransformer
 
 
 @dataclass(frozen=True)

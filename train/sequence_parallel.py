@@ -7,13 +7,17 @@ noisy copy of the same frames, so that all have the same work and the same share
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from longvideo.model.attention import StaticPattern
 from longvideo.model.rope import Rope, rotate
+
+if TYPE_CHECKING:
+    from longvideo.model.attention import StaticPattern
 
 
 class Ulysses:

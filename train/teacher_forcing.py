@@ -7,28 +7,32 @@ ranks share the frames of a view (`longvideo.train.sequence_parallel`), T and Q 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from longvideo.distributed import Mesh, ParallelConfig, launched
 from longvideo.errors import ConfigError
-from longvideo.flow.schedule import FlowSchedule
 from longvideo.kernels.backends import attention_backend
 from longvideo.model.attention import AttentionPattern, Blockwise, Masked, StaticPattern
 from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
-from longvideo.train.batch import ViewBatch
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
-from longvideo.train.nvfp4 import StepRounding
 from longvideo.train.sequence_parallel import Ulysses
 from longvideo.training.objective import Objective, compile_fact, ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longvideo.flow.schedule import FlowSchedule
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.train.batch import ViewBatch
+    from longvideo.train.nvfp4 import StepRounding
 
 SIGMA_BUCKETS = 4
 KEPT_PASSES = 32  # masks and rotations, one for each pattern of cuts

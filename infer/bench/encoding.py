@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.halo import EncodeWindow, encode_latents, encode_window, temporal_lookback
+
+if TYPE_CHECKING:
+    from longvideo.vae.config import AutoencoderConfig
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from longvideo.kernels.kv_dequant import reference as kv_reference
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
-from longvideo.model.config import TransformerConfig
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from longvideo.model.config import TransformerConfig
+    from longvideo.model.spec import ChunkSpec
 
 CODE_BYTES = 0.5 + 1 / GROUP  # a 4-bit code and its share of a scale
 # no code is known before the largest magnitude is, and the second-level cache does not hold the tensor meanwhile

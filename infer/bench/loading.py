@@ -7,15 +7,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.bench.step import random_model
-from longvideo.model.config import TransformerConfig
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.products import choose_w4a4
+
+if TYPE_CHECKING:
+    from longvideo.model.config import TransformerConfig
 
 
 @dataclass(frozen=True)

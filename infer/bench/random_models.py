@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from longvideo.infer.bench.step import random_model
 from longvideo.infer.fit.placement import pick_dtype
-from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.infer.generation import Models
 from longvideo.quantization.convert import with_precision
-from longvideo.quantization.number_formats import NumberFormats
-from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from longvideo.infer.fit.shapes import ModelShapes
+    from longvideo.quantization.number_formats import NumberFormats
+    from longvideo.text.encoder import TextEncoder
 
 
 def random_models(
@@ -33,7 +35,7 @@ def random_models(
     return Models(
         transformer=transformer.eval().requires_grad_(False),
         autoencoder=autoencoder.to(decode_device, pick_dtype(decode_device)).eval().requires_grad_(False),
-        text_encoder=cast(TextEncoder, _RandomText(config.text_len, config.text_dim, device)),
+        text_encoder=cast("TextEncoder", _RandomText(config.text_len, config.text_dim, device)),
         settings=shapes.settings,
         spec=shapes.spec,
         precision=formats.precision_of(packed=False),

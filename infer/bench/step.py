@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.infer.bench.timing import median_ms
 from longvideo.model.attention import Cached, Filling
 from longvideo.model.cache import ChunkCache, KVCache
-from longvideo.model.config import TransformerConfig
 from longvideo.model.layout import TokenLayout
 from longvideo.model.quantized_cache import NVFP4KVCache
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.products import W4A16, choose_w4a4
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longvideo.model.config import TransformerConfig
+    from longvideo.model.spec import ChunkSpec
 
 
 @dataclass(frozen=True)

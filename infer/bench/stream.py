@@ -6,32 +6,36 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.bench import gpu_timeline
-from longvideo.infer.generation import Models, Stages
-from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.session import Session
 from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.conditioning import Conditioning
 from longvideo.model.quantized_cache import NVFP4KVCache
-from longvideo.model.transformer import TextContext
 from longvideo.pixels import to_uint8
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
 from longvideo.streaming.transformer import StreamingTransformer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch.distributed import ProcessGroup
+
+    from longvideo.infer.generation import Models, Stages
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.session import Session
+    from longvideo.model.transformer import TextContext
 
 CHECKED_CHUNKS = 2
 CHECKED_LATENTS = 2

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.fit.shapes import ModelShapes, folder_shapes
 from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+
+if TYPE_CHECKING:
+    import torch
+
+    from longvideo.checkpoint.folder import ModelFolder
 
 
 def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
 from longvideo.quantization.selection import linear_layers
@@ -21,7 +19,12 @@ from longvideo.streaming.decoder import boundary_of
 from longvideo.streaming.decoder_stages import HISTORY, Grid, plan_stages
 from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.layers import CausalConv3d, ResidualBlock, UpBlock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.vae.layers import CausalConv3d, ResidualBlock, UpBlock
 
 CONTEXT_BYTES = 10**9
 """CUDA's context, kernels and libraries, which torch's allocator does not see."""
@@ -179,7 +182,7 @@ def _denoiser(
     config, rows, size = model.config, batch * copies, dtype.itemsize
     attended_size = 1 if formats.attention in FP8_FORMATS else size
     num_values = _num_values(model)
-    layers = [cast(nn.Linear, model.get_submodule(name)) for name in linear_layers(model)]
+    layers = [cast("nn.Linear", model.get_submodule(name)) for name in linear_layers(model)]
     num_weights = sum(layer.weight.numel() for layer in layers)
     if precision == "bf16":
         weights, quantising = num_values * size, 0
@@ -261,14 +264,14 @@ def _decoder(stages: Sequence[_Stage], handed: int, dtype: torch.dtype) -> _Deco
 def _stages(autoencoder: Autoencoder, grid: Grid) -> Iterator[_Stage]:
     """Yield what each stage of `plan_stages` takes, in its order."""
     decoder = autoencoder.decoder
-    first, second = cast(list[ResidualBlock], list(decoder.mid_block.resnets))
+    first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
     yield _stage([decoder.conv_in], grid, held=decoder.conv_in.out_channels, result=decoder.conv_in.out_channels)
     yield _residual(first, grid, around=0)
     width = first.conv1.in_channels
     yield _stage([], grid, held=WIDTHS_OF_FRAME_ATTENTION * width, result=width)
     yield _residual(second, grid, around=0)
-    for level in cast(list[UpBlock], list(decoder.up_blocks)):
-        blocks = cast(list[ResidualBlock], list(level.resnets))
+    for level in cast("list[UpBlock]", list(decoder.up_blocks)):
+        blocks = cast("list[ResidualBlock]", list(level.resnets))
         around = 0 if level.upsampler is None else blocks[0].conv1.in_channels
         for block in blocks:
             yield _residual(block, grid, around=around)
@@ -288,8 +291,8 @@ def _residual(block: ResidualBlock, grid: Grid, *, around: int) -> _Stage:
 
 def _upsampling(level: UpBlock, grid: Grid) -> _Stage:
     assert level.upsampler is not None
-    time, conv = level.upsampler.time_conv, cast(nn.Conv2d, level.upsampler.resample[1])
-    given, around = conv.in_channels, cast(ResidualBlock, level.resnets[0]).conv1.in_channels
+    time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
+    given, around = conv.in_channels, cast("ResidualBlock", level.resnets[0]).conv1.in_channels
     times, _, _ = level.factors
     grown = 4 * conv.out_channels  # four pixels for one
     stage = _stage(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.errors import UserError
 from longvideo.infer.fit.formats import check_hardware
 from longvideo.infer.options import shown
-from longvideo.quantization.number_formats import NumberFormats
+
+if TYPE_CHECKING:
+    from longvideo.quantization.number_formats import NumberFormats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -196,4 +196,4 @@ class JobStore:
 def _job(row: Mapping[str, Any]) -> Job:
     fields = {name: value for name, value in row.items() if name not in ("number", "shots", "status")}
     shots = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
-    return Job(status=cast(JobStatus, row["status"]), shots=shots, **fields)
+    return Job(status=cast("JobStatus", row["status"]), shots=shots, **fields)

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longvideo.kernels.attention.reference import E4M3
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HOPPER = (9, 0)
 MINIMUM_CUDNN, BROKEN_CUDNN = 90100, 91000

@@ -6,11 +6,14 @@ a bias is bfloat16 beside a bfloat16 result and refused beside a float32 one.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longvideo.kernels.fp8.format import FP8Rows
+if TYPE_CHECKING:
+    from longvideo.kernels.fp8.format import FP8Rows
 
 WITH_FP8_UNITS = (8, 9)
 SIZE_MULTIPLE = 16

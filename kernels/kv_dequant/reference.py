@@ -5,12 +5,16 @@ Shapes as in `format`: S slots, B samples, L tokens of a chunk, N heads, K head 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4 import reference as nvfp4
 from longvideo.kernels.nvfp4.format import NVFP4Tensor, Rule
+
+if TYPE_CHECKING:
+    from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
 KEYS, VALUES = 0, 1
 

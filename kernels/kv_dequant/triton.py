@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.kernels.nvfp4.triton.arithmetic import (
     GROUP_SIZE,
@@ -34,6 +35,9 @@ from longvideo.kernels.nvfp4.triton.quantizing import (
     amax_and_scales,
     block_warps,
 )
+
+if TYPE_CHECKING:
+    from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
 REBUILD_WARPS = 4
 REBUILD_THREADS = 32 * REBUILD_WARPS

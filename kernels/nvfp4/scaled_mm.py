@@ -8,13 +8,16 @@ aten/src/ATen/native/cuda/ScaledBlas.cpp): matrices only, 32 must divide K and 1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longvideo.kernels.nvfp4.format import NVFP4Tensor
 from longvideo.kernels.nvfp4.reference import swizzle_scales
+
+if TYPE_CHECKING:
+    from longvideo.kernels.nvfp4.format import NVFP4Tensor
 
 BLACKWELL = (10, 0)
 DEPTH_MULTIPLE, COLUMNS_MULTIPLE = 32, 16

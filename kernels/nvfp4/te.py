@@ -8,14 +8,16 @@ ones, of 2.9 or newer; 2.20 knows the adaptive rules, 2.16 does not.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.kernels.nvfp4.scaled_mm import missing_hardware
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 INSTALL = "pip install 'longvideo[te]'"
 FOUR_OVER_SIX = {Rule.ADAPTIVE: "MSE", Rule.ADAPTIVE_ABS: "MAE"}

@@ -9,11 +9,15 @@ tokens of the live chunk, N heads, K head dim, H = K / 2 pairs, S slots of the c
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from longvideo.kernels.nvfp4.triton.arithmetic import round_to
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WARPS = 4
 

@@ -9,12 +9,16 @@ writes each value once; the norm is over the channels of a pixel, which one prog
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from longvideo.kernels.nvfp4.triton.arithmetic import round_to
 from longvideo.kernels.vae.reference import SMALLEST_LENGTH
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VALUES = 8192
 """Values that a program holds: as many pixels as have so many channels."""

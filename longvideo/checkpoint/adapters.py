@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,9 @@ from longvideo.files import read_json, write_json
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import NVFP4Tensor
 from longvideo.quantization.linear import CODES, NVFP4Linear
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
 DIFFUSERS_STEM, DIFFUSERS_PREFIX = "pytorch_lora_weights", "transformer."

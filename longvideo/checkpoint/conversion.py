@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.checkpoint import packed
-from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
@@ -28,6 +28,9 @@ from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NVFP4, LORA = "nvfp4", "lora"

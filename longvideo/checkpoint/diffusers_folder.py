@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longvideo.checkpoint import diffusers_json, names, packed
 from longvideo.checkpoint.locations import SHIPPED, check_inside, check_links, locate
@@ -14,13 +13,17 @@ from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import Weights
 from longvideo.config.loading import load_config
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from longvideo.checkpoint.tensors import Weights
 
 T = TypeVar("T")
 

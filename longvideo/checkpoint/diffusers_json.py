@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import CheckpointError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from longvideo.checkpoint.settings import ModelSettings
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
 # what the class can be configured to and our transformer is not

@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
-from tokenizers import Tokenizer
-from torch import nn
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import StoredAdapter, merged
@@ -37,6 +34,11 @@ from longvideo.text.tokenizer import load_tokenizer, save_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from torch import nn
 
 
 class NeedsBase(CheckpointError):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, run_checkpoint, shapes
 from longvideo.checkpoint.adapters import PEFT_CONFIG, is_adapter, open_adapter, open_adapter_folder
@@ -32,6 +31,9 @@ from longvideo.model.config import PRESETS as MODELS
 from longvideo.model.config import TransformerConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Like: TypeAlias = Mapping[str, Part]
 NOTHING: Like = {}

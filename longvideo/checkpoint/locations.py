@@ -74,10 +74,8 @@ def check_links(folder: Path) -> None:
 def check_inside(path: Path, root: str) -> None:
     """Raise CheckpointError where a path, links followed, is neither below a folder nor in the hub's blobs for it."""
     real = os.path.realpath(path)
-    allowed = [Path(root)]
-    for parent in (Path(root), *Path(root).parents):
-        if parent.name == SNAPSHOTS:
-            allowed.append(parent.parent / BLOBS)
+    above = (Path(root), *Path(root).parents)
+    allowed = [Path(root), *(parent.parent / BLOBS for parent in above if parent.name == SNAPSHOTS)]
     if not any(folder in (Path(real), *Path(real).parents) for folder in allowed):
         raise CheckpointError(
             f"{path} is a link to {real}, outside of the model's folder, and is not followed; put a copy in its place"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from longvideo.checkpoint.tensors import Weights, check_finite, listing
 from longvideo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 RANDOM_IN_PLACE = (Tensor.normal_, Tensor.uniform_)
 

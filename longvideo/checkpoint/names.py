@@ -8,11 +8,13 @@ table `{}` stands for a number, the same ones in the same order on both sides, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from longvideo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 Rules: TypeAlias = list[tuple[re.Pattern[str], str]]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import pickle_file, safetensors_file
 from longvideo.checkpoint.tensors import Lazy, Weights, listing
 from longvideo.errors import CheckpointError
 from longvideo.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +27,9 @@ from longvideo.checkpoint.opening import join
 from longvideo.checkpoint.tensors import InMemory, Weights, listing
 from longvideo.errors import CheckpointError
 from longvideo.files import read_json, reason
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = 2
 STATE_FILE = "state.json"

@@ -7,8 +7,7 @@ and texts under __metadata__), and the values, in row-major order and without ga
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +15,10 @@ from safetensors import SafetensorError, safe_open
 from longvideo.checkpoint.tensors import InFile, TensorInfo, Weights, as_bytes
 from longvideo.errors import CheckpointError
 from longvideo.files import write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 DTYPES = {
     "F64": torch.float64,

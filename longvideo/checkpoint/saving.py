@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import safetensors_file
 from longvideo.checkpoint.tensors import Weights
 from longvideo.files import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
 
 MAX_SHARD_BYTES = 5 * 2**30
 

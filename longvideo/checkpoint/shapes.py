@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from longvideo.checkpoint.tensors import TensorInfo, Weights
 from longvideo.errors import CheckpointError
 from longvideo.model.config import TransformerConfig
 from longvideo.quantization.linear import CODES
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD, AutoencoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from longvideo.checkpoint.tensors import TensorInfo, Weights
 
 HEAD_DIM = 128
 """Of every published Wan transformer; shapes do not tell it, as heads lie side by side."""

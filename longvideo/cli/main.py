@@ -97,7 +97,7 @@ def _load_command(name: str) -> Any:
         host.add_typer(command, name=name)
     else:
         host.command(name)(command)
-    return cast(TyperGroup, get_command(host)).commands[name]
+    return cast("TyperGroup", get_command(host)).commands[name]
 
 
 def _is_users(error: Exception) -> bool:

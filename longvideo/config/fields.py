@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longvideo.config.bounds import shown
 from longvideo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BOUNDS = "bounds"
 MOST_SEED = 2**63 - 1

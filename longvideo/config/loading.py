@@ -38,13 +38,13 @@ def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Se
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a wrong type, a value that nobody set.
     """
-    config = cast(DictConfig, OmegaConf.structured(schema))
+    config = cast("DictConfig", OmegaConf.structured(schema))
     for file in files:
         config = _merge(config, _read(Path(file)), schema, source=str(file))
     for override in overrides:
         config = _merge(config, _parse_override(override, config), schema, source=COMMAND_LINE)
     sources = [*map(str, files), *([COMMAND_LINE] if overrides else [])]
-    return cast(T, _build(config, source=", ".join(sources) or "defaults"))
+    return cast("T", _build(config, source=", ".join(sources) or "defaults"))
 
 
 def sets_key(key: str, files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> bool:
@@ -88,7 +88,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{file}: holds a {type(values).__name__}, wanted `key: value` lines")
     if wrong := [key for key in values if not isinstance(key, str)]:
         raise ConfigError(f"{file}: the key {wrong[0]!r} is not text")
-    return cast(Mapping[str, Any], values)
+    return cast("Mapping[str, Any]", values)
 
 
 def _parse_override(override: str, config: DictConfig) -> Mapping[str, Any]:
@@ -105,12 +105,12 @@ def _parse_override(override: str, config: DictConfig) -> Mapping[str, Any]:
     for depth in reversed(range(len(steps))):
         step = steps[depth]
         value = _set_item(config, steps[:depth], int(step), value) if step.isdecimal() else {step: value}
-    return cast(Mapping[str, Any], value)
+    return cast("Mapping[str, Any]", value)
 
 
 def _set_item(config: DictConfig, steps: Sequence[str], index: int, value: object) -> list[Any]:
     node = OmegaConf.select(config, ".".join(steps), throw_on_missing=False)
-    items = list(cast(Sequence[Any], OmegaConf.to_container(node))) if OmegaConf.is_config(node) else []
+    items = list(cast("Sequence[Any]", OmegaConf.to_container(node))) if OmegaConf.is_config(node) else []
     if index >= len(items):
         raise ConfigError(f"{COMMAND_LINE}: {'.'.join(steps)} has {len(items)} items, none with index {index}")
     if isinstance(value, Mapping) and isinstance(items[index], Mapping):
@@ -122,7 +122,7 @@ def _set_item(config: DictConfig, steps: Sequence[str], index: int, value: objec
 def _merge(config: DictConfig, values: Mapping[str, Any], schema: type, *, source: str) -> DictConfig:
     known = _Checker(schema, source).check(values, schema, "")
     try:
-        return cast(DictConfig, OmegaConf.merge(config, known))
+        return cast("DictConfig", OmegaConf.merge(config, known))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from error
 
@@ -169,7 +169,7 @@ class _Checker:
         if (value is None and optional) or _is_open(value):
             return value
         if dataclasses.is_dataclass(annotation):
-            return self._check_fields(value, cast(type, annotation), key)
+            return self._check_fields(value, cast("type", annotation), key)
         if any(dataclasses.is_dataclass(part) for part in _parts(annotation)):
             return self._check_items(value, annotation, key)
         if not _fits(value, annotation):
@@ -260,7 +260,7 @@ def _leaf_keys(schema: type, parent: str = "") -> Iterator[str]:
     for name, annotation in _annotations(schema).items():
         inner, _ = _strip_optional(annotation)
         if dataclasses.is_dataclass(inner):
-            yield from _leaf_keys(cast(type, inner), _join(parent, name))
+            yield from _leaf_keys(cast("type", inner), _join(parent, name))
         else:
             yield _join(parent, name)
 

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from longvideo.checkpoint.opening import open_weights
-from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.config.bounds import check_whole
 from longvideo.config.loading import load_config
 from longvideo.data.clips import Footage
@@ -34,6 +32,11 @@ from longvideo.errors import CheckpointError, ConfigError, UserError
 from longvideo.files import read_json, read_lines
 from longvideo.model.conditioning import video_texts
 from longvideo.model.config import MAX_TEXT_LEN, MAX_WIDTH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from longvideo.checkpoint.tensors import TensorInfo
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -363,7 +366,7 @@ def read_index(path: Path, shard: Shard) -> list[EncodedClip | SkippedClip]:
     try:
         for line in read_lines(file, what="index"):
             if line:
-                entries.append(_index_entry(json.loads(line), shard.stem))
+                entries.append(_index_entry(json.loads(line), shard.stem))  # noqa: PERF401 - an error counts them
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}:{len(entries) + 1}: not a line of an index ({error}); copy it again") from error
     if [entry.number for entry in entries] != list(shard.numbers):

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.checkpoint.folder import ModelFolder
 from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
 from longvideo.data.encoded import (
     DATASET_FILE,
@@ -42,8 +41,13 @@ from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked, temporary_names, write_file, write_json, write_text
 from longvideo.model.conditioning import video_texts
-from longvideo.text.encoder import TextEncoder
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.text.encoder import TextEncoder
+    from longvideo.vae.autoencoder import Autoencoder
 
 STORED = torch.bfloat16
 MAX_NAMED = 5

@@ -6,14 +6,17 @@ caption/<sample>/<number>.json with {"caption": "..."}.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.data.manifest import ShotEntry, VideoEntry
 from longvideo.data.video import probe_video
 from longvideo.errors import UserError
 from longvideo.files import check_text, parse_json, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NO_CAPTION, NO_VIDEO = "no caption", "no video"
 UNREADABLE, UNNUMBERED = "cannot be read", "not a numbered file"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.data.clips import ChunkFrames, FilePlace, frames_at, group_samples, lay_out, sample_clips
 from longvideo.data.manifest import ManifestLine, VideoEntry, iterate_manifest
 from longvideo.data.video import check_whole, count_frames, probe_video
 from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 FPS_TOLERANCE = 5e-4
 """Relative: 23.98 passes for 24000/1001; 24 does not, for it would be a second off after 17 minutes."""

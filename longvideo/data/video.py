@@ -7,10 +7,8 @@ crops the centre. Nothing is ever stretched.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,9 @@ from longvideo.errors import UserError
 from longvideo.files import write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
     import av
 
 TIME_TOLERANCE = 1e-6

@@ -6,10 +6,9 @@ on a model can mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,11 @@ from longvideo.evaluation.shapeworld import OPENING_SECONDS, Score, count_confus
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import sample_scene
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
 
 BLUR_SIGMA = 1.2  # pixels
 NOISE_SIGMA = 8.0  # of 255

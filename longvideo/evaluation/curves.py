@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from longvideo.errors import UserError
 from longvideo.evaluation.sheet import plot_curves
 from longvideo.files import parse_json, read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from PIL import Image
 
 MAX_BYTES = 512 * 2**20
 LARGEST = 1e300

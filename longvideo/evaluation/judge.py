@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from longvideo.evaluation.segmentation import (
     nearest_color,
 )
 from longvideo.shapeworld.world import COLORS, MOTIONS, ROUND_SHAPES, SHAPES, SIZES, WORLD_HEIGHT, Scene, Sprite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 AskedSprite = Sprite | RequestedSprite
 AskedScene = Scene | Request

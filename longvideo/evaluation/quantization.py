@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from longvideo.flow.unipc import UniPC
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import KVCache
 from longvideo.model.conditioning import Conditioning
 from longvideo.model.rope import Rope, rotate
-from longvideo.model.spec import ChunkSpec
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A16, EmulatedW4A4, Product
 from longvideo.rollout import CachedTransformer, rollout
-from longvideo.text.encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from longvideo.flow.unipc import UniPC
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer
+    from longvideo.text.encoder import TextEncoder
 
 SYNTHETIC_SHAPE = (1024, 1024)
 STUDENT_DEGREES = 3

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.shapeworld.captions import (
@@ -18,6 +18,9 @@ from longvideo.shapeworld.captions import (
     SPECIAL_PLACES,
 )
 from longvideo.shapeworld.world import COLORS, MAX_SPRITES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices, 
 from longvideo.files import write_json
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, Split, sample_scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FPS = 24
 CHUNK_FRAMES = 32

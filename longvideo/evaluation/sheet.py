@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -13,6 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from longvideo.errors import UserError
 from longvideo.files import write_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)

@@ -9,16 +9,18 @@ blend of both colors, which is seen as two objects in one place; "number" says w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from longvideo.evaluation.judge import compare, perceive
 from longvideo.evaluation.shapeworld import FPS, SECOND_STRIDE, Score
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import COLORS, Scene, sample_scene
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
 
 SEAM_FRAMES = 4
 """On each side of the switch, as many as a latent frame lasts."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGMA_START = 0.999
 

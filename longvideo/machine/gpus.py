@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.machine.host import Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SMI = "nvidia-smi"
 SMI_SECONDS = 20

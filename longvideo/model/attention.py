@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.model.cache import ChunkCache
-from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rotate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.nn.attention.flex_attention import BlockMask
+
+    from longvideo.model.cache import ChunkCache
+    from longvideo.model.layout import TokenLayout
 
 
 HOPPER = (9, 0)

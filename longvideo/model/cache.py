@@ -7,14 +7,17 @@ about the order of keys, so slots are attended to where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longvideo.model.rope import Rope, rotate
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.model.spec import ChunkSpec
 
 
 class ChunkWindow:

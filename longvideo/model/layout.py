@@ -6,13 +6,16 @@ frames of a layout together with the latents changes nothing but the order of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.model.spec import ChunkSpec
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.model.spec import ChunkSpec
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ workspace at full precision. Keys before rotation quantise better: KVQuant, arXi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from longvideo.kernels.backends import kv_operations
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.model.cache import ChunkWindow
 from longvideo.model.rope import Rope, rotate
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from longvideo.model.spec import ChunkSpec
 
 
 class NVFP4KVCache:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from longvideo.model.attention import AttentionPattern, attend
-from longvideo.model.config import TransformerConfig
-from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rope_from_positions
 
 if TYPE_CHECKING:
     from longvideo.model.attention import Filling
+    from longvideo.model.config import TransformerConfig
+    from longvideo.model.layout import TokenLayout
 
 TIMESTEPS = 1000.0
 MAX_PERIOD = 10000.0
@@ -309,7 +309,7 @@ class CausalTransformer(nn.Module):
         )
 
     def _blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
+        return cast("list[Block]", list(self.blocks))
 
 
 def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +18,9 @@ from longvideo.quantization.number_formats import FP8_FORMATS, effective_precisi
 from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 
 def quantize_layers(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,10 @@ from longvideo.kernels.backends import fp8_operations
 from longvideo.kernels.fp8 import reference
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.selection import linear_layers
+
+if TYPE_CHECKING:
+    from longvideo.model.transformer import CausalTransformer
 
 VALUES, SCALES = "weight_values", "weight_scales"
 
@@ -51,10 +55,9 @@ class FP8Linear(nn.Module):
                 "an FP8 layer has no gradient, and its input requires one; run it under torch.no_grad(), "
                 'or take precision "nvfp4" or "bf16" to train'
             )
+        dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
         if self.bias is not None:
             dtype = self.bias.dtype
-        else:
-            dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
         rows = self._operations.quantize_rows(x) if isinstance(x, Tensor) else x
         return self._operations.matmul(rows, self.quantized_weight, self.bias, dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule, check_groups
-from longvideo.quantization.products import W4A4, Input, Product, Weight
+
+if TYPE_CHECKING:
+    from longvideo.quantization.products import W4A4, Input, Product, Weight
 
 CODES, SCALES, TENSOR_SCALE = "weight_codes", "weight_scales", "weight_tensor_scale"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import set_inputs
 from longvideo.quantization.linear import NVFP4Linear
+
+if TYPE_CHECKING:
+    from longvideo.model.transformer import CausalTransformer
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # every linear layer of the blocks
 

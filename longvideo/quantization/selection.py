@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from longvideo.errors import UserError
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.linear import NVFP4Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.model.transformer import CausalTransformer
 
 BLOCKS = "blocks."
 

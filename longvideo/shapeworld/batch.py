@@ -6,14 +6,17 @@ B scenes, N sprites (as many as the fullest scene has; absent ones have `present
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.shapeworld.geometry import OUTLINE_FIELDS, outline_row
 from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MOTIONS, SIZES, Scene, Sprite
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SPEED = (35.0, 45.0)
 """World units a second."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from longvideo.shapeworld.world import COLORS, TRAVELLING, Scene, Sprite, pick
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SIZE_WORDS: dict[str, tuple[str, ...]] = {
     "small": ("small", "small", "tiny", "little"),

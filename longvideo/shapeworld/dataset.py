@@ -6,8 +6,8 @@ T pixel frames. Cuts fall on chunk boundaries; the clock of a scene starts at 0 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.render import render_with_mask
 from longvideo.shapeworld.world import Scene, Split, sample_scene
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FPS = 24
 FIRST_CHUNK_FRAMES = 29

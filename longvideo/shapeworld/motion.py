@@ -9,12 +9,15 @@ import functools
 import math
 import operator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.world import MOTIONS, WORLD_HEIGHT
+
+if TYPE_CHECKING:
+    from longvideo.shapeworld.batch import SceneBatch
 
 FIRST_BOUNCE_SECONDS = 1.5
 """A bouncing sprite shows its direction at least this long before it meets the first wall."""

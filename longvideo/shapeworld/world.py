@@ -7,11 +7,13 @@ units: the frame is 128 units high whatever its size in pixels.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS: dict[str, tuple[int, int, int]] = {

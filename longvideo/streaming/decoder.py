@@ -13,6 +13,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
 from longvideo.streaming.decoder_stages import HISTORY, Activations, Grid, PlannedStage, Target, hand_over, plan_stages
-from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.layers import State
+
+if TYPE_CHECKING:
+    from longvideo.vae.autoencoder import Autoencoder
+    from longvideo.vae.layers import State
 
 
 class StreamingDecoder:

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
-from longvideo.vae.autoencoder import Autoencoder
-from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
+
+if TYPE_CHECKING:
+    from longvideo.vae.autoencoder import Autoencoder
+    from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
 
 HISTORY = 2
 """Frames that a causal convolution remembers."""
@@ -118,16 +120,16 @@ def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
         build = partial(_Residual, block, grid, opens_level=opens_level)
         return PlannedStage(build, _multiply_adds(block, grid), may_end_part=True)
 
-    first, second = cast(list[ResidualBlock], list(decoder.mid_block.resnets))
-    attention = cast(FrameAttention, decoder.mid_block.attentions[0])
+    first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
+    attention = cast("FrameAttention", decoder.mid_block.attentions[0])
     plan = [
         PlannedStage(partial(_Entry, autoencoder, grid), _multiply_adds(decoder.conv_in, grid)),
         residual(first, grid),
         PlannedStage(partial(_Attention, attention), _multiply_adds(attention, grid)),
         residual(second, grid),
     ]
-    for level in cast(list[UpBlock], list(decoder.up_blocks)):
-        blocks = cast(list[ResidualBlock], list(level.resnets))
+    for level in cast("list[UpBlock]", list(decoder.up_blocks)):
+        blocks = cast("list[ResidualBlock]", list(level.resnets))
         is_last = level.upsampler is None
         plan += [residual(block, grid, opens_level=not is_last and block is blocks[0]) for block in blocks]
         if not is_last:
@@ -145,7 +147,7 @@ def _multiply_adds(module: nn.Module, grid: Grid) -> int:
 def _upsampling_multiply_adds(level: UpBlock, grid: Grid) -> int:
     assert level.upsampler is not None
     times, _, _ = level.factors
-    time, conv = level.upsampler.time_conv, cast(nn.Conv2d, level.upsampler.resample[1])
+    time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
     grown = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
     folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
     return grown.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
@@ -275,9 +277,9 @@ class _Upsampling:
 
     def __init__(self, level: UpBlock, grid: Grid, device: torch.device):
         assert level.upsampler is not None
-        time, conv = level.upsampler.time_conv, cast(nn.Conv2d, level.upsampler.resample[1])
+        time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
         assert conv.bias is not None
-        first = cast(ResidualBlock, level.resnets[0])
+        first = cast("ResidualBlock", level.resnets[0])
         self.times, _, _ = level.factors
         self._time = None if time is None else _Convolution(time, grid, device)
         folded = fold_upsampling(conv.weight.detach()).to(device)

@@ -72,7 +72,7 @@ class Unrounded:
         if weight is None:
             return F.gelu(layer(x), approximate="tanh")
         # bias and GELU in the product's epilogue: a pass over the widest activation less
-        product = torch._addmm_activation(cast(Tensor, layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)
+        product = torch._addmm_activation(cast("Tensor", layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)
         return product.unflatten(0, x.shape[:-1])
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,9 @@ from longvideo.distributed import ParallelConfig, divisors, start_processes
 from longvideo.errors import UserError
 from longvideo.kernels.backends import RotaryOperations, rotary_operations
 from longvideo.kernels.fp8.format import FP8Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WORD = torch.int64
 """As what heads are moved: no operation has to know FP8, and no kernel moves single bytes."""

@@ -6,14 +6,16 @@ is `ChunkWindow`'s to say. Shapes: B samples, S slots, L tokens of a chunk, N he
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longvideo.kernels.backends import kv_operations
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
-from longvideo.model.spec import ChunkSpec
+
+if TYPE_CHECKING:
+    from longvideo.model.spec import ChunkSpec
 
 
 class Slots(Protocol):

@@ -12,14 +12,12 @@ Shapes: B samples, C channels, T latent frames, L tokens, D model dim, N heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from longvideo.kernels.backends import norm_operations
 from longvideo.kernels.fp8.format import FP8Rows
@@ -27,14 +25,20 @@ from longvideo.model.attention import attend, preferred_attention
 from longvideo.model.cache import ChunkWindow
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
-from longvideo.model.spec import ChunkSpec
-from longvideo.model.transformer import Block, CausalTransformer, TextContext
 from longvideo.quantization.fp8 import VALUES, FP8Linear
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.inputs import Inputs, inputs_of
 from longvideo.streaming.parallel import Sharing, sharing_of
 from longvideo.streaming.slots import NVFP4Slots, PlainSlots, Slots
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import Block, CausalTransformer, TextContext
 
 
 class Pass(Enum):
@@ -76,7 +80,7 @@ class StreamingTransformer:
         self._norm = norm_operations(self.device)
         self._sharing = sharing_of(group, self.device, chunk_frames=spec.chunk_frames, heads=heads, head_dim=head_dim)
         own_heads = heads // self._sharing.ranks
-        blocks = cast(list[Block], list(model.blocks))
+        blocks = cast("list[Block]", list(model.blocks))
         self._blocks = [_StreamingBlock(block, eps=config.eps) for block in blocks]
         self._modulation = torch.cat([block.modulation.detach() for block in blocks]).float()
         self._head_inputs = inputs_of([model.head.head], self.device, weight.dtype, eps=config.eps)
@@ -281,7 +285,7 @@ class _ValueMeans:
             product = (weight.values.float() @ mean.flatten()) * weight.scales
         else:
             row = mean.flatten().to(v_BLNK.dtype).view(1, 1, -1)
-            product = out(inputs.round(row)).flatten().float() - cast(Tensor, out.bias).float()
+            product = out(inputs.round(row)).flatten().float() - cast("Tensor", out.bias).float()
         self.outputs[layer].copy_(product)
 
 
@@ -313,7 +317,7 @@ class _StreamingBlock:
 def _joined(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return one layer that makes the outputs of several, side by side; their weights become views of its own."""
     if all(isinstance(layer, nn.Linear) for layer in layers):
-        linears = cast(Sequence[nn.Linear], layers)
+        linears = cast("Sequence[nn.Linear]", layers)
         joined = nn.Linear(linears[0].in_features, 3 * linears[0].out_features, device="meta")
         for name in ("weight", "bias"):
             whole = _side_by_side([layer.get_parameter(name).detach() for layer in linears])
@@ -322,7 +326,7 @@ def _joined(layers: Sequence[nn.Module]) -> nn.Module | None:
                 setattr(layer, name, nn.Parameter(part, requires_grad=False))
         return joined
     if all(isinstance(layer, FP8Linear) for layer in layers):
-        eights = cast(Sequence[FP8Linear], layers)
+        eights = cast("Sequence[FP8Linear]", layers)
         # as bytes: not every operation knows the dtype
         values = _side_by_side([layer.quantized_weight.values.view(torch.uint8) for layer in eights])
         whole = FP8Rows(

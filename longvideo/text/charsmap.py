@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 HEADER_BYTES, UNIT_BYTES, BLOCK = 4, 4, 256
 VALUE_BIT, LEAF_BIT, WIDE_BIT = 1 << 31, 1 << 8, 1 << 9

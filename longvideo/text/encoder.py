@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from longvideo.files import check_text
 from longvideo.text.tokenizer import PAD_ID, UNKNOWN, encode, word_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tokenizers import Tokenizer
 
 TOKENS_MULTIPLE = 16
 MAX_CACHED_PROMPTS = 64

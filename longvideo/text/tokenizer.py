@@ -7,15 +7,17 @@ lie in the text encoder's table, text grows by a bounded factor, and only what h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from longvideo.errors import CheckpointError
 from longvideo.files import read_text, write_json, write_text
 from longvideo.text import charsmap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2

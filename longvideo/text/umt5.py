@@ -8,9 +8,8 @@ Legend: P prompts, S tokens, D model dim, N heads, K head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,9 @@ from torch import Tensor, nn
 from longvideo.config.bounds import check_number, check_whole
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.model.config import MAX_EPS, MAX_LAYERS, MAX_WIDTH, MIN_EPS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MOST = {
     "vocab_size": 2**22,

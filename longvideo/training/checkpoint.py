@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +33,9 @@ from longvideo.distributed import Mesh
 from longvideo.errors import CheckpointError
 from longvideo.files import TEMPORARY_SUFFIX, WriteError, reason, temporary_name, write_folder
 from longvideo.training.tensor_files import write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 NAME = re.compile(r"step_(\d{7,})")
 

@@ -6,9 +6,8 @@ hold of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,17 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read, read_range
-from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.training.ema import decay_at
 from longvideo.training.engine import add_metrics, all_finite
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
-from longvideo.training.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from longvideo.distributed import Mesh
+    from longvideo.training.optimizer import OptimizerConfig
 
 
 class DeepSpeedEngine:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +14,13 @@ from longvideo.training.checkpoint import Trained
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
-from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.precision import autocast, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from longvideo.training.optimizer import OptimizerConfig
 
 
 class Engine(Trained, Protocol):

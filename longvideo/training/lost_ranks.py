@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from longvideo.distributed import HOST_BACKEND, Mesh
 from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROLL_CALL_SECONDS = 5.0
 """Time in which all ranks that still run have noticed that a group is broken: gloo closes its connections then."""

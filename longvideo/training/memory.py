@@ -8,12 +8,15 @@ side). Peaks are those of `torch.cuda.max_memory_allocated`: CUDA's context and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.distributed import Mesh, ParallelConfig, launched
 from longvideo.errors import ConfigError
-from longvideo.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from longvideo.model.config import TransformerConfig
 
 GIB = 2**30
 FP32 = 4

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from longvideo.distributed import Mesh
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.distributed import Mesh
 
 
 class Objective(nn.Module):

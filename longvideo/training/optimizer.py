@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.errors import ConfigError
 from longvideo.training.objective import stage_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 SCHEDULES = ("constant", "cosine")
 

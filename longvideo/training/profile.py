@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.training.run_log import peak_memory_gib
 from longvideo.training.trainer import Trainer, Window, synchronize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LISTED = 20
 COMMUNICATION = "nccl"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +14,19 @@ from longvideo.machine.packages import require
 from longvideo.model.attention import preferred_attention
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.lost_ranks import naming_lost_ranks
-from longvideo.training.objective import Objective
-from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.precision import resolve
 from longvideo.training.profile import profile
 from longvideo.training.run_folder import claimed
 from longvideo.training.run_log import check_reporting
 from longvideo.training.stopping import RunStopped
 from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from longvideo.training.objective import Objective
+    from longvideo.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)

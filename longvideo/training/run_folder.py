@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import locked, write_json, write_text
 from longvideo.training.config_changes import changes_line
 from longvideo.training.run_log import METRICS_FILE, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from longvideo.distributed import Mesh
 
 LOCK_FILE = "run.lock"
 CONFIG_FILE = "config.yaml"

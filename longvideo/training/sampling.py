@@ -5,21 +5,25 @@ Shapes: N chunks, B samples, P texts, J text positions, D text width, C channels
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.conditioning import Conditioning
-from longvideo.model.spec import ChunkSpec
-from longvideo.model.transformer import CausalTransformer
 from longvideo.pixels import to_uint8
 from longvideo.rollout import CachedTransformer, branches, rollout
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer
+    from longvideo.vae.autoencoder import Autoencoder
 
 
 @torch.no_grad()

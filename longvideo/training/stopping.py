@@ -7,9 +7,12 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from longvideo.distributed import launched
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEATED_SECONDS = 1.0

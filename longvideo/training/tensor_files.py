@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint.run_checkpoint import FileRecord
 from longvideo.checkpoint.safetensors_file import encode_header
 from longvideo.checkpoint.tensors import InMemory, TensorInfo, as_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
 
 FILE_BYTES = 4 * 2**30
 """About what a file holds, so that several can be compared with their checksums at a time."""

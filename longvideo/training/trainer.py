@@ -5,28 +5,31 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.config.fields import Bounded, bounded
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
-from longvideo.training.engine import Engine
 from longvideo.training.objective import BatchSource, Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import PRECISIONS
 from longvideo.training.run_folder import CHECKPOINTS, MODEL, RESUME, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from longvideo.checkpoint.run_checkpoint import RunState
+    from longvideo.training.engine import Engine
 
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""

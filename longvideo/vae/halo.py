@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
-from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from longvideo.vae.autoencoder import Autoencoder
 
 HISTORY = 2
 """Frames that a temporal convolution sees before the newest: all kernels have length 3."""

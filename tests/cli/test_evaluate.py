@@ -29,7 +29,7 @@ class Painter:
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_every_task_gets_its_own_video_whatever_the_batch(batch):
     tasks = build_tasks(5, seconds=2, shots=2, seed=3)
-    made = list(generate_videos(cast(StreamingPipeline, Painter()), tasks, batch=batch, steps=4, guidance=None))
+    made = list(generate_videos(cast("StreamingPipeline", Painter()), tasks, batch=batch, steps=4, guidance=None))
     assert [task for task, _ in made] == tasks
     for task, frames in made:
         assert frames.shape == (96, 2, 2, 3)

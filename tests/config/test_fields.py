@@ -81,6 +81,6 @@ def undeclared(schema: type, key: str) -> typing.Iterator[str]:
         kinds = {hints[field.name], *typing.get_args(hints[field.name])}
         for kind in kinds:
             if dataclasses.is_dataclass(kind) and kind is not ModelSettings:  # which checks its own
-                yield from undeclared(typing.cast(type, kind), f"{key}{field.name}.")
+                yield from undeclared(typing.cast("type", kind), f"{key}{field.name}.")
         if kinds & {int, float, list[int]} and BOUNDS not in field.metadata:
             yield f"{key}{field.name}"

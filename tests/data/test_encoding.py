@@ -102,7 +102,7 @@ def test_text_is_that_of_the_text_encoder_and_trimmed_on_disk(model: Path, encod
     lengths = []
     for path in sorted(encoded.glob("text-*")):
         with safe_open(path, framework="pt") as file:
-            lengths += [file.get_slice(name).get_shape()[0] for name in file.keys()]
+            lengths += [file.get_slice(name).get_shape()[0] for name in file.keys()]  # noqa: SIM118
     # each word and the end
     assert sorted(lengths) == [1, 3, 3, 4, 6]
     with pytest.raises(UserError, match="no features of 'a dog'"):

@@ -27,6 +27,7 @@ from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline
 from tests.data.test_real_footage import real_clip
+from tests.folders import file_names
 
 
 def probe(path: Path) -> tuple[int, float, tuple[int, int]]:
@@ -109,7 +110,7 @@ def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Pat
     assert process.returncode == 128 + number and "Traceback" not in stderr
     frames = probe(out)[0]
     assert frames >= playable_while_running >= 93
-    assert f"out.mp4: {frames} frames" in stdout and os.listdir(tmp_path) == [out.name]
+    assert f"out.mp4: {frames} frames" in stdout and file_names(tmp_path) == [out.name]
 
 
 def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_folder: Path, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_fold
     os.close(ours)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
     assert probe(out)[0] >= 93 and out.read_bytes()[-16:-12] == b"\0\0\0\x10"  # the index comes last
-    assert os.listdir(tmp_path) == [out.name]
+    assert file_names(tmp_path) == [out.name]
 
 
 def test_a_pipe_whose_reader_ends_does_not_end_the_film(model_folder: Path, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_signals)
     assert done.returncode == 130 and "Traceback" not in done.stderr and time.monotonic() - started < 60
     assert "nothing was written" in done.stdout
-    assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.mp4"]
+    assert out.read_text() == "old" and file_names(tmp_path) == ["out.mp4"]
 
 
 def test_forgotten_quotes_are_shown(model_folder: Path, tmp_path: Path, capsys) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import struct
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
+from tests.folders import file_names
 
 PROMPT = "a red ball bounces"
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_older_snapshot(snapshot: Path, pipeline: Streami
             session.snapshot(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == b"old" and file_names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ from longvideo.data.video import check_whole, probe_video
 from longvideo.errors import UserError
 from longvideo.infer.matroska import UNKNOWN_SIZE
 from longvideo.infer.writer import FragmentedMP4, VideoWriter, _Output, check_output
+from tests.folders import file_names
 
 SIZES = [29, 32, 32]
 
@@ -58,7 +60,7 @@ def test_frames_rate_and_colours_come_back(tmp_path, suffix: str) -> None:
     error = decode(path).astype(float) - np.concatenate(written)
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 33
     assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1.5
-    assert os.listdir(tmp_path) == [path.name]
+    assert file_names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -99,7 +101,7 @@ def test_what_was_written_plays_after_a_kill(tmp_path, suffix: str, parts: tuple
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path), *map(str, parts)]).returncode == -9
-    assert len(decode(path)) == sum(parts) and os.listdir(tmp_path) == [path.name]
+    assert len(decode(path)) == sum(parts) and file_names(tmp_path) == [path.name]
 
 
 def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path) -> None:
@@ -111,13 +113,13 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_st
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
     (tmp_path / ".other.mp4.0123abcd.part").write_text("of another file")
-    assert len(os.listdir(tmp_path)) == 2
+    assert len(file_names(tmp_path)) == 2
     running = _Output(path, FragmentedMP4(64, 64, Fraction(24), 16), size=(64, 64))
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
     assert len(list(tmp_path.glob(".out*"))) == 1
     running.release()
-    assert sorted(os.listdir(tmp_path)) == [".other.mp4.0123abcd.part", "out.mp4"]
+    assert file_names(tmp_path) == [".other.mp4.0123abcd.part", "out.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_a_file_system_without_links_is_written_to(tmp_path, monkeypatch) -> Non
     path = tmp_path / "out.mp4"
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
-    assert len(decode(path)) == 2 and os.listdir(tmp_path) == [path.name]
+    assert len(decode(path)) == 2 and file_names(tmp_path) == [path.name]
     writer = VideoWriter(tmp_path / "other.mp4", fps=24)
     (tmp_path / "other.mp4").write_text("mine")
     with pytest.raises(UserError, match="file exists"):
@@ -204,7 +206,7 @@ def test_a_file_made_by_another_meanwhile_is_not_replaced(tmp_path) -> None:
     path.write_text("mine")
     with pytest.raises(UserError, match="file exists"):
         writer.write(moving_disc(0, 2))
-    assert path.read_text() == "mine" and os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "mine" and file_names(tmp_path) == [path.name]
 
 
 def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_path) -> None:
@@ -214,7 +216,7 @@ def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_
         pass
     with pytest.raises(UserError, match="even width"), VideoWriter(path, fps=24, overwrite=True) as writer:
         writer.write(np.zeros((2, 63, 64, 3), np.uint8))
-    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "old" and file_names(tmp_path) == [path.name]
     with VideoWriter(path, fps=24, overwrite=True) as writer:
         writer.write(moving_disc(0, 5))
     assert len(decode(path)) == 5
@@ -234,7 +236,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
     path.write_text("old")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and f"cannot write {path}: file too large" in done.stdout, done.stderr
-    assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "old" and file_names(tmp_path) == [path.name]
 
 
 def test_a_disk_that_fills_up_keeps_the_frames_before(tmp_path) -> None:
@@ -251,7 +253,7 @@ def test_a_disk_that_fills_up_keeps_the_frames_before(tmp_path) -> None:
     path = tmp_path / "out.mp4"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert f"cannot write {path}: file too large; the 3 frames before are in it" in done.stdout, done.stderr
-    assert len(decode(path)) == 3 and path.stat().st_size < 100_000 and os.listdir(tmp_path) == [path.name]
+    assert len(decode(path)) == 3 and path.stat().st_size < 100_000 and file_names(tmp_path) == [path.name]
 
 
 def test_a_link_is_written_through(tmp_path) -> None:
@@ -262,14 +264,14 @@ def test_a_link_is_written_through(tmp_path) -> None:
     with VideoWriter(link, fps=24, overwrite=True) as writer:
         writer.write(moving_disc(0, 3))
     assert link.is_symlink() and len(decode(film)) == 3
-    assert sorted(os.listdir(tmp_path)) == ["far", "link.mp4"] and os.listdir(tmp_path / "far") == ["film.mp4"]
+    assert file_names(tmp_path) == ["far", "link.mp4"] and file_names(tmp_path / "far") == ["film.mp4"]
 
 
 def test_the_longest_name_is_written(tmp_path) -> None:
     path = tmp_path / ("n" * 251 + ".mp4")
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
-    assert os.listdir(tmp_path) == [path.name]
+    assert file_names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize(
@@ -292,13 +294,13 @@ def test_bad_outputs_are_refused_before_anything_is_written(tmp_path, name: str,
     (tmp_path / "null.mp4").symlink_to("/dev/null")
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "old.mp4").write_text("old")
-    before = sorted(os.listdir(tmp_path))
+    before = file_names(tmp_path)
     with pytest.raises(UserError, match=message):
         check_output(tmp_path / name, overwrite=False)
-    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "old.mp4").read_text() == "old"
+    assert file_names(tmp_path) == before and (tmp_path / "old.mp4").read_text() == "old"
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody may write: /proc")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write: /proc")
 def test_an_unwritable_folder_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write /proc/self/out.mp4"):
         check_output("/proc/self/out.mp4", overwrite=False)

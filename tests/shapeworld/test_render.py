@@ -71,7 +71,7 @@ def test_video_and_mask_have_the_promised_form() -> None:
     video, mask = render_with_mask(batch, torch.zeros(6, 3), height=64, width=112)
     assert video.shape == (6, 3, 3, 64, 112)
     assert mask.shape == (6, 1, 3, 64, 112)
-    assert -1 <= video.min() and video.max() <= 1
+    assert video.min() >= -1 and video.max() <= 1
     assert mask.min() == 0 and mask.max() == 1
 
 

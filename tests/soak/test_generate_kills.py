@@ -19,6 +19,7 @@ import pytest
 
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.writer import VideoWriter
+from tests.folders import file_names
 from tests.infer.conftest import model_folder  # noqa: F401
 
 MOMENTS = int(os.environ.get("LONGVIDEO_SOAK", "2"))
@@ -84,4 +85,4 @@ def test_an_older_film_or_what_was_reported_plays(model_folder: Path, tmp_path: 
         new += parts > 0
     assert new > 0
     start(model_folder, out).communicate()
-    assert playable(out) == SECONDS * 24 and os.listdir(tmp_path) == [out.name]
+    assert playable(out) == SECONDS * 24 and file_names(tmp_path) == [out.name]

@@ -183,7 +183,7 @@ def test_pinned_memory_stays_within_the_limit_when_rounded_up() -> None:
     for gib in (1.0, 7.9, 8.0, 12.0):
         entries = ErrorRecyclingConfig(memory_gib=gib).entries_within_memory(numel, pinned=True)
         rounded = 1 << (entries * one_of_each - 1).bit_length()
-        assert 1 <= entries and rounded <= gib * GIB
+        assert entries >= 1 and rounded <= gib * GIB
     assert ErrorRecyclingConfig().entries_within_memory(numel, pinned=True) == 8 * GIB // one_of_each == 31
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,6 @@ from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
 from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.memory import (
     FP32,
     ROWS_MASKED,
@@ -44,7 +42,14 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.sampling import sample_videos
 from longvideo.training.trainer import TrainerConfig
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from longvideo.training.checkpoint import Checkpoint
+    from longvideo.vae.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,21 @@ A rank reads and encodes its own latent frames and the raw frames that they depe
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.checkpoint.folder import ModelFolder
 from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import ConfigError
 from longvideo.training.precision import autocast
 from longvideo.vae.halo import encode_latents, encode_window, temporal_lookback
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longvideo.checkpoint.folder import ModelFolder
 
 
 class VideoClips:

@@ -6,10 +6,9 @@ Shapes: B views, C channels, T latent frames of a rank, H W latent grid, Q chunk
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +16,14 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.distributed import Mesh, divide
 from longvideo.errors import ConfigError, UserError
-from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.conditioning import video_texts
 from longvideo.train.batch import Origin, ViewBatch, ViewStage
 from longvideo.training.objective import seeded, stage_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from longvideo.flow.schedule import FlowSchedule
 
 
 @dataclass(frozen=True)

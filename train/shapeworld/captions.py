@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +11,13 @@ from torch import Tensor
 from longvideo.errors import ConfigError
 from longvideo.model.conditioning import chunk_text
 from longvideo.shapeworld.captions import caption
-from longvideo.shapeworld.world import Scene
 from longvideo.text.encoder import TOKENS_MULTIPLE, TextEncoder, clean_prompt
 from longvideo.text.tokenizer import PAD_ID
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.shapeworld.world import Scene
 
 
 @dataclass(frozen=True)

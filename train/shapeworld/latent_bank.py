@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from longvideo.errors import ConfigError
 from longvideo.train.shapeworld.scenes import FPS, ScenePool
 from longvideo.training.objective import seeded
 from longvideo.training.precision import autocast
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from longvideo.vae.autoencoder import Autoencoder
 
 TEMPORAL_SCALE = 4
 """Pixel frames of a latent frame; the first latent frame of a video holds one."""

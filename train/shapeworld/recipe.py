@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,12 +30,19 @@ from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
 from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
 from longvideo.training.run_folder import describe_model
 from longvideo.training.sampling import sample_videos
 from longvideo.training.trainer import TrainerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+    from longvideo.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

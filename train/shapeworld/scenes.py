@@ -5,8 +5,8 @@ B clips, T frames, S scenes of the pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render_with_mask
-from longvideo.shapeworld.world import Scene
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from longvideo.shapeworld.world import Scene
 
 FPS = 24.0
 MOST_PIXELS = 4096  # of a side

@@ -5,8 +5,8 @@ Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +14,15 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.distributed import Mesh, divide
 from longvideo.errors import ConfigError
-from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.batch import ViewBatch, ViewStage
-from longvideo.train.shapeworld.captions import TokenTable
-from longvideo.train.shapeworld.latent_bank import LatentBank
 from longvideo.training.objective import seeded, stage_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.flow.schedule import FlowSchedule
+    from longvideo.train.shapeworld.captions import TokenTable
+    from longvideo.train.shapeworld.latent_bank import LatentBank
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,21 @@ B clips, T frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, steps_field
-from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.train.shapeworld.scenes import ScenePool, frame_seconds
 from longvideo.training.objective import seeded, stage_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.distributed import Mesh
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import load_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.fields import Bounded, bounded, seed_field, share
-from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.train.vae.clips import ClipSource, ClipStage
 from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, psnr
-from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.objective import compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
@@ -28,6 +26,12 @@ from longvideo.training.run_folder import MODEL
 from longvideo.training.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longvideo.distributed import Mesh
+    from longvideo.training.checkpoint import Checkpoint
 
 CHUNK_FRAMES = (29, 32)
 """Pixel frames of a video's first chunk and of every later one."""

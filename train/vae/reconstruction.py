@@ -5,17 +5,21 @@ Shapes: B clips, C channels, T frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded
-from longvideo.train.vae.clips import ClipBatch
 from longvideo.training.objective import Objective
-from longvideo.vae.autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longvideo.train.vae.clips import ClipBatch
+    from longvideo.vae.autoencoder import Autoencoder
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 VIDEO_RANGE = 2.0

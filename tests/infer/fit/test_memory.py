@@ -92,7 +92,9 @@ def _allocated(root: object, shared: set[int]) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, (list, tuple)):
             waiting += value
-        elif type(value).__module__.startswith("longvideo.vae") and not isinstance(value, torch.nn.Module):
+        elif type(value).__module__.startswith(("longvideo.vae", "longvideo.streaming")) and not isinstance(
+            value, torch.nn.Module
+        ):
             waiting += vars(value).values()
     return sum(size for pointer, size in sizes.items() if pointer not in shared)
 

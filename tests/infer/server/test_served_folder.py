@@ -41,9 +41,9 @@ def test_a_second_process_is_refused_and_changes_nothing(model_folder: Path, tmp
 
 def test_a_folder_is_free_again_after_its_process(tmp_path: Path) -> None:
     for _ in range(2):
-        with served_folder(tmp_path / "new" / "served"):
-            with pytest.raises(BusyError, match="another process serves"), served_folder(tmp_path / "new" / "served"):
-                pass
+        busy = pytest.raises(BusyError, match="another process serves")
+        with served_folder(tmp_path / "new" / "served"), busy, served_folder(tmp_path / "new" / "served"):
+            pass
     assert [path.name for path in (tmp_path / "new" / "served").iterdir() if path.is_file()] == []
 
 

@@ -75,10 +75,11 @@ def test_shares_of_all_ranks_are_the_whole_batch(world: int, sequence: int, micr
         replicas.setdefault(mesh.replica, []).append(source(Counted()).shares(5, mesh, micro_batch))
     for name in FIELDS:
         axis = 2 if name in FIELDS[:3] else 1
-        rows = []
-        for places in replicas.values():
-            for number in range(len(places[0])):
-                rows.append(torch.cat([getattr(shares[number], name) for shares in places], dim=axis))
+        rows = [
+            torch.cat([getattr(shares[number], name) for shares in places], dim=axis)
+            for places in replicas.values()
+            for number in range(len(places[0]))
+        ]
         assert torch.equal(torch.cat(rows), getattr(whole, name)), name
     parts = [share for places in replicas.values() for shares in places for share in shares]
     assert float(parts[0].mean_weight) * len(parts) == pytest.approx(float(whole.loss_mask.sum()))
