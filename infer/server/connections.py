@@ -72,6 +72,7 @@ class HttpConnection(HttpToolsProtocol):
         self._in_head = False
         self._in_body = False
         self._head_bytes = self._body_bytes = 0
+        self._parsed_bytes = 0
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -92,14 +93,23 @@ class HttpConnection(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > HEAD_BYTES:
-            message = f"the head of a request has at most {HEAD_BYTES} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too_large", message)
+            self._refuse_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._parsed_bytes = True, 0, 0
+
+    def on_url(self, url: bytes) -> None:
+        self._parsed_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._parsed_bytes += len(name) + len(b": ") + len(value) + len(b"\r\n")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._parsed_bytes > HEAD_BYTES:  # it came whole in one piece, so `data_received` never waits for its end
+            raise ValueError("the head is too large")  # ends the parser, and `send_400_response` is called
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
         self._wait(self._limits.body)
@@ -137,6 +147,9 @@ class HttpConnection(HttpToolsProtocol):
             self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
+        if self._parsed_bytes > HEAD_BYTES:
+            self._refuse_head()
+            return
         self._refuse(HTTPStatus.BAD_REQUEST, "bad_request", "this is not an HTTP request that can be read")
 
     def _wait(self, seconds: float) -> None:
@@ -167,6 +180,10 @@ class HttpConnection(HttpToolsProtocol):
         else:
             self._settle()
             self.transport.close()
+
+    def _refuse_head(self) -> None:
+        message = f"the head of a request has at most {HEAD_BYTES} bytes"
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too_large", message)
 
     def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
         """Answer outside of the application, and close the connection when the client could read that."""

@@ -114,6 +114,13 @@ def test_more_requests_than_places_get_an_error_in_the_usual_form(serve: Serve) 
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "busy")
 
 
+def test_a_large_head_that_comes_in_one_piece_is_refused(serve: Serve) -> None:
+    server = serve()
+    for size, status in ((HEAD_BYTES // 2, 200), (HEAD_BYTES + 1, 431), (3 * HEAD_BYTES, 431)):
+        with raw(server, HEAD + b"Connection: close\r\nX-Long: " + b"a" * size + b"\r\n\r\n") as connection:
+            assert read_to_end(connection).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_a_head_without_end_is_refused_by_its_size(serve: Serve) -> None:
     with raw(serve(), HEAD + b"X-Long: ") as connection:
         refused = False
