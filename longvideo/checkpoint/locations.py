@@ -14,8 +14,11 @@ SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("t
 HUB_PREFIX = "hf:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.pth", "*.pt", "*/*.json", "*/*.safetensors", "google/umt5-xxl/*"]
-LOCAL_NAMES = ("checkpoints", "data", "model", "models", "out", "output", "outputs", "results", "runs", "weights")
-"""Folders that people keep models in; whoever has such a name on the hub is reached with the prefix."""
+LOCAL_NAMES = (
+    "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "experiment", "experiments", "model", "models",
+    "out", "output", "outputs", "result", "results", "run", "runs", "tmp", "weights",
+)  # fmt: skip
+"""Folders that people keep models in, in any case; whoever has such a name on the hub is reached with the prefix."""
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", *pickle_file.SUFFIXES)
 READ_SUFFIXES = (".json", ".safetensors", ".model", *pickle_file.SUFFIXES)
 READ_FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "google")
@@ -95,7 +98,9 @@ def _existing(text: str) -> Path | None:
 
 def _looks_local(text: str) -> bool:
     first, _, last = text.partition("/")
-    return first in LOCAL_NAMES or os.path.lexists(first) or os.path.lexists(text) or last.endswith(READ_SUFFIXES)
+    return (
+        first.lower() in LOCAL_NAMES or os.path.lexists(first) or os.path.lexists(text) or last.endswith(READ_SUFFIXES)
+    )
 
 
 def _download(hub_id: str) -> Path:

@@ -75,6 +75,7 @@ def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(asked: list[str], tm
     "name",
     [
         *("runs/model", "models/wan", "checkpoints/step_0000100", "weights/a", "here/model", "link/model"),
+        *("Runs/model", "run/model", "ckpt/step_1"),
         *("./some/model", "../some/model", "/some/model", "some/model/", "some/model/more", "some/model.safetensors"),
         Path("some/model"),
     ],
