@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Rational, Real
 from pathlib import Path
 
 from longvideo.errors import UserError
@@ -34,7 +34,7 @@ class SamplingOptions:
             if isinstance(guidance, bool) or not isinstance(guidance, Real):
                 raise UserError(f"guidance is {shown(guidance)}; it must be a number")
             if not 0 <= guidance <= MAX_GUIDANCE:
-                value = shown(guidance) if isinstance(guidance, int) else f"{float(guidance):g}"
+                value = shown(guidance) if isinstance(guidance, Rational) else f"{float(guidance):g}"
                 raise UserError(f"guidance is {value}; it must be from 0 to {MAX_GUIDANCE:g} (1 means none)")
             object.__setattr__(self, "guidance", float(guidance))
         object.__setattr__(self, "seed", whole_number(self.seed, "seed", 0, MAX_SEED))
@@ -55,7 +55,7 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
 
 def check_path(value: object, name: str) -> None:
     """Raise UserError for what is not a path or a name."""
-    if not isinstance(value, str | Path) or not str(value):
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise UserError(f"{name} is {shown(value)}; give a name or a path")
 
 

@@ -266,7 +266,8 @@ class StreamingPipeline:
         A video's noise depends on its own seed alone.
         """
         for name, values in (("prompts", prompts), ("seconds", seconds), ("seeds", seeds), *_named_shots(prompts)):
-            if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+            is_number = isinstance(values, np.ndarray) and not values.ndim
+            if is_number or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
                 raise UserError(f"{name} is {shown(values)}; give a sequence, with one item for each video or shot")
         if not len(prompts) or len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} videos and {len(seeds)} seeds were given; give one seed for each video")

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Rational, Real
 from pathlib import Path
 
 from longvideo.errors import UserError
@@ -176,7 +176,7 @@ def check_seconds(seconds: float, what: str) -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, Real):
         raise UserError(f"{what} has seconds {shown(seconds)}; a number was expected")
     if not 0 < seconds <= MAX_SECONDS:
-        length = shown(int(seconds)) if isinstance(seconds, Integral) else f"{float(seconds):g}"
+        length = shown(int(seconds)) if isinstance(seconds, Rational) else f"{float(seconds):g}"
         raise UserError(f"{what} has {length} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
 
 

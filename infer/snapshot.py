@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.errors import UserError
-from longvideo.files import parse_json, reason, write_file
+from longvideo.files import check_file, check_target, parse_json, reason, write_file
 from longvideo.infer.history import ChunkRecord
 from longvideo.infer.options import SamplingOptions, shown, whole_number
 from longvideo.infer.script import check_prompt
@@ -54,6 +54,7 @@ class Snapshot:
 
 def write_snapshot(snapshot: Snapshot, path: Path) -> None:
     """Write a file that is whole or not there. Raises WriteError as `longvideo.files.write_file` does."""
+    check_target(path)
     options = snapshot.options
     tensors = {}
     for record in snapshot.kept:
@@ -77,8 +78,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
 
     latent_shape: of a chunk, [C, T, H, W].
     """
-    if not path.is_file():
-        raise UserError(f"no snapshot of a session at {path}")
+    check_file(path, "snapshot of a session")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -260,6 +260,16 @@ def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         ) from error
 
 
+def check_file(path: Path, what: str) -> None:
+    """Raise UserError where a path is not a file, or cannot be one, as with a name that is too long."""
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {reason(error)}") from error
+    if not is_file:
+        raise UserError(f"no {what} at {path}")
+
+
 def read_lines(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:
     """Read UTF-8 text as lines, divided at line feeds alone: a caption may hold other characters that end lines.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
-from longvideo.files import reason
+from longvideo.files import check_file, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,8 +45,7 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
     The rotation that cameras note is applied; transparent parts become black. Raises UserError when it is no picture,
     or one whose values cannot be told, such as an animation or floats beyond 1.
     """
-    if not path.is_file():
-        raise UserError(f"no image at {path}")
+    check_file(path, "image")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; use a smaller picture")
     try:

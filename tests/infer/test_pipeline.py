@@ -114,6 +114,14 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(options, message:
         (lambda pipe: pipe.generate_batch(["a ball"], seconds=[1], seeds=[1]), r"prompts\[0\] is 'a ball'; give a seq"),
         (lambda pipe: pipe.generate_batch([["a ball"]], seconds=1, seeds=[1]), "seconds is 1; give a sequence"),
         (lambda pipe: pipe.generate_batch([["a ball"]], seconds=[1], seeds=[True]), "seed is True"),
+        (
+            lambda pipe: pipe.generate_batch([["a ball"]], seconds=[1], seeds=np.array(1)),
+            "seeds is array.1.; give",
+        ),
+        (lambda pipe: pipe.session("a").snapshot("a" * 300), "its name has more than"),
+        (lambda pipe: pipe.session("a").snapshot("a\0"), r"the snapshot is 'a.x00'; give a name or a path"),
+        (lambda pipe: pipe.restore("a" * 5000), "cannot read the snapshot of a session a*: file name too long"),
+        (lambda pipe: pipe.stream("a", seconds=1, image="a" * 5000), "cannot read the image a*: file name too long"),
     ],
 )
 def test_wrong_values_of_other_calls_are_refused(call, message: str, pipeline: StreamingPipeline) -> None:

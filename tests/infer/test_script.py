@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_wrong_types_are_refused(prompts, seconds, message: str) -> None:
         Script.from_prompts(prompts, seconds=seconds)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6, Fraction(10**400)])
 def test_absurd_lengths_are_refused(seconds: float) -> None:
     with pytest.raises(UserError, match="a length must be above 0 and at most 86400"):
         Script.from_prompts("a", seconds=seconds)
