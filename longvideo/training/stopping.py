@@ -37,6 +37,9 @@ class StopSignals:
 
     A signal that is ignored stays so, as `nohup` asks for.
     Outside the main thread Python can take no signal, and nothing is remembered.
+
+    Python runs a handler only after the native call that the main thread is in, such as waiting for another rank.
+    Therefore a thread reads each signal, which the interpreter writes to a pipe when it comes.
     """
 
     def __init__(self) -> None:
@@ -52,18 +55,50 @@ class StopSignals:
                 for number in SIGNALS
                 if signal.getsignal(number) != signal.SIG_IGN
             }
+        if self._before:
+            pipe, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)  # set_wakeup_fd requires it
+            self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+            self._reader = threading.Thread(target=_answer_signals, args=(pipe, frozenset(self._before)), daemon=True)
+            self._reader.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before:
+            signal.set_wakeup_fd(self._pipe_before)
+            os.close(self._pipe)
+            self._reader.join()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._came = number, time.monotonic()
-            # plain writing: printing may be in the middle of another line, and cannot be entered twice
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"stopping after this step; a second signal ends the run at once\n")
-        elif not launched() or time.monotonic() - self._came > REPEATED_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        elif _is_second(self._came):
+            _end(number)
+
+
+def _answer_signals(pipe: int, numbers: frozenset[int]) -> None:
+    """Say that the first signal came, and end the process at the second one; return when the pipe is closed."""
+    came: float | None = None
+    with open(pipe, "rb", buffering=0) as stream:
+        while byte := stream.read(1):
+            number = byte[0]
+            if number not in numbers:
+                continue
+            if came is None:
+                came = time.monotonic()
+                # plain writing: the main thread may be in the middle of printing another line
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"stopping after this step; a second signal ends the run at once\n")
+            elif _is_second(came):
+                _end(number)
+
+
+def _is_second(came: float) -> bool:
+    return not launched() or time.monotonic() - came > REPEATED_SECONDS
+
+
+def _end(number: int) -> None:
+    """End the process without waiting for what any thread of it does."""
+    os._exit(128 + number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,32 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         trainer.run()
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
     assert not toy_trainer(tmp_path, 20).checkpoints.steps()
+
+
+WAITING = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from longvideo.training.stopping import StopSignals
+
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+with StopSignals():
+    print("waiting", flush=True)
+    store.wait(["a key that no rank sets"], timedelta(minutes=5))
+"""
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_another_rank() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "stopping after this step; a second signal ends the run at once\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
 
 
 def ranks_stop_together(folder: str) -> int:
