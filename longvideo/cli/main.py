@@ -1,10 +1,11 @@
-"""The command `longvideo`: its sub-commands, and how it ends when something goes wrong."""
+"""The command `longvideo`: its sub-commands, and how it ends after an error."""
 
 import errno
 import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, cast
 
 import typer
@@ -32,17 +33,30 @@ COMMANDS = {
     "bench": "longvideo.cli.bench:app",
 }
 EXIT_USER_ERROR = 2
-# errors of a full or read-only disk carry no file name when they come from a write
+HELP_NAMES = ["--help", "-h"]
+# an error of a full or read-only disk has no file name when it comes from a write
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
-class CommandGroup(TyperGroup):
-    """Imports the module of a sub-command when it is asked for, so that each starts without the others."""
+class Group(TyperGroup):
+    """A group of commands that names the nearest one when an unknown one is given."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            names = self.list_commands(ctx)
+            nearest = get_close_matches(args[0], names, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(names)}"
+            raise UserError(f"'{ctx.command_path} {args[0]}' is not a command; {remedy}")
+        return super().resolve_command(ctx, args)
+
+
+class LazyGroup(Group):
+    """Imports the module of a sub-command when it is used, so that each starts without the others."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
@@ -50,7 +64,12 @@ class CommandGroup(TyperGroup):
         return self.commands[cmd_name]
 
 
-app = typer.Typer(cls=CommandGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    cls=LazyGroup,
+    context_settings={"help_option_names": HELP_NAMES},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -59,7 +78,7 @@ def longvideo(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Make long videos chunk by chunk: generate them, train the models that do, and measure both."""
+    """Generate long videos chunk by chunk, train and distill the models that make them, and measure both."""
     if version:
         typer.echo(f"longvideo {__version__}")
     elif context.invoked_subcommand is None:
@@ -69,12 +88,12 @@ def longvideo(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for what the user can mend, 128 + N after signal N."""
+    """Run the command line and return its exit code: 0, 2 after an error of the user, 128 + N after signal N."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = arguments[:1] == ["--debug"]
     show_messages()
     try:
-        code = app(arguments, prog_name="longvideo", standalone_mode=False)
+        code = command_line()(arguments, prog_name="longvideo", standalone_mode=False)
     except (UserError, OSError, typer.TyperException) as error:
         if debug or not _is_users(error):
             raise
@@ -88,16 +107,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def command_line() -> TyperGroup:
+    """Return the command `longvideo` as typer runs it; it loads its sub-commands when they are used."""
+    return cast("TyperGroup", _with_plain_flags(get_command(app)))
+
+
 def _load_command(name: str) -> Any:
     module, _, attribute = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(module), attribute)
     host = typer.Typer(cls=TyperGroup, add_completion=False, rich_markup_mode="markdown")
     host.callback()(lambda: None)
     if isinstance(command, typer.Typer):
-        host.add_typer(command, name=name)
+        host.add_typer(command, name=name, cls=Group)
     else:
         host.command(name)(command)
-    return cast("TyperGroup", get_command(host)).commands[name]
+    return _with_plain_flags(cast("TyperGroup", get_command(host)).commands[name])
+
+
+def _with_plain_flags(command: Any) -> Any:
+    """Write the flags of a command and of its sub-commands without `<bool>` in their help; return the command."""
+    help_option = command.get_help_option(typer.Context(command, help_option_names=HELP_NAMES))
+    for parameter in [*command.params, help_option]:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    for subcommand in getattr(command, "commands", {}).values():
+        _with_plain_flags(subcommand)
+    return command
 
 
 def _is_users(error: Exception) -> bool:
@@ -117,9 +152,21 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}" if error.filename is not None else error.strerror.lower()
     if isinstance(error, typer.TyperException):
-        message, context = error.format_message(), getattr(error, "ctx", None)
-        return f"{message.rstrip('.')}; see {context.command_path} --help" if message and context else message
+        return _usage_message(error)
     return str(error)
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """Return what is wrong with the words of a command, and which help describes them."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if not message or context is None:
+        return message
+    if hasattr(error, "possibilities"):  # an unknown option, with the known ones that resemble it
+        nearest = f"did you mean {error.possibilities[0]}? See" if error.possibilities else "see"
+        message = f"{error.option_name} is not an option; {nearest}"
+    else:
+        message = f"{message}; see"
+    return f"{message} {context.command_path} --help"
 
 
 if __name__ == "__main__":

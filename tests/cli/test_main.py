@@ -15,7 +15,7 @@ HEAVY = ("torch", "diffusers", "transformers", "av", "matplotlib", "peft")
 HELP_SECONDS = 1.5
 
 ERRORS = {
-    "user": ConfigError("steps is 0, wanted 1 or more"),
+    "user": ConfigError("steps is 0; expected 1 or more"),
     "lines": ConfigError("first\n    second"),
     "full": OSError(28, "No space left on device"),
     "named": PermissionError(13, "Permission denied", "out.mp4"),
@@ -47,15 +47,20 @@ def fake_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["make", "user"], "error: steps is 0, wanted 1 or more"),
+        (["make", "user"], "error: steps is 0; expected 1 or more"),
         (["make", "lines"], "error: first second"),
         (["make", "full"], "error: no space left on device"),
         (["make", "named"], "error: out.mp4: permission denied"),
-        (["group", "two", "user"], "error: steps is 0, wanted 1 or more"),
-        (["mke"], "error: No such command 'mke'; see longvideo --help"),
+        (["group", "two", "user"], "error: steps is 0; expected 1 or more"),
+        (["mke"], "error: 'longvideo mke' is not a command; did you mean make?"),
         (["make"], "error: Missing argument 'WHAT'; see longvideo make --help"),
-        (["make", "x", "--nothing"], "error: No such option: --nothing; see longvideo make --help"),
-        (["group", "three"], "error: No such command 'three'; see longvideo group --help"),
+        (["make", "x", "--nothing"], "error: --nothing is not an option; see longvideo make --help"),
+        (
+            ["make", "x", "--step", "2"],
+            "error: --step is not an option; did you mean --steps? See longvideo make --help",
+        ),
+        (["group", "on"], "error: 'longvideo group on' is not a command; did you mean one?"),
+        (["group", "three"], "error: 'longvideo group three' is not a command; expected one of one, two"),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_code_2(
