@@ -23,12 +23,12 @@ from longvideo.distill.merging import save_merged
 from longvideo.distill.objectives import CriticObjective, Looks, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (
     SHAPEWORLD,
+    ChunkScript,
     ClipScripts,
-    ClipSource,
     DistillStage,
     FileScripts,
     NoiseScripts,
-    Script,
+    RolloutSource,
     Scripts,
     ShapeWorldScripts,
     check_frames,
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.distill.config import Distillation
-    from longvideo.distill.walk import Clip
+    from longvideo.distill.walk import VideoRequest
     from longvideo.training.checkpoint import Checkpoint
     from longvideo.training.engine import Engine
     from longvideo.vae.autoencoder import Autoencoder
@@ -133,7 +133,7 @@ class DistillRecipe:
             ),
         )
         self.student, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
-        self.source = ClipSource(
+        self.source = RolloutSource(
             self.scripts,
             config.stages,
             negative_prompt=config.negative_prompt,
@@ -351,7 +351,7 @@ class DistillRecipe:
         spec = self.spec
         return model.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
 
-    def _shown(self) -> tuple[list[Clip], list[str], list[Scene]]:
+    def _shown(self) -> tuple[list[VideoRequest], list[str], list[Scene]]:
         """Return what is to be generated, a caption for each video, and, of ShapeWorld, the scenes to judge by."""
         config = self.config.samples
         numbers = range(config.prompts)
@@ -362,10 +362,10 @@ class DistillRecipe:
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
         cuts = (True, *([False] * (config.chunks - 1)))
-        drawn = [Script((prompt,) * config.chunks, cuts) for prompt in prompts]
+        drawn = [ChunkScript((prompt,) * config.chunks, cuts) for prompt in prompts]
         return [self.source.assemble(drawn, 0, numbers)], prompts, scenes
 
-    def generate(self, clip: Clip, autoencoder: Autoencoder, steps: int) -> list[np.ndarray]:
+    def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> list[np.ndarray]:
         """Return uint8 [T, H, W, 3] of every sample of a clip, as the finished student makes them in so many steps."""
         return sample_videos(
             self.roles.switch(Role.STUDENT),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.tensors import Lazy
     from longvideo.distill.objectives import CriticObjective, StudentObjective
-    from longvideo.distill.walk import Clip
+    from longvideo.distill.walk import VideoRequest
     from longvideo.training.engine import Engine
 
 STUDENT_METRICS = ("student_loss", "dmd_gradient", "student_grad")
@@ -42,7 +42,7 @@ class PairedEngine:
         self.engines: dict[str, Engine] = dict(zip(ROLES, (self.student, self.critic), strict=True))
         self.critic_rate, self.student_every, self.critic_first = critic_rate, student_every, critic_first
 
-    def train_step(self, shares: Sequence[Clip], step: int, learning_rate: float) -> dict[str, Tensor]:
+    def train_step(self, shares: Sequence[VideoRequest], step: int, learning_rate: float) -> dict[str, Tensor]:
         if self._trains_student(step):
             parts = self.student_objective.parts(shares)
             found = self.student.train_step(parts, step // self.student_every, learning_rate)

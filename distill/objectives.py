@@ -17,7 +17,7 @@ from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import critic_error, dmd_gradient, guided, sample_score_sigma, student_loss, x0_of
 from longvideo.distill.roles import Role
 from longvideo.distill.self_forcing import Rollout, SelfForcing
-from longvideo.distill.walk import Clip, Walk
+from longvideo.distill.walk import VideoRequest, Walk
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
@@ -59,7 +59,7 @@ class DmdConfig(Bounded):
 class StudentPart:
     """One chunk of a clip, with the gradient at what the student made of it."""
 
-    clip: Clip
+    clip: VideoRequest
     made: Rollout
     gradients: list[Tensor]
     index: int
@@ -69,7 +69,7 @@ class StudentPart:
 class CriticPart:
     """One chunk of a clip that the student made, to be learnt by the critic."""
 
-    clip: Clip
+    clip: VideoRequest
     made: Rollout
     noises: list[Tensor]
     sigmas: list[Tensor]
@@ -98,7 +98,7 @@ class Looks:
         self.schedule = FlowSchedule(self.shift)
         self._generator = torch.Generator()
 
-    def draw(self, clip: Clip, purpose: str) -> tuple[list[Tensor], list[Tensor]]:
+    def draw(self, clip: VideoRequest, purpose: str) -> tuple[list[Tensor], list[Tensor]]:
         """Return noise [B, C, T, H, W] and levels [B, T] for every chunk; frames that are given have level 0."""
         count = clip.num_chunks if self.config.sigma_per_chunk else 1
         levels = []
@@ -112,7 +112,7 @@ class Looks:
         return [self.rollouts.noise(clip, i, f"{purpose} look") for i in range(clip.num_chunks)], sigmas
 
     @torch.no_grad()
-    def gradients(self, clip: Clip, made: Rollout) -> list[Tensor]:
+    def gradients(self, clip: VideoRequest, made: Rollout) -> list[Tensor]:
         """Return the distribution matching gradient at every chunk of a clip."""
         noises, sigmas = self.draw(clip, "student")
         noisy = [self.schedule.add_noise(x, e, s) for x, e, s in zip(made.latents, noises, sigmas, strict=True)]
@@ -135,7 +135,7 @@ class Looks:
     def _estimates(
         self,
         role: Role,
-        clip: Clip,
+        clip: VideoRequest,
         made: Rollout,
         noisy: list[Tensor],
         sigmas: list[Tensor],
@@ -152,7 +152,7 @@ class Looks:
                 walk.finish(*self.to_keep(clip, made, index))
         return estimates
 
-    def to_keep(self, clip: Clip, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
+    def to_keep(self, clip: VideoRequest, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
         """Return the latents and noise levels whose keys and values teacher and critic keep of a finished chunk."""
         level, latents = self.context, made.latents[index]
         weight = clip.weight(index, self.rollouts.spec.chunk_frames)
@@ -173,7 +173,7 @@ class RoleObjective(Objective):
         for name, weight in rollouts.roles.trained(role).items():
             self.register_parameter(name.replace(".", "/"), weight)
 
-    def walk(self, clip: Clip, index: int) -> Walk:
+    def walk(self, clip: VideoRequest, index: int) -> Walk:
         """Return the walk through a clip, whose parts come in order; the last lets go of it and of its cache."""
         walk = self.rollouts.walk(self.role, clip) if index == 0 else self._walk
         assert walk is not None
@@ -187,7 +187,7 @@ class StudentObjective(RoleObjective):
     def __init__(self, rollouts: SelfForcing, looks: Looks):
         super().__init__(rollouts, looks, Role.STUDENT)
 
-    def parts(self, clips: Sequence[Clip]) -> list[StudentPart]:
+    def parts(self, clips: Sequence[VideoRequest]) -> list[StudentPart]:
         """Roll clips out, have them looked at, and divide them."""
         parts = []
         for clip in clips:
@@ -214,7 +214,7 @@ class CriticObjective(RoleObjective):
     def __init__(self, rollouts: SelfForcing, looks: Looks):
         super().__init__(rollouts, looks, Role.CRITIC)
 
-    def parts(self, clips: Sequence[Clip]) -> list[CriticPart]:
+    def parts(self, clips: Sequence[VideoRequest]) -> list[CriticPart]:
         """Roll clips out, draw looks at them, and divide them."""
         parts = []
         for clip in clips:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
-from longvideo.distill.walk import Clip
+from longvideo.distill.walk import VideoRequest
 from longvideo.distributed import Mesh, divide
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import check_text, parse_json, read_lines
@@ -34,7 +34,7 @@ ENCODED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Script:
+class ChunkScript:
     """One video: a prompt for every chunk, which chunks open a shot, and the clip whose first frame is given."""
 
     prompts: tuple[str, ...]
@@ -45,7 +45,7 @@ class Script:
 class Scripts(Protocol):
     """What is asked for, and the text encoder's output for it."""
 
-    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
         """Return the script of a video of a step; number counts the videos from the beginning of the run."""
         ...
 
@@ -75,7 +75,7 @@ class ShapeWorldScripts:
         self.config, self.encoder, self.seed = config, encoder, seed
         self._generator = torch.Generator()
 
-    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
         generator = seeded(self._generator, self.seed, "cut", step)
         is_cut, place = torch.rand(2, generator=generator).tolist()
         cut = 1 + int(place * (num_chunks - 1)) if num_chunks > 1 and is_cut < self.config.cut_fraction else None
@@ -87,7 +87,7 @@ class ShapeWorldScripts:
             scene = sample_scene(scene_seed, split="train", num_sprites=2 if pair else 1)
             prompts.append(caption(scene, phrasing, omit=self.config.omit))
         shots = [int(cut is not None and chunk >= cut) for chunk in range(num_chunks)]
-        return Script(tuple(prompts[s] for s in shots), tuple(chunk in (0, cut) for chunk in range(num_chunks)))
+        return ChunkScript(tuple(prompts[s] for s in shots), tuple(chunk in (0, cut) for chunk in range(num_chunks)))
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str]) -> Tensor:
@@ -113,11 +113,11 @@ class FileScripts:
         self.scripts, self._features, self.text_len, self.device = scripts, features, text_len, device
         self.order = Order(len(scripts), seed)
 
-    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
         shots = self.scripts[self.order.item(number)]
         shown = [index * len(shots) // num_chunks for index in range(num_chunks)]
         cuts = tuple(index == 0 or shown[index] != shown[index - 1] for index in range(num_chunks))
-        return Script(tuple(shots[index] for index in shown), cuts)
+        return ChunkScript(tuple(shots[index] for index in shown), cuts)
 
     def features(self, prompts: Sequence[str]) -> Tensor:
         found = [self._features[clean_prompt(prompt)] for prompt in prompts]
@@ -136,12 +136,12 @@ class ClipScripts:
         self.order = Order(len(clips), seed)
         self._generator = torch.Generator()
 
-    def draw(self, step: int, number: int, num_chunks: int) -> Script:
+    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
         index = self.order.item(number)
         clip = self.clips.clips[index]
         generator = seeded(self._generator, self.seed, "image", step)
         given = bool(torch.rand((), generator=generator) < self.image_fraction)
-        return Script(
+        return ChunkScript(
             clip.captions[:num_chunks],
             (True, *(bool(cut) for cut in clip.cuts[1:num_chunks])),
             image=index if given else None,
@@ -160,8 +160,8 @@ class NoiseScripts:
     def __init__(self, text_len: int, text_dim: int, *, dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.device = (text_len, text_dim), dtype, device
 
-    def draw(self, step: int, number: int, num_chunks: int) -> Script:
-        return Script((f"video {number}",) * num_chunks, (True, *([False] * (num_chunks - 1))))
+    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
+        return ChunkScript((f"video {number}",) * num_chunks, (True, *([False] * (num_chunks - 1))))
 
     def features(self, prompts: Sequence[str]) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -197,8 +197,8 @@ class DistillStage(Bounded):
     learning_rate: float | None = bounded(None, least=0)
 
 
-class ClipSource:
-    """Batches for the trainer: every share is a `Clip`, whose samples have their cuts in common."""
+class RolloutSource:
+    """Batches for the trainer: every share is a `VideoRequest`, whose samples have their cuts in common."""
 
     unit = "frame"
 
@@ -232,14 +232,14 @@ class ClipSource:
             )
         return counts.pop()
 
-    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[Clip]:
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[VideoRequest]:
         stage = stage_at(self.stages, step)
         size, passes = divide(stage.batch, mesh, micro_batch)
         first = mesh.replica * size * passes
         starts = range(first, first + size * passes, size)
         return [self.clip(step, range(start, start + size), stage.frames // self.chunk_frames) for start in starts]
 
-    def clip(self, step: int, samples: Sequence[int], num_chunks: int) -> Clip:
+    def clip(self, step: int, samples: Sequence[int], num_chunks: int) -> VideoRequest:
         before = self._videos_before(step)
         drawn = [self.scripts.draw(step, before + sample, num_chunks) for sample in samples]
         return self.assemble(drawn, step, samples)
@@ -251,7 +251,7 @@ class ClipSource:
             step = max(step - stage.steps, 0)
         return videos + step * self.stages[-1].batch
 
-    def assemble(self, drawn: Sequence[Script], step: int, samples: Sequence[int]) -> Clip:
+    def assemble(self, drawn: Sequence[ChunkScript], step: int, samples: Sequence[int]) -> VideoRequest:
         if len({(script.cuts, script.image is None) for script in drawn}) > 1:
             raise ConfigError(
                 "videos that are computed together must be cut at the same chunks, and these are not;"
@@ -264,7 +264,7 @@ class ClipSource:
             negative_prompt=self.negative_prompt,
         )
         images = [script.image for script in drawn if script.image is not None]
-        return Clip(
+        return VideoRequest(
             features_PJD=self.scripts.features(texts.texts),
             prompt_NB=texts.rows_NB.to(self.device),
             cuts=drawn[0].cuts,

@@ -15,7 +15,7 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
-from longvideo.distill.walk import Clip, Walk
+from longvideo.distill.walk import VideoRequest, Walk
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
@@ -85,14 +85,14 @@ class SelfForcing:
         self.solver = UniPC(config.steps, shift)
         self._generator = torch.Generator()
 
-    def noise(self, clip: Clip, index: int, purpose: str) -> Tensor:
+    def noise(self, clip: VideoRequest, index: int, purpose: str) -> Tensor:
         """Draw noise for a chunk, on the CPU: a function of seed, step and sample, however a batch is divided."""
         noise = torch.empty(clip.batch, *self.shape)
         for row, sample in zip(noise, clip.samples, strict=True):
             row.normal_(generator=seeded(self._generator, self.seed, purpose, clip.step, sample, str(index)))
         return noise.to(self.roles.device)
 
-    def exits(self, clip: Clip, purpose: str) -> list[int]:
+    def exits(self, clip: VideoRequest, purpose: str) -> list[int]:
         """Draw the step at which each chunk ends; all ranks draw the same, so that none waits for another."""
         if self.config.exits == "last":
             return [self.solver.num_steps - 1] * clip.num_chunks
@@ -102,7 +102,7 @@ class SelfForcing:
         return drawn if count == clip.num_chunks else drawn * clip.num_chunks
 
     @torch.no_grad()
-    def roll_out(self, clip: Clip, purpose: str) -> Rollout:
+    def roll_out(self, clip: VideoRequest, purpose: str) -> Rollout:
         """Make a clip. purpose: what for, so that critic and student are shown different ones."""
         walk = self.walk(Role.STUDENT, clip)
         made = Rollout(exits=self.exits(clip, purpose))
@@ -120,21 +120,21 @@ class SelfForcing:
                 walk.finish(*self.to_keep(clip, made, index))
         return made
 
-    def walk(self, role: Role, clip: Clip, *, negative: bool = False) -> Walk:
+    def walk(self, role: Role, clip: VideoRequest, *, negative: bool = False) -> Walk:
         network = self.roles.switch(role)
         return Walk(network, clip, self.spec, self.roles.new_cache(clip.batch), negative=negative)
 
-    def told(self, clip: Clip, index: int, step: int) -> Tensor:
+    def told(self, clip: VideoRequest, index: int, step: int) -> Tensor:
         """Return the noise levels [B, T] that the network is told at a step."""
         level = self.solver.timesteps[step] / NUM_TRAIN_TIMESTEPS
         return level * clip.weight(index, self.spec.chunk_frames)
 
-    def result(self, clip: Clip, index: int, x_BCTHW: Tensor, velocity_BCTHW: Tensor, step: int) -> Tensor:
+    def result(self, clip: VideoRequest, index: int, x_BCTHW: Tensor, velocity_BCTHW: Tensor, step: int) -> Tensor:
         """Return the clean latents that a chunk ends with when it ends at a step."""
         sigma = self.solver.sigmas[step] * clip.weight(index, self.spec.chunk_frames)
         return clip.hold(index, x0_of(x_BCTHW, velocity_BCTHW, sigma))
 
-    def to_keep(self, clip: Clip, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
+    def to_keep(self, clip: VideoRequest, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
         """Return the latents and noise levels whose keys and values later chunks see of a finished one."""
         if not self.clean_pass:
             return made.inputs[index], self.told(clip, index, made.exits[index])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoRequest:
     """What a batch of videos is asked to show.
 
     features_PJD: of distinct texts, as `longvideo.model.conditioning.batch_texts` has them, the negative prompt last.
@@ -68,7 +68,9 @@ class Walk:
     negative: follow the negative prompt instead. The network must keep its role until the walk is done.
     """
 
-    def __init__(self, network: Network, clip: Clip, spec: ChunkSpec, cache: ChunkCache, *, negative: bool = False):
+    def __init__(
+        self, network: Network, clip: VideoRequest, spec: ChunkSpec, cache: ChunkCache, *, negative: bool = False
+    ):
         self.network, self.clip, self.spec, self.cache = network, clip, spec, cache
         self.index = 0
         self._rows_NB = torch.full_like(clip.prompt_NB, clip.features_PJD.shape[0] - 1) if negative else clip.prompt_NB

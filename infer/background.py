@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Background(Iterator[T], Generic[T]):
+class BackgroundIterator(Iterator[T], Generic[T]):
     """Iterate over `source` in a thread that is at most `capacity` finished items ahead.
 
     `source` builds the iterator inside the thread, so that settings of a thread (stream, gradient mode) hold for it. An
@@ -50,7 +50,7 @@ class Background(Iterator[T], Generic[T]):
         self._slots.release()
         self._thread.join()
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> BackgroundIterator[T]:
         return self
 
     def __exit__(

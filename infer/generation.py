@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.background import Background
+from longvideo.infer.background import BackgroundIterator
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
 from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
@@ -167,9 +167,9 @@ def generate_chunks(
     # One thread a stage scales better on two cores than two threads in one stage after the other (86 frames a second
     # against 58), and has no barriers, at which a busy machine makes every small operation wait for the scheduler.
     share = max(1, cpu_threads // 2)
-    latents = Background(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
+    latents = BackgroundIterator(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
     decode = partial(_decode, stages.decoder, past, latents)
-    frames = Background(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")
+    frames = BackgroundIterator(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")
     try:
         yield from frames
     finally:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longvideo.model.attention import StaticPattern
 
 
-class Ulysses:
+class UlyssesAttention:
     """Attend as `pattern` does, whose layout is that of all ranks' tokens, rank by rank.
 
     Raises ValueError in a call whose heads the ranks do not divide.

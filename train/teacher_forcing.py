@@ -23,7 +23,7 @@ from longvideo.model.rope import Rope
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
-from longvideo.train.sequence_parallel import Ulysses
+from longvideo.train.sequence_parallel import UlyssesAttention
 from longvideo.training.objective import Objective, compile_fact, ratio
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def runnable(config: TeacherForcingConfig, parallel: ParallelConfig) -> TeacherF
 
 
 @dataclass(frozen=True)
-class Pass:
+class ViewPlan:
     """What depends on the number of chunks of a view and on its cuts alone.
 
     seen_frames: own latent frames that have a clean copy.
@@ -118,7 +118,7 @@ class TeacherForcing(Objective):
         self.schedule = schedule
         self.device = device
         self.mesh = mesh or Mesh()
-        self._passes: dict[tuple[int, tuple[bool, ...] | None], Pass] = {}
+        self._passes: dict[tuple[int, tuple[bool, ...] | None], ViewPlan] = {}
         self._run: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] = self._loss
         if config.compile and device.type == "cuda":
             if self.mesh.sequence > 1 or config.checkpoint:
@@ -188,7 +188,7 @@ class TeacherForcing(Objective):
             )
         return loss, metrics
 
-    def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
+    def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
         """Return what a view of so many own chunks needs; cuts: of the whole view, None for none that matter."""
         key = (chunks, cuts)
         if key not in self._passes:
@@ -197,7 +197,7 @@ class TeacherForcing(Objective):
             self._passes[key] = self._prepare(chunks * self.mesh.sequence, cuts)
         return self._passes[key]
 
-    def _prepare(self, chunks: int, cuts: tuple[bool, ...] | None) -> Pass:
+    def _prepare(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
         spec, mesh = self.spec, self.mesh
         visible = None
         if self.config.context == "window":
@@ -215,8 +215,8 @@ class TeacherForcing(Objective):
         attention: StaticPattern = ATTENTION[self.config.attention](layout, visible)
         rope = self.transformer.rope(own.to(self.device))
         if mesh.sequence_group is None:
-            return Pass(rope, attention, seen)
-        return Pass(rope, Ulysses(attention, mesh.sequence_group), seen)
+            return ViewPlan(rope, attention, seen)
+        return ViewPlan(rope, UlyssesAttention(attention, mesh.sequence_group), seen)
 
     def _loss(
         self,
@@ -232,7 +232,7 @@ class TeacherForcing(Objective):
         mask: Tensor | None,
         features: Tensor | None,
         mean_weight: Tensor,
-        prepared: Pass,
+        prepared: ViewPlan,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         # only frames that are given have no noise, and those stay clean in every pass
         is_made = (sigma > 0).to(sigma)
@@ -257,7 +257,7 @@ class TeacherForcing(Objective):
         context_sigma_BT: Tensor,
         sigma_BT: Tensor,
         features_BQJD: Tensor,
-        prepared: Pass,
+        prepared: ViewPlan,
     ) -> Tensor:
         """Return the velocity of the noisy copy, [B, C, T, H, W]. Levels are those that the model is told."""
         seen = prepared.seen_frames

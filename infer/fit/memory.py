@@ -64,7 +64,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """What something takes of a device's memory."""
 
     name: str
@@ -72,7 +72,7 @@ class Part:
     bytes: int
 
 
-def estimate(workload: Workload) -> list[Part]:
+def estimate(workload: Workload) -> list[MemoryPart]:
     """Return the parts of each device's peak: that of loading or that of streaming, whichever is larger.
 
     "CUDA graphs" is what recorded passes keep for themselves, or what recording them takes beyond the rest: a pass runs
@@ -110,7 +110,7 @@ def estimate(workload: Workload) -> list[Part]:
             text_encoder=text_encoders.get(place, 0),
             autoencoder=autoencoders.get(place, 0),
         )
-        parts += [Part(name, place, size) for name, size in peak.items() if size]
+        parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.errors import UserError
-from longvideo.infer.fit.memory import Part, Workload, estimate, numbered
+from longvideo.infer.fit.memory import MemoryPart, Workload, estimate, numbered
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS
 
@@ -39,7 +39,7 @@ class Fit:
     of them that are enough, None where all are not, and where nothing is lacking.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
     free: dict[torch.device, int]
     tried: tuple[str, ...] = ()
     remedy: Remedy | None = None
@@ -140,7 +140,7 @@ def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
     return None
 
 
-def _gpu_parts(workload: Workload) -> list[Part]:
+def _gpu_parts(workload: Workload) -> list[MemoryPart]:
     if all(device.type != "cuda" for device in (workload.device, workload.decode_device)):
         return []
     return [part for part in estimate(workload) if part.device.type == "cuda"]
@@ -161,7 +161,7 @@ def _free_bytes(device: torch.device) -> int:
         ) from error
 
 
-def _totals(parts: Sequence[Part]) -> dict[torch.device, int]:
+def _totals(parts: Sequence[MemoryPart]) -> dict[torch.device, int]:
     places = dict.fromkeys(part.device for part in parts)
     return {place: sum(part.bytes for part in parts if part.device == place) for place in places}
 

@@ -27,7 +27,7 @@ from longvideo.infer.server.job_store import JobStore, StoreError
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.messages import first_reason
-from longvideo.infer.server.metrics import CONTENT_TYPE, Metrics
+from longvideo.infer.server.metrics import CONTENT_TYPE, ServerMetrics
 from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
 from longvideo.infer.server.served_folder import DATABASE, STREAMS, VIDEOS
 from longvideo.infer.server.stream import Streams, talk
@@ -56,7 +56,7 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
 
     `app.state` has the streams and the worker of jobs, which are to be closed first, and the waiting connections.
     """
-    metrics = Metrics()
+    metrics = ServerMetrics()
     streams = Streams(pipeline, settings, metrics)
     store = JobStore(settings.folder / DATABASE)
     worker = JobWorker(pipeline, store, settings.folder / VIDEOS, metrics)
@@ -105,7 +105,7 @@ def _add_routes(
     settings: ServerSettings,
     streams: Streams,
     store: JobStore,
-    metrics: Metrics,
+    metrics: ServerMetrics,
 ) -> None:
     model = pipeline.models.settings
 

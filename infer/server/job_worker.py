@@ -14,7 +14,7 @@ from longvideo.files import TEMPORARY_SUFFIX
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
-from longvideo.infer.server.metrics import Metrics
+from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.writer import VideoWriter
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ INTERRUPTED = "the server ended before the video did; what was made until then i
 class JobWorker:
     """A queue of jobs and the thread that works it off. Jobs of an earlier process are taken up or given up."""
 
-    def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: Metrics) -> None:
+    def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: ServerMetrics) -> None:
         self._pipeline, self._store, self._folder, self._metrics = pipeline, store, folder, metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._closing = threading.Event()

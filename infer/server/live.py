@@ -33,7 +33,7 @@ from longvideo.infer.server.messages import (
     error_text,
     message_text,
 )
-from longvideo.infer.server.metrics import Metrics
+from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.outbox import Outbox, Outgoing
 from longvideo.infer.server.served_folder import STREAMS
 from longvideo.infer.server.stream_files import StreamFiles, StreamRecord
@@ -64,7 +64,7 @@ class LiveVideo:
         *,
         pipeline: StreamingPipeline,
         settings: ServerSettings,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.name = name

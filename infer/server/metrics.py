@@ -17,7 +17,7 @@ HELP = {
 }
 
 
-class Metrics:
+class ServerMetrics:
     """Count from any thread."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from longvideo.infer.server.messages import (
     error_text,
     read_message,
 )
-from longvideo.infer.server.metrics import Metrics
+from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.outbox import Outgoing
 from longvideo.infer.server.security import SUBPROTOCOL, new_id, token_fits
 from longvideo.infer.server.served_folder import STREAMS
@@ -42,7 +42,7 @@ CLOSING_SECONDS = 2.0  # for the last words to one who may not listen
 class Streams:
     """The live videos of a server, at most `limits.sessions`."""
 
-    def __init__(self, pipeline: StreamingPipeline, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(self, pipeline: StreamingPipeline, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self.settings = settings
         self._pipeline, self._metrics = pipeline, metrics
         self._live: dict[str, LiveVideo] = {}

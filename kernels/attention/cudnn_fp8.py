@@ -58,7 +58,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-class FP8Attention:
+class CudnnFP8Attention:
     """Attention without a mask for one set of shapes, planned once.
 
     batch to head_dim: B, L, S, N, K. q_strides, k_strides, v_strides, out_strides: of the tensors [B, L or S, N, K]
@@ -143,7 +143,7 @@ class FP8Attention:
         if not layout.fits(tensor):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, planned were {layout.shape} "
-                f"and {layout.strides}; build another FP8Attention for it"
+                f"and {layout.strides}; build another CudnnFP8Attention for it"
             )
         if tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{name} starts at {tensor.data_ptr():#x}, not at a multiple of {ALIGNMENT} bytes")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from longvideo.checkpoint import diffusers_json, names, packed
 from longvideo.checkpoint.locations import SHIPPED, check_inside, check_links, locate
 from longvideo.checkpoint.opening import open_weights
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart, PartConfig
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.loading import load_config
@@ -181,7 +181,7 @@ def official_transformer(weights: Weights) -> Weights:
     return weights
 
 
-def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> Part:
+def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> ModelPart:
     def parse(json: dict[str, Any]) -> PartConfig:
         if part == TRANSFORMER:
             return diffusers_json.transformer_config(json, text_len=text_len)
@@ -189,7 +189,7 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> Part:
 
     config = read_config(folder / "config.json", parse)
     weights = open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers)
-    return Part(kind, official_transformer(weights) if part == TRANSFORMER else weights, config)
+    return ModelPart(kind, official_transformer(weights) if part == TRANSFORMER else weights, config)
 
 
 def _listed_class(entry: object) -> str:

@@ -18,7 +18,7 @@ from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, wr
 from longvideo.checkpoint.formats import recognise
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, Part, PartConfig
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart, PartConfig
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
@@ -60,7 +60,7 @@ class ModelFolder:
     path: Path
     format: str
     settings: ModelSettings
-    stored: Mapping[str, Part]
+    stored: Mapping[str, ModelPart]
     tokenizer: Path | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[Path, str] = field(default_factory=dict)
@@ -273,7 +273,7 @@ class ModelFolder:
         if one_value != other_value:
             raise CheckpointError(f"{self.path}: {one} is {one_value}, {other} is {other_value}; they must be equal")
 
-    def _part(self, part: str) -> Part:
+    def _part(self, part: str) -> ModelPart:
         if part not in self.stored:
             has = ", ".join(self.parts) or "no part of a model"
             raise CheckpointError(f"{self.path} holds no {part}, only {has}; a model folder as base can give the rest")

@@ -23,7 +23,7 @@ from longvideo.checkpoint.diffusers_folder import (
 from longvideo.checkpoint.locations import check_inside, check_links
 from longvideo.checkpoint.opening import open_weights, sets_of_weights
 from longvideo.checkpoint.packed import CONVENTION_KEY
-from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, Found, Part
+from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart
 from longvideo.checkpoint.settings import PRESETS
 from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError
@@ -35,7 +35,7 @@ from longvideo.vae.config import AutoencoderConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-Like: TypeAlias = Mapping[str, Part]
+Like: TypeAlias = Mapping[str, ModelPart]
 NOTHING: Like = {}
 LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
@@ -111,7 +111,7 @@ def _loose_files(folder: Path, entry: str | None, like: Like) -> Found:
 
 
 def _together(folder: Path, found: list[tuple[Path, Found]], unused: dict[Path, str]) -> Found:
-    parts: dict[str, Part] = {}
+    parts: dict[str, ModelPart] = {}
     home: dict[str, Path] = {}
     adapters = [one for _, one in found if one.adapter is not None]
     for file, one in found:
@@ -171,7 +171,7 @@ def _part_of(weights: Weights) -> str | None:
     return next((part for mark, part in MARKS.items() if mark in bare), None)
 
 
-def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Part, str]:
+def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[ModelPart, str]:
     stripped = weights.renamed(names.strip_wrappers)
     kind = "LongLive 2.0 checkpoint"
     if longlive_packed.is_packed(stripped):
@@ -181,37 +181,37 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Par
         if config is not None and _json_of(config, name) is not None:
             own = read_config(config, parse)
             # Wan's own configuration does not say how wide the text features are
-            return Part(name, weights, replace(own, text_dim=shapes.text_dim(weights))), kind
+            return ModelPart(name, weights, replace(own, text_dim=shapes.text_dim(weights))), kind
     other = like[TRANSFORMER].config if TRANSFORMER in like else None
     if isinstance(other, TransformerConfig) and _width(weights) == other.dim:
         own = shapes.transformer_config(weights, text_len=512, head_dim=other.attention_head_dim)
-        return Part("Wan transformer", weights, replace(own, eps=other.eps)), kind
-    return Part("Wan transformer", weights, shapes.transformer_config(weights, text_len=512)), kind
+        return ModelPart("Wan transformer", weights, replace(own, eps=other.eps)), kind
+    return ModelPart("Wan transformer", weights, shapes.transformer_config(weights, text_len=512)), kind
 
 
-def _autoencoder(weights: Weights, config: Path | None, like: Like) -> Part:
+def _autoencoder(weights: Weights, config: Path | None, like: Like) -> ModelPart:
     weights = weights.renamed(names.strip_wrappers)
     if "decoder.head.0.gamma" not in weights.infos:
         said = _json_of(config, "AutoencoderKLWan")
         other = like[VAE].config if VAE in like else None
         if said is None and isinstance(other, AutoencoderConfig):
-            return Part("AutoencoderKLWan", weights, other)
+            return ModelPart("AutoencoderKLWan", weights, other)
         own = shapes.autoencoder_config(weights) if said is None else AutoencoderConfig.from_dict(said)
-        return Part("AutoencoderKLWan", weights, own)
+        return ModelPart("AutoencoderKLWan", weights, own)
     first = "encoder.downsamples.0.downsamples."
     num_res_blocks = sum(name.startswith(first) and name.endswith(".residual.0.gamma") for name in weights.infos)
     weights = weights.renamed(names.autoencoder_official(num_res_blocks).ours)
-    return Part("Wan VAE (official)", weights, shapes.autoencoder_config(weights))
+    return ModelPart("Wan VAE (official)", weights, shapes.autoencoder_config(weights))
 
 
-def _text_encoder(weights: Weights, config: Path | None) -> Part:
+def _text_encoder(weights: Weights, config: Path | None) -> ModelPart:
     weights = weights.renamed(names.strip_wrappers)
     if "token_embedding.weight" in weights.infos:
         weights = weights.renamed(names.TEXT_ENCODER_OFFICIAL.ours)
-        return Part("UMT5 (official)", weights, shapes.text_encoder_config(weights))
+        return ModelPart("UMT5 (official)", weights, shapes.text_encoder_config(weights))
     said = _json_of(config, None)
     own = UMT5Config.from_dict(said) if said and said.get("model_type") == "umt5" else None
-    return Part("UMT5EncoderModel", weights, own or shapes.text_encoder_config(weights))
+    return ModelPart("UMT5EncoderModel", weights, own or shapes.text_encoder_config(weights))
 
 
 def _json_of(config: Path | None, *classes: str | None) -> dict[str, Any] | None:

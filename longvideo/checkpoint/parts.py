@@ -19,7 +19,7 @@ PartConfig: TypeAlias = TransformerConfig | AutoencoderConfig | UMT5Config
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A part of a model. kind: the class its files say they are of, or whose names they have."""
 
     kind: str
@@ -36,7 +36,7 @@ class Found:
     """
 
     format: str
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModelPart]
     settings: ModelSettings | None = None
     tokenizer: Path | None = None
     adapter: StoredAdapter | None = None

@@ -54,7 +54,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetFormat:
     """A format to write.
 
     parts: those that it holds. suffixes: of its file; none for a folder. check: raises where it has no place for
@@ -152,9 +152,9 @@ def _wan_itself(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
 
 
 TARGETS = {
-    "longvideo": Target(PARTS, (), _anything, _write_longvideo),
-    "diffusers": Target(PARTS, (), _not_packed, _write_diffusers),
-    "official": Target(PARTS, (), _wan_itself, _write_official),
-    "longlive": Target((TRANSFORMER,), (".pt", ".pth"), _needs_transformer, _write_longlive),
-    "safetensors": Target((TRANSFORMER,), (".safetensors",), _needs_transformer, _write_safetensors),
+    "longvideo": TargetFormat(PARTS, (), _anything, _write_longvideo),
+    "diffusers": TargetFormat(PARTS, (), _not_packed, _write_diffusers),
+    "official": TargetFormat(PARTS, (), _wan_itself, _write_official),
+    "longlive": TargetFormat((TRANSFORMER,), (".pt", ".pth"), _needs_transformer, _write_longlive),
+    "safetensors": TargetFormat((TRANSFORMER,), (".safetensors",), _needs_transformer, _write_safetensors),
 }

@@ -85,9 +85,9 @@ def doctor(
     # without a GPU, --device names one of another machine: the operations of this one are those of its CPU
     elsewhere = question is not None and not self_test and not cuda_devices()
     where = pick_device(None if elsewhere else device)
-    from longvideo.cli.doctor_report import Report
+    from longvideo.cli.doctor_report import MachineReport
 
-    report = Report.of(where, question, self_test=self_test)
+    report = MachineReport.of(where, question, self_test=self_test)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.failed:
         raise typer.Exit(EXIT_FAILED)

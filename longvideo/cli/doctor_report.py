@@ -54,7 +54,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Report:
+class MachineReport:
     """All of it. versions: of packages, and what else is one word about the machine. disks: by what they are for."""
 
     versions: dict[str, str]
@@ -66,7 +66,7 @@ class Report:
     answer: Answer | None
 
     @classmethod
-    def of(cls, device: torch.device, question: Question | None, *, self_test: bool) -> Report:
+    def of(cls, device: torch.device, question: Question | None, *, self_test: bool) -> MachineReport:
         """Examine this machine, with the operations and checks of one device."""
         return cls(
             versions={"longvideo": __version__, **versions(device)},

@@ -17,7 +17,7 @@ from longvideo.files import check_target, write_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from longvideo.evaluation.shapeworld import Report, Score, Task
+    from longvideo.evaluation.shapeworld import EvaluationReport, Score, Task
     from longvideo.infer.timeline import SwitchMode
 
 app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that measures them.")
@@ -383,7 +383,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         check_target(target, overwrite=overwrite)
 
 
-def _print_report(report: Report, out: Path, console) -> None:
+def _print_report(report: EvaluationReport, out: Path, console) -> None:
     rows = {"first 4 s": report.opening}
     if report.shots:
         rows["every shot"] = report.shots

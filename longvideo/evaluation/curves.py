@@ -26,7 +26,7 @@ NUM_INTERVALS = 5
 
 
 @dataclass(frozen=True)
-class Metrics:
+class RunMetrics:
     """The lines of one metrics.jsonl, in order; each has `step` and some of the run's numbers."""
 
     run: str
@@ -45,17 +45,17 @@ class Metrics:
         return [(line["step"], line[name]) for line in self.lines if name in line]
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path) -> RunMetrics:
     """Read the metrics.jsonl of a run. Raises UserError naming file and line when it is none."""
     texts = enumerate(read_lines(path, what="metrics.jsonl of a run", max_bytes=MAX_BYTES), 1)
     lines = [_read_line(line, f"{path}:{number}") for number, line in texts if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no numbers yet; a run writes a line every trainer.log_every steps")
-    return Metrics(path.resolve().parent.name, tuple(lines))
+    return RunMetrics(path.resolve().parent.name, tuple(lines))
 
 
 def draw_curves(
-    runs: Sequence[Metrics],
+    runs: Sequence[RunMetrics],
     names: Sequence[str],
     *,
     title: str,
@@ -92,7 +92,7 @@ def draw_curves(
     )
 
 
-def check_names(runs: Sequence[Metrics], names: Sequence[str]) -> None:
+def check_names(runs: Sequence[RunMetrics], names: Sequence[str]) -> None:
     """Raise UserError unless every name was recorded by some run."""
     known = list(dict.fromkeys(name for run in runs for name in run.names()))
     for name in names:

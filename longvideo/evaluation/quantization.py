@@ -50,7 +50,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class Tally:
+class ErrorTally:
     """Energy of errors and of what they are errors of, summed over tensors."""
 
     error: float = 0.0
@@ -79,8 +79,12 @@ class QuantizationReport:
 
 @dataclass
 class _Measurement:
-    errors: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Tally)))
-    outputs: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Tally)))
+    errors: dict[str, dict[str, ErrorTally]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(ErrorTally))
+    )
+    outputs: dict[str, dict[str, ErrorTally]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(ErrorTally))
+    )
 
     def add(self, what: str, x: Tensor) -> None:
         for name, rounded in FORMATS.items():

@@ -109,7 +109,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """Everything an evaluation found. `opening` scores the first seconds; `curves` hold a share a second."""
 
     num_videos: int
@@ -156,7 +156,9 @@ def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, spli
     return tasks
 
 
-def evaluate(generate: Generate, tasks: Sequence[Task], *, out: Path | None = None, workers: int = 1) -> Report:
+def evaluate(
+    generate: Generate, tasks: Sequence[Task], *, out: Path | None = None, workers: int = 1
+) -> EvaluationReport:
     """Generate and judge every task; with `out`, write results.json and pictures there."""
     return evaluate_videos(make_videos(generate, tasks), out=out, workers=workers)
 
@@ -167,7 +169,9 @@ def make_videos(generate: Generate, tasks: Iterable[Task]) -> Iterator[tuple[Tas
         yield task, np.concatenate(list(generate(list(task.prompts), sum(task.seconds), task.seed)))
 
 
-def evaluate_videos(videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | None = None, workers: int = 1) -> Report:
+def evaluate_videos(
+    videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | None = None, workers: int = 1
+) -> EvaluationReport:
     """Judge (task, uint8 [T, H, W, 3]) pairs as they arrive; with `out`, write results.json and pictures there.
 
     `workers` above 1 judges in that many processes while the next videos are made.
@@ -268,7 +272,7 @@ def find_cut(frames: np.ndarray, asked: int, *, after: int = 0, reach: int = CHU
     return cut if abs(cut - asked) <= reach else None
 
 
-def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> Report:
+def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> EvaluationReport:
     """Add the verdicts of all videos up."""
     first = [result.shots[0].verdict for result in results]
     every = [shot for result in results for shot in result.shots]
@@ -285,7 +289,7 @@ def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> Report:
     }
     openings = max((len(result.by_opening) for result in results), default=0)
     motion = [share([r.by_opening[i] for r in results if i < len(r.by_opening)], "motion") for i in range(openings)]
-    return Report(
+    return EvaluationReport(
         num_videos=len(results),
         seconds=max((sum(task.seconds) for task in tasks), default=0.0),
         num_shots=max((len(task.scenes) for task in tasks), default=0),
@@ -343,7 +347,7 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
 
 
 def write_report(
-    report: Report,
+    report: EvaluationReport,
     out: Path,
     *,
     failures: Sequence[tuple[str, np.ndarray]] = (),

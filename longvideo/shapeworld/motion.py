@@ -28,7 +28,7 @@ HALF_GAP = 2.0
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class SpritePoses:
     """Centre, radius (world units) and angle (radians, clockwise) of every sprite at every time."""
 
     x_BTN: Tensor
@@ -37,7 +37,7 @@ class Trajectory:
     angle_BTN: Tensor
 
 
-def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> Trajectory:
+def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> SpritePoses:
     """Compute all poses at `times_BT` (seconds) in a frame `width` units wide; computed in the dtype of the times."""
     dtype = times_BT.dtype
     time = times_BT[..., None]
@@ -76,7 +76,7 @@ def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> Trajecto
     pulse = torch.where(moves("pulsing"), 1 + PULSE * torch.sin(2 * math.pi * _fraction(turns)), 1.0)
     spin_turns = time / column(batch.period_BN) * column(batch.direction_BN)
     angle = torch.where(moves("spinning"), 2 * math.pi * _fraction(spin_turns), 0.0)
-    return Trajectory(x, y, column(batch.radius_BN) * pulse, angle.to(dtype))
+    return SpritePoses(x, y, column(batch.radius_BN) * pulse, angle.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class FP8Attention:
         if backend.name is None:
             raise UserError(f"attention in {name} cannot run: {backend.reason}")
         self._device, self._is_emulated = device, backend.is_emulated
-        self._planned: dict[int, cudnn_fp8.FP8Attention] = {}
+        self._planned: dict[int, cudnn_fp8.CudnnFP8Attention] = {}
         self._scales: Tensor | None = None
 
     def __call__(
@@ -84,10 +84,10 @@ class FP8Attention:
             self._scales = torch.full(out.shape[:2], 1 / OUT_SCALE, device=self._device)
         return FP8Rows(out.flatten(2), self._scales)
 
-    def _plan(self, rotated_BLNK: Tensor, keys: Tensor, values: Tensor) -> cudnn_fp8.FP8Attention:
+    def _plan(self, rotated_BLNK: Tensor, keys: Tensor, values: Tensor) -> cudnn_fp8.CudnnFP8Attention:
         batch, tokens, heads, head_dim = rotated_BLNK.shape
         try:
-            return cudnn_fp8.FP8Attention(
+            return cudnn_fp8.CudnnFP8Attention(
                 batch=batch,
                 query_tokens=tokens,
                 key_tokens=keys.shape[1],

@@ -76,7 +76,7 @@ class Target:
     is_kept: bool = True
 
 
-class Stage(Protocol):
+class DecoderStage(Protocol):
     """A step of the decoder on one device; a later frame given to it becomes `times`."""
 
     times: int
@@ -107,7 +107,7 @@ class Grid:
 class PlannedStage:
     """A stage that is yet to be built on a device; multiply_adds: of its convolutions in a whole later step."""
 
-    build: Callable[[torch.device], Stage]
+    build: Callable[[torch.device], DecoderStage]
     multiply_adds: int
     may_end_part: bool = False
 

@@ -71,7 +71,7 @@ def sharing_of(
     if group is None or group.size() == 1:
         return Unshared(device)
     check_ranks(group.size(), chunk_frames=chunk_frames, heads=heads, head_dim=head_dim)
-    return Ulysses(group, device)
+    return UlyssesSharing(group, device)
 
 
 def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> None:
@@ -140,7 +140,7 @@ class Unshared:
         return x_BOD
 
 
-class Ulysses:
+class UlyssesSharing:
     """Rank r holds the r-th run of frames, and the r-th run of heads. See `check_ranks` for what must divide."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -189,7 +189,7 @@ class _ExchangingRotary:
     """`norm_rotate_keep` of own tokens, which knows all heads, and then the exchange: keys and values of own heads go
     into the cache."""
 
-    def __init__(self, sharing: Ulysses, device: torch.device):
+    def __init__(self, sharing: UlyssesSharing, device: torch.device):
         self._sharing, self._rotary = sharing, rotary_operations(device)
         self._only = torch.zeros((), dtype=torch.int64, device=device)
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from longvideo.model.transformer import Block, CausalTransformer, TextContext
 
 
-class Pass(Enum):
+class PassKind(Enum):
     """What a pass is for: the velocity; the velocity, and the chunk is kept as it is; only to keep the chunk."""
 
     STEP = auto()
@@ -111,7 +111,7 @@ class StreamingTransformer:
             self._rotated = torch.zeros(
                 batch, tokens, own_heads, head_dim, dtype=self._attend.dtype, device=self.device
             )
-        self._graphs: dict[tuple[Pass, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[PassKind, int], torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: Any = None
 
@@ -148,7 +148,7 @@ class StreamingTransformer:
         with self._here():
             self._latents.copy_(self._sharing.own(latents_BCTHW, 2))
             self._sigma.copy_(self._sharing.own(sigma_BT, 1))
-            self._run(Pass.LAST_STEP if keep else Pass.STEP)
+            self._run(PassKind.LAST_STEP if keep else PassKind.STEP)
             return self._velocity.clone()
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ class StreamingTransformer:
         with self._here():
             self._latents.copy_(self._sharing.own(latents_BCTHW, 2))
             self._sigma.zero_()
-            self._run(Pass.FILL)
+            self._run(PassKind.FILL)
 
     def commit(self, *, cut: bool = False) -> None:
         """Make the live chunk part of the past. cut: it opened a shot."""
@@ -170,7 +170,7 @@ class StreamingTransformer:
         for _ in range(self.spec.window_chunks):
             with self._here():
                 self._slots.begin(self._window.begin(), self._window.past_slots(), self._cos_LH, self._sin_LH)
-                for kind in (Pass.STEP, Pass.FILL) if clean_pass else (Pass.STEP, Pass.LAST_STEP):
+                for kind in (PassKind.STEP, PassKind.FILL) if clean_pass else (PassKind.STEP, PassKind.LAST_STEP):
                     self._run(kind)
             self._window.commit()
         self.reset()
@@ -178,7 +178,7 @@ class StreamingTransformer:
     def _here(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _run(self, kind: Pass) -> None:
+    def _run(self, kind: PassKind) -> None:
         num_slots = self._window.num_slots
         if self._stream is None:
             self._compute(kind, num_slots)
@@ -187,7 +187,7 @@ class StreamingTransformer:
         else:
             self._record(kind, num_slots)
 
-    def _record(self, kind: Pass, num_slots: int) -> None:
+    def _record(self, kind: PassKind, num_slots: int) -> None:
         """Run a pass once, so that libraries choose and kernels compile, then record it for the next time."""
         assert self._stream is not None
         current = torch.cuda.current_stream(self.device)
@@ -202,11 +202,11 @@ class StreamingTransformer:
         self._pool = graph.pool()
         self._graphs[kind, num_slots] = graph
 
-    def _compute(self, kind: Pass, num_slots: int) -> None:
+    def _compute(self, kind: PassKind, num_slots: int) -> None:
         with preferred_attention(self.device):
             self._pass(kind, num_slots)
 
-    def _pass(self, kind: Pass, num_slots: int) -> None:
+    def _pass(self, kind: PassKind, num_slots: int) -> None:
         model, last = self._model, len(self._blocks) - 1
         h_BLD, time_BTSD, time_BTS6D = model.embed(self._latents, self._sigma)
         table = self._modulation[:, None, None] + time_BTS6D[:, :, 0].float()
@@ -237,12 +237,12 @@ class StreamingTransformer:
                 eps=self._eps,
                 mean_NK=mean_NK,
             )
-            if kind is not Pass.STEP and self._slots.copies:
+            if kind is not PassKind.STEP and self._slots.copies:
                 kept = torch.empty_like(k_BLNK, memory_format=torch.contiguous_format)
                 self._norm.rms_norm(k_BLNK.flatten(2), attention.norm_k.weight, kept.flatten(2), eps=self._eps)
                 values = v_BLNK if mean_NK is None else (v_BLNK - mean_NK).to(kept.dtype)
                 self._slots.keep(layer, *self._sharing.heads(kept, values))
-            if kind is Pass.FILL and layer == last:
+            if kind is PassKind.FILL and layer == last:
                 return
             attended = self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots)
             update = attention.o(block.before_out.round(self._sharing.tokens(attended)))

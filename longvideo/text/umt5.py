@@ -87,7 +87,7 @@ class UMT5Config:
         return {**kind, **asdict(self), "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 1}
 
 
-class RMSNorm(nn.Module):
+class UMT5RMSNorm(nn.Module):
     """Scale by the root mean square, computed in float32; no mean, no bias."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -100,7 +100,7 @@ class RMSNorm(nn.Module):
         return self.weight * (h_PSD * torch.rsqrt(variance + self.eps)).to(self.weight.dtype)
 
 
-class SelfAttention(nn.Module):
+class UMT5SelfAttention(nn.Module):
     """Unscaled attention with a learned bias for every bucket of relative positions, own to each layer."""
 
     def __init__(self, config: UMT5Config) -> None:
@@ -131,14 +131,14 @@ class GatedFeedForward(nn.Module):
         return self.wo(F.gelu(self.wi_0(h_PSD), approximate="tanh") * self.wi_1(h_PSD))
 
 
-class Block(nn.Module):
+class UMT5Block(nn.Module):
     """Attention and feed-forward, each normalised before and added after."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        parts = {"SelfAttention": SelfAttention(config), "DenseReluDense": GatedFeedForward(config)}
+        parts = {"SelfAttention": UMT5SelfAttention(config), "DenseReluDense": GatedFeedForward(config)}
         self.layer = nn.ModuleList(
-            nn.ModuleDict({name: part, "layer_norm": RMSNorm(config.d_model, config.layer_norm_epsilon)})
+            nn.ModuleDict({name: part, "layer_norm": UMT5RMSNorm(config.d_model, config.layer_norm_epsilon)})
             for name, part in parts.items()
         )
 
@@ -150,11 +150,11 @@ class Block(nn.Module):
         return h_PSD + feed_forward["DenseReluDense"](feed_forward["layer_norm"](h_PSD))
 
 
-class Stack(nn.Module):
+class UMT5Stack(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.block = nn.ModuleList(UMT5Block(config) for _ in range(config.num_layers))
+        self.final_layer_norm = UMT5RMSNorm(config.d_model, config.layer_norm_epsilon)
 
 
 class UMT5Encoder(nn.Module):
@@ -164,7 +164,7 @@ class UMT5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config)
+        self.encoder = UMT5Stack(config)
         # published files carry the embedding under either name
         self.encoder.embed_tokens = self.shared
 

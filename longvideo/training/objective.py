@@ -55,14 +55,14 @@ class BatchSource(Protocol):
         ...
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """A run of steps."""
 
     @property
     def steps(self) -> int: ...
 
 
-AnyStage = TypeVar("AnyStage", bound=Stage)
+AnyStage = TypeVar("AnyStage", bound=TrainingStage)
 
 
 def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from longvideo.errors import UserError
 from longvideo.vae.config import AutoencoderConfig
-from longvideo.vae.layers import CausalConv3d, DownBlock, Memory, MidBlock, RMSNorm, State, UpBlock, num_remembering
+from longvideo.vae.layers import (
+    CausalConv3d,
+    ChannelRMSNorm,
+    DownBlock,
+    Memory,
+    MidBlock,
+    State,
+    UpBlock,
+    num_remembering,
+)
 
 
 class Autoencoder(nn.Module):
@@ -95,7 +104,7 @@ class Encoder(nn.Module):
             for i, halves_time in enumerate((*config.temperal_downsample, None))
         )
         self.mid_block = MidBlock(channels[-1])
-        self.norm_out = RMSNorm(channels[-1], num_axes=3)
+        self.norm_out = ChannelRMSNorm(channels[-1], num_axes=3)
         self.conv_out = CausalConv3d(channels[-1], 2 * config.z_dim, (3, 3, 3))
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:
@@ -117,7 +126,7 @@ class Decoder(nn.Module):
             UpBlock(channels[i], channels[i + 1], config.num_res_blocks, doubles_time)
             for i, doubles_time in enumerate((*config.temperal_downsample[::-1], None))
         )
-        self.norm_out = RMSNorm(channels[-1], num_axes=3)
+        self.norm_out = ChannelRMSNorm(channels[-1], num_axes=3)
         self.conv_out = CausalConv3d(channels[-1], config.out_channels, (3, 3, 3))
 
     def forward(self, x_BCTHW: Tensor, memory: Memory) -> Tensor:

@@ -57,7 +57,7 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(x_BCTHW)
 
 
-class RMSNorm(nn.Module):
+class ChannelRMSNorm(nn.Module):
     """Scale the channels of every pixel to unit mean square, then by a learned gain."""
 
     def __init__(self, channels: int, num_axes: int) -> None:
@@ -73,9 +73,9 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(in_channels, num_axes=3)
+        self.norm1 = ChannelRMSNorm(in_channels, num_axes=3)
         self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3))
-        self.norm2 = RMSNorm(out_channels, num_axes=3)
+        self.norm2 = ChannelRMSNorm(out_channels, num_axes=3)
         self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3))
         self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -90,7 +90,7 @@ class FrameAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(channels, num_axes=2)
+        self.norm = ChannelRMSNorm(channels, num_axes=2)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 

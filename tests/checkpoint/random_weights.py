@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta, own_tensors
-from longvideo.checkpoint.parts import Part, PartConfig
+from longvideo.checkpoint.parts import ModelPart, PartConfig
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import PIECE_BYTES, TensorInfo, Weights, as_bytes
 from longvideo.model.config import TransformerConfig
@@ -66,7 +66,7 @@ def random_model(
             "text_encoder": (UMT5Encoder(text_encoder), text_encoder, torch.bfloat16),
         }
     stored = {
-        name: Part(type(module).__name__, weights_of(module, dtype), config)
+        name: ModelPart(type(module).__name__, weights_of(module, dtype), config)
         for name, (module, config, dtype) in built.items()
     }
     return ModelFolder(Path("random"), "random", settings, stored, tokenizer)

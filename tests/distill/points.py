@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.distill.roles import Role
-from longvideo.distill.walk import Clip
+from longvideo.distill.walk import VideoRequest
 from longvideo.flow.schedule import expand
 from longvideo.model.cache import KVCache
 from longvideo.model.rope import Rope
@@ -106,8 +106,8 @@ class ThreeNetworks:
         return KVCache(SPEC, num_layers=0, num_heads=1, head_dim=2)
 
 
-def clip(step: int, samples: int = 16) -> Clip:
-    return Clip(
+def clip(step: int, samples: int = 16) -> VideoRequest:
+    return VideoRequest(
         features_PJD=torch.zeros(2, 1, 1),
         prompt_NB=torch.zeros(1, samples, dtype=torch.int64),
         cuts=(True,),

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.objectives import CriticObjective, RoleObjective, StudentObjective
 from longvideo.distill.roles import Role
-from longvideo.distill.walk import Clip
+from longvideo.distill.walk import VideoRequest
 from longvideo.distributed import Mesh, build_mesh
 from longvideo.training.checkpoint import CheckpointFolder
 from longvideo.training.engine import Engine, LocalEngine
@@ -50,7 +50,7 @@ def build(mesh: Mesh, stage: int | None) -> tuple[PairedEngine, videos.LoraRoles
     return PairedEngine(*both, critic_rate=lambda step: 1e-3, student_every=2), roles
 
 
-def shares(mesh: Mesh, step: int) -> list[Clip]:
+def shares(mesh: Mesh, step: int) -> list[VideoRequest]:
     """One sample a pass."""
     whole, own = videos.clip(samples=SAMPLES), []
     for sample in range(mesh.replica, SAMPLES, mesh.replicas):

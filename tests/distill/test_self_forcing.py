@@ -11,7 +11,7 @@ from torch import Tensor
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
-from longvideo.distill.walk import Clip
+from longvideo.distill.walk import VideoRequest
 from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.model.conditioning import Conditioning
@@ -26,7 +26,9 @@ from tests.quantization import small as packable
 CUTS = (True, False, True, False, False)
 
 
-def generated(found: LoraRoles, rollouts: SelfForcing, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def generated(
+    found: LoraRoles, rollouts: SelfForcing, clip: VideoRequest, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor]:
     """Return what inference makes of the same noise."""
     student = found.switch(Role.STUDENT)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.distill.objectives import DmdConfig, Looks
 from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
-from longvideo.distill.walk import Clip
+from longvideo.distill.walk import VideoRequest
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -67,9 +67,9 @@ def parts(found: LoraRoles, rollout: RolloutConfig | None = None, dmd: DmdConfig
 
 def clip(
     cuts: tuple[bool, ...] = (True, False, False), *, samples: int = 2, first_latent: Tensor | None = None
-) -> Clip:
+) -> VideoRequest:
     shots = torch.tensor(cuts).long().cumsum(0) - 1
-    return Clip(
+    return VideoRequest(
         features_PJD=small.features(int(shots[-1]) + samples + 1),
         prompt_NB=shots[:, None] + torch.arange(samples),
         cuts=cuts,

@@ -9,10 +9,10 @@ from PIL import Image
 
 from longvideo.cli.main import main
 from longvideo.errors import UserError
-from longvideo.evaluation.curves import Metrics, draw_curves, fill_gaps, read_metrics, round_range
+from longvideo.evaluation.curves import RunMetrics, draw_curves, fill_gaps, read_metrics, round_range
 
-FIRST = Metrics("one", ({"step": 10.0, "loss": 1.0}, {"step": 20.0, "loss": 0.5}, {"step": 20.0, "val": 3.0}))
-SECOND = Metrics("two", ({"step": 10.0, "loss": 0.4}, {"step": 30.0, "loss": 0.2}))
+FIRST = RunMetrics("one", ({"step": 10.0, "loss": 1.0}, {"step": 20.0, "loss": 0.5}, {"step": 20.0, "val": 3.0}))
+SECOND = RunMetrics("two", ({"step": 10.0, "loss": 0.4}, {"step": 30.0, "loss": 0.2}))
 
 
 def test_points_keep_the_steps_at_which_a_number_was_recorded():

@@ -9,7 +9,7 @@ import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
-from longvideo.evaluation.quantization import QuantizationReport, Tally, as_markdown, measure_quantization
+from longvideo.evaluation.quantization import ErrorTally, QuantizationReport, as_markdown, measure_quantization
 from longvideo.flow.unipc import UniPC
 
 
@@ -48,7 +48,7 @@ def test_tables_have_a_row_for_everything_measured(report: QuantizationReport) -
 
 
 def test_a_tally_is_a_ratio_of_energies() -> None:
-    tally = Tally()
+    tally = ErrorTally()
     tally.add(torch.tensor([1.1, 1.0]), torch.tensor([1.0, 1.0]))
     tally.add(torch.tensor([2.0]), torch.tensor([2.0]))
     assert tally.relative_error == pytest.approx((0.01 / 6) ** 0.5) and tally.decibels == pytest.approx(27.78, abs=0.01)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from longvideo.infer.background import Background
+from longvideo.infer.background import BackgroundIterator
 
 
 def counting(made: list[int], *, until: int = 10**9, closed: threading.Event | None = None):
@@ -30,14 +30,14 @@ def settle(made: list[int]) -> int:
 
 
 def test_items_come_in_order_and_end() -> None:
-    with Background(lambda: counting([], until=50), capacity=3, name="count") as items:
+    with BackgroundIterator(lambda: counting([], until=50), capacity=3, name="count") as items:
         assert list(items) == list(range(50))
         assert list(items) == []
 
 
 def test_it_runs_ahead_by_its_capacity_and_no_further() -> None:
     made: list[int] = []
-    with Background(lambda: counting(made), capacity=2, name="count") as items:
+    with BackgroundIterator(lambda: counting(made), capacity=2, name="count") as items:
         assert settle(made) == 2
         assert [next(items), next(items)] == [0, 1]
         assert settle(made) == 4
@@ -48,7 +48,7 @@ def test_an_error_reaches_the_caller_at_once_and_once() -> None:
         yield 0
         raise RuntimeError("worker broke")
 
-    items = Background(failing, capacity=5, name="fail")
+    items = BackgroundIterator(failing, capacity=5, name="fail")
     items._thread.join()
     with pytest.raises(RuntimeError, match="worker broke"):
         next(items)
@@ -62,14 +62,17 @@ def test_an_error_before_the_first_item_reaches_a_waiting_caller() -> None:
         raise ValueError("no first item")
         yield
 
-    with pytest.raises(ValueError, match="no first item"), Background(failing, capacity=1, name="fail") as items:
+    with (
+        pytest.raises(ValueError, match="no first item"),
+        BackgroundIterator(failing, capacity=1, name="fail") as items,
+    ):
         next(items)
 
 
 def test_closing_stops_the_thread_and_closes_the_source() -> None:
     made: list[int] = []
     closed = threading.Event()
-    items = Background(lambda: counting(made, closed=closed), capacity=2, name="count")
+    items = BackgroundIterator(lambda: counting(made, closed=closed), capacity=2, name="count")
     next(items)
     items.close()
     items.close()
@@ -83,8 +86,8 @@ def test_a_chain_ends_when_its_first_link_is_closed() -> None:
             time.sleep(0.02)
             yield 1
 
-    first = Background(slow, capacity=1, name="first")
-    second = Background(lambda: (item for item in first), capacity=1, name="second")
+    first = BackgroundIterator(slow, capacity=1, name="first")
+    second = BackgroundIterator(lambda: (item for item in first), capacity=1, name="second")
     assert next(second) == 1
     first.close()
     second.close()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.attention.cudnn_fp8 import FP8Attention, unavailable
+from longvideo.kernels.attention.cudnn_fp8 import CudnnFP8Attention, unavailable
 from longvideo.kernels.attention.reference import E4M3, E4M3_MAX, attend_fp8, to_e4m3
 from tests.golden import relative_error
 
@@ -68,7 +68,7 @@ def test_an_output_beyond_e4m3_saturates() -> None:
 def test_a_cpu_is_told_what_it_needs() -> None:
     assert unavailable(torch.device("cpu")) == "FP8 attention needs a CUDA GPU, got device 'cpu'"
     with pytest.raises(ValueError, match="no FP8 attention on device 'cpu'.*needs a CUDA GPU"):
-        FP8Attention(batch=1, query_tokens=1, key_tokens=1, heads=1, head_dim=HEAD_DIM, device=torch.device("cpu"))
+        CudnnFP8Attention(batch=1, query_tokens=1, key_tokens=1, heads=1, head_dim=HEAD_DIM, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def on(device: torch.device, *, capacity: int = KEYS, seed: int = 0) -> tuple[Te
     return q, storage_k[:, :KEYS], storage_v[:, :KEYS]
 
 
-def planned(q: Tensor, k: Tensor, v: Tensor) -> tuple[FP8Attention, Tensor]:
+def planned(q: Tensor, k: Tensor, v: Tensor) -> tuple[CudnnFP8Attention, Tensor]:
     """Return attention for these tensors, and an output that is NaN."""
-    attention = FP8Attention(
+    attention = CudnnFP8Attention(
         batch=BATCH,
         query_tokens=QUERIES,
         key_tokens=KEYS,
@@ -105,7 +105,7 @@ def planned(q: Tensor, k: Tensor, v: Tensor) -> tuple[FP8Attention, Tensor]:
     return attention, torch.full(q.shape, float("nan"), device=q.device).to(attention.out_dtype)
 
 
-def defined(attention: FP8Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def defined(attention: CudnnFP8Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend_fp8(q, k, v, scale_out=1 / attention.out_scale, out_dtype=attention.out_dtype)
 
 
@@ -159,7 +159,7 @@ def test_what_many_values_have_in_common_has_to_be_taken_off(
     v = torch.randn(1, keys, 8, HEAD_DIM, generator=generator, device=cuda)
     v += torch.randn(1, 1, 8, HEAD_DIM, generator=generator, device=cuda)
     mean = v.mean(1, keepdim=True) if centred else torch.zeros_like(v[:, :1])
-    attention = FP8Attention(
+    attention = CudnnFP8Attention(
         batch=1, query_tokens=1024, key_tokens=keys, heads=8, head_dim=HEAD_DIM, device=cuda, scale_out=scale_out
     )
     out = torch.empty_like(q, dtype=attention.out_dtype)

@@ -15,7 +15,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.distill.config import BackboneConfig, Distillation, SampleConfig
 from longvideo.distill.distillation import DistillRecipe
-from longvideo.distill.prompts import DistillStage, Script
+from longvideo.distill.prompts import ChunkScript, DistillStage
 from longvideo.distill.roles import LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig as DistilledRollout
 from longvideo.distributed import Mesh
@@ -24,10 +24,10 @@ from longvideo.files import write_json
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.text.encoder import TextEncoder
 from longvideo.train.batch import ViewStage
-from longvideo.train.clips.recipe import ClipRecipe, ClipTraining, ValidationConfig
+from longvideo.train.clips.recipe import ClipRecipe, ClipTraining, ClipValidationConfig
 from longvideo.train.clips.views import RandomClip, RandomClips
 from longvideo.train.shapeworld.latent_bank import BankConfig
-from longvideo.train.shapeworld.recipe import ArRecipe, ArTraining, RolloutConfig, TransformerShape
+from longvideo.train.shapeworld.recipe import ArRecipe, ArTraining, HeldOutRolloutConfig, TransformerShape
 from longvideo.train.shapeworld.scenes import SceneConfig
 from longvideo.train.teacher_forcing import TeacherForcingConfig
 from tests.checkpoint import small
@@ -88,7 +88,7 @@ class TextClips(RandomClips):
 def test_a_sample_of_clips_with_cuts_is_what_the_exported_model_generates(tmp_path: Path, clean_pass: bool) -> None:
     model = save(tmp_path / "model", clean_pass=clean_pass, cut_prefix=PREFIX)
     config = ClipTraining(
-        initialize=str(model), stages=[ViewStage(steps=1, batch=1, chunks=2)], validation=ValidationConfig(chunks=3)
+        initialize=str(model), stages=[ViewStage(steps=1, batch=1, chunks=2)], validation=ClipValidationConfig(chunks=3)
     )
     recipe = ClipRecipe(config, CPU, Mesh(), dry_run=True)
     folder = ModelFolder.open(model)
@@ -116,7 +116,7 @@ def test_a_sample_of_shapeworld_is_what_the_exported_model_generates(tmp_path: P
         scenes=SceneConfig(count=4, height=32, width=64),
         bank=BankConfig(clips=2, initial_clips=2, group=2, chunks=3),
         stages=[ViewStage(steps=1, batch=1, chunks=3)],
-        rollout=RolloutConfig(chunks=3),
+        rollout=HeldOutRolloutConfig(chunks=3),
     )
     recipe = ArRecipe(config, CPU, Mesh())
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def test_a_sample_of_the_student_is_what_the_exported_model_generates(tmp_path: 
     generator = torch.Generator().manual_seed(1)
     for weight in recipe.roles.trained(Role.STUDENT).values():
         weight.data.normal_(std=0.2, generator=generator)
-    script = Script((SHOTS[0], SHOTS[1], SHOTS[1]), (True, True, False))
+    script = ChunkScript((SHOTS[0], SHOTS[1], SHOTS[1]), (True, True, False))
     clip = recipe.source.assemble([script], 0, [0])
     folder = ModelFolder.open(model)
     (sample,) = recipe.generate(clip, folder.load_vae(dtype=torch.float32), 2)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ValidationConfig(Bounded):
+class ClipValidationConfig(Bounded):
     """What is looked at on the way, with averaged weights.
 
     data: a folder of encoded clips to take the loss on, always the same `batches` of `batch` clips with the same noise.
@@ -95,7 +95,7 @@ class ClipTraining(Bounded):
         default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=100, max_skipped_steps=10)
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: ClipValidationConfig = field(default_factory=ClipValidationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -77,7 +77,7 @@ class TransformerShape(Bounded):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Bounded):
+class HeldOutRolloutConfig(Bounded):
     """Held-out prompts rolled out on the way; the judge says what share of them shows what it should."""
 
     prompts: int = bounded(24, least=0)
@@ -119,7 +119,7 @@ class ArTraining(Bounded):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: HeldOutRolloutConfig = field(default_factory=HeldOutRolloutConfig)
     validation: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ class ClipBatch:
     noise: Tensor
 
 
-class ClipSource:
+class ReconstructionSource:
     """Clips of random scenes at random times; the share `cut_fraction` of the longer ones cuts to another scene."""
 
     unit = "frame"

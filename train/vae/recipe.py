@@ -17,7 +17,7 @@ from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
-from longvideo.train.vae.clips import ClipSource, ClipStage
+from longvideo.train.vae.clips import ClipStage, ReconstructionSource
 from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, psnr
 from longvideo.training.objective import compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
@@ -57,7 +57,7 @@ class AutoencoderShape(Bounded):
 
 
 @dataclass(frozen=True)
-class ValidationConfig(Bounded):
+class VaeValidationConfig(Bounded):
     """Held-out clips of a first and a second chunk, encoded and decoded as a stream; shown clips go on the sheet."""
 
     clips: int = bounded(32, least=1)
@@ -83,7 +83,7 @@ class VaeTraining(Bounded):
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: VaeValidationConfig = field(default_factory=VaeValidationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +108,7 @@ class VaeRecipe:
             )
         self.objective = Reconstruction(self.autoencoder, config.loss, device=device)
         self.pool = self._pool("train", config.scenes.count)
-        self.source = ClipSource(
+        self.source = ReconstructionSource(
             self.pool,
             config.stages,
             seed=config.seed,

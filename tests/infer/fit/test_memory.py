@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.settings import chunk_spec
-from longvideo.infer.fit.memory import CONTEXT, GRAPHS, Part, estimate
+from longvideo.infer.fit.memory import CONTEXT, GRAPHS, MemoryPart, estimate
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
@@ -39,7 +39,7 @@ UNCOUNTED = (GRAPHS, CONTEXT)
 """Parts that `max_memory_allocated` does not count."""
 
 
-def estimated(**changes: Any) -> list[Part]:
+def estimated(**changes: Any) -> list[MemoryPart]:
     return estimate(workload(**changes))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longvideo.errors import ConfigError
-from longvideo.train.vae.clips import ClipSource, ClipStage, crop_near_objects
+from longvideo.train.vae.clips import ClipStage, ReconstructionSource, crop_near_objects
 from longvideo.train.vae.reconstruction import (
     Reconstruction,
     ReconstructionConfig,
@@ -20,8 +20,10 @@ from longvideo.training.optimizer import OptimizerConfig
 from tests.train.small import CPU, small_autoencoder, small_pool
 
 
-def clip_source(*stages: ClipStage, cut_fraction: float = 0.0) -> ClipSource:
-    return ClipSource(small_pool(), stages, seed=1, max_seconds=60.0, cut_fraction=cut_fraction, latent_channels=4)
+def clip_source(*stages: ClipStage, cut_fraction: float = 0.0) -> ReconstructionSource:
+    return ReconstructionSource(
+        small_pool(), stages, seed=1, max_seconds=60.0, cut_fraction=cut_fraction, latent_channels=4
+    )
 
 
 def test_batches_follow_from_the_step_and_the_stage() -> None:
