@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision
+from longvideo.cli.output import OUTPUT
 from longvideo.errors import UserError
 from longvideo.files import check_target, write_json
 
@@ -32,7 +33,7 @@ def bench() -> None:
 def kernels(
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time each NVFP4 kernel, and say what share of the device's copy bandwidth it reaches.
 
@@ -81,7 +82,7 @@ def kernels(
 def step(
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time one denoising step in every number format: bf16, 4-bit weights, 4-bit weights and inputs, 4-bit cache.
 
@@ -127,7 +128,7 @@ def step(
 def load(
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Load a packed transformer with random weights: time, and the peak of the device's memory.
 
@@ -160,7 +161,7 @@ def encode(
     chunks: Annotated[int, typer.Option(min=1, help="Of 8 latent frames, in the clip.")] = 12,
     ranks: Annotated[int, typer.Option(min=1, help="That share the clip; a divisor of its latent frames.")] = 2,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time how long ranks that share a clip take to encode it, each its own part with the frames before it that matter.
 
@@ -224,7 +225,7 @@ def stream(
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Encode and write the video to this .mp4 or .mkv too.")] = None,
     timeline: Annotated[Path | None, typer.Option(help="Draw what the GPUs do meanwhile to this .png.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time streaming: a step, the decoding of a chunk, and whole chunks until their last byte is written.
 
@@ -348,7 +349,7 @@ def parallel(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON to this file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file too.")] = None,
 ) -> None:
     """Time passes of ranks that share every chunk: its tokens, and in self-attention its heads, the cache included.
 

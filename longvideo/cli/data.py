@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from longvideo.cli.output import OUTPUT
 from longvideo.errors import UserError
 from longvideo.files import check_target
 
@@ -42,7 +43,7 @@ def data() -> None: ...
 
 @app.command()
 def shapeworld(
-    out: Annotated[Path, typer.Option(help="Folder to write: manifest.jsonl and videos/.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write: manifest.jsonl and videos/.")],
     clips: Annotated[int, typer.Option(min=1, help="Number of videos.")],
     seconds: Annotated[float, typer.Option(help="Least length of each video; rounded up to whole chunks.")] = 4.0,
     shots: Annotated[int, typer.Option(min=1, help="Shots in each video, with a cut between them.")] = 1,
@@ -131,7 +132,7 @@ def import_longlive(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Holds video/SAMPLE/0.mp4 and caption/SAMPLE/0.json, and so on.")
     ],
-    out: Annotated[Path, typer.Option(help="Manifest to write; the videos stay where they are.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Manifest to write; the videos stay where they are.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the manifest if it exists.")] = False,
 ) -> None:
     """Write a manifest for data in LongLive 2.0's folders.
@@ -174,7 +175,7 @@ def import_longlive(
 def encode(
     manifest: ManifestArgument,
     model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; its encoders are used.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; one that is unfinished is gone on with.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write; one that is unfinished is gone on with.")],
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of a clip.")] = 4,
     height: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
@@ -343,6 +344,6 @@ def _shot_entries(script: SceneScript) -> tuple[ShotEntry, ...]:
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; give a folder")
+        raise UserError(f"--output {folder} is a file; give a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} is not empty; choose another folder or add --overwrite")
+        raise UserError(f"--output {folder} is not empty; choose another folder or add --overwrite")

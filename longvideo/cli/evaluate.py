@@ -11,6 +11,7 @@ import typer
 
 from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
 from longvideo.cli.model_options import AttentionFormat, KVCacheFormat, Precision, warn_of_missing_quotes
+from longvideo.cli.output import OUTPUT
 from longvideo.errors import UserError
 from longvideo.files import check_target, write_json
 
@@ -48,7 +49,9 @@ def evaluate() -> None:
 def judge(
     num: Annotated[int, typer.Option(min=1, help="Number of scenes, train and held-out in turn.")] = 500,
     seed: Annotated[int, typer.Option(min=0, help="Draws other scenes.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead of standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file instead of standard output.")
+    ] = None,
 ) -> None:
     """Measure the judge on scenes whose content is known.
 
@@ -100,7 +103,7 @@ def shapeworld(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path("runs/eval"),
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
 ) -> None:
     """Say how often videos show what their prompts ask for.
@@ -162,9 +165,7 @@ def switches(
     seed: Annotated[int, typer.Option(min=0, help="Draws other scenes and noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json and pictures.")] = Path(
-        "runs/switches"
-    ),
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and pictures.")] = Path("runs/switches"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
 ) -> None:
     """Say how soon a session shows a new prompt, and whether the scene goes on meanwhile.
@@ -247,7 +248,7 @@ def sheet(
         str | None, typer.Option(help="Of the pictures.  [default: the last part of the model's name]")
     ] = None,
     webp: Annotated[bool, typer.Option("--webp", help="Write NAME.webp, in all colors, in place of NAME.gif.")] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two pictures.")] = Path("runs/sheet"),
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for the two pictures.")] = Path("runs/sheet"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are already there.")] = False,
 ) -> None:
     """Draw a contact sheet and a looping GIF of what a model makes of some prompts.
@@ -297,7 +298,7 @@ def curves(
     title: Annotated[str, typer.Option(help="Line above the picture.")] = "",
     low: Annotated[float | None, typer.Option(help="Lower end of the y axis; fits the values if not given.")] = None,
     high: Annotated[float | None, typer.Option(help="Upper end of the y axis; fits the values if not given.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("curves.png"),
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Picture to write.")] = Path("curves.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture if it exists.")] = False,
 ) -> None:
     """Draw the curves of training runs.
@@ -333,7 +334,7 @@ def quantization(
     model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; not packed.")] = "tiny",
     device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the synthetic tensors and the noise.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the numbers to this JSON file too.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUTPUT, help="Write the numbers to this JSON file too.")] = None,
 ) -> None:
     """Measure what four bits cost: errors of formats and rules, and the noise of each layer's output.
 

@@ -30,6 +30,7 @@ from longvideo.cli.model_options import (
     SettingsPreset,
     warn_of_missing_quotes,
 )
+from longvideo.cli.output import OUTPUT
 from longvideo.cli.printing import STDERR, STDOUT, without_reader
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
@@ -76,7 +77,7 @@ def generate(
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
+    output: Annotated[Path, typer.Option(*OUTPUT, help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
     """Make a video from prompts, chunk by chunk.
 

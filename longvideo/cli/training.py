@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longvideo.cli.logs import show_messages
+from longvideo.cli.output import OUTPUT
 from longvideo.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Arguments = Annotated[
         " `optimizer.learning_rate=5e-4` or `stages[0].steps=500`.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: checkpoints, metrics, samples and the model.")]
+Out = Annotated[Path, typer.Option(*OUTPUT, help="Run folder: checkpoints, metrics, samples and the model.")]
 Resume = Annotated[
     str,
     typer.Option(help="`auto` resumes from the newest checkpoint in the folder; `never` refuses one that holds a run."),

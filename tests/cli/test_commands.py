@@ -42,6 +42,21 @@ def test_help_has_a_short_option_and_flags_without_a_type(
     assert options(command)["-h"] is options(command)["--help"]
 
 
+NOTHING_TO_NAME = {"serve", "merge", "convert", "quantize", "info", "doctor", "data validate"}
+"""Commands that write nothing, or whose target is an argument."""
+
+
+@pytest.mark.parametrize(("words", "command"), ALL)
+def test_what_a_command_writes_is_named_by_one_option_of_three_spellings(words: list[str], command: Any) -> None:
+    known = options(command)
+    output = [known.get(name) for name in ("--output", "--out", "-o")]
+    if " ".join(words) in NOTHING_TO_NAME:
+        assert output == [None, None, None]
+    else:
+        assert output[0] is not None and output[1] is output[0] and output[2] is output[0]
+        assert output[0].opts == ["--output", "--out", "-o"]
+
+
 def completions(line: str) -> list[str]:
     """Return what bash offers to complete the last word of a line, through the script that is shown for it."""
     program = """
