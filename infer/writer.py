@@ -270,7 +270,8 @@ class _Refused:
     ) -> None:
         if isinstance(error, OSError):
             path, frames = self._writer.path, self._writer.num_frames
-            whole = f"the {frames} frames before are in it" if frames else "nothing was left behind"
+            before = "the frame before is" if frames == 1 else f"the {frames} frames before are"
+            whole = f"{before} in it" if frames else "nothing was left behind"
             raise WriteError(f"cannot write {path}: {reason(error)}; {whole}") from error
 
 

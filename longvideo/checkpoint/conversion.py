@@ -208,6 +208,6 @@ def _check_room(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if num_bytes > free:
         raise UserError(
-            f"{there} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB more are needed; make room or write to"
+            f"{there} has {free / 1e6:,.1f} MB free, {num_bytes / 1e6:,.1f} MB are needed; make room or write to"
             " another disk"
         )

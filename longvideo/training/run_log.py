@@ -216,7 +216,7 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def _thousands(value: float) -> str:

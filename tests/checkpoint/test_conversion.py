@@ -171,8 +171,8 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     ours: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = conversion.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="has 0.0 GB free, 0.0 GB more are needed"):
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UserError, match=r"has 0\.1 MB free, 3\.7 MB are needed"):
         convert_model(ours, tmp_path / "result", Wishes())
     assert not (tmp_path / "result").exists()
 

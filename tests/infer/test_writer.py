@@ -239,21 +239,22 @@ def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
     assert path.read_text() == "old" and file_names(tmp_path) == [path.name]
 
 
-def test_a_disk_that_fills_up_keeps_the_frames_before(tmp_path) -> None:
+@pytest.mark.parametrize(("frames", "word"), [(1, "frame before is"), (3, "3 frames before are")])
+def test_a_disk_that_fills_up_keeps_the_frames_before(frames: int, word: str, tmp_path) -> None:
     code = (
         "import resource, sys, numpy; from longvideo.errors import UserError\n"
         "from longvideo.infer.writer import VideoWriter\n"
         "noise = numpy.random.default_rng(0).integers(0, 255, (40, 128, 128, 3), numpy.uint8)\n"
         "try:\n"
         "    with VideoWriter(sys.argv[1], fps=24) as writer:\n"
-        "        writer.write(noise[:3]); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"        writer.write(noise[:{frames}]); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "        writer.write(noise)\n"
         "except UserError as error: print(error)"
     )
     path = tmp_path / "out.mp4"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert f"cannot write {path}: file too large; the 3 frames before are in it" in done.stdout, done.stderr
-    assert len(decode(path)) == 3 and path.stat().st_size < 100_000 and file_names(tmp_path) == [path.name]
+    assert f"cannot write {path}: file too large; the {word} in it" in done.stdout, done.stderr
+    assert len(decode(path)) == frames and path.stat().st_size < 100_000 and file_names(tmp_path) == [path.name]
 
 
 def test_a_link_is_written_through(tmp_path) -> None:

@@ -16,6 +16,7 @@ BAD_LINES = (
     b'{"step": NaN, "loss": 1.0}',
     b'{"step": "three", "loss": 1.0}',
     b'{"step": true}',
+    b'{"step": -3}',
     b'{"loss": 1.0}',
     b"[3]",
     b'{"step": 3, "lo',
