@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longvideo.infer.fit.memory import ModelPart, Workload
+from longvideo.infer.fit.memory import MemoryPart, Workload
 from longvideo.infer.fit.shapes import ModelShapes, preset_shapes
 from longvideo.quantization.number_formats import NumberFormats
 
@@ -33,12 +33,12 @@ def workload(**changes: Any) -> Workload:
     return Workload(**(given | changes))
 
 
-def total(parts: Iterable[ModelPart], device: torch.device = FIRST) -> int:
+def total(parts: Iterable[MemoryPart], device: torch.device = FIRST) -> int:
     """Return the bytes on a device."""
     return sum(part.bytes for part in parts if part.device == device)
 
 
-def named(parts: Iterable[ModelPart], device: torch.device = FIRST) -> dict[str, int]:
+def named(parts: Iterable[MemoryPart], device: torch.device = FIRST) -> dict[str, int]:
     """Return the bytes of each part on a device."""
     own = [part for part in parts if part.device == device]
     assert max(Counter(part.name for part in own).values()) == 1
