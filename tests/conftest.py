@@ -1,6 +1,7 @@
 """Set the process up before anything heavy is imported: threads, the Triton interpreter, marks that need a GPU."""
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # each worker has one core; more threads than cores slow all of them down
@@ -16,6 +17,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 BLACKWELL = (10, 0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-pictures", metavar="FOLDER", type=Path, help="Folder for pictures of the page (docs/images)."
+    )
+
+
+@pytest.fixture
+def picture_folder(request: pytest.FixtureRequest) -> Path:
+    """Return the folder of `--write-pictures`; without it, the tests that draw pictures are skipped."""
+    folder = request.config.getoption("--write-pictures")
+    if folder is None:
+        pytest.skip("writes pictures for the documentation; use --write-pictures FOLDER")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,7 +37,6 @@ DEADLINE = 90.0  # for what may wait behind other work on this machine
 TOKEN = "right-and-long-enough"
 RED = "a large red circle drifts left over a black background"
 BLUE = "a large blue circle drifts left over a black background"
-PICTURES = os.environ.get("LONGVIDEO_PAGE_PICTURES")
 
 
 class Server:
@@ -421,9 +420,10 @@ def test_everything_has_a_name(page: Page) -> None:
     assert page.get_attribute("#status", "role") == "status"
 
 
-@pytest.mark.skipif(PICTURES is None, reason="draws pictures: name a folder in LONGVIDEO_PAGE_PICTURES")
 @pytest.mark.parametrize(("name", "width", "height"), [("page", 1200, 1180), ("page_narrow", 360, 740)])
-def test_pictures_of_the_page(browser: Browser, server: Server, name: str, width: int, height: int) -> None:
+def test_pictures_of_the_page(
+    browser: Browser, server: Server, picture_folder: Path, name: str, width: int, height: int
+) -> None:
     star, night = (
         "a small yellow star spins on a meadow",
         "at night, a red star falls while a cyan ring flies to the left",
@@ -439,4 +439,4 @@ def test_pictures_of_the_page(browser: Browser, server: Server, name: str, width
         wait(page, lambda: page.locator(".planned").count() == 1 and num_made(page) >= 9)
         page.fill("#prompt", "a yellow ring circles clockwise at night")
         wait(page, lambda: star in (page.text_content("#status") or ""))
-        page.screenshot(path=f"{PICTURES}/{name}.png")
+        page.screenshot(path=picture_folder / f"{name}.png")
