@@ -51,7 +51,7 @@ class SwitchResult:
     task: SwitchTask
     shown: tuple[bool, ...]
     number: bool
-    goes_on: bool
+    continues: bool
     late: int | None
 
 
@@ -88,7 +88,7 @@ def judge_switch(task: SwitchTask, before: np.ndarray, after: Sequence[np.ndarra
         task,
         shown,
         number=verdicts[-1].count,
-        goes_on=_goes_on(before[-SEAM_FRAMES:], after[0][:SEAM_FRAMES], task.scenes[0]),
+        continues=_continues(before[-SEAM_FRAMES:], after[0][:SEAM_FRAMES], task.scenes[0]),
         late=first_late + shown.index(True) if any(shown) else None,
     )
 
@@ -99,12 +99,12 @@ def summarize_switches(results: Sequence[SwitchResult]) -> dict[str, Score]:
     scores = {
         f"chunk {chunk + 1}": Score(sum(r.shown[chunk] for r in results), len(results)) for chunk in range(chunks)
     }
-    for name in ("number", "goes_on"):
+    for name in ("number", "continues"):
         scores[name] = Score(sum(getattr(result, name) for result in results), len(results))
     return scores
 
 
-def _goes_on(before: np.ndarray, after: np.ndarray, scene: Scene) -> bool:
+def _continues(before: np.ndarray, after: np.ndarray, scene: Scene) -> bool:
     old, new = (perceive(frames, FPS) for frames in (before, after))
     if len(old.sprites) != 1 or {old.background, new.background} != {scene.background}:
         return False

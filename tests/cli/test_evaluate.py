@@ -71,11 +71,11 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
         (switch,) = found["switches"]
         assert [found[f"chunk {chunk}"]["right"] for chunk in (1, 2, 3, 4)] == [int(shown) for shown in switch["shown"]]
         assert found["never_shown"] == (switch["late"] is None)
-        assert found["goes_on"]["right"] == switch["goes_on"]
+        assert found["continues"]["right"] == switch["continues"]
     with Image.open(out / "switches.png") as picture:
         assert picture.width > 8 * 0.6 * 224 and 2 * 0.6 * 128 < picture.height < 3 * 0.6 * 128
     printed = capsys.readouterr().err
-    assert "keep" in printed and "goes on" in printed
+    assert "keep" in printed and "continues" in printed
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
         (["--num", "0"], "--num"),
         (["--seconds", "-1"], "more than 0"),
         (["--seconds", "nan"], "more than 0"),
-        (["--seconds", "1", "--shots", "3"], "1.5 s"),
+        (["--seconds", "1", "--shots", "3"], "at least 1.5"),
         (["--videos", "nowhere"], "nowhere"),
         (["--model", "no/such/model"], "no/such/model"),
     ],

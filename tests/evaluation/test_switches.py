@@ -27,12 +27,12 @@ def clip(scene: Scene, chunk: int) -> np.ndarray:
 
 def test_a_switch_at_once_in_the_same_place() -> None:
     result = judge_switch(TASK, clip(RED, 0), [clip(BLUE, 1), clip(BLUE, 2)], first_late=1)
-    assert result.shown == (True, True) and result.goes_on and result.late == 1
+    assert result.shown == (True, True) and result.continues and result.late == 1
 
 
 def test_a_switch_that_comes_a_chunk_later() -> None:
     result = judge_switch(TASK, clip(RED, 0), [clip(RED, 1), clip(BLUE, 2)], first_late=2)
-    assert result.shown == (False, True) and result.goes_on and result.late == 3
+    assert result.shown == (False, True) and result.continues and result.late == 3
 
 
 def test_a_prompt_that_is_never_shown() -> None:
@@ -49,14 +49,14 @@ def test_a_prompt_that_is_never_shown() -> None:
     ],
 )
 def test_another_place_shape_or_background_is_another_scene(after: Scene) -> None:
-    assert not judge_switch(TASK, clip(RED, 0), [clip(after, 1)], first_late=1).goes_on
+    assert not judge_switch(TASK, clip(RED, 0), [clip(after, 1)], first_late=1).continues
 
 
 def test_a_frame_that_blends_both_colors_at_the_switch_loses_no_scene() -> None:
     after = clip(BLUE, 1).copy()
     after[0] = clip(RED, 1)[0]
     result = judge_switch(TASK, clip(RED, 0), [after], first_late=1)
-    assert result.goes_on and result.shown == (True,) and result.number
+    assert result.continues and result.shown == (True,) and result.number
 
 
 def test_of_rendered_scenes_that_take_another_color_39_in_40_go_on() -> None:
@@ -65,7 +65,7 @@ def test_of_rendered_scenes_that_take_another_color_39_in_40_go_on() -> None:
     for task in build_switches(40, change="color"):
         before, after = task.scenes
         results.append(judge_switch(task, clip(before, 3), [clip(after, 4)], first_late=1))
-    assert sum(result.goes_on for result in results) >= 39
+    assert sum(result.continues for result in results) >= 39
     assert all(result.late == 1 and result.number for result in results)
 
 
@@ -75,7 +75,7 @@ def test_results_add_up() -> None:
     ]
     scores = summarize_switches(results)
     assert [(score.right, score.total) for score in scores.values()] == [(2, 3), (3, 3), (3, 3), (3, 3)]
-    assert list(scores) == ["chunk 1", "chunk 2", "number", "goes_on"]
+    assert list(scores) == ["chunk 1", "chunk 2", "number", "continues"]
 
 
 def test_color_tasks_change_nothing_else() -> None:
