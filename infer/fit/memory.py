@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -15,16 +15,15 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
 from longvideo.quantization.selection import linear_layers
 from longvideo.rollout import branches
-from longvideo.streaming.decoder import boundary_of
-from longvideo.streaming.decoder_stages import HISTORY, Grid, plan_stages
+from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from longvideo.model.spec import ChunkSpec
-    from longvideo.vae.layers import CausalConv3d, ResidualBlock, UpBlock
 
 CONTEXT_BYTES = 10**9
 """CUDA's context, kernels and libraries, which torch's allocator does not see."""
@@ -32,7 +31,6 @@ WORKSPACE_BYTES = 150_000_000
 """What shapes do not explain: cuBLAS's workspaces, 32 MiB a thread and stream on Hopper, and the solver's latents."""
 WIDTHS_OF_PASS = 9
 """Activations as wide as the model that a pass holds at most: h, an input, q, k, v, cross q, attended, two updates."""
-WIDTHS_OF_FRAME_ATTENTION = 6
 QUANTISING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
 """What quantising takes for each weight of a layer, its result included; storages alive in `from_linear`, counted."""
 
@@ -87,7 +85,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     scale = shapes.autoencoder.scale_factor_spatial
     grid = Grid(batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
     share = workload.decode_share
-    decoders = _decoders(autoencoder, grid, devices=(device, decode_device), share=share, dtype=dtype)
+    decoders = _decoders(autoencoder.to(dtype), grid, devices=(device, decode_device), share=share)
     denoisers = {
         device: _denoiser(
             transformer,
@@ -223,95 +221,25 @@ def _denoiser(
 
 
 def _decoders(
-    autoencoder: Autoencoder,
-    grid: Grid,
-    *,
-    devices: tuple[torch.device, torch.device],
-    share: float,
-    dtype: torch.dtype,
+    autoencoder: Autoencoder, grid: Grid, *, devices: tuple[torch.device, torch.device], share: float
 ) -> dict[torch.device, _Decoder]:
     """Return what `StreamingDecoder` takes of each device; arguments as there."""
-    stages = list(_stages(autoencoder, grid))
-    boundary = boundary_of(plan_stages(autoencoder, grid), share) if share else 0
-    handed = stages[boundary - 1].result if boundary else 0
-    decoders = {devices[1]: _decoder(stages[boundary:], handed, dtype)}
+    plan = plan_stages(autoencoder, grid)
+    boundary = boundary_of(plan, share) if share else 0
+    copied = plan[boundary - 1].memory.result if boundary else 0
+    decoders = {devices[1]: _decoder(plan[boundary:], copied)}
     if boundary:
-        decoders[devices[0]] = _decoder(stages[:boundary], handed, dtype)
+        decoders[devices[0]] = _decoder(plan[:boundary], copied)
     return decoders
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """Values. kept: weights and buffers. Then what a pass holds at once, over an opening frame and over later ones, and
-    what it hands to the next stage.
-    """
-
-    kept: int
-    opening: int
-    later: int
-    result: int
-
-
-def _decoder(stages: Sequence[_Stage], handed: int, dtype: torch.dtype) -> _Decoder:
-    """handed: values that go from one device to the other; both keep a place for them."""
+def _decoder(stages: Sequence[PlannedStage], copied: int) -> _Decoder:
+    """Add up the stages of a device. copied: bytes that go from one device to the other; both keep a buffer of them."""
     return _Decoder(
-        kept=(sum(stage.kept for stage in stages) + handed) * dtype.itemsize,
-        opening=max(stage.opening for stage in stages) * dtype.itemsize,
-        later=max(stage.later for stage in stages) * dtype.itemsize,
+        kept=sum(stage.memory.kept for stage in stages) + copied,
+        opening=max(stage.memory.opening for stage in stages),
+        later=max(stage.memory.later for stage in stages),
     )
-
-
-def _stages(autoencoder: Autoencoder, grid: Grid) -> Iterator[_Stage]:
-    """Yield what each stage of `plan_stages` takes, in its order."""
-    decoder = autoencoder.decoder
-    first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
-    yield _stage([decoder.conv_in], grid, held=decoder.conv_in.out_channels, result=decoder.conv_in.out_channels)
-    yield _residual(first, grid, around=0)
-    width = first.conv1.in_channels
-    yield _stage([], grid, held=WIDTHS_OF_FRAME_ATTENTION * width, result=width)
-    yield _residual(second, grid, around=0)
-    for level in cast("list[UpBlock]", list(decoder.up_blocks)):
-        blocks = cast("list[ResidualBlock]", list(level.resnets))
-        around = 0 if level.upsampler is None else blocks[0].conv1.in_channels
-        for block in blocks:
-            yield _residual(block, grid, around=around)
-        if level.upsampler is not None:
-            yield _upsampling(level, grid)
-            times, _, _ = level.factors
-            grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
-    conv = decoder.conv_out
-    yield _stage([conv], grid, held=conv.in_channels + 2 * conv.out_channels, result=conv.out_channels)
-
-
-def _residual(block: ResidualBlock, grid: Grid, *, around: int) -> _Stage:
-    """around: channels of what goes around the level."""
-    narrow, wide = block.conv1.in_channels, block.conv1.out_channels
-    return _stage([block.conv1, block.conv2], grid, held=narrow + 2 * wide + around, result=wide + around)
-
-
-def _upsampling(level: UpBlock, grid: Grid) -> _Stage:
-    assert level.upsampler is not None
-    time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
-    given, around = conv.in_channels, cast("ResidualBlock", level.resnets[0]).conv1.in_channels
-    times, _, _ = level.factors
-    grown = 4 * conv.out_channels  # four pixels for one
-    stage = _stage(
-        [] if time is None else [time],
-        grid,
-        held=given + around + times * (2 * grown + (0 if time is None else given)),
-        result=times * grown,
-    )
-    folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
-    opening = grid.pixels // grid.frames * (given + around + 2 * grown)
-    return replace(stage, kept=stage.kept + folded_weights, opening=opening)
-
-
-def _stage(convolutions: Sequence[CausalConv3d], grid: Grid, *, held: int, result: int) -> _Stage:
-    """held, result: values for each pixel of the grid."""
-    frame = grid.pixels // grid.frames
-    buffers = sum(conv.in_channels for conv in convolutions) * frame * (HISTORY + grid.frames)
-    weights = sum(conv.weight.numel() for conv in convolutions)
-    return _Stage(weights + buffers, frame * held, grid.pixels * held, grid.pixels * result)
 
 
 def _num_values(module: nn.Module) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
-from longvideo.streaming.decoder_stages import HISTORY, Activations, Grid, PlannedStage, Target, hand_over, plan_stages
+from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
+from longvideo.streaming.decoder_stages import HISTORY, Activations, Grid, Target, hand_over
 
 if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
@@ -149,15 +149,6 @@ class StreamingDecoder:
         for part in self._parts:
             given = part(given, opening=opening, is_whole=is_whole)
         return given.x
-
-
-def boundary_of(plan: list[PlannedStage], first_share: float) -> int:
-    """Return how many stages come as near as can be to a share of the multiply-adds."""
-    if not 0 < first_share < 1:
-        raise UserError(f"first_share is {first_share}; it must be above 0 and below 1")
-    done = list(accumulate(stage.multiply_adds for stage in plan))
-    counts = [index + 1 for index, stage in enumerate(plan) if stage.may_end_part]
-    return min(counts, key=lambda count: abs(done[count - 1] - first_share * done[-1]))
 
 
 class _Part:

@@ -8,10 +8,8 @@ Shapes: B batch, T frames, H W grid, C channels, z latent channels; activations 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -103,56 +101,6 @@ class Grid:
         return self.batch * self.frames * self.height * self.width
 
 
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage that is yet to be built on a device; multiply_adds: of its convolutions in a whole later step."""
-
-    build: Callable[[torch.device], DecoderStage]
-    multiply_adds: int
-    may_end_part: bool = False
-
-
-def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
-    """Return the stages from latents to pixels; grid: of the latents of a later step."""
-    decoder = autoencoder.decoder
-
-    def residual(block: ResidualBlock, grid: Grid, *, opens_level: bool = False) -> PlannedStage:
-        build = partial(_Residual, block, grid, opens_level=opens_level)
-        return PlannedStage(build, _multiply_adds(block, grid), may_end_part=True)
-
-    first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
-    attention = cast("FrameAttention", decoder.mid_block.attentions[0])
-    plan = [
-        PlannedStage(partial(_Entry, autoencoder, grid), _multiply_adds(decoder.conv_in, grid)),
-        residual(first, grid),
-        PlannedStage(partial(_Attention, attention), _multiply_adds(attention, grid)),
-        residual(second, grid),
-    ]
-    for level in cast("list[UpBlock]", list(decoder.up_blocks)):
-        blocks = cast("list[ResidualBlock]", list(level.resnets))
-        is_last = level.upsampler is None
-        plan += [residual(block, grid, opens_level=not is_last and block is blocks[0]) for block in blocks]
-        if not is_last:
-            plan.append(PlannedStage(partial(_Upsampling, level, grid), _upsampling_multiply_adds(level, grid), True))
-            times, _, _ = level.factors
-            grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
-    return [*plan, PlannedStage(partial(_Exit, autoencoder, grid), _multiply_adds(decoder.conv_out, grid))]
-
-
-def _multiply_adds(module: nn.Module, grid: Grid) -> int:
-    convolutions = [conv for conv in module.modules() if isinstance(conv, (nn.Conv2d, nn.Conv3d))]
-    return grid.pixels * sum(conv.weight.numel() for conv in convolutions)
-
-
-def _upsampling_multiply_adds(level: UpBlock, grid: Grid) -> int:
-    assert level.upsampler is not None
-    times, _, _ = level.factors
-    time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
-    grown = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
-    folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
-    return grown.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
-
-
 def hand_over(operations: DecoderOperations, x: Tensor, target: Target) -> None:
     """Leave x, which nothing is to be added to, where the next stage wants it."""
     if target.normalised is not None:
@@ -188,7 +136,7 @@ class _Convolution:
         return y
 
 
-class _Entry:
+class EntryStage:
     """Latents to the first activations."""
 
     times = 1
@@ -216,7 +164,7 @@ class _Entry:
         return Activations(x)
 
 
-class _Residual:
+class ResidualStage:
     """A residual block whose input waits, normalised, in the buffer of its first convolution.
 
     opens_level: what it is given goes around the level.
@@ -252,7 +200,7 @@ class _Residual:
         return Activations(total, x if self._opens_level else given.around)
 
 
-class _Attention:
+class AttentionStage:
     """Attention among the pixels of each frame."""
 
     times = 1
@@ -272,7 +220,7 @@ class _Attention:
         return Activations(x)
 
 
-class _Upsampling:
+class UpsamplingStage:
     """The way up from a level, with the shortcut around it."""
 
     def __init__(self, level: UpBlock, grid: Grid, device: torch.device):
@@ -320,7 +268,7 @@ class _Upsampling:
         return x.flatten(1, 2)
 
 
-class _Exit:
+class ExitStage:
     """The last activations to pixels, uint8 [B, T, H, W, 3]."""
 
     times = 1

@@ -15,7 +15,8 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
 from longvideo.streaming.decoder import StreamingDecoder
-from longvideo.streaming.decoder_stages import Grid, fold_upsampling, plan_stages
+from longvideo.streaming.decoder_plan import plan_stages
+from longvideo.streaming.decoder_stages import Grid, fold_upsampling
 from longvideo.vae import Autoencoder, AutoencoderConfig
 
 SMALL = replace(
@@ -149,7 +150,7 @@ def test_the_first_device_takes_about_its_share(first_share: float) -> None:
 
 @pytest.mark.parametrize("first_share", [0.0, 1.0, -0.5, float("nan")])
 def test_a_share_of_nothing_or_all_is_refused(first_share: float) -> None:
-    with pytest.raises(UserError, match=f"first_share is {first_share}; it must be above 0 and below 1"):
+    with pytest.raises(UserError, match=f"first_share is {first_share}; expected a number above 0 and below 1"):
         shared(first_share)
 
 

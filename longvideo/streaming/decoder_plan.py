@@ -1,0 +1,192 @@
+"""The list of stages of a streaming decoder, with the work and the memory of each, before any is built.
+
+A plan needs only the shapes of an autoencoder, so it can be made on the meta device. Memory is stated in bytes of the
+dtype of the autoencoder's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from longvideo.errors import UserError
+from longvideo.streaming.decoder_stages import (
+    HISTORY,
+    AttentionStage,
+    DecoderStage,
+    EntryStage,
+    ExitStage,
+    Grid,
+    ResidualStage,
+    UpsamplingStage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.vae.autoencoder import Autoencoder
+    from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
+
+WIDTHS_OF_ATTENTION = 6
+"""Number of tensors as wide as its input that attention among the pixels of a frame holds at most."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that a stage takes on its device.
+
+    kept: weights and buffers.
+    opening: activations held at once for the opening frame of a video, which no graph records.
+    later: activations held at once for a whole step of later frames.
+    result: activations that a whole step of later frames gives to the next stage.
+    """
+
+    kept: int
+    opening: int
+    later: int
+    result: int
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage before it is built.
+
+    build: function that builds it on a device.
+    multiply_adds: number of multiply-adds of its convolutions in a whole step of later frames.
+    may_end_part: whether the next stage may be on another device.
+    """
+
+    build: Callable[[torch.device], DecoderStage]
+    multiply_adds: int
+    memory: StageMemory
+    may_end_part: bool = False
+
+
+def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
+    """Return the stages from latents to pixels; grid: sizes of the latents of a whole step of later frames."""
+    decoder = autoencoder.decoder
+    first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
+    plan = [
+        _entry(autoencoder, grid),
+        _residual(first, grid),
+        _attention(cast("FrameAttention", decoder.mid_block.attentions[0]), grid),
+        _residual(second, grid),
+    ]
+    for level in cast("list[UpBlock]", list(decoder.up_blocks)):
+        blocks = cast("list[ResidualBlock]", list(level.resnets))
+        is_last = level.upsampler is None
+        around = 0 if is_last else blocks[0].conv1.in_channels
+        plan += [
+            _residual(block, grid, around=around, opens_level=not is_last and block is blocks[0]) for block in blocks
+        ]
+        if not is_last:
+            plan.append(_upsampling(level, grid))
+            times, _, _ = level.factors
+            grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
+    return [*plan, _exit(autoencoder, grid)]
+
+
+def boundary_of(plan: Sequence[PlannedStage], first_share: float) -> int:
+    """Return the number of leading stages whose share of the multiply-adds is the nearest to `first_share`.
+
+    Raises UserError for a share outside (0, 1).
+    """
+    if not 0 < first_share < 1:
+        raise UserError(f"first_share is {first_share}; expected a number above 0 and below 1")
+    done = list(accumulate(stage.multiply_adds for stage in plan))
+    counts = [index + 1 for index, stage in enumerate(plan) if stage.may_end_part]
+    return min(counts, key=lambda count: abs(done[count - 1] - first_share * done[-1]))
+
+
+def _entry(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
+    conv = autoencoder.decoder.conv_in
+    memory = _memory([conv], grid, conv.weight.dtype, held=conv.out_channels, result=conv.out_channels)
+    return PlannedStage(partial(EntryStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
+
+
+def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False) -> PlannedStage:
+    """around: number of channels of the activations that go around the level of the block."""
+    narrow, wide = block.conv1.in_channels, block.conv1.out_channels
+    return PlannedStage(
+        partial(ResidualStage, block, grid, opens_level=opens_level),
+        _multiply_adds(block, grid),
+        _memory(
+            [block.conv1, block.conv2],
+            grid,
+            block.conv1.weight.dtype,
+            held=narrow + 2 * wide + around,
+            result=wide + around,
+        ),
+        may_end_part=True,
+    )
+
+
+def _attention(attention: FrameAttention, grid: Grid) -> PlannedStage:
+    width = attention.proj.in_channels
+    memory = _memory([], grid, attention.proj.weight.dtype, held=WIDTHS_OF_ATTENTION * width, result=width)
+    return PlannedStage(partial(AttentionStage, attention), _multiply_adds(attention, grid), memory)
+
+
+def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
+    assert level.upsampler is not None
+    time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
+    narrow, around = conv.in_channels, cast("ResidualBlock", level.resnets[0]).conv1.in_channels
+    times, _, _ = level.factors
+    wide = 4 * conv.out_channels  # four pixels for one
+    folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
+    memory = _memory(
+        [] if time is None else [time],
+        grid,
+        conv.weight.dtype,
+        held=narrow + around + times * (2 * wide + (0 if time is None else narrow)),
+        held_for_opening=narrow + around + 2 * wide,
+        result=times * wide,
+        more_weights=folded_weights,
+    )
+    large = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
+    multiply_adds = large.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
+    return PlannedStage(partial(UpsamplingStage, level, grid), multiply_adds, memory, may_end_part=True)
+
+
+def _exit(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
+    conv = autoencoder.decoder.conv_out
+    held = conv.in_channels + 2 * conv.out_channels
+    memory = _memory([conv], grid, conv.weight.dtype, held=held, result=conv.out_channels)
+    return PlannedStage(partial(ExitStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
+
+
+def _memory(
+    convolutions: Sequence[CausalConv3d],
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    held: int,
+    result: int,
+    held_for_opening: int | None = None,
+    more_weights: int = 0,
+) -> StageMemory:
+    """Return the memory of a stage with these causal convolutions.
+
+    held, result: number of values for each pixel of the grid. held_for_opening: the same for an opening frame, by
+    default `held`. more_weights: number of weights besides those of the convolutions.
+    """
+    frame = grid.pixels // grid.frames
+    buffers = sum(conv.in_channels for conv in convolutions) * frame * (HISTORY + grid.frames)
+    weights = sum(conv.weight.numel() for conv in convolutions) + more_weights
+    return StageMemory(
+        kept=(weights + buffers) * dtype.itemsize,
+        opening=frame * (held if held_for_opening is None else held_for_opening) * dtype.itemsize,
+        later=grid.pixels * held * dtype.itemsize,
+        result=grid.pixels * result * dtype.itemsize,
+    )
+
+
+def _multiply_adds(module: nn.Module, grid: Grid) -> int:
+    convolutions = [conv for conv in module.modules() if isinstance(conv, (nn.Conv2d, nn.Conv3d))]
+    return grid.pixels * sum(conv.weight.numel() for conv in convolutions)
