@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.infer.server.test_page import Server
+from tests.infer.server.conftest import ServerProcess
 
 SECONDS = float(os.environ.get("LONGVIDEO_SOAK", "6"))
 NUM_CONNECTIONS = 300
@@ -84,7 +84,7 @@ def _is_closed(connection: socket.socket) -> bool:
 @pytest.mark.timeout(300 + 3 * SECONDS)
 @pytest.mark.parametrize("token", [None, "right-and-long-enough"], ids=["without a token", "with a token"])
 def test_others_are_answered_while_connections_are_held(tmp_path: Path, token: str | None) -> None:
-    server = Server(tmp_path, token=token)
+    server = ServerProcess(tmp_path, token=token)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     seconds = []
     try:

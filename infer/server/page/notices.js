@@ -1,11 +1,16 @@
-// Notices above the video: what went wrong or will, and what can be done.
+// Notices above the video: errors, warnings and hints, with buttons for what can be done.
+
+import { button } from "./elements.js";
 
 export class Notices {
   constructor(container) {
     this._container = container;
   }
 
-  /** Show a notice in the place of one with the same `key`. kind: "error", "warning" or "info"; actions: [words, call]. */
+  /**
+   * Show a notice; it replaces the notice with the same `key`.
+   * kind: "error", "warning" or "info". actions: pairs of a button's text and its click handler.
+   */
   show(key, { kind, title, detail = "", actions = [] }) {
     const notice = document.createElement("div");
     notice.className = `notice ${kind}`;
@@ -16,15 +21,16 @@ export class Notices {
     strong.textContent = title;
     text.append(strong, detail && ` ${detail}`);
     notice.append(text);
-    for (const [words, call] of actions) notice.append(button(words, "button", call));
+    for (const [label, onClick] of actions) notice.append(button(label, "button", onClick));
     const close = button("Close", "quiet", () => this.drop(key));
     close.setAttribute("aria-label", `Close: ${title}`);
     notice.append(close);
-    const old = this._find(key);
-    if (old) old.replaceWith(notice);
+    const previous = this._find(key);
+    if (previous) previous.replaceWith(notice);
     else this._container.append(notice);
   }
 
+  /** Remove the notice with this key, if there is one. */
   drop(key) {
     this._find(key)?.remove();
   }
@@ -36,13 +42,4 @@ export class Notices {
   _find(key) {
     return [...this._container.children].find((notice) => notice.dataset.key === key);
   }
-}
-
-function button(words, className, call) {
-  const element = document.createElement("button");
-  element.type = "button";
-  element.className = className;
-  element.textContent = words;
-  element.addEventListener("click", call);
-  return element;
 }

@@ -1,20 +1,20 @@
-// Play fragmented MP4 while it arrives: a MediaSource, one SourceBuffer and a queue of what is to be done to it.
+// Play fragmented MP4 while it arrives: a MediaSource, one SourceBuffer, and a queue of operations on it.
 
-const KEPT_BEHIND_SECONDS = 600;
-const KEPT_WHEN_FULL_SECONDS = 10;
-// the first frame of a video may lie a little after its start, and a gap between segments is a rounding error
-const SMALLEST_GAP_SECONDS = 0.1;
+const HISTORY_SECONDS = 600;
+const HISTORY_WHEN_FULL_SECONDS = 10;
+// smaller gaps come from rounding: between segments, and between the start of a video and its first frame
+const MIN_GAP_SECONDS = 0.1;
 
 const Source = window.ManagedMediaSource ?? window.MediaSource;
 
-/** Whether this browser can play `mime` piece by piece. */
+/** Return whether this browser can play `mime` segment by segment. */
 export function canPlay(mime) {
   return Boolean(Source) && Source.isTypeSupported(mime);
 }
 
-/** Events: `first-frame` ({seconds} after `startedAt`) and `broken` ({message}). */
+/** Events: `first-frame` with {seconds} since `startedAt`, `needs-click`, and `broken` with {message}. */
 export class Player extends EventTarget {
-  /** `startedAt`: the performance.now() from which the first frame is timed. */
+  /** startedAt: value of performance.now() at the start of the video. */
   constructor(video, mime, { startedAt }) {
     super();
     this._video = video;
@@ -33,25 +33,25 @@ export class Player extends EventTarget {
     this._onTime = () => this._work();
     video.addEventListener("timeupdate", this._onTime);
     video.addEventListener("waiting", this._onTime);
-    this._onError = () => this._break(video.error?.message || "the video could not be decoded");
+    this._onError = () => this._break(video.error?.message || "the browser could not decode the video");
     video.addEventListener("error", this._onError);
     this._timeFirstFrame(startedAt);
   }
 
-  /** Append an initialisation or a media segment. */
+  /** Append an initialization segment or a media segment. */
   append(bytes) {
     this._jobs.push({ append: bytes });
     this._work();
   }
 
-  /** Forget everything from `seconds` on and show what is appended there next. */
+  /** Remove everything from `seconds` on, and play what is appended there next. */
   replaceFrom(seconds) {
     this._ending = false;
     this._jobs.push({ remove: [seconds, Infinity] }, { jump: seconds });
     this._work();
   }
 
-  /** No more will come: the video ends where the buffer does. */
+  /** End the video at the end of the buffer: no more segments follow. */
   end() {
     this._ending = true;
     this._work();
@@ -67,14 +67,14 @@ export class Player extends EventTarget {
     this._play();
   }
 
-  /** Show the moment `seconds` if it is still buffered; say whether it is. */
+  /** Seek to `seconds` if they are still buffered; return whether they are. */
   show(seconds) {
     if (!this._isBuffered(seconds)) return false;
     this._video.currentTime = seconds + 0.001;
     return true;
   }
 
-  /** Go to shortly before the newest frame. */
+  /** Seek to `leadSeconds` before the latest frame. */
   goLive(leadSeconds) {
     this._video.currentTime = Math.max(this._video.currentTime, this.bufferedEnd - leadSeconds);
     this.play();
@@ -89,16 +89,16 @@ export class Player extends EventTarget {
     return ranges.length ? ranges.end(ranges.length - 1) : 0;
   }
 
-  /** Whether a branch is still to be shown. */
+  /** Whether the first segment of a branch has yet to arrive. */
   get isJumping() {
     return this._jumpTo !== null || this._jobs.some((job) => job.jump !== undefined);
   }
 
-  /** Seconds that can be played from here without a gap. */
+  /** Seconds that can be played from the current position without a gap. */
   get ahead() {
     const { buffered, currentTime } = this._video;
     for (let i = 0; i < buffered.length; i++) {
-      if (buffered.start(i) - SMALLEST_GAP_SECONDS <= currentTime && currentTime <= buffered.end(i))
+      if (buffered.start(i) - MIN_GAP_SECONDS <= currentTime && currentTime <= buffered.end(i))
         return buffered.end(i) - currentTime;
     }
     return 0;
@@ -120,7 +120,7 @@ export class Player extends EventTarget {
     this._buffer = this._source.addSourceBuffer(this._mime);
     this._buffer.mode = "segments";
     this._buffer.addEventListener("updateend", () => this._work());
-    this._buffer.addEventListener("error", () => this._break("a segment could not be read"));
+    this._buffer.addEventListener("error", () => this._break("the browser could not read a segment"));
     this._work();
   }
 
@@ -129,7 +129,7 @@ export class Player extends EventTarget {
     this._skipGap();
     if (!this._buffer || this._buffer.updating || this._source.readyState === "closed") return;
     const job = this._jobs[0];
-    if (!job) return this._finishOrTidy();
+    if (!job) return this._finishOrTrim();
     if (job.jump !== undefined) {
       this._jobs.shift();
       this._jumpTo = job.jump;
@@ -147,28 +147,28 @@ export class Player extends EventTarget {
       this._jobs.shift();
     } catch (error) {
       if (error.name !== "QuotaExceededError") throw error;
-      this._makeRoom();
+      this._freeSpace();
     }
   }
 
-  // The segment stays first in the queue: removing ends with `updateend`, and playing on brings `timeupdate`.
-  _makeRoom() {
+  // The segment stays first in the queue. It is retried at the next `updateend` (of this removal) or `timeupdate`.
+  _freeSpace() {
     const start = this._video.buffered.length ? this._video.buffered.start(0) : 0;
-    const until = this._video.currentTime - KEPT_WHEN_FULL_SECONDS;
+    const until = this._video.currentTime - HISTORY_WHEN_FULL_SECONDS;
     if (until > start) this._buffer.remove(0, until);
   }
 
-  _finishOrTidy() {
+  _finishOrTrim() {
     if (this._ending && this._source.readyState === "open") {
       this._source.endOfStream();
       return;
     }
     const { buffered, currentTime } = this._video;
-    if (!this._ending && buffered.length && currentTime - buffered.start(0) > KEPT_BEHIND_SECONDS * 1.2)
-      this._buffer.remove(0, currentTime - KEPT_BEHIND_SECONDS);
+    if (!this._ending && buffered.length && currentTime - buffered.start(0) > HISTORY_SECONDS * 1.2)
+      this._buffer.remove(0, currentTime - HISTORY_SECONDS);
   }
 
-  // After a jump, and where segments were left out, the player would wait for ever in front of what is there.
+  // After a jump, and where segments were dropped, the player would wait at the gap without end.
   _skipGap() {
     const video = this._video;
     if (this._jumpTo !== null && this._isBuffered(this._jumpTo)) {
@@ -193,14 +193,14 @@ export class Player extends EventTarget {
   _isBuffered(seconds) {
     const { buffered } = this._video;
     for (let i = 0; i < buffered.length; i++) {
-      if (buffered.start(i) - SMALLEST_GAP_SECONDS <= seconds && seconds < buffered.end(i)) return true;
+      if (buffered.start(i) - MIN_GAP_SECONDS <= seconds && seconds < buffered.end(i)) return true;
     }
     return false;
   }
 
   _play() {
     if (this.paused) return;
-    // refused only where a browser plays nothing without a click, or when another call came between
+    // rejected where the browser requires a click, or when another call interrupted this one
     this._video.play().catch((error) => {
       if (error.name === "NotAllowedError") this._emit("needs-click", {});
     });

@@ -1,9 +1,9 @@
-// A small bar plot of how long each chunk took, drawn by hand as SVG.
+// A bar plot of the generation time of each chunk, drawn as SVG.
 
-import { duration } from "./words.js";
+import { duration } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const MOST_BARS = 60;
+const MAX_BARS = 60;
 const HEIGHT = 60;
 const BAR = 5;
 
@@ -18,34 +18,35 @@ export class Plot {
     this._draw();
   }
 
-  /** `madeIn` and `playsFor` are seconds. A part grows its chunk. */
-  add(chunk, madeIn, playsFor) {
+  /** Add a chunk, or replace its bar if it is the last one. generationTime, playbackTime: seconds. */
+  add(chunk, generationTime, playbackTime) {
     if (this._bars[this._bars.length - 1]?.chunk === chunk) this._bars.pop();
-    this._bars.push({ chunk, madeIn, playsFor });
-    if (this._bars.length > MOST_BARS) this._bars.shift();
+    this._bars.push({ chunk, generationTime, playbackTime });
+    if (this._bars.length > MAX_BARS) this._bars.shift();
     this._draw();
   }
 
   _draw() {
     const bars = this._bars;
-    const width = MOST_BARS * BAR;
+    const width = MAX_BARS * BAR;
     this._svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     if (!bars.length) {
       this._svg.replaceChildren();
-      this._svg.setAttribute("aria-label", "No chunk made yet");
+      this._svg.setAttribute("aria-label", "No chunk generated yet");
       return;
     }
     const last = bars[bars.length - 1];
-    const top = 1.1 * Math.max(...bars.map((bar) => Math.max(bar.madeIn, bar.playsFor)));
+    const top = 1.1 * Math.max(...bars.map((bar) => Math.max(bar.generationTime, bar.playbackTime)));
     const y = (seconds) => HEIGHT * (1 - seconds / top);
     const shapes = bars.map((bar, i) => {
-      return shape("rect", { class: "bar", x: i * BAR, y: y(bar.madeIn), width: BAR - 1, height: HEIGHT - y(bar.madeIn) });
+      const barTop = y(bar.generationTime);
+      return shape("rect", { class: "bar", x: i * BAR, y: barTop, width: BAR - 1, height: HEIGHT - barTop });
     });
-    const level = y(last.playsFor);
+    const level = y(last.playbackTime);
     shapes.push(shape("line", { class: "real-time", x1: 0, x2: width, y1: level, y2: level }));
     this._svg.replaceChildren(...shapes);
-    const label = `The last chunk took ${duration(last.madeIn)} and plays for ${duration(last.playsFor)}`;
-    this._svg.setAttribute("aria-label", label);
+    const times = [duration(last.generationTime), duration(last.playbackTime)];
+    this._svg.setAttribute("aria-label", `The last chunk was generated in ${times[0]} and plays for ${times[1]}`);
   }
 }
 

@@ -1,11 +1,12 @@
-// The list of receipts: when a change of prompt was taken, and when it is seen.
+// The list of prompt changes: the chunk that accepted each one, and the chunk that shows it first.
 
-import { moment } from "./words.js";
+import { moment } from "./format.js";
 
-const MOST_ENTRIES = 30;
+const MAX_ENTRIES = 30;
 
-/** Emits `showing` with the receipt when its moment is reached. */
+/** Events: `showing` with the receipt when the player reaches its chunk. */
 export class Receipts extends EventTarget {
+  /** list: the element that holds the entries. empty: the hint that is shown while there are none. */
   constructor(list, empty) {
     super();
     this._list = list;
@@ -19,10 +20,10 @@ export class Receipts extends EventTarget {
     this._empty.hidden = false;
   }
 
-  /** Write down a `receipt` whose prompt has the colour number `color`. */
+  /** Add a `receipt` of the protocol. color: index of its prompt's color. */
   add(receipt, color) {
     const { action, prompt, mode, accepted_at, effective_at, effective_seconds } = receipt;
-    // a branch drops what was begun behind it, and a later word for the same chunk replaces the earlier one
+    // a branch drops the changes after it, and a later change of the same chunk replaces the earlier one
     for (const entry of this._entries) {
       const other = entry.receipt.effective_at;
       const isDropped = action === "seek" && effective_at <= other && other <= accepted_at;
@@ -33,29 +34,32 @@ export class Receipts extends EventTarget {
     const name = action === "seek" ? "branch" : mode;
     const when = `accepted at chunk ${accepted_at}, shown from chunk ${effective_at} (${moment(effective_seconds)})`;
     item.append(
-      part(`swatch shot-${color}`, ""),
-      part("log-prompt", prompt),
-      part("log-times", `${name}: ${when}`),
-      part("log-state", ""),
+      span(`swatch shot-${color}`, ""),
+      span("log-prompt", prompt),
+      span("log-times", `${name}: ${when}`),
+      span("log-state", ""),
     );
-    const entry = { receipt, item, state: "", reached: false };
+    const entry = { receipt, item, state: "", isReached: false };
     setState(entry, "waiting");
     this._entries.push(entry);
     this._list.prepend(item);
-    while (this._list.children.length > MOST_ENTRIES) this._list.lastElementChild.remove();
+    while (this._list.children.length > MAX_ENTRIES) this._list.lastElementChild.remove();
     this._empty.hidden = true;
   }
 
-  /** The player is at `seconds`, and the chunks before `made` are there. */
-  reach(seconds, made) {
-    const past = this._entries.filter(({ receipt }) => receipt.effective_at < made && receipt.effective_seconds <= seconds + 1e-3);
-    const now = past.reduce((latest, entry) => (latest && latest.receipt.effective_at > entry.receipt.effective_at ? latest : entry), null);
+  /** Update the states. seconds: position of the player. numChunks: number of chunks that are generated. */
+  reach(seconds, numChunks) {
+    const past = this._entries.filter(
+      ({ receipt }) => receipt.effective_at < numChunks && receipt.effective_seconds <= seconds + 1e-3,
+    );
+    const isLater = (entry, other) => entry.receipt.effective_at >= other.receipt.effective_at;
+    const current = past.reduce((latest, entry) => (latest === null || isLater(entry, latest) ? entry : latest), null);
     for (const entry of this._entries) {
-      if (entry !== now && entry.reached) setState(entry, "shown");
-      if (entry !== now) continue;
+      if (entry !== current && entry.isReached) setState(entry, "shown");
+      if (entry !== current) continue;
       setState(entry, "now showing");
-      if (!entry.reached) this.dispatchEvent(new CustomEvent("showing", { detail: entry.receipt }));
-      entry.reached = true;
+      if (!entry.isReached) this.dispatchEvent(new CustomEvent("showing", { detail: entry.receipt }));
+      entry.isReached = true;
     }
   }
 }
@@ -67,9 +71,9 @@ function setState(entry, state) {
   entry.item.querySelector(".log-state").textContent = state;
 }
 
-function part(className, words) {
+function span(className, text) {
   const element = document.createElement("span");
   element.className = className;
-  element.textContent = words;
+  element.textContent = text;
   return element;
 }

@@ -1,15 +1,16 @@
-// One video over the WebSocket /v1/stream (docs/server.md), which survives lost connections.
+// One video over the WebSocket /v1/stream (protocol: docs/server.md), across lost connections.
 
 const PROTOCOL = "longvideo.v1";
 const BACKOFF_SECONDS = [0.5, 1, 2, 4, 8];
-const MOST_ATTEMPTS = 30;
-// nothing is changed by these, and the stream goes on
-const HARMLESS = new Set(["bad_message", "bad_prompt", "bad_chunk", "too_late"]);
+const MAX_ATTEMPTS = 30;
+// errors that change nothing; the stream continues
+const NONFATAL = new Set(["bad_message", "bad_prompt", "bad_chunk", "too_late"]);
 
 /**
- * Events, each with the protocol's message as `detail`: `ready`, `chunk`, `receipt`, `state`, `warning`, `end`, `error`
- * (with `fatal`), and of its own: `data` ({bytes, chunk}; chunk null for the initialisation segment), `lost`
- * ({attempt, seconds}), `retrying`, and `closed` ({reached}) when a connection that never was or is not wanted is over.
+ * Events with the protocol's message as `detail`: `ready` (plus `continued`), `chunk`, `receipt`, `state`, `warning`,
+ * `end`, and `error` (plus `fatal`). Events of its own: `data` ({bytes, chunk}; chunk is null for the initialization
+ * segment), `lost` ({attempt, seconds} until the next attempt), `retrying`, and `closed` ({isOpened}) when the
+ * connection ended before the stream began, or after the last attempt.
  */
 export class Stream extends EventTarget {
   constructor(url, { token = "", leadSeconds = 4 } = {}) {
@@ -19,7 +20,7 @@ export class Stream extends EventTarget {
     this._token = token;
     this._leadSeconds = leadSeconds;
     this._socket = null;
-    this._over = false;
+    this._isOver = false;
     this._attempt = 0;
     this._timer = 0;
     this._announced = null;
@@ -37,17 +38,17 @@ export class Stream extends EventTarget {
     return true;
   }
 
-  /** Try to reconnect now instead of when the waiting is over. */
+  /** Reconnect now instead of after the delay. */
   retry() {
-    if (this._over || this._socket) return;
+    if (this._isOver || this._socket) return;
     clearTimeout(this._timer);
     this._emit("retrying", { attempt: this._attempt });
     this._connect();
   }
 
-  /** Leave, and do not come back. */
+  /** Close the connection and do not reconnect. */
   close() {
-    this._over = true;
+    this._isOver = true;
     clearTimeout(this._timer);
     this._socket?.close();
   }
@@ -58,35 +59,35 @@ export class Stream extends EventTarget {
     try {
       socket = new WebSocket(this._url, protocols);
     } catch (error) {
-      // a token with characters that a subprotocol cannot hold
+      // the token has a character that a subprotocol cannot contain
       if (!(error instanceof DOMException)) throw error;
-      this._over = true;
-      this._emit("error", { code: "unauthorized", message: "it holds a character that no token can have", fatal: true });
+      this._isOver = true;
+      this._emit("error", { code: "unauthorized", message: "the token contains a character that is not allowed", fatal: true });
       return;
     }
     socket.binaryType = "arraybuffer";
     this._socket = socket;
     this._announced = this._awaited = null;
-    let opened = false;
+    let isOpened = false;
     socket.onopen = () => {
-      opened = true;
+      isOpened = true;
       const first = this.session
         ? { type: "continue", session: this.session, lead_seconds: this._leadSeconds }
         : this._start;
       socket.send(JSON.stringify(first));
     };
     socket.onmessage = (event) => {
-      if (this._over) return;
+      if (this._isOver) return;
       if (typeof event.data === "string") this._receive(JSON.parse(event.data));
       else if (!this._isStale) this._emit("data", { bytes: event.data, chunk: this._announced });
     };
     socket.onclose = () => {
       this._socket = null;
-      if (this._over) return;
-      if (this.session && this._attempt < MOST_ATTEMPTS) this._waitAndReconnect();
+      if (this._isOver) return;
+      if (this.session && this._attempt < MAX_ATTEMPTS) this._waitAndReconnect();
       else {
-        this._over = true;
-        this._emit("closed", { reached: opened });
+        this._isOver = true;
+        this._emit("closed", { isOpened });
       }
     };
   }
@@ -110,20 +111,20 @@ export class Stream extends EventTarget {
       if (message.chunk === this._awaited) this._awaited = null;
       if (this._isStale) return;
     }
-    if (message.type === "end") this._over = true;
+    if (message.type === "end") this._isOver = true;
     if (message.type === "error") {
-      // the old connection may still hold the session's place until the server has noticed that it is gone
+      // the server may not have detected yet that the previous connection of this session is lost
       if (this.session && this._attempt && message.code === "too_many_sessions") return;
-      // a server that restarts comes back, and with it the video
+      // a restarted server continues the video
       if (this.session && message.code === "shutting_down") return;
-      message.fatal = !HARMLESS.has(message.code) || !this.session;
-      if (message.fatal) this._over = true;
+      message.fatal = !NONFATAL.has(message.code) || !this.session;
+      if (message.fatal) this._isOver = true;
     }
     this._emit(message.type, message);
-    if (this._over) this._socket?.close();
+    if (this._isOver) this._socket?.close();
   }
 
-  // After a branch, a chunk of before may still be under way.
+  // After a branch, a chunk from before it may still arrive.
   get _isStale() {
     return this._announced !== null && this._awaited !== null;
   }

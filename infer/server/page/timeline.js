@@ -1,17 +1,17 @@
-// The shots of a video as a line of coloured blocks, one a chunk, with what is planned behind it.
+// The timeline: one colored block per chunk, labeled by shot, followed by the planned shots.
 
-import { moment } from "./words.js";
+import { moment } from "./format.js";
 
 const COLORS = 8;
-const SMALLEST_CELL = 16;
-const LARGEST_CELL = 46;
+const MIN_CELL = 16;
+const MAX_CELL = 46;
 const NUMBERED_CELL = 24;
-const MOST_BUTTONS = 400;
-const RAIL_PADDING = 8; // left and right together, as in page.css
+const MAX_BUTTONS = 400;
+const RAIL_PADDING = 8; // sum of left and right, as in page.css
 const GAP_CELLS = 2;
 const PLANNED_CELLS = 3;
 
-/** How chunks divide the time of a video. */
+/** Conversion between chunks and seconds of the video. */
 export class ChunkTiming {
   constructor({ first_chunk_frames, chunk_frames, fps }) {
     this._first = first_chunk_frames;
@@ -19,30 +19,30 @@ export class ChunkTiming {
     this._fps = fps;
   }
 
-  /** Second at which `chunk` begins. */
+  /** Return the time at which `chunk` starts, in seconds. */
   start(chunk) {
     return chunk === 0 ? 0 : (this._first + (chunk - 1) * this._later) / this._fps;
   }
 
-  /** The chunk whose beginning is nearest to `seconds`. */
+  /** Return the chunk whose start is nearest to `seconds`. */
   nearest(seconds) {
     const frames = seconds * this._fps;
     return frames < this._first / 2 ? 0 : Math.max(1, Math.round((frames - this._first) / this._later) + 1);
   }
 
-  /** The chunk that is shown at `seconds`. */
+  /** Return the chunk that is shown at `seconds`. */
   at(seconds) {
     const frames = Math.floor(seconds * this._fps + 1e-3);
     return frames < this._first ? 0 : 1 + Math.floor((frames - this._first) / this._later);
   }
 }
 
-/** Emits `choose` with the chunk {chunk, start, prompt} as `detail`. */
+/** Events: `select` with the chunk, of which {chunk, start, prompt} are used. */
 export class Timeline extends EventTarget {
   constructor({ rail, track, labels, chunks, needle }) {
     super();
     this._elements = { rail, track, labels, chunks, needle };
-    this.timing = null;
+    this.timing = null; // a ChunkTiming once the video has begun
     chunks.addEventListener("click", (event) => this._onClick(event));
     chunks.addEventListener("keydown", (event) => this._onKey(event));
     new ResizeObserver(() => this._measure()).observe(rail);
@@ -50,78 +50,83 @@ export class Timeline extends EventTarget {
   }
 
   clear() {
-    this.made = [];
+    this.chunks = [];
     this.planned = new Map();
     this._colors = new Map();
     this._playing = -1;
     this._seconds = 0;
-    this._chosen = -1;
+    this._selected = -1;
     this._draw();
   }
 
-  /** Take a `chunk` message: a new chunk, another part of the newest one, or one in the place of an older. */
+  /** Add a `chunk` message and return its chunk: a new one, another part of the latest, or a replacement. */
   put(message) {
-    const { chunk, prompt, cut, start, frames, made_in } = message;
-    const there = this.made[chunk];
-    if (there && start > there.start + 1e-3) {
-      there.frames += frames;
-      there.madeIn = made_in;
-      return there;
+    const { chunk, prompt, cut, start, frames, made_in: generationTime } = message;
+    const known = this.chunks[chunk];
+    if (known && start > known.start + 1e-3) {
+      known.frames += frames;
+      known.generationTime = generationTime;
+      return known;
     }
-    // chunks that were made while the connection was lost
-    for (let missed = this.made.length; missed < chunk; missed++)
-      this.made[missed] = { chunk: missed, prompt, cut: false, start: this.timing.start(missed), frames: 0, madeIn: 0 };
-    this.made[chunk] = { chunk, prompt, cut, start, frames, madeIn: made_in };
+    // chunks that were generated while the connection was lost
+    for (let missed = this.chunks.length; missed < chunk; missed++) {
+      const missedStart = this.timing.start(missed);
+      this.chunks[missed] = { chunk: missed, prompt, cut: false, start: missedStart, frames: 0, generationTime: 0 };
+    }
+    this.chunks[chunk] = { chunk, prompt, cut, start, frames, generationTime };
     for (const planned of this.planned.keys()) if (planned <= chunk) this.planned.delete(planned);
     this._draw();
-    return this.made[chunk];
+    return this.chunks[chunk];
   }
 
-  /** Forget the chunks from `chunk` on. */
+  /** Remove the chunks from `chunk` on. */
   truncate(chunk) {
-    this.made.length = Math.min(this.made.length, chunk);
-    if (this._chosen >= chunk) this._chosen = -1;
+    this.chunks.length = Math.min(this.chunks.length, chunk);
+    if (this._selected >= chunk) this._selected = -1;
     this._draw();
   }
 
+  /** Show a planned shot. chunk: its first chunk. */
   plan(chunk, prompt) {
     this.planned.set(chunk, prompt);
     this._draw();
   }
 
-  forgetPlans(from = 0, to = Infinity) {
+  /** Remove the planned shots that start in the chunks `from` to `to`. */
+  discardPlans(from = 0, to = Infinity) {
     for (const chunk of this.planned.keys()) if (from <= chunk && chunk <= to) this.planned.delete(chunk);
     this._draw();
   }
 
-  choose(chunk) {
-    this._chosen = chunk;
+  /** Mark a chunk as selected; -1 marks none. */
+  select(chunk) {
+    this._selected = chunk;
     for (const button of this._elements.chunks.children)
       button.setAttribute("aria-pressed", String(Number(button.dataset.chunk) === chunk));
   }
 
-  /** Put the needle at `seconds` and return the chunk that is playing, if it is known. */
+  /** Move the needle to `seconds`; return the chunk that is playing, or undefined before the first one. */
   showTime(seconds) {
     this._seconds = seconds;
-    if (!this.timing || !this.made.length) return undefined;
-    const index = Math.min(this.timing.at(seconds), this.made.length - 1);
+    if (!this.timing || !this.chunks.length) return undefined;
+    const index = Math.min(this.timing.at(seconds), this.chunks.length - 1);
     if (index !== this._playing) {
       this._playing = index;
       for (const button of this._elements.chunks.children) this._mark(button);
       this._follow();
     }
     this._moveNeedle();
-    return this.made[index];
+    return this.chunks[index];
   }
 
-  /** A number from 0 to 7 that stays with the prompt as long as the video lasts. */
+  /** Return the color index of a prompt, 0 to 7; it is constant within a video. */
   colorOf(prompt) {
     if (!this._colors.has(prompt)) this._colors.set(prompt, this._colors.size % COLORS);
     return this._colors.get(prompt);
   }
 
   get _first() {
-    return Math.max(0, this.made.length - MOST_BUTTONS);
+    return Math.max(0, this.chunks.length - MAX_BUTTONS);
   }
 
   _draw() {
@@ -129,36 +134,35 @@ export class Timeline extends EventTarget {
     const first = this._first;
     const focused = chunks.contains(document.activeElement) ? document.activeElement.dataset.chunk : null;
     const shots = this._shots(first);
-    const buttons = this.made.slice(first).map((made, i) => this._button(made, chunks.children[i]));
+    const buttons = this.chunks.slice(first).map((chunk, i) => this._button(chunk, chunks.children[i]));
     chunks.replaceChildren(...buttons);
     labels.replaceChildren(...shots.map((shot) => this._label(shot)));
     this._drawPlanned();
-    this._setTabStop(focused === null ? this._chosen : Number(focused));
+    this._setTabStop(focused === null ? this._selected : Number(focused));
     if (focused !== null) chunks.querySelector(`[data-chunk="${focused}"]`)?.focus();
     this._measure();
   }
 
   _shots(first) {
     const shots = [];
-    for (const made of this.made.slice(first)) {
+    for (const chunk of this.chunks.slice(first)) {
       const shot = shots[shots.length - 1];
-      const begins = !shot || made.cut || made.prompt !== shot.prompt;
-      if (begins) shots.push({ prompt: made.prompt, cells: 1 });
+      chunk.beginsShot = !shot || chunk.cut || chunk.prompt !== shot.prompt;
+      if (chunk.beginsShot) shots.push({ prompt: chunk.prompt, cells: 1 });
       else shot.cells += 1;
-      made.begins = begins;
     }
     return shots;
   }
 
-  _button(made, reused) {
+  _button(chunk, reused) {
     const button = reused ?? document.createElement("button");
     button.type = "button";
-    button.className = `chunk shot-${this.colorOf(made.prompt)}${made.begins ? " begins" : ""}`;
-    button.dataset.chunk = made.chunk;
-    button.textContent = made.chunk;
-    button.title = `${moment(made.start)}: ${made.prompt}`;
-    button.setAttribute("aria-label", `Chunk ${made.chunk}, ${moment(made.start)}, ${made.prompt}`);
-    button.setAttribute("aria-pressed", String(made.chunk === this._chosen));
+    button.className = `chunk shot-${this.colorOf(chunk.prompt)}${chunk.beginsShot ? " begins" : ""}`;
+    button.dataset.chunk = chunk.chunk;
+    button.textContent = chunk.chunk;
+    button.title = `${moment(chunk.start)}: ${chunk.prompt}`;
+    button.setAttribute("aria-label", `Chunk ${chunk.chunk}, ${moment(chunk.start)}, ${chunk.prompt}`);
+    button.setAttribute("aria-pressed", String(chunk.chunk === this._selected));
     this._mark(button);
     return button;
   }
@@ -185,7 +189,7 @@ export class Timeline extends EventTarget {
     const row = document.createElement("ul");
     row.className = "planned-row";
     row.setAttribute("aria-label", "Planned shots");
-    let next = this.made.length;
+    let next = this.chunks.length;
     for (const [chunk, prompt] of [...this.planned].sort(([a], [b]) => a - b)) {
       const gap = Math.min(GAP_CELLS, Math.max(0, chunk - next));
       const block = document.createElement("li");
@@ -207,9 +211,9 @@ export class Timeline extends EventTarget {
 
   _measure() {
     const { rail, track } = this._elements;
-    const cells = this.made.length - this._first + this._plannedCells;
-    const room = rail.clientWidth - RAIL_PADDING;
-    this._cell = Math.min(LARGEST_CELL, Math.max(SMALLEST_CELL, Math.floor(room / Math.max(1, cells))));
+    const cells = this.chunks.length - this._first + this._plannedCells;
+    const width = rail.clientWidth - RAIL_PADDING;
+    this._cell = Math.min(MAX_CELL, Math.max(MIN_CELL, Math.floor(width / Math.max(1, cells))));
     track.style.setProperty("--cell", `${this._cell}px`);
     track.classList.toggle("numbered", this._cell >= NUMBERED_CELL);
     this._moveNeedle();
@@ -217,16 +221,16 @@ export class Timeline extends EventTarget {
   }
 
   _moveNeedle() {
-    const made = this.made[this._playing];
-    this._elements.needle.hidden = !made;
-    if (!made) return;
-    const length = this.timing.start(made.chunk + 1) - made.start;
-    const within = Math.min(1, Math.max(0, (this._seconds - made.start) / length));
-    const x = (made.chunk - this._first + within) * this._cell;
+    const playing = this.chunks[this._playing];
+    this._elements.needle.hidden = !playing;
+    if (!playing) return;
+    const length = this.timing.start(playing.chunk + 1) - playing.start;
+    const fraction = Math.min(1, Math.max(0, (this._seconds - playing.start) / length));
+    const x = (playing.chunk - this._first + fraction) * this._cell;
     this._elements.needle.style.transform = `translateX(${x}px)`;
   }
 
-  // keep the chunk that plays in sight, unless someone is at work in the line
+  // Keep the playing chunk visible, unless the pointer or the focus is in the timeline.
   _follow() {
     const { rail } = this._elements;
     if (rail.matches(":hover") || rail.contains(document.activeElement) || this._playing < 0) return;
@@ -239,21 +243,22 @@ export class Timeline extends EventTarget {
     if (!button) return;
     const chunk = Number(button.dataset.chunk);
     this._setTabStop(chunk);
-    this.choose(chunk);
-    this.dispatchEvent(new CustomEvent("choose", { detail: this.made[chunk] }));
+    this.select(chunk);
+    this.dispatchEvent(new CustomEvent("select", { detail: this.chunks[chunk] }));
   }
 
   _onKey(event) {
     const buttons = [...this._elements.chunks.children];
-    const at = buttons.indexOf(document.activeElement);
-    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: buttons.length - 1 }[event.key];
-    if (to === undefined || !buttons[to]) return;
+    const current = buttons.indexOf(document.activeElement);
+    const last = buttons.length - 1;
+    const target = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: last }[event.key];
+    if (target === undefined || !buttons[target]) return;
     event.preventDefault();
-    this._setTabStop(Number(buttons[to].dataset.chunk));
-    buttons[to].focus();
+    this._setTabStop(Number(buttons[target].dataset.chunk));
+    buttons[target].focus();
   }
 
-  // one stop for the tab key; arrows move within
+  // The tab key stops once in the timeline; the arrow keys move within it.
   _setTabStop(chunk) {
     const buttons = [...this._elements.chunks.children];
     const stop = buttons.find((button) => Number(button.dataset.chunk) === chunk) ?? buttons[buttons.length - 1];

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from longvideo.infer.server.served_folder import served_folder
 from longvideo.infer.server.stream import Streams
 
 DEADLINE = 30.0
+START_SECONDS = 90.0  # other processes may use the same cores
 PROMPT = "a red ball bounces"
 
 
@@ -156,6 +160,34 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
         stop()
     os.umask(mask)  # servers that ran at a time did not end in the order that restores it
     wait_until(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.is_alive()})
+
+
+class ServerProcess:
+    """`longvideo serve` with tiny on the CPU, in a process of its own."""
+
+    def __init__(self, folder: Path, *, port: int = 0, token: str | None = None) -> None:
+        command = [sys.executable, "-c", "from longvideo.cli.main import main; main()", "serve", "--device", "cpu"]
+        command += ["--port", str(port), "--folder", str(folder), "--max-sessions", "4"]
+        environment = os.environ | ({} if token is None else {"LONGVIDEO_TOKEN": token})
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        line = self._first_line()
+        match = re.search(r"http://[\d.]+:(\d+)", line)
+        assert match, f"longvideo serve printed {line!r}"
+        self.url, self.port = match[0], int(match[1])
+
+    def stop(self) -> None:
+        """Stop it as Ctrl-C does. Stopping twice does nothing."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    def _first_line(self) -> str:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], START_SECONDS)
+        return self.process.stdout.readline() if ready else ""
 
 
 @contextmanager

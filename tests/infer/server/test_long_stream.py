@@ -18,8 +18,7 @@ import pytest
 from websockets.sync.client import connect
 
 from longvideo.infer.history import HISTORY_CHUNKS
-from tests.infer.server.conftest import Client, wait_until
-from tests.infer.server.test_page import Server
+from tests.infer.server.conftest import Client, ServerProcess, wait_until
 
 SECONDS = float(os.environ.get("LONGVIDEO_STREAM_SECONDS", "16"))
 CLIENTS = int(os.environ.get("LONGVIDEO_CLIENTS", "8"))
@@ -50,7 +49,7 @@ def open_files(process: int) -> int:
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 
 
-def live_streams(server: Server) -> int:
+def live_streams(server: ServerProcess) -> int:
     found = re.search(r"^longvideo_sessions_live (\d+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
     assert found
     return int(found[1])
@@ -58,7 +57,7 @@ def live_streams(server: Server) -> int:
 
 @pytest.mark.timeout(600 + 10 * CLIENTS)
 def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
-    server, chance = Server(tmp_path), random.Random(0)
+    server, chance = ServerProcess(tmp_path), random.Random(0)
     memory, files = [], []
     try:
         for _ in range(CLIENTS):
@@ -83,7 +82,7 @@ def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600 + 3 * SECONDS)
 def test_a_long_stream_takes_no_more_and_more_memory(tmp_path: Path) -> None:
-    server = Server(tmp_path)
+    server = ServerProcess(tmp_path)
     try:
         with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
             client = Client(socket)
