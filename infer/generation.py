@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -17,18 +18,20 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
+from longvideo.infer.fit.placement import Placement
 from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
 from longvideo.model.conditioning import Conditioning, chunk_text
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import Denoiser, MadeChunk, rollout
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.encoder import TextEncoder
 from longvideo.vae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
 
 T = TypeVar("T")
 
@@ -38,11 +41,10 @@ CHUNKS_AHEAD = 1  # enough to keep both stages busy; more would delay a change o
 
 @dataclass(frozen=True)
 class Models:
-    """The loaded parts of a model folder. The autoencoder may be on another device than the other two.
+    """The loaded parts of a model, and how they run.
 
-    precision: what the transformer has, by the names of `longvideo.quantization.number_formats`.
-    decode_share: of the work of decoding, what the device that denoises does; only where the autoencoder is on another.
-    group: ranks that denoise every chunk together; the first decodes.
+    placement: devices and data type of the parts. formats: number formats in which they compute; its precision is never
+    None. group: ranks that denoise every chunk together; rank 0 decodes.
     """
 
     transformer: CausalTransformer
@@ -50,10 +52,8 @@ class Models:
     text_encoder: TextEncoder
     settings: ModelSettings
     spec: ChunkSpec
-    precision: str = "bf16"
-    kv_cache: str = "bf16"
-    attention: str = "bf16"
-    decode_share: float = 0.0
+    placement: Placement
+    formats: NumberFormats
     group: ProcessGroup | None = None
 
     @property
@@ -63,20 +63,29 @@ class Models:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.patch_embedding.weight.device
+        """Device of the text encoder and of the transformer."""
+        return self.placement.device
 
     @property
     def decode_device(self) -> torch.device:
-        return self.autoencoder.post_quant_conv.weight.device
+        """Device of the autoencoder."""
+        return self.placement.decode_device
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How chunks are sampled: the solver, the guidance scale, and one generator per sample of the batch."""
+class VideoInputs:
+    """Everything that decides what one video shows, or a batch of videos that share their cuts.
 
+    steps: one for each chunk. generators: one for each sample of the batch; noise is drawn from them. first_latent:
+    [B, C, 1, H, W], normalized, fixed as the first latent frame. past: chunks that the first step continues.
+    """
+
+    steps: Iterator[Step]
     solver: UniPC
     guidance: float
     generators: tuple[torch.Generator, ...]
+    first_latent: Tensor | None = None
+    past: Past | None = None
 
 
 class Stages:
@@ -89,8 +98,8 @@ class Stages:
             models.transformer,
             models.spec,
             batch=batch * copies,
-            kv_cache=models.kv_cache,
-            attention=models.attention,
+            kv_cache=models.formats.kv_cache,
+            attention=models.formats.attention,
             group=models.group,
         )
         self.decoder = self._new_decoder(models, batch) if models.decodes else None
@@ -113,7 +122,7 @@ class Stages:
             width=models.settings.width // scale,
             chunk_latents=models.settings.chunk_frames,
             first_device=models.device,
-            first_share=models.decode_share,
+            first_share=models.placement.decode_share,
         )
         # now, not beside the denoising: cuDNN measures convolutions, which wants the GPU for itself
         decoder.warm_up()
@@ -139,36 +148,26 @@ class GeneratedChunk:
         return self.record.step
 
 
-def generate_chunks(
-    models: Models,
-    stages: Stages,
-    steps: Iterator[Step],
-    sampling: Sampling,
-    *,
-    first_latent: Tensor | None = None,
-    past: Past | None = None,
-) -> Generator[GeneratedChunk, None, None]:
+def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
     """Make the chunks of one video (or of a batch that shares its cuts), in order. stages: fresh or reset.
 
     Denoising and decoding run in threads of their own, at most one finished chunk ahead of each other and of the
     caller. On a CPU each takes half of torch's threads; where there is only one, they take turns.
-    first_latent: [B, C, 1, H, W], normalised, held as the first latent frame. past: what the first step is to go on
-    behind; its generators are in `sampling`. Of several ranks that share the denoising
-    those that do not decode get chunks of no frames.
+    Of several ranks that share the denoising those that do not decode get chunks of no frames.
     """
-    denoise = partial(_denoise, models, stages.denoiser, steps, sampling, first_latent, past)
+    denoise = partial(_denoise, models, stages.denoiser, inputs)
     if stages.decoder is None:
         yield from _without_pixels(denoise())
         return
     cpu_threads = torch.get_num_threads()
     if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
-        yield from _decode(stages.decoder, past, denoise())
+        yield from _decode(stages.decoder, inputs.past, denoise())
         return
     # One thread a stage scales better on two cores than two threads in one stage after the other (86 frames a second
     # against 58), and has no barriers, at which a busy machine makes every small operation wait for the scheduler.
     share = max(1, cpu_threads // 2)
     latents = BackgroundIterator(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
-    decode = partial(_decode, stages.decoder, past, latents)
+    decode = partial(_decode, stages.decoder, inputs.past, latents)
     frames = BackgroundIterator(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")
     try:
         yield from frames
@@ -203,31 +202,24 @@ class _LatentChunk:
     began: float
 
 
-def _denoise(
-    models: Models,
-    denoiser: Denoiser,
-    steps: Iterator[Step],
-    sampling: Sampling,
-    first_latent: Tensor | None,
-    past: Past | None,
-) -> Generator[_LatentChunk, None, None]:
+def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generator[_LatentChunk, None, None]:
     begun: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
-    prompts = _Prompts(models, guided=sampling.guidance != 1.0)
+    prompts = _Prompts(models, guided=inputs.guidance != 1.0)
 
     def conditionings() -> Iterator[Conditioning]:
-        for step in steps:
-            noise = tuple(generator.get_state() for generator in sampling.generators)
+        for step in inputs.steps:
+            noise = tuple(generator.get_state() for generator in inputs.generators)
             begun.append((step, noise, time.perf_counter()))
             conditioning = prompts.conditioning(step.prompts, cut=step.cut)
-            first = first_latent if step.index == 0 else None
+            first = inputs.first_latent if step.index == 0 else None
             yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
 
     chunks = rollout(
         denoiser,
         conditionings(),
-        solver=sampling.solver,
-        generators=sampling.generators,
-        guidance=sampling.guidance,
+        solver=inputs.solver,
+        generators=inputs.generators,
+        guidance=inputs.guidance,
         clean_pass=models.settings.clean_pass,
         # one at a time: the text of the one before is let go
         past=(
@@ -235,7 +227,7 @@ def _denoise(
                 MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
                 prompts.conditioning(chunk.prompts, cut=chunk.announces),
             )
-            for chunk in (past.attended if past else ())
+            for chunk in (inputs.past.attended if inputs.past else ())
         ),
     )
     for latents in chunks:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.fit.formats import check_formats, start_line
+from longvideo.infer.fit.formats import check_formats, check_hardware, start_line
 from longvideo.infer.fit.memory import Workload
-from longvideo.infer.fit.placement import check_placement, pick_dtype
+from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import check_memory
 from longvideo.infer.fit.shapes import folder_shapes
-from longvideo.infer.generation import GeneratedChunk, Models, Sampling, Stages, encode_first_frame, generate_chunks
+from longvideo.infer.generation import GeneratedChunk, Models, Stages, VideoInputs, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
 from longvideo.infer.script import (
@@ -98,63 +98,44 @@ class StreamingPipeline:
         Raises UserError when the device is not there, CheckpointError when the folder is not whole.
         """
         formats = NumberFormats(precision, kv_cache, attention)
-        check_placement(device, decode_device, decode_share, dtype, formats)  # a model may be downloaded by its name
+        placement = Placement.choose(device, decode_device, decode_share, dtype)
+        check_hardware(formats, device=placement.device)  # before a model is downloaded
         check_path(name, "the model")
         if base is not None:
             check_path(base, "base")
-        return cls.load(
-            ModelFolder.open(name, base=base, preset=preset),
-            device=device,
-            decode_device=decode_device,
-            decode_share=decode_share,
-            dtype=dtype,
-            formats=formats,
-        )
+        return cls.load(ModelFolder.open(name, base=base, preset=preset), placement, formats=formats)
 
     @classmethod
     def load(
         cls,
         folder: ModelFolder,
+        placement: Placement,
         *,
-        device: str | torch.device | None = None,
-        decode_device: str | torch.device | None = None,
-        decode_share: float | None = None,
-        dtype: torch.dtype | None = None,
         formats: NumberFormats = DEFAULT_FORMATS,
         group: ProcessGroup | None = None,
     ) -> StreamingPipeline:
-        """Load the weights of an opened folder; arguments as in `from_pretrained`.
+        """Load the weights of an opened folder.
 
         group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
         calls, and the first gets the frames.
         Raises UserError before any is read where a GPU has too little memory free.
         """
-        where, decode_where = check_placement(device, decode_device, decode_share, dtype, formats)
-        check_formats(folder, formats, device=where)
-        check_memory(
-            Workload(
-                shapes=folder_shapes(folder),
-                formats=formats,
-                device=where,
-                decode_device=decode_where,
-                decode_share=decode_share or 0.0,
-                dtype=dtype or pick_dtype(where),
-            )
-        )
+        check_formats(folder, formats, device=placement.device)
+        check_memory(Workload(shapes=folder_shapes(folder), formats=formats, placement=placement))
+        denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
+        decoding = {"device": placement.decode_device, "dtype": placement.decode_dtype}
         with ThreadPoolExecutor() as pool:
-            text_encoder = pool.submit(folder.load_text_encoder, device=where, dtype=dtype or pick_dtype(where))
-            transformer = pool.submit(folder.load_transformer, device=where, dtype=dtype or pick_dtype(where))
-            autoencoder = pool.submit(folder.load_vae, device=decode_where, dtype=dtype or pick_dtype(decode_where))
+            text_encoder = pool.submit(folder.load_text_encoder, **denoising)
+            transformer = pool.submit(folder.load_transformer, **denoising)
+            autoencoder = pool.submit(folder.load_vae, **decoding)
             models = Models(
                 transformer=with_precision(transformer.result(), formats.precision),
                 autoencoder=autoencoder.result(),
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
-                precision=formats.precision_of(packed=folder.is_packed),
-                kv_cache=formats.kv_cache,
-                attention=formats.attention,
-                decode_share=decode_share or 0.0,
+                placement=placement,
+                formats=replace(formats, precision=formats.precision_of(packed=folder.is_packed)),
                 group=group,
             )
         return cls(models)
@@ -162,14 +143,11 @@ class StreamingPipeline:
     @property
     def formats(self) -> NumberFormats:
         """The number formats in which this pipeline computes."""
-        return NumberFormats(self.models.precision, self.models.kv_cache, self.models.attention)
+        return self.models.formats
 
     def start_line(self) -> str:
         """Say in one line what runs, where, and what of it is emulated."""
-        models = self.models
-        dtype = models.transformer.patch_embedding.weight.dtype
-        where = {"device": models.device, "decode_device": models.decode_device}
-        return start_line(self.formats, packed=False, dtype=dtype, **where)
+        return start_line(self.models.formats, self.models.placement, packed=False)
 
     @property
     def fps(self) -> int:
@@ -207,7 +185,8 @@ class StreamingPipeline:
         shots = [shot.prompt for shot in script.shots]
         timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
         self._warn_unknown_words(shots)
-        return _frames_only(self._generate(timeline, options, [options.seed], self._first_latent(image)))
+        inputs = self._inputs(timeline, options, [options.seed], first_latent=self._first_latent(image))
+        return _frames_only(self._generate(inputs))
 
     def session(
         self,
@@ -277,8 +256,8 @@ class StreamingPipeline:
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
         self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
-        chunks = self._generate(timeline, options[0], [option.seed for option in options], None)
-        return np.concatenate([chunk.frames for chunk in chunks], axis=1)
+        inputs = self._inputs(timeline, options[0], [option.seed for option in options])
+        return np.concatenate([chunk.frames for chunk in self._generate(inputs)], axis=1)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
         return Session(
@@ -287,7 +266,9 @@ class StreamingPipeline:
             history,
             timing=self.chunk_timing,
             generate=lambda steps, past: self._generate(
-                steps, options.sampling, [options.sampling.seed], options.first_latent, past
+                self._inputs(
+                    steps, options.sampling, [options.sampling.seed], first_latent=options.first_latent, past=past
+                )
             ),
             check_words=lambda changed: self._warn_unknown_words([changed]),
         )
@@ -301,27 +282,28 @@ class StreamingPipeline:
         transformer = asdict(self.models.transformer.config)
         return json.loads(json.dumps({**asdict(self.models.settings), **transformer}))  # as a file gives it back
 
-    def _generate(
+    def _inputs(
         self,
         steps: Iterator[Step],
         options: SamplingOptions,
         seeds: Sequence[int],
-        first_latent: Tensor | None,
+        *,
+        first_latent: Tensor | None = None,
         past: Past | None = None,
-    ) -> Generator[GeneratedChunk, None, None]:
+    ) -> VideoInputs:
         settings = self.models.settings
-        sampling = Sampling(
+        return VideoInputs(
+            steps=steps,
             solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
             guidance=settings.guidance if options.guidance is None else options.guidance,
             generators=past.generators if past else tuple(torch.Generator().manual_seed(seed) for seed in seeds),
+            first_latent=first_latent,
+            past=past,
         )
-        return self._generated(steps, sampling, first_latent, past)
 
-    def _generated(
-        self, steps: Iterator[Step], sampling: Sampling, first_latent: Tensor | None, past: Past | None
-    ) -> Generator[GeneratedChunk, None, None]:
-        stages = self.acquire(batch=len(sampling.generators), copies=branches(sampling.guidance))
-        chunks = generate_chunks(self.models, stages, steps, sampling, first_latent=first_latent, past=past)
+    def _generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
+        stages = self.acquire(batch=len(inputs.generators), copies=branches(inputs.guidance))
+        chunks = generate_chunks(self.models, stages, inputs)
         try:
             with closing(chunks):
                 yield from chunks

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from longvideo.infer.bench.step import random_model
-from longvideo.infer.fit.placement import pick_dtype
 from longvideo.infer.generation import Models
 from longvideo.quantization.convert import with_precision
 from longvideo.vae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.shapes import ModelShapes
     from longvideo.quantization.number_formats import NumberFormats
     from longvideo.text.encoder import TextEncoder
 
 
-def random_models(
-    shapes: ModelShapes,
-    *,
-    device: torch.device,
-    decode_device: torch.device,
-    decode_share: float = 0.0,
-    formats: NumberFormats,
-) -> Models:
+def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberFormats) -> Models:
     """Build models of these shapes with random weights, for speed; prompts are random features, too."""
-    config = shapes.transformer
-    transformer = with_precision(random_model(config, device, pick_dtype(device)), formats.precision)
-    with torch.device(decode_device):
+    config, device = shapes.transformer, placement.device
+    transformer = with_precision(random_model(config, device, placement.denoise_dtype), formats.precision)
+    with torch.device(placement.decode_device):
         autoencoder = Autoencoder(shapes.autoencoder)
     return Models(
         transformer=transformer.eval().requires_grad_(False),
-        autoencoder=autoencoder.to(decode_device, pick_dtype(decode_device)).eval().requires_grad_(False),
+        autoencoder=autoencoder.to(placement.decode_device, placement.decode_dtype).eval().requires_grad_(False),
         text_encoder=cast("TextEncoder", _RandomText(config.text_len, config.text_dim, device)),
         settings=shapes.settings,
         spec=shapes.spec,
-        precision=formats.precision_of(packed=False),
-        kv_cache=formats.kv_cache,
-        attention=formats.attention,
-        decode_share=decode_share,
+        placement=placement,
+        formats=replace(formats, precision=formats.precision_of(packed=False)),
     )
 
 
@@ -55,5 +47,5 @@ class _RandomText:
         features = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(0))
         return features.to(self._device), torch.arange(len(prompts), device=self._device)
 
-    def unknown_words(self, prompt: str) -> list[str]:
+    def unknown_words(self, _prompt: str) -> list[str]:
         return []

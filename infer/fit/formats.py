@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.fit.placement import Placement
 
 
 def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
@@ -49,16 +50,10 @@ def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
             raise UserError(str(backend.reason))
 
 
-def start_line(
-    formats: NumberFormats,
-    *,
-    packed: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    decode_device: torch.device | None = None,
-) -> str:
+def start_line(formats: NumberFormats, placement: Placement, *, packed: bool) -> str:
     """Say in one line what will run, and what of it is emulated and why. packed: whether the model's weights are."""
-    precision, name = formats.precision_of(packed=packed), str(dtype).removeprefix("torch.")
+    device, precision = placement.device, formats.precision_of(packed=packed)
+    name = str(placement.denoise_dtype).removeprefix("torch.")
     kept = "in 4 bits, rebuilt by " + kernels_on(device) if formats.kv_cache == "nvfp4" else f"in {name}"
     if formats.attention in FP8_FORMATS and formats.kv_cache == "bf16":
         kept = "in E4M3"
@@ -67,7 +62,7 @@ def start_line(
         f"products {_format(precision, name)}: {product_backend(precision, device)}",
         f"KV cache: {kept}",
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
-        f"decoding on {decode_device or device}",
+        f"decoding on {placement.decode_device}",
     )
     return " | ".join(parts)
 

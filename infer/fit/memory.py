@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from longvideo.checkpoint.modules import OnMeta
+from longvideo.infer.fit.placement import Placement, numbered
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.transformer import CausalTransformer
@@ -41,18 +42,14 @@ GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
 class Workload:
     """What is streamed, in which formats, and where.
 
-    decode_share: of the decoding, what `device` does. batch: videos made together, with the settings' own guidance.
-    dtype: of whatever is not quantised. loaded_in: of a transformer that is not packed before it gets
-    `formats.precision`, `dtype` unless it is given.
+    batch: number of videos made together, with the guidance of the settings. loaded_in: data type of a transformer that
+    is not packed before it is converted to `formats.precision`; None means that of the placement.
     """
 
     shapes: ModelShapes
     formats: NumberFormats
-    device: torch.device
-    decode_device: torch.device
-    decode_share: float = 0.0
+    placement: Placement
     batch: int = 1
-    dtype: torch.dtype
     loaded_in: torch.dtype | None = None
 
     @property
@@ -77,15 +74,15 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     once before, and torch gives nothing back to the GPU while it records. `torch.cuda.max_memory_allocated` counts
     neither that nor "CUDA context".
     """
-    shapes, dtype, batch = workload.shapes, workload.dtype, workload.batch
-    device, decode_device = numbered(workload.device), numbered(workload.decode_device)
+    shapes, placement, batch = workload.shapes, workload.placement, workload.batch
+    device, decode_device = numbered(placement.device), numbered(placement.decode_device)
+    dtype = placement.denoise_dtype
     with OnMeta():
         transformer, autoencoder = CausalTransformer(shapes.transformer), Autoencoder(shapes.autoencoder)
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
     grid = Grid(batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
-    share = workload.decode_share
-    decoders = _decoders(autoencoder.to(dtype), grid, devices=(device, decode_device), share=share)
+    decoders = _decoders(autoencoder.to(dtype), grid, devices=(device, decode_device), share=placement.decode_share)
     denoisers = {
         device: _denoiser(
             transformer,
@@ -110,11 +107,6 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         )
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
-
-
-def numbered(device: torch.device) -> torch.device:
-    """Return a device with its number: "cuda" is "cuda:0"."""
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 @dataclass(frozen=True)

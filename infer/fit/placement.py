@@ -1,74 +1,115 @@
-"""Where a pipeline computes, and in which type: checked before anything is loaded."""
+"""Devices and data type of a pipeline, checked before any weight is loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.errors import UserError
-from longvideo.infer.fit.formats import check_hardware
 from longvideo.infer.options import shown
-
-if TYPE_CHECKING:
-    from longvideo.quantization.number_formats import NumberFormats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_placement(
-    device: str | torch.device | None,
-    decode_device: str | torch.device | None,
-    decode_share: float | None,
-    dtype: torch.dtype | None,
-    formats: NumberFormats,
-) -> tuple[torch.device, torch.device]:
-    """Return the devices that denoise and decode. Raises UserError where something is of no use, whatever the model."""
-    where = pick_device(device)
-    decode_where = where if decode_device is None else pick_device(decode_device)
-    check_decode_share(decode_share, where, decode_where)
-    if dtype is not None and dtype not in DTYPES:
-        names = ", ".join(map(str, DTYPES))
-        raise UserError(f"dtype is {shown(dtype)}; it must be one of {names}, or None")
-    check_hardware(formats, device=where)
-    return where, decode_where
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a pipeline, and the data type of everything that is not quantized.
 
+    device: device of the text encoder and of the transformer, which denoises. decode_device: device of the autoencoder,
+    which decodes latents to frames. decode_share: fraction of the decoding that runs on `device`, from 0 to below 1.
+    dtype: data type of weights and activations on both devices; None means `pick_dtype` of each device.
+    Raises UserError for a share or a data type that cannot be used. The devices are not checked; see `choose`.
+    """
 
-def check_decode_share(share: float | None, device: torch.device, decode_device: torch.device) -> None:
-    """Raise UserError where two devices cannot share the decoding like that. None is no share at all."""
-    if share is None:
-        return
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
-        raise UserError(f"decode_share is {shown(share)}; it must be a number from 0 to below 1")
-    if (device.type, device.index or 0) == (decode_device.type, decode_device.index or 0):
-        raise UserError(f"decode_share is given, but {device} both denoises and decodes; name another decode_device")
+    device: torch.device
+    decode_device: torch.device
+    decode_share: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        share = self.decode_share
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
+            raise UserError(f"decode_share is {shown(share)}; expected a number from 0 to below 1")
+        if share and numbered(self.device) == numbered(self.decode_device):
+            raise UserError(
+                f"decode_share is {share:g}, but {self.device} both denoises and decodes; choose another decode_device"
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            names = ", ".join(map(str, DTYPES))
+            raise UserError(f"dtype is {shown(self.dtype)}; expected one of {names}, or None")
+
+    @classmethod
+    def choose(
+        cls,
+        device: str | torch.device | None = None,
+        decode_device: str | torch.device | None = None,
+        decode_share: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Placement:
+        """Return a placement on devices of this machine, by their names.
+
+        device: None chooses the current CUDA device if there is one, else the CPU. decode_device: None means `device`.
+        decode_share: None means 0.
+        Raises UserError for a device that does not exist, and as the constructor does.
+        """
+        own = _with_index(pick_device(device))
+        other = own if decode_device is None else _with_index(pick_device(decode_device))
+        return cls(own, other, 0.0 if decode_share is None else decode_share, dtype)
+
+    @property
+    def denoise_dtype(self) -> torch.dtype:
+        """Data type of the text encoder and of the transformer."""
+        return self.dtype or pick_dtype(self.device)
+
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """Data type of the autoencoder."""
+        return self.dtype or pick_dtype(self.decode_device)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return a device that is there; None takes CUDA if there is one. Raises UserError for any other."""
+    """Return a device of this machine; None chooses CUDA if there is a GPU, else the CPU.
+
+    Raises UserError for a device that does not exist.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     picked = named_device(device)
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {str(device)!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
+        count = torch.cuda.device_count()
+        remedy = f"use cpu or one of cuda:0 to cuda:{count - 1}" if count else "use cpu"
+        raise UserError(f"device {str(device)!r} does not exist: this machine has {count} CUDA devices; {remedy}")
     return picked
 
 
 def named_device(device: str | torch.device) -> torch.device:
-    """Return a CPU or CUDA device by its name, be it there or not. Raises UserError for any other name."""
+    """Return a CPU or CUDA device by its name, whether or not it exists. Raises UserError for any other name."""
     if not isinstance(device, str | torch.device):
         raise UserError(f"device is {shown(device)}; use cpu, cuda or cuda:N")
     try:
         named = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device {shown(str(device))} is not a device; use cpu, cuda or cuda:N") from error
+        raise UserError(f"{shown(str(device))} is not a device; use cpu, cuda or cuda:N") from error
     if named.type not in ("cpu", "cuda"):
-        raise UserError(f"device {str(device)!r} is not supported; use cpu or cuda")
+        raise UserError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
     return named
 
 
+def numbered(device: torch.device) -> torch.device:
+    """Return a device with its index: "cuda" becomes "cuda:0". It works for devices that do not exist here, too."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 on CUDA and on CPUs that multiply it in hardware, float32 elsewhere."""
+    """Return bfloat16 for CUDA and for CPUs with bfloat16 instructions, float32 for other CPUs."""
     native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return an existing device with its index: "cuda" becomes the current CUDA device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.errors import UserError
-from longvideo.infer.fit.memory import MemoryPart, Workload, estimate, numbered
+from longvideo.infer.fit.memory import MemoryPart, Workload, estimate
+from longvideo.infer.fit.placement import numbered
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS
 
@@ -110,7 +111,11 @@ class _Change:
     devices: dict[str, torch.device] = field(default_factory=dict)
 
     def applied(self, workload: Workload) -> Workload:
-        return replace(workload, formats=replace(workload.formats, **self.formats), **self.devices)
+        return replace(
+            workload,
+            formats=replace(workload.formats, **self.formats),
+            placement=replace(workload.placement, **self.devices),
+        )
 
 
 def _changes(workload: Workload) -> list[_Change]:
@@ -121,7 +126,7 @@ def _changes(workload: Workload) -> list[_Change]:
         changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))
     if formats.kv_cache != "nvfp4" and config.attention_head_dim % GROUP == 0:
         changes.append(_Change("--kv-cache nvfp4", formats={"kv_cache": "nvfp4"}))
-    device, decode_device = numbered(workload.device), numbered(workload.decode_device)
+    device, decode_device = numbered(workload.placement.device), numbered(workload.placement.decode_device)
     if device == decode_device and (other := _other_device(device)) is not None:
         changes.append(_Change(f"--decode-device {other}", devices={"decode_device": other}))
         changes.append(_Change(f"--device {other}", devices={"device": other, "decode_device": other}))
@@ -141,7 +146,7 @@ def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
 
 
 def _gpu_parts(workload: Workload) -> list[MemoryPart]:
-    if all(device.type != "cuda" for device in (workload.device, workload.decode_device)):
+    if all(device.type != "cuda" for device in (workload.placement.device, workload.placement.decode_device)):
         return []
     return [part for part in estimate(workload) if part.device.type == "cuda"]
 

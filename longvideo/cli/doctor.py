@@ -23,10 +23,9 @@ from longvideo.cli.model_options import (
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.cli.doctor_report import Question
+    from longvideo.infer.fit.placement import Placement
     from longvideo.quantization.number_formats import NumberFormats
 
 EXIT_FAILED = 1
@@ -79,7 +78,8 @@ def doctor(
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
-        question = _question(choice, preset, guidance, formats, device, decode_device, decode_share)
+        placement = _placement(device, decode_device, decode_share)
+        question = _question(choice, preset, guidance, formats, placement)
     elif formats != NumberFormats() or any(x is not None for x in (base, entry, guidance, decode_device, decode_share)):
         raise UserError("options of a model were given and no model; name one with --model or --preset")
     # without a GPU, --device names one of another machine: the operations of this one are those of its CPU
@@ -98,37 +98,24 @@ def _question(
     preset: str | None,
     guidance: float | None,
     formats: NumberFormats,
-    device: str | None,
-    decode_device: str | None,
-    decode_share: float | None,
+    placement: Placement,
 ) -> Question:
     """Check what `longvideo generate` checks before it loads a model; of a GPU that is elsewhere, not its hardware."""
     from longvideo.cli.doctor_report import Question
     from longvideo.infer.fit.formats import check_hardware, check_shapes
     from longvideo.infer.fit.memory import Workload
-    from longvideo.infer.fit.placement import check_decode_share, pick_dtype
     from longvideo.infer.fit.refusal import cuda_devices
     from longvideo.infer.fit.shapes import folder_shapes, preset_shapes
     from longvideo.infer.options import SamplingOptions
 
     SamplingOptions(guidance=guidance)
-    where = _place(device)
-    decode_where = where if decode_device is None else _place(decode_device)
-    check_decode_share(decode_share, where, decode_where)
     folder = None if choice is None else _open(choice)
     shapes = preset_shapes(str(preset)) if folder is None else folder_shapes(folder)
     name = str(preset) if choice is None else choice.name
     check_shapes(shapes, formats, name=name)
-    if where.type == "cpu" or cuda_devices():
-        check_hardware(formats, device=where)
-    workload = Workload(
-        shapes=shapes.with_guidance(guidance),
-        formats=formats,
-        device=where,
-        decode_device=decode_where,
-        decode_share=decode_share or 0.0,
-        dtype=pick_dtype(where),
-    )
+    if placement.device.type == "cpu" or cuda_devices():
+        check_hardware(formats, device=placement.device)
+    workload = Workload(shapes=shapes.with_guidance(guidance), formats=formats, placement=placement)
     return Question(name, None if folder is None else folder.path, workload)
 
 
@@ -139,13 +126,13 @@ def _open(choice: ModelChoice) -> ModelFolder:
     return choice.open()
 
 
-def _place(name: str | None) -> torch.device:
-    """Return a device of this machine, or where that has no GPU, a device of one that has."""
-    import torch
-
-    from longvideo.infer.fit.placement import named_device, pick_device
+def _placement(device: str | None, decode_device: str | None, decode_share: float | None) -> Placement:
+    """Return a placement on devices of this machine; if it has no GPU, on devices of a machine with GPUs."""
+    from longvideo.infer.fit.placement import Placement, named_device
     from longvideo.infer.fit.refusal import cuda_devices
 
     if cuda_devices():
-        return pick_device(name)
-    return torch.device("cuda", 0) if name is None else named_device(name)
+        return Placement.choose(device, decode_device, decode_share)
+    own = named_device("cuda:0" if device is None else device)
+    other = own if decode_device is None else named_device(decode_device)
+    return Placement(own, other, 0.0 if decode_share is None else decode_share)

@@ -14,7 +14,8 @@ from longvideo import __version__
 from longvideo.cli.self_test import Check, Operation, operations
 from longvideo.cli.self_test import self_test as run_checks
 from longvideo.infer.fit.formats import start_line
-from longvideo.infer.fit.memory import Workload, numbered
+from longvideo.infer.fit.memory import Workload
+from longvideo.infer.fit.placement import numbered
 from longvideo.infer.fit.refusal import Fit, assess, cuda_devices, no_remedy
 from longvideo.machine.gpus import GPU, Link, driver, gpus, links, why_none
 from longvideo.machine.host import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
@@ -138,7 +139,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
         "window_frames": settings.window_frames,
         "guidance": settings.guidance,
         "formats": {**asdict(workload.formats), "precision": workload.precision},
-        "decode_share": workload.decode_share,
+        "decode_share": workload.placement.decode_share,
         "devices": {
             str(device): {
                 "parts": {part.name: part.bytes for part in fit.parts if part.device == device},
@@ -163,16 +164,10 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
         f" latent frames, guidance {settings.guidance:g}; precision {workload.precision}, KV cache {formats.kv_cache},"
         f" attention {formats.attention}"
     )
-    if all(
-        place.type == "cpu" or numbered(place) in cuda_devices() for place in (workload.device, workload.decode_device)
-    ):
-        yield start_line(
-            formats,
-            packed=workload.shapes.packed,
-            device=workload.device,
-            dtype=workload.dtype,
-            decode_device=workload.decode_device,
-        )
+    placement = workload.placement
+    devices = (placement.device, placement.decode_device)
+    if all(device.type == "cpu" or numbered(device) in cuda_devices() for device in devices):
+        yield start_line(formats, placement, packed=workload.shapes.packed)
     if answer.file_bytes is not None:
         yield f"files: {_gb(answer.file_bytes, 3)}, {answer.question.folder}"
     for device, needed in fit.needed.items():
@@ -224,8 +219,8 @@ def _graphics_rows(graphics: Graphics) -> dict[str, str]:
 
 def _cpus(workload: Workload) -> list[str]:
     """Return those of a workload's devices that are not estimated."""
-    places = (workload.device, workload.decode_device)
-    return list(dict.fromkeys(str(place) for place in places if place.type == "cpu"))
+    devices = (workload.placement.device, workload.placement.decode_device)
+    return list(dict.fromkeys(str(device) for device in devices if device.type == "cpu"))
 
 
 def _told(value: T | Unknown, say: Callable[[T], str], *, unknown: str = "unknown") -> str:

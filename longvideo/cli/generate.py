@@ -34,14 +34,15 @@ from longvideo.cli.output import OUTPUT
 from longvideo.cli.printing import STDERR, STDOUT, without_reader
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
+from longvideo.infer.options import SamplingOptions
+from longvideo.infer.script import Script
 
 if TYPE_CHECKING:
     import numpy as np
     from torch.distributed import ProcessGroup
 
-    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.script import ChunkPlan, Script
     from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
@@ -101,54 +102,66 @@ def generate(
 
     `torchrun --no-python --nproc-per-node 2 longvideo generate -o film.mp4 ...`
     """
-    started = time.perf_counter()
-    from longvideo.infer.options import SamplingOptions
+    start = time.perf_counter()
     from longvideo.infer.writer import check_output
     from longvideo.quantization.number_formats import NumberFormats
 
     choice = ModelChoice(model, base, preset, entry)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
-    shots = _read_shots(prompts or [], script, seconds)
-    options = SamplingOptions(steps, guidance, seed)
+    video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
     formats = NumberFormats(precision, kv_cache, attention)
-    if os.environ.get("RANK", "0") == "0":  # another rank may look when the first has begun to write
+    if os.environ.get("RANK", "0") == "0":  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
+    from longvideo.infer.fit.placement import Placement
     from longvideo.streaming.parallel import launched_ranks
 
     try:
         with stop_signals(), launched_ranks(device) as (own_device, group):
-            load = partial(_load, choice, shots, image, own_device, decode_device, decode_share, formats, group)
+            placement = Placement.choose(own_device, decode_device, decode_share)
+            load = partial(_load, choice, video, placement, formats, group)
             if group is not None and group.rank() > 0:
-                _take_part(load, shots, options, image)
+                _take_part(video, load)
                 return
-            _write(load, shots, options, image, output, overwrite=overwrite, started=started)
+            _write(video, load, output, overwrite=overwrite, start=start)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
 
+@dataclass(frozen=True)
+class VideoChoice:
+    """The video that the command makes. image: file of its first frame."""
+
+    script: Script
+    options: SamplingOptions
+    image: Path | None
+
+    def stream(self, pipeline: StreamingPipeline) -> Generator[np.ndarray, None, None]:
+        """Return the frames as `StreamingPipeline.stream` does."""
+        steps, guidance, seed = self.options.steps, self.options.guidance, self.options.seed
+        return pipeline.stream(self.script, steps=steps, guidance=guidance, seed=seed, image=self.image)
+
+
 def _write(
-    load: Callable[[], tuple[StreamingPipeline, ChunkPlan]],
-    shots: Script,
-    options: SamplingOptions,
-    image: Path | None,
-    output: Path,
-    *,
-    overwrite: bool,
-    started: float,
+    video: VideoChoice, load: Callable[[], StreamingPipeline], output: Path, *, overwrite: bool, start: float
 ) -> None:
-    """Make the video and write it. Stopped, it finishes the file before it passes that on."""
+    """Generate the video and write it.
+
+    start: time at which the command started, on `time.perf_counter`.
+    A signal stops the generation; the file is finished before Stopped is raised.
+    """
     from longvideo.infer.writer import VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
     stopped = None
     with _display() as display:
-        display.say("loading")
-        pipeline, plan = load()
+        display.set_stage("loading")
+        pipeline = load()
         if pipeline.formats != NumberFormats("bf16"):
             print(pipeline.start_line(), file=sys.stderr)
-        chunks = _start(pipeline, shots, options, image)
-        tally = Tally(started, plan.num_chunks, plan.num_frames)
-        display.say("making the first chunk")
+        chunks = _stream_with_warnings(video, pipeline)
+        plan = pipeline.plan(video.script)
+        tally = VideoTally(start, plan.num_chunks, plan.num_frames)
+        display.set_stage("generating the first chunk")
         with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer:
             try:
                 with closing(chunks):
@@ -164,27 +177,26 @@ def _write(
         raise stopped
 
 
-def _take_part(
-    load: Callable[[], tuple[StreamingPipeline, ChunkPlan]],
-    shots: Script,
-    options: SamplingOptions,
-    image: Path | None,
-) -> None:
-    """Do a rank's share of a video that another one writes."""
-    pipeline, _ = load()
+def _take_part(video: VideoChoice, load: Callable[[], StreamingPipeline]) -> None:
+    """Compute this rank's share of a video that rank 0 writes."""
+    pipeline = load()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the one that writes says it
-        chunks = pipeline.stream(shots, steps=options.steps, guidance=options.guidance, seed=options.seed, image=image)
+        warnings.simplefilter("ignore", UserWarning)  # rank 0 prints the warnings
+        chunks = video.stream(pipeline)
     with closing(chunks):
         for _ in chunks:
             pass
 
 
 @dataclass
-class Tally:
-    """Counts and times of a run, from the start of the command. The first chunk comes in two parts."""
+class VideoTally:
+    """Counts and times of a run of the command.
 
-    started: float
+    start, first_at, last_at: times on `time.perf_counter` of the command's start, of the first part of the video and of
+    the latest one. The first chunk has two parts, every other chunk one. first_frames: frames of the first part.
+    """
+
+    start: float
     num_chunks: int
     num_frames: int
     parts: int = 0
@@ -194,6 +206,7 @@ class Tally:
     last_at: float = 0.0
 
     def add(self, frames: int) -> None:
+        """Count a part of the video, by its number of frames."""
         self.last_at = time.perf_counter()
         if self.parts == 0:
             self.first_at, self.first_frames = self.last_at, frames
@@ -202,14 +215,16 @@ class Tally:
 
     @property
     def seconds_to_first_frame(self) -> float:
-        return self.first_at - self.started
+        """Seconds from the start of the command to the first frame."""
+        return self.first_at - self.start
 
     @property
     def frames_a_second(self) -> float | None:
-        """Rate since the first frame; None until there is more."""
+        """Frames a second after the first part; None before the second part."""
         return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.parts > 1 else None
 
     def line(self) -> str:
+        """Return the state of the run as text."""
         rate = self.frames_a_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
         chunk = max(1, self.parts - 1)
@@ -217,17 +232,23 @@ class Tally:
 
 
 class Display(Protocol):
+    """Shows the progress of a run on standard error."""
+
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *error: object) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def set_stage(self, text: str, /) -> None:
+        """Show what is done before the first frame."""
+        ...
 
-    def show(self, tally: Tally) -> None: ...
+    def show(self, tally: VideoTally) -> None:
+        """Show the state of the run."""
+        ...
 
 
 class PlainLines:
-    """A line a chunk, for logs."""
+    """One line for each part of the video, for log files."""
 
     def __enter__(self) -> PlainLines:
         return self
@@ -235,16 +256,16 @@ class PlainLines:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def say(self, text: str) -> None:
+    def set_stage(self, _text: str) -> None:
         pass
 
-    def show(self, tally: Tally) -> None:
+    def show(self, tally: VideoTally) -> None:
         with without_reader(STDERR):
             print(tally.line(), file=sys.stderr, flush=True)
 
 
 class ProgressBar:
-    """A bar that stays in its line and vanishes at the end, for terminals."""
+    """A bar in one line that is removed at the end, for terminals."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -262,11 +283,11 @@ class ProgressBar:
         with without_reader(STDERR):
             self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def set_stage(self, text: str) -> None:
         with without_reader(STDERR):
             self._progress.update(self._task, description=text)
 
-    def show(self, tally: Tally) -> None:
+    def show(self, tally: VideoTally) -> None:
         with without_reader(STDERR):
             self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
 
@@ -275,66 +296,50 @@ def _display() -> Display:
     return ProgressBar() if sys.stderr.isatty() else PlainLines()
 
 
-def _read_shots(prompts: list[str], script: Path | None, seconds: float | None) -> Script:
-    from longvideo.infer.script import Script
-
+def _read_script(prompts: list[str], script: Path | None, seconds: float | None) -> Script:
     if script is None:
         return Script.from_prompts(prompts, seconds=DEFAULT_SECONDS if seconds is None else seconds)
     if prompts:
-        raise UserError("give prompts or --script, not both")
+        raise UserError("prompts and --script exclude each other; use one of them")
     if seconds is not None:
-        raise UserError(f"--seconds and --script exclude each other: {script} says how long each shot is")
+        raise UserError(f"--seconds and --script exclude each other: {script} sets the length of each shot")
     return Script.from_yaml(script)
 
 
 def _load(
     choice: ModelChoice,
-    shots: Script,
-    image: Path | None,
-    device: str | None,
-    decode_device: str | None,
-    decode_share: float | None,
+    video: VideoChoice,
+    placement: Placement,
     formats: NumberFormats,
     group: ProcessGroup | None,
-) -> tuple[StreamingPipeline, ChunkPlan]:
-    """Check all that can be checked without weights, then load them."""
+) -> StreamingPipeline:
+    """Check everything that can be checked without weights, then load them."""
     from longvideo.data.pictures import read_image
     from longvideo.infer.fit.formats import check_formats
-    from longvideo.infer.fit.placement import pick_device
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
     from longvideo.infer.script import plan_chunks
 
-    if image is not None:
-        read_image(image)
-    where, _ = (pick_device(name) for name in (device, decode_device))
+    if video.image is not None:
+        read_image(video.image)
     folder = choice.open()
-    check_formats(folder, formats, device=where)
-    plan = plan_chunks(shots, chunk_timing(folder.settings, folder.vae_config))
+    check_formats(folder, formats, device=placement.device)
+    plan_chunks(video.script, chunk_timing(folder.settings, folder.vae_config))
     release_large_blocks()
-    pipeline = StreamingPipeline.load(
-        folder,
-        device=device,
-        decode_device=decode_device,
-        decode_share=decode_share,
-        formats=formats,
-        group=group,
-    )
-    return pipeline, plan
+    return StreamingPipeline.load(folder, placement, formats=formats, group=group)
 
 
-def _start(
-    pipeline: StreamingPipeline, shots: Script, options: SamplingOptions, image: Path | None
-) -> Generator[np.ndarray, None, None]:
+def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Generator[np.ndarray, None, None]:
+    """Return the frames of the video, and print the warnings about its prompts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        chunks = pipeline.stream(shots, steps=options.steps, guidance=options.guidance, seed=options.seed, image=image)
+        chunks = video.stream(pipeline)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     return chunks
 
 
-def _summary(output: Path, num_frames: int, tally: Tally, fps: float) -> str:
+def _summary(output: Path, num_frames: int, tally: VideoTally, fps: float) -> str:
     if num_frames == 0:
         return "no frames were made; nothing was written"
     rate = tally.frames_a_second

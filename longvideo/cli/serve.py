@@ -25,6 +25,7 @@ from longvideo.cli.model_options import (
 from longvideo.machine.packages import require
 
 if TYPE_CHECKING:
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.quantization.number_formats import NumberFormats
 
@@ -84,6 +85,7 @@ def serve(
     formats = NumberFormats(precision, kv_cache, attention)
     for package in ("fastapi", "uvicorn", "httptools"):
         require(package, extra="serve", purpose="longvideo serve")
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.server.limits import Limits, ServerSettings
     from longvideo.infer.server.run import VideoServer, listen
     from longvideo.infer.server.security import check_listening, check_public_hosts
@@ -101,7 +103,8 @@ def serve(
     )
     with listen(host, port) as socket, served_folder(folder):
         print("loading", file=sys.stderr)
-        pipeline = _load(ModelChoice(model, base, preset, entry), device, decode_device, decode_share, formats)
+        placement = Placement.choose(device, decode_device, decode_share)
+        pipeline = _load(ModelChoice(model, base, preset, entry), placement, formats)
         print(pipeline.start_line(), file=sys.stderr)
         server = VideoServer(pipeline, settings)
         shown = f"[{host}]" if ":" in host else host
@@ -109,13 +112,7 @@ def serve(
         server.run([socket])
 
 
-def _load(
-    choice: ModelChoice,
-    device: str | None,
-    decode_device: str | None,
-    decode_share: float | None,
-    formats: NumberFormats,
-) -> StreamingPipeline:
+def _load(choice: ModelChoice, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
     import warnings
 
     from longvideo.infer.host_memory import release_large_blocks
@@ -124,12 +121,6 @@ def _load(
     # clients are told about words that the model does not know; the terminal of the server need not be
     warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
     release_large_blocks()
-    pipeline = StreamingPipeline.load(
-        choice.open(),
-        device=device,
-        decode_device=decode_device,
-        decode_share=decode_share,
-        formats=formats,
-    )
+    pipeline = StreamingPipeline.load(choice.open(), placement, formats=formats)
     pipeline.warm_up()
     return pipeline

@@ -45,6 +45,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         values: dict[str, Callable[..., Any]] = {
             "is_available": lambda: True,
             "device_count": lambda: len(free),
+            "current_device": lambda: 0,
             "get_device_properties": lambda device: properties,
             "get_device_capability": lambda device=None: (9, 0),
             "mem_get_info": lambda device: (int(free[device.index] * GB), 80 * GB),
@@ -252,10 +253,10 @@ def test_a_cpu_is_not_estimated(asked, capsys) -> None:
         (["--model", "tiny", "--kv-cache", "fp8"], "kv_cache is 'fp8'; it must be one of"),
         (["--model", "tiny", "--attention", "fp4"], "attention is 'fp4'; it must be one of"),
         (["--model", "tiny", "--guidance", "-1"], "guidance is -1; it must be from 0 to 50"),
-        (["--model", "tiny", "--device", "tpu"], "device 'tpu' is not a device; use cpu, cuda or cuda:N"),
+        (["--model", "tiny", "--device", "tpu"], "'tpu' is not a device; use cpu, cuda or cuda:N"),
         (["--model", "tiny", "--device", "cpu", "--decode-share", "0.5"], "cpu both denoises and decodes"),
-        (["--model", "tiny", "--device", "cuda:9", "--self-test"], "device 'cuda:9' is not there"),
-        (["--device", "cuda:9"], "device 'cuda:9' is not there"),
+        (["--model", "tiny", "--device", "cuda:9", "--self-test"], "device 'cuda:9' does not exist"),
+        (["--device", "cuda:9"], "device 'cuda:9' does not exist"),
         (["--precision", "fp8"], "name one with --model or --preset"),
         (["--decode-device", "cuda:1"], "name one with --model or --preset"),
     ],
@@ -272,7 +273,7 @@ def test_bad_options_are_one_line_and_code_2(
 def test_a_gpu_that_is_not_there_beside_one_that_is_is_an_error(gpus, capsys) -> None:
     gpus(70.0)
     assert main(["doctor", "--preset", WAN, "--decode-device", "cuda:1"]) == 2
-    assert "device 'cuda:1' is not there: 1 CUDA devices were found" in capsys.readouterr().err
+    assert "device 'cuda:1' does not exist: this machine has 1 CUDA devices" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

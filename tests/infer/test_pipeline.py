@@ -71,14 +71,14 @@ def test_seeds_and_counts_of_numpy_are_numbers(pipeline: StreamingPipeline) -> N
     [
         ({"name": 7}, "the model is 7; give a name or a path"),
         ({"base": 7}, "base is 7; give a name or a path"),
-        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "tpu"}, "'tpu' is not a device"),
         ({"device": 0}, "device is 0; use cpu, cuda or cuda:N"),
-        ({"device": "cpu:x"}, "device 'cpu:x' is not a device"),
-        ({"decode_device": "cuda:97"}, "device 'cuda:97' is not there"),
-        ({"decode_share": "a"}, "decode_share is 'a'; it must be a number"),
+        ({"device": "cpu:x"}, "'cpu:x' is not a device"),
+        ({"decode_device": "cuda:97"}, "device 'cuda:97' does not exist"),
+        ({"decode_share": "a"}, "decode_share is 'a'; expected a number"),
         ({"decode_share": 0.5}, "cpu both denoises and decodes"),
-        ({"dtype": "bf16"}, "dtype is 'bf16'; it must be one of torch.float32, torch.bfloat16"),
-        ({"dtype": torch.int8}, "dtype is torch.int8; it must be one of"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; expected one of torch.float32, torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; expected one of"),
         ({"precision": "int8"}, "precision is 'int8'; it must be one of"),
         ({"precision": 4}, "precision is 4; it must be one of"),
         ({"precision": "fp8"}, "FP8 products need a GPU"),
@@ -251,9 +251,9 @@ def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline
         pipeline.generate_batch([PROMPTS], seconds=[2, 2], seeds=[1, 2])
     with pytest.raises(UserError, match="every video needs 1 prompts"):
         pipeline.generate_batch([PROMPTS], seconds=[2], seeds=[1])
-    with pytest.raises(UserError, match="device 'tpu'"):
+    with pytest.raises(UserError, match="'tpu' is not a device"):
         StreamingPipeline.from_pretrained(model_folder, device="tpu")
-    with pytest.raises(UserError, match="device 'cuda:97' is not there"):
+    with pytest.raises(UserError, match="device 'cuda:97' does not exist"):
         StreamingPipeline.from_pretrained(model_folder, device="cuda:97")
     with pytest.raises(CheckpointError, match="no model 'tinny'.*did you mean 'tiny'"):
         StreamingPipeline.from_pretrained("tinny")

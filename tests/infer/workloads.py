@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from longvideo.infer.fit.memory import MemoryPart, Workload
+from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.shapes import ModelShapes, preset_shapes
 from longvideo.quantization.number_formats import NumberFormats
 
@@ -22,15 +23,12 @@ def shapes(**changes: Any) -> ModelShapes:
 
 
 def workload(**changes: Any) -> Workload:
-    """Return the 5B in bf16 on one GPU, with changes."""
-    given = {
-        "shapes": shapes(),
-        "formats": NumberFormats("bf16"),
-        "device": FIRST,
-        "decode_device": FIRST,
-        "dtype": torch.bfloat16,
-    }
-    return Workload(**(given | changes))
+    """Return the 5B in bf16 on one GPU, with changes of the workload or of its placement."""
+    names = [field.name for field in fields(Placement)]
+    where: dict[str, Any] = {"device": FIRST, "decode_device": FIRST, "dtype": torch.bfloat16}
+    where |= {name: changes.pop(name) for name in names if name in changes}
+    defaults = {"shapes": shapes(), "formats": NumberFormats("bf16"), "placement": Placement(**where)}
+    return Workload(**(defaults | changes))
 
 
 def total(parts: Iterable[MemoryPart], device: torch.device = FIRST) -> int:

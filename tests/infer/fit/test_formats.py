@@ -12,18 +12,18 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.errors import UserError
 from longvideo.infer.fit.formats import start_line
+from longvideo.infer.fit.placement import Placement
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.number_formats import NumberFormats
 
 PROMPT = "a red ball bounces"
+FLOAT32 = Placement.choose("cpu", dtype=torch.float32)
 
 
 def load(folder: Path, **formats: str) -> StreamingPipeline:
     # the folder holds float32; a cast before packing would round twice
-    return StreamingPipeline.load(
-        ModelFolder.open(folder), device="cpu", dtype=torch.float32, formats=NumberFormats(**formats)
-    )
+    return StreamingPipeline.load(ModelFolder.open(folder), FLOAT32, formats=NumberFormats(**formats))
 
 
 def video(pipeline: StreamingPipeline) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
         pipeline = load(model_folder, **formats)
         difference = np.abs(video(pipeline) - exact).mean()
         assert 0 < difference < 12, (formats, difference)
-    assert pipeline.models.kv_cache == "nvfp4"
+    assert pipeline.formats.kv_cache == "nvfp4"
 
 
 def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
@@ -86,8 +86,8 @@ def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: 
 
 def test_the_start_line_says_what_runs_and_what_is_emulated() -> None:
     formats = NumberFormats("nvfp4", "nvfp4")
-    line = start_line(formats, packed=False, device=torch.device("cpu"), dtype=torch.float32)
+    line = start_line(formats, FLOAT32, packed=False)
     assert line.startswith("running on cpu in float32 | products nvfp4: emulated by reference and oneDNN (FP4 products")
     assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith("decoding on cpu")
-    stored = start_line(NumberFormats(), packed=True, device=torch.device("cpu"), dtype=torch.float32)
+    stored = start_line(NumberFormats(), FLOAT32, packed=True)
     assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored

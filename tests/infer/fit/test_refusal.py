@@ -136,4 +136,4 @@ def test_load_refuses_before_any_weight_is_read(model_folder: Path, gpus, monkey
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
         monkeypatch.setattr(ModelFolder, name, lambda *args, **kwargs: pytest.fail("a weight was read"))
     with pytest.raises(UserError, match=r"cuda:0 has 0\.5 GB free, streaming needs about 1\.\d GB: CUDA context 1\.0"):
-        StreamingPipeline.load(folder)
+        StreamingPipeline.load(folder, placement.Placement.choose())
