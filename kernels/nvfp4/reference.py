@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longvideo.kernels.nvfp4.codes import decode_bytes, encode, pack, unpack
 from longvideo.kernels.nvfp4.format import (
     E2M1_MAX,
-    E2M1_VALUES,
-    E4M3_MAX,
-    E4M3_TINY,
     GROUP,
     HADAMARD_SIGNS,
     ExactOperand,
@@ -25,13 +23,9 @@ from longvideo.kernels.nvfp4.format import (
     Rule,
     check_groups,
 )
+from longvideo.kernels.nvfp4.rounding import round_to_groups, to_nearest
 
-SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 MX_GROUP = 32
-LANES = 8  # float32 numbers in a register of the CPU whose sums the adaptive rules repeat
-AMAX_SHIFT = 2.0**-11  # keeps code x group scale x largest magnitude below that magnitude
-EXPONENT_BITS = 0x7F800000  # of a float32
-ANCHOR = 1.5 * 2.0**22  # times a power of two: a float32 whose last bit is worth half of that power
 
 
 def quantize(
@@ -54,7 +48,7 @@ def quantize(
     Raises ValueError for shapes that groups do not divide, and for stochastic rounding with an adaptive rule, whose
     choice after the rounding would be biased.
     """
-    values, scales, tensor_scale = _round(x, rule, tile_rows, amax, generator, name)
+    values, scales, tensor_scale = round_to_groups(x, rule, tile_rows, amax, generator, name)
     return NVFP4Tensor(pack(encode(values)).view(*x.shape[:-1], -1), scales, tensor_scale)
 
 
@@ -70,7 +64,7 @@ def quantize_exact(
 
     seed: rounds stochastically, with numbers of a generator of its own.
     """
-    values, scales, tensor_scale = _round(x, rule, tile_rows, None, _generator(seed, x.device), None)
+    values, scales, tensor_scale = round_to_groups(x, rule, tile_rows, None, _generator(seed, x.device), None)
     return ExactOperand((values * scales.float().unsqueeze(-1)).view(x.shape).to(dtype), tensor_scale)
 
 
@@ -101,7 +95,7 @@ def quantize_across_exact(
 
 def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
     """Write out `code x group scale`; bfloat16 and wider dtypes hold it exactly."""
-    values = _decode_bytes(quantized.codes, dtype).unflatten(-1, (-1, GROUP))
+    values = decode_bytes(quantized.codes, dtype).unflatten(-1, (-1, GROUP))
     # both factors are exact in dtype and so is their product
     product = values * quantized.scales.to(dtype).unsqueeze(-1)
     return ExactOperand(product.flatten(-2), quantized.tensor_scale)
@@ -109,7 +103,7 @@ def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactO
 
 def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the represented values, computed in float32 and rounded once to dtype."""
-    values = _decode_bytes(quantized.codes, torch.float32).unflatten(-1, (-1, GROUP))
+    values = decode_bytes(quantized.codes, torch.float32).unflatten(-1, (-1, GROUP))
     scale = quantized.scales.float() * quantized.tensor_scale
     return (values * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -173,54 +167,6 @@ def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
     return NVFP4Tensor(pack(unpack(quantized.codes).t().contiguous()), scales, quantized.tensor_scale)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Put two uint8 codes [..., K] into a byte [..., K/2], the first in the low nibble."""
-    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return low | (high << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Return uint8 codes [..., K] of bytes [..., K/2]."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-
-
-def encode(values: Tensor) -> Tensor:
-    """Return the uint8 codes of E2M1 values; the sign of zero is kept."""
-    # NaN becomes any integer, which must not index past the table
-    index = (values.abs() * 2).to(torch.int32).clamp(0, int(E2M1_MAX * 2))
-    magnitudes = _encoding_table(values.device)[index]
-    return magnitudes | (torch.signbit(values).to(torch.uint8) << 3)
-
-
-def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the E2M1 values of uint8 codes."""
-    return _decoding_table(codes.device, dtype)[codes.int()]
-
-
-def swizzle_scales(scales: Tensor) -> Tensor:
-    """Lay E4M3 scales [R, C] out as Blackwell's tensor cores read them: flat uint8, tiles of 128 x 4 padded with zeros.
-
-    Inside a tile, row r and column c lie at byte 16 (r mod 32) + 4 (r div 32) + c. Source: cuBLAS documentation, "1D
-    block scaling factors layout".
-    """
-    rows, columns = scales.shape
-    tile_rows, tile_columns = -(-rows // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
-    padded = scales.new_zeros(tile_rows * SWIZZLE_ROWS, tile_columns * SWIZZLE_COLUMNS, dtype=torch.uint8)
-    padded[:rows, :columns] = scales.view(torch.uint8)
-    return padded.view(tile_rows, 4, 32, tile_columns, 4).permute(0, 3, 2, 1, 4).flatten()
-
-
-def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo `swizzle_scales`: float8_e4m3fn [rows, columns]."""
-    tile_rows, tile_columns = -(-rows // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
-    wanted = tile_rows * tile_columns * SWIZZLE_ROWS * SWIZZLE_COLUMNS
-    if swizzled.numel() != wanted:
-        raise ValueError(f"{swizzled.numel()} swizzled scales, wanted {wanted} for {rows} x {columns}")
-    tiles = swizzled.view(torch.uint8).view(tile_rows, tile_columns, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    padded = tiles.reshape(tile_rows * SWIZZLE_ROWS, tile_columns * SWIZZLE_COLUMNS)
-    return padded[:rows, :columns].contiguous().view(torch.float8_e4m3fn)
-
-
 def random_hadamard(x: Tensor) -> Tensor:
     """Apply the orthogonal 16-point transform to every 16 neighbours of the last dimension, after fixed sign flips.
 
@@ -247,78 +193,7 @@ def quantize_dequantize_mxfp4(x: Tensor) -> Tensor:
     groups = x.float().unflatten(-1, (-1, MX_GROUP))
     exponent = torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - 2
     scale = torch.exp2(exponent.clamp(-127, 127).float())
-    return (_to_nearest((groups / scale).clamp(-E2M1_MAX, E2M1_MAX)) * scale).flatten(-2).to(x.dtype)
-
-
-def largest_magnitude(x: Tensor) -> Tensor:
-    """Return max |x| as a float32 scalar; NaN if there is one."""
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high).float()
-
-
-def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
-    """Return the tensor scale for a largest magnitude."""
-    return _divide(amax.float().clamp_min(rule.smallest_amax), rule.largest_product)
-
-
-def _round(
-    x: Tensor,
-    rule: Rule,
-    tile_rows: int,
-    amax: Tensor | None,
-    generator: torch.Generator | None,
-    name: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E2M1 values [..., G, 16] in float32, E4M3 scales [..., G] and the tensor scale."""
-    check_groups(x.shape, tile_rows=tile_rows)
-    if generator is not None and rule.is_adaptive:
-        raise ValueError(
-            f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
-        )
-    if name is not None and not torch.isfinite(x).all():
-        raise ValueError(f"{name} {list(x.shape)} holds NaN or infinity and cannot be quantised")
-    amax = (largest_magnitude(x) if amax is None else amax.float()).clamp_min(rule.smallest_amax)
-    groups = x.float().unflatten(-1, (-1, GROUP))
-    group_amax = groups.abs().amax(-1)
-    if tile_rows == GROUP:
-        group_amax = group_amax.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
-    tensor_scale = tensor_scale_of(amax, rule)
-    if rule.is_adaptive:
-        values, scales = _round_adaptively(groups, group_amax, amax, rule, tile_rows)
-    else:
-        values, scales = _round_statically(groups, group_amax, tensor_scale, rule, generator)
-    return values, scales, tensor_scale
-
-
-def _round_statically(
-    groups: Tensor, group_amax: Tensor, tensor_scale: Tensor, rule: Rule, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    exact_scale = _divide(group_amax, 4.0 if rule is Rule.STATIC4 else E2M1_MAX) / tensor_scale
-    # torchao gives no group less than a normal number
-    scales = _to_e4m3(exact_scale.clamp(E4M3_TINY, E4M3_MAX), round_up=generator is not None)
-    values = _scaled(groups, tensor_scale.reciprocal() / scales.float())
-    return _to_nearest(values) if generator is None else _stochastically(values, generator), scales
-
-
-def _round_adaptively(
-    groups: Tensor, group_amax: Tensor, amax: Tensor, rule: Rule, tile_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Round with the group's largest magnitude at 6 and at 4, and keep what has the lower error in every group."""
-    encoding_scale = torch.full_like(amax, rule.largest_product) / amax
-    decoding_scale = encoding_scale.reciprocal()
-    exact_scale = _divide(group_amax, E2M1_MAX) * encoding_scale
-    candidates = []
-    for candidate_scale in (exact_scale, exact_scale * 1.5):
-        scales = _to_e4m3(candidate_scale.clamp(0.0, E4M3_MAX), round_up=False)
-        # a group whose scale rounds to zero is zero
-        factor = torch.where(scales.float() > 0, (decoding_scale * scales.float()).reciprocal(), 0.0)
-        values = _to_nearest(_scaled(groups, factor))
-        candidates.append((values, scales, _error(groups, values, scales, amax, rule, tile_rows)))
-    (to_six, scales_to_six, error_to_six), (to_four, scales_to_four, error_to_four) = candidates
-    better = error_to_four < error_to_six
-    values = torch.where(better.unsqueeze(-1), to_four, to_six)
-    scales = torch.where(better, scales_to_four.view(torch.uint8), scales_to_six.view(torch.uint8))
-    return values, scales.view(torch.float8_e4m3fn)
+    return (to_nearest((groups / scale).clamp(-E2M1_MAX, E2M1_MAX)) * scale).flatten(-2).to(x.dtype)
 
 
 def _generator(seed: int | Tensor | None, device: torch.device) -> torch.Generator | None:
@@ -337,118 +212,6 @@ def _modulated(h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, eps: float
 
 def _gelu(h: Tensor) -> Tensor:
     return F.gelu(h.float(), approximate="tanh").to(h.dtype)
-
-
-def _divide(x: Tensor, by: float) -> Tensor:
-    """Divide as IEEE 754 has it on every device; by a Python number, CUDA multiplies by a rounded reciprocal."""
-    return x / torch.full((), by, device=x.device)
-
-
-def _scaled(groups: Tensor, factor: Tensor) -> Tensor:
-    return (groups * factor.unsqueeze(-1)).clamp(-E2M1_MAX, E2M1_MAX)
-
-
-def _error(groups: Tensor, values: Tensor, scales: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> Tensor:
-    """Return the error of every group, summed over its tile if there are tiles.
-
-    A value is `code x scale x amax / (6 x 256)`, rounded after the second product and after the division. The power of
-    two in the divisor comes first, which changes no bit and keeps the product from overflowing.
-    """
-    product = values * scales.float().unsqueeze(-1) * (amax * AMAX_SHIFT).unsqueeze(-1)
-    error = _divide(product, rule.largest_product * AMAX_SHIFT) - groups
-    if rule is Rule.ADAPTIVE_MAX:
-        worst = error.abs().amax(-1)
-        return worst if tile_rows == 1 else worst.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP, 0)
-    error = error.square() if rule is Rule.ADAPTIVE else error.abs()
-    return _sum_of_groups(error) if tile_rows == 1 else _sum_of_tiles(error).repeat_interleave(GROUP, 0)
-
-
-def _sum_of_groups(x: Tensor) -> Tensor:
-    """Sum 16 numbers of the last dimension as a CPU with registers of eight does: its halves, then their eight sums."""
-    first, second = x.unflatten(-1, (2, LANES)).unbind(-2)
-    return _sum_in_order(first + second)
-
-
-def _sum_of_tiles(x_RG16: Tensor) -> Tensor:
-    """Sum tiles of 16 x 16 as a CPU does with four registers of eight, one for each half of even and of odd rows."""
-    halves_TNPGHL = x_RG16.unflatten(-1, (2, LANES)).unflatten(0, (-1, GROUP // 2, 2))
-    total_TPGHL = halves_TNPGHL[:, 0]
-    for step in range(1, GROUP // 2):
-        total_TPGHL = total_TPGHL + halves_TNPGHL[:, step]
-    even_TGHL, odd_TGHL = total_TPGHL.unbind(1)
-    total_TGL = even_TGHL[..., 0, :] + even_TGHL[..., 1, :] + odd_TGHL[..., 0, :] + odd_TGHL[..., 1, :]
-    return _sum_in_order(total_TGL)
-
-
-def _sum_in_order(x: Tensor) -> Tensor:
-    """Sum the last dimension from the first number to the last."""
-    first, *others = x.unbind(-1)
-    for other in others:
-        first = first + other
-    return first
-
-
-def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:
-    """Round a scale in [0, 448] to E4M3: to nearest, ties to even, or up, so that nothing scaled exceeds 6."""
-    rounded = scale.to(torch.float8_e4m3fn)
-    if round_up:
-        # positive E4M3 numbers are ordered as their bytes are
-        below = rounded.float() < scale
-        rounded = (rounded.view(torch.uint8) + below.to(torch.uint8)).view(torch.float8_e4m3fn)
-    return rounded
-
-
-def _to_nearest(x: Tensor) -> Tensor:
-    """Round to E2M1, ties to the even code.
-
-    Beside a number whose last bit is worth one step, a sum is rounded to whole steps by float32 itself.
-    """
-    magnitude = x.abs()
-    anchor = _octave(magnitude) * ANCHOR
-    return torch.copysign((magnitude + anchor) - anchor, x)
-
-
-def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round to one of the two E2M1 neighbours, to the upper with the probability that makes the mean exact."""
-    magnitude = x.abs()
-    step = _octave(magnitude) * 0.5
-    steps = magnitude / step
-    lower = torch.floor(steps)
-    # not floor(steps + draw): that sum may be rounded up past a number that is on the grid already
-    up = torch.rand(x.shape, generator=generator, device=x.device) < steps - lower
-    return torch.copysign((lower + up) * step, x)
-
-
-def _octave(magnitude: Tensor) -> Tensor:
-    """Return the power of two at or below a magnitude, at least 1: twice the step of the E2M1 grid there."""
-    return (magnitude.view(torch.int32) & EXPONENT_BITS).view(torch.float32).clamp_min(1.0)
-
-
-def _decode_bytes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `decode(unpack(codes), dtype)`; both values of a byte are looked up at once, as one number."""
-    pairs = torch.index_select(_pair_table(codes.device, dtype), 0, codes.flatten().int())
-    return pairs.view(dtype).view(*codes.shape[:-1], -1)
-
-
-@functools.cache
-def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    pairs = decode(unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(1)), dtype)
-    whole = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
-    return pairs.contiguous().view(whole).flatten().to(device)
-
-
-@functools.cache
-def _encoding_table(device: torch.device) -> Tensor:
-    table = torch.zeros(int(E2M1_MAX * 2) + 1, dtype=torch.uint8)
-    for code, value in enumerate(E2M1_VALUES):
-        table[int(value * 2)] = code
-    return table.to(device)
-
-
-@functools.cache
-def _decoding_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    positive = torch.tensor(E2M1_VALUES, dtype=dtype)
-    return torch.cat((positive, -positive)).to(device)
 
 
 # a tensor made and kept in inference mode could not be multiplied under autograd afterwards

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longvideo.kernels.nvfp4.reference import swizzle_scales
+from longvideo.kernels.nvfp4.codes import swizzle_scales
 
 if TYPE_CHECKING:
     from longvideo.kernels.nvfp4.format import NVFP4Tensor

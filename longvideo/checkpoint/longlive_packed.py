@@ -16,7 +16,7 @@ from torch import Tensor
 from longvideo.checkpoint.packed import CONVENTION, CONVENTION_KEY, PACKED_LEAVES
 from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
-from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.codes import swizzle_scales, unswizzle_scales
 from longvideo.kernels.nvfp4.format import ADAPTIVE_SCALE_MAX, E2M1_MAX, GROUP
 from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE
 
@@ -122,8 +122,8 @@ def _pad(codes: Lazy, rows: int, columns: int) -> Tensor:
 
 
 def _unswizzle(factors: Lazy, rows: int, columns: int) -> Tensor:
-    return reference.unswizzle_scales(read(factors), rows, columns)
+    return unswizzle_scales(read(factors), rows, columns)
 
 
 def _swizzle(scales: Lazy) -> Tensor:
-    return reference.swizzle_scales(read(scales)).view(torch.float8_e4m3fn)
+    return swizzle_scales(read(scales)).view(torch.float8_e4m3fn)

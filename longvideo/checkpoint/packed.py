@@ -18,6 +18,7 @@ from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
+from longvideo.kernels.nvfp4.rounding import largest_magnitude, tensor_scale_of
 from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE
 
 CONVENTION_KEY = "nvfp4_convention"
@@ -102,11 +103,11 @@ class _Quantized:
         return self._quantize(read(self.weight)).scales if scales is None else scales
 
     def tensor_scale(self) -> Tensor:
-        return reference.tensor_scale_of(reference.largest_magnitude(read(self.weight)), self.rule)
+        return tensor_scale_of(largest_magnitude(read(self.weight)), self.rule)
 
     def _quantize(self, weight: Tensor) -> NVFP4Tensor:
         """Quantise some rows at a time, which stay in the processor's cache; the result is that of all at once."""
-        amax = reference.largest_magnitude(weight)
+        amax = largest_magnitude(weight)
         try:
             parts = [
                 reference.quantize(rows, self.rule, amax=amax, name=self.label)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.codes import swizzle_scales
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
+from longvideo.kernels.nvfp4.rounding import AMAX_SHIFT
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "nvfp4_c.safetensors"
 INPUTS = load_file(FIXTURE)
@@ -35,7 +37,7 @@ DEVICES = [
 
 
 def digest(quantized: NVFP4Tensor) -> str:
-    parts = (quantized.codes, reference.swizzle_scales(quantized.scales))
+    parts = (quantized.codes, swizzle_scales(quantized.scales))
     return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
 
@@ -96,7 +98,7 @@ def test_a_gpu_rounds_every_largest_magnitude_as_the_definition_does(rule: str) 
 
 def test_one_correction_by_the_remainder_divides_every_number_correctly() -> None:
     """What the compiled kernel does instead of dividing by 0.75, for all mantissas of float32."""
-    divisor = torch.tensor(Rule.ADAPTIVE.largest_product * reference.AMAX_SHIFT)
+    divisor = torch.tensor(Rule.ADAPTIVE.largest_product * AMAX_SHIFT)
     number = torch.arange(2**23, 2**24, dtype=torch.int64).float()
     reciprocal = 1 / divisor
     quotient = number * reciprocal

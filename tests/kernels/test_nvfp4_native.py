@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longvideo.kernels.nvfp4 import reference, scaled_mm, te
+from longvideo.kernels.nvfp4.codes import swizzle_scales, unswizzle_scales
 from longvideo.kernels.nvfp4.format import NVFP4Tensor, Rule
 
 PUBLIC = load_file(Path(__file__).parents[1] / "fixtures" / "nvfp4_a.safetensors")
@@ -39,9 +40,9 @@ def test_an_operand_holds_the_bytes_of_the_reference(rule: Rule, rows: int, dept
     operand = scaled_mm.operand(quantized)
     assert operand.packed.dtype == torch.float4_e2m1fn_x2 and operand.scales.dtype == torch.float8_e4m3fn
     assert torch.equal(operand.packed.view(torch.uint8), quantized.codes)
-    assert torch.equal(operand.scales.view(torch.uint8), reference.swizzle_scales(quantized.scales))
+    assert torch.equal(operand.scales.view(torch.uint8), swizzle_scales(quantized.scales))
     assert torch.equal(operand.tensor_scale, quantized.tensor_scale) and operand.tensor_scale.shape == ()
-    back = reference.unswizzle_scales(operand.scales, rows, depth // 16)
+    back = unswizzle_scales(operand.scales, rows, depth // 16)
     assert torch.equal(back.view(torch.uint8), quantized.scales.view(torch.uint8))
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longvideo.kernels.nvfp4 import reference
-from longvideo.kernels.nvfp4.format import E2M1_VALUES, E4M3_TINY, GROUP, NVFP4Tensor, Rule
+from longvideo.kernels.nvfp4.codes import decode, encode, pack, swizzle_scales, unpack, unswizzle_scales
+from longvideo.kernels.nvfp4.format import E2M1_VALUES, E4M3_TINY, GROUP, HADAMARD_SIGNS, NVFP4Tensor, Rule
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ORACLES = load_file(FIXTURES / "nvfp4_oracles.safetensors")
@@ -59,7 +60,7 @@ def test_static6_differs_from_transformer_engine_only_at_ties_and_below_normal_s
     normal = theirs >= E4M3_TINY
     assert torch.equal(quantized.scales.float(), theirs.clamp_min(E4M3_TINY))
     # the reciprocals are multiplied in another order, which shows where a value lies within a rounding of a tie
-    differs = reference.unpack(quantized.codes) != reference.unpack(ORACLES[f"{name}.te.{tile}.codes"])
+    differs = unpack(quantized.codes) != unpack(ORACLES[f"{name}.te.{tile}.codes"])
     differs &= normal.repeat_interleave(GROUP, -1)
     scale = (quantized.scales.double() * quantized.tensor_scale.double()).repeat_interleave(GROUP, -1)
     scaled = (x.double() / scale).abs()[differs]
@@ -74,7 +75,7 @@ def test_static6_differs_from_transformer_engine_only_at_ties_and_below_normal_s
 def test_adaptive_rules_equal_the_public_four_over_six_code_bit_for_bit(rule: str, tile: str) -> None:
     quantized = reference.quantize(PUBLIC["input"], ADAPTIVE_RULES[rule], tile_rows=TILES[tile])
     scales = PUBLIC[f"{rule}.{tile}.scales_swizzled_e4m3"].view(torch.uint8).flatten()
-    assert torch.equal(reference.swizzle_scales(quantized.scales), scales)
+    assert torch.equal(swizzle_scales(quantized.scales), scales)
     assert torch.equal(quantized.codes, PUBLIC[f"{rule}.{tile}.packed"].view(torch.uint8))
 
 
@@ -85,7 +86,7 @@ def test_adaptive_rules_choose_as_transformer_engine_in_all_but_a_hundredth(
     name: str, error: str, rule: Rule, tile: str
 ) -> None:
     quantized = reference.quantize(ORACLES[name], rule, tile_rows=TILES[tile])
-    codes = reference.unpack(quantized.codes) != reference.unpack(ORACLES[f"{name}.te.{error}.{tile}.codes"])
+    codes = unpack(quantized.codes) != unpack(ORACLES[f"{name}.te.{error}.{tile}.codes"])
     # codes under a scale of zero mean nothing
     codes &= (quantized.scales.float() > 0).repeat_interleave(GROUP, -1)
     assert codes.float().mean() < 0.01
@@ -95,7 +96,7 @@ def test_adaptive_rules_choose_as_transformer_engine_in_all_but_a_hundredth(
 @pytest.mark.parametrize("name", INPUTS)
 def test_random_hadamard_equals_transformer_engine(name: str) -> None:
     x, theirs = ORACLES[name], ORACLES[f"{name}.te.hadamard"]
-    assert torch.tensor(reference.HADAMARD_SIGNS).float().equal(ORACLES["te.hadamard_signs"])
+    assert torch.tensor(HADAMARD_SIGNS).float().equal(ORACLES["te.hadamard_signs"])
     # the order of 16 additions is the matrix product's own, then one rounding to x's dtype
     sums = x.float().abs().unflatten(-1, (-1, GROUP)).sum(-1).repeat_interleave(GROUP, -1) / math.sqrt(GROUP)
     rounding = BFLOAT16_ROUNDING if x.dtype == torch.bfloat16 else FLOAT32_ROUNDING
@@ -108,18 +109,18 @@ def test_random_hadamard_equals_transformer_engine(name: str) -> None:
 
 def test_sixteen_codes_encode_and_decode_to_themselves() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
-    values = reference.decode(codes)
+    values = decode(codes)
     assert values.tolist() == [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
     assert torch.signbit(values).tolist() == [False] * 8 + [True] * 8
-    assert torch.equal(reference.encode(values), codes)
+    assert torch.equal(encode(values), codes)
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=20).map(lambda codes: codes * 2))
 @settings(deadline=None)
 def test_packing_puts_the_first_code_in_the_low_nibble_and_unpacking_undoes_it(codes: list[int]) -> None:
-    packed = reference.pack(torch.tensor(codes, dtype=torch.uint8))
+    packed = pack(torch.tensor(codes, dtype=torch.uint8))
     assert packed.tolist() == [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
-    assert reference.unpack(packed).tolist() == codes
+    assert unpack(packed).tolist() == codes
 
 
 @given(rows=st.integers(1, 300), columns=st.integers(1, 13), seed=st.integers(0, 1000))
@@ -127,10 +128,10 @@ def test_packing_puts_the_first_code_in_the_low_nibble_and_unpacking_undoes_it(c
 def test_swizzling_follows_the_cublas_layout_and_is_undone(rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.randint(1, 127, (rows, columns), generator=generator, dtype=torch.uint8)
-    swizzled = reference.swizzle_scales(scales.view(torch.float8_e4m3fn))
+    swizzled = swizzle_scales(scales.view(torch.float8_e4m3fn))
     tile_columns = -(-columns // 4)
     assert swizzled.numel() == -(-rows // 128) * 128 * tile_columns * 4
-    assert torch.equal(reference.unswizzle_scales(swizzled, rows, columns).view(torch.uint8), scales)
+    assert torch.equal(unswizzle_scales(swizzled, rows, columns).view(torch.uint8), scales)
     r, c = torch.arange(rows).unsqueeze(1), torch.arange(columns)
     tile = (r // 128) * tile_columns + c // 4
     within = 16 * (r % 128 % 32) + 4 * (r % 128 // 32) + c % 4
@@ -141,7 +142,7 @@ def test_swizzling_follows_the_cublas_layout_and_is_undone(rows: int, columns: i
 
 def test_unswizzling_the_wrong_number_of_scales_raises() -> None:
     with pytest.raises(ValueError, match="511 swizzled scales, wanted 512 for 3 x 2"):
-        reference.unswizzle_scales(torch.zeros(511, dtype=torch.uint8), 3, 2)
+        unswizzle_scales(torch.zeros(511, dtype=torch.uint8), 3, 2)
 
 
 # rounding
@@ -152,7 +153,7 @@ def test_unswizzling_the_wrong_number_of_scales_raises() -> None:
 @settings(deadline=None, max_examples=20)
 def test_every_representable_value_is_kept(rule: Rule, tensor_scale: float) -> None:
     scales = torch.arange(8, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(1)
-    codes = reference.pack(torch.arange(16, dtype=torch.uint8)).expand(len(scales), -1)
+    codes = pack(torch.arange(16, dtype=torch.uint8)).expand(len(scales), -1)
     original = NVFP4Tensor(codes, scales, torch.tensor(tensor_scale))
     again = reference.quantize(reference.dequantize(original), rule, amax=original.tensor_scale * rule.largest_product)
     assert torch.equal(again.codes, original.codes)
@@ -310,7 +311,7 @@ def test_stochastic_rounding_rounds_only_to_neighbours_and_never_clips() -> None
     scaled = x.double() / scale
     assert scaled.abs().max() <= 6.0 * (1 + 4 * FLOAT32_ROUNDING)
     steps = torch.where(scaled.abs() < 2, 0.5, torch.where(scaled.abs() < 4, 1.0, 2.0))
-    values = reference.decode(reference.unpack(quantized.codes)).double()
+    values = decode(unpack(quantized.codes)).double()
     assert ((values - scaled).abs() < steps * (1 + 1e-6)).all()
 
 
@@ -334,7 +335,7 @@ def test_a_seed_fixes_the_draws_and_equal_tiles_draw_differently() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_written_out_operands_are_exactly_code_times_scale(dtype: torch.dtype) -> None:
     scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(1)  # 126 positive ones and zero
-    codes = reference.pack(torch.arange(16, dtype=torch.uint8)).expand(127, -1)
+    codes = pack(torch.arange(16, dtype=torch.uint8)).expand(127, -1)
     operand = reference.exact(NVFP4Tensor(codes, scales, torch.tensor(0.3)), dtype)
     product = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64) * scales.double()
     assert operand.values.dtype == dtype

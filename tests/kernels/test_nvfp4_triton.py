@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4.codes import decode, unpack
 from longvideo.kernels.nvfp4.format import (
     E2M1_MAX,
     E4M3_MAX,
@@ -21,6 +22,7 @@ from longvideo.kernels.nvfp4.format import (
     NVFP4Tensor,
     Rule,
 )
+from longvideo.kernels.nvfp4.rounding import tensor_scale_of
 
 pytest.importorskip("triton")
 from longvideo.kernels.nvfp4 import triton as kernels
@@ -156,7 +158,7 @@ def test_the_largest_magnitude_is_found_in_any_program(device: str) -> None:
         maxima[1, position] = 3e4 + position
         amax, scale = amax_and_scales(maxima.view(torch.int32).to(device), Rule.STATIC6)
         assert torch.equal(amax.cpu(), maxima.amax(1))
-        assert torch.equal(scale.cpu(), reference.tensor_scale_of(maxima.amax(1), Rule.STATIC6))
+        assert torch.equal(scale.cpu(), tensor_scale_of(maxima.amax(1), Rule.STATIC6))
 
 
 def test_infinity_leaves_nothing_finite(device: str) -> None:
@@ -273,7 +275,7 @@ def test_stochastic_rounding_picks_a_neighbour(device: str) -> None:
     scaled = x / group_scale.repeat_interleave(GROUP, 1)
     assert scaled.abs().max() <= E2M1_MAX * (1 + 1e-6)  # scales are rounded up
     step = torch.where(scaled.abs() < 2, 0.5, torch.where(scaled.abs() < 4, 1.0, 2.0))
-    values = reference.decode(reference.unpack(quantized.codes.cpu()))
+    values = decode(unpack(quantized.codes.cpu()))
     assert ((values - scaled).abs() <= step * (1 + 1e-5)).all()
     assert torch.equal(values.signbit(), x.signbit())
 
@@ -286,7 +288,7 @@ def test_no_two_programs_share_random_bits(device: str) -> None:
     x[0, 0] = E2M1_MAX * E4M3_MAX
     codes = kernels.quantize(x, Rule.STATIC6, seed=11, block_groups=groups).codes
     assert codes[:, 8:].unique(dim=0).shape[0] == programs
-    ups = reference.unpack(codes)[:, GROUP:].unflatten(1, (-1, GROUP))[..., 1:]
+    ups = unpack(codes)[:, GROUP:].unflatten(1, (-1, GROUP))[..., 1:]
     assert ups.flatten(0, 1).unique(dim=0).shape[0] == programs * (groups - 1)
     assert 0.4 < ups.float().mean() < 0.6
 
@@ -413,7 +415,7 @@ def test_operands_that_do_not_fit_are_refused(device: str) -> None:
 def assert_nearly_the_same(got: NVFP4Tensor, wanted: NVFP4Tensor) -> None:
     """Sums are taken in another order, so now and then a number is rounded to its other neighbour."""
     torch.testing.assert_close(got.tensor_scale.cpu(), wanted.tensor_scale, rtol=1e-5, atol=0)
-    codes = (reference.unpack(part.cpu()) for part in (got.codes, wanted.codes))
+    codes = (unpack(part.cpu()) for part in (got.codes, wanted.codes))
     assert torch.ne(*codes).float().mean() < 0.01
     numbers, wanted_numbers = reference.dequantize(_on_cpu(got)), reference.dequantize(wanted)
     assert (numbers - wanted_numbers).norm() < 0.01 * wanted_numbers.norm()

@@ -23,7 +23,7 @@ from longvideo.kernels.nvfp4.format import (
     HADAMARD_SIGNS,
     Rule,
 )
-from longvideo.kernels.nvfp4.reference import AMAX_SHIFT
+from longvideo.kernels.nvfp4.rounding import AMAX_SHIFT
 
 WORD_CODES = 8  # codes in 32 bits
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule, check_groups
-from longvideo.kernels.nvfp4.reference import tensor_scale_of
+from longvideo.kernels.nvfp4.rounding import tensor_scale_of
 from longvideo.kernels.nvfp4.triton.arithmetic import (
     GROUP_SIZE,
     GROUP_WORDS,
