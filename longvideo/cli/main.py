@@ -162,8 +162,9 @@ def _usage_message(error: typer.TyperException) -> str:
     if not message or context is None:
         return message
     if hasattr(error, "possibilities"):  # an unknown option, with the known ones that resemble it
-        nearest = f"did you mean {error.possibilities[0]}? See" if error.possibilities else "see"
-        message = f"{error.option_name} is not an option; {nearest}"
+        names: Sequence[str] = getattr(error, "possibilities", None) or ()
+        nearest = f"did you mean {names[0]}? See" if names else "see"
+        message = f"{getattr(error, 'option_name', 'a word')} is not an option; {nearest}"
     else:
         message = f"{message}; see"
     return f"{message} {context.command_path} --help"
