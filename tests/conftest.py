@@ -10,6 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from tests.options import OPTIONS
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -17,12 +19,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 BLACKWELL = (10, 0)
+BASE_SECONDS = 600  # as `timeout` in pyproject.toml
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--write-pictures", metavar="FOLDER", type=Path, help="Folder for pictures of the page (docs/images)."
-    )
+    group = parser.getgroup("longvideo")
+    for option in OPTIONS:
+        group.addoption(
+            option.name,
+            metavar=option.metavar,
+            type=option.kind,
+            default=option.default,
+            help=option.help if option.default is None else f"{option.help} Default: {option.default:g}.",
+        )
 
 
 @pytest.fixture
@@ -35,24 +44,27 @@ def picture_folder(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = missing_devices()
     for item in items:
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if limit := item.get_closest_marker("time_limit"):
+            option, seconds = limit.args
+            item.add_marker(pytest.mark.timeout(BASE_SECONDS + seconds * config.getoption(option)))
 
 
 def missing_devices() -> dict[str, str]:
-    """Return for each device mark that cannot run here the reason why."""
+    """Return the reason for each device mark whose tests cannot run here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     capability = torch.cuda.get_device_capability() if count else None
     reasons = {}
     if count < 1:
-        reasons["gpu"] = "needs a CUDA GPU, found none"
+        reasons["gpu"] = "needs a CUDA GPU; this machine has none"
     if count < 2:
-        reasons["multigpu"] = f"needs two CUDA GPUs, found {count}"
+        reasons["multigpu"] = f"needs two CUDA GPUs; this machine has {count}"
     if capability is None or capability < BLACKWELL:
-        found = f"{capability[0]}.{capability[1]}" if capability else "none"
-        reasons["sm100"] = f"needs a GPU of compute capability 10.0 or newer, found {found}"
+        here = f"its GPU has {capability[0]}.{capability[1]}" if capability else "this machine has no GPU"
+        reasons["sm100"] = f"needs a GPU of compute capability 10.0 or newer; {here}"
     return reasons

@@ -19,6 +19,7 @@ from longvideo.model.config import PRESETS
 from longvideo.train.clips.recipe import ClipTraining
 from longvideo.train.vae.recipe import VaeTraining
 from tests.docs_blocks import Block, Task, launch, python_files, read_blocks, read_commands, read_task
+from tests.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,9 +88,6 @@ def run(task: Task) -> None:
 
 
 def check_command(ranks: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    while re.fullmatch(r"LONGVIDEO_\w+=.*", words[0]):
-        assert any(words[0].split("=")[0] in file.read_text() for file in python_files(words))
-        words = words[1:]
     program, *arguments = Path(words[0]).name, *words[1:]
     if program == "longvideo" and arguments[0] in ("train", "distill"):
         check_training(ranks, arguments, monkeypatch)
@@ -100,6 +98,7 @@ def check_command(ranks: int, words: list[str], monkeypatch: pytest.MonkeyPatch)
         assert set(arguments) <= set(targets)
     elif program == "pytest":
         assert python_files(arguments) and all((ROOT / file).is_file() for file in python_files(arguments))
+        assert {word for word in arguments if word.startswith("--")} <= {option.name for option in OPTIONS}
     elif program == "pip":
         named = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
         known = metadata("longvideo").get_all("Provides-Extra") or []
@@ -210,6 +209,7 @@ def test_a_mark_that_is_missing_or_unknown_is_an_error(mark: str) -> None:
         "torchrun --nproc-per-node 3 -m longvideo.train wan/ar",
         "make tea",
         "pytest tests/test_nothing.py",
+        "pytest --quickly 3 tests/test_docs.py",
         'pip install "longvideo[everything]"',
         "frobnicate",
     ],

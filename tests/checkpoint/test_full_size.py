@@ -1,15 +1,15 @@
 """Wan2.2-TI2V-5B's size, on disk, through every format and back, in under 3 GB.
 
-LONGVIDEO_FULL_SIZE names a folder with 50 GB of room; it takes some minutes.
+The tests need `--full-size FOLDER` with 50 GB of free space, and take some minutes.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from longvideo.model.config import PRESETS
 from longvideo.vae.config import AutoencoderConfig
 from tests.checkpoint.random_weights import UMT5_XXL, fingerprints, random_model
 
-ROOM = os.environ.get("LONGVIDEO_FULL_SIZE")
 MEMORY_LIMIT = 3e9
 TARGETS = ("longvideo", "diffusers", "longvideo", "official")
 MEASURE = """
@@ -38,43 +37,41 @@ sys.exit(code)
 """
 
 
-needs_room = pytest.mark.skipif(ROOM is None, reason="takes 50 GB and minutes; LONGVIDEO_FULL_SIZE names a folder")
+@pytest.fixture
+def workspace(pytestconfig: pytest.Config) -> Path:
+    """Return an empty folder on the disk of `--full-size`."""
+    folder = pytestconfig.getoption("--full-size")
+    if folder is None:
+        pytest.skip("takes 50 GB and minutes; use --full-size FOLDER")
+    return Path(tempfile.mkdtemp(prefix="full_size_", dir=folder))
 
 
 @pytest.mark.timeout(3600)
-@needs_room
-def test_every_tensor_of_the_5b_survives_all_formats() -> None:
-    room = Path(str(ROOM)) / "full_size"
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir(parents=True)
+def test_every_tensor_of_the_5b_survives_all_formats(workspace: Path) -> None:
     try:
-        model, source = random_5b(), room / "0"
+        model, source = random_5b(), workspace / "0"
         convert_model(model, source, Wishes("official"))
         num_bytes = sum(model.weights(part).num_bytes for part in model.parts)
         before = fingerprints(model)
         print(f"\n{len(before)} tensors, {num_bytes / 1e9:.2f} GB")
         for number, target in enumerate(TARGETS, start=1):
-            peak, seconds = _convert(source, room / str(number), target)
+            peak, seconds = _convert(source, workspace / str(number), target)
             print(f"to {target}: {seconds:.0f} s, {num_bytes / 1e9 / seconds:.2f} GB/s, peak {peak / 1e9:.2f} GB")
             assert peak < MEMORY_LIMIT
             shutil.rmtree(source)
-            source = room / str(number)
+            source = workspace / str(number)
         assert fingerprints(ModelFolder.open(source)) == before
-        peak, seconds = _convert(source, room / "packed", "longvideo", "--precision", "nvfp4")
+        peak, seconds = _convert(source, workspace / "packed", "longvideo", "--precision", "nvfp4")
         print(f"to nvfp4: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
         assert peak < MEMORY_LIMIT
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(1800)
-@needs_room
-def test_the_files_of_wan_and_of_longlive_stream_as_they_are() -> None:
-    room = Path(str(ROOM)) / "full_size_streamed"
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir(parents=True)
-    wan, longlive = room / "Wan2.2-TI2V-5B", room / "model_bf16.pt"
+def test_the_files_of_wan_and_of_longlive_stream_as_they_are(workspace: Path) -> None:
+    wan, longlive = workspace / "Wan2.2-TI2V-5B", workspace / "model_bf16.pt"
     try:
         convert_model(random_5b(), wan, Wishes("official"))
         convert_model(ModelFolder.open(wan), longlive, Wishes("longlive"))
@@ -100,7 +97,7 @@ def test_the_files_of_wan_and_of_longlive_stream_as_they_are() -> None:
             gc.collect()
             torch.cuda.empty_cache()
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def random_5b() -> ModelFolder:

@@ -1,6 +1,6 @@
-"""Kill `longvideo generate --overwrite` at drawn moments: an older film, or all that was reported, plays.
+"""After `longvideo generate --overwrite` is killed, either the older video plays or everything that was reported.
 
-LONGVIDEO_SOAK=30 sets the number of moments.
+`--soak N` sets the number of random moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from longvideo.infer.writer import VideoWriter
 from tests.folders import file_names
 from tests.infer.conftest import model_folder  # noqa: F401
 
-MOMENTS = int(os.environ.get("LONGVIDEO_SOAK", "2"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 OLD_FRAMES = 7
 SECONDS = 20
@@ -61,15 +60,19 @@ def end(process: subprocess.Popen[str], number: int, *, lines: int | None, delay
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * MOMENTS)
-def test_an_older_film_or_what_was_reported_plays(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.time_limit("--soak", 60)
+def test_an_older_film_or_what_was_reported_plays(
+    model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
     out, lottery = tmp_path / "film.mp4", random.Random(0)
     timing = StreamingPipeline.from_pretrained(model_folder, device="cpu").chunk_timing
     began = time.monotonic()
     start(model_folder, out).communicate()
     whole_run = time.monotonic() - began
     new = 0
-    for moment in range(MOMENTS):
+    for moment in range(pytestconfig.getoption("--soak")):
         with VideoWriter(out, fps=24, overwrite=True) as writer:
             writer.write(np.zeros((OLD_FRAMES, 32, 64, 3), np.uint8))
         lines = None if moment % 2 else lottery.choice((1, 1, 2, 5))

@@ -1,6 +1,6 @@
-"""Kill training at drawn moments, resume it with another number of processes: losses are those of a run left alone.
+"""A training run that is killed and resumed with another number of processes has the losses of a run left alone.
 
-LONGVIDEO_SOAK=20 sets the number of moments, of which each direction and each command has so many.
+`--soak N` sets the number of random moments for each direction and each command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tests.data import footage
 
 pytest.importorskip("deepspeed")
 
-MOMENTS = int(os.environ.get("LONGVIDEO_SOAK", "2"))
 STEPS = 16
 LAST_KILL = 8
 COMPARED = 3
@@ -139,17 +138,17 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.timeout(120 + 120 * MOMENTS)
+@pytest.mark.time_limit("--soak", 120)
 @pytest.mark.parametrize("command", ["train", "distill"])
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)], ids=["two_ranks_then_one", "one_then_two_ranks"])
 def test_killed_and_resumed_with_other_processes_the_losses_are_equal(
-    home: Path, command: str, before: int, after: int
+    home: Path, command: str, before: int, after: int, pytestconfig: pytest.Config
 ) -> None:
-    name = f"{command}_{before}_{after}"
+    name, moments = f"{command}_{before}_{after}", pytestconfig.getoption("--soak")
     whole = arguments(home, command, f"{name}_whole", "trainer.save_every=0")
     run_and_kill(whole, home / f"{name}.log", ranks=before, reports=LAST_KILL + COMPARED + 3)
     expected, lottery, worst = losses(home / f"{name}_whole"), random.Random(name), 0.0
-    for number in range(MOMENTS):
+    for number in range(moments):
         out, log = f"{name}_{number}", home / f"{name}_{number}.log"
         resumed_at = killed_at = -1
         for ranks in (before, after):
@@ -167,4 +166,4 @@ def test_killed_and_resumed_with_other_processes_the_losses_are_equal(
         for step in range(resumed_at + 1, resumed_at + COMPARED + 1):
             worst = max(worst, abs(got[step] / expected[step] - 1))
             assert got[step] == pytest.approx(expected[step], rel=1e-5), (number, step)
-    print(f"{name}: {MOMENTS} kills, largest relative difference of a loss {worst:.1e}")
+    print(f"{name}: {moments} kills, largest relative difference of a loss {worst:.1e}")

@@ -1,6 +1,6 @@
-"""SIGTERM at drawn moments of a training: no step is lost.
+"""No step is lost when SIGTERM arrives at random moments of a training run.
 
-LONGVIDEO_SOAK=10 sets the number of moments.
+`--soak N` sets the number of moments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pytest
 
 from tests.train.small import Toy
 
-MOMENTS = int(os.environ.get("LONGVIDEO_SOAK", "2"))
 STEPS = 4000
 MOST_STEPS = 60  # until the signal comes
 
@@ -37,9 +36,10 @@ def start(out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_sigterm_loses_no_step(tmp_path: Path) -> None:
+@pytest.mark.time_limit("--soak", 60)
+def test_sigterm_loses_no_step(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     lottery, done = random.Random(0), 0
-    for _ in range(MOMENTS):
+    for _ in range(pytestconfig.getoption("--soak")):
         process = start(tmp_path / "run")
         assert process.stdout is not None
         left, last = lottery.randint(1, MOST_STEPS), done
