@@ -10,7 +10,7 @@ PROMPTS := "a large pink ring moves left while a small yellow circle moves down 
 	"a small green ring moves right while a large purple square pulses on a checkerboard" \
 	"a small red circle moves up while a large blue star spins against a night sky"
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format docs clean
 
 demo: ## fresh .venv, install, write demo.mp4
 	@start=$$(date +%s) && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && $(INSTALL) -e . && \
@@ -34,6 +34,9 @@ format: $(VENV)/.dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## the site, build/site/index.html; any broken link or warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -48,4 +51,8 @@ $(VENV)/.test: $(INSTALL_FILES) | $(BIN)/python
 
 $(VENV)/.dev: $(INSTALL_FILES) | $(BIN)/python
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(INSTALL_FILES) | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
 	touch $@
