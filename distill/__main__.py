@@ -1,7 +1,8 @@
-"""`torchrun --nproc-per-node N -m longvideo.distill CONFIG.yaml key=value`: `longvideo distill` in many processes."""
+"""`torchrun -m longvideo.distill`: another name for `torchrun -m longvideo distill`."""
 
-from longvideo.cli.distill import distill
-from longvideo.cli.training import main
+import sys
+
+from longvideo.cli.main import main
 
 if __name__ == "__main__":
-    main(distill)
+    sys.exit(main(["distill", *sys.argv[1:]]))

@@ -37,10 +37,11 @@ from longvideo.distill.prompts import (
 )
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
-from longvideo.distributed import Mesh, divide, launched
+from longvideo.distributed import Mesh, divide
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
+from longvideo.machine.launcher import launched
 from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from longvideo.config.fields import Bounded, bounded
-from longvideo.errors import ConfigError, UserError
+from longvideo.errors import ConfigError, RefusedByMain, UserError
+from longvideo.machine.launcher import process_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +37,6 @@ class ParallelConfig(Bounded):
     zero_stage: int = bounded(1, least=0, most=3)
     micro_batch: int | None = bounded(None, least=1)
     timeout_minutes: float = bounded(TIMEOUT_MINUTES, above=0, most=MOST_TIMEOUT_MINUTES)
-
-
-class RefusedByMain(UserError):
-    """The main rank has refused to go on, and says why."""
 
 
 @dataclass(frozen=True)
@@ -140,16 +136,6 @@ class Mesh:
         return x
 
 
-def launched() -> bool:
-    """Say whether a launcher started this process, alone or as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_main_process() -> bool:
-    """Say whether this process speaks for all, also before they have joined."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store: dist.Store | None = None) -> Mesh:
     """Divide the ranks of the default process group; every rank calls this once. Raises ConfigError if they do not
     divide."""
@@ -214,7 +200,7 @@ def start_processes(config: ParallelConfig, device: torch.device) -> dist.Store:
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         raise ConfigError(
-            f"not all {os.environ['WORLD_SIZE']} ranks came together within"
+            f"not all {process_rank().world} ranks came together within"
             f" parallel.timeout_minutes={config.timeout_minutes:g}: {str(error).splitlines()[0]}"
         ) from error
     return store

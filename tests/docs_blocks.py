@@ -128,7 +128,7 @@ def python_files(words: list[str]) -> list[Path]:
 
 
 def _module(words: list[str]) -> list[str]:
-    commands = {"longvideo.train": ["train", "ar"], "longvideo.distill": ["distill"]}
+    commands = {"longvideo": [], "longvideo.train": ["train", "ar"], "longvideo.distill": ["distill"]}
     return ["longvideo", *commands[words[0]], *words[1:]]
 
 

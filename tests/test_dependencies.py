@@ -235,7 +235,8 @@ SHORT = ("scenes.count=8", "bank={clips: 2, initial_clips: 2, group: 2}", "stage
 def test_the_extra_train_alone_trains_in_processes_and_distills(source: Path, tmp_path: Path) -> None:
     programs = environment_with(source, tmp_path / "venv", "train")
     launch = (programs / "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-    run(*launch, "-m", "longvideo.train", "tiny/ar", "vae=tiny", "initialize=tiny-teacher", *SHORT, "--dry-run", "1")
+    models = ("vae=tiny", "initialize=tiny-teacher")
+    run(*launch, "-m", "longvideo", "train", "ar", "tiny/ar", *models, *SHORT, "--dry-run", "1")
     small = ("stages=[{frames: 8, batch: 1, steps: 1}]", "lora={rank: 4, alpha: 4}", "--dry-run", "1")
     run(programs / "longvideo", "distill", "tiny/dmd", *small)
 

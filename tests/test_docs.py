@@ -204,8 +204,8 @@ def test_a_mark_that_is_missing_or_unknown_is_an_error(mark: str) -> None:
         "longvideo generate a --seconds many",
         "longvideo train ar tiny/ar stages[0].step=3",
         "longvideo train ar tiny/nothing",
-        "torchrun --nproc-per-node 2 -m longvideo.train wan/ar parallel.sequence=8",
-        "torchrun --nproc-per-node 8 -m longvideo.train wan/ar parallel.sequence=8",
+        "torchrun --nproc-per-node 2 -m longvideo train clips wan/ar parallel.sequence=8",
+        "torchrun --nproc-per-node 8 -m longvideo train clips wan/ar parallel.sequence=8",
         "torchrun --nproc-per-node 3 -m longvideo.train wan/ar",
         "make tea",
         "pytest tests/test_nothing.py",
@@ -223,12 +223,12 @@ def test_commands_of_launchers_run_on_their_ranks() -> None:
     text = """
 #SBATCH --nodes 4
 srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-endpoint $(hosts | head -n 1):29500 \\
-    -m longvideo.train wan/ar data=clips
+    -m longvideo train clips wan/ar data=clips
 ... seed=3
 torchrun --no-python --nproc-per-node 2 longvideo bench parallel ...
 """
     assert [launch(words) for words in read_commands(text)] == [
-        (32, ["longvideo", "train", "ar", "wan/ar", "data=clips"]),
-        (32, ["longvideo", "train", "ar", "wan/ar", "data=clips", "seed=3"]),
+        (32, ["longvideo", "train", "clips", "wan/ar", "data=clips"]),
+        (32, ["longvideo", "train", "clips", "wan/ar", "data=clips", "seed=3"]),
         (2, ["longvideo", "bench", "parallel"]),
     ]

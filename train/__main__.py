@@ -1,7 +1,8 @@
-"""`torchrun --nproc-per-node N -m longvideo.train CONFIG.yaml key=value`: `longvideo train ar` in many processes."""
+"""`torchrun -m longvideo.train`: another name for `torchrun -m longvideo train ar`."""
 
-from longvideo.cli.train import ar
-from longvideo.cli.training import main
+import sys
+
+from longvideo.cli.main import main
 
 if __name__ == "__main__":
-    main(ar)
+    sys.exit(main(["train", "ar", *sys.argv[1:]]))

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longvideo.distributed import Mesh, ParallelConfig, launched
+from longvideo.distributed import Mesh, ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.kernels.backends import attention_backend
+from longvideo.machine.launcher import launched
 from longvideo.model.attention import AttentionPattern, Blockwise, Masked, StaticPattern
 from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout

@@ -1,11 +1,10 @@
-"""`longvideo distill`, and the same under `torchrun -m longvideo.distill`."""
+"""`longvideo distill`: distill a causal model into one of few steps."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.cli.training import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
+from longvideo.cli.training import train, training_command
 from longvideo.machine.packages import require
 
 if TYPE_CHECKING:
@@ -15,22 +14,15 @@ if TYPE_CHECKING:
     from longvideo.distill.distillation import DistillRecipe
     from longvideo.distill.engine import PairedEngine
     from longvideo.distributed import Mesh
+    from longvideo.training.options import RunOptions
     from longvideo.training.trainer import Recipe
 
 
-def distill(
-    arguments: Arguments = None,
-    out: Out = Path("runs/distill"),
-    resume: Resume = "auto",
-    max_minutes: MaxMinutes = None,
-    device: Device = None,
-    dry_run: DryRun = 0,
-    trace: Trace = False,
-) -> None:
-    """Distil a causal model into one of 4 or 2 steps without guidance (DMD), training LoRA weights alone.
+def run(options: RunOptions) -> None:
+    """Distill a causal model into one of 4 or 2 steps without guidance (DMD), training LoRA weights alone.
 
     Student and critic are adapters on one frozen backbone, packed to 4 bits unless `backbone.precision=bf16`; without
-    an adapter it is the teacher. The student makes videos as it will when it generates, chunk by chunk on its own
+    an adapter the backbone is the teacher. The student makes videos as it does in generation, chunk by chunk on its own
     chunks; teacher and critic compare them.
 
     Prompts are ShapeWorld's, or `prompts=FILE` (one a line; `.jsonl` with a list of shots a line), or the captions of
@@ -43,19 +35,20 @@ def distill(
 
     On a CPU, in a minute or two: `longvideo distill cpu/dmd --out runs/try_dmd`
 
-    `torchrun --nproc-per-node 8 -m longvideo.distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
+    `torchrun --nproc-per-node 8 -m longvideo distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
     """
-
-    def build(config: Distillation, target: torch.device, mesh: Mesh) -> Recipe:
-        from longvideo.distill.distillation import DistillRecipe
-
-        return DistillRecipe(config, target, mesh, dry_run=bool(dry_run))
-
-    def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, target: torch.device) -> PairedEngine:
-        return recipe.engine(mesh)
-
     require("peft", extra="train", purpose="longvideo distill")
     from longvideo.distill.config import Distillation
 
-    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
-    train("distill", Distillation, build, "tiny/dmd", options, build_engine=build_engine)
+    def build(config: Distillation, device: torch.device, mesh: Mesh) -> Recipe:
+        from longvideo.distill.distillation import DistillRecipe
+
+        return DistillRecipe(config, device, mesh, dry_run=options.dry_run > 0)
+
+    def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, device: torch.device) -> PairedEngine:
+        return recipe.engine(mesh)
+
+    train(options, Distillation, build, default_config="tiny/dmd", build_engine=build_engine)
+
+
+distill = training_command(run, command="distill", folder="runs/distill")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
@@ -36,6 +35,7 @@ from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import Script
+from longvideo.machine.launcher import is_main_process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,7 @@ def generate(
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
     formats = NumberFormats(precision, kv_cache, attention)
-    if os.environ.get("RANK", "0") == "0":  # other ranks may get here after rank 0 has created the file
+    if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
     from longvideo.infer.fit.placement import Placement
     from longvideo.streaming.parallel import launched_ranks

@@ -16,7 +16,8 @@ from longvideo import __version__
 from longvideo.cli.logs import show_messages
 from longvideo.cli.printing import STDERR, printable, without_reader
 from longvideo.cli.stopping import exit_code, stop_word
-from longvideo.errors import UserError
+from longvideo.errors import EXIT_USER_ERROR, RefusedByMain, UserError
+from longvideo.machine.launcher import is_main_process
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
@@ -32,7 +33,6 @@ COMMANDS = {
     "doctor": "longvideo.cli.doctor:doctor",
     "bench": "longvideo.cli.bench:app",
 }
-EXIT_USER_ERROR = 2
 HELP_NAMES = ["--help", "-h"]
 # an error of a full or read-only disk has no file name when it comes from a write
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
@@ -91,9 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after an error of the user, 128 + N after signal N."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = arguments[:1] == ["--debug"]
-    show_messages()
     try:
+        show_messages(is_main=is_main_process())
         code = command_line()(arguments, prog_name="longvideo", standalone_mode=False)
+    except RefusedByMain:
+        return EXIT_USER_ERROR
     except (UserError, OSError, typer.TyperException) as error:
         if debug or not _is_users(error):
             raise
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = exit_code(signal.SIGINT)
     code = code if isinstance(code, int) else 0
-    if (word := stop_word(code)) is not None:
+    if (word := stop_word(code)) is not None and is_main_process():
         with without_reader(STDERR):
             print(word, file=sys.stderr, flush=True)
     return code

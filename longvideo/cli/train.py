@@ -1,105 +1,97 @@
-"""`longvideo train vae`, `longvideo train ar`, and the latter under `torchrun -m longvideo.train`."""
+"""`longvideo train`: the autoencoder, the transformer on ShapeWorld, and the transformer on videos of one's own."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
 import typer
 
-from longvideo.cli.training import Arguments, Device, DryRun, MaxMinutes, Options, Out, Resume, Trace, train
+from longvideo.cli.training import train, training_command
 from longvideo.errors import ConfigError
+from longvideo.machine.launcher import is_main_process
 
 if TYPE_CHECKING:
     import torch
 
     from longvideo.distributed import Mesh
+    from longvideo.training.options import RunOptions
     from longvideo.training.trainer import Recipe
 
-app = typer.Typer(no_args_is_help=True, help="Train the models: first the autoencoder, then the transformer.")
+app = typer.Typer(no_args_is_help=True, help="Train models: the autoencoder first, then the transformer.")
 
 
-@app.command(no_args_is_help=False)
-def vae(
-    arguments: Arguments = None,
-    out: Out = Path("runs/vae"),
-    resume: Resume = "auto",
-    max_minutes: MaxMinutes = None,
-    device: Device = None,
-    dry_run: DryRun = 0,
-    trace: Trace = False,
-) -> None:
+def vae(options: RunOptions) -> None:
     """Train the video autoencoder on ShapeWorld.
 
     The run folder holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `samples/` (given and
-    reconstructed clips) and `model/` (the averaged weights, in diffusers' layout, with latent statistics).
+    reconstructed clips) and `model/` (the averaged weights in diffusers' layout, with latent statistics).
 
     On a GPU: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
 
     On a CPU, in a minute or two: `longvideo train vae cpu/vae --out runs/try_vae`
     """
+    from longvideo.train.vae.recipe import VaeRecipe, VaeTraining
 
-    def build(config: VaeTraining, target: torch.device, mesh: Mesh) -> Recipe:
-        from longvideo.train.vae.recipe import VaeRecipe
-
+    def build(config: VaeTraining, device: torch.device, mesh: Mesh) -> Recipe:
         if mesh.world > 1:
-            raise ConfigError(f"the autoencoder is trained in one process, not in {mesh.world}")
-        return VaeRecipe(config, target)
+            raise ConfigError(f"the autoencoder is trained in one process, but {mesh.world} were started; start one")
+        return VaeRecipe(config, device)
 
-    from longvideo.train.vae.recipe import VaeTraining
-
-    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
-    train("train vae", VaeTraining, build, "tiny/vae", options)
+    train(options, VaeTraining, build, default_config="tiny/vae")
 
 
-@app.command(no_args_is_help=False)
-def ar(
-    arguments: Arguments = None,
-    out: Out = Path("runs/ar"),
-    resume: Resume = "auto",
-    max_minutes: MaxMinutes = None,
-    device: Device = None,
-    dry_run: DryRun = 0,
-    trace: Trace = False,
-) -> None:
-    """Train the causal transformer by teacher forcing: on ShapeWorld, or on your own encoded clips.
+def ar(options: RunOptions) -> None:
+    """Train the causal transformer and its text encoder on ShapeWorld, by teacher forcing.
 
-    A configuration without `data` draws ShapeWorld and trains the text encoder too. The autoencoder comes from a model
-    folder, `vae=runs/vae/model` or `vae=tiny`; `initialize=` names one to take the transformer and text encoder from.
-    The preset `tiny/ar_opening` trains how videos begin, `tiny/ar` goes on from it with how they continue.
+    The autoencoder comes from a model folder, `vae=runs/vae/model` or `vae=tiny`; `initialize=` names a model folder to
+    take the transformer and the text encoder from. The preset `tiny/ar_opening` trains how videos begin, `tiny/ar`
+    continues from it with how they go forward.
 
-    A configuration with `data`, such as `wan/ar`, trains on a folder that `longvideo data encode` made, from the model
-    folder `initialize`. Either runs in many processes:
-
-    `torchrun --nproc-per-node 8 -m longvideo.train wan/ar data=clips initialize=wan parallel.sequence=4`
-
-    The run folder is laid out as that of `train vae`; its `model/` is complete: `longvideo generate --model RUN/model`.
+    The run folder is laid out as that of `train vae`. Its `model/` is complete: `longvideo generate --model RUN/model`.
 
     On a GPU: `longvideo train ar tiny/ar_opening --out runs/ar_opening --max-minutes 9`
 
     On a CPU, in a minute or two: `longvideo train ar cpu/ar --out runs/try_ar`
 
-    On a CPU, on videos: `longvideo train ar cpu/clips data=MANIFEST --out runs/try_clips`
+    On several GPUs: `torchrun --nproc-per-node 8 -m longvideo train ar tiny/ar_opening --out runs/ar_opening`
     """
     from longvideo.config.loading import find_config, sets_key
 
-    options = Options(arguments or [], out, resume, max_minutes, device, dry_run, trace)
     if sets_key("data", [find_config(name) for name in options.configs], options.overrides):
-        from longvideo.train.clips.recipe import ClipTraining
-
-        def build_clips(config: ClipTraining, target: torch.device, mesh: Mesh) -> Recipe:
-            from longvideo.train.clips.recipe import ClipRecipe
-
-            return ClipRecipe(config, target, mesh, dry_run=bool(dry_run))
-
-        train("train ar", ClipTraining, build_clips, "wan/ar", options)
+        if is_main_process():
+            print("note: `longvideo train ar` with `data` runs `longvideo train clips`; use that", file=sys.stderr)
+        clips(options)
         return
+    from longvideo.train.shapeworld.recipe import ArRecipe, ArTraining
 
-    def build(config: ArTraining, target: torch.device, mesh: Mesh) -> Recipe:
-        from longvideo.train.shapeworld.recipe import ArRecipe
+    def build(config: ArTraining, device: torch.device, mesh: Mesh) -> Recipe:
+        return ArRecipe(config, device, mesh, dry_run=options.dry_run > 0)
 
-        return ArRecipe(config, target, mesh, dry_run=bool(dry_run))
+    train(options, ArTraining, build, default_config="tiny/ar_opening")
 
-    from longvideo.train.shapeworld.recipe import ArTraining
 
-    train("train ar", ArTraining, build, "tiny/ar_opening", options)
+def clips(options: RunOptions) -> None:
+    """Train the causal transformer on your own videos, by teacher forcing.
+
+    `data` names a folder that `longvideo data encode` made, or a manifest of videos, which are then encoded again in
+    every epoch. `initialize` names the model folder that everything else comes from. With `--dry-run`, neither is
+    needed.
+
+    The run folder is laid out as that of `train vae`. Its `model/` is complete where that of `initialize` is.
+
+    On GPUs: `torchrun --nproc-per-node 8 -m longvideo train clips wan/ar data=clips initialize=wan parallel.sequence=4`
+
+    On a CPU, in a minute or two: `longvideo train clips cpu/clips data=MANIFEST --out runs/try_clips`
+    """
+    from longvideo.train.clips.recipe import ClipRecipe, ClipTraining
+
+    def build(config: ClipTraining, device: torch.device, mesh: Mesh) -> Recipe:
+        return ClipRecipe(config, device, mesh, dry_run=options.dry_run > 0)
+
+    train(options, ClipTraining, build, default_config="wan/ar")
+
+
+for run, folder in ((vae, "runs/vae"), (ar, "runs/ar"), (clips, "runs/clips")):
+    command = training_command(run, command=f"train {run.__name__}", folder=folder)
+    app.command(run.__name__, no_args_is_help=False)(command)

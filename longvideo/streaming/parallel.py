@@ -11,7 +11,6 @@ Shapes: R ranks, B samples, L tokens of the chunk, O = L / R own tokens, N heads
 from __future__ import annotations
 
 import math
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +22,7 @@ from longvideo.distributed import ParallelConfig, divisors, start_processes
 from longvideo.errors import UserError
 from longvideo.kernels.backends import RotaryOperations, rotary_operations
 from longvideo.kernels.fp8.format import FP8Rows
+from longvideo.machine.launcher import process_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,15 +97,16 @@ def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.Proces
     no GPU. What used the group must be gone when this ends: a recorded graph would go on waiting for the others.
     Raises UserError for a single GPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    place = process_rank()
+    if place.world == 1:
         yield device, None
         return
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"device is {device!r}, but several ranks were started; each takes the GPU of its number")
     if device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(f"rank {os.environ['RANK']} has no GPU: {torch.cuda.device_count()} were found")
+        device = f"cuda:{place.local_rank}"
+        if place.local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {place.rank} has no GPU: {torch.cuda.device_count()} were found")
         torch.cuda.set_device(device)
     else:
         device = "cpu"

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longvideo.distributed import Mesh, ParallelConfig, launched
 from longvideo.errors import ConfigError
+from longvideo.machine.launcher import launched
 
 if TYPE_CHECKING:
+    from longvideo.distributed import Mesh, ParallelConfig
     from longvideo.model.config import TransformerConfig
 
 GIB = 2**30

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-from longvideo.distributed import Mesh, ParallelConfig, build_mesh, launched, start_processes
+from longvideo.config.loading import to_yaml
+from longvideo.distributed import Mesh, ParallelConfig, build_mesh, start_processes
+from longvideo.errors import ConfigError
+from longvideo.machine.launcher import launched, process_rank
 from longvideo.machine.packages import require
 from longvideo.model.attention import preferred_attention
 from longvideo.training.engine import Engine, LocalEngine
@@ -23,43 +25,25 @@ from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from longvideo.training.objective import Objective
     from longvideo.training.optimizer import OptimizerConfig
+    from longvideo.training.options import RunOptions
+
+BuildRecipe: TypeAlias = "Callable[[Any, torch.device, Mesh], Recipe]"
+"""Build a recipe from its configuration, the device of this process and the mesh of all processes."""
+BuildEngine: TypeAlias = "Callable[[Any, Any, Mesh, torch.device], Engine]"
+"""Build an engine from a configuration, its recipe, the mesh and the device."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What a command says of a run beside its configuration.
+def run(config: Any, options: RunOptions, build: BuildRecipe, *, build_engine: BuildEngine | None = None) -> None:
+    """Train as a configuration describes, in this process or in all processes of a launcher.
 
-    resume_command: what starts it again. config_text: the configuration as YAML. resume: "auto" or "never". deadline:
-    on the clock of `time.monotonic`. dry_run: steps of each stage to time instead of training.
+    config: configuration of a recipe, with `trainer`, `optimizer` and, where several processes can share the work,
+    `parallel`. build_engine: by default one engine for the recipe's objective. Raises RunStopped after SIGTERM, SIGINT
+    or SIGHUP, once the state is saved.
     """
-
-    resume_command: str
-    config_text: str = ""
-    resume: str = "auto"
-    deadline: float = math.inf
-    dry_run: int = 0
-    trace: bool = False
-
-
-def run(
-    config: Any,
-    build: Callable[[Any, torch.device, Mesh], Recipe],
-    device: torch.device,
-    folder: Path,
-    options: RunOptions,
-    *,
-    build_engine: Callable[[Any, Any, Mesh, torch.device], Engine] | None = None,
-) -> None:
-    """Train what a configuration says, in this process or in all that a launcher started.
-
-    config: of a recipe, with `trainer`, `optimizer` and, where several processes can work on it, `parallel`.
-    build_engine: from config, recipe, mesh and device; by default one for the recipe's objective.
-    Raises RunStopped after SIGTERM or SIGINT, once the state is saved.
-    """
+    device = choose_device(options.device)
     check_reporting(config.trainer.tensorboard, config.trainer.wandb)
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
     store = start_processes(parallel, device) if launched() else None
@@ -69,7 +53,7 @@ def run(
         return Trainer(
             recipe,
             (build_engine or of_objective)(config, recipe, mesh, device),
-            folder,
+            options.folder,
             config=config.trainer,
             optimizer=config.optimizer,
             device=device,
@@ -81,34 +65,56 @@ def run(
     with naming_lost_ranks(mesh), preferred_attention(device):
         if options.dry_run:
             trainer = new_trainer()
-            _say(mesh, _describe(trainer, config))
+            _print(mesh, _start_line(trainer, config))
             for text in profile(trainer, options.dry_run, trace=options.trace):
-                if mesh.is_main:
-                    print(text, flush=True)
+                _print(mesh, text)
         else:
-            with claimed(folder, mesh, resume=options.resume):
+            with claimed(options.folder, mesh, resume=options.resume):
                 trainer = new_trainer()
-                _say(mesh, _describe(trainer, config))
-                _train(trainer, options)
+                _print(mesh, _start_line(trainer, config))
+                _train(trainer, options, config_text=to_yaml(config))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _train(trainer: Trainer, options: RunOptions) -> None:
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of this process and set it up in torch.
+
+    name: a torch device; by default the GPU of this process if there is one. Raises ConfigError for another name, and
+    where torch finds no CUDA device.
+    """
+    try:
+        own = f"cuda:{process_rank().local_rank}"
+        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not a device; use cuda, cuda:N or cpu") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device is {name}, but torch finds no CUDA device; use --device cpu")
+        if launched():
+            # the optimizer needs one piece of memory as large as all weights, which a divided heap does not have
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _train(trainer: Trainer, options: RunOptions, *, config_text: str) -> None:
     is_done = False
     try:
-        is_done = trainer.run(resume=options.resume, deadline=options.deadline, config_text=options.config_text)
+        is_done = trainer.run(resume=options.resume, deadline=options.deadline, config_text=config_text)
     except RunStopped:
-        _say(trainer.mesh, f"resume with: {options.resume_command}")
+        _print(trainer.mesh, f"resume with: {options.resume_command}")
         raise
     if is_done:
-        _say(trainer.mesh, *trainer.recipe.next_steps(trainer.folder))
+        _print(trainer.mesh, *trainer.recipe.next_steps(trainer.folder))
     else:
-        _say(trainer.mesh, f"resume with: {options.resume_command}")
+        _print(trainer.mesh, f"resume with: {options.resume_command}")
 
 
-def _describe(trainer: Trainer, config: Any) -> str:
-    """Say in one line what runs, and what of it is not as one would expect, and why."""
+def _start_line(trainer: Trainer, config: Any) -> str:
+    """Describe in one line what runs, and why where that differs from the default."""
     device, precision = trainer.device, config.trainer.precision
     resolved = resolve(precision, device)
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
@@ -126,7 +132,7 @@ def _describe(trainer: Trainer, config: Any) -> str:
     return " | ".join(parts)
 
 
-def _say(mesh: Mesh, *lines: str) -> None:
+def _print(mesh: Mesh, *lines: str) -> None:
     for line in lines if mesh.is_main else ():
         print(line, flush=True)
 

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     import torch
 
     from longvideo.distributed import Mesh
+    from longvideo.training.options import ResumeChoice
 
 LOCK_FILE = "run.lock"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 CHECKPOINTS, MODEL = "checkpoints", "model"
-RESUME = ("auto", "never")
 PRIVATE = 0o700
 
 
 @contextmanager
-def claimed(folder: Path, mesh: Mesh, *, resume: str) -> Iterator[None]:
+def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Iterator[None]:
     """Hold a run folder for the processes of one run, and leave everything in it as it is.
 
     The folder is made, for its owner alone, where there is none, and removed again if nothing was written into it.
@@ -66,9 +66,7 @@ def describe_model(folder: Path) -> list[str]:
     return [f"model: {model}", f"next: {command}"]
 
 
-def _check_resume(folder: Path, resume: str) -> None:
-    if resume not in RESUME:
-        raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
+def _check_resume(folder: Path, resume: ResumeChoice) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder")
     holds = [name for name in (CHECKPOINTS, MODEL, METRICS_FILE) if (folder / name).exists()]

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from longvideo.distributed import launched
+from longvideo.machine.launcher import launched
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -20,7 +20,7 @@ from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.training.objective import BatchSource, Objective, as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import PRECISIONS
-from longvideo.training.run_folder import CHECKPOINTS, MODEL, RESUME, write_record
+from longvideo.training.run_folder import CHECKPOINTS, MODEL, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.run_checkpoint import RunState
     from longvideo.training.engine import Engine
+    from longvideo.training.options import ResumeChoice
 
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
@@ -147,7 +148,7 @@ class Trainer:
         self.learning_rate: Callable[[int], float] = rate_schedule(optimizer, recipe.segments)
         self.device = device
 
-    def run(self, *, resume: str = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
+    def run(self, *, resume: ResumeChoice = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
         """Train to the last step, or until `time.monotonic()` passes `deadline`; return whether all steps are done.
 
         Either way a checkpoint and a model folder are left. SIGTERM, SIGINT and SIGHUP leave a
@@ -292,7 +293,7 @@ class Trainer:
         with self.mesh.one_voice():
             self.checkpoints.save(step, self.engine, self.recipe.state())
 
-    def restore(self, resume: str) -> int:
+    def restore(self, resume: ResumeChoice) -> int:
         """Load the newest checkpoint when `resume` is "auto"; return the step to resume at."""
         with self.mesh.one_voice():
             checkpoint = self._accepted(resume)
@@ -306,10 +307,8 @@ class Trainer:
             self._say(note)
         return checkpoint.step
 
-    def _accepted(self, resume: str) -> Checkpoint | None:
+    def _accepted(self, resume: ResumeChoice) -> Checkpoint | None:
         """Return the checkpoint to resume from, None for a new run; raise what all ranks come to."""
-        if resume not in RESUME:
-            raise ConfigError(f"--resume {resume} is unknown; use one of {', '.join(RESUME)}")
         if resume == "never":
             if self.mesh.on_main(self.checkpoints.steps):
                 raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")

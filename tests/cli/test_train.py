@@ -112,6 +112,20 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not out.exists()
 
 
+def test_train_ar_with_data_trains_clips_and_names_that_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_step = ("data=null", "settings={height: 32, width: 64}", "stages=[{steps: 1, chunks: 1, batch: 1}]")
+    small = ("preset=tiny", *one_step, "--dry-run", "1", "--device", "cpu", "--out", str(tmp_path / "run"))
+    outputs = []
+    for command in ("clips", "ar"):
+        assert main(["train", command, *small]) == 0
+        outputs.append(capsys.readouterr())
+    assert [output.out.splitlines()[1].partition(" | first ")[0] for output in outputs] == ["stage 0 | 1 steps"] * 2
+    assert "train clips" not in outputs[0].err
+    assert outputs[1].err == "note: `longvideo train ar` with `data` runs `longvideo train clips`; use that\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,8 +133,10 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["vae", "tiny/vea"], "did you mean 'tiny/vae'?"),
         (["vae", "trainer.precision=fp8"], "trainer.precision='fp8' is unknown; use one of auto, bf16, fp32"),
         (["ar", "vae=nowhere"], "no model 'nowhere'"),
-        (["vae", "--max-minutes", "0"], "--max-minutes 0.0 must be above 0"),
-        (["vae", "--device", "abacus"], "--device abacus is not a device"),
+        (["vae", "--max-minutes", "0"], "--max-minutes is 0; expected a number above 0"),
+        (["vae", "--resume", "maybe"], "'maybe' is not one of 'auto', 'never'"),
+        (["clips", "tiny/ar"], "unknown key 'vae'"),
+        (["vae", "--device", "abacus"], "--device 'abacus' is not a device; use cuda, cuda:N or cpu"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -161,7 +177,8 @@ def test_a_model_that_no_earlier_run_made_is_the_packaged_one(
     small = ("stages=[{steps: 2, chunks: 1, batch: 1}]", "scenes.count=4", "bank.clips=4", "bank.initial_clips=4")
     assert main(["train", "ar", *small, "bank.group=4", "--device", "cpu", "--dry-run", "1"]) == 0
     captured = capsys.readouterr().out
-    assert captured.startswith("vae: runs/vae_refine/model is not there; the packaged tiny-teacher takes its place\n")
+    first = "vae: runs/vae_refine/model does not exist; the packaged model tiny-teacher is used instead\n"
+    assert captured.startswith(first)
     assert main(["train", "ar", "tiny/ar_opening", "vae=runs/vae_refine/model", "--device", "cpu"]) == 2
     assert "runs/vae_refine/model" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -178,7 +195,7 @@ def test_the_cpu_sized_forms_in_the_help_train(
     dmd = ("stages=[{frames: 8, batch: 1, steps: 2}]", "samples.prompts=0")
     assert main(["distill", "cpu/dmd", *dmd, "--device", "cpu", "--out", "dmd"]) == 0
     clips = ("stages=[{steps: 1, chunks: 1, batch: 1}]", "--dry-run", "1")
-    assert main(["train", "ar", "cpu/clips", *clips, "--device", "cpu"]) == 0
+    assert main(["train", "clips", "cpu/clips", *clips, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("model: ")] == [
         f"model: {name}/model" for name in ("vae", "ar", "dmd")

@@ -39,6 +39,7 @@ def test_two_ranks_write_the_video_of_one(tmp_path: Path) -> None:
 def test_a_gpu_cannot_be_chosen_for_several_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["generate", PROMPTS[0], "--device", "cuda:1", "-o", str(tmp_path / "a.mp4")]) == 2
     assert "several ranks were started; each takes the GPU of its number" in capsys.readouterr().err

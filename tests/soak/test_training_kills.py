@@ -62,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(home: Path, command: str, out: str, *more: str) -> list[str]:
     model = str(home / "model")
     data = {
-        "train": ["ar", f"data={home / 'clips'}", f"initialize={model}"],
+        "train": ["clips", f"data={home / 'clips'}", f"initialize={model}"],
         "distill": ["tiny/dmd", f"model={model}", f"prompts={home / 'prompts.txt'}"],
     }
     settings = [*SMALL[command], *CONSTANT, *OFTEN, *more]

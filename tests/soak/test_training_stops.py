@@ -25,7 +25,7 @@ MOST_STEPS = 60  # until the signal comes
 def start(out: Path) -> subprocess.Popen[str]:
     stages = f"stages=[{{frames: 5, height: 32, width: 32, batch: 2, steps: {STEPS}}}]"
     more = ("trainer.save_every=0", "trainer.log_every=1")
-    command = [sys.executable, "-m", "longvideo.cli.main", "train", "vae", "tiny/vae", *Toy.vae, stages, *more]
+    command = [sys.executable, "-m", "longvideo", "train", "vae", "tiny/vae", *Toy.vae, stages, *more]
     return subprocess.Popen(
         [*command, "--out", str(out), "--device", "cpu"],
         stdout=subprocess.PIPE,

@@ -14,10 +14,11 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
 from longvideo.config.fields import Bounded, bounded, seed_field
-from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide, launched
+from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
+from longvideo.machine.launcher import launched
 from longvideo.model.cache import visible_chunks
 from longvideo.model.conditioning import batch_texts
 from longvideo.model.config import PRESETS, TransformerConfig

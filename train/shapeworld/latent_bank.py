@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share
-from longvideo.distributed import is_main_process
 from longvideo.errors import ConfigError
+from longvideo.machine.launcher import is_main_process
 from longvideo.train.shapeworld.scenes import FPS, ScenePool
 from longvideo.training.objective import seeded
 from longvideo.training.precision import autocast

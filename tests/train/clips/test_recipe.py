@@ -224,7 +224,7 @@ def test_a_run_in_one_process_goes_on_with_the_same_bits(data: tuple[Path, Path]
         "optimizer.learning_rate=1e-3",
     )
     for name, *steps in (("whole",), ("cut", "stages=[{steps: 2, chunks: 2, batch: 2}]"), ("cut",)):
-        command = ["train", "ar", *arguments(data, *fixed, *steps), "--out", str(tmp_path / name), "--device", "cpu"]
+        command = ["train", "clips", *arguments(data, *fixed, *steps), "--out", str(tmp_path / name), "--device", "cpu"]
         assert main(command) == 0
     assert len(losses(tmp_path / "whole")) == 4
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -241,10 +241,11 @@ def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: 
         "recycle_errors=false",
         "parallel.micro_batch=1",
     )
-    alone = ["train", "ar", *arguments(data, *exact), "--out", str(tmp_path / "one"), "--device", "cpu"]
+    alone = ["train", "clips", *arguments(data, *exact), "--out", str(tmp_path / "one"), "--device", "cpu"]
     assert main(alone) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "longvideo.train", *arguments(data, *exact, "parallel.sequence=2", "parallel.zero_stage=2")]
+    shared = arguments(data, *exact, "parallel.sequence=2", "parallel.zero_stage=2")
+    module = ["-m", "longvideo", "train", "clips", *shared]
     where = ["--out", str(tmp_path / "two"), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *module, *where], env=environment, capture_output=True, text=True, timeout=300)
@@ -258,7 +259,7 @@ def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: 
 def test_recycled_errors_of_another_number_of_ranks_are_dealt_out_with_a_word(
     data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    command = ["train", "ar", *arguments(data, "recycling.entries=4"), "--out", str(tmp_path)]
+    command = ["train", "clips", *arguments(data, "recycling.entries=4"), "--out", str(tmp_path)]
     assert main([*command, "--device", "cpu"]) == 0
     config = load_config(ClipTraining, [tmp_path / "config.yaml"])
     checkpoint = CheckpointFolder(tmp_path / "checkpoints", keep=1).newest()
@@ -286,7 +287,8 @@ def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_pa
     torch.testing.assert_close(videos.text(caption), stored.text(caption), rtol=2**-7, atol=1e-4)
     exact = ("trainer.precision=fp32", "parallel.micro_batch=1", "recycle_errors=false", "validation.prompts=0")
     for name, source in (("videos", manifest), ("encoded", encoded)):
-        command = ["train", "ar", *arguments((model, source), *exact), "--out", str(tmp_path / name), "--device", "cpu"]
+        where = ("--out", str(tmp_path / name), "--device", "cpu")
+        command = ["train", "clips", *arguments((model, source), *exact), *where]
         assert main(command) == 0
     assert losses(tmp_path / "videos") == pytest.approx(losses(tmp_path / "encoded"), rel=0.01)
 
@@ -296,7 +298,7 @@ def test_training_goes_on_without_a_damaged_video(
 ) -> None:
     shutil.copytree(data[1].parent, tmp_path / "copy", ignore=shutil.ignore_patterns("model", "clips"))
     footage.damage(tmp_path / "copy" / "videos" / "0.mp4")
-    command = ["train", "ar", *arguments((data[0], tmp_path / "copy" / "manifest.jsonl")), "--device", "cpu"]
+    command = ["train", "clips", *arguments((data[0], tmp_path / "copy" / "manifest.jsonl")), "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "strict")]) == 2
     assert "0.mp4 is damaged" in capsys.readouterr().err
     assert main([*command, "views.max_bad=3", "--out", str(tmp_path / "run")]) == 0
@@ -315,5 +317,5 @@ def test_training_goes_on_without_a_damaged_video(
 def test_what_cannot_be_trained_is_refused(
     data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, wanted: str
 ) -> None:
-    assert main(["train", "ar", *arguments(data, setting), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert main(["train", "clips", *arguments(data, setting), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
     assert wanted in capsys.readouterr().err
