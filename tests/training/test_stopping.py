@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -47,22 +48,26 @@ def test_the_step_is_finished_and_saved(tmp_path: Path, number: signal.Signals) 
     assert again.checkpoints.steps() == [10, 20]
 
 
+def stop_twice(folder: Path) -> None:
+    """Train until a signal comes, and send another one before the checkpoint is written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    trainer = stopping_at(folder, 3, signal.SIGTERM)
+    save = trainer.save
+
+    def again(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(step)
+
+    trainer.save = again  # type: ignore[method-assign]
+    trainer.run()
+
+
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        trainer = stopping_at(tmp_path, 3, signal.SIGTERM)
-        save = trainer.save
-
-        def again(step: int) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-            save(step)
-
-        trainer.save = again  # type: ignore[method-assign]
-        trainer.run()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    # a forked process could wait without end for torch's threads, which a fork does not copy
+    process = multiprocessing.get_context("spawn").Process(target=stop_twice, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert not toy_trainer(tmp_path, 20).checkpoints.steps()
 
 
