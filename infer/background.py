@@ -14,14 +14,18 @@ T = TypeVar("T")
 
 
 class BackgroundIterator(Iterator[T], Generic[T]):
-    """Iterate over `source` in a thread that is at most `capacity` finished items ahead.
+    """Iterates over a generator in a thread that runs ahead.
 
-    `source` builds the iterator inside the thread, so that settings of a thread (stream, gradient mode) hold for it. An
-    error in the thread is raised by the call that waits for the next item, at once: items that were finished before it
-    are dropped. `close` stops the thread after the item it is busy with and waits for it.
+    An error in the thread is raised at once by the call that waits for the next item; finished items before it are
+    dropped. `close` stops the thread after the item that it computes, and waits for it.
     """
 
     def __init__(self, source: Callable[[], Generator[T, None, None]], *, capacity: int, name: str) -> None:
+        """Start the thread.
+
+        source: builds the generator. It is called in the thread, so settings of a thread (CUDA stream, gradient mode)
+        apply to it. capacity: largest number of finished items that wait for the caller. name: name of the thread.
+        """
         self._source = source
         self._slots = threading.Semaphore(capacity)
         self._finished: queue.SimpleQueue[T | None] = queue.SimpleQueue()  # None: the thread has ended

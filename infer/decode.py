@@ -1,4 +1,4 @@
-"""Turn latent chunks into pixels, in order, carrying the decoder's state from chunk to chunk."""
+"""Decode latent chunks to pixels, in order; the state of the decoder is carried from chunk to chunk."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
 
 SMALL_GRID = 512
-"""Latent pixels of a frame, up to which a CPU decodes the frames of a chunk together."""
-
-
+"""Largest number of latent pixels in a frame for which a CPU decodes the frames of a chunk together."""
 LAST_LATENTS = 2
-"""Latent frames of a chunk that are still to be decoded when the next chunk is asked for."""
+"""Number of latent frames of a chunk that are not decoded yet when the next chunk is requested."""
 
 
 @dataclass(frozen=True)
 class PendingFrames:
-    """Frames that a GPU is at, uint8 [B, T, H, W, 3] in host memory; without events they are there."""
+    """Frames that are being decoded, uint8 [B, T, H, W, 3] in host memory. Without events they are finished."""
 
     _frames: Tensor
     _nearly: torch.cuda.Event | None = None
@@ -36,7 +34,7 @@ class PendingFrames:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether they may not be there yet."""
+        """Whether a GPU may still be decoding them."""
         return self._done is not None
 
     def wait_for_most(self) -> None:
@@ -53,7 +51,7 @@ class PendingFrames:
 
 @dataclass(frozen=True)
 class PendingLatents:
-    """Latents on their way to host memory."""
+    """Latents that are being copied to host memory. Without an event they are finished."""
 
     _latents: Tensor
     _done: torch.cuda.Event | None = None
@@ -66,11 +64,11 @@ class PendingLatents:
 
 
 class ChunkDecoder:
-    """Decode the chunks of one video (or of a batch) one after the other, and then those of the next.
+    """Decodes the chunks of a video (or of a batch), one after the other, and then those of the next video.
 
-    On CUDA it works on streams of its own, on the autoencoder's device, which may be another than the latents', and on
-    `first_device` where the two share the work; frames become uint8 there and cross in pinned memory. Only latents that
-    kept frames need are decoded.
+    On CUDA the work runs on streams of the decoder, on the device of the autoencoder and, where two devices share the
+    work, on `first_device`; the latents may be on another device. Frames are converted to uint8 on the GPU and copied
+    to pinned memory. Latents that no returned frame needs are not decoded.
     """
 
     def __init__(
@@ -84,9 +82,11 @@ class ChunkDecoder:
         first_device: torch.device | None = None,
         first_share: float = 0.0,
     ) -> None:
-        """height, width: of the latents; chunk_latents: latent frames of a chunk.
+        """Allocate the buffers of a decoder.
 
-        first_share: of the decoder's work, what `first_device` does; 0 leaves all of it to the autoencoder's device.
+        height, width: size of the latents. chunk_latents: number of latent frames in a chunk. first_device: device
+        that runs the first layers, if it shares the work. first_share: fraction of the work of `first_device`; 0 leaves
+        all of it to the device of the autoencoder.
         """
         device = autoencoder.post_quant_conv.weight.device
         self._scale, self._pixels = autoencoder.config.scale_factor_temporal, autoencoder.config.scale_factor_spatial
@@ -108,7 +108,7 @@ class ChunkDecoder:
             )
 
     def warm_up(self) -> None:
-        """Compile and record on CUDA what the first video would wait for, and begin a new one."""
+        """Compile kernels and record graphs on CUDA, so that the first video does not wait for it; begin a video."""
         with self._own_streams(*self._decoder.devices):
             self._decoder.warm_up()
 
@@ -119,10 +119,10 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def prime(self, chunks: Sequence[Tensor], *, from_start: bool) -> None:
-        """Begin behind latents [B, C, T, H, W] of chunks that were decoded before, by decoding them again.
+        """Begin after chunks that were decoded before, by decoding them again.
 
-        from_start: they are the beginning of the video; otherwise its later chunks, as many as a frame depends on
-        (`longvideo.vae.halo.decode_lookback`).
+        chunks: their latents, [B, C, T, H, W] each. from_start: whether they are all chunks of the video so far;
+        otherwise they are its latest ones, as many as a frame depends on (`longvideo.vae.halo.decode_lookback`).
         """
         with self._own_streams(*self._decoder.devices):
             self._decoder.begin(inside=not from_start)
@@ -131,7 +131,7 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def fetch(self, latents: Tensor, *, ready: torch.cuda.Event | None = None) -> PendingLatents:
-        """Copy latents to host memory, without waiting for CUDA. ready: as in `decode`."""
+        """Start to copy latents to host memory, without waiting for CUDA. ready: as in `decode`."""
         with self._own_streams(latents.device):
             if ready is None:
                 return PendingLatents(latents)
@@ -145,15 +145,15 @@ class ChunkDecoder:
         return PendingLatents(host, done)
 
     def decode(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> np.ndarray:
-        """Decode normalised latents [B, C, T, H, W]; return the first frames, uint8 [B, num_frames, H, W, 3].
+        """Decode normalized latents [B, C, T, H, W]; return the first frames, uint8 [B, num_frames, H, W, 3].
 
-        ready: on CUDA, what to wait for before the latents are read; see `mark_ready`.
+        ready: on CUDA, the event after which the latents may be read; see `mark_ready`.
         """
         return self.launch(latents, num_frames, ready=ready).result()
 
     @torch.inference_mode()
     def launch(self, latents: Tensor, num_frames: int, *, ready: torch.cuda.Event | None = None) -> PendingFrames:
-        """As `decode`, without waiting for CUDA."""
+        """Start to decode as `decode` does, without waiting for CUDA."""
         latents = latents[:, :, : self._latents_for(num_frames)]
         with self._own_streams(latents.device, *self._decoder.devices):
             if ready is not None:
@@ -163,7 +163,7 @@ class ChunkDecoder:
             last = self._decoder.devices[-1]
             if last.type != "cuda":
                 return PendingFrames(self._decoder.decode(latents)[:, :num_frames].contiguous())
-            # pinned: a pageable copy would stop this stream and the one that denoises
+            # pinned: a copy to pageable memory would stop this stream and the one that denoises
             batch, _, _, height, width = latents.shape
             size = (batch, num_frames, self._pixels * height, self._pixels * width, 3)
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -178,29 +178,31 @@ class ChunkDecoder:
 
     @contextmanager
     def _own_streams(self, *devices: torch.device) -> Iterator[None]:
-        """Make a stream of this decoder the current one on each CUDA device; it begins after what is under way there.
+        """Make a stream of this decoder the current one on each CUDA device.
 
-        Latents leave their device on such a stream too, without waiting for the next chunk.
+        A new stream starts after the work that is queued on its device. Latents leave their device on such a stream
+        too, so they do not wait for the next chunk.
         """
         with ExitStack() as stack:
             for device in devices:
                 if device.type != "cuda":
                     continue
                 if device not in self._streams:
-                    # before the denoising beside it: pixels are what somebody waits for
+                    # a higher priority than denoising: the caller waits for pixels
                     self._streams[device] = torch.cuda.Stream(device, priority=-1)
                     self._streams[device].wait_stream(torch.cuda.current_stream(device))
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             yield
 
     def _latents_for(self, num_frames: int) -> int:
+        """Return the number of latent frames that the next pixel frames need."""
         if self._decoder.opened:
             return -(-num_frames // self._scale)
-        return 1 + -(-(num_frames - 1) // self._scale)  # the first latent is one frame
+        return 1 + -(-(num_frames - 1) // self._scale)  # the first latent frame of a video is one pixel frame
 
 
 def mark_ready(latents: Tensor) -> torch.cuda.Event | None:
-    """Note that latents on CUDA are complete once the current stream gets here."""
+    """Return an event after which latents on CUDA are complete: all work queued on the current stream so far."""
     if latents.device.type != "cuda":
         return None
     event = torch.cuda.Event()

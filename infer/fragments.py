@@ -1,4 +1,4 @@
-"""Fragmented MP4 made part by part: every part of a chunk is a segment that begins with a key frame.
+"""Encode H.264 and fragmented MP4 part by part: every part is a segment that starts with a key frame.
 
 Box layouts: ISO/IEC 14496-12 (the file format) and 14496-15 (H.264 in it).
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TRACK = 1
 TICKS_PER_FRAME = 512
 CRF = 18
-BT709 = 1  # ISO/IEC 23091-2 code of primaries, transfer and matrix alike
-LONGEST_PART = 10_000  # frames between key frames that the encoder places by itself: more than any part has
+BT709 = 1  # ISO/IEC 23091-2: the code of the primaries, of the transfer function and of the matrix
+LONGEST_PART = 10_000  # frames after which the encoder inserts a key frame by itself; no part has as many
 
 DEFAULT_BASE_IS_MOOF, DEFAULT_DURATION, DEFAULT_FLAGS = 0x020000, 0x08, 0x20  # of tfhd
 DATA_OFFSET, FIRST_FLAGS, SAMPLE_SIZES = 0x01, 0x04, 0x200  # of trun
@@ -33,7 +33,7 @@ START_CODE = re.compile(b"\x00\x00\x00?\x01")
 
 @dataclass(frozen=True)
 class Segment:
-    """A media segment (moof and mdat) of the frames from `start` on."""
+    """A media segment (moof and mdat). start: number of its first frame in the video. frames: number of its frames."""
 
     data: bytes
     start: int
@@ -41,12 +41,13 @@ class Segment:
 
 
 class PartEncoder:
-    """Encode parts of a video in H.264; each begins with a key frame, and nothing of a part waits for the next.
+    """Encodes parts of a video in H.264. Each part starts with a key frame, and no frame waits for the next part.
 
-    init: ftyp and moov of a fragmented MP4. avcc: the decoder's configuration (avcC), as MP4 and Matroska hold it.
+    init: ftyp and moov of a fragmented MP4. avcc: configuration of the decoder (avcC), as MP4 and Matroska store it.
     """
 
     def __init__(self, *, width: int, height: int, fps: Fraction, crf: int = CRF, profile: str = "baseline") -> None:
+        """Open an encoder. crf: quality, 0 to 51, where lower is better. profile: profile of H.264."""
         import av
 
         memory = io.BytesIO()
@@ -65,7 +66,7 @@ class PartEncoder:
         self._stream = self._container.add_stream("libx264", rate=fps, options=encoder_options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         codec: Any = self._stream.codec_context
-        codec.thread_count = 1  # threads would slice the frame, which costs bits, and take cores from the model
+        codec.thread_count = 1  # more threads would slice the frame, which costs bits, and slow the model down
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # limited range
         self._container.start_encoding()
@@ -75,34 +76,37 @@ class PartEncoder:
         self.avcc = _decoder_configuration(self.init)
 
     def encode(self, frames: np.ndarray) -> list[bytes]:
-        """Encode a part, uint8 [T, H, W, 3]: for each frame its NAL units, with their lengths before them."""
+        """Encode a part.
+
+        frames: uint8 [T, H, W, 3]. Returns a sample for each frame: its NAL units, each preceded by its length.
+        """
         from av.video.frame import PictureType
 
         samples = []
         for offset, pixels in enumerate(frames):
             picture = _yuv_picture(pixels)
-            # the encoder's own clock: after a seek the video's goes back, which x264 refuses
+            # a clock of its own: that of the video goes back at a seek, which x264 does not accept
             picture.pts, picture.time_base = self._encoded, 1 / self._fps
             picture.pict_type = PictureType.I if offset == 0 else PictureType.NONE
             packets = self._stream.encode(picture)
-            assert len(packets) == 1, "the encoder held a frame back"
+            assert len(packets) == 1, "the encoder delayed a frame"
             samples.append(_length_prefixed(bytes(packets[0])))
             self._encoded += 1
         return samples
 
     def close(self) -> None:
-        """Let the encoder go. Closing twice does nothing."""
+        """Free the encoder. Closing twice does nothing."""
         self._container.close()
 
 
 class FragmentedVideo:
-    """Encode parts of one video as segments of fragmented MP4.
+    """Encodes parts of one video as segments of fragmented MP4.
 
-    init: initialisation segment (ftyp and moov), the same for equal sizes. mime: for MediaSource. options: as of
-    `PartEncoder`.
+    init: initialization segment (ftyp and moov), the same for equal sizes. mime: type for a browser's MediaSource.
     """
 
     def __init__(self, *, width: int, height: int, fps: int | Fraction, **options: Any) -> None:
+        """Open an encoder. options: further arguments of `PartEncoder`."""
         self._encoder = PartEncoder(width=width, height=height, fps=Fraction(fps), **options)
         self._ticks = TICKS_PER_FRAME * Fraction(fps).denominator
         self.init = self._encoder.init
@@ -110,17 +114,20 @@ class FragmentedVideo:
         self.mime = f'video/mp4; codecs="avc1.{self._encoder.avcc[1:4].hex().upper()}"'
 
     def encode(self, frames: np.ndarray, *, start: int) -> Segment:
-        """Make a segment of frames, uint8 [T, H, W, 3], the first of which is frame `start` of the video."""
+        """Return a segment. frames: uint8 [T, H, W, 3]. start: number of the first one in the video."""
         samples = self._encoder.encode(frames)
         return Segment(_fragment(samples, start=start, ticks=self._ticks), start, len(samples))
 
     def close(self) -> None:
-        """Let the encoder go. Closing twice does nothing."""
+        """Free the encoder. Closing twice does nothing."""
         self._encoder.close()
 
 
 def random_access(entries: Sequence[tuple[int, int]], *, ticks: int) -> bytes:
-    """Return the box (mfra) by which a player finds segments. entries: first frame and offset in the file of each."""
+    """Return the index of a file (box mfra).
+
+    entries: first frame of each segment and its offset in the file. ticks: length of a frame in units of time.
+    """
     # each entry names the first run (1) of the first track fragment (1), and its first sample (1)
     times = b"".join(struct.pack(">QQ3B", start * ticks, offset, 1, 1, 1) for start, offset in entries)
     tfra = _full_box(b"tfra", 1, 0, struct.pack(">III", TRACK, 0, len(entries)) + times)
@@ -129,7 +136,7 @@ def random_access(entries: Sequence[tuple[int, int]], *, ticks: int) -> bytes:
 
 
 def boxes(data: bytes, begin: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, first byte of the content and byte behind it of each whole box."""
+    """Yield the type of each complete box, and the bounds of its content: the first byte, and the byte after it."""
     end = len(data) if end is None else end
     while begin + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, begin)
@@ -140,7 +147,7 @@ def boxes(data: bytes, begin: int = 0, end: int | None = None) -> Iterator[tuple
 
 
 def segment_times(data: bytes, begin: int, end: int) -> tuple[int, int]:
-    """Return the start in ticks and the frames of a moof, whose content lies between two bytes of `data`."""
+    """Return the start of a segment in ticks, and its number of frames. begin, end: bounds of the content of moof."""
     inside = {kind: span for kind, *span in boxes(data, *_inside(data, begin, end, b"traf"))}
     (start,) = struct.unpack_from(">Q", data, inside[b"tfdt"][0] + 4)
     (frames,) = struct.unpack_from(">I", data, inside[b"trun"][0] + 4)
@@ -148,8 +155,9 @@ def segment_times(data: bytes, begin: int, end: int) -> tuple[int, int]:
 
 
 def _inside(data: bytes, begin: int, end: int, *path: bytes) -> tuple[int, int]:
-    for wanted in path:
-        begin, end = next((first, last) for kind, first, last in boxes(data, begin, end) if kind == wanted)
+    """Return the bounds of the content of a box. path: types of the boxes that contain it, then its own type."""
+    for name in path:
+        begin, end = next((first, last) for kind, first, last in boxes(data, begin, end) if kind == name)
     return begin, end
 
 
@@ -172,7 +180,7 @@ def _fragment(samples: list[bytes], *, start: int, ticks: int) -> bytes:
             + _full_box(b"tfdt", 1, 0, tfdt)
             + _full_box(b"trun", 0, DATA_OFFSET | FIRST_FLAGS | SAMPLE_SIZES, trun)
         )
-        # numbers must rise: the frame does, and a segment that replaces another has the number of that one
+        # numbers must increase, as frame numbers do; a segment that replaces another has the same number
         mfhd = _full_box(b"mfhd", 0, 0, struct.pack(">I", start + 1))
         return _box(b"moof", mfhd + _box(b"traf", traf))
 
@@ -188,7 +196,7 @@ def _full_box(kind: bytes, version: int, flags: int, content: bytes) -> bytes:
 
 
 def _length_prefixed(annex_b: bytes) -> bytes:
-    """Replace the start codes between NAL units by lengths; inside a unit no start code can occur."""
+    """Replace the start codes between NAL units by lengths. A start code cannot occur inside a unit."""
     units = [unit.rstrip(b"\x00") for unit in START_CODE.split(annex_b)[1:]]
     return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
 

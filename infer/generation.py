@@ -1,4 +1,5 @@
-"""From steps to pixels: rollout, decode worker, frames. Everything that makes chunks goes through `generate_chunks`."""
+"""Generate chunks from steps: denoise in one thread, decode in another, return frames. All chunks of the project that
+have pixels come from `generate_chunks`."""
 
 from __future__ import annotations
 
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NEGATIVE_PROMPT = ""
-CHUNKS_AHEAD = 1  # enough to keep both stages busy; more would delay a change of prompt
+CHUNKS_AHEAD = 1  # enough to keep both threads busy; with more, a new prompt would take effect later
 
 
 @dataclass(frozen=True)
 class Models:
-    """The loaded parts of a model, and how they run.
+    """The loaded parts of a model, and their placement and number formats.
 
-    placement: devices and data type of the parts. formats: number formats in which they compute; its precision is never
-    None. group: ranks that denoise every chunk together; rank 0 decodes.
+    placement: devices and data type. formats: number formats; the precision is not None. group: ranks that share the
+    denoising of every chunk, of which rank 0 decodes; None means one rank.
     """
 
     transformer: CausalTransformer
@@ -58,7 +59,7 @@ class Models:
 
     @property
     def decodes(self) -> bool:
-        """Whether this rank makes pixels."""
+        """Whether this rank decodes."""
         return self.group is None or self.group.rank() == 0
 
     @property
@@ -74,7 +75,7 @@ class Models:
 
 @dataclass(frozen=True)
 class VideoInputs:
-    """Everything that decides what one video shows, or a batch of videos that share their cuts.
+    """Inputs that decide what a video shows, or a batch of videos that share their cuts.
 
     steps: one for each chunk. generators: one for each sample of the batch; noise is drawn from them. first_latent:
     [B, C, 1, H, W], normalized, fixed as the first latent frame. past: chunks that the first step continues.
@@ -89,10 +90,16 @@ class VideoInputs:
 
 
 class Stages:
-    """What makes one video (or a batch) at a time, and is kept for the next: compiled, recorded, with its memory."""
+    """A denoiser and a decoder with their memory and CUDA graphs.
+
+    They generate one video, or one batch of videos, at a time, and are used again for the next.
+    """
 
     def __init__(self, models: Models, *, batch: int, copies: int) -> None:
-        """batch: videos. copies: how often each is run in a step; see `longvideo.rollout.branches`."""
+        """Allocate the memory, compile the kernels and record the graphs.
+
+        batch: number of videos. copies: number of times each video is run in a step; see `longvideo.rollout.branches`.
+        """
         self.size = (batch, copies)
         self.denoiser = StreamingTransformer(
             models.transformer,
@@ -107,7 +114,7 @@ class Stages:
             self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
 
     def reset(self) -> None:
-        """Get ready for another video."""
+        """Prepare for another video."""
         self.denoiser.reset()
         if self.decoder is not None:
             self.decoder.reset()
@@ -124,18 +131,17 @@ class Stages:
             first_device=models.device,
             first_share=models.placement.decode_share,
         )
-        # now, not beside the denoising: cuDNN measures convolutions, which wants the GPU for itself
+        # now, not while chunks are denoised: cuDNN times its convolutions, for which the GPU must be idle
         decoder.warm_up()
         return decoder
 
 
 @dataclass(frozen=True)
 class GeneratedChunk:
-    """Frames, uint8 [B, T, H, W, 3] in host memory, with the step they were made for.
+    """Frames of a chunk. The first chunk of a video is returned in two parts: its first frame, then the others.
 
-    The first chunk of a video comes in two: its opening frame, as soon as that is decoded, then the others.
-    seconds: from the moment the chunk was begun to the moment its frames were in host memory. is_complete: whether
-    these are its last frames.
+    record: step, latents and noise of the chunk. frames: uint8 [B, T, H, W, 3], in host memory. seconds: time from the
+    beginning of the chunk until these frames were in host memory. is_complete: whether they are its last frames.
     """
 
     record: ChunkRecord
@@ -145,15 +151,16 @@ class GeneratedChunk:
 
     @property
     def step(self) -> Step:
+        """The step from which the chunk was generated."""
         return self.record.step
 
 
 def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
-    """Make the chunks of one video (or of a batch that shares its cuts), in order. stages: fresh or reset.
+    """Generate the chunks of a video, in order. stages: new ones, or reset.
 
-    Denoising and decoding run in threads of their own, at most one finished chunk ahead of each other and of the
-    caller. On a CPU each takes half of torch's threads; where there is only one, they take turns.
-    Of several ranks that share the denoising those that do not decode get chunks of no frames.
+    Denoising runs in one thread and decoding in another, each at most one finished chunk ahead of its reader. On a CPU
+    each thread gets half of torch's threads; if torch has only one, denoising and decoding alternate in the caller's.
+    If several ranks share the denoising, the ranks that do not decode get chunks without frames.
     """
     denoise = partial(_denoise, models, stages.denoiser, inputs)
     if stages.decoder is None:
@@ -163,8 +170,9 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
     if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
         yield from _decode(stages.decoder, inputs.past, denoise())
         return
-    # One thread a stage scales better on two cores than two threads in one stage after the other (86 frames a second
-    # against 58), and has no barriers, at which a busy machine makes every small operation wait for the scheduler.
+    # On two cores, one thread each for denoising and decoding is faster than two threads for one after the other (86
+    # against 58 frames a second). It also has no barriers, where every small operation waits for the scheduler of a
+    # busy machine.
     share = max(1, cpu_threads // 2)
     latents = BackgroundIterator(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
     decode = partial(_decode, stages.decoder, inputs.past, latents)
@@ -172,14 +180,17 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
     try:
         yield from frames
     finally:
-        latents.close()  # first, or the decode worker would wait for one more chunk
+        latents.close()  # first: otherwise the thread that decodes waits for one more chunk
         frames.close()
         torch.set_num_threads(cpu_threads)
 
 
 @torch.inference_mode()
 def encode_first_frame(models: Models, pixels_HWC: Tensor) -> Tensor:
-    """Encode a uint8 picture of the video's size as the normalised latent [1, C, 1, H, W] of a first frame."""
+    """Encode a picture as the latent of a given first frame.
+
+    pixels_HWC: uint8, of the size of the video. Returns the normalized latent, float32 [1, C, 1, H, W].
+    """
     weight = models.autoencoder.post_quant_conv.weight
     video_HWC = pixels_HWC.to(weight.device).float().div(127.5).sub(1)
     video_BCTHW = video_HWC.permute(2, 0, 1)[None, :, None].to(weight.dtype)
@@ -189,27 +200,34 @@ def encode_first_frame(models: Models, pixels_HWC: Tensor) -> Tensor:
 
 
 def _with_threads(count: int, source: Callable[[], Generator[T, None, None]]) -> Generator[T, None, None]:
+    """Iterate with a number of CPU threads, which torch counts for each calling thread."""
     torch.set_num_threads(count)
     yield from source()
 
 
 @dataclass(frozen=True)
 class _LatentChunk:
+    """A denoised chunk.
+
+    noise: as in `ChunkRecord`. ready: event after which the latents may be read. start: time at which the chunk began,
+    on `time.perf_counter`.
+    """
+
     step: Step
     latents: Tensor
     noise: tuple[Tensor, ...]
     ready: torch.cuda.Event | None
-    began: float
+    start: float
 
 
 def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generator[_LatentChunk, None, None]:
-    begun: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
+    started: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
     prompts = _Prompts(models, guided=inputs.guidance != 1.0)
 
     def conditionings() -> Iterator[Conditioning]:
         for step in inputs.steps:
             noise = tuple(generator.get_state() for generator in inputs.generators)
-            begun.append((step, noise, time.perf_counter()))
+            started.append((step, noise, time.perf_counter()))
             conditioning = prompts.conditioning(step.prompts, cut=step.cut)
             first = inputs.first_latent if step.index == 0 else None
             yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
@@ -221,7 +239,7 @@ def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generat
         generators=inputs.generators,
         guidance=inputs.guidance,
         clean_pass=models.settings.clean_pass,
-        # one at a time: the text of the one before is let go
+        # a generator: the text of each chunk is freed before the next one's is encoded
         past=(
             (
                 MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
@@ -231,17 +249,17 @@ def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generat
         ),
     )
     for latents in chunks:
-        step, noise, began = begun.popleft()
-        yield _LatentChunk(step, latents, noise, mark_ready(latents), began)
+        step, noise, start = started.popleft()
+        yield _LatentChunk(step, latents, noise, mark_ready(latents), start)
 
 
 def _decode(
     decoder: ChunkDecoder, past: Past | None, chunks: Iterator[_LatentChunk]
 ) -> Generator[GeneratedChunk, None, None]:
-    """Hand frames out as they are finished.
+    """Yield frames as they are finished. past: chunks that the first one continues.
 
-    On a GPU the next chunk is asked for, and its decoding issued, a little before this one is through, so that neither
-    the GPU that decodes nor the one that denoises waits for the host.
+    On a GPU the next chunk is requested, and its decoding launched, before all latent frames of this chunk are decoded.
+    So neither the GPU that decodes nor the one that denoises waits for the host.
     """
     if past is not None:
         decoder.prime(past.decoded, from_start=past.is_decoded_from_start)
@@ -250,7 +268,7 @@ def _decode(
         fetched = decoder.fetch(chunk.latents, ready=chunk.ready)
         parts = [(chunk.latents, chunk.step.num_frames)]
         if chunk.step.index == 0 and chunk.step.num_frames > 1:
-            # the first latent frame is one frame; to have it shown while the others are decoded costs nothing
+            # the first latent frame is one pixel frame; it can be shown while the others are decoded, at no cost
             parts = [(chunk.latents[:, :, :1], 1), (chunk.latents[:, :, 1:], chunk.step.num_frames - 1)]
         for latents, num_frames in parts:
             pending = decoder.launch(latents, num_frames, ready=chunk.ready)
@@ -269,12 +287,13 @@ def _decode(
 
 
 def _without_pixels(chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk, None, None]:
+    """Yield chunks without frames, on a rank that does not decode."""
     for chunk in chunks:
         if chunk.ready is not None:
-            chunk.ready.synchronize()  # launches would run far ahead of the ranks that wait for each other
-        none = np.empty((chunk.latents.shape[0], 0, 0, 0, 3), dtype=np.uint8)
+            chunk.ready.synchronize()  # otherwise this rank would launch many chunks ahead of the other ranks
+        no_frames = np.empty((chunk.latents.shape[0], 0, 0, 0, 3), dtype=np.uint8)
         record = ChunkRecord(chunk.step, chunk.latents.cpu(), chunk.noise)
-        yield GeneratedChunk(record, none, time.perf_counter() - chunk.began, is_complete=True)
+        yield GeneratedChunk(record, no_frames, time.perf_counter() - chunk.start, is_complete=True)
 
 
 def _finished(
@@ -282,11 +301,11 @@ def _finished(
 ) -> GeneratedChunk:
     frames = pending.result()
     record = ChunkRecord(chunk.step, fetched.result(), chunk.noise)
-    return GeneratedChunk(record, frames, time.perf_counter() - chunk.began, is_complete)
+    return GeneratedChunk(record, frames, time.perf_counter() - chunk.start, is_complete)
 
 
 class _Prompts:
-    """Text context of the prompts in use; it is made when they change, and the one before is let go."""
+    """The encoded text of the current prompts. It is encoded when they change, and the previous text is freed."""
 
     def __init__(self, models: Models, *, guided: bool) -> None:
         self._models = models
@@ -296,7 +315,7 @@ class _Prompts:
 
     @torch.inference_mode()
     def conditioning(self, prompts: tuple[str, ...], *, cut: bool) -> Conditioning:
-        """Return what a chunk under these prompts is made from; cut: whether it opens a shot, as far as text tells."""
+        """Return the conditioning of a chunk. cut: whether the text has the words that announce a cut."""
         prefix = self._models.settings.cut_prefix
         texts = tuple(chunk_text(prompt, cut=cut, cut_prefix=prefix) for prompt in prompts)
         if self._conditioning is None or texts != self._texts:

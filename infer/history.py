@@ -1,4 +1,4 @@
-"""The chunks of a video so far, with what it takes to go on behind any of them."""
+"""The chunks of a video so far, and everything that is needed to continue it after any of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from longvideo.model.spec import ChunkSpec
 
 HISTORY_CHUNKS = 64
-"""Whose latents are kept: 85 s to go back, 11 MB of `tiny`, 350 MB of 704 x 1280."""
+"""Default number of chunks whose latents are stored for seeking: 85 s, 11 MB for `tiny`, 350 MB at 704 x 1280."""
 
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """A chunk that was made. latents: [B, C, T, H, W], float32, in host memory; noise: states of the generators of its
-    samples before it was begun."""
+    """A finished chunk.
+
+    latents: [B, C, T, H, W], float32, in host memory. noise: state of each sample's generator before the chunk began.
+    """
 
     step: Step
     latents: Tensor
@@ -33,9 +35,11 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class PastStep:
-    """A chunk that the next one attends to, the `shot`-th cut behind it or at it, and the prompts it is seen under.
+    """A chunk that the next one attends to.
 
-    announces: whether its text says that it opens a shot, as it no longer does when it is seen under another prompt.
+    index: its number in the video. shot: number of cuts up to and including this chunk. cut: whether it starts a shot.
+    prompts: prompts of its latest clean pass. announces: whether the text of that clean pass has the words that
+    announce a cut; after a recache it has not. latents: [B, C, T, H, W].
     """
 
     index: int
@@ -48,8 +52,11 @@ class PastStep:
 
 @dataclass(frozen=True)
 class Past:
-    """What it takes to go on behind a chunk: what is attended to, the latents that the decoder remembers (of whole
-    chunks, from the start of the video or not), and the noise to come."""
+    """Everything that is needed to continue a video after a chunk.
+
+    attended: chunks that the next one attends to. decoded: latents of the chunks that the decoder's state depends on.
+    is_decoded_from_start: whether these are all chunks of the video so far. generators: source of the next noise.
+    """
 
     attended: tuple[PastStep, ...]
     decoded: tuple[Tensor, ...]
@@ -58,7 +65,7 @@ class Past:
 
 
 class History:
-    """Chunks in their order. The latents of the last `capacity` are kept, and of those that are still attended to."""
+    """The finished chunks of a video, in order. Latents are stored of the latest chunks and of those in the window."""
 
     def __init__(
         self,
@@ -69,14 +76,15 @@ class History:
         steps: Sequence[Step] = (),
         kept: Iterable[ChunkRecord] = (),
     ) -> None:
-        """decode_lookback: latents before its own that a frame depends on; see `longvideo.vae.halo`. capacity: how many
-        of the latest chunks are kept, beside those that the next one attends to; at least what the next one needs.
+        """Start a history, or restore one.
 
-        steps, kept: of a history to go on with.
+        decode_lookback: number of earlier latent frames that a decoded frame depends on; see `longvideo.vae.halo`.
+        capacity: number of the latest chunks whose latents are stored; more are stored if the next chunk needs them.
+        steps, kept: steps of all chunks and records of the stored ones, of a history to restore.
         """
         self._spec = spec
         self._lookback = -(-decode_lookback // spec.chunk_frames)
-        # the next chunk needs the noise of the last one, and the latents that the decoder looks back at
+        # the next chunk needs the noise of the last one, and the latents that the decoder depends on
         self._capacity = max(capacity, self._lookback, 1)
         self._steps = list(steps)
         self._kept = {record.step.index: record for record in kept}
@@ -92,11 +100,11 @@ class History:
 
     @property
     def kept(self) -> list[ChunkRecord]:
-        """The records that are still there."""
+        """The records of the stored chunks."""
         return list(self._kept.values())
 
     def add(self, record: ChunkRecord) -> None:
-        """Add the next chunk."""
+        """Add the next chunk, and delete the latents that are no longer needed."""
         index = record.step.index
         assert index == len(self), (index, len(self))
         self._steps.append(record.step)
@@ -107,20 +115,25 @@ class History:
             del self._kept[old]
 
     def truncate(self, chunk: int) -> None:
-        """Forget a chunk and those behind it."""
+        """Delete a chunk and all later ones."""
         del self._steps[chunk:]
         self._kept = {index: record for index, record in self._kept.items() if index < chunk}
         self._window = self._replayed()
 
-    def behind(self, chunk: int) -> Past | None:
-        """Return what it takes to make a chunk (again); None for the first. Raises UserError if that is gone."""
+    def past_of(self, chunk: int) -> Past | None:
+        """Return everything that is needed to generate a chunk, for the first or another time; None for chunk 0.
+
+        Raises UserError for a chunk after the next one, and where latents that it needs are no longer stored.
+        """
         if not 0 <= chunk <= len(self):
-            raise UserError(f"chunk {chunk} is not made yet; the last one is {len(self) - 1}")
+            raise UserError(f"chunk {chunk} is not generated yet; the last one is {len(self) - 1}")
         if chunk == 0:
             return None
         attended, decoded = self._attended(chunk), range(max(0, chunk - self._lookback), chunk)
         if any(index not in self._kept for index in (*attended, *decoded)):
-            raise UserError(f"chunk {chunk} is too far back: what was before it is no longer kept")
+            raise UserError(
+                f"chunk {chunk} is too far back: the chunks before it are no longer stored; use a later one"
+            )
         texts, shots = self._texts(chunk), self._shots(chunk)
         return Past(
             attended=tuple(
@@ -129,10 +142,11 @@ class History:
             ),
             decoded=tuple(self._kept[index].latents for index in decoded),
             is_decoded_from_start=decoded[0] == 0,
-            generators=tuple(_behind(state, self._kept[chunk - 1].latents) for state in self._kept[chunk - 1].noise),
+            generators=tuple(_advanced(state, self._kept[chunk - 1].latents) for state in self._kept[chunk - 1].noise),
         )
 
     def _replayed(self) -> ChunkWindow:
+        """Return the window after all chunks."""
         window = ChunkWindow(self._spec)
         for step in self._steps:
             window.begin()
@@ -143,8 +157,7 @@ class History:
         return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
 
     def _texts(self, chunk: int) -> list[tuple[tuple[str, ...], bool]]:
-        """Return the prompts under which each chunk is seen, its own or those of the last one that rewrote it, and
-        whether its text says that it opens a shot."""
+        """Return `PastStep.prompts` and `PastStep.announces` of each chunk before this one."""
         texts: list[tuple[tuple[str, ...], bool]] = []
         for step in self._steps[:chunk]:
             if step.recache:
@@ -153,6 +166,7 @@ class History:
         return texts
 
     def _shots(self, chunk: int) -> list[int]:
+        """Return `PastStep.shot` of each chunk before this one."""
         shots, shot = [], 0
         for step in self._steps[:chunk]:
             shot += step.cut
@@ -160,8 +174,8 @@ class History:
         return shots
 
 
-def _behind(state: Tensor, latents: Tensor) -> torch.Generator:
-    """Return a generator that has made the noise of a chunk since it was in `state`."""
+def _advanced(state: Tensor, latents: Tensor) -> torch.Generator:
+    """Return a generator that was in a state and has generated the noise of one chunk since."""
     generator = torch.Generator()
     generator.set_state(state)
     torch.randn(latents.shape[1:], generator=generator)

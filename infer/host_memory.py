@@ -1,4 +1,4 @@
-"""Keep the memory of a long-running process flat."""
+"""Keep the memory of a long-running process constant."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 
 M_MMAP_THRESHOLD = -3
 """Option of glibc's mallopt."""
-LARGE_BLOCK = 2 * 2**20
+LARGE_BLOCK_BYTES = 2 * 2**20
 
 
 def release_large_blocks() -> bool:
-    """Have the C library give blocks of 2 MiB and more back to the system when they are freed; say whether it does.
+    """Set the C library to return freed blocks of 2 MiB and more to the system; return whether it does.
 
-    By default glibc keeps what was freed and places blocks of other sizes into it, so that a stream of hundreds of
-    chunks on a CPU creeps up by a tenth. It is a setting of the whole process, hence only for our own commands.
+    By default glibc keeps freed memory and places blocks of other sizes into it. The memory of a stream of hundreds of
+    chunks on a CPU then grows by a tenth. The setting affects the whole process, so only our own commands make it.
     """
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK) == 1
+    return mallopt is not None and mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES) == 1

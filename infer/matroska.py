@@ -1,4 +1,4 @@
-"""Matroska made part by part: a header, then a cluster for each part, and an index of them at the end.
+"""Elements of a Matroska file that grows part by part: a header, a cluster for each part, and an index at the end.
 
 Elements: RFC 9559; their coding: RFC 8794 (EBML).
 """
@@ -27,7 +27,7 @@ DURATION_BYTES = 11
 
 
 class Id(IntEnum):
-    """Elements by their names in RFC 9559."""
+    """Identifiers of elements, by their names in RFC 9559."""
 
     EBML = 0x1A45DFA3
     DOC_TYPE = 0x4282
@@ -74,7 +74,11 @@ class Id(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """The beginning of a file, and where in it the length of the video and the place of the index are filled in."""
+    """The start of a file, with space for the length of the video and for the place of the index.
+
+    data: its bytes. segment_begin: offset of the content of the segment. seek_head_offset: offset at which `seek_head`
+    is written. duration_offset: offset at which `duration` is written.
+    """
 
     data: bytes
     segment_begin: int
@@ -83,7 +87,7 @@ class Header:
 
 
 def header(*, width: int, height: int, fps: Fraction, avcc: bytes) -> Header:
-    """Return what comes before the clusters; the length and the place of the index are left open."""
+    """Return the bytes before the clusters. avcc: configuration of the decoder, as of `PartEncoder`."""
     color = (
         _unsigned(Id.MATRIX_COEFFICIENTS, BT709)
         + _unsigned(Id.RANGE, LIMITED_RANGE)
@@ -116,7 +120,10 @@ def header(*, width: int, height: int, fps: Fraction, avcc: bytes) -> Header:
 
 
 def cluster(samples: Sequence[bytes], *, start: int, fps: Fraction) -> bytes:
-    """Return a cluster of frames from frame `start` on; the first sample is a key frame. At most 32 s."""
+    """Return a cluster of at most 32 s.
+
+    samples: encoded frames, the first of which is a key frame. start: number of the first one in the video.
+    """
     first = _milliseconds(start, fps)
     blocks = []
     for index, sample in enumerate(samples):
@@ -126,12 +133,15 @@ def cluster(samples: Sequence[bytes], *, start: int, fps: Fraction) -> bytes:
 
 
 def duration(num_frames: int, *, fps: Fraction) -> bytes:
-    """Return the element that says how long the video is, for `Header.duration_offset`."""
+    """Return the element with the length of the video, for `Header.duration_offset`."""
     return _element(Id.DURATION, struct.pack(">d", _milliseconds(num_frames, fps)))
 
 
 def index(entries: Sequence[tuple[int, int]], *, fps: Fraction, segment_begin: int) -> bytes:
-    """Return the index (Cues). entries: first frame and offset in the file of each cluster."""
+    """Return the index (Cues).
+
+    entries: first frame of each cluster and its offset in the file. segment_begin: as in `Header`.
+    """
     points = []
     for start, offset in entries:
         place = _unsigned(Id.CUE_TRACK, TRACK) + _unsigned(Id.CUE_CLUSTER_POSITION, offset - segment_begin)
@@ -141,7 +151,7 @@ def index(entries: Sequence[tuple[int, int]], *, fps: Fraction, segment_begin: i
 
 
 def seek_head(offset: int, *, segment_begin: int) -> bytes:
-    """Return the element that says where the index is, for `Header.seek_head_offset`."""
+    """Return the element with the place of the index, for `Header.seek_head_offset`. offset: offset of the index."""
     place = struct.pack(">Q", offset - segment_begin)
     return _element(
         Id.SEEK_HEAD, _element(Id.SEEK, _element(Id.SEEK_ID, _coded(Id.CUES)) + _element(Id.SEEK_POSITION, place))
@@ -149,7 +159,7 @@ def seek_head(offset: int, *, segment_begin: int) -> bytes:
 
 
 def segment_size(size: int) -> bytes:
-    """Return the size of the segment, in as many bytes as it is left open in, for the bytes before `segment_begin`."""
+    """Return the size of the segment, for the 8 bytes before `Header.segment_begin`."""
     return (size | 1 << 7 * len(UNKNOWN_SIZE)).to_bytes(len(UNKNOWN_SIZE), "big")
 
 
@@ -174,6 +184,6 @@ def _coded(identifier: int) -> bytes:
 
 
 def _size(value: int) -> bytes:
-    """Return a size in the fewest bytes that can say it; all ones in its bits would mean that it is unknown."""
+    """Return a size in the fewest bytes that can hold it. A size whose bits are all ones would mean "unknown"."""
     length = next(length for length in range(1, 9) if value < (1 << 7 * length) - 1)
     return (value | 1 << 7 * length).to_bytes(length, "big")

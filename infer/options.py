@@ -1,4 +1,4 @@
-"""How a video is sampled: types and ranges that are checked before anything heavy is imported."""
+"""Sampling options, and checks of values that users pass. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from longvideo.errors import UserError
 MAX_STEPS = 1000
 MAX_GUIDANCE = 50.0
 MAX_SEED = 2**63 - 1
-MOST_SHOWN = 60
+MAX_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Solver steps a chunk, classifier-free guidance scale (1 is none) and seed; None takes the model's own default.
+    """How the chunks of a video are sampled. Numbers may be those of numpy; they are converted to Python's.
 
-    Whole numbers of numpy are taken too, and become Python's.
+    steps: number of solver steps for each chunk, 1 to 1000; None means the model's own. guidance: scale of
+    classifier-free guidance, 0 to 50, where 1 means no guidance; None means the model's own. seed: seed of the noise, 0
+    to 2^63 - 1; the same seed gives the same video.
+    Raises UserError for a value of another type or out of its range.
     """
 
     steps: int | None = None
@@ -31,38 +34,44 @@ class SamplingOptions:
             object.__setattr__(self, "steps", whole_number(self.steps, "steps", 1, MAX_STEPS))
         guidance = self.guidance
         if guidance is not None:
+            expected = f"expected a number from 0 to {MAX_GUIDANCE:g}, where 1 means no guidance"
             if isinstance(guidance, bool) or not isinstance(guidance, Real):
-                raise UserError(f"guidance is {shown(guidance)}; it must be a number")
+                raise UserError(f"guidance is {shown(guidance)}; {expected}")
             if not 0 <= guidance <= MAX_GUIDANCE:
                 value = shown(guidance) if isinstance(guidance, Rational) else f"{float(guidance):g}"
-                raise UserError(f"guidance is {value}; it must be from 0 to {MAX_GUIDANCE:g} (1 means none)")
+                raise UserError(f"guidance is {value}; {expected}")
             object.__setattr__(self, "guidance", float(guidance))
         object.__setattr__(self, "seed", whole_number(self.seed, "seed", 0, MAX_SEED))
 
 
-def whole_number(value: object, name: str, least: int, most: int) -> int:
-    """Return a whole number of Python or numpy. Raises UserError for another type, bool too, and out of the range."""
+def whole_number(value: object, name: str, minimum: int, maximum: int) -> int:
+    """Return a whole number of Python or numpy as an int.
+
+    name: what the number is, for the error. minimum, maximum: range of the number, both included.
+    Raises UserError for another type, bool included, and for a number out of the range.
+    """
+    expected = f"expected a whole number from {minimum} to {maximum}"
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise UserError(f"{name} is {shown(value)}; it must be a whole number")
-    if not least <= number <= most:
-        raise UserError(f"{name} is {shown(number)}; it must be from {least} to {most}")
+        raise UserError(f"{name} is {shown(value)}; {expected}")
+    if not minimum <= number <= maximum:
+        raise UserError(f"{name} is {shown(number)}; {expected}")
     return number
 
 
 def check_path(value: object, name: str) -> None:
-    """Raise UserError for what is not a path or a name."""
+    """Raise UserError for a value that is not a path or a name. name: what the path is, for the error."""
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-        raise UserError(f"{name} is {shown(value)}; give a name or a path")
+        raise UserError(f"{name} is {shown(value)}; expected a name or a path")
 
 
 def shown(value: object) -> str:
-    """Return a value as it is written in Python, shortened, on one line."""
+    """Return a value as Python code, on one line and shortened to 60 characters, for an error message."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # a number with more digits than Python writes
+    except ValueError:  # an int with more digits than Python converts
         text = f"a {type(value).__name__}"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

@@ -1,4 +1,4 @@
-"""The public way to make videos: load a model folder, then stream frames as they are made."""
+"""The public interface of generation: load a model, then stream frames while the video is generated."""
 
 from __future__ import annotations
 
@@ -59,13 +59,14 @@ __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
 
 class StreamingPipeline:
-    """Text (and an optional first picture) to video, chunk by chunk.
+    """Generates videos from text, and from a first picture if there is one, chunk by chunk.
 
-    Same seed, same device and dtype, same bits. What makes a video is kept for the next one; a video that is begun
-    while another is being made gets a cache of its own.
+    The same seed on the same device with the same data type gives the same bits. Buffers and CUDA graphs of a video are
+    used again for the next one; a video that starts while another one is generated gets its own.
     """
 
     def __init__(self, models: Models) -> None:
+        """Take loaded models; use `from_pretrained` to load them."""
         self.models = models
         self._idle: Stages | None = None
         self._lock = threading.Lock()
@@ -85,17 +86,22 @@ class StreamingPipeline:
         kv_cache: str = "bf16",
         attention: str = "bf16",
     ) -> StreamingPipeline:
-        """Load a shipped name ("tiny"), a folder or file of any known format (docs/checkpoints.md), or a hub id.
+        """Load a model.
 
-        base: model from which missing parts come. preset: settings of a published model, `longlive-2.0-5b`, in place of
-        the model's own.
-        device: CUDA if there is one, else the CPU. decode_device: where pixels are made, by default the same; another
-        GPU decodes while the first denoises. decode_share: of that GPU's work, what `device` does instead, from 0 to
-        below 1; None for 0. dtype: bfloat16 where the hardware multiplies it, else float32.
-        precision: "bf16", "fp8" or "nvfp4" (weights and inputs of the blocks in 8 or 4 bits), or "nvfp4-weights"; by
-        default what the folder holds. kv_cache: "bf16" or "nvfp4", how the chunks already made are kept.
-        attention: "bf16", or "fp8", which takes NVIDIA's package nvidia-cudnn-frontend on a GPU.
-        Raises UserError when the device is not there, CheckpointError when the folder is not whole.
+        name: name of a packaged model ("tiny"), a folder or file of any known format (docs/checkpoints.md), or an id of
+        the Hugging Face hub. base: model with the parts that are missing in `name`. preset: name of the settings of a
+        published model, such as "longlive-2.0-5b", in place of the model's own.
+        device: device that denoises; None means CUDA if there is a GPU, else the CPU. decode_device: device that
+        decodes, for example a second GPU, which decodes while the first one denoises; None means `device`.
+        decode_share: fraction of the decoding that `device` does for `decode_device`, from 0 to below 1; None means 0.
+        dtype: data type of everything that is not quantized; None means bfloat16 if the hardware supports it, else
+        float32.
+        precision: format of the transformer: "bf16", "fp8" or "nvfp4" (weights and inputs of the blocks in 8 or 4
+        bits), or "nvfp4-weights"; None means the format of the files. kv_cache: format of the KV cache, "bf16" or
+        "nvfp4". attention: format of attention, "bf16" or "fp8"; the latter needs the package nvidia-cudnn-frontend and
+        a GPU of compute capability 9.
+        Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
+        files that are missing, damaged or do not fit.
         """
         formats = NumberFormats(precision, kv_cache, attention)
         placement = Placement.choose(device, decode_device, decode_share, dtype)
@@ -116,9 +122,9 @@ class StreamingPipeline:
     ) -> StreamingPipeline:
         """Load the weights of an opened folder.
 
-        group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
-        calls, and the first gets the frames.
-        Raises UserError before any is read where a GPU has too little memory free.
+        formats: number formats; the default is that of the files. group: ranks that share the denoising of every chunk
+        (`longvideo.streaming.parallel`). All of them make the same calls, and rank 0 gets the frames.
+        Raises UserError, before any weight is read, where a GPU has too little free memory.
         """
         check_formats(folder, formats, device=placement.device)
         check_memory(Workload(shapes=folder_shapes(folder), formats=formats, placement=placement))
@@ -146,21 +152,21 @@ class StreamingPipeline:
         return self.models.formats
 
     def start_line(self) -> str:
-        """Say in one line what runs, where, and what of it is emulated."""
+        """Return one line with the devices, the backends, and what is emulated."""
         return start_line(self.models.formats, self.models.placement, packed=False)
 
     @property
     def fps(self) -> int:
-        """Frames a second of every video this model makes."""
+        """Frames a second of every video."""
         return self.models.settings.fps
 
     @property
     def chunk_timing(self) -> ChunkTiming:
-        """How this model's chunks divide pixel frames."""
+        """How pixel frames are divided into chunks."""
         return chunk_timing(self.models.settings, self.models.autoencoder.config)
 
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
-        """Return the chunks that `stream` would make of the same prompts and seconds."""
+        """Return the chunks that `stream` generates from the same prompts and seconds."""
         return plan_chunks(as_script(prompts, seconds), self.chunk_timing)
 
     def stream(
@@ -173,12 +179,14 @@ class StreamingPipeline:
         seed: int = 0,
         image: FirstPicture | None = None,
     ) -> Generator[np.ndarray, None, None]:
-        """Yield frames, uint8 [T, H, W, 3], chunk by chunk as they are made.
+        """Generate a video; yield frames, uint8 [T, H, W, 3], chunk by chunk.
 
-        prompts: one prompt a shot, each shown equally long, `seconds` in all; or a Script, which has its own lengths.
-        steps, guidance: None takes the model's own. image: first frame, a file, a Pillow image, or uint8 [H, W, 3] of
-        numpy or torch; it is scaled and its center cropped to the video's size. Wrong values raise UserError here, not
-        when iterating; words that the model never learned give a UserWarning.
+        prompts: a prompt for each shot; the shots have equal lengths. Or a Script, which has its own lengths. seconds:
+        length of the whole video; None with a Script. steps: number of solver steps for each chunk. guidance: scale of
+        classifier-free guidance. None means the model's own for both. seed: seed of the noise. image: first frame: a
+        file, a Pillow image, or uint8 [H, W, 3] of numpy or torch; it is scaled and cropped to the size of the video.
+        Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
+        about words that the model has not learned.
         """
         script = as_script(prompts, seconds)
         options = SamplingOptions(steps, guidance, seed)
@@ -199,10 +207,11 @@ class StreamingPipeline:
         image: FirstPicture | None = None,
         history_chunks: int = HISTORY_CHUNKS,
     ) -> Session:
-        """Start a video that is steered while it is made. Without `seconds` it has no end. Arguments as in `stream`.
+        """Start a video that is steered while it is generated. Arguments and errors are those of `stream`.
 
-        history_chunks: how far back `seek` can go; a chunk that can be gone back to keeps its latents in host memory.
-        What the next chunk needs is kept in any case.
+        seconds: length of the video; None means that it has no end. history_chunks: number of the latest chunks that
+        `seek` can go back to; their latents are stored in host memory. Those that the next chunk needs are always
+        stored.
         """
         check_prompt(prompt, "the prompt")
         history_chunks = whole_number(history_chunks, "history_chunks", 0, MAX_HISTORY_CHUNKS)
@@ -218,9 +227,10 @@ class StreamingPipeline:
         return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks))
 
     def restore(self, path: Path | str) -> Session:
-        """Continue a session after the last chunk that it had handed out when its `snapshot` was written.
+        """Continue a session after the last chunk that it had returned when its snapshot was written.
 
-        Raises UserError for another file, and for a snapshot of a model with other sizes or settings.
+        path: file that `Session.snapshot` wrote.
+        Raises UserError for any other file, and for a snapshot of a model with other sizes or settings.
         """
         check_path(path, "the snapshot")
         config, spec = self.models.transformer.config, self.models.spec
@@ -239,19 +249,21 @@ class StreamingPipeline:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> np.ndarray:
-        """Make several videos of equal length together; return uint8 [B, T, H, W, 3].
+        """Generate several videos of equal length together; return frames, uint8 [B, T, H, W, 3].
 
-        prompts: for every video, a prompt per shot. seconds: of every shot, the same for all videos.
-        A video's noise depends on its own seed alone.
+        prompts: for every video, a prompt for each shot. seconds: length of each shot, the same in all videos. seeds:
+        seed of each video; its noise depends on no other seed. steps, guidance: as in `stream`.
         """
         for name, values in (("prompts", prompts), ("seconds", seconds), ("seeds", seeds), *_named_shots(prompts)):
             is_number = isinstance(values, np.ndarray) and not values.ndim
             if is_number or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-                raise UserError(f"{name} is {shown(values)}; give a sequence, with one item for each video or shot")
+                raise UserError(f"{name} is {shown(values)}; expected a sequence with one item for each video or shot")
         if not len(prompts) or len(prompts) != len(seeds):
-            raise UserError(f"{len(prompts)} videos and {len(seeds)} seeds were given; give one seed for each video")
+            raise UserError(f"there are {len(prompts)} videos and {len(seeds)} seeds; expected one seed for each video")
         if any(len(shots) != len(seconds) for shots in prompts):
-            raise UserError(f"every video needs {len(seconds)} prompts, one for each length in seconds")
+            raise UserError(
+                f"every video needs {len(seconds)} prompts, one for each length; give as many prompts as seconds"
+            )
         scripts = [Script(tuple(map(ShotRequest, shots, seconds))) for shots in prompts]
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
@@ -280,7 +292,7 @@ class StreamingPipeline:
     @property
     def _fingerprint(self) -> dict[str, Any]:
         transformer = asdict(self.models.transformer.config)
-        return json.loads(json.dumps({**asdict(self.models.settings), **transformer}))  # as a file gives it back
+        return json.loads(json.dumps({**asdict(self.models.settings), **transformer}))  # as JSON returns it
 
     def _inputs(
         self,
@@ -307,26 +319,26 @@ class StreamingPipeline:
         try:
             with closing(chunks):
                 yield from chunks
-        except GeneratorExit:  # the caller has seen enough
+        except GeneratorExit:  # the caller stops before the end
             self.release(stages)
             raise
-        self.release(stages)  # not after an error, which may have left anything behind
+        self.release(stages)  # not after an error: the state of the stages is unknown then
 
     def warm_up(self) -> None:
-        """Build, compile and record what the first video with the model's own guidance would wait for."""
+        """Prepare the first video with the model's own guidance, so that it does not wait for compilation."""
         self.release(self.acquire(batch=1, copies=branches(self.models.settings.guidance)))
 
     def acquire(self, *, batch: int, copies: int) -> Stages:
-        """Return what makes a video: what an earlier one left, or built and warmed up now. See `Stages`."""
+        """Return the idle stages if they have this size, else new ones, warmed up. Arguments are those of `Stages`."""
         with self._lock:
             stages, self._idle = self._idle, None
         if stages is None or stages.size != (batch, copies):
-            stages = None  # its memory is free before another takes as much
+            stages = None  # its memory is freed before new memory is allocated
             stages = Stages(self.models, batch=batch, copies=copies)
         return stages
 
     def release(self, stages: Stages) -> None:
-        """Keep stages for the next video; one is kept."""
+        """Return stages that are no longer used; the latest ones are kept for the next video."""
         stages.reset()
         with self._lock:
             self._idle = stages
@@ -343,22 +355,29 @@ class StreamingPipeline:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
         if unknown:
             words = ", ".join(repr(word) for word in unknown)
-            warnings.warn(f"the model never learned {words}; expect something else there", UserWarning, stacklevel=3)
+            warnings.warn(
+                f"the model never learned {words}; the video may show something else", UserWarning, stacklevel=3
+            )
 
 
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:
-    """Make a Script of prompts that share `seconds`; a Script is returned as it is, and must come without seconds."""
+    """Return a script with shots of equal length, `seconds` together. A Script is returned unchanged.
+
+    Raises UserError for a Script with seconds, and for prompts without.
+    """
     if isinstance(prompts, Script):
         if seconds is not None:
-            raise UserError("a script has the length of each shot; leave seconds out")
+            raise UserError(
+                "seconds and a Script exclude each other: a script has the length of each shot; leave seconds out"
+            )
         return prompts
     if seconds is None:
-        raise UserError("seconds is missing: say how long the video shall be")
+        raise UserError("seconds is missing; give the length of the video")
     return Script.from_prompts(prompts, seconds=seconds)
 
 
 def chunk_timing(settings: ModelSettings, autoencoder: AutoencoderConfig) -> ChunkTiming:
-    """Return how a model's chunks divide pixel frames."""
+    """Return how pixel frames are divided into chunks of a model."""
     scale = autoencoder.scale_factor_temporal
     return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
 

@@ -1,7 +1,7 @@
-"""Scripts: which prompt is shown for how long, and the chunks that a script becomes.
+"""Scripts: which prompt is shown for how long, and the chunks that a script is divided into.
 
-A shot starts at a chunk boundary, because one chunk is made under one prompt: a cut lands on the boundary nearest to
-where it was asked, never more than one chunk away. This module needs no torch, so that a bad script is refused at once.
+A chunk is generated under one prompt, so a shot starts at a chunk boundary: the one nearest to the requested time, at
+most one chunk away from it. This module does not import torch, so a wrong script is refused at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ MAX_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True)
 class ShotRequest:
-    """One prompt and how long it is shown. `cut` starts a new scene; without it only the text changes."""
+    """A shot of a script.
+
+    prompt: text of the shot. seconds: its length, above 0. cut: whether the shot starts a new scene; otherwise the
+    scene continues, and only the text changes.
+    """
 
     prompt: str
     seconds: float
@@ -31,29 +35,32 @@ class ShotRequest:
 
 @dataclass(frozen=True)
 class Script:
-    """Shots in the order in which they are shown."""
+    """Shots in the order in which they are shown. Raises UserError for a shot that cannot be generated."""
 
     shots: tuple[ShotRequest, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.shots, Sequence) or not all(isinstance(shot, ShotRequest) for shot in self.shots):
-            raise UserError(f"the shots of a script are {shown(self.shots)}; give a sequence of ShotRequest")
+            raise UserError(f"the shots of a script are {shown(self.shots)}; expected a sequence of ShotRequest")
         if not self.shots:
-            raise UserError("no prompt given: write what the video should show")
+            raise UserError("there is no prompt; describe what the video shows")
         for number, shot in enumerate(self.shots, 1):
             if not isinstance(shot.cut, bool):
-                raise UserError(f"shot {number} has cut {shown(shot.cut)}; true or false was expected")
+                raise UserError(f"shot {number}: cut is {shown(shot.cut)}; expected true or false")
             check_prompt(shot.prompt, f"the prompt of shot {number}")
             check_seconds(shot.seconds, f"shot {number}")
         check_seconds(self.seconds, "the script")
 
     @classmethod
     def from_prompts(cls, prompts: str | Sequence[str], *, seconds: float) -> Script:
-        """Give every prompt a shot of equal length; `seconds` is the length of the whole video."""
+        """Return a script with shots of equal length, one for each prompt.
+
+        seconds: length of the whole video.
+        """
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, Sequence):
-            raise UserError(f"prompts is {shown(prompts)}; give a text, or a sequence of texts, one for each shot")
+            raise UserError(f"prompts is {shown(prompts)}; expected a text, or a sequence with a text for each shot")
         for number, prompt in enumerate(prompts, 1):
             check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         check_seconds(seconds, "the video")
@@ -61,23 +68,31 @@ class Script:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Script:
-        """Read a list of `{prompt, seconds, cut}` (cut defaults to true); raise UserError naming file and shot."""
+        """Read a YAML list of shots, each with the keys prompt, seconds and cut (default: true).
+
+        Raises UserError with the file, the line and the shot for anything else.
+        """
         from longvideo.config.yaml_reader import read_yaml
 
         document = read_yaml(Path(path), what="script")
         if not isinstance(document.value, list) or not document.value:
-            raise UserError(f"{path} must hold a list of shots, each with prompt and seconds")
+            raise UserError(f"{path} holds no list; expected a list of shots, each with prompt and seconds")
         numbered = enumerate(zip(document.value, document.lines, strict=True), 1)
         return cls(tuple(_read_shot(entry, f"{path}:{line}: shot {number}") for number, (entry, line) in numbered))
 
     @property
     def seconds(self) -> float:
+        """Length of the whole video."""
         return math.fsum(shot.seconds for shot in self.shots)
 
 
 @dataclass(frozen=True)
 class ChunkTiming:
-    """How chunks divide pixel frames: the first has fewer, because the first latent frame is a single pixel frame."""
+    """How the pixel frames of a video are divided into chunks.
+
+    first_frames, later_frames: pixel frames of the first chunk and of every later one. The first has fewer, because the
+    first latent frame of a video is decoded to a single pixel frame. fps: pixel frames a second.
+    """
 
     first_frames: int
     later_frames: int
@@ -85,27 +100,34 @@ class ChunkTiming:
 
     @classmethod
     def of(cls, *, chunk_frames: int, temporal_scale: int, fps: float) -> ChunkTiming:
-        """Derive it from latent frames in a chunk and pixel frames in a latent frame."""
+        """Return the timing of chunks.
+
+        chunk_frames: latent frames of a chunk. temporal_scale: pixel frames of a latent frame.
+        """
         return cls(1 + (chunk_frames - 1) * temporal_scale, chunk_frames * temporal_scale, fps)
 
     def start(self, chunk: int) -> int:
-        """Pixel frame at which a chunk starts."""
+        """Return the pixel frame at which a chunk starts."""
         return 0 if chunk == 0 else self.first_frames + (chunk - 1) * self.later_frames
 
     def nearest(self, frame: int) -> int:
-        """Chunk whose start is nearest to a pixel frame."""
+        """Return the chunk that starts nearest to a pixel frame."""
         if frame * 2 <= self.first_frames:
             return 0
         return 1 + max(0, math.floor((frame - self.first_frames) / self.later_frames + 0.5))
 
     def chunks_for(self, frames: int) -> int:
-        """Chunks that hold this many pixel frames."""
+        """Return the number of chunks that hold this many pixel frames."""
         return 1 + max(0, math.ceil((frames - self.first_frames) / self.later_frames))
 
 
 @dataclass(frozen=True)
 class PlannedChunk:
-    """One chunk of a plan: the shot it belongs to, whether it opens a scene, and the frames that are kept of it."""
+    """A chunk of a plan.
+
+    index: its number in the video. shot: number of the shot it belongs to. cut: whether it starts a new scene.
+    num_frames: pixel frames that are kept; the last chunk of a video is cut short.
+    """
 
     index: int
     shot: int
@@ -115,7 +137,11 @@ class PlannedChunk:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """A script laid on chunk boundaries. `first_chunks[i]` is the chunk with which shot i starts."""
+    """A script divided into chunks; iterate over it for the chunks.
+
+    first_chunks: number of the first chunk of each shot. cuts: whether each shot starts a new scene. num_frames: pixel
+    frames of the video.
+    """
 
     timing: ChunkTiming
     first_chunks: tuple[int, ...]
@@ -124,6 +150,7 @@ class ChunkPlan:
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks of the video."""
         return self.timing.chunks_for(self.num_frames)
 
     def __iter__(self) -> Iterator[PlannedChunk]:
@@ -138,67 +165,72 @@ class ChunkPlan:
 
 
 def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
-    """Lay a script on chunk boundaries; the video has exactly round(seconds * fps) frames.
+    """Divide a script into chunks; the video has exactly round(seconds * fps) pixel frames.
 
-    Raises UserError when a shot is too short to start within one chunk of where it was asked.
+    Raises UserError when a shot is too short to start within one chunk of its requested time.
     """
     num_frames = round(script.seconds * timing.fps)
     if num_frames < 1:
-        raise UserError(f"{script.seconds:g} s is shorter than one frame at {timing.fps:g} frames a second")
+        raise UserError(
+            f"{script.seconds:g} s is shorter than one frame at {timing.fps:g} frames a second; use"
+            f" {1 / timing.fps:.2f} s or more"
+        )
     first_chunks: list[int] = []
-    asked_seconds = 0.0
+    seconds = 0.0
     for number, shot in enumerate(script.shots, 1):
-        asked = round(asked_seconds * timing.fps)
-        chunk = max(timing.nearest(asked), first_chunks[-1] + 1) if first_chunks else 0
+        frame = round(seconds * timing.fps)
+        chunk = max(timing.nearest(frame), first_chunks[-1] + 1) if first_chunks else 0
         start = timing.start(chunk)
-        if abs(start - asked) > timing.later_frames or start >= num_frames:
-            needed = timing.later_frames / timing.fps
+        if abs(start - frame) > timing.later_frames or start >= num_frames:
+            minimum = timing.later_frames / timing.fps
             raise UserError(
-                f"shot {number} cannot start at {asked_seconds:g} s of {script.seconds:g} s: a shot starts at a chunk "
-                f"boundary and lasts at least one chunk; give every shot {needed:.2f} s or more"
+                f"shot {number} cannot start at {seconds:g} s of {script.seconds:g} s: a shot starts at a chunk"
+                f" boundary and lasts at least one chunk; use {minimum:.2f} s or more for every shot"
             )
         first_chunks.append(chunk)
-        asked_seconds += shot.seconds
+        seconds += shot.seconds
     return ChunkPlan(timing, tuple(first_chunks), tuple(shot.cut for shot in script.shots), num_frames)
 
 
-def check_prompt(prompt: str, what: str) -> None:
-    """Raise UserError for a prompt that is no text, says nothing, or holds half a character."""
+def check_prompt(prompt: str, name: str) -> None:
+    """Raise UserError for a prompt that is not text, is empty, or holds half a character. name: start of the error."""
     if not isinstance(prompt, str):
-        raise UserError(f"{what} is {shown(prompt)}; give text")
-    check_text(prompt, what)
+        raise UserError(f"{name} is {shown(prompt)}; expected text")
+    check_text(prompt, name)
     if not prompt.strip():
-        raise UserError(f"{what} is empty: write what the video should show")
+        raise UserError(f"{name} is empty; describe what the video shows")
 
 
-def check_seconds(seconds: float, what: str) -> None:
-    """Raise UserError unless a length is a number above 0 and at most a day."""
+def check_seconds(seconds: float, name: str) -> None:
+    """Raise UserError unless a length is a number above 0 and at most a day. name: start of the error."""
+    expected = f"expected a number above 0 and at most {MAX_SECONDS:g} (24 h)"
     if isinstance(seconds, bool) or not isinstance(seconds, Real):
-        raise UserError(f"{what} has seconds {shown(seconds)}; a number was expected")
+        raise UserError(f"{name}: seconds is {shown(seconds)}; {expected}")
     if not 0 < seconds <= MAX_SECONDS:
         length = shown(int(seconds)) if isinstance(seconds, Rational) else f"{float(seconds):g}"
-        raise UserError(f"{what} has {length} seconds; a length must be above 0 and at most {MAX_SECONDS:g} (24 h)")
+        raise UserError(f"{name}: seconds is {length}; {expected}")
 
 
 def _read_shot(entry: object, where: str) -> ShotRequest:
+    """Read a shot of a YAML file. where: file, line and shot, start of the error."""
     known = [field.name for field in fields(ShotRequest)]
     if not isinstance(entry, dict):
-        raise UserError(f"{where} is {shown(entry)}, not a mapping with the keys {', '.join(known)}")
+        raise UserError(f"{where} is {shown(entry)}; expected a mapping with the keys {', '.join(known)}")
     for key in entry:
         if key not in known:
-            raise UserError(f"{where} has the unknown key {shown(key)}{_nearest_key(str(key), known)}")
+            raise UserError(f"{where} has the unknown key {shown(key)}; {_nearest_key(str(key), known)}")
     prompt, seconds, cut = entry.get("prompt"), entry.get("seconds"), entry.get("cut", True)
     if prompt is None:
-        raise UserError(f"{where} has no prompt: add 'prompt: what the shot shows'")
+        raise UserError(f"{where} has no prompt; add 'prompt: what the shot shows'")
     check_prompt(prompt, f"{where}: the prompt")
     if seconds is None:
-        raise UserError(f"{where} has no seconds: add 'seconds: 5' for a shot of 5 s")
+        raise UserError(f"{where} has no seconds; add 'seconds: 5' for a shot of 5 s")
     check_seconds(seconds, where)
     if not isinstance(cut, bool):
-        raise UserError(f"{where} has cut {shown(cut)}; true or false was expected")
+        raise UserError(f"{where}: cut is {shown(cut)}; expected true or false")
     return ShotRequest(prompt, float(seconds), cut)
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean '{nearest[0]}'?" if nearest else f"; the keys are {', '.join(known)}"
+    return f"did you mean '{nearest[0]}'?" if nearest else f"the keys are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""A video that is steered while it is being made: other prompts, planned shots, a pause, the way back."""
+"""A video that is steered while it runs: new prompts, planned shots, pauses, seeks and snapshots."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Session(Iterator[GeneratedChunk]):
-    """Iterate over chunks, which have the frames, their step (number, prompt in force) and the time they took.
+    """An iterator over the chunks of a running video: frames, the step (number and prompt), and the time they took.
 
-    One thread iterates; every other method may be called at any time, from any thread. Close it (or use it as a context
-    manager) to stop the work that runs ahead.
+    One thread iterates; every other method may be called at any time, from any thread. Close a session, or use it as a
+    context manager, to stop the work that runs ahead.
     """
 
     def __init__(
@@ -36,41 +36,43 @@ class Session(Iterator[GeneratedChunk]):
         generate: Callable[[LiveSteps, Past | None], Generator[GeneratedChunk, None, None]],
         check_words: Callable[[str], None],
     ) -> None:
-        """history: what to go on behind; empty for a new video. generate: makes the chunks of steps.
+        """Start a video, or continue one.
 
-        check_words: warns of words that the model does not know.
+        history: chunks to continue; empty for a new video. generate: generates the chunks of steps after a past.
+        check_words: warns about words of a prompt that the model has not learned.
         """
         self.timing, self.options = timing, options
         self._history, self._generate, self._check_words = history, generate, check_words
-        # _turn is held while a chunk is waited for, _lock never for long
+        # _turn is held while a chunk is waited for, _lock only for a moment
         self._turn, self._lock = threading.Lock(), threading.Lock()
         self._steps = self._new_steps(shots, first=len(history))
-        self._past = history.behind(len(history))
+        self._past = history.past_of(len(history))
         self._chunks: Generator[GeneratedChunk, None, None] | None = None
-        self._is_behind = self._is_closed = False
+        self._is_outdated = self._is_closed = False  # outdated: _chunks belongs to the branch before a seek
 
     @property
     def next_chunk(self) -> int:
-        """The chunk that comes next out of the iterator."""
+        """Number of the chunk that the iterator returns next."""
         with self._lock:
             return len(self._history)
 
     @property
     def shots(self) -> Shots:
-        """Prompts and how they come in, by the chunk that they begin with: those that are over, and those planned."""
+        """All shots: past, present and planned ones."""
         with self._lock:
             return self._steps.shots
 
     @property
     def is_paused(self) -> bool:
+        """Whether no chunk begins until `resume`."""
         with self._lock:
             return self._steps.is_paused
 
     def set_prompt(self, prompt: str, mode: SwitchMode = "cut") -> Receipt:
-        """Show another prompt from the next chunk that is begun; chunks already begun keep theirs.
+        """Show another prompt from the next chunk that begins; chunks that have begun keep theirs.
 
-        mode: "cut" starts a new shot; "keep" goes on with the scene under the new text; "recache" does so too, and runs
-        the past that is attended to through the clean pass again, under the new text.
+        mode: "cut" starts a new shot. "keep" continues the scene under the new text. "recache" does so as well, and
+        first runs the clean pass of the window again under the new text.
         """
         with self._lock:
             receipt = self._steps.set_prompt(prompt, mode)
@@ -78,54 +80,58 @@ class Session(Iterator[GeneratedChunk]):
         return receipt
 
     def add_shot(self, prompt: str, *, chunk: int, mode: SwitchMode = "cut") -> Receipt:
-        """Show another prompt from a later chunk; raises UserError if that is begun already, or behind the end."""
+        """Show another prompt from a later chunk. mode: as in `set_prompt`.
+
+        Raises UserError for a chunk that has begun, or after the end of the video.
+        """
         with self._lock:
             receipt = self._steps.add_shot(prompt, chunk, mode)
         self._check_words(prompt)
         return receipt
 
     def pause(self) -> None:
-        """Begin no chunk until `resume`; iterating waits as long."""
+        """Begin no chunk until `resume`; the iterator waits for it."""
         with self._lock:
             self._steps.pause()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Begin chunks again after `pause`."""
         with self._lock:
             self._steps.resume()
 
     def seek(self, chunk: int, *, prompt: str | None = None, mode: SwitchMode = "cut") -> Receipt:
-        """Go back: `chunk` comes next out of the iterator, made anew, and what came after it is forgotten.
+        """Go back: the iterator returns `chunk` next, generated again, and later chunks are deleted.
 
-        With a prompt it begins another branch there, without it is made as it was; shots planned and not yet begun
-        stay. What it looks back at goes through the clean pass again, so that behind a window that has moved on it is
-        nearly, not exactly, what it was.
-        Raises UserError for a chunk not made yet, or so far back that what it needs is no longer kept.
+        prompt: prompt of another branch that starts there; without one, the chunk is generated as it was. Planned shots
+        that have not begun stay. mode: as in `set_prompt`.
+        The chunks that it attends to get a prefill. If they had attended to chunks that have left the window, the
+        result is close to the first one, but not equal.
+        Raises UserError for a chunk that is not generated yet, or so far back that latents it needs are deleted.
         """
         chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         with self._lock:
-            past, begun = self._history.behind(chunk), self._steps.next_chunk
-            shots = {first: shot for first, shot in self._steps.shots.items() if first <= chunk or first >= begun}
+            past, next_step = self._history.past_of(chunk), self._steps.next_chunk
+            shots = {first: shot for first, shot in self._steps.shots.items() if first <= chunk or first >= next_step}
             if prompt is not None:
                 if chunk > 0:
                     shots.pop(chunk, None)
                 else:
                     shots[0] = (prompt, "keep")
             steps = self._new_steps(shots, first=chunk)
-            receipt = Receipt(max(0, begun - 1), chunk)
+            receipt = Receipt(max(0, next_step - 1), chunk)
             if prompt is not None:
                 steps.set_prompt(prompt, mode)
             if self._steps.is_paused:
                 steps.pause()
             self._history.truncate(chunk)
             self._steps.close()
-            self._steps, self._past, self._is_behind = steps, past, True
+            self._steps, self._past, self._is_outdated = steps, past, True
         if prompt is not None:
             self._check_words(prompt)
         return receipt
 
     def snapshot(self, path: str | Path) -> None:
-        """Write what it takes to go on behind the last chunk that was handed out; see `StreamingPipeline.restore`."""
+        """Write a file from which `StreamingPipeline.restore` continues after the last chunk that was returned."""
         check_path(path, "the snapshot")
         with self._lock:
             snapshot = Snapshot(self.options, self._steps.shots, self._history.steps, self._history.kept)
@@ -135,8 +141,8 @@ class Session(Iterator[GeneratedChunk]):
         with self._turn:
             while True:
                 with self._lock:
-                    leave = self._is_behind or self._is_closed
-                    steps, past, self._is_behind = self._steps, self._past, False
+                    leave = self._is_outdated or self._is_closed
+                    steps, past, self._is_outdated = self._steps, self._past, False
                 if leave and self._chunks is not None:
                     self._chunks.close()
                     self._chunks = None
@@ -146,7 +152,7 @@ class Session(Iterator[GeneratedChunk]):
                     self._chunks = self._generate(steps, past)
                 chunk = next(self._chunks, None)
                 with self._lock:
-                    if self._is_behind:  # it belongs to what was left meanwhile
+                    if self._is_outdated:  # there was a seek while the chunk was generated
                         continue
                     if chunk is None:
                         raise StopIteration
@@ -155,7 +161,7 @@ class Session(Iterator[GeneratedChunk]):
                 return chunk
 
     def close(self) -> None:
-        """Stop making chunks; a thread that waits for one gets it first. Closing twice does nothing."""
+        """Stop generating; a thread that waits for a chunk gets it first. Closing twice does nothing."""
         with self._lock:
             self._is_closed = True
             self._steps.close()

@@ -1,4 +1,4 @@
-"""A session on disk: one safetensors file with the latents it needs and, as metadata, everything else."""
+"""A session on disk: one safetensors file, with latents and noise as tensors and everything else as metadata."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 FORMAT = "longvideo session 1"
 FIRST_LATENT = "first_latent"
+JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false"}
 MAX_COUNT = 2**31
-"""Of frames and chunks; 24 frames a second last 2.8 years."""
+"""Largest number of frames or chunks in a snapshot; 2.8 years at 24 frames a second."""
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """What a session is made with from beginning to end.
+    """Options of a session, which do not change while it runs.
 
-    num_frames: of the whole video, None for no end. first_latent: [1, C, 1, H, W], of an opening picture. model: what
-    a snapshot must agree with to be restored (sizes and settings, not the weights).
+    model: sizes and settings of the model, but not its weights; a snapshot is restored only with equal ones.
+    num_frames: pixel frames of the whole video; None means that it has no end. first_latent: [1, C, 1, H, W], latent of
+    a given first frame.
     """
 
     sampling: SamplingOptions
@@ -44,7 +46,11 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session between two chunks: its shots, the steps of all chunks and the records of those still kept."""
+    """A session between two chunks.
+
+    shots: all shots, planned ones included. steps: steps of all finished chunks. kept: records of those whose latents
+    are stored.
+    """
 
     options: SessionOptions
     shots: Shots
@@ -53,7 +59,10 @@ class Snapshot:
 
 
 def write_snapshot(snapshot: Snapshot, path: Path) -> None:
-    """Write a file that is whole or not there. Raises WriteError as `longvideo.files.write_file` does."""
+    """Write a snapshot; a file that exists is replaced once the new one is complete.
+
+    Raises UserError for a path that cannot be written, and WriteError as `longvideo.files.write_file` does.
+    """
     check_target(path)
     options = snapshot.options
     tensors = {}
@@ -74,16 +83,19 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
 
 
 def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int, int, int, int]) -> Snapshot:
-    """Read a snapshot that a model can continue; raises UserError for any other file.
+    """Read a snapshot. Raises UserError for any other file, and for a snapshot of another model.
 
-    latent_shape: of a chunk, [C, T, H, W].
+    model: sizes and settings of the model that continues the session. latent_shape: [C, T, H, W] of its chunks.
     """
     check_file(path, "snapshot of a session")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a snapshot of a session ({FORMAT!r} is not in its metadata)")
+                raise UserError(
+                    f"{path} is not a snapshot of a session: its metadata has no {FORMAT!r}; use a file that a session"
+                    " wrote"
+                )
             session = _Fields(parse_json(metadata.get("session", ""), where=f"the session in {path}"), str(path))
             _check_model(session.mapping("model"), model, path)
             steps = [_read_step(step, index, path) for index, step in enumerate(session.sequence("steps"))]
@@ -106,16 +118,16 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
 
 
 class _Fields:
-    """The values of a JSON object, by name and kind. where: begins errors."""
+    """Values of a JSON object, checked for their types. where: start of every error."""
 
     def __init__(self, data: object, where: str) -> None:
         if not isinstance(data, Mapping):
-            raise UserError(f"{where} is damaged: {shown(data)} stands where an object was expected")
+            raise UserError(f"{where} is damaged: it is {shown(data)}; expected an object")
         self._data, self._where = data, where
 
     def value(self, name: str) -> Any:
         if name not in self._data:
-            raise UserError(f"{self._where} is damaged: it has no {name}")
+            raise UserError(f"{self._where} is damaged: it has no {name}; expected one")
         return self._data[name]
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -130,22 +142,24 @@ class _Fields:
     def _of_type(self, name: str, kind: type) -> object:
         value = self.value(name)
         if not isinstance(value, kind):
-            raise UserError(f"{self._where} is damaged: {name} is {shown(value)}")
+            raise UserError(f"{self._where} is damaged: {name} is {shown(value)}; expected {JSON_NAMES[kind]}")
         return value
 
 
 def _check_model(saved: dict[str, Any], model: dict[str, Any], path: Path) -> None:
     for key in dict.fromkeys((*model, *saved)):
         if saved.get(key) != model.get(key):
-            theirs, own = shown(saved.get(key)), shown(model.get(key))
-            raise UserError(f"{path} was made by a model whose {key} is {theirs}; this one's is {own}")
+            other, own = shown(saved.get(key)), shown(model.get(key))
+            raise UserError(
+                f"{path} is a session of another model: its {key} is {other}; expected {own}; use that model"
+            )
 
 
 def _read_sampling(values: dict[str, Any], path: Path) -> SamplingOptions:
     known = {field.name for field in fields(SamplingOptions)}
     if values.keys() != known:
         raise UserError(
-            f"{path} is damaged: its sampling has {shown(sorted(values))}, wanted {', '.join(sorted(known))}"
+            f"{path} is damaged: its sampling has {shown(sorted(values))}; expected {', '.join(sorted(known))}"
         )
     try:
         return SamplingOptions(**values)
@@ -159,7 +173,7 @@ def _read_step(data: object, index: int, path: Path) -> Step:
     whole_number(values.value("index"), f"{where}: index", index, index)
     prompts = values.sequence("prompts")
     if len(prompts) != 1:
-        raise UserError(f"{where} is damaged: it has {len(prompts)} prompts, wanted 1")
+        raise UserError(f"{where} is damaged: it has {len(prompts)} prompts; expected 1")
     check_prompt(prompts[0], f"{where}: the prompt")
     num_frames = whole_number(values.value("num_frames"), f"{where}: num_frames", 1, MAX_COUNT)
     return Step(index, (prompts[0],), values.boolean("cut"), num_frames, values.boolean("recache"))
@@ -169,21 +183,23 @@ def _read_shots(entries: list[Any], path: Path) -> Shots:
     shots: Shots = {}
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 3 or entry[2] not in MODES:
-            raise UserError(f"{path} is damaged: {shown(entry)} is not a chunk, a prompt and one of {', '.join(MODES)}")
+            raise UserError(
+                f"{path} is damaged: a shot is {shown(entry)}; expected a chunk, a prompt and one of {', '.join(MODES)}"
+            )
         check_prompt(entry[1], f"{path}: the prompt of a shot")
         shots[whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)] = (
             entry[1],
             cast("SwitchMode", entry[2]),
         )
     if 0 not in shots:
-        raise UserError(f"{path} is damaged: no shot begins with chunk 0")
+        raise UserError(f"{path} is damaged: no shot starts at chunk 0; expected one")
     return shots
 
 
 def _read_tensors(
     file: Any, path: Path, latent_shape: tuple[int, int, int, int], *, num_steps: int
 ) -> dict[str, Tensor]:
-    """Read what belongs to a session, after a look at its shapes and types."""
+    """Read the tensors of a session, and check their shapes and types before their values."""
     channels, _, height, width = latent_shape
     state = torch.Generator().get_state()
     expected = {FIRST_LATENT: ([1, channels, 1, height, width], torch.float32)}
@@ -194,16 +210,18 @@ def _read_tensors(
     for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
         shape, dtype = expected.get(name, (None, None))
         if file.get_slice(name).get_shape() != shape:
-            found = file.get_slice(name).get_shape()
-            wanted = "no such tensor" if shape is None else str(shape)
-            raise UserError(f"{path} is damaged: {shown(name)} has the shape {found}, wanted {wanted}")
+            own_shape = file.get_slice(name).get_shape()
+            advice = "no such tensor" if shape is None else str(shape)
+            raise UserError(f"{path} is damaged: {shown(name)} has the shape {own_shape}; expected {advice}")
         tensor = file.get_tensor(name)
-        if tensor.dtype != dtype or not torch.isfinite(tensor).all():
-            raise UserError(f"{path} is damaged: {name} is {tensor.dtype}, wanted {dtype} and no NaN or infinity")
+        if tensor.dtype != dtype:
+            raise UserError(f"{path} is damaged: {name} has the type {tensor.dtype}; expected {dtype}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path} is damaged: {name} holds NaN or infinity; expected finite values")
         tensors[name] = tensor
     for index in range(num_steps):
         if (_latents(index) in tensors) != (_noise(index) in tensors):
-            raise UserError(f"{path} is damaged: of {_latents(index)} and {_noise(index)} one is missing")
+            raise UserError(f"{path} is damaged: it has one of {_latents(index)} and {_noise(index)}; expected both")
         if _noise(index) in tensors:
             _check_state(tensors[_noise(index)][0], _noise(index), path)
     return tensors
@@ -213,7 +231,7 @@ def _check_state(state: Tensor, name: str, path: Path) -> None:
     try:
         torch.Generator().set_state(state)
     except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {name} is not the state of a generator") from error
+        raise UserError(f"{path} is damaged: {name} is not the state of a generator; expected one") from error
 
 
 def _latents(index: int) -> str:

@@ -1,4 +1,4 @@
-"""What is made next: one step a chunk, from a finished plan or from prompts that change while the video runs."""
+"""The steps of a video, one for each chunk: from a finished plan, or from prompts that change while the video runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from longvideo.infer.script import ChunkPlan, ChunkTiming, check_prompt
 
 MAX_CHUNK = 2**31
 SwitchMode = Literal["keep", "recache", "cut"]
+"""How a prompt replaces the one before.
+
+"cut" starts a new shot. "keep" continues the scene under the new text. "recache" does so as well, and first runs the
+clean pass of the past again under the new text.
+"""
 MODES: tuple[SwitchMode, ...] = ("keep", "recache", "cut")
-"""Of two asked for at one chunk, the later in this list stays."""
+"""All modes. If several are requested for one chunk, the last one in this list is used."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A chunk to be made: the prompt of every sample, whether it opens a scene, and how many frames are kept.
+    """A chunk to generate.
 
-    recache: before it is begun, the past is run through the clean pass again, under its prompt.
+    index: its number in the video. prompts: the prompt of each sample. cut: whether the chunk starts a new scene.
+    num_frames: pixel frames that are kept. recache: whether the clean pass of the past is run again, under the prompts
+    of this chunk, before it begins.
     """
 
     index: int
@@ -33,27 +40,37 @@ class Step:
 
 @dataclass(frozen=True)
 class Receipt:
-    """accepted_at: the chunk that was being made when a change was asked for; effective_at: the first that shows it."""
+    """When a change of a running video takes effect.
+
+    accepted_at: the chunk that was being generated when the change was requested. effective_at: the first chunk that
+    shows the change.
+    """
 
     accepted_at: int
     effective_at: int
 
 
 def planned_steps(plan: ChunkPlan, prompts: Sequence[Sequence[str]]) -> Iterator[Step]:
-    """Follow a plan; `prompts[sample][shot]`."""
+    """Yield the steps of a plan. prompts: the prompts of each sample, one for each shot."""
     for chunk in plan:
         yield Step(chunk.index, tuple(shots[chunk.shot] for shots in prompts), chunk.cut, chunk.num_frames)
 
 
 Shots = dict[int, tuple[str, SwitchMode]]
-"""Prompts and how they come in, by the chunk that they begin with; chunk 0 has one."""
+"""The prompt and the mode of each shot, by the number of its first chunk. There is always a shot at chunk 0."""
 
 
 class LiveSteps(Iterator[Step]):
-    """Follow shots that may be added while the video runs. Safe to be read in one thread and steered in others."""
+    """The steps of a video whose shots change while it runs.
+
+    One thread iterates; every other method may be called from any thread.
+    """
 
     def __init__(self, shots: Shots, timing: ChunkTiming, *, num_frames: int | None = None, first: int = 0) -> None:
-        """num_frames: of the whole video; None for no end. first: the chunk to begin with."""
+        """Start at a chunk of a video.
+
+        num_frames: pixel frames of the whole video; None means that it has no end. first: number of the first chunk.
+        """
         for prompt, _ in shots.values():
             check_prompt(prompt, "the prompt")
         self._shots, self._timing, self._num_frames, self._next = dict(shots), timing, num_frames, first
@@ -62,32 +79,33 @@ class LiveSteps(Iterator[Step]):
 
     @property
     def next_chunk(self) -> int:
-        """The chunk that is begun next."""
+        """Number of the chunk that begins next."""
         with self._changed:
             return self._next
 
     @property
     def shots(self) -> Shots:
-        """All shots, those that are over too."""
+        """All shots: past, present and planned ones."""
         with self._changed:
             return dict(self._shots)
 
     @property
     def is_paused(self) -> bool:
+        """Whether no chunk begins until `resume`."""
         with self._changed:
             return self._paused
 
     def set_prompt(self, prompt: str, mode: SwitchMode) -> Receipt:
-        """Show another prompt from the next chunk that is begun."""
+        """Show another prompt from the next chunk that begins."""
         with self._changed:
             return self._plan(prompt, self._next, mode)
 
     def add_shot(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
-        """Show another prompt from a chunk that is not yet begun; raises UserError for another."""
+        """Show another prompt from a later chunk. Raises UserError for a chunk that has begun."""
         chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         with self._changed:
             if chunk < self._next:
-                raise UserError(f"chunk {chunk} is begun already; the next one is {self._next}")
+                raise UserError(f"chunk {chunk} has already begun; use {self._next} or a later one")
             return self._plan(prompt, chunk, mode)
 
     def pause(self) -> None:
@@ -95,11 +113,11 @@ class LiveSteps(Iterator[Step]):
         self._set(paused=True)
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Begin chunks again after `pause`."""
         self._set(paused=False)
 
     def close(self) -> None:
-        """End: no chunk is begun any more."""
+        """End the video: no other chunk begins."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -133,11 +151,10 @@ class LiveSteps(Iterator[Step]):
     def _plan(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
         check_prompt(prompt, "the prompt")
         if not isinstance(mode, str) or mode not in MODES:
-            raise UserError(f"mode is {shown(mode)}; use one of {', '.join(MODES)}")
+            raise UserError(f"mode is {shown(mode)}; expected one of {', '.join(MODES)}")
         if self._num_frames is not None and self._timing.start(chunk) >= self._num_frames:
-            raise UserError(
-                f"the video ends before chunk {chunk}; its last one is {self._timing.chunks_for(self._num_frames) - 1}"
-            )
+            last = self._timing.chunks_for(self._num_frames) - 1
+            raise UserError(f"the video ends before chunk {chunk}; use {last}, its last one, or an earlier one")
         if chunk in self._shots:
             mode = MODES[max(MODES.index(mode), MODES.index(self._shots[chunk][1]))]
         self._shots[chunk] = (prompt, mode)

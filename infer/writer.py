@@ -1,4 +1,4 @@
-"""Write frames to a video file that grows and plays while it is made."""
+"""Write frames to a video file that can be played while it grows."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 MAX_FPS = 1000
-MAX_CRF = 51  # of H.264 in 8 bits
-MOST_SECONDS = 2.0
-"""Length of a part at most, so that a player finds a key frame as often."""
+MAX_CRF = 51  # largest value of H.264 with 8 bits
+MAX_PART_SECONDS = 2.0
+"""Largest length of a part. Each part starts with a key frame, which players need to seek."""
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
-    """Return the file that will be written, or raise UserError; nothing on the disk is changed.
+    """Return the path of a file that can be written. Nothing on the disk is changed.
 
-    Refused: an unknown suffix, what `longvideo.files.check_target` refuses, and a file that another process is writing.
+    Raises UserError for an unknown suffix, for what `longvideo.files.check_target` refuses, and for a file that another
+    process is writing.
     """
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
-        raise UserError(f"cannot write {path}: the name must end in {' or '.join(CONTAINERS)}")
+        raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(CONTAINERS)}")
     check_target(path, overwrite=overwrite, remedy="pass --overwrite")
     if path.exists():
         with path.open("r+b") as file:
@@ -45,15 +46,21 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
 
 
 class VideoWriter:
-    """Append uint8 frames [T, H, W, 3] to an H.264 file; what was appended plays, even if the process is killed.
+    """Writes frames to an H.264 file. Frames that were written can be played, even if the process is killed.
 
-    The file gets its name when its first frames are in it; until then an older file has it. A link is written through.
-    Sizes must be even (4:2:0 color). Lower `crf` means better pictures and larger files.
+    The file gets its name once its first frames are in it; an older file keeps the name until then. If the path is a
+    link, its target is written.
     """
 
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False, crf: int = 16) -> None:
+        """Check the path and the options; nothing is written yet.
+
+        path: file with the suffix .mp4 or .mkv. fps: frames a second. overwrite: whether a file that exists is
+        replaced. crf: quality of H.264, 0 to 51; lower values give better pictures and larger files.
+        Raises UserError for a value that cannot be used.
+        """
         if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps <= MAX_FPS:
-            raise UserError(f"fps is {shown(fps)}; it must be a number above 0 and at most {MAX_FPS}")
+            raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
         self.path = check_output(path, overwrite=overwrite)
         self._overwrite = overwrite
         self._fps = Fraction(float(fps)).limit_denominator(1001)
@@ -63,7 +70,7 @@ class VideoWriter:
 
     @property
     def num_frames(self) -> int:
-        """Frames that are in the file under its name."""
+        """Number of frames in the file under its name."""
         if self._output is not None and self._output.is_published():
             self._num_frames = self._output.num_frames
         return self._num_frames
@@ -77,25 +84,28 @@ class VideoWriter:
         self.close()
 
     def write(self, frames: np.ndarray) -> None:
-        """Encode frames [T, H, W, 3] and put them on the disk; raise WriteError when the disk refuses them.
+        """Encode frames and write them to the disk.
 
-        After that, what was written before stays whole and plays.
+        frames: uint8 [T, H, W, 3], of one size for all calls, with an even height and width.
+        Raises WriteError when the disk refuses them; the frames before them can still be played.
         """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; uint8 [T, H, W, 3] was expected")
-        most = max(1, round(MOST_SECONDS * self._fps))
-        for begin in range(0, len(frames), most):
+            raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
+        part_frames = max(1, round(MAX_PART_SECONDS * self._fps))
+        for begin in range(0, len(frames), part_frames):
             output = self._output or self._begin(*frames.shape[1:3])
             if frames.shape[1:3] != output.size:
-                raise UserError(f"frames are {frames.shape[1:3]}; those before were {output.size}, height and width")
+                raise UserError(
+                    f"height and width of the frames are {frames.shape[1:3]}; expected {output.size} as before"
+                )
             try:
                 with _Refused(self):
-                    output.append(frames[begin : begin + most])
+                    output.append(frames[begin : begin + part_frames])
                     if not output.is_published():
                         output.publish(overwrite=self._overwrite)
             except WriteError:
                 if not output.is_published():
-                    self.close()  # leaves nothing
+                    self.close()  # removes the file
                 raise
 
     def close(self) -> None:
@@ -113,7 +123,9 @@ class VideoWriter:
 
     def _begin(self, height: int, width: int) -> _Output:
         if width % 2 or height % 2:
-            raise UserError(f"frames are {width} x {height}; H.264 with 4:2:0 color needs an even width and height")
+            raise UserError(
+                f"frames are {width} x {height}; expected an even width and height, as H.264 with 4:2:0 color needs"
+            )
         container = CONTAINERS[self.path.suffix.lower()](width, height, self._fps, self._crf)
         with _Refused(self):
             self._output = _Output(Path(os.path.realpath(self.path)), container, size=(height, width))
@@ -121,29 +133,32 @@ class VideoWriter:
 
 
 class Container(Protocol):
-    """The layout of a file that grows part by part. init: what comes before the first part."""
+    """The layout of a file that grows part by part. init: bytes before the first part."""
 
     init: bytes
 
     def part(self, frames: np.ndarray, *, start: int) -> bytes:
-        """Return a part, of frames from `start` on."""
+        """Return the bytes of a part. frames: uint8 [T, H, W, 3]. start: number of the first one in the video."""
         ...
 
-    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
-        """Return an offset in the file and what is written there once this many frames are in it."""
+    def patch(self, num_frames: int, /) -> tuple[int, bytes] | None:
+        """Return an offset in the file and the bytes to write there once it has this many frames; None for none."""
         ...
 
     def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
-        """Return what finishes a file of `offset` bytes, by offset. entries: first frame and offset of each part."""
+        """Return offsets and bytes to write at the end.
+
+        entries: first frame and offset of each part. offset: size of the file so far, in bytes.
+        """
         ...
 
     def close(self) -> None:
-        """Let the encoder go."""
+        """Free the encoder."""
         ...
 
 
 class FragmentedMP4:
-    """A part is a fragment; an index of them comes last."""
+    """MP4 whose parts are fragments, with an index of the fragments at the end."""
 
     def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
         self._video = FragmentedVideo(width=width, height=height, fps=fps, crf=crf, profile="high")
@@ -153,7 +168,7 @@ class FragmentedMP4:
     def part(self, frames: np.ndarray, *, start: int) -> bytes:
         return self._video.encode(frames, start=start).data
 
-    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
+    def patch(self, _num_frames: int) -> tuple[int, bytes] | None:
         return None
 
     def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
@@ -164,7 +179,10 @@ class FragmentedMP4:
 
 
 class Matroska:
-    """A part is a cluster; the header says how long the video is, and at the end where the index of clusters is."""
+    """Matroska whose parts are clusters, with an index of the clusters at the end.
+
+    The header has the length of the video, and once it is finished the place of the index.
+    """
 
     def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
         self._encoder = PartEncoder(width=width, height=height, fps=fps, crf=crf, profile="high")
@@ -196,13 +214,13 @@ CONTAINERS: dict[str, Callable[[int, int, Fraction, int], Container]] = {".mp4":
 
 
 class _Output:
-    """An open file under a temporary name beside the final one, until it is published.
+    """An open file. It has a temporary name in the same folder until it is published.
 
-    It is locked as long as it is open: whoever finds a temporary file that is not locked can remove it.
+    The file is locked while it is open, so a temporary file without a lock can be removed.
     """
 
     def __init__(self, target: Path, container: Container, *, size: tuple[int, int]) -> None:
-        """size: height and width of its frames."""
+        """Create the file. size: height and width of its frames."""
         for abandoned in temporary_names(target):
             _remove_abandoned(abandoned)
         self._target, self._container, self.size = target, container, size
@@ -218,7 +236,7 @@ class _Output:
             return False
 
     def append(self, frames: np.ndarray) -> None:
-        """Write a part, all of it or nothing."""
+        """Write a part. If that fails, the file counts as if nothing had been written."""
         part = self._container.part(frames, start=self.num_frames)
         data = part if self._entries else self._container.init + part
         offset = self._end + len(data) - len(part)
@@ -230,7 +248,7 @@ class _Output:
         self.num_frames += len(frames)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         os.fsync(self._file)
         if overwrite:
             self._temporary.replace(self._target)
@@ -239,7 +257,7 @@ class _Output:
         flush(self._target.parent)
 
     def finish(self) -> None:
-        """Drop what is not whole, and write the index."""
+        """Remove an incomplete part, and write the index."""
         os.ftruncate(self._file, self._end)
         try:
             for offset, data in self._container.end(self._entries, self._end):
@@ -250,14 +268,14 @@ class _Output:
             raise
 
     def release(self) -> None:
-        """Close the file, and remove it if it has no name yet."""
+        """Close the file, and remove it if it is not published."""
         self._container.close()
         self._temporary.unlink(missing_ok=True)
         os.close(self._file)
 
 
 class _Refused:
-    """Turns what the disk refuses into one line that says what is still whole."""
+    """Converts an error of the disk to a WriteError with the number of frames that are still in the file."""
 
     def __init__(self, writer: VideoWriter) -> None:
         self._writer = writer
@@ -276,12 +294,12 @@ class _Refused:
 
 
 def _rename_to_unused(source: Path, target: Path) -> None:
-    """Rename a file. Raises FileExistsError if another process has taken the name meanwhile."""
+    """Rename a file. Raises FileExistsError if the target exists by now."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # a file system that knows no links: there two processes could still meet
+    except OSError:  # a file system without hard links; two processes could still use one name at the same time
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         source.replace(target)
@@ -290,14 +308,15 @@ def _rename_to_unused(source: Path, target: Path) -> None:
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:
+    """Write all bytes at an offset."""
     left = memoryview(data)
-    while left:  # a disk that is nearly full takes a part, and refuses the next
+    while left:  # a disk that is nearly full writes a part, and fails at the next
         count = os.pwrite(file, left, offset)
         left, offset = left[count:], offset + count
 
 
 def _new_temporary(target: Path) -> tuple[Path, int]:
-    """Open and lock a temporary file beside another one."""
+    """Open and lock a temporary file in the folder of another file; return its name and descriptor."""
     while True:
         name = temporary_name(target)
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -305,11 +324,11 @@ def _new_temporary(target: Path) -> tuple[Path, int]:
             _lock(file, name)
             if os.fstat(file).st_nlink:
                 return name, file
-        os.close(file)  # another process took it for abandoned before it was locked
+        os.close(file)  # another process removed it before it was locked
 
 
 def _lock(file: int, path: Path) -> None:
-    """Lock an open file until it is closed. Raises BusyError where another process has done so."""
+    """Lock an open file until it is closed. Raises BusyError if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

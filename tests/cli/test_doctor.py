@@ -252,7 +252,7 @@ def test_a_cpu_is_not_estimated(asked, capsys) -> None:
         (["--model", "tiny", "--precision", "fp4"], "precision is 'fp4'; it must be one of"),
         (["--model", "tiny", "--kv-cache", "fp8"], "kv_cache is 'fp8'; it must be one of"),
         (["--model", "tiny", "--attention", "fp4"], "attention is 'fp4'; it must be one of"),
-        (["--model", "tiny", "--guidance", "-1"], "guidance is -1; it must be from 0 to 50"),
+        (["--model", "tiny", "--guidance", "-1"], "guidance is -1; expected a number from 0 to 50"),
         (["--model", "tiny", "--device", "tpu"], "'tpu' is not a device; use cpu, cuda or cuda:N"),
         (["--model", "tiny", "--device", "cpu", "--decode-share", "0.5"], "cpu both denoises and decodes"),
         (["--model", "tiny", "--device", "cuda:9", "--self-test"], "device 'cuda:9' does not exist"),

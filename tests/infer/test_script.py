@@ -89,24 +89,24 @@ def test_yaml_script_is_read(tmp_path) -> None:
         ("- {prompt: a, seconds: 3, fps: 3}", "unknown key 'fps'; the keys are prompt, seconds, cut"),
         ("- {seconds: 3}", "shot 1 has no prompt"),
         ("- {prompt: '  ', seconds: 3}", "shot 1: the prompt is empty"),
-        ("- {prompt: 7, seconds: 3}", "shots.yaml:1: shot 1: the prompt is 7; give text"),
+        ("- {prompt: 7, seconds: 3}", "shots.yaml:1: shot 1: the prompt is 7; expected text"),
         ("- {prompt: a}", "shot 1 has no seconds"),
-        ("- {prompt: a, seconds: -3}", "shot 1 has -3 seconds; a length must be above 0"),
-        ("- {prompt: a, seconds: 0}", "shot 1 has 0 seconds"),
-        ("- {prompt: a, seconds: 1e9}", "shot 1 has"),
-        ("- {prompt: a, seconds: .nan}", "shot 1 has nan seconds"),
-        ("- {prompt: a, seconds: long}", "shot 1 has seconds 'long'; a number"),
-        ("- {prompt: a, seconds: yes}", "shot 1 has seconds True; a number"),
-        ("- {prompt: a, seconds: 3, cut: 1}", "shot 1 has cut 1; true or false"),
-        ("- a red ball", "shot 1 is 'a red ball', not a mapping"),
-        ("prompt: a", "must hold a list of shots"),
-        ("", "must hold a list of shots"),
+        ("- {prompt: a, seconds: -3}", "shot 1: seconds is -3; expected a number above 0"),
+        ("- {prompt: a, seconds: 0}", "shot 1: seconds is 0;"),
+        ("- {prompt: a, seconds: 1e9}", "shot 1: seconds is 1e.09;"),
+        ("- {prompt: a, seconds: .nan}", "shot 1: seconds is nan;"),
+        ("- {prompt: a, seconds: long}", "shot 1: seconds is 'long'; expected a number"),
+        ("- {prompt: a, seconds: yes}", "shot 1: seconds is True; expected a number"),
+        ("- {prompt: a, seconds: 3, cut: 1}", "shot 1: cut is 1; expected true or false"),
+        ("- a red ball", "shot 1 is 'a red ball'; expected a mapping"),
+        ("prompt: a", "holds no list; expected a list of shots"),
+        ("", "holds no list; expected a list of shots"),
         ("- [unclosed", "shots.yaml: not valid YAML in line"),
         (
             "- {prompt: a, seconds: 3}\n- {prompt: 'b', seconds: " + "9" * 5000 + "}",
             "in line 2: a number has 5,000 digits",
         ),
-        ("- {prompt: a, seconds: " + "9" * 30 + "}", "has 9{30} seconds; a length must be"),
+        ("- {prompt: a, seconds: " + "9" * 30 + "}", "seconds is 9{30}; expected a number"),
         (
             '- {prompt: a, seconds: 3}\n\n- {prompt: "a \\uD83D ball", seconds: 3}',
             "yaml: not valid YAML in line 3: found invalid Unicode",
@@ -138,8 +138,8 @@ def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path) -> None:
 
 
 def test_half_characters_are_refused_wherever_a_prompt_is_given() -> None:
-    for text, found in (("a \ud83d ball", "half a character .U.D83D."), ("a r\udce9d ball", "the byte 0xe9")):
-        with pytest.raises(UserError, match=f"prompt 2 is not valid text: {found} follows 'a"):
+    for text, half in (("a \ud83d ball", "half a character .U.D83D."), ("a r\udce9d ball", "the byte 0xe9")):
+        with pytest.raises(UserError, match=f"prompt 2 is not valid text: {half} follows 'a"):
             Script.from_prompts(["a ball", text], seconds=4)
         with pytest.raises(UserError, match="the prompt of shot 1 is not valid text"):
             Script((ShotRequest(text, 3.0),))
@@ -148,12 +148,12 @@ def test_half_characters_are_refused_wherever_a_prompt_is_given() -> None:
 @pytest.mark.parametrize(
     ("prompts", "seconds", "message"),
     [
-        (7, 4, "prompts is 7; give a text"),
-        (["a", 7], 4, "prompt 2 is 7; give text"),
+        (7, 4, "prompts is 7; expected a text"),
+        (["a", 7], 4, "prompt 2 is 7; expected text"),
         (b"a", 4, "prompt 1 is 97|the prompt is 97"),
-        ("a", "4", "the video has seconds '4'; a number was expected"),
-        ("a", True, "seconds True; a number"),
-        ("a", 10**400, "has 1000.* seconds; a length"),
+        ("a", "4", "the video: seconds is '4'; expected a number"),
+        ("a", True, "seconds is True; expected a number"),
+        ("a", 10**400, "seconds is 1000.*; expected a number"),
     ],
 )
 def test_wrong_types_are_refused(prompts, seconds, message: str) -> None:
@@ -163,7 +163,7 @@ def test_wrong_types_are_refused(prompts, seconds, message: str) -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e6, Fraction(10**400)])
 def test_absurd_lengths_are_refused(seconds: float) -> None:
-    with pytest.raises(UserError, match="a length must be above 0 and at most 86400"):
+    with pytest.raises(UserError, match="expected a number above 0 and at most 86400"):
         Script.from_prompts("a", seconds=seconds)
 
 

@@ -83,10 +83,10 @@ def test_planned_shots_are_those_of_a_script(pipeline: StreamingPipeline) -> Non
     with pipeline.session(PROMPTS[0], seed=3, seconds=125 / 24) as session:
         assert session.add_shot(PROMPTS[1], chunk=2) == Receipt(0, 2)
         assert session.add_shot(PROMPTS[0], chunk=3, mode="keep") == Receipt(0, 3)
-        with pytest.raises(UserError, match="ends before chunk 4; its last one is 3"):
+        with pytest.raises(UserError, match="ends before chunk 4; use 3, its last one"):
             session.add_shot(PROMPTS[0], chunk=4)
         got = frames_of(session)
-        with pytest.raises(UserError, match="chunk 2 is begun already; the next one is 4"):
+        with pytest.raises(UserError, match="chunk 2 has already begun; use 4 or a later one"):
             session.add_shot(PROMPTS[0], chunk=2)
     shots = (
         ShotRequest(PROMPTS[0], 61 / 24),
@@ -183,7 +183,7 @@ def test_another_beginning_is_another_video(pipeline: StreamingPipeline) -> None
 def test_what_is_not_made_or_no_longer_kept_cannot_be_gone_back_to(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], history_chunks=4) as session:
         take(session, 2)
-        with pytest.raises(UserError, match="chunk 3 is not made yet; the last one is 1"):
+        with pytest.raises(UserError, match="chunk 3 is not generated yet; the last one is 1"):
             session.seek(3)
         take(session, 7)
         with pytest.raises(UserError, match="chunk 6 is too far back"):
@@ -244,7 +244,7 @@ def test_a_snapshot_of_another_model_is_refused(pipeline: StreamingPipeline, tmp
         session.snapshot(path)
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(UserError, match="made by a model whose height is 128; this one's is 32"):
+    with pytest.raises(UserError, match="a session of another model: its height is 128; expected 32"):
         _changed(path, '"height": 32', '"height": 128')
         pipeline.restore(path)
     save_file(load_file(path), path)

@@ -125,10 +125,10 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fps": 0}, "fps is 0; it must be a number above 0"),
+        ({"fps": 0}, "fps is 0; expected a number above 0"),
         ({"fps": "24"}, "fps is '24'"),
         ({"fps": float("nan")}, "fps is nan"),
-        ({"fps": 24, "crf": 99}, "crf is 99; it must be from 0 to 51"),
+        ({"fps": 24, "crf": 99}, "crf is 99; expected a whole number from 0 to 51"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, options, message: str) -> None:
@@ -282,8 +282,8 @@ def test_the_longest_name_is_written(tmp_path) -> None:
         ("dangling.mp4", "it is a link to nothing.mp4, which is not there"),
         ("pipe.mp4", "it is a device, a pipe or a socket"),
         ("null.mp4", "it is a device, a pipe or a socket"),
-        ("out.avi", "must end in .mp4 or .mkv"),
-        ("out", "must end in .mp4 or .mkv"),
+        ("out.avi", "expected a name that ends in .mp4 or .mkv"),
+        ("out", "expected a name that ends in .mp4 or .mkv"),
         ("nowhere/out.mp4", "is not a folder; create it first"),
         ("folder.mp4", "it is a folder"),
         ("old.mp4", "exists; choose another name or pass --overwrite"),

@@ -82,7 +82,7 @@ def test_the_command_writes_what_it_shows(
         (["--model", "tiny", "--size", "704x1280"], "--size and --window are options of a preset; a model has its own"),
         (["--preset", "tiny", "--device", "cpu", "--precision", "fp8"], "FP8 products need a GPU"),
         (["--preset", "tiny", "--device", "cpu", "--timeline", "a.png"], "--timeline a.png needs a GPU"),
-        (["--preset", "tiny", "--steps", "0"], "steps is 0; it must be from 1 to 1000"),
+        (["--preset", "tiny", "--steps", "0"], "steps is 0; expected a whole number from 1 to 1000"),
         (["--preset", "tiny", "--out", "nowhere/a.json"], "nowhere is not a folder; create it first"),
         (["--preset", "tiny", "--out", "/dev/null"], "it is a device, a pipe or a socket"),
         (["--preset", "wan", "--device", "cpu"], "--preset 'wan' is unknown"),
