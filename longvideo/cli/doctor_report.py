@@ -82,8 +82,8 @@ class MachineReport:
     @property
     def failed(self) -> bool:
         """Whether a check failed, or a GPU of this machine has too little free."""
-        lacking = self.answer is not None and bool(self.answer.fit.lacking)
-        return lacking or not all(check.passed for check in self.checks)
+        insufficient = self.answer is not None and bool(self.answer.fit.insufficient)
+        return insufficient or not all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds: sizes in bytes, {"unknown": reason} for what cannot be told."""
@@ -145,7 +145,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
                 "parts": {part.name: part.bytes for part in fit.parts if part.device == device},
                 "needed_bytes": needed,
                 "free_bytes": fit.free.get(device),
-                "fits": device not in fit.lacking if device in fit.free else None,
+                "fits": device not in fit.insufficient if device in fit.free else None,
             }
             for device, needed in fit.needed.items()
         },
@@ -188,7 +188,7 @@ def _verdict(fit: Fit, device: torch.device) -> str:
     if free is None:
         above = math.ceil(needed / 1e8) / 10
         return f"this machine has no GPU that torch sees; one with {above:.1f} GB free would be needed"
-    if device not in fit.lacking:
+    if device not in fit.insufficient:
         return f"fits: {_gb(free)} are free"
     if fit.remedy is not None:
         advice = f"with {' '.join(fit.remedy.options)} it would, in {fit.remedy.sizes()}"

@@ -205,7 +205,7 @@ def test_a_model_that_nothing_makes_fit_says_so(gpus, asked, capsys) -> None:
     gpus(5.0)
     assert asked("--preset", WAN, code=1)["model"]["remedy"] is None
     assert main(["doctor", "--preset", WAN]) == 1
-    assert "not even --precision nvfp4-weights --kv-cache nvfp4 makes it fit" in capsys.readouterr().out
+    assert "it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either" in capsys.readouterr().out
 
 
 def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(gpus, asked, capsys) -> None:
@@ -213,7 +213,7 @@ def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(gpus, asked, cap
     model = asked("--model", "tiny", code=1)["model"]["devices"]["cuda:0"]
     assert main(["generate", "a red ball", "-o", "never.mp4"]) == 2
     needed = f"{model['needed_bytes'] / GB:.1f} GB"
-    assert f"cuda:0 has 0.5 GB free, streaming needs about {needed}" in capsys.readouterr().err
+    assert f"cuda:0 has 0.5 GB free; streaming needs about {needed}" in capsys.readouterr().err
     assert not Path("never.mp4").exists()
 
 
@@ -246,7 +246,7 @@ def test_a_cpu_is_not_estimated(asked, capsys) -> None:
     ("options", "message"),
     [
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
-        (["--preset", "wan"], "--preset 'wan' is unknown; use one of wan2.2-ti2v-5b, tiny"),
+        (["--preset", "wan"], "--preset is 'wan'; expected one of wan2.2-ti2v-5b, tiny"),
         (["--model", "tin"], "no model 'tin'"),
         (["--model", "Wan-AI/Wan2.2"], "there is no Wan-AI/Wan2.2, and doctor downloads nothing"),
         (["--model", "tiny", "--precision", "fp4"], "precision is 'fp4'; it must be one of"),
