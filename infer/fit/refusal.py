@@ -139,14 +139,14 @@ def _changes(workload: Workload) -> list[_Change]:
 
 
 def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
-    """Return the first change that is enough, or the smallest set of changes that is; None if there is none."""
-    for chosen in (some for count in range(1, len(changes) + 1) for some in combinations(changes, count)):
-        changed = workload
-        for change in chosen:
-            changed = change.applied(changed)
-        needed = _totals(_gpu_parts(changed))
+    """Return the first change that is enough, or the smallest set of changes that is; None if no set is."""
+    for choice in (subset for count in range(1, len(changes) + 1) for subset in combinations(changes, count)):
+        smaller = workload
+        for change in choice:
+            smaller = change.applied(smaller)
+        needed = _totals(_gpu_parts(smaller))
         if all(size <= _free_bytes(device) for device, size in needed.items()):
-            return Remedy(tuple(change.option for change in chosen), needed)
+            return Remedy(tuple(change.option for change in choice), needed)
     return None
 
 
