@@ -224,11 +224,14 @@ class ModelFolder:
         transformer: CausalTransformer | None = None,
         vae: Autoencoder | None = None,
         text_encoder: TextEncoder | None = None,
+        other_parts: ModelFolder | None = None,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> ModelFolder:
         """Write the given parts as a folder that this class and diffusers' classes open.
+
+        other_parts: a model whose parts are copied, tensor by tensor, where none is given here.
 
         Floating weights are cast to dtype (None keeps theirs). The folder appears whole or not at all; an existing one
         is only replaced with overwrite.
@@ -236,19 +239,22 @@ class ModelFolder:
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists; choose another name, or ask to overwrite it")
         _check_text_len(settings, transformer, text_encoder)
-        parts: dict[str, tuple[nn.Module, PartConfig]] = {}
+        copied = {} if other_parts is None else other_parts.stored
+        parts: dict[str, tuple[Weights, PartConfig]] = {name: (own.weights, own.config) for name, own in copied.items()}
+        tokenizer = other_parts._load_tokenizer() if other_parts is not None and TEXT_ENCODER in parts else None
         if transformer is not None:
-            parts[TRANSFORMER] = transformer, transformer.config
+            parts[TRANSFORMER] = Weights.of(own_tensors(transformer)), transformer.config
         if vae is not None:
-            parts[VAE] = vae, vae.config
+            parts[VAE] = Weights.of(own_tensors(vae)), vae.config
         if text_encoder is not None:
-            parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
+            parts[TEXT_ENCODER] = Weights.of(own_tensors(text_encoder.model)), text_encoder.model.config
+            tokenizer = text_encoder.tokenizer
         with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
-            for part, (module, config) in parts.items():
-                weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
-                write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)
-            if text_encoder is not None:
-                save_tokenizer(text_encoder.tokenizer, temporary / "tokenizer", text_len=settings.text_len)
+            for part, (weights, config) in parts.items():
+                cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
+                write_part(temporary, part, cast, config, max_shard_bytes=max_shard_bytes)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, temporary / "tokenizer", text_len=settings.text_len)
             write_index(temporary, parts, settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)
