@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,5 +31,5 @@ def save_merged(
     settings = replace(source.settings, steps=steps, guidance=1.0)
     if clean_pass is not None:
         settings = replace(settings, clean_pass=clean_pass)
-    wishes = Wishes(precision="nvfp4" if packed else None)
-    convert_model(source.with_adapter(adapter.stored(), settings), target, wishes, overwrite=overwrite)
+    options = ConversionOptions(precision="nvfp4" if packed else None)
+    convert_model(source.with_adapter(adapter.stored(), settings), target, options, overwrite=overwrite)

@@ -289,7 +289,7 @@ class _Refused:
         if isinstance(error, OSError):
             path, frames = self._writer.path, self._writer.num_frames
             before = "the frame before is" if frames == 1 else f"the {frames} frames before are"
-            whole = f"{before} in it" if frames else "nothing was left behind"
+            whole = f"{before} in it" if frames else "no files remain"
             raise WriteError(f"cannot write {path}: {reason(error)}; {whole}") from error
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, locks, and text that is read with bounds.
+"""Atomic writing of files and folders, locks, and bounded reading of text.
 
-Everything that this project writes goes through `write_file` or `write_folder`: a temporary name beside the target, a
-flush to the disk, a rename. What goes wrong becomes one line with the path, and nothing is left behind.
+Everything that this project writes goes through `write_file` or `write_folder`: they write under a temporary name next
+to the target, flush to the disk, and rename. An error becomes one line with the path, and no temporary files remain.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 TEMPORARY_SUFFIX, LOCK_SUFFIX = ".part", ".lock"
 PLAN_FILE = "plan.json"
-"""What a temporary folder is filled with, as long as it may be filled further after an interruption."""
+"""File of an unfinished folder with a description of its contents; a later run with the same plan continues it."""
 UNIQUE_DIGITS = 8
-MAX_NAME_BYTES = 255  # what Linux's file systems allow
+MAX_NAME_BYTES = 255  # limit of Linux's file systems
 MAX_TEXT_BYTES = 64 * 2**20
 RENAME_EXCHANGE = 2  # renameat2(2)
 AT_FDCWD = -100  # openat(2)
 
 
 class WriteError(UserError):
-    """A file or folder cannot be written; what was there before is as it was."""
+    """A file or folder cannot be written. An older file or folder is unchanged."""
 
 
 class BusyError(UserError):
@@ -45,23 +45,24 @@ class BusyError(UserError):
 
 
 def write_file(path: Path, write: Callable[[Path], None], *, mode: int | None = None) -> None:
-    """Let `write` fill a temporary neighbor of a file, flush it to the disk, and rename it.
+    """Write a file atomically.
 
-    A link is written through. mode: permission bits; by default those of the file that is replaced, or of a new file.
-    Raises WriteError with the path and the reason where the disk refuses, with the older file, if any, as it was.
+    write: writes the content to the temporary path that it gets. mode: permission bits; by default those of the file
+    that is replaced, or of a new file. If `path` is a link, its target is written. Raises WriteError with the path and
+    the reason for errors of the disk; an older file is then unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target)
-    with _refused_by_the_disk(path, temporary):
+    with _as_write_error(path, temporary):
         if target.exists() and not target.is_file():
-            raise WriteError(f"cannot write {path}: it is a folder or a device")
+            raise WriteError(f"cannot write {path}: it is a folder or a device; choose another name")
         try:
             with temporary.open("xb"):
                 pass
             if mode is None:
                 mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
             write(temporary)
-            temporary.chmod(mode)  # some writers leave a file that only its owner can read
+            temporary.chmod(mode)  # some writers create a file that only its owner can read
             flush(temporary)
             temporary.replace(target)
             flush(target.parent)
@@ -80,7 +81,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line of UTF-8 text to a file. Raises WriteError where the disk refuses, with the file as it was."""
+    """Append a line of UTF-8 text to a file. Raises WriteError for errors of the disk; the file is then unchanged."""
     length = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab", buffering=0) as stream:
@@ -90,7 +91,7 @@ def append_line(path: Path, line: str) -> None:
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, length)
-        raise WriteError(f"cannot write {path}: {reason(error)}; {_what_is_there(path)}") from error
+        raise WriteError(f"cannot write {path}: {reason(error)}; {_remaining(path)}") from error
 
 
 def write_json(path: Path, value: object, *, indent: int = 2) -> None:
@@ -100,20 +101,20 @@ def write_json(path: Path, value: object, *, indent: int = 2) -> None:
 
 @contextmanager
 def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) -> Iterator[Path]:
-    """Yield a temporary neighbor of a folder; at the end of the block flush it and put it in its place.
+    """Write a folder atomically: yield a temporary folder, which is flushed and renamed at the end of the block.
 
-    It is empty, unless the block was interrupted before (by Ctrl-C, or a kill) and `plan`, which says as JSON what is
-    written, is the same: then the files that it had finished are still there. Whoever gives a plan holds the lock of
-    the target, see `locked_target`.
+    overwrite: replace an existing folder. plan: description of the contents, for JSON. The temporary folder is empty,
+    unless an earlier block with the same plan was interrupted by Ctrl-C or a kill: then it has the files that this
+    block had finished. With a plan, the caller must hold the lock of the target, see `locked_target`.
 
-    Raises WriteError where a folder is there that must not be replaced, and where the disk refuses. An error in the
-    block removes what it wrote and leaves an older folder as it was.
+    Raises WriteError if the folder exists and must not be replaced, and for errors of the disk. After an error in the
+    block, its files are removed, and an older folder is unchanged.
     """
     if path.exists() and not overwrite:
-        raise WriteError(f"{path} exists; choose another name, or ask to overwrite it")
+        raise WriteError(f"{path} exists; choose another name or add --overwrite")
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target) if plan is None else _neighbor(target, TEMPORARY_SUFFIX)
-    with _refused_by_the_disk(path, temporary):
+    with _as_write_error(path, temporary):
         finished = True
         try:
             _begin_folder(temporary, plan)
@@ -131,19 +132,19 @@ def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) ->
 
 
 def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --overwrite") -> None:
-    """Raise WriteError where `write_file` would, as far as that can be told before; the disk is as it was afterwards.
+    """Raise WriteError for a target that `write_file` could not write, before the work; nothing on the disk changes.
 
-    Refused: a name that is too long, a folder that is missing or cannot be written to, a link to nothing, a folder, a
-    device, a pipe, and a file that is there unless `overwrite`. remedy: what allows to replace that.
+    Refused are a name that is too long, a missing or read-only folder, a link to a missing file, a folder, a device, a
+    pipe, and an existing file unless `overwrite`. remedy: for an existing file, how to replace it.
     """
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise WriteError(f"cannot write {path}: its name has more than {MAX_NAME_BYTES} bytes; choose a shorter one")
+        raise WriteError(f"cannot write {path}: its name has more than {MAX_NAME_BYTES} bytes; choose a shorter name")
     folder = Path(os.path.realpath(path)).parent
     try:
         if not folder.is_dir():
             raise WriteError(f"cannot write {path}: {folder} is not a folder; create it first")
         if path.is_symlink() and not path.exists():
-            raise WriteError(f"cannot write {path}: it is a link to {path.readlink()}, which is not there; remove it")
+            raise WriteError(f"cannot write {path}: it is a link to {path.readlink()}, which is missing; remove it")
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
             raise WriteError(f"cannot write {path}: it is {kind}; choose another name")
@@ -159,9 +160,9 @@ def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --ove
 
 
 def replace_path(new: Path, path: Path) -> None:
-    """Put a file or folder where another may be.
+    """Rename a file or folder to a name that may exist.
 
-    On Linux one of the two has the name at every moment, even if the process is killed.
+    On Linux the exchange is atomic: the name exists at every moment, even if the process is killed.
     """
     if not path.exists():
         new.rename(path)
@@ -176,18 +177,18 @@ def replace_path(new: Path, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return an unused hidden name beside a path, short enough for any file system."""
+    """Return an unused hidden name next to a path, short enough for any file system."""
     return path.with_name(f"{_temporary_stem(path)}.{uuid.uuid4().hex[:UNIQUE_DIGITS]}{TEMPORARY_SUFFIX}")
 
 
 def temporary_names(path: Path) -> list[Path]:
-    """Return the names of `temporary_name` that are there for a path, of processes that run or were killed."""
+    """Return the existing temporary files of a path, of running processes and of killed ones."""
     name = re.compile(re.escape(f"{_temporary_stem(path)}.") + f"[0-9a-f]{{{UNIQUE_DIGITS}}}{TEMPORARY_SUFFIX}")
     return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,13 +198,13 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def locked_target(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that is to be written, and remove what killed processes left beside it.
+    """Hold the lock of a file or folder to write, and remove the temporary files of killed processes.
 
-    Makes the folder that it will lie in. Raises BusyError where another process writes it.
+    The parent folder is created. Raises BusyError if another process writes the target.
     """
     target = Path(os.path.realpath(path))
     file = _neighbor(target, LOCK_SUFFIX)
-    with _refused_by_the_disk(path, file):
+    with _as_write_error(path, file):
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(file, busy=f"{path} is being written by another process; wait for it, or choose another name"):
         for abandoned in temporary_names(target):
@@ -213,10 +214,10 @@ def locked_target(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(file: Path, *, busy: str) -> Iterator[None]:
-    """Hold a lock for this process, until the block or the process ends, however it ends.
+    """Hold a lock until the block or the process ends, for any reason.
 
-    file: the lock itself, in a folder that exists; it is removed afterwards. busy: what the error says when another
-    process holds it. Raises BusyError.
+    file: the lock file, in an existing folder; it is removed afterwards. busy: message of the BusyError that is raised
+    if another process holds the lock.
     """
     descriptor = _take_lock(file, busy)
     try:
@@ -227,22 +228,23 @@ def locked(file: Path, *, busy: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object; raise CheckpointError naming the file and the line when it is none."""
+    """Read a JSON object. Raises CheckpointError, naming the file and the line, for anything else."""
     if not path.is_file():
-        raise CheckpointError(f"no file {path}")
+        raise CheckpointError(f"there is no file {path}")
     try:
         value = parse_json(read_text(path, what="JSON file"), where=str(path))
     except UserError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
+        raise CheckpointError(f"{path} contains a {type(value).__name__}; expected a JSON object")
     return value
 
 
 def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read UTF-8 text, with or without a byte order mark. what: the kind of file, for errors.
+    """Read UTF-8 text, with or without a byte order mark.
 
-    Raises UserError where it cannot be read, has more than max_bytes, or is not UTF-8, with the line.
+    what: kind of the file, for errors. Raises UserError if it cannot be read, has more than max_bytes, or is not UTF-8,
+    with the line.
     """
     try:
         with path.open("rb") as file:  # not Path.read_bytes: a device or a pipe may never end
@@ -261,17 +263,17 @@ def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raise UserError where a path is not a file, or cannot be one, as with a name that is too long."""
+    """Raise UserError unless a path is an existing file. what: kind of the file, for errors."""
     try:
         is_file = path.is_file()
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {reason(error)}") from error
     if not is_file:
-        raise UserError(f"no {what} at {path}")
+        raise UserError(f"there is no {what} {path}")
 
 
 def read_lines(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:
-    """Read UTF-8 text as lines, divided at line feeds alone: a caption may hold other characters that end lines.
+    """Read UTF-8 text as lines, split only at line feeds, because captions may contain other line separators.
 
     Raises UserError as `read_text` does.
     """
@@ -279,7 +281,7 @@ def read_lines(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> lis
 
 
 def parse_json(text: str, *, where: str) -> Any:
-    """Parse JSON. Raises UserError, which begins with `where`, for what is no JSON, nested too deep, or too long."""
+    """Parse JSON. Raises UserError for text that is not JSON or is nested too deep. where: start of its message."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -290,24 +292,24 @@ def parse_json(text: str, *, where: str) -> Any:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise UserError where text holds half a surrogate pair, which no file, tokenizer or browser can take.
+    """Raise UserError for text with half of a surrogate pair, which files, tokenizers and browsers cannot process.
 
-    what: names the text in the error, with its line where it has one.
+    what: name of the text in the error, with its line if it has one.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         place = text[max(0, error.start - 20) : error.start]
         code = ord(text[error.start])
-        # a byte of a command line that is not UTF-8 becomes one of these
-        found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
+        # Python maps a byte of a command line that is not UTF-8 to U+DC80..U+DCFF
+        part = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
         raise UserError(
-            f"{what} is not valid text: {found} follows {place!r}; write whole characters, in UTF-8"
+            f"{what} is not valid text: {part} follows {place!r}; use complete characters in UTF-8"
         ) from error
 
 
 def reason(error: Exception) -> str:
-    """Say in a few words why the operating system, or a library in its place, refused."""
+    """Return in a few words the reason of an error of the operating system or of safetensors."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     text = str(error)
@@ -315,19 +317,20 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def _refused_by_the_disk(path: Path, temporary: Path) -> Iterator[None]:
+def _as_write_error(path: Path, temporary: Path) -> Iterator[None]:
+    """Turn errors of the disk into WriteError with the path; errors of other files than `temporary` pass."""
     try:
         yield
     except WriteError as error:
         if isinstance(error.__cause__, OSError | SafetensorError) and not str(error).startswith(
             f"cannot write {path}: "
         ):
-            raise WriteError(f"cannot write {path}: {reason(error.__cause__)}; {_what_is_there(path)}") from error
+            raise WriteError(f"cannot write {path}: {reason(error.__cause__)}; {_remaining(path)}") from error
         raise
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and _is_elsewhere(error, temporary):
-            raise  # a source that cannot be read
-        raise WriteError(f"cannot write {path}: {reason(error)}; {_what_is_there(path)}") from error
+            raise  # a source file cannot be read
+        raise WriteError(f"cannot write {path}: {reason(error)}; {_remaining(path)}") from error
 
 
 def _is_elsewhere(error: OSError, temporary: Path) -> bool:
@@ -337,15 +340,15 @@ def _is_elsewhere(error: OSError, temporary: Path) -> bool:
     return named != temporary and named not in temporary.parents and temporary not in named.parents
 
 
-def _what_is_there(path: Path) -> str:
+def _remaining(path: Path) -> str:
     with suppress(OSError):
         if path.exists():
             return "the older one is unchanged"
-    return "nothing was left behind"
+    return "no files remain"
 
 
 def _begin_folder(folder: Path, plan: object) -> None:
-    """Make a temporary folder, or clear it unless it was begun with the same plan and may be filled further."""
+    """Create or clear a temporary folder; one with the same plan keeps its finished files."""
     text = json.dumps(plan, sort_keys=True)
     if os.path.lexists(folder) and (plan is None or not _was_begun(folder, text)):
         _remove(folder)
@@ -364,13 +367,13 @@ def _was_begun(folder: Path, text: str) -> bool:
 
 
 def _neighbor(path: Path, suffix: str) -> Path:
-    """Return the hidden name beside a path that ends in a suffix."""
+    """Return the hidden name next to a path, with a suffix."""
     return path.with_name(f"{_temporary_stem(path)}{suffix}")
 
 
 def _temporary_stem(path: Path) -> str:
-    room = MAX_NAME_BYTES - UNIQUE_DIGITS - len(TEMPORARY_SUFFIX) - 2  # for two dots
-    return "." + os.fsencode(path.name)[:room].decode("utf-8", "ignore")
+    limit = MAX_NAME_BYTES - UNIQUE_DIGITS - len(TEMPORARY_SUFFIX) - 2  # for two dots
+    return "." + os.fsencode(path.name)[:limit].decode("utf-8", "ignore")
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -385,7 +388,7 @@ def _take_lock(file: Path, busy: str) -> int:
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
         except FileNotFoundError:
-            pass  # its last holder has removed it meanwhile
+            pass  # its last holder has just removed it
         except BlockingIOError as error:
             os.close(descriptor)
             raise BusyError(busy) from error
@@ -393,7 +396,7 @@ def _take_lock(file: Path, busy: str) -> int:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; return whether this system and file system can."""
+    """Exchange two names atomically; return whether the system and the file system support that."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except AttributeError:

@@ -37,10 +37,18 @@ SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".html", ".js", ".css", ".sh
 
 PHRASES = {
     r"behind (?!a (reverse )?proxy|proxies|TLS|the proxy)": "after, or below",
-    r"(?:is|are|was|were) none\b": "is not a ..., or there is no ...",
+    r"(?:is|are|was|were) (?-i:none)\b": "is not a ..., or there is no ...",
     r"shall\b": "must, will or is to",
     r"(?:go|goes|gone|went|going) on\b": "continue or resume",
-    r"must be had\b": "must be installed",
+    r"be had\b": "be installed, be available",
+    r"(?<!there )(?:is|are|was|were) no (?!longer\b|more\b|less\b|such\b)[a-z]+": "is not a ...",
+    r"cut short\b": "interrupted, truncated",
+    r"(?:whoever|nobody)\b": "the caller, no process: name who acts",
+    r"asked (?:for|of)\b": "requested",
+    r"looked at\b": "checked, considered",
+    r"so many\b": "a number of",
+    r"(?:frames|tokens|units) a (?:second|chunk|step|video|cut|layer)\b": "frames per second",
+    r"gone with\b": "continued",
     r"lack(?:s|ed|ing)?\b": "is missing, has no",
     r"(?:room|house|roof|building|door|wall|hallway|staircase)s?\b": "package, module, layer, space",
     r"(?:agree|know|want|tell|hear|speak|forget|say)s\b": "things do not act: state what the code does",
@@ -67,6 +75,8 @@ NAMES = {"told", "found", "wanted", "made", "said", "asked", "given", "heard", "
 
 EXCEPTIONS = {
     ("*shapeworld*", "wall"): "objects of ShapeWorld bounce off walls",
+    ("longvideo/evaluation/showcase.py", "wall"): "objects of ShapeWorld bounce off walls",
+    ("*shapeworld/captions.py", "grey"): "captions have both spellings",
     ("tests/style.py", ""): "it lists the phrases",
     ("tests/test_style.py", ""): "it tests the phrases",
     ("docs/glossary.md", ""): "it may name what a term is not",

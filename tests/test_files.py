@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all; what the disk refuses is one line; locks end with their process."""
+"""Files and folders are written atomically, errors of the disk are one line, and locks end with their process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from longvideo.files import (
 
 @contextmanager
 def no_file_longer_than(size: int) -> Iterator[None]:
-    """Let the system refuse longer files in the block, as a full disk would."""
+    """Limit the size of files in the block, so that longer ones fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -53,7 +53,7 @@ def test_a_refused_file_is_one_line_and_the_older_one_stays(tmp_path: Path) -> N
 
 def test_a_library_that_wraps_the_error_is_one_line_too(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    with no_file_longer_than(1000), pytest.raises(WriteError, match="too large; nothing was left behind"):
+    with no_file_longer_than(1000), pytest.raises(WriteError, match="too large; no files remain"):
         write_file(path, lambda target: save_file({"x": torch.zeros(5000)}, target))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Time the encoding of a clip: whole, and in the parts that ranks encode, each with its halo."""
+"""Encode a clip whole, and in the parts that ranks encode of it, each with its halo."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeTiming:
-    """Times of encoding a clip.
+    """whole_seconds: of one rank that encodes everything. part_seconds, part_frames: of each rank's part and halo.
 
-    latents: latent frames of the clip. halo: latent frames of the halo. whole_seconds: time of one rank that encodes
-    the whole clip. part_seconds, part_frames: time and pixel frames of each rank's part, with its halo.
-    relative_error: error of all parts together against the whole.
+    relative_error: of all parts together against the whole.
     """
 
     latents: int
@@ -34,7 +32,7 @@ class EncodeTiming:
 
     @property
     def saved_seconds(self) -> float:
-        """Time that ranks save, until the slowest one has finished."""
+        """Until the last rank is done."""
         return self.whole_seconds - max(self.part_seconds)
 
 
@@ -48,11 +46,7 @@ def time_encoding(
     device: torch.device,
     dtype: torch.dtype,
 ) -> EncodeTiming:
-    """Time the encoding of random pixels with random weights. The parts of all ranks are timed one after the other.
-
-    latents: latent frames of the clip. ranks: number of ranks, a divisor of `latents`. size: height and width in
-    pixels.
-    """
+    """Time it with random weights on random pixels [1, 3, frames, height, width], all ranks' parts one by one here."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(config).to(device, dtype).eval()
     scale, halo = config.scale_factor_temporal, temporal_lookback(config)
@@ -63,22 +57,22 @@ def time_encoding(
 
     def encode(window: EncodeWindow) -> tuple[Tensor, float]:
         _wait(device)
-        start = time.perf_counter()
+        began = time.perf_counter()
         encoded = encode_latents(autoencoder, video[:, :, window.first_frame : window.end_frame], window)
         _wait(device)
-        return encoded, time.perf_counter() - start
+        return encoded, time.perf_counter() - began
 
-    encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that cuDNN has chosen its algorithms
-    expected, whole_seconds = encode(whole)
+    encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that algorithms are chosen
+    wanted, whole_seconds = encode(whole)
     results = [encode(part) for part in parts]
-    result = torch.cat([encoded for encoded, _ in results], dim=2)
+    got = torch.cat([encoded for encoded, _ in results], dim=2)
     return EncodeTiming(
         latents=latents,
         halo=halo,
         whole_seconds=whole_seconds,
         part_seconds=[seconds for _, seconds in results],
         part_frames=[part.num_frames for part in parts],
-        relative_error=float((result - expected).norm() / expected.norm()),
+        relative_error=float((got - wanted).norm() / wanted.norm()),
     )
 
 

@@ -1,8 +1,8 @@
-"""Turn a model of any known format into another, tensor by tensor: what is held in memory is one tensor at most.
+"""Convert a model of any known format to another, tensor by tensor: at most one tensor is in memory at a time.
 
-What is written lies in a temporary neighbor of the destination until it is whole, and is then renamed. A conversion
-that was interrupted continues from the files it has finished, if source and wishes are still the same; after an error,
-such as a full disk, nothing of it stays.
+The result is written under a temporary name next to the destination and renamed when it is complete. A conversion that
+was interrupted continues after the files that it has finished, if its source and options are unchanged. After an error,
+such as a full disk, no file of it remains.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.checkpoint import packed
-from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
-from longvideo.checkpoint.targets import TARGETS, Work
+from longvideo.checkpoint.targets import TARGETS, ConversionTask
 from longvideo.checkpoint.tensors import Weights, is_one_byte_float
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked_target, write_file, write_folder
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NVFP4, LORA = "nvfp4", "lora"
+REMEDY = "choose another destination"
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What to make of a model.
+class ConversionOptions:
+    """Options of a conversion.
 
-    target: one of TARGETS. precision: of the transformer, "bf16", "fp32" or "nvfp4", None as it is stored; rule, keep:
-    how it is packed, and official names of layers that are not.
+    target: a format, one of TARGETS. precision: of the transformer, "bf16", "fp32" or "nvfp4"; None keeps the stored
+    one. rule: scaling rule for packing to NVFP4. keep: official names of layers that are not packed. max_shard_bytes:
+    largest file of a folder, bytes.
     """
 
     target: str = "longvideo"
@@ -52,23 +54,24 @@ class Wishes:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UserError(f"target {self.target!r} is unknown; use one of {', '.join((*TARGETS, LORA))}")
+            raise UserError(f"target {self.target!r} is not a format; use one of {', '.join((*TARGETS, LORA))}")
         if self.precision not in (None, *DTYPES, NVFP4):
-            raise UserError(f"precision {self.precision!r} is unknown; use one of {', '.join((*DTYPES, NVFP4))}")
+            raise UserError(f"precision {self.precision!r} is not supported; use one of {', '.join((*DTYPES, NVFP4))}")
         if self.rule not in [rule.value for rule in Rule]:
-            raise UserError(f"rule {self.rule!r} is unknown; use one of {', '.join(rule.value for rule in Rule)}")
+            raise UserError(f"rule {self.rule!r} is not a scaling rule; use one of {', '.join(x.value for x in Rule)}")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Called with the bytes that there will be, once, and then with those written or found as they are.
+    """Callbacks of a conversion.
 
-    on_packed: see `packed.OnPacked`.
+    on_total: called once with the number of bytes to write. on_bytes: called with the bytes of every piece that is
+    written, or that an interrupted conversion has written before. on_packed: see `packed.OnPacked`.
     """
 
-    on_total: Callable[[int], None] = lambda total: None
-    on_bytes: Callable[[int], None] = lambda count: None
-    on_packed: packed.OnPacked = lambda layer, weight, result: None
+    on_total: Callable[[int], None] = lambda _: None
+    on_bytes: Callable[[int], None] = lambda _: None
+    on_packed: packed.OnPacked = lambda *_: None
 
 
 SILENT = Progress()
@@ -77,41 +80,41 @@ SILENT = Progress()
 def convert_model(
     source: ModelFolder,
     destination: Path,
-    wishes: Wishes,
+    options: ConversionOptions,
     *,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> None:
     """Write a model in another format.
 
-    Raises CheckpointError or UserError before anything is written where a tensor is missing, unknown or of a wrong
-    shape or type, where the target has no place for something, and where the disk has no room; and while it is written
-    for NaN or infinity in a tensor.
+    Raises CheckpointError or UserError before anything is written if a tensor is missing, unknown, or has a wrong shape
+    or dtype, if the target format cannot store something, and if the disk has too little space. Raises CheckpointError
+    during the conversion for NaN or infinity in a tensor.
     """
-    target = TARGETS[wishes.target]
+    target = TARGETS[options.target]
     destination = _check_destination(destination, target.suffixes, overwrite=overwrite)
     _check_source_stays(source, destination)
     weights = {part: source.weights(part) for part in source.parts if part in target.parts}
     for part in weights:
         source.check(part)
     if TRANSFORMER in weights:
-        weights[TRANSFORMER] = _in_precision(source, wishes, progress.on_packed)
+        weights[TRANSFORMER] = _in_precision(source, options, progress.on_packed)
     target.check(source, weights)
     weights = {part: own.finite() for part, own in weights.items()}
     total = sum(own.num_bytes for own in weights.values())
     stamps = _stamps(weights)
     metadata = {part: own.metadata for part, own in weights.items()}
-    plan = {**asdict(wishes), "settings": asdict(source.settings), "metadata": metadata, "files": stamps}
+    plan = {**asdict(options), "settings": asdict(source.settings), "metadata": metadata, "files": stamps}
 
     def write(path: Path) -> None:
-        _check_room(destination.parent, total - _bytes_done(path))
+        _check_free_space(destination.parent, total - _bytes_done(path))
         progress.on_total(total)
-        target.write(Work(path, source, weights, wishes.max_shard_bytes, progress.on_bytes))
+        target.write(ConversionTask(path, source, weights, options.max_shard_bytes, progress.on_bytes))
         if _stamps(weights) != stamps:
-            raise CheckpointError(f"{source.path} was changed while it was read; convert it again")
+            raise CheckpointError(f"{source.path} changed during the conversion; convert it again")
 
     with locked_target(destination):
-        # another process may have written it until the lock was free
+        # another process may have written it before this one got the lock
         _check_destination(destination, target.suffixes, overwrite=overwrite)
         if target.suffixes:
             write_file(destination, write)
@@ -123,33 +126,33 @@ def convert_model(
 def convert_adapter(
     source: str | Path, destination: Path, *, base: str | None, entry: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write a LoRA of any known format as a folder for peft, and beside it a file for diffusers.
+    """Write a LoRA of any known format as a folder for peft, with a second file for diffusers.
 
-    base: what the adapter says it belongs to. Raises CheckpointError where the source is no LoRA.
+    base: name of the base model that the result refers to. Raises CheckpointError if the source is not a LoRA.
     """
     destination = _check_destination(destination, (), overwrite=overwrite)
-    found = recognise(locate(source), entry=entry)
-    if found.adapter is None:
-        raise CheckpointError(f"{source} is no LoRA but: {found.format}")
+    stored = recognize(locate(source), entry=entry)
+    if stored.adapter is None:
+        raise CheckpointError(f"{source} is not a LoRA but a {stored.format}")
     with locked_target(destination), write_folder(destination, overwrite=overwrite) as folder:
-        found.adapter.load().save(folder, base=base or "")
+        stored.adapter.load().save(folder, base=base or "")
 
 
-def _in_precision(source: ModelFolder, wishes: Wishes, on_packed: packed.OnPacked) -> Weights:
+def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: packed.OnPacked) -> Weights:
     own = source.weights(TRANSFORMER)
-    if wishes.precision is None:
+    if options.precision is None:
         return own
-    if packed.is_packed(own) and wishes.precision != NVFP4:
+    if packed.is_packed(own) and options.precision != NVFP4:
         raise CheckpointError(
-            f"{source.path} is packed in 4 bits; its weights are not what they were, so convert the model it is from"
+            f"{source.path} has packed 4-bit weights, which are rounded; convert the model that they were made from"
         )
-    if wishes.precision == NVFP4:
+    if options.precision == NVFP4:
         model = source.build(TRANSFORMER)
         assert isinstance(model, CausalTransformer)
         own = own.cast(torch.bfloat16, keep=lambda name: not _is_fp8(own, name))
-        layers = [name for name in layers_to_quantize(model, wishes.keep) if f"{name}.weight" in own.tensors]
-        return packed.pack(own, layers, Rule(wishes.rule), on_packed=on_packed)
-    return own.cast(DTYPES[wishes.precision])
+        layers = [name for name in layers_to_quantize(model, options.keep) if f"{name}.weight" in own.tensors]
+        return packed.pack(own, layers, Rule(options.rule), on_packed=on_packed)
+    return own.cast(DTYPES[options.precision])
 
 
 def _is_fp8(weights: Weights, name: str) -> bool:
@@ -157,57 +160,57 @@ def _is_fp8(weights: Weights, name: str) -> bool:
 
 
 def _stamps(weights: Mapping[str, Weights]) -> dict[str, list[int]]:
-    """Identify the files that tensors come from, so that a changed source is noticed."""
+    """Return size and modification time of the files that tensors come from, to detect a changed source."""
     files = {file for own in weights.values() for file in own.files}
     return {str(file.resolve()): [(status := file.stat()).st_size, status.st_mtime_ns] for file in sorted(files)}
 
 
 def _check_destination(path: Path, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
-    """Return where to write, links followed. suffixes: of a file; none for a folder.
+    """Return the path to write, with links resolved. suffixes: allowed for a file; empty for a folder.
 
-    Raises UserError for another suffix, and for what is there already unless it is a model to be replaced.
+    Raises UserError for another suffix, and for an existing path unless it is a model that may be replaced.
     """
     path = Path(os.path.realpath(path.expanduser()))
     if suffixes and path.suffix not in suffixes:
-        raise UserError(f"{path} has to end in {' or '.join(suffixes)} in this format")
+        raise UserError(f"{path} does not end in {' or '.join(suffixes)}, as a file of this format must; rename it")
     if not path.exists():
         return path
     if not overwrite:
-        raise UserError(f"{path} exists; choose another place or add --overwrite")
+        raise UserError(f"{path} exists; choose another destination or add --overwrite")
     if path.is_file() != bool(suffixes):
-        wanted = "file" if suffixes else "folder"
-        raise UserError(f"{path} is no {wanted}, as this format is; it is not replaced, choose another place")
+        expected = "file" if suffixes else "folder"
+        raise UserError(f"{path} is not a {expected}, as this format is, and is not replaced; {REMEDY}")
     if path in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{path} is where this command runs; it is not replaced, choose another place")
+        raise UserError(f"{path} contains the current folder and is not replaced; {REMEDY}")
     if path.is_dir() and any(path.iterdir()):
         try:
-            recognise(path)
+            recognize(path)
         except UserError as error:
-            raise UserError(f"{path} holds no model that is known; it is not replaced, choose another place") from error
+            raise UserError(f"{path} is not a model in a known format and is not replaced; {REMEDY}") from error
     return path
 
 
 def _check_source_stays(source: ModelFolder, destination: Path) -> None:
-    """Raise UserError where replacing the destination would take away what a model is not wholly made from."""
+    """Raise UserError if replacing the destination would delete files of which the source is only a part."""
     own = Path(os.path.realpath(source.path))
     if own == destination:
         return
     for part in source.parts:
         for file in source.weights(part).files:
             if destination in Path(os.path.realpath(file)).parents:
-                raise UserError(f"{destination} holds {file}, which is read; it is not replaced, choose another place")
+                raise UserError(f"{destination} contains {file} of the source and is not replaced; {REMEDY}")
 
 
 def _bytes_done(path: Path) -> int:
-    """Return the bytes of what an interrupted conversion has finished."""
+    """Return the number of bytes that an interrupted conversion has finished."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-def _check_room(folder: Path, num_bytes: int) -> None:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+def _check_free_space(folder: Path, num_bytes: int) -> None:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise UserError(
-            f"{there} has {free / 1e6:,.1f} MB free, {num_bytes / 1e6:,.1f} MB are needed; make room or write to"
-            " another disk"
+            f"{existing} has {free / 1e6:,.1f} MB free, {num_bytes / 1e6:,.1f} MB are needed; free some space or write"
+            " to another disk"
         )

@@ -1,4 +1,4 @@
-"""Read and write diffusers' folder layout: model_index.json, a folder for every part, and our longvideo.json."""
+"""Read and write diffusers' folder layout: model_index.json, a folder for every part, and longvideo.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from longvideo.checkpoint import diffusers_json, names, packed
 from longvideo.checkpoint.locations import SHIPPED, check_inside, check_links, locate
 from longvideo.checkpoint.opening import open_weights
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart, PartConfig
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.loading import load_config
@@ -34,29 +34,32 @@ WEIGHT_STEMS = {TRANSFORMER: "diffusion_pytorch_model", VAE: "diffusion_pytorch_
 
 
 def is_diffusers_folder(path: Path) -> bool:
+    """Return whether a folder has a model_index.json."""
     return (path / INDEX_FILE).is_file()
 
 
-def read_folder(path: Path) -> Found:
+def read_folder(path: Path) -> StoredModel:
     """Read the configurations of a folder and the headers of its weights.
 
-    Raises CheckpointError or ConfigError, naming the file, when something is absent or does not agree.
+    Raises CheckpointError or ConfigError, with the file name, if something is missing or inconsistent.
     """
     index = read_json(path / INDEX_FILE)
     kinds = {part: kind for part in PARTS if (kind := _listed_class(index.get(part)))}
     if _listed_class(index.get(SECOND_TRANSFORMER)):
-        raise CheckpointError(f"{path / INDEX_FILE} lists two transformers, as of Wan2.2's 14B; wanted one")
+        raise CheckpointError(f"{path / INDEX_FILE} lists two transformers, as Wan2.2's 14B has; expected one")
     stored = _read_settings(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else None
     elsewhere = {part: _other_folder(path, part, name) for part, name in stored.parts.items()} if stored else {}
     if both := sorted(kinds.keys() & elsewhere.keys()):
-        raise CheckpointError(f"{path / SETTINGS_FILE} takes {both[0]} from elsewhere, and {INDEX_FILE} lists it too")
+        raise CheckpointError(
+            f"{path / SETTINGS_FILE} takes {both[0]} from another folder, but {INDEX_FILE} lists it too; remove one"
+        )
     kinds |= {part: _class_in(folder, part) for part, folder in elsewhere.items()}
     if not kinds:
-        raise CheckpointError(f"{path / INDEX_FILE} lists none of {', '.join(PARTS)}")
+        raise CheckpointError(f"{path / INDEX_FILE} lists no part of a model; expected one of {', '.join(PARTS)}")
     text_len = (stored or ModelSettings()).text_len
     places = {part: elsewhere.get(part, path) for part in kinds}
     parts = {part: _read_part(places[part] / part, part, kind, text_len=text_len) for part, kind in kinds.items()}
-    return Found(
+    return StoredModel(
         "longvideo folder (diffusers' layout)" if stored else "diffusers folder",
         parts,
         stored.settings if stored else None,
@@ -67,16 +70,17 @@ def read_folder(path: Path) -> Found:
 
 @dataclass(frozen=True)
 class StoredSettings(ModelSettings):
-    """longvideo.json as it lies in a folder.
+    """The contents of longvideo.json.
 
-    parts: for a part that another model's folder holds, the name of that model: one that ships, or of a folder beside
-    this one.
+    parts: for each part that is stored in another model's folder, the name of that model: a packaged one, or a folder
+    next to this one.
     """
 
     parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> ModelSettings:
+        """The settings without `parts`."""
         return ModelSettings(**{key.name: getattr(self, key.name) for key in fields(ModelSettings)})
 
 
@@ -85,40 +89,45 @@ def _read_settings(file: Path) -> StoredSettings:
         for key, value in values.items():
             is_flag = isinstance(getattr(StoredSettings, key, value), bool)
             if is_flag != isinstance(value, bool):
-                wanted = "true or false" if is_flag else "another kind of value"
-                raise CheckpointError(f"{key} is {str(value)[:60]}, wanted {wanted}")
+                expected = "true or false" if is_flag else "another kind of value"
+                raise CheckpointError(f"{key} is {str(value)[:60]}, expected {expected}")
             if "${" in str(value):
-                raise CheckpointError(f"{key} holds ${{, as if it were to be filled in; write what is meant")
+                raise CheckpointError(f"{key} contains ${{, but placeholders are not filled in; write the value itself")
         return load_config(StoredSettings, [file])
 
     return read_config(file, parse)
 
 
 def _other_folder(folder: Path, part: str, name: str) -> Path:
-    """Find the folder that holds a part of the model in `folder`. Raises CheckpointError for what is not allowed."""
+    """Return the folder that stores a part of the model in `folder`.
+
+    name: a packaged model or a folder next to `folder`. Raises CheckpointError for another name.
+    """
     file = folder / SETTINGS_FILE
     if part not in PARTS:
-        raise CheckpointError(f"{file}: parts names {part!r}; wanted one of {', '.join(PARTS)}")
+        raise CheckpointError(f"{file} has {part!r} in parts; expected one of {', '.join(PARTS)}")
     if name in SHIPPED:
         return locate(name)
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(
-            f"{file} takes {part} from {name!r}; wanted {', '.join(SHIPPED)} or the name of a folder beside {folder}"
+            f"{file} takes {part} from {name!r}; expected {', '.join(SHIPPED)} or the name of a folder next to {folder}"
         )
     real = Path(os.path.realpath(folder))
     other = real.parent / name
     if other == real or not is_diffusers_folder(other):
-        raise CheckpointError(f"{file} takes {part} from {name!r}, but {other} is not another model; copy it there")
+        raise CheckpointError(
+            f"{file} takes {part} from {name!r}, but {other} is not another model folder; copy that model there"
+        )
     check_inside(other, str(real.parent))
     check_links(other)
     return other
 
 
 def _class_in(folder: Path, part: str) -> str:
-    """Name the class of a part that a folder itself holds."""
+    """Return the class of a part that is stored in the folder itself."""
     if kind := _listed_class(read_json(folder / INDEX_FILE).get(part)):
         return kind
-    raise CheckpointError(f"{folder} holds no {part} of its own; name the folder in which it lies")
+    raise CheckpointError(f"{folder} does not store its own {part}; use the name of the folder that stores it")
 
 
 def write_part(
@@ -128,10 +137,10 @@ def write_part(
     config: PartConfig,
     *,
     max_shard_bytes: int,
-    go_on: bool = False,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    resume: bool = False,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the folder of a part, weights under our names; options as in `save_weights`."""
+    """Write the folder of a part. weights: under this project's names. Other options: as in `save_weights`."""
     metadata = packed.header_metadata(weights)
     if part == TRANSFORMER:
         weights = weights.renamed(names.to_diffusers)
@@ -141,18 +150,18 @@ def write_part(
         weights,
         max_shard_bytes=max_shard_bytes,
         metadata=metadata,
-        go_on=go_on,
+        resume=resume,
         on_bytes=on_bytes,
     )
     if isinstance(config, TransformerConfig):
-        said = {**diffusers_json.transformer_json(config), **packed.config_entry(metadata)}
+        values = {**diffusers_json.transformer_json(config), **packed.config_entry(metadata)}
     else:
-        said = config.to_dict()
-    write_json(folder / part / "config.json", said)
+        values = config.to_dict()
+    write_json(folder / part / "config.json", values)
 
 
 def write_index(folder: Path, parts: Iterable[str], settings: ModelSettings) -> None:
-    """Write what ties parts together: model_index.json, and the solver by which diffusers samples them."""
+    """Write model_index.json, which lists the parts, and the configuration of diffusers' solver."""
     listed = ("scheduler", *parts)
     if TEXT_ENCODER in listed:
         listed += ("tokenizer",)
@@ -162,7 +171,7 @@ def write_index(folder: Path, parts: Iterable[str], settings: ModelSettings) -> 
 
 
 def read_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
-    """Parse a JSON file; what is wrong with it is said with its name."""
+    """Parse a JSON file; errors of `parse` are raised with the file name."""
     try:
         return parse(read_json(file))
     except UserError as error:
@@ -172,7 +181,10 @@ def read_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
 
 
 def official_transformer(weights: Weights) -> Weights:
-    """Show a transformer's tensors under official names, from either naming. Raises CheckpointError for neither."""
+    """Return a transformer's weights under official names, from official or diffusers' names.
+
+    Raises CheckpointError for another naming, and for packed weights with another convention.
+    """
     try:
         weights = weights.renamed(names.official_naming(weights.infos))
     except CheckpointError as error:
@@ -193,5 +205,5 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> ModelPar
 
 
 def _listed_class(entry: object) -> str:
-    """Take the class from an entry [library, class] of model_index.json; "" for an absent part."""
+    """Return the class of an entry [library, class] of model_index.json; "" for a missing part."""
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else ""

@@ -1,4 +1,4 @@
-"""The JSON files of diffusers' folder layout and of Wan's own, as this project's configurations and back."""
+"""Conversion between this project's configurations and the JSON files of diffusers' and Wan's folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.settings import ModelSettings
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
-# what the class can be configured to and our transformer is not
+# options of the class for which this project's transformer has one fixed value
 TRANSFORMER_FORM = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -23,9 +23,9 @@ TRANSFORMER_FORM = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-# longest side of the table of positions that diffusers makes; ours are computed, so it is not read
+# longest side of diffusers' table of positions; this project computes positions, so it is not read
 ROPE_TABLE = "rope_max_seq_len"
-# tells diffusers that it cannot read packed weights; ours say themselves what they are
+# makes diffusers refuse packed weights; this project reads their convention from the weight file
 QUANTIZATION = "quantization_config"
 NOT_READ = (ROPE_TABLE, QUANTIZATION)
 OFFICIAL_CLASS = "WanModel"
@@ -52,28 +52,28 @@ PART_CLASSES = {
 
 def transformer_config(values: Mapping[str, Any], *, text_len: int) -> TransformerConfig:
     """Read transformer/config.json. Raises CheckpointError for a missing, unknown or unsupported key."""
-    given = {key: value for key, value in values.items() if not key.startswith("_") and key not in NOT_READ}
-    for key, wanted in TRANSFORMER_FORM.items():
-        if given.pop(key, wanted) != wanted:
-            raise CheckpointError(f"{key}={values[key]!r} is not supported, wanted {wanted!r}")
+    config = {key: value for key, value in values.items() if not key.startswith("_") and key not in NOT_READ}
+    for key, expected in TRANSFORMER_FORM.items():
+        if config.pop(key, expected) != expected:
+            raise CheckpointError(f"{key}={values[key]!r} is not supported; expected {expected!r}")
     own = [field for field in fields(TransformerConfig) if field.name != "text_len"]
-    if unknown := sorted(given.keys() - {field.name for field in own}):
-        raise CheckpointError(f"unknown keys {unknown}; known are {[field.name for field in own]}")
-    if missing := sorted({field.name for field in own if field.default is MISSING} - given.keys()):
+    if unknown := sorted(config.keys() - {field.name for field in own}):
+        raise CheckpointError(f"the keys {unknown} are unknown; expected {[field.name for field in own]}")
+    if missing := sorted({field.name for field in own if field.default is MISSING} - config.keys()):
         raise CheckpointError(f"the keys {missing} are missing")
-    patch_size = given.pop("patch_size", [1, 2, 2])
+    patch_size = config.pop("patch_size", [1, 2, 2])
     if not (isinstance(patch_size, list) and len(patch_size) == 3 and all(_is_count(size) for size in patch_size)):
-        raise CheckpointError(f"patch_size={patch_size!r}, wanted three whole numbers")
-    for key, value in given.items():
+        raise CheckpointError(f"patch_size={patch_size!r}, expected three whole numbers")
+    for key, value in config.items():
         if key != "eps" and not _is_count(value):
-            raise CheckpointError(f"{key}={value!r}, wanted a whole number of at least 1")
-    if not isinstance(given.get("eps", 0.0), int | float):
-        raise CheckpointError(f"eps={given['eps']!r}, wanted a number")
-    return TransformerConfig(**given, patch_size=(patch_size[0], patch_size[1], patch_size[2]), text_len=text_len)
+            raise CheckpointError(f"{key}={value!r}, expected a whole number of at least 1")
+    if not isinstance(config.get("eps", 0.0), int | float):
+        raise CheckpointError(f"eps={config['eps']!r}, expected a number")
+    return TransformerConfig(**config, patch_size=(patch_size[0], patch_size[1], patch_size[2]), text_len=text_len)
 
 
 def transformer_json(config: TransformerConfig) -> dict[str, Any]:
-    """Write the config.json that diffusers' WanTransformer3DModel.from_pretrained reads."""
+    """Return the config.json that diffusers' WanTransformer3DModel.from_pretrained reads."""
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "text_len"}
     return {"_class_name": TRANSFORMER_CLASS, **values, "patch_size": list(config.patch_size), **TRANSFORMER_FORM}
 
@@ -83,28 +83,28 @@ def official_config(values: Mapping[str, Any]) -> TransformerConfig:
     if missing := sorted(OFFICIAL_KEYS.keys() - values.keys()):
         raise CheckpointError(f"the keys {missing} are missing")
     if (model_type := values.get("model_type", "ti2v")) not in OFFICIAL_TYPES:
-        raise CheckpointError(f"model_type={model_type!r} is not supported, wanted one of {', '.join(OFFICIAL_TYPES)}")
+        raise CheckpointError(f"model_type={model_type!r} is not supported; expected {' or '.join(OFFICIAL_TYPES)}")
     for key in OFFICIAL_KEYS:
         if not _is_count(values[key]):
-            raise CheckpointError(f"{key}={values[key]!r}, wanted a whole number of at least 1")
-    given = {ours: values[theirs] for theirs, ours in OFFICIAL_KEYS.items()}
+            raise CheckpointError(f"{key}={values[key]!r}, expected a whole number of at least 1")
+    config = {ours: values[theirs] for theirs, ours in OFFICIAL_KEYS.items()}
     heads, dim = values["num_heads"], values["dim"]
     if dim % heads:
-        raise CheckpointError(f"dim={dim} does not divide into num_heads={heads}")
+        raise CheckpointError(f"dim={dim} is not a multiple of num_heads={heads}")
     eps = values.get("eps", 1e-6)
     if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise CheckpointError(f"eps={eps!r}, wanted a number")
-    return TransformerConfig(**{**given, "attention_head_dim": dim // heads}, text_dim=OFFICIAL_TEXT_DIM, eps=eps)
+        raise CheckpointError(f"eps={eps!r}, expected a number")
+    return TransformerConfig(**{**config, "attention_head_dim": dim // heads}, text_dim=OFFICIAL_TEXT_DIM, eps=eps)
 
 
 def official_json(config: TransformerConfig) -> dict[str, Any]:
-    """Write the config.json that Wan's own WanModel reads; it has no place for the width of text features."""
+    """Return the config.json that Wan's own WanModel reads; it cannot store the width of text features."""
     values = {theirs: getattr(config, ours) for theirs, ours in OFFICIAL_KEYS.items() if ours != "attention_head_dim"}
     return {"_class_name": OFFICIAL_CLASS, "model_type": "ti2v", **values, "dim": config.dim, "eps": config.eps}
 
 
 def scheduler_json(settings: ModelSettings) -> dict[str, Any]:
-    """Write the config of the solver by which diffusers' WanPipeline samples the same flow."""
+    """Return the configuration of the solver with which diffusers' WanPipeline samples the same flow."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
@@ -116,7 +116,7 @@ def scheduler_json(settings: ModelSettings) -> dict[str, Any]:
 
 
 def model_index(parts: tuple[str, ...]) -> dict[str, Any]:
-    """Write model_index.json for a folder holding these parts."""
+    """Return model_index.json for a folder with these parts."""
     return {
         "_class_name": "WanPipeline",
         "expand_timesteps": True,

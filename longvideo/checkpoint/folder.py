@@ -1,7 +1,8 @@
-"""A model on disk, in any format that is known: opened, checked, loaded; and saved in diffusers' folder layout.
+"""Open, check and load a model of any known format, and save one in diffusers' folder layout.
 
-What is saved: model_index.json, longvideo.json, scheduler/, tokenizer/; transformer/ and vae/ with config.json and
-diffusion_pytorch_model.safetensors (diffusers' names); text_encoder/ with config.json and model.safetensors.
+A saved folder contains model_index.json, longvideo.json, scheduler/ and tokenizer/; transformer/ and vae/ with
+config.json and diffusion_pytorch_model.safetensors (diffusers' names); text_encoder/ with config.json and
+model.safetensors.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import StoredAdapter, merged
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
-from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart, PartConfig
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class NeedsBase(CheckpointError):
-    """What was opened is an adapter, and no base was given."""
+class MissingBase(CheckpointError):
+    """The opened model is an adapter, and no base model was specified. adapter: the opened adapter."""
 
     def __init__(self, message: str, adapter: StoredAdapter) -> None:
         super().__init__(message)
@@ -51,10 +52,11 @@ class NeedsBase(CheckpointError):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened model: its configurations are read and agree; no weight is loaded yet.
+    """An opened model: its configurations are read and consistent, but no weights are loaded.
 
-    format: what was recognised. stored: its transformer, vae and text_encoder, those that are there. tokenizer: folder
-    with tokenizer.json. notes: numbers and texts beside the weights. unused: files that are of no part, and why.
+    path: the folder or file. format: description of the recognized format. stored: its parts, of transformer, vae and
+    text_encoder. tokenizer: folder with tokenizer.json. notes: numbers and texts stored with the weights. unused: files
+    that belong to no part, with the reason.
     """
 
     path: Path
@@ -74,49 +76,52 @@ class ModelFolder:
         preset: str | None = None,
         entry: str | None = None,
     ) -> ModelFolder:
-        """Open a shipped name ("tiny", "tiny-teacher"), a folder or file, or a hub id (see `locate`).
+        """Open a packaged model ("tiny", "tiny-teacher"), a folder or file, or a hub id (see `locate`).
 
-        What it is, is found by content; `longvideo.checkpoint.formats` lists what is known. base: another model, from
-        which the parts that are missing come, and the transformer that a LoRA belongs to; for a checkpoint of a run by
-        default the model folder of that run. preset: name in `PRESETS` of the settings; None takes the model's own.
-        entry: which weights of a training checkpoint, for example "generator_ema" or "ema".
-        Raises CheckpointError or ConfigError, naming the file, when something is absent or does not agree.
+        The format is recognized by content; `longvideo.checkpoint.formats` lists the known formats.
+
+        base: another model that provides missing parts, and the transformer for a LoRA; for a checkpoint of a run the
+        default is the model folder of that run. preset: name of settings in `PRESETS`; None uses the model's own.
+        entry: which weights of a training checkpoint to open, for example "generator_ema" or "ema".
+
+        Raises CheckpointError or ConfigError, naming the file, if something is missing or inconsistent.
         """
         path = locate(name)
         if base is None and is_run_checkpoint(path):
             base = exported_model(path)
-        under = None if base is None else cls.open(base)
-        found = recognise(path, entry=entry, like={} if under is None else under.stored)
-        parts, settings = {**(under.stored if under else {}), **found.parts}, _settings(found, under, preset)
-        if found.adapter is not None:
+        base_model = None if base is None else cls.open(base)
+        stored = recognize(path, entry=entry, like={} if base_model is None else base_model.stored)
+        parts = {**(base_model.stored if base_model else {}), **stored.parts}
+        settings = _settings(stored, base_model, preset)
+        if stored.adapter is not None:
             if TRANSFORMER not in parts:
-                raise NeedsBase(f"{path} is a LoRA; say with a base which model it belongs to", found.adapter)
+                raise MissingBase(f"{path} is a LoRA; use --base with the model that it belongs to", stored.adapter)
             part = parts[TRANSFORMER]
-            parts[TRANSFORMER] = replace(part, weights=merged(part.weights, found.adapter))
+            parts[TRANSFORMER] = replace(part, weights=merged(part.weights, stored.adapter))
         if TRANSFORMER in parts:
             config = parts[TRANSFORMER].config
             assert isinstance(config, TransformerConfig)
             parts[TRANSFORMER] = replace(parts[TRANSFORMER], config=replace(config, text_len=settings.text_len))
-        tokenizer = under.tokenizer if found.tokenizer is None and under is not None else found.tokenizer
+        tokenizer = base_model.tokenizer if stored.tokenizer is None and base_model is not None else stored.tokenizer
         ordered = {part: parts[part] for part in PARTS if part in parts}
-        folder = cls(path, found.format, settings, ordered, tokenizer, found.notes, found.unused)
+        folder = cls(path, stored.format, settings, ordered, tokenizer, stored.notes, stored.unused)
         folder._check_configs()
         return folder
 
     def with_adapter(self, adapter: StoredAdapter, settings: ModelSettings) -> ModelFolder:
-        """Show the model with an adapter added to its transformer, see `adapters.merged`, and with other settings."""
+        """Return the model with an adapter added to its transformer (see `adapters.merged`) and other settings."""
         part = self._part(TRANSFORMER)
         changed = {TRANSFORMER: replace(part, weights=merged(part.weights, adapter))}
         return replace(self, settings=settings, stored={**self.stored, **changed})
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Which of transformer, vae and text_encoder it has."""
+        """Names of its parts, of transformer, vae and text_encoder."""
         return tuple(self.stored)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Which parts a model that makes videos would have besides."""
+        """Names of the parts that are missing for generating videos."""
         return tuple(part for part in PARTS if part not in self.stored)
 
     @cached_property
@@ -139,14 +144,14 @@ class ModelFolder:
 
     @cached_property
     def spec(self) -> ChunkSpec:
-        """Chunk, window and token grid at the folder's own picture size."""
+        """Chunk and window sizes and token grid at the model's own picture size."""
         settings = self.settings
         _, patch_height, patch_width = self.transformer_config.patch_size
         grid = []
         for name, pixels, patch in (("height", settings.height, patch_height), ("width", settings.width, patch_width)):
             unit = self.vae_config.scale_factor_spatial * patch
             if pixels % unit:
-                raise CheckpointError(f"{self.path / SETTINGS_FILE}: {name}={pixels} is not a multiple of {unit}")
+                raise CheckpointError(f"{self.path / SETTINGS_FILE}: {name}={pixels}, expected a multiple of {unit}")
             grid.append(pixels // unit)
         try:
             return ChunkSpec(
@@ -162,26 +167,26 @@ class ModelFolder:
             raise CheckpointError(f"{self.path / SETTINGS_FILE}: {error}") from error
 
     def weights(self, part: str) -> Weights:
-        """Return a part's tensors, of which only headers are read, under our names."""
+        """Return the weights of a part under this project's names; only file headers are read."""
         return self._part(part).weights
 
     def kind(self, part: str) -> str:
-        """Name the class that a part's files say they are of."""
+        """Return the name of the class in a part's files, or of the naming that its tensors follow."""
         return self._part(part).kind
 
     @property
     def is_packed(self) -> bool:
-        """Whether the transformer's weights are NVFP4."""
+        """Whether the transformer's weights are packed to NVFP4."""
         return packed.is_packed(self.weights(TRANSFORMER))
 
     def check(self, part: str) -> None:
-        """Raise CheckpointError unless a part's weight files fit its config. Reads headers only."""
+        """Raise CheckpointError unless a part's weight files match its configuration. Only headers are read."""
         if part == TEXT_ENCODER:
             self._load_tokenizer()
         check_fits(self.build(part), self.weights(part))
 
     def build(self, part: str) -> nn.Module:
-        """Build the module that a part's weights fit, on the meta device: packed layers where they hold codes."""
+        """Build the module for a part's weights on the meta device, with packed layers where the weights are packed."""
         with OnMeta():
             if part == VAE:
                 return Autoencoder(self.vae_config)
@@ -194,21 +199,21 @@ class ModelFolder:
     def load_transformer(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> CausalTransformer:
-        """Load the transformer. dtype None keeps the stored one; packed layers stay packed whatever it is."""
+        """Load the transformer. dtype: of the weights; None keeps the stored one. Packed layers always stay packed."""
         module = self.build(TRANSFORMER)
         assert isinstance(module, CausalTransformer)
         load_weights(module, self.weights(TRANSFORMER), device=device, dtype=dtype)
         return module.eval()
 
     def load_vae(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
-        """Load the video autoencoder. dtype None keeps the stored one."""
+        """Load the video autoencoder. dtype: of the weights; None keeps the stored one."""
         module = self.build(VAE)
         assert isinstance(module, Autoencoder)
         load_weights(module, self.weights(VAE), device=device, dtype=dtype)
         return module.eval()
 
     def load_text_encoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
-        """Load tokenizer and text encoder. dtype None keeps the stored one."""
+        """Load the tokenizer and the text encoder. dtype: of the weights; None keeps the stored one."""
         tokenizer = self._load_tokenizer()
         module = self.build(TEXT_ENCODER)
         assert isinstance(module, UMT5Encoder)
@@ -224,37 +229,31 @@ class ModelFolder:
         transformer: CausalTransformer | None = None,
         vae: Autoencoder | None = None,
         text_encoder: TextEncoder | None = None,
-        other_parts: ModelFolder | None = None,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> ModelFolder:
-        """Write the given parts as a folder that this class and diffusers' classes open.
+        """Write parts as a folder that this class and diffusers' classes open.
 
-        other_parts: a model whose parts are copied, tensor by tensor, where none is given here.
-
-        Floating weights are cast to dtype (None keeps theirs). The folder appears whole or not at all; an existing one
-        is only replaced with overwrite.
+        dtype: of floating weights; None keeps their own. max_shard_bytes: largest weight file, bytes. overwrite:
+        replace an existing folder. The folder appears complete or not at all.
         """
         if folder.exists() and not overwrite:
-            raise CheckpointError(f"{folder} exists; choose another name, or ask to overwrite it")
+            raise CheckpointError(f"{folder} exists; choose another name or pass overwrite=True")
         _check_text_len(settings, transformer, text_encoder)
-        copied = {} if other_parts is None else other_parts.stored
-        parts: dict[str, tuple[Weights, PartConfig]] = {name: (own.weights, own.config) for name, own in copied.items()}
-        tokenizer = other_parts._load_tokenizer() if other_parts is not None and TEXT_ENCODER in parts else None
+        parts: dict[str, tuple[nn.Module, PartConfig]] = {}
         if transformer is not None:
-            parts[TRANSFORMER] = Weights.of(own_tensors(transformer)), transformer.config
+            parts[TRANSFORMER] = transformer, transformer.config
         if vae is not None:
-            parts[VAE] = Weights.of(own_tensors(vae)), vae.config
+            parts[VAE] = vae, vae.config
         if text_encoder is not None:
-            parts[TEXT_ENCODER] = Weights.of(own_tensors(text_encoder.model)), text_encoder.model.config
-            tokenizer = text_encoder.tokenizer
+            parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
         with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
-            for part, (weights, config) in parts.items():
-                cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
-                write_part(temporary, part, cast, config, max_shard_bytes=max_shard_bytes)
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, temporary / "tokenizer", text_len=settings.text_len)
+            for part, (module, config) in parts.items():
+                weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
+                write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)
+            if text_encoder is not None:
+                save_tokenizer(text_encoder.tokenizer, temporary / "tokenizer", text_len=settings.text_len)
             write_index(temporary, parts, settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)
@@ -262,40 +261,46 @@ class ModelFolder:
 
     def _load_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise CheckpointError(f"{self.path} has no tokenizer.json; Wan's official folder has it in google/umt5-xxl")
+            raise CheckpointError(
+                f"{self.path} has no tokenizer.json; copy it from google/umt5-xxl of Wan's official folder"
+            )
         return load_tokenizer(self.tokenizer, rows=self.text_encoder_config.vocab_size)
 
     def _check_configs(self) -> None:
         parts = set(self.parts)
         if "transformer" in parts and "vae" in parts:
             channels, z_dim = self.transformer_config.in_channels, self.vae_config.z_dim
-            self._agree("transformer in_channels", channels, "vae z_dim", z_dim)
+            self._check_equal("transformer in_channels", channels, "vae z_dim", z_dim)
             self.spec  # noqa: B018, raises when the picture size or the window does not fit
         if "transformer" in parts and "text_encoder" in parts:
             width = self.text_encoder_config.d_model
-            self._agree("transformer text_dim", self.transformer_config.text_dim, "text encoder d_model", width)
+            self._check_equal("transformer text_dim", self.transformer_config.text_dim, "text encoder d_model", width)
 
-    def _agree(self, one: str, one_value: object, other: str, other_value: object) -> None:
+    def _check_equal(self, one: str, one_value: object, other: str, other_value: object) -> None:
         if one_value != other_value:
-            raise CheckpointError(f"{self.path}: {one} is {one_value}, {other} is {other_value}; they must be equal")
+            raise CheckpointError(
+                f"{self.path}: {one} is {one_value} but {other} is {other_value}; expected equal values"
+            )
 
     def _part(self, part: str) -> ModelPart:
         if part not in self.stored:
-            has = ", ".join(self.parts) or "no part of a model"
-            raise CheckpointError(f"{self.path} holds no {part}, only {has}; a model folder as base can give the rest")
+            available = ", ".join(self.parts) or "no part of a model"
+            raise CheckpointError(
+                f"{self.path} has no {part}, only {available}; use --base with a model folder that has it"
+            )
         return self.stored[part]
 
 
-def _settings(found: Found, under: ModelFolder | None, preset: str | None) -> ModelSettings:
+def _settings(stored: StoredModel, base_model: ModelFolder | None, preset: str | None) -> ModelSettings:
     if preset is not None:
         if preset not in PRESETS:
-            raise ConfigError(f"no preset {preset!r}; known are {', '.join(PRESETS)}")
+            raise ConfigError(f"preset {preset!r} does not exist; use one of {', '.join(PRESETS)}")
         return PRESETS[preset]
-    if found.settings is not None:
-        return found.settings
-    if under is not None:
-        return under.settings
-    own = found.parts.get(TRANSFORMER)
+    if stored.settings is not None:
+        return stored.settings
+    if base_model is not None:
+        return base_model.settings
+    own = stored.parts.get(TRANSFORMER)
     if own is None:
         return ModelSettings()
     assert isinstance(own.config, TransformerConfig)
@@ -312,4 +317,6 @@ def _check_text_len(
         lengths["text encoder"] = text_encoder.text_len
     for part, text_len in lengths.items():
         if text_len != settings.text_len:
-            raise CheckpointError(f"the {part} takes {text_len} text positions, the settings say {settings.text_len}")
+            raise CheckpointError(
+                f"the {part} has {text_len} text positions; expected text_len={settings.text_len} of the settings"
+            )

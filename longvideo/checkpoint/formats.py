@@ -1,7 +1,7 @@
-"""Recognise what a path holds, by its content and not by its name.
+"""Recognize the format of a model by its content, not by its name.
 
-Known are diffusers' folders and ours; Wan's official folder; LongLive 2.0's checkpoints, whole, packed or LoRA; the
-checkpoints of training runs; peft's folders; and single files of any of these names.
+Known formats are diffusers' folders and this project's; Wan's official folder; LongLive 2.0's checkpoints (full, packed
+or LoRA); the checkpoints of training runs; peft's folders; and single files in any of these namings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longvideo.checkpoint.diffusers_folder import (
 from longvideo.checkpoint.locations import check_inside, check_links
 from longvideo.checkpoint.opening import open_weights, sets_of_weights
 from longvideo.checkpoint.packed import CONVENTION_KEY
-from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, Found, ModelPart
+from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, StoredModel
 from longvideo.checkpoint.settings import PRESETS
 from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError
@@ -40,7 +40,8 @@ NOTHING: Like = {}
 LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
 HEADER_KEYS = ("format", CONVENTION_KEY)
-"""Of safetensors metadata, what says how to read them."""
+"""Keys of safetensors metadata that describe the format; they are not notes."""
+FOREIGN = "belong to no part of a Wan model"
 FOREIGN_STATE = "longlive_generator_te_nvfp4"
 MARKS = {
     "encoder.head.0.gamma": VAE,
@@ -53,82 +54,89 @@ MARKS = {
     "encoder.final_layer_norm.weight": TEXT_ENCODER,
     **dict.fromkeys((*names.OFFICIAL_MARKS, *names.DIFFUSERS_MARKS, *names.COMMON_MARKS), TRANSFORMER),
 }
-"""Names that no other part has, in Wan's official naming and in diffusers' or transformers'. One of them is enough, so
-that a file that lacks some is still known for what it is."""
+"""Tensor names that only one part has, in Wan's official naming and in that of diffusers or transformers. One of them
+identifies a part, so a file with missing tensors is still recognized."""
 
 
-def recognise(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> Found:
-    """Read the headers of what lies at a path.
+def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> StoredModel:
+    """Read the headers of a folder or file and return its parts.
 
-    entry: of a training checkpoint, which of its dicts is wanted. like: parts of another model, which say what shapes
-    do not: the heads of a transformer as wide, the statistics of an autoencoder's latents. Raises CheckpointError,
-    naming the file, for what is damaged or unknown.
+    entry: which weights of a training checkpoint to open. like: parts of another model, which provide what tensor
+    shapes do not determine: the number of heads of a transformer of equal width, and the statistics of an autoencoder's
+    latents. Raises CheckpointError, naming the file, for a damaged file and for an unknown format.
     """
     if path.is_dir():
         check_links(path)
         if entry is not None and (is_diffusers_folder(path) or (path / PEFT_CONFIG).is_file()):
-            raise CheckpointError(f"{path} holds one set of weights, and so has no entry {entry!r}")
+            raise CheckpointError(f"{path} has one set of weights and no entry {entry!r}; leave --entry out")
         if is_diffusers_folder(path):
             return read_folder(path)
         if (path / PEFT_CONFIG).is_file():
-            return Found("LoRA folder (peft)", {}, adapter=open_adapter_folder(path))
+            return StoredModel("LoRA folder (peft)", {}, adapter=open_adapter_folder(path))
         if run_checkpoint.is_run_checkpoint(path):
             modules, notes = run_checkpoint.open_run_checkpoint(path, entry, MARKS)
-            found = [(path, _found(weights, None, like, RUN)) for weights in modules]
-            return replace(_together(path, found, {}), format=RUN, notes=notes)
+            stored = [(path, _stored_model(weights, None, like, RUN)) for weights in modules]
+            return replace(_combined(path, stored, {}), format=RUN, notes=notes)
         return _loose_files(path, entry, like)
     weights = open_weights(path, entry=entry)
-    return _found(weights, path.parent / "config.json", like, "single file")
+    return _stored_model(weights, path.parent / "config.json", like, "single file")
 
 
-def _open_beside_others(file: Path, entry: str | None) -> Weights:
-    """Open a file, and of it an entry if it has that."""
+def _open_one_of_several(file: Path, entry: str | None) -> Weights:
+    """Open a file of a folder. entry: which weights to open; ignored for a file without that entry."""
     if file.suffix not in pickle_file.SUFFIXES:
         return open_weights(file)
     try:
         return open_weights(file, entry=entry)
-    except pickle_file.NoEntry:
+    except pickle_file.MissingEntry:
         return open_weights(file)
 
 
-def _loose_files(folder: Path, entry: str | None, like: Like) -> Found:
-    """Put together the parts whose files lie side by side, as in Wan's official folder."""
+def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
+    """Combine the parts whose files are in one folder, as in Wan's official folder."""
     files = [*sets_of_weights(folder), *sorted(x for x in folder.iterdir() if x.suffix in pickle_file.SUFFIXES)]
     if not files:
-        raise CheckpointError(f"no {folder / INDEX_FILE}, and no weights beside it: .safetensors, .pt or .pth")
+        raise CheckpointError(f"there is no {folder / INDEX_FILE}, and no weights in .safetensors, .pt or .pth files")
     config = folder / "config.json"
-    found: list[tuple[Path, Found]] = []
+    stored: list[tuple[Path, StoredModel]] = []
     unused: dict[Path, str] = {}
     for file in files:
-        weights = _open_beside_others(file, entry)
+        weights = _open_one_of_several(file, entry)
         if _part_of(weights) is None and not is_adapter(weights.infos):
-            unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) are of no part of a Wan model"
+            unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue
-        found.append((file, _found(weights, config, like, "")))
-    if not found:
-        raise CheckpointError(f"{folder}: nothing in it is of a Wan model; " + "; ".join(map(_said, unused.items())))
-    return _together(folder, found, unused)
+        stored.append((file, _stored_model(weights, config, like, "")))
+    if not stored:
+        reasons = "; ".join(f"{file.name}: {reason}" for file, reason in unused.items())
+        raise CheckpointError(f"{folder} has no part of a Wan model: {reasons}")
+    return _combined(folder, stored, unused)
 
 
-def _together(folder: Path, found: list[tuple[Path, Found]], unused: dict[Path, str]) -> Found:
+def _combined(folder: Path, stored: list[tuple[Path, StoredModel]], unused: dict[Path, str]) -> StoredModel:
     parts: dict[str, ModelPart] = {}
-    home: dict[str, Path] = {}
-    adapters = [one for _, one in found if one.adapter is not None]
-    for file, one in found:
+    sources: dict[str, Path] = {}
+    adapters = [one for _, one in stored if one.adapter is not None]
+    for file, one in stored:
         for name, part in one.parts.items():
-            if name in home:
+            if name in sources:
                 raise CheckpointError(
-                    f"{folder} holds two of {name}, in {home[name].name} and {file.name}; name the file you want as the"
-                    " model, and the folder as its base"
+                    f"{folder} has two of {name}, in {sources[name].name} and {file.name}; use one file as the model,"
+                    " and the folder as its base"
                 )
-            parts[name], home[name] = part, file
+            parts[name], sources[name] = part, file
     if len(adapters) > 1 or (adapters and TRANSFORMER in parts):
-        raise CheckpointError(f"{folder} holds a LoRA beside other weights; name its file, and the folder as its base")
-    notes = {key: value for _, one in found for key, value in one.notes.items()}
-    settings = next((one.settings for _, one in found if one.settings is not None), None)
+        raise CheckpointError(
+            f"{folder} has a LoRA and other weights; use the file of the LoRA as the model, and the folder as its base"
+        )
+    notes = {key: value for _, one in stored for key, value in one.notes.items()}
+    settings = next((one.settings for _, one in stored if one.settings is not None), None)
     official = VAE in parts and TEXT_ENCODER in parts and TRANSFORMER in parts
-    return Found(
-        "official Wan folder" if official else f"folder of {found[0][1].format}" if len(found) == 1 else "loose files",
+    return StoredModel(
+        "official Wan folder"
+        if official
+        else f"folder of {stored[0][1].format}"
+        if len(stored) == 1
+        else "loose files",
         parts,
         settings,
         _tokenizer(folder),
@@ -138,32 +146,37 @@ def _together(folder: Path, found: list[tuple[Path, Found]], unused: dict[Path, 
     )
 
 
-def _found(weights: Weights, config: Path | None, like: Like, label: str) -> Found:
-    """Turn one set of weights into the part or adapter that it is. label: what to call it, if not by its kind."""
+def _stored_model(weights: Weights, config: Path | None, like: Like, label: str) -> StoredModel:
+    """Return the part or adapter of one set of weights.
+
+    config: its configuration file, if any. label: description of the format; "" uses the kind of the part.
+    """
     metadata = weights.metadata
     if metadata.get("checkpoint_format") == FOREIGN_STATE:
         raise CheckpointError(
-            f"{weights.label} holds the state of TransformerEngine's modules, which nothing else can read; export the"
-            " merged bf16 weights instead"
+            f"{weights.label} stores modules of TransformerEngine, which only TransformerEngine reads; export merged"
+            " bf16 weights and use those"
         )
     longlive = "entry" in metadata
     notes = {key: value for key, value in metadata.items() if key not in HEADER_KEYS}
     if is_adapter(weights.infos):
-        return Found("LongLive 2.0 LoRA" if longlive else "LoRA file", {}, adapter=open_adapter(weights), notes=notes)
+        return StoredModel(
+            "LongLive 2.0 LoRA" if longlive else "LoRA file", {}, adapter=open_adapter(weights), notes=notes
+        )
     part = _part_of(weights)
     if part is None:
         shown = listing(list(weights.infos)[:3])
-        raise CheckpointError(f"{weights.label}: its tensors ({shown}, ...) are of no part of a Wan model")
+        raise CheckpointError(f"{weights.label}: its tensors ({shown}, ...) {FOREIGN}")
     if part == TRANSFORMER:
         own, kind = _transformer(weights, config, like)
-        # that project's own prefix, which Wan's and diffusers' files do not have
+        # LongLive's prefix, which Wan's and diffusers' files do not have
         longlive = longlive or any(name.startswith(names.MODEL_PREFIX) for name in weights.infos)
         is_longlive = longlive or longlive_packed.is_packed(weights.renamed(names.strip_wrappers))
-        # a small model in that project's names is none that its settings were chosen for
+        # LongLive's settings are for the 5B, not for a small model with its names
         settings = PRESETS[LONGLIVE] if is_longlive and own.config == MODELS["wan2.2-ti2v-5b"] else None
-        return Found(kind if is_longlive else label or "transformer", {part: own}, settings, notes=notes)
+        return StoredModel(kind if is_longlive else label or "transformer", {part: own}, settings, notes=notes)
     own = _autoencoder(weights, config, like) if part == VAE else _text_encoder(weights, config)
-    return Found(label or own.kind, {part: own}, notes=notes)
+    return StoredModel(label or own.kind, {part: own}, notes=notes)
 
 
 def _part_of(weights: Weights) -> str | None:
@@ -180,7 +193,7 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
     for name, parse in CONFIGS.items():
         if config is not None and _json_of(config, name) is not None:
             own = read_config(config, parse)
-            # Wan's own configuration does not say how wide the text features are
+            # Wan's own configuration does not store the width of text features
             return ModelPart(name, weights, replace(own, text_dim=shapes.text_dim(weights))), kind
     other = like[TRANSFORMER].config if TRANSFORMER in like else None
     if isinstance(other, TransformerConfig) and _width(weights) == other.dim:
@@ -192,11 +205,11 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
 def _autoencoder(weights: Weights, config: Path | None, like: Like) -> ModelPart:
     weights = weights.renamed(names.strip_wrappers)
     if "decoder.head.0.gamma" not in weights.infos:
-        said = _json_of(config, "AutoencoderKLWan")
+        values = _json_of(config, "AutoencoderKLWan")
         other = like[VAE].config if VAE in like else None
-        if said is None and isinstance(other, AutoencoderConfig):
+        if values is None and isinstance(other, AutoencoderConfig):
             return ModelPart("AutoencoderKLWan", weights, other)
-        own = shapes.autoencoder_config(weights) if said is None else AutoencoderConfig.from_dict(said)
+        own = shapes.autoencoder_config(weights) if values is None else AutoencoderConfig.from_dict(values)
         return ModelPart("AutoencoderKLWan", weights, own)
     first = "encoder.downsamples.0.downsamples."
     num_res_blocks = sum(name.startswith(first) and name.endswith(".residual.0.gamma") for name in weights.infos)
@@ -209,17 +222,17 @@ def _text_encoder(weights: Weights, config: Path | None) -> ModelPart:
     if "token_embedding.weight" in weights.infos:
         weights = weights.renamed(names.TEXT_ENCODER_OFFICIAL.ours)
         return ModelPart("UMT5 (official)", weights, shapes.text_encoder_config(weights))
-    said = _json_of(config, None)
-    own = UMT5Config.from_dict(said) if said and said.get("model_type") == "umt5" else None
+    values = _json_of(config, None)
+    own = UMT5Config.from_dict(values) if values and values.get("model_type") == "umt5" else None
     return ModelPart("UMT5EncoderModel", weights, own or shapes.text_encoder_config(weights))
 
 
 def _json_of(config: Path | None, *classes: str | None) -> dict[str, Any] | None:
-    """Read the config.json beside weights, if it is there and of one of these classes."""
+    """Read a config.json. Returns None if it is missing or describes a class that is not in `classes`."""
     if config is None or not config.is_file():
         return None
-    said = read_config(config, dict)
-    return said if said.get("_class_name") in classes else None
+    values = read_config(config, dict)
+    return values if values.get("_class_name") in classes else None
 
 
 def _diffusers_config(json: dict[str, Any]) -> TransformerConfig:
@@ -238,13 +251,9 @@ def _width(weights: Weights) -> int | None:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    """Find the folder with tokenizer.json: Wan's is google/umt5-xxl."""
+    """Return the folder with tokenizer.json, at most two levels below; Wan's is google/umt5-xxl."""
     for depth in ("tokenizer.json", "*/tokenizer.json", "*/*/tokenizer.json"):
-        if found := sorted(folder.glob(depth)):
-            check_inside(found[0], os.path.realpath(folder))
-            return found[0].parent
+        if files := sorted(folder.glob(depth)):
+            check_inside(files[0], os.path.realpath(folder))
+            return files[0].parent
     return None
-
-
-def _said(item: tuple[Path, str]) -> str:
-    return f"{item[0].name}: {item[1]}"

@@ -1,4 +1,4 @@
-"""Where a model is: the names that ship, paths, ids of the Hugging Face hub, and links that leave a model's folder."""
+"""Find a model by its packaged name, path or Hugging Face id, and refuse links that leave a model's folder."""
 
 from __future__ import annotations
 
@@ -18,52 +18,53 @@ LOCAL_NAMES = (
     "checkpoint", "checkpoints", "ckpt", "ckpts", "data", "experiment", "experiments", "model", "models",
     "out", "output", "outputs", "result", "results", "run", "runs", "tmp", "weights",
 )  # fmt: skip
-"""Folders that people keep models in, in any case; whoever has such a name on the hub is reached with the prefix."""
+"""Names of local folders, in lower case. An organization of such a name on the hub needs the prefix `hf:`."""
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", *pickle_file.SUFFIXES)
 READ_SUFFIXES = (".json", ".safetensors", ".model", *pickle_file.SUFFIXES)
 READ_FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "google")
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
-"""The hub's cache: files in snapshots/REVISION are links into blobs."""
+"""Folders of the hub's cache: files in snapshots/REVISION are links to files in blobs."""
 
 
 def locate(name: str | Path) -> Path:
-    """Find the folder or file that a shipped name, a path or a hub id means; download the latter if need be.
+    """Return the folder or file of a packaged model, a path, or a Hugging Face id, which is downloaded if necessary.
 
-    A text like org/name is a hub id unless it looks like a path: its first part is a folder here, or has the name of
-    one that models are kept in. With the prefix `hf:` it always is one. Raises CheckpointError.
+    A text like org/name is a hub id unless it looks like a path: its first part is an existing folder, or is in
+    LOCAL_NAMES. With the prefix `hf:` it is always a hub id. Raises CheckpointError if there is no such model.
     """
     text = str(name)
     if text.startswith(HUB_PREFIX):
         hub_id = text.removeprefix(HUB_PREFIX)
         if not HUB_ID.fullmatch(hub_id):
-            raise CheckpointError(f"{text!r} is not the id of a model on the hub; write it as {HUB_PREFIX}org/name")
+            raise CheckpointError(f"{text!r} is not a Hugging Face id; use {HUB_PREFIX}org/name")
         return _download(hub_id)
     if text in SHIPPED:
         if not SHIPPED[text].is_dir():
-            raise CheckpointError(f"this installation lacks the weights of {text!r} at {SHIPPED[text]}; install again")
+            raise CheckpointError(f"the weights of {text!r} are missing at {SHIPPED[text]}; install longvideo again")
         return SHIPPED[text]
     if (path := _existing(text)) is not None:
         return path
     if HUB_ID.fullmatch(text) and not isinstance(name, Path):
         if _looks_local(text):
             raise CheckpointError(
-                f"no folder or file {text!r}; if a model on the Hugging Face hub is meant, write {HUB_PREFIX}{text}"
+                f"there is no folder or file {text!r}; for a model on the Hugging Face hub use {HUB_PREFIX}{text}"
             )
         return _download(text)
     near = difflib.get_close_matches(text, SHIPPED, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(SHIPPED)}"
-    raise CheckpointError(f"no model {text!r}: neither a folder nor a file nor a hub id like org/name; {hint}")
+    names = f"{', '.join(SHIPPED)}, a folder, a file or a Hugging Face id like org/name"
+    remedy = f"did you mean {near[0]!r}?" if near else f"use {names}"
+    raise CheckpointError(f"there is no model {text!r}; {remedy}")
 
 
 def check_links(folder: Path) -> None:
-    """Raise CheckpointError where a file that would be read as part of a model is a link that leaves its folder.
+    """Raise CheckpointError if a file that would be read as part of a model is a link to outside of its folder.
 
-    The folder itself may be a link, and links of the hub's cache are followed. Nothing is opened.
+    The folder itself may be a link, and links of the hub's cache are followed. No file is opened.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no folder {folder}")
+        raise CheckpointError(f"there is no folder {folder}")
     if folder in SHIPPED.values():
-        return  # some installers put links into a package
+        return  # some installers create links in a package
     root = os.path.realpath(folder)
     for entry in sorted(folder.iterdir()):
         if entry.suffix in READ_SUFFIXES or entry.name in READ_FOLDERS:
@@ -75,13 +76,13 @@ def check_links(folder: Path) -> None:
 
 
 def check_inside(path: Path, root: str) -> None:
-    """Raise CheckpointError where a path, links followed, is neither below a folder nor in the hub's blobs for it."""
+    """Raise CheckpointError unless a path, with links resolved, is below a folder or in the hub's blobs for it."""
     real = os.path.realpath(path)
     above = (Path(root), *Path(root).parents)
     allowed = [Path(root), *(parent.parent / BLOBS for parent in above if parent.name == SNAPSHOTS)]
     if not any(folder in (Path(real), *Path(real).parents) for folder in allowed):
         raise CheckpointError(
-            f"{path} is a link to {real}, outside of the model's folder, and is not followed; put a copy in its place"
+            f"{path} is a link to {real}, outside of the model's folder, and is not followed; replace it by a copy"
         )
 
 
@@ -92,7 +93,7 @@ def _existing(text: str) -> Path | None:
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{text[:100]!r} cannot be a path: {getattr(error, 'strerror', error)}") from error
     if is_file and not path.name.endswith(WEIGHT_SUFFIXES):
-        raise CheckpointError(f"{path} is no weight file; wanted a model folder, or .safetensors, .pt or .pth")
+        raise CheckpointError(f"{path} is not a weight file; expected a model folder, or .safetensors, .pt or .pth")
     return path if is_folder or is_file else None
 
 
@@ -110,4 +111,7 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {hub_id!r}, and it cannot be had from the hub: {reason}") from error
+        raise CheckpointError(
+            f"there is no folder {hub_id!r}, and downloading it from the Hugging Face hub failed: {reason}; check the"
+            " name and the connection"
+        ) from error

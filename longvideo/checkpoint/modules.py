@@ -1,4 +1,4 @@
-"""Put weights into modules: headers are compared with the module before a single weight is loaded."""
+"""Load weights into modules. File headers are compared with the module before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ RANDOM_IN_PLACE = (Tensor.normal_, Tensor.uniform_)
 
 
 def check_fits(module: nn.Module, weights: Weights) -> None:
-    """Compare the names and shapes a module (on any device, meta too) expects with those on disk.
+    """Compare the names, shapes and dtypes of a module's state with those on disk.
 
-    Raises CheckpointError listing missing, unexpected, wrongly shaped and wrongly typed tensors: where the module has
-    floating numbers any floating dtype will do, and nothing else. Of tied parameters one name suffices.
+    module: on any device, meta included. A floating tensor may be stored in any floating dtype. One name is enough for
+    tied parameters. Raises CheckpointError with the missing and unexpected tensors and those of a wrong shape or dtype.
     """
     expected = module.state_dict(keep_vars=True)
     infos, aliases = weights.infos, _aliases(expected)
-    there = {aliases.get(name, name) for name in infos}
-    missing = [name for name in expected if name not in infos and aliases.get(name, name) not in there]
+    stored = {aliases.get(name, name) for name in infos}
+    missing = [name for name in expected if name not in infos and aliases.get(name, name) not in stored]
     unexpected = [name for name in infos if name not in expected]
     misshapen = [
-        f"{name} {list(info.shape)}, wanted {list(expected[name].shape)}"
+        f"{name} {list(info.shape)}, expected {list(expected[name].shape)}"
         for name, info in infos.items()
         if name in expected and info.shape != tuple(expected[name].shape)
     ]
     mistyped = [
-        f"{name} {info.dtype}, wanted {expected[name].dtype}"
+        f"{name} {info.dtype}, expected {expected[name].dtype}"
         for name, info in infos.items()
         if name in expected and info.dtype.is_floating_point != expected[name].is_floating_point()
     ]
@@ -50,10 +50,10 @@ def check_fits(module: nn.Module, weights: Weights) -> None:
 
 
 class OnMeta(TorchFunctionMode):
-    """Build modules inside without memory for their weights, and without drawing initial ones.
+    """Build modules without memory for their weights and without drawing initial values.
 
-    Under plain `torch.device("meta")` torch imports its compiler, for seconds, as soon as a module draws or scales
-    random numbers. Here drawing is skipped; torch.randn gives uninitialised memory, off meta so that it can be scaled.
+    Under plain `torch.device("meta")` torch imports its compiler, which takes seconds, when a module draws or scales
+    random numbers. Here drawing is skipped, and torch.randn returns uninitialized memory on the CPU.
     """
 
     def __torch_function__(
@@ -75,11 +75,12 @@ def load_weights(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put weights into a module built on the meta device (or any other), after check_fits.
+    """Load weights into a module on the meta device or any other, after `check_fits`.
 
-    Parameters become new tensors on device, floating ones cast to dtype (None keeps what is stored), so optimisers are
-    built afterwards; buffers, such as packed codes and their scales, keep what is stored. Tied parameters stay tied.
-    Raises CheckpointError before anything is loaded if anything is amiss, and for NaN or infinity in a tensor.
+    dtype: of floating parameters; None keeps the stored one. Parameters become new tensors on `device`, so optimizers
+    must be built afterwards. Buffers, such as packed codes and their scales, keep their stored dtype. Tied parameters
+    stay tied. Raises CheckpointError before anything is loaded if the weights do not fit, and for NaN or infinity in a
+    tensor.
     """
     check_fits(module, weights)
     device = torch.device(device)
@@ -97,13 +98,13 @@ def load_weights(
             loaded[own_name] = tensor
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded[own_name])
-    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers {left} are not in the weight file, so they must not be made on the meta device"
-    module.to(device)  # buffers that are never stored
+    on_meta = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not on_meta, f"buffers {on_meta} are not in the weight file, so they must not be created on the meta device"
+    module.to(device)  # for buffers that are never stored
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """List the state of a module for saving, tied parameters once, under their first name."""
+    """Return the state of a module for saving; tied parameters appear once, under their first name."""
     state = module.state_dict(keep_vars=True)
     aliases = _aliases(state)
     return {name: tensor.detach() for name, tensor in state.items() if name not in aliases}

@@ -1,8 +1,8 @@
-"""What other projects call our parameters: one table for each format, read in both directions.
+"""Tables of parameter names in other projects, one for each format, that are read in both directions.
 
-Our transformer has Wan's official names, our autoencoder and text encoder those of diffusers and transformers. In a
-table `{}` stands for a number, the same ones in the same order on both sides, and `*` at the end for the rest of a name
-(weight, bias, lora_A.weight, ...).
+This project's transformer has Wan's official names; its autoencoder and text encoder have those of diffusers and
+transformers. In a table `{}` is a number, the same numbers in the same order on both sides, and `*` at the end is the
+rest of a name (weight, bias, lora_A.weight, ...).
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ if TYPE_CHECKING:
 Rules: TypeAlias = list[tuple[re.Pattern[str], str]]
 
 WRAPPER_PARTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
-"""What FSDP, activation checkpointing, torch.compile and DDP put into parameter names."""
+"""Name parts that FSDP, activation checkpointing, torch.compile and DDP add to parameter names."""
 MODEL_PREFIX = "model."
 
 
 class NameTable:
-    """Two namings of the same parameters. A name that a table lacks is returned as it is."""
+    """Two namings of the same parameters. A name that is not in the table is returned unchanged.
+
+    ours_to_theirs: this project's names with the other project's.
+    """
 
     def __init__(self, ours_to_theirs: Mapping[str, str]) -> None:
         self.ours_to_theirs = dict(ours_to_theirs)
 
     def theirs(self, name: str) -> str:
+        """Translate a name of this project."""
         return _translate(name, self._to_theirs)
 
     def ours(self, name: str) -> str:
+        """Translate a name of the other project."""
         return _translate(name, self._to_ours)
 
     @cached_property
@@ -89,7 +94,7 @@ _RESIDUAL = {
     "conv2.*": "residual.6.*",
     "conv_shortcut.*": "shortcut.*",
 }
-# the official modules put the change of grid behind a level's residual blocks, in the same list
+# the official modules list the change of resolution after a level's residual blocks, in the same list
 _LEVELS = (
     ("encoder.down_blocks.{}", "encoder.downsamples.{}.downsamples", "downsampler", 0),
     ("decoder.up_blocks.{}", "decoder.upsamples.{}.upsamples", "upsampler", 1),
@@ -97,7 +102,7 @@ _LEVELS = (
 
 
 def autoencoder_official(num_res_blocks: int) -> NameTable:
-    """Return the table of Wan2.2_VAE.pth, for an autoencoder with this many residual blocks in an encoder's level."""
+    """Return the table of Wan2.2_VAE.pth. num_res_blocks: residual blocks in each level of the encoder."""
     table = {"quant_conv.*": "conv1.*", "post_quant_conv.*": "conv2.*"}
     for coder in ("encoder", "decoder"):
         table |= {
@@ -120,7 +125,7 @@ def autoencoder_official(num_res_blocks: int) -> NameTable:
     return NameTable(table)
 
 
-# names outside the blocks: of one naming alone, and of both
+# names outside of the blocks that occur only in one naming, and names that occur in both
 OFFICIAL_MARKS = ("text_embedding.0.weight", "time_projection.1.weight", "head.head.weight", "head.modulation")
 DIFFUSERS_MARKS = (
     "condition_embedder.text_embedder.linear_1.weight",
@@ -132,17 +137,17 @@ COMMON_MARKS = ("patch_embedding.weight",)
 
 
 def to_diffusers(name: str) -> str:
-    """Translate an official name of the transformer's."""
+    """Translate an official name of a transformer parameter to diffusers' name."""
     return TRANSFORMER_DIFFUSERS.theirs(name)
 
 
 def to_official(name: str) -> str:
-    """Translate diffusers' name of a parameter of the transformer's."""
+    """Translate diffusers' name of a transformer parameter to the official name."""
     return TRANSFORMER_DIFFUSERS.ours(name)
 
 
 def strip_wrappers(name: str) -> str:
-    """Drop the prefixes that training wrappers put before and inside a parameter name."""
+    """Remove the parts that training wrappers add to a parameter name."""
     bare = ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
     while bare.startswith(MODEL_PREFIX):
         bare = bare.removeprefix(MODEL_PREFIX)
@@ -150,9 +155,9 @@ def strip_wrappers(name: str) -> str:
 
 
 def official_naming(names: Iterable[str]) -> Callable[[str], str]:
-    """Detect by its keys how a checkpoint names the transformer and return the translation to official names.
+    """Detect the naming of a transformer's parameters and return the translation to official names.
 
-    Raises CheckpointError when it is neither naming.
+    Raises CheckpointError for a naming that is neither official nor that of diffusers.
     """
     names = list(names)
     bare = {strip_wrappers(name) for name in names}
@@ -162,8 +167,8 @@ def official_naming(names: Iterable[str]) -> Callable[[str], str]:
         return lambda name: to_official(strip_wrappers(name))
     shown = ", ".join(names[:3]) or "none"
     raise CheckpointError(
-        f"these {len(names)} tensors ({shown}, ...) are no Wan transformer:"
-        f" wanted {OFFICIAL_MARKS[0]} (official names) or {DIFFUSERS_MARKS[0]} (diffusers names) among them"
+        f"these {len(names)} tensors ({shown}, ...) are not those of a Wan transformer;"
+        f" expected {OFFICIAL_MARKS[0]} (official names) or {DIFFUSERS_MARKS[0]} (diffusers' names) among them"
     )
 
 
@@ -181,6 +186,6 @@ def _replacement(template: str) -> str:
 
 def _translate(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
-        if found := pattern.fullmatch(name):
-            return replacement.format(*found.groups())
+        if match := pattern.fullmatch(name):
+            return replacement.format(*match.groups())
     return name

@@ -1,4 +1,4 @@
-"""Packed NVFP4 weights in a safetensors file, and the header that says how they are to be read.
+"""Packed NVFP4 weights in a safetensors file, and the header that records their convention.
 
 A packed layer NAME has NAME.weight_codes, uint8 [out, in/2]; NAME.weight_scales, float8_e4m3fn [out, in/16]; and
 NAME.weight_tensor_scale, a float32 scalar, in place of NAME.weight.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.diffusers_json import QUANTIZATION
-from longvideo.checkpoint.tensors import Lazy, Made, TensorInfo, Weights, read
+from longvideo.checkpoint.tensors import Computed, Lazy, TensorInfo, Weights, read
 from longvideo.errors import CheckpointError
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
@@ -30,62 +30,72 @@ DTYPES = {CODES: torch.uint8, SCALES: torch.float8_e4m3fn, TENSOR_SCALE: torch.f
 
 
 def is_packed(weights: Weights) -> bool:
-    """Say whether any tensor is of a packed layer."""
+    """Return whether any tensor belongs to a packed layer."""
     return any(is_of_packed_layer(name) for name in weights.infos)
 
 
 def check_convention(weights: Weights) -> None:
-    """Raise CheckpointError unless packed tensors come with our convention and its dtypes, and only then with it."""
-    found = weights.metadata.get(CONVENTION_KEY)
+    """Raise CheckpointError unless packed tensors have this project's convention and dtypes.
+
+    Weights that are not packed must not record a convention.
+    """
+    convention = weights.metadata.get(CONVENTION_KEY)
     if not is_packed(weights):
-        if found is not None:
-            raise CheckpointError(f"{weights.label} says it is packed ({CONVENTION_KEY}={found!r}) but holds no codes")
+        if convention is not None:
+            raise CheckpointError(
+                f"{weights.label} records {CONVENTION_KEY}={convention!r} but has no packed layers; write it again with"
+                " `longvideo quantize`"
+            )
         return
-    if found != CONVENTION:
+    if convention != CONVENTION:
         raise CheckpointError(
-            f"{weights.label} is packed under the convention {found!r}, wanted {CONVENTION!r}; pack it again with"
-            " `longvideo quantize`"
+            f"{weights.label} is packed with the convention {convention!r}, expected {CONVENTION!r}; pack the original"
+            " model with `longvideo quantize`"
         )
     for name, info in weights.infos.items():
-        wanted = DTYPES.get(_leaf(name), info.dtype)
-        if info.dtype != wanted:
-            raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, wanted {wanted}")
+        expected = DTYPES.get(_leaf(name), info.dtype)
+        if info.dtype != expected:
+            raise CheckpointError(f"{weights.label}: {name} is {info.dtype}, expected {expected}")
 
 
 def header_metadata(weights: Weights) -> dict[str, str]:
-    """Return what the header of a file with these tensors has to say."""
+    """Return the metadata for the header of a file with these weights."""
     return {CONVENTION_KEY: CONVENTION} if is_packed(weights) else {}
 
 
 def is_of_packed_layer(name: str) -> bool:
-    """Say whether a tensor is of a packed layer, whose dtypes are not to be changed."""
+    """Return whether a tensor belongs to a packed layer, whose dtypes must not change."""
     return _leaf(name) in PACKED_LEAVES
 
 
 VALUES_AT_ONCE = 2**17
 OnPacked: TypeAlias = Callable[[str, Tensor, NVFP4Tensor], None]
-"""Called with a layer's name, its weight, and that packed."""
+"""Called with a layer's name, its weight, and the packed weight."""
 
 
-def pack(
-    weights: Weights, layers: Sequence[str], rule: Rule, *, on_packed: OnPacked = lambda layer, weight, packed: None
-) -> Weights:
-    """Show layers packed, each when it is read. Reading raises CheckpointError for NaN or infinity in a weight."""
+def pack(weights: Weights, layers: Sequence[str], rule: Rule, *, on_packed: OnPacked = lambda *_: None) -> Weights:
+    """Return weights with packed layers, each packed when it is read.
+
+    layers: official names. on_packed: called for every layer that is packed. Reading raises CheckpointError for NaN or
+    infinity in a weight.
+    """
     changes: dict[str, Lazy | None] = {}
     for layer in layers:
         name = f"{layer}.weight"
         source = _Quantized(weights.tensors[name], rule, f"{weights.label}: {name}", partial(on_packed, layer))
         rows, columns = weights.infos[name].shape
         changes[name] = None
-        changes[f"{layer}.{CODES}"] = Made(TensorInfo((rows, columns // 2), torch.uint8), source.codes)
-        changes[f"{layer}.{SCALES}"] = Made(TensorInfo((rows, columns // GROUP), torch.float8_e4m3fn), source.scales)
-        changes[f"{layer}.{TENSOR_SCALE}"] = Made(TensorInfo((), torch.float32), source.tensor_scale)
+        changes[f"{layer}.{CODES}"] = Computed(TensorInfo((rows, columns // 2), torch.uint8), source.codes)
+        changes[f"{layer}.{SCALES}"] = Computed(
+            TensorInfo((rows, columns // GROUP), torch.float8_e4m3fn), source.scales
+        )
+        changes[f"{layer}.{TENSOR_SCALE}"] = Computed(TensorInfo((), torch.float32), source.tensor_scale)
     packed = weights.replaced(changes)
     return Weights(packed.tensors, packed.files, {**packed.metadata, CONVENTION_KEY: CONVENTION})
 
 
 class _Quantized:
-    """A weight that is quantised when its codes are read; its scales are kept until they are read too."""
+    """A weight that is quantized when its codes are read; its scales are kept until they are read too."""
 
     def __init__(self, weight: Lazy, rule: Rule, label: str, on_packed: Callable[[Tensor, NVFP4Tensor], None]) -> None:
         self.weight, self.rule, self.label, self.on_packed = weight, rule, label, on_packed
@@ -106,7 +116,7 @@ class _Quantized:
         return tensor_scale_of(largest_magnitude(read(self.weight)), self.rule)
 
     def _quantize(self, weight: Tensor) -> NVFP4Tensor:
-        """Quantise some rows at a time, which stay in the processor's cache; the result is that of all at once."""
+        """Quantize some rows at a time, which fit the processor's cache; the result equals that of all at once."""
         amax = largest_magnitude(weight)
         try:
             parts = [
@@ -120,14 +130,14 @@ class _Quantized:
 
 
 def config_entry(metadata: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return what config.json says of packed weights, so that other readers refuse them rather than misread them."""
+    """Return the entry of config.json for packed weights; it makes other readers refuse them instead of misreading."""
     if CONVENTION_KEY not in metadata:
         return {}
     return {QUANTIZATION: {"quant_method": "longvideo_nvfp4", "convention": metadata[CONVENTION_KEY]}}
 
 
 def num_represented(name: str, num_values: int) -> int:
-    """Return how many weights a stored tensor stands for: two a byte of codes, none in their scales."""
+    """Return the number of weights in a stored tensor: two for each byte of codes, none for their scales."""
     return {CODES: 2 * num_values, SCALES: 0, TENSOR_SCALE: 0}.get(_leaf(name), num_values)
 
 

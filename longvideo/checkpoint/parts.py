@@ -1,4 +1,4 @@
-"""What was found on disk: the parts of a model, each with its weights under our names and what they make."""
+"""The contents of a model on disk: its parts, each with a configuration and weights under this project's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PartConfig: TypeAlias = TransformerConfig | AutoencoderConfig | UMT5Config
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a model. kind: the class its files say they are of, or whose names they have."""
+    """A part of a model.
+
+    kind: name of the class in the part's files, or of the naming that its tensors follow.
+    """
 
     kind: str
     weights: Weights
@@ -28,11 +31,11 @@ class ModelPart:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a path holds.
+class StoredModel:
+    """The contents of a path.
 
-    settings: None where the files say nothing of them. tokenizer: folder with tokenizer.json. notes: numbers and texts
-    beside the weights, such as the step they are of. unused: files that are of no part, and why.
+    settings: None where the files have none. tokenizer: folder with tokenizer.json. notes: numbers and texts stored
+    with the weights, such as the training step. unused: files that belong to no part, with the reason.
     """
 
     format: str

@@ -1,8 +1,8 @@
-"""Read and write torch's .pt and .pth files tensor by tensor, without running what is in them.
+"""Read and write torch's .pt and .pth files tensor by tensor, without executing code in them.
 
-The zip format of torch.save keeps each tensor's values uncompressed at a place of their own. torch.load under
-FakeTensorMode reads the structure alone and tells the places; torch.save under skip_data leaves them to be filled, and
-their checksums too (zip: PKWARE's APPNOTE.TXT, 4.3.9 and 4.3.12).
+The zip format of torch.save stores the values of each tensor uncompressed, as one file of the archive. torch.load under
+FakeTensorMode reads the structure and the offsets of the values, but not the values. torch.save under skip_data leaves
+out the values and their checksums, which are written afterwards (zip: PKWARE's APPNOTE.TXT, 4.3.9 and 4.3.12).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from longvideo.checkpoint.tensors import InFile, Lazy, Made, TensorInfo, Weights, as_bytes, listing, read
+from longvideo.checkpoint.tensors import Computed, InFile, Lazy, TensorInfo, Weights, as_bytes, listing, read
 from longvideo.errors import CheckpointError
 from longvideo.files import write_file
 
@@ -43,36 +43,37 @@ DAMAGE = (
     MemoryError,
     pickle.UnpicklingError,
 )
-"""What torch raises for a file whose bytes are not what they were."""
+"""Errors that torch raises for damaged files."""
 LOCAL_HEADER_BYTES, DIRECTORY_HEADER_BYTES = 30, 46
 STRUCTURE, MAX_STRUCTURE_BYTES = "data.pkl", 32 * 2**20
 MAX_REASON, MAX_NOTE = 200, 1000
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# dicts inside public training checkpoints, in the order in which they are looked for
+# dicts of public training checkpoints, in the order of preference
 ENTRIES = ("generator", "generator_ema", "model")
 LORA_ENTRIES = ("generator_lora",)
 
 
-class NoEntry(CheckpointError):
-    """A training checkpoint that has no such dict."""
+class MissingEntry(CheckpointError):
+    """A training checkpoint has no dict of the requested name."""
 
 
 def open_file(file: Path, entry: str | None = None) -> Weights:
-    """Open the tensors of a file, or of one of the dicts in it; None takes the first of ENTRIES that is there.
+    """Open the tensors of a file, or of one of its dicts.
 
-    metadata: the numbers and texts beside the tensors or dicts, such as "step", and under "entry" the dict taken.
-    Raises CheckpointError, naming the file, when it is truncated, in the format before torch 1.6, or holds anything but
-    tensors, numbers and texts.
+    entry: name of the dict; None uses the first of ENTRIES and LORA_ENTRIES that exists, or the file itself. The
+    metadata of the result has the numbers and texts of the file, such as "step", and under "entry" the name of the
+    dict. Raises CheckpointError, naming the file, if it is truncated, in the format before torch 1.6, or contains
+    anything but tensors, numbers and texts.
     """
     _check_archive(file)
     try:
         with FakeTensorMode(), _silent_torch():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except DAMAGE as error:
-        raise CheckpointError(f"{file} is truncated or holds more than tensors: {_reason(error)}") from error
-    metadata, found = _select(file, content, entry)
+        raise CheckpointError(f"{file} is truncated or contains more than tensors: {_reason(error)}") from error
+    metadata, tensors = _select(file, content, entry)
     size = file.stat().st_size
-    return Weights({name: _place(file, size, name, tensor) for name, tensor in found.items()}, [file], metadata)
+    return Weights({name: _place(file, size, name, tensor) for name, tensor in tensors.items()}, [file], metadata)
 
 
 def write_weights(
@@ -80,11 +81,11 @@ def write_weights(
     weights: Weights,
     *,
     within: Iterable[str] = (),
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write a dict of tensors, in pieces, and put the file in place when it is whole.
+    """Write a dict of tensors in pieces; the file gets its name when it is complete.
 
-    within: names of the dicts around it, outermost first. on_bytes: as in `safetensors_file.write_weights`.
+    within: names of the dicts that enclose it, outermost first. on_bytes: as in `safetensors_file.write_weights`.
     """
 
     def write(target: Path) -> None:
@@ -111,7 +112,7 @@ def write_weights(
 
 
 def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ()) -> None:
-    """Write a file of the right length and structure, with zeros, which take no room, where the values are to be."""
+    """Write a file of the final length and structure, with zeros, which take no disk space, in place of the values."""
     with FakeTensorMode():
         content: dict[str, Any] = {
             name: torch.empty(info.shape, dtype=info.dtype) for name, info in weights.infos.items()
@@ -119,19 +120,20 @@ def write_structure(file: Path, weights: Weights, *, within: Iterable[str] = ())
     for key in reversed(list(within)):
         content = {key: content}
     try:
-        # a stream, so that the archive does not take the name of a file that is renamed later
+        # a stream, because torch.save would store the temporary name of a path in the archive
         with file.open("wb") as stream, skip_data(materialize_fake_tensors=True):
             torch.save(content, stream)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # what the disk refused, before torch closed the archive
+        if isinstance(error.__context__, OSError):  # the disk's error, before torch closed the archive
             raise error.__context__ from error
         raise
 
 
 def _write_checksums(stream: IO[bytes], checksums: Mapping[int, int]) -> None:
-    """Write the checksum of the values at each place to the two places where a zip has it: behind them, and at its end.
+    """Write the checksums of values to the two places of a zip archive: after the values, and in the central directory.
 
-    Only there: torch writes zips as streams, whose headers before the values have none. Of no values it is 0 already.
+    checksums: CRC-32 by the offset of the values. torch writes archives as streams, whose headers before the values
+    have no checksum. The checksum of empty values is 0 already.
     """
     with zipfile.ZipFile(stream) as archive:
         records, entry = archive.infolist(), archive.start_dir
@@ -141,7 +143,7 @@ def _write_checksums(stream: IO[bytes], checksums: Mapping[int, int]) -> None:
         if place in checksums:
             checksum = struct.pack("<I", checksums[place])
             stream.seek(place + record.file_size)
-            assert stream.read(4) == b"PK\x07\x08", f"no checksum behind {record.filename}"
+            assert stream.read(4) == b"PK\x07\x08", f"no checksum after {record.filename}"
             stream.write(checksum)
             stream.seek(entry + 16)
             stream.write(checksum)
@@ -151,30 +153,35 @@ def _write_checksums(stream: IO[bytes], checksums: Mapping[int, int]) -> None:
 
 
 def _lengths(stream: IO[bytes], place: int, count: int) -> tuple[int, ...]:
-    """Read how long the name and what follows it in a header are."""
+    """Read `count` lengths, uint16, of the variable parts of a zip header."""
     stream.seek(place)
     return struct.unpack(f"<{count}H", stream.read(2 * count))
 
 
 def _check_archive(file: Path) -> None:
-    """Raise CheckpointError unless a file is a zip as torch.save writes it, with values that are not compressed."""
+    """Raise CheckpointError unless a file is a zip archive of torch.save with uncompressed values."""
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{file} is truncated or no file of torch.save since 1.6: {_reason(error)}; copy or download it again"
+            f"{file} is truncated or not a file of torch.save since 1.6: {_reason(error)}; copy or download it again"
         ) from error
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{file} is compressed ({record.filename}); torch.save writes no such files")
+            raise CheckpointError(
+                f"{file} is compressed ({record.filename}); expected an uncompressed file of torch.save"
+            )
         if record.filename.endswith(STRUCTURE) and record.file_size > MAX_STRUCTURE_BYTES:
-            raise CheckpointError(f"{file}: {record.filename} has {record.file_size} bytes beside the tensors")
+            raise CheckpointError(
+                f"{file}: {record.filename} has {record.file_size} bytes besides the tensors; expected at most"
+                f" {MAX_STRUCTURE_BYTES}"
+            )
 
 
 @contextmanager
 def _silent_torch() -> Iterator[None]:
-    """Keep torch from writing to the terminal what is said in one error: tracebacks in its log, and warnings."""
+    """Suppress torch's warnings and logged tracebacks, because the raised error has the reason."""
     own = logging.getLogger("torch._subclasses.fake_tensor")
     before, own.disabled = own.disabled, True
     try:
@@ -186,21 +193,21 @@ def _silent_torch() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Say in a few words why torch refuses a file; its own text advises to read it unsafely."""
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it would run {found[1]}"
+    """Return in a few words why torch refuses a file; torch's own message advises to load it unsafely."""
+    if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it would run {match[1]}"
     first = next(iter(str(error).splitlines()), "")
     return first[:MAX_REASON] if not isinstance(error, pickle.UnpicklingError) and first else type(error).__name__
 
 
 def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}; wanted a dict of tensors")
+        raise CheckpointError(f"{file} contains a {type(content).__name__}; expected a dict of tensors")
     nested = {key: value for key, value in content.items() if isinstance(value, dict)}
     if entry is None:
         entry = next((name for name in (*ENTRIES, *LORA_ENTRIES) if name in nested), None)
     elif entry not in nested:
-        raise NoEntry(f"{file} has no entry {entry!r}; it has {listing(str(key) for key in content)}")
+        raise MissingEntry(f"{file} has no entry {entry!r}; use one of {listing(str(key) for key in content)}")
     metadata = {str(key): _shown(value) for key, value in content.items() if isinstance(value, int | float | str)}
     if entry is not None:
         return {**metadata, "entry": entry}, _tensors(file, nested[entry])
@@ -208,7 +215,7 @@ def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, s
 
 
 def _shown(value: float | str) -> str:
-    """Write a number or text, but not one without end."""
+    """Return a number or text, cut to MAX_NOTE."""
     if isinstance(value, int) and value.bit_length() > MAX_NOTE:
         return f"a number of {value.bit_length()} bits"
     return str(value)[:MAX_NOTE]
@@ -217,17 +224,20 @@ def _shown(value: float | str) -> str:
 def _tensors(file: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
     wrong = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if wrong or not content:
-        raise CheckpointError(f"{file} is no dict of tensors: {listing(wrong) or 'it is empty'}")
+        raise CheckpointError(f"{file} is not a dict of tensors: {listing(wrong) or 'it is empty'}")
     return {str(name): value for name, value in content.items()}
 
 
 def _place(file: Path, size: int, name: str, tensor: Tensor) -> Lazy:
-    """Find the values of a tensor; its whole storage must lie inside the file before any memory is taken for it."""
+    """Return a tensor by the place of its values in the file.
+
+    The whole storage must be inside of the file, which is checked before any memory is allocated for it.
+    """
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
-        raise CheckpointError(f"{file}: {name} is no plain tensor; save a dense copy of it")
+        raise CheckpointError(f"{file}: {name} is not a plain tensor; save a dense copy of it")
     storage, item = tensor.untyped_storage(), tensor.dtype.itemsize
     if getattr(storage, "_checkpoint_offset", None) is None:
-        raise CheckpointError(f"{file}: {name} has no values in the file, as of the device meta; save its values too")
+        raise CheckpointError(f"{file}: {name} has no values, as on the device meta; save a tensor with values")
     start = _offset(tensor)
     if start + storage.nbytes() > size:
         raise CheckpointError(
@@ -236,13 +246,13 @@ def _place(file: Path, size: int, name: str, tensor: Tensor) -> Lazy:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
     if tensor.numel() * item > storage.nbytes() or (tensor.numel() and (last + 1) * item > storage.nbytes()):
-        raise CheckpointError(f"{file}: {name} shows {tensor.numel()} values, the file has fewer; save a copy")
+        raise CheckpointError(f"{file}: {name} has {tensor.numel()} values, but fewer are stored; save a copy of it")
     info = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if tensor.is_contiguous():
         return InFile(info, file, start + int(tensor.storage_offset()) * item)
     whole = InFile(TensorInfo((storage.nbytes() // item,), tensor.dtype), file, start)
     shape, stride, first = tensor.shape, tensor.stride(), tensor.storage_offset()
-    return Made(info, lambda: read(whole).as_strided(shape, stride, first))
+    return Computed(info, lambda: read(whole).as_strided(shape, stride, first))
 
 
 def _offset(tensor: Tensor) -> int:

@@ -2,11 +2,11 @@
 
 A checkpoint is a folder `step_0001200`. Its state.json holds the step, the numbers of the engine, and the length and
 SHA-256 of every other file. The tensors of a trained parameter are stored whole, as NAME/weight, NAME/average,
-NAME/exp_avg, NAME/exp_avg_sq and NAME/step, whatever engine and however many processes wrote them, in files of three
-parts: weights_RANK_NUMBER.safetensors, ema_... and optimizer_.... Names in the checkpoint of a distillation begin with
-student/ or critic/. What a rank keeps for itself is in recipe_RANK_NUMBER.safetensors.
+NAME/exp_avg, NAME/exp_avg_sq and NAME/step, for every engine and number of processes. They are in files of three parts:
+weights_RANK_NUMBER.safetensors, ema_... and optimizer_.... Names in a checkpoint of a distillation begin with student/
+or critic/. The state of a rank's recipe is in recipe_RANK_NUMBER.safetensors.
 
-Format 1, without checksums, had other files for one process than for several; it is still read.
+Format 1, which has no checksums and different files for one process and for several, is still read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATE_FILE = "state.json"
 WEIGHT, AVERAGE, MOMENTS, STEP = "weight", "average", ("exp_avg", "exp_avg_sq"), "step"
 AVERAGED, TRAINED = "ema", "weights"
 PARTS: dict[str, tuple[str, ...]] = {TRAINED: (WEIGHT,), AVERAGED: (AVERAGE,), "optimizer": (*MOMENTS, STEP)}
-"""The kinds of tensors in the files of each part."""
+"""Kinds of tensors in the files of each part."""
 RECIPE = "recipe"
 ENTRIES = (AVERAGED, TRAINED)
 ROLES = ("student", "critic")
@@ -45,12 +45,12 @@ HASH_THREADS = 8
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file was when it was written."""
+    """Length in bytes and SHA-256 of a file when it was written."""
 
     num_bytes: int
     sha256: str
@@ -58,11 +58,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class RunState:
-    """What state.json says.
+    """The contents of state.json.
 
-    step: number of steps done. ranks, sequence: processes that wrote the checkpoint, and those of them that shared a
-    video. arithmetic: what losses were computed in. counts: numbers of the engine. files: all others in the folder;
-    none in format 1.
+    step: number of finished steps. ranks: processes that wrote the checkpoint. sequence: processes that shared a video.
+    arithmetic: number format of the losses. counts: numbers of the engine. files: records of all other files in the
+    folder; empty in format 1.
     """
 
     step: int
@@ -74,30 +74,30 @@ class RunState:
     format: int = FORMAT
 
     def changed_ranks(self, ranks: int, sequence: int) -> str:
-        """Describe how those that resume differ from the processes that wrote the checkpoint; "" if they do not."""
+        """Return how the processes of a run that resumes the checkpoint differ from those that wrote it, or ""."""
         pairs = (("ranks", self.ranks, ranks), ("parallel.sequence", self.sequence, sequence))
         return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
 
 
 def is_run_checkpoint(path: Path) -> bool:
-    """Say whether a folder is a `step_...` folder of a run."""
+    """Return whether a folder is a `step_...` folder of a run."""
     return (path / STATE_FILE).is_file()
 
 
 def exported_model(path: Path) -> Path | None:
-    """Return the model folder that the run of a checkpoint has written, if it has; it knows the other parts."""
+    """Return the model folder that the run of a checkpoint has exported, which has the other parts; None if missing."""
     exported = path.resolve().parent.parent / "model"
     return exported if exported.is_dir() else None
 
 
 def encode_state(state: RunState) -> str:
-    """Return the text of state.json, which holds a checksum of itself."""
+    """Return the text of state.json, which includes its own checksum."""
     values = asdict(state)
     return json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
 
 
 def read_state(folder: Path) -> RunState:
-    """Read state.json. Raises DamagedError where it is not as it was written, CheckpointError for a newer format."""
+    """Read state.json. Raises DamagedError if its checksum differs, and CheckpointError for a newer format."""
     file = folder / STATE_FILE
     try:
         values = read_json(file)
@@ -107,25 +107,25 @@ def read_state(folder: Path) -> RunState:
         return _state_of_format_1(folder, values)
     checksum = values.pop("checksum", None)
     if checksum != _checksum(values):
-        raise DamagedError(f"{folder} is damaged: {file} is not as it was written (its checksum differs)")
+        raise DamagedError(f"{folder} is damaged: {file} has changed since it was written (its checksum differs)")
     if values["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder} has format {values['format']}, which a newer longvideo wrote; this one reads formats up to"
-            f" {FORMAT}: update it"
+            f"{folder} has format {values['format']} of a newer longvideo; this version reads formats up to {FORMAT};"
+            " update longvideo"
         )
     files = {name: FileRecord(**record) for name, record in values.pop("files").items()}  # type: ignore[attr-defined]
     return RunState(**values, files=files)  # type: ignore[arg-type]
 
 
 def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> str | None:
-    """Compare files with their records, some at a time; say what is wrong with the first that differs."""
+    """Compare files with their records, several in parallel; return what is wrong with the first that differs."""
     with ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(partial(_damage_of, folder), files.items())
-        return next((problem for problem in found if problem), None)
+        problems = pool.map(partial(_damage_of, folder), files.items())
+        return next((problem for problem in problems if problem), None)
 
 
 def open_tensors(folder: Path, state: RunState, parts: Collection[str] = tuple(PARTS)) -> Weights:
-    """Open the tensors of trained parameters, of every kind in these parts. Raises DamagedError."""
+    """Open the tensors of trained parameters. parts: keys of PARTS. Raises DamagedError."""
     try:
         if state.format == 1:
             return _tensors_of_format_1(folder, parts)
@@ -136,7 +136,7 @@ def open_tensors(folder: Path, state: RunState, parts: Collection[str] = tuple(P
 
 
 def open_recipes(folder: Path, state: RunState) -> list[Weights]:
-    """Open what each rank kept for itself, in the order of ranks. Raises DamagedError."""
+    """Open the state of each rank's recipe, in the order of ranks. Raises DamagedError."""
     try:
         files = [sorted(folder.glob(f"{RECIPE}_{rank:05d}*.safetensors")) for rank in range(state.ranks)]
         return [join([safetensors_file.open_file(file) for file in own]) for own in files]
@@ -145,27 +145,29 @@ def open_recipes(folder: Path, state: RunState) -> list[Weights]:
 
 
 def open_run_checkpoint(path: Path, entry: str | None, marks: Iterable[str]) -> tuple[list[Weights], dict[str, str]]:
-    """Open what a run trained, one set of weights for every module that a mark belongs to, and the notes beside.
+    """Open the weights that a run trained, one set for every module, and return them with notes on their origin.
 
-    entry: "ema", the running average, which is what a run exports, or "weights". marks: names of tensors by which
-    modules are known. Raises CheckpointError for another entry, for damage, and for a distillation, whose checkpoints
-    hold LoRA.
+    entry: "ema", the running average, which a run exports and which is the default, or "weights". marks: names of
+    tensors that identify modules. Raises CheckpointError for another entry, for damage, and for a distillation, whose
+    checkpoints contain LoRA.
     """
     entry = entry or AVERAGED
     if entry not in ENTRIES:
-        raise CheckpointError(f"{path} has no entry {entry!r}; it has {' and '.join(ENTRIES)}")
+        raise CheckpointError(f"{path} has no entry {entry!r}; use {' or '.join(ENTRIES)}")
     state = read_state(path)
     files = {name: record for name, record in state.files.items() if name.split("_")[0] == entry}
     if problem := find_damage(path, files):
         raise DamagedError(f"{path} is damaged: {problem}")
     weights = open_tensors(path, state, [entry])
     if any(name.startswith(tuple(f"{role}/" for role in ROLES)) for name in weights.infos):
-        raise CheckpointError(f"{path} is of a distillation; what it has learned so far is in lora/ of its run folder")
+        raise CheckpointError(f"{path} is a checkpoint of a distillation; use lora/ of its run folder")
     weights = _of_kind(weights, PARTS[entry][0])
     prefixes = {name.removesuffix(mark) for mark in marks for name in weights.infos if _ends_with(name, mark)}
     modules = [_module(weights, prefix) for prefix in sorted(prefixes)]
     if not modules:
-        raise CheckpointError(f"{weights.label}: its tensors ({listing(weights.infos)}) are of no part of a Wan model")
+        raise CheckpointError(
+            f"{weights.label}: its tensors ({listing(weights.infos)}) belong to no part of a Wan model"
+        )
     return modules, {"entry": entry, "step": str(state.step)}
 
 
@@ -179,14 +181,14 @@ def _damage_of(folder: Path, item: tuple[str, FileRecord]) -> str | None:
     try:
         size = file.stat().st_size
         if size != record.num_bytes:
-            return f"{file} has {size} bytes, {record.num_bytes} were written"
+            return f"{file} has {size} bytes, but {record.num_bytes} were written"
         with file.open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
     except OSError as error:
         return f"{file} cannot be read: {reason(error)}"
     if digest.hexdigest() != record.sha256:
-        return f"{file} is not as it was written (its SHA-256 differs)"
+        return f"{file} has changed since it was written (its SHA-256 differs)"
     return None
 
 
@@ -194,7 +196,7 @@ def _state_of_format_1(folder: Path, values: Mapping[str, object]) -> RunState:
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     step, ranks = numbers.pop("step", None), numbers.pop("ranks", 1)
     if not isinstance(step, int) or not isinstance(ranks, int):
-        raise DamagedError(f"{folder} is damaged: {folder / STATE_FILE} holds no step")
+        raise DamagedError(f"{folder} is damaged: {folder / STATE_FILE} has no step")
     return RunState(step=step, ranks=ranks, counts=numbers, format=1)
 
 
@@ -212,7 +214,7 @@ def _tensors_of_format_1(folder: Path, parts: Collection[str]) -> Weights:
     if STEP in kinds:
         count = read_json(folder / "index.json").get("adam_step")
         if not isinstance(count, int | float):
-            raise CheckpointError(f"{folder / 'index.json'} holds no adam_step")
+            raise CheckpointError(f"{folder / 'index.json'} has no adam_step")
         step = InMemory(torch.tensor(float(count)))
         own |= {f"{name.rpartition('/')[0]}/{STEP}": step for name in own}
     return Weights(own, everything.files)

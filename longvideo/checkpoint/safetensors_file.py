@@ -1,7 +1,7 @@
-"""Read and write .safetensors files tensor by tensor; the format is that of github.com/huggingface/safetensors.
+"""Read and write .safetensors files tensor by tensor; github.com/huggingface/safetensors specifies the format.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and bytes of every tensor,
-and texts under __metadata__), and the values, in row-major order and without gaps.
+A file consists of the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and byte range of
+every tensor, and texts under __metadata__), and the values, in row-major order and without gaps.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ METADATA = "__metadata__"
 LENGTH_BYTES = 8
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 100_000_000
-"""What the format allows."""
+"""Limit of the format."""
 
 
 def open_file(file: Path) -> Weights:
-    """Read a header. Raises CheckpointError for a missing, truncated or foreign file, naming it."""
+    """Read the header of a file. Raises CheckpointError if it is missing, truncated or not a .safetensors file."""
     if not file.is_file():
-        raise CheckpointError(f"no weight file {file}")
+        raise CheckpointError(f"there is no weight file {file}")
     size = file.stat().st_size
     try:
-        with safe_open(file, framework="pt") as handle:  # checks that the header is sound and the file as long
+        with safe_open(file, framework="pt") as handle:  # checks the header and the length of the file
             metadata = handle.metadata() or {}
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
@@ -61,7 +61,7 @@ def open_file(file: Path) -> Weights:
     header.pop(METADATA, None)
     foreign = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
     if foreign:
-        raise CheckpointError(f"{file} stores tensors as {', '.join(foreign)}; wanted one of {', '.join(DTYPES)}")
+        raise CheckpointError(f"{file} has tensors of dtype {', '.join(foreign)}; expected one of {', '.join(DTYPES)}")
     start = LENGTH_BYTES + length
     tensors = {
         name: InFile(TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]]), file, start + entry["data_offsets"][0])
@@ -75,11 +75,11 @@ def write_weights(
     weights: Weights,
     *,
     metadata: Mapping[str, str],
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write tensors one after the other, in pieces, and put the file in place when it is whole.
+    """Write tensors one after another, in pieces; the file gets its name when it is complete.
 
-    metadata: goes into the header. on_bytes: called with the bytes of every piece written, for progress.
+    metadata: texts for the header. on_bytes: called with the number of bytes of every piece, for progress.
     """
     order = in_file_order(weights)
     header = encode_header({name: weights.infos[name] for name in order}, metadata=metadata)
@@ -95,8 +95,8 @@ def write_weights(
     write_file(file, write)
 
 
-def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
-    """Say whether a file is there that `write_weights` would have given the same header and length."""
+def is_complete(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
+    """Return whether a file exists with the header and length that `write_weights` would give it."""
     if not file.is_file():
         return False
     header = encode_header({name: weights.infos[name] for name in in_file_order(weights)}, metadata=metadata)
@@ -106,17 +106,17 @@ def holds(file: Path, weights: Weights, *, metadata: Mapping[str, str]) -> bool:
 
 
 def in_file_order(weights: Weights) -> list[str]:
-    """Sort names as the format's own writer does: wide dtypes first, so that all values are aligned; then by name."""
+    """Sort names as the safetensors library does: wide dtypes first, so that all values are aligned, then by name."""
     return sorted(weights.infos, key=lambda name: (-weights.infos[name].dtype.itemsize, name))
 
 
 def encode_header(infos: Mapping[str, TensorInfo], *, metadata: Mapping[str, str]) -> bytes:
-    """Return all that comes before the values, for tensors whose values follow in this order."""
+    """Return the bytes before the values, for tensors whose values follow in this order."""
     entries: dict[str, object] = {METADATA: dict(metadata)}
     end = 0
     for name, info in infos.items():
         if info.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{name} is {info.dtype}, which .safetensors cannot hold")
+            raise CheckpointError(f"{name} is {info.dtype}, which .safetensors cannot store; cast it to another dtype")
         begin, end = end, end + info.num_bytes
         entries[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -125,7 +125,7 @@ def encode_header(infos: Mapping[str, TensorInfo], *, metadata: Mapping[str, str
 
 
 def _first_cut(file: Path, size: int) -> str:
-    """Name the first tensor that a file is too short for, if its header is whole enough to tell."""
+    """Return a note on the first tensor that a file is too short for; "" if its header cannot be read."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
@@ -134,4 +134,4 @@ def _first_cut(file: Path, size: int) -> str:
             cut = [name for name, end in ends.items() if LENGTH_BYTES + length + end > size]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ""
-    return f"{min(cut, key=lambda name: ends[name])} is not whole in it: " if cut else ""
+    return f"{min(cut, key=lambda name: ends[name])} is cut off: " if cut else ""

@@ -1,4 +1,4 @@
-"""Write a module's weights as one .safetensors file, or as numbered shards with an index."""
+"""Write weights as one .safetensors file, or as numbered shards with an index."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def save_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-    go_on: bool = False,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    resume: bool = False,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write folder/stem.safetensors, or numbered shards with an index when they would exceed max_shard_bytes.
+    """Write folder/stem.safetensors, or numbered shards with an index if one file would exceed max_shard_bytes.
 
-    Floating tensors are cast to dtype (None keeps theirs). metadata goes into the header of every file. Each file is
-    written under a temporary name and renamed, the index last; shards of an earlier save are deleted after that.
+    dtype: of floating tensors; None keeps their own. metadata: texts for the header of every file. resume: keep the
+    shards that an interrupted save of the same tensors has finished. on_bytes: called with the number of bytes that are
+    written or kept, for progress.
 
-    go_on: leave out the shards that are there already, from a save of the same tensors that was cut short. on_bytes:
-    called as bytes are written or found, for progress.
+    Each file is written under a temporary name and renamed, the index last; shards of an earlier save are deleted after
+    that.
     """
     weights = (weights if isinstance(weights, Weights) else Weights.of(weights)).cast(dtype)
     header = {"format": "pt", **(metadata or {})}
@@ -47,7 +48,7 @@ def save_weights(
     for number, names in enumerate(shards, start=1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = Weights({key: weights.tensors[key] for key in names}, weights.files)
-        if go_on and safetensors_file.holds(folder / name, shard, metadata=header):
+        if resume and safetensors_file.is_complete(folder / name, shard, metadata=header):
             on_bytes(shard.num_bytes)
         else:
             safetensors_file.write_weights(folder / name, shard, metadata=header, on_bytes=on_bytes)
@@ -63,7 +64,7 @@ def save_weights(
 
 
 def plan_shards(weights: Weights, max_shard_bytes: int) -> list[list[str]]:
-    """Divide names, in their order, so that no shard of more than one tensor exceeds the limit."""
+    """Divide names, in their order, into shards within the limit; a larger tensor gets a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, info in weights.infos.items():

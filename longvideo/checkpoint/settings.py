@@ -1,4 +1,4 @@
-"""longvideo.json: how a model folder is meant to be used."""
+"""The settings in longvideo.json: geometry and generation defaults of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.spec import ChunkSpec
 
-VAE_SCALE = 16  # pixels of a latent of Wan2.2's autoencoder, each way
+VAE_SCALE = 16  # height and width in pixels of one latent of Wan2.2's autoencoder
 
 
 BOUNDS = {
@@ -23,19 +23,19 @@ BOUNDS = {
     "text_len": (1, 8192),
     "steps": (1, NUM_TRAIN_TIMESTEPS),
 }
-"""Least and most of what longvideo.json says; beyond them a value is a mistake, and would take memory without end."""
+"""Smallest and largest allowed values of longvideo.json; others are mistakes that could exhaust the memory."""
 MAX_GUIDANCE, MIN_SHIFT, MAX_SHIFT, MAX_PREFIX = 1000, 1e-3, 1000, 1000
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Geometry and generation defaults of a model; the defaults here are those of Wan2.2-TI2V-5B.
+    """Geometry and generation defaults of a model. The default values are those of Wan2.2-TI2V-5B.
 
-    chunk_frames, window_frames, sink_frames, offset_per_shot: latent frames, as in ChunkSpec. pin_shots: keep the first
-    chunk of the current shot. height, width: pixels. fps: frames a second. text_len: prompt positions.
-    steps, guidance, shift: of the solver. clean_pass: whether later chunks see a finished one as it is in a pass of its
-    own, or as it was in its last denoising step, which a model must have been trained for. cut_prefix: what the text
-    encoder reads before the prompt of a chunk that opens a shot after a cut.
+    chunk_frames, window_frames, sink_frames, offset_per_shot: latent frames, as in ChunkSpec. pin_shots: whether the
+    first chunk of the current shot stays in the window. height, width: pixels. fps: frames per second. text_len: prompt
+    positions, tokens. steps: denoising steps of a chunk. guidance: guidance scale. shift: of the noise schedule.
+    clean_pass: whether the keys and values of a finished chunk come from a clean pass, or else from its last denoising
+    step, for which a model must be trained. cut_prefix: text before the prompt of the first chunk after a cut.
     """
 
     chunk_frames: int = 8
@@ -59,26 +59,24 @@ class ModelSettings:
         check_number("guidance", self.guidance, 0, MAX_GUIDANCE)
         check_number("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
         if self.window_frames < self.chunk_frames:
-            raise ConfigError(
-                f"window_frames={self.window_frames}, wanted at least one chunk: chunk_frames={self.chunk_frames}"
-            )
+            raise ConfigError(f"window_frames={self.window_frames}, expected at least chunk_frames={self.chunk_frames}")
         if len(self.cut_prefix) > MAX_PREFIX:
-            raise ConfigError(f"cut_prefix has {len(self.cut_prefix)} characters, wanted at most {MAX_PREFIX}")
+            raise ConfigError(f"cut_prefix has {len(self.cut_prefix)} characters, expected at most {MAX_PREFIX}")
 
 
 PRESETS = {
     "wan2.2-ti2v-5b": ModelSettings(),
     "longlive-2.0-5b": ModelSettings(offset_per_shot=8, steps=4, guidance=1.0, cut_prefix="The scene transitions. "),
 }
-"""How published models are used. LongLive 2.0 samples in 4 steps without guidance, moves positions on by 8 latent
-frames at a cut, and was trained with these words before the prompt of a shot's first chunk."""
+"""Settings of published models. LongLive 2.0 samples in 4 steps without guidance, advances positions by 8 latent frames
+at a cut, and was trained with this text before the prompt of a shot's first chunk."""
 
 
 def chunk_spec(settings: ModelSettings, spatial_scale: int = VAE_SCALE) -> ChunkSpec:
-    """Return the chunk and window sizes of a model at its own picture size."""
+    """Return the chunk and window sizes and the token grid of a model at its own picture size."""
     patch = 2 * spatial_scale
     if settings.height % patch or settings.width % patch:
-        raise ConfigError(f"pictures of {settings.height}x{settings.width} do not divide into {patch}-pixel patches")
+        raise ConfigError(f"height={settings.height}, width={settings.width}; expected multiples of {patch}")
     return ChunkSpec(
         grid_height=settings.height // patch,
         grid_width=settings.width // patch,

@@ -1,4 +1,4 @@
-"""What a model is, worked out from the shapes of its tensors where no configuration lies beside them."""
+"""Derive a model's configuration from the shapes of its tensors, for files without a configuration."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.tensors import TensorInfo, Weights
 
 HEAD_DIM = 128
-"""Of every published Wan transformer; shapes do not tell it, as heads lie side by side."""
+"""Head dimension of every published Wan transformer; it cannot be derived from shapes."""
 COLORS = 3
 
 
 def transformer_config(weights: Weights, *, text_len: int, head_dim: int = HEAD_DIM) -> TransformerConfig:
-    """Work out a transformer's sizes; weights under official names, packed or not. Raises CheckpointError."""
+    """Derive the configuration of a transformer.
+
+    weights: under official names, packed or not. text_len: prompt positions, tokens. Raises CheckpointError if a tensor
+    is missing or has a wrong number of axes.
+    """
     shapes = _Shapes(weights)
     dim, in_channels, *patch = shapes.of("patch_embedding.weight", 5)
     if dim % head_dim:
         raise CheckpointError(
-            f"{weights.label} is {dim} wide, no multiple of {head_dim}, so its number of heads cannot be told;"
-            " give a model folder of the same shape as its base"
+            f"{weights.label} has width {dim}, which is not a multiple of {head_dim}, so its number of heads is"
+            " unknown; use --base with a model folder of the same shape"
         )
     packed = f"blocks.0.ffn.0.{CODES}" in weights.infos
     return TransformerConfig(
@@ -46,22 +50,23 @@ def transformer_config(weights: Weights, *, text_len: int, head_dim: int = HEAD_
 
 
 def text_dim(weights: Weights) -> int:
-    """Return the width of text features that a transformer takes; official names."""
+    """Return the width of a transformer's text features. weights: under official names."""
     return _Shapes(weights).of("text_embedding.0.weight", 2)[1]
 
 
 def autoencoder_config(weights: Weights) -> AutoencoderConfig:
-    """Work out an autoencoder's sizes; weights under diffusers' names. Raises CheckpointError.
+    """Derive the configuration of an autoencoder.
 
-    The mean and deviation of latents are in no weight file, so only those of 48 channels, Wan2.2's, are known.
+    weights: under diffusers' names. Weight files do not store the mean and deviation of latents, so only the 48
+    channels of Wan2.2 are supported. Raises CheckpointError.
     """
     shapes = _Shapes(weights)
     base, in_channels = shapes.of("encoder.conv_in.weight", 5)[:2]
     z_dim = shapes.of("post_quant_conv.weight", 5)[0]
     if z_dim != len(WAN22_LATENTS_MEAN):
         raise CheckpointError(
-            f"{weights.label} has {z_dim} latent channels; the statistics of latents are known for Wan2.2's"
-            f" {len(WAN22_LATENTS_MEAN)} alone, and are not in the file"
+            f"{weights.label} has {z_dim} latent channels, and a weight file does not store the statistics of latents;"
+            f" expected the {len(WAN22_LATENTS_MEAN)} channels of Wan2.2; use a model folder with a config.json"
         )
     levels = range(shapes.count("encoder.down_blocks.", 2))
     widths = [shapes.of(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 5)[0] for i in levels]
@@ -86,7 +91,7 @@ def autoencoder_config(weights: Weights) -> AutoencoderConfig:
 
 
 def text_encoder_config(weights: Weights) -> UMT5Config:
-    """Work out a text encoder's sizes; weights under transformers' names. Raises CheckpointError."""
+    """Derive the configuration of a text encoder. weights: under transformers' names. Raises CheckpointError."""
     shapes = _Shapes(weights)
     vocab_size, d_model = shapes.of("shared.weight", 2)
     attention = "encoder.block.0.layer.0.SelfAttention"
@@ -109,15 +114,15 @@ class _Shapes:
 
     def of(self, name: str, num_axes: int) -> tuple[int, ...]:
         if name not in self.infos:
-            raise CheckpointError(f"{self.label} lacks {name}, without which nothing can be told of the model")
+            raise CheckpointError(f"{self.label} has no {name}, which every such model has; copy or download it again")
         shape = self.infos[name].shape
         if len(shape) != num_axes or 0 in shape:
-            raise CheckpointError(f"{self.label}: {name} has shape {list(shape)}, wanted {num_axes} axes")
+            raise CheckpointError(f"{self.label}: {name} has shape {list(shape)}, expected {num_axes} axes")
         return shape
 
     def count(self, prefix: str, part: int) -> int:
-        """Count the different numbers that stand at a part of the names with a prefix."""
-        found = {name.split(".")[part] for name in self.infos if name.startswith(prefix)}
-        if not found:
-            raise CheckpointError(f"{self.label} has nothing named {prefix}0 and so on")
-        return len(found)
+        """Count the distinct numbers at one dotted part of the names with a prefix."""
+        numbers = {name.split(".")[part] for name in self.infos if name.startswith(prefix)}
+        if not numbers:
+            raise CheckpointError(f"{self.label} has no tensors {prefix}0 and so on; copy or download it again")
+        return len(numbers)

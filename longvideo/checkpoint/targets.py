@@ -1,4 +1,4 @@
-"""The formats that a model can be written in."""
+"""The formats in which a model can be written."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 @dataclass(frozen=True)
-class Work:
-    """A model to be written.
+class ConversionTask:
+    """A conversion in progress.
 
-    path: the folder, or the file. weights: of its parts, under our names, as they are to be. Files that are in the
-    folder already are finished.
+    path: folder or file to write; files that are in the folder already are finished. model: the source. weights: of the
+    parts to write, under this project's names and in their final precision. max_shard_bytes: largest safetensors file.
+    on_bytes: called with the number of bytes written, for progress.
     """
 
     path: Path
@@ -39,13 +40,15 @@ class Work:
     on_bytes: Callable[[int], None]
 
     def write_pickle(self, name: str, weights: Weights) -> None:
+        """Write a .pth file, unless it exists."""
         file = self.path / name
-        if file.is_file():  # it has this name only when it is whole
+        if file.is_file():  # a file gets its name when it is complete
             self.on_bytes(weights.num_bytes)
         else:
             pickle_file.write_weights(file, weights, on_bytes=self.on_bytes)
 
     def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the files of the tokenizer. folder: relative to `path`."""
         assert self.model.tokenizer is not None
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -55,68 +58,68 @@ class Work:
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """A format to write.
+    """A format that can be written.
 
-    parts: those that it holds. suffixes: of its file; none for a folder. check: raises where it has no place for
-    something in a model. write: does the work.
+    parts: parts of a model that it can store. suffixes: allowed for its file; empty for a folder. check: raises
+    CheckpointError if it cannot store something of a model. write: writes a model.
     """
 
     parts: tuple[str, ...]
     suffixes: tuple[str, ...]
     check: Callable[[ModelFolder, Mapping[str, Weights]], None]
-    write: Callable[[Work], None]
+    write: Callable[[ConversionTask], None]
 
 
-def _write_diffusers(work: Work) -> None:
-    for part, weights in work.weights.items():
+def _write_diffusers(task: ConversionTask) -> None:
+    for part, weights in task.weights.items():
         write_part(
-            work.path,
+            task.path,
             part,
             weights,
-            work.model.stored[part].config,
-            max_shard_bytes=work.max_shard_bytes,
-            go_on=True,
-            on_bytes=work.on_bytes,
+            task.model.stored[part].config,
+            max_shard_bytes=task.max_shard_bytes,
+            resume=True,
+            on_bytes=task.on_bytes,
         )
-    if TEXT_ENCODER in work.weights:
-        work.copy_tokenizer(Path("tokenizer"))
-    write_index(work.path, work.weights, work.model.settings)
+    if TEXT_ENCODER in task.weights:
+        task.copy_tokenizer(Path("tokenizer"))
+    write_index(task.path, task.weights, task.model.settings)
 
 
-def _write_longvideo(work: Work) -> None:
-    _write_diffusers(work)
-    write_json(work.path / SETTINGS_FILE, asdict(work.model.settings))
-    ModelFolder.open(work.path)
+def _write_longvideo(task: ConversionTask) -> None:
+    _write_diffusers(task)
+    write_json(task.path / SETTINGS_FILE, asdict(task.model.settings))
+    ModelFolder.open(task.path)
 
 
-def _write_official(work: Work) -> None:
-    model, weights = work.model, work.weights
+def _write_official(task: ConversionTask) -> None:
+    model, weights = task.model, task.weights
     save_weights(
-        work.path,
+        task.path,
         OFFICIAL_STEM,
         weights[TRANSFORMER],
-        max_shard_bytes=work.max_shard_bytes,
-        go_on=True,
-        on_bytes=work.on_bytes,
+        max_shard_bytes=task.max_shard_bytes,
+        resume=True,
+        on_bytes=task.on_bytes,
     )
-    write_json(work.path / "config.json", diffusers_json.official_json(model.transformer_config))
+    write_json(task.path / "config.json", diffusers_json.official_json(model.transformer_config))
     if VAE in weights:
         table = names.autoencoder_official(model.vae_config.num_res_blocks)
-        work.write_pickle(OFFICIAL_VAE, weights[VAE].renamed(table.theirs))
+        task.write_pickle(OFFICIAL_VAE, weights[VAE].renamed(table.theirs))
     if TEXT_ENCODER in weights:
-        work.write_pickle(OFFICIAL_TEXT_ENCODER, weights[TEXT_ENCODER].renamed(names.TEXT_ENCODER_OFFICIAL.theirs))
-        work.copy_tokenizer(OFFICIAL_TOKENIZER)
+        task.write_pickle(OFFICIAL_TEXT_ENCODER, weights[TEXT_ENCODER].renamed(names.TEXT_ENCODER_OFFICIAL.theirs))
+        task.copy_tokenizer(OFFICIAL_TOKENIZER)
 
 
-def _write_longlive(work: Work) -> None:
-    own = longlive_packed.to_longlive(work.weights[TRANSFORMER]).renamed(lambda name: f"{names.MODEL_PREFIX}{name}")
-    pickle_file.write_weights(work.path, own, within=("generator",), on_bytes=work.on_bytes)
+def _write_longlive(task: ConversionTask) -> None:
+    own = longlive_packed.to_longlive(task.weights[TRANSFORMER]).renamed(lambda name: f"{names.MODEL_PREFIX}{name}")
+    pickle_file.write_weights(task.path, own, within=("generator",), on_bytes=task.on_bytes)
 
 
-def _write_safetensors(work: Work) -> None:
-    own = work.weights[TRANSFORMER]
+def _write_safetensors(task: ConversionTask) -> None:
+    own = task.weights[TRANSFORMER]
     header = {"format": "pt", **packed.header_metadata(own)}
-    safetensors_file.write_weights(work.path, own, metadata=header, on_bytes=work.on_bytes)
+    safetensors_file.write_weights(task.path, own, metadata=header, on_bytes=task.on_bytes)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -129,13 +132,14 @@ def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
 
 def _needs_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     if TRANSFORMER not in weights:
-        raise CheckpointError(f"{model.path} holds no transformer, which this format is of")
+        raise CheckpointError(f"{model.path} has no transformer, which this format stores; use a model that has one")
 
 
 def _not_packed(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     if TRANSFORMER in weights and packed.is_packed(weights[TRANSFORMER]):
         raise CheckpointError(
-            f"{model.path} is packed in 4 bits, for which this format has no place; convert the model it is from"
+            f"{model.path} has packed 4-bit weights, which this format cannot store; convert the model that they were"
+            " made from"
         )
 
 
@@ -146,8 +150,8 @@ def _wan_itself(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
         config = model.vae_config
         if (config.latents_mean, config.latents_std) != (WAN22_LATENTS_MEAN, WAN22_LATENTS_STD):
             raise CheckpointError(
-                f"{model.path}: the official files do not hold the statistics of latents, and Wan knows only its own;"
-                " convert to longvideo or diffusers instead"
+                f"{model.path}: the official format cannot store the statistics of its latents, which differ from"
+                " Wan2.2's; use --to longvideo or diffusers"
             )
 
 

@@ -1,7 +1,7 @@
-"""Tensors on disk, of which only names, shapes, dtypes and places are read until they are wanted.
+"""Tensors on disk: names, shapes, dtypes and offsets are read at once, values only when they are needed.
 
-Reading goes through plain file reads, never through a memory map: what was read and dropped takes no memory, so a
-model of any size is converted in little.
+Values are read by plain file reads, never through a memory map, so a tensor that is no longer used takes no memory, and
+a model of any size is converted in little memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VALUES_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, which are available before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,19 +39,19 @@ class TensorInfo:
 
 
 class Lazy(Protocol):
-    """A tensor that is read, or made, when it is wanted."""
+    """A tensor that is read or computed when it is needed."""
 
     @property
     def info(self) -> TensorInfo: ...
 
     def pieces(self) -> Iterator[Tensor]:
-        """Yield its values in order, flat, in tensors of at most about PIECE_BYTES where that is possible."""
+        """Yield the values in order, as flat tensors of at most about PIECE_BYTES where possible."""
         ...
 
 
 @dataclass(frozen=True)
 class InFile:
-    """Values that lie in row-major order at a place in a file."""
+    """A tensor stored in row-major order in a file. offset: of its first value, bytes."""
 
     info: TensorInfo
     file: Path
@@ -78,7 +78,7 @@ class InFile:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A tensor that is there already."""
+    """A tensor that is already in memory."""
 
     tensor: Tensor
 
@@ -92,7 +92,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Cast:
-    """Another tensor in another floating dtype."""
+    """A tensor cast to another floating dtype."""
 
     source: Lazy
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Finite:
-    """Another tensor, which is looked at for NaN and infinity as it is read; label: names it in the error."""
+    """A tensor that is checked for NaN and infinity when it is read. label: its name in the error."""
 
     source: Lazy
     label: str
@@ -124,22 +124,22 @@ class Finite:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor that is computed from others, whole."""
+class Computed:
+    """A tensor that is computed from others when it is read. compute: returns the whole tensor."""
 
     info: TensorInfo
-    make: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
 
     def pieces(self) -> Iterator[Tensor]:
-        made = self.make()
-        assert (tuple(made.shape), made.dtype) == (self.info.shape, self.info.dtype)
-        yield made.contiguous().flatten()
+        result = self.compute()
+        assert (tuple(result.shape), result.dtype) == (self.info.shape, self.info.dtype)
+        yield result.contiguous().flatten()
 
 
 def check_finite(tensor: Tensor, label: str) -> None:
-    """Raise CheckpointError where a tensor, on any device, holds NaN or infinity. label: names it.
+    """Raise CheckpointError if a tensor, on any device, contains NaN or infinity.
 
-    Its extremes are compared, which takes one pass at the speed of the memory.
+    label: its name in the error. Only the smallest and largest value are computed, in one pass over the memory.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
@@ -148,13 +148,13 @@ def check_finite(tensor: Tensor, label: str) -> None:
         low, high = torch.aminmax(part.to(torch.bfloat16) if is_one_byte_float(part.dtype) else part)
         if not math.isfinite(low) or not math.isfinite(high):
             raise CheckpointError(
-                f"{label} holds NaN or infinity; its file is damaged, or its training diverged: use another copy or an"
-                " earlier checkpoint"
+                f"{label} contains NaN or infinity, so its file is damaged or its training diverged; use another copy"
+                " or an earlier checkpoint"
             )
 
 
 def is_one_byte_float(dtype: torch.dtype) -> bool:
-    """Say whether a dtype is one of FP8's, for which torch has hardly any arithmetic; bf16 holds its values exactly."""
+    """Return whether a dtype is an FP8 one. torch has little arithmetic for these; bf16 represents them exactly."""
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
@@ -173,7 +173,7 @@ def read(tensor: Lazy) -> Tensor:
 
 
 def read_range(tensor: Lazy, start: int, count: int) -> Tensor:
-    """Return so many of the values from a place on, flat, on the CPU; of a file nothing else is read."""
+    """Return `count` values from index `start` on, flat, on the CPU; of a file only these values are read."""
     info = tensor.info
     assert 0 <= start <= start + count <= info.num_values
     if not isinstance(tensor, InFile):
@@ -183,9 +183,9 @@ def read_range(tensor: Lazy, start: int, count: int) -> Tensor:
 
 
 class Weights:
-    """Tensors by name, and the files they are from.
+    """Tensors by name, and the files that they come from.
 
-    metadata: of safetensors headers, all files together; of a pickled checkpoint, its numbers and short texts.
+    metadata: texts of all safetensors headers, or the numbers and short texts of a pickled checkpoint.
     """
 
     def __init__(
@@ -198,36 +198,40 @@ class Weights:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
-        """Take tensors that are in memory."""
+        """Return weights of tensors in memory."""
         return cls({name: InMemory(tensor) for name, tensor in tensors.items()})
 
     @property
     def label(self) -> str:
+        """Name of the file or folder, for errors."""
         if not self.files:
             return "these weights"
         return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of all tensors in bytes."""
         return sum(info.num_bytes for info in self.infos.values())
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Return a whole tensor."""
         return read(self.tensors[name]).to(device)
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """Show the same tensors under other names; raise CheckpointError where two would share one."""
+        """Return the same tensors under other names. Raises CheckpointError if two would get the same name."""
         originals: dict[str, str] = {}
         for name in self.tensors:
             new_name = rename(name)
             if new_name in originals:
-                raise CheckpointError(f"{self.label}: {originals[new_name]!r} and {name!r} both mean {new_name!r}")
+                raise CheckpointError(
+                    f"{self.label}: {originals[new_name]!r} and {name!r} are both names of {new_name!r}; remove one"
+                )
             originals[new_name] = name
         tensors = {new_name: self.tensors[name] for new_name, name in originals.items()}
         return Weights(tensors, self.files, self.metadata)
 
-    def cast(self, dtype: torch.dtype | None, *, keep: Callable[[str], bool] = lambda name: False) -> Weights:
-        """Show floating tensors in another dtype, but for those to keep; None keeps all."""
+    def cast(self, dtype: torch.dtype | None, *, keep: Callable[[str], bool] = lambda _: False) -> Weights:
+        """Return the weights with floating tensors in another dtype. None keeps all, and `keep` the selected ones."""
         if dtype is None:
             return self
         cast = {
@@ -238,23 +242,23 @@ class Weights:
         return Weights({**self.tensors, **cast}, self.files, self.metadata)
 
     def finite(self) -> Weights:
-        """Show the same tensors, each of which raises CheckpointError when it is read and holds NaN or infinity."""
+        """Return the same tensors, with a check for NaN and infinity, which raises CheckpointError on reading."""
         checked = {name: Finite(tensor, f"{self.label}: {name}") for name, tensor in self.tensors.items()}
         return Weights(checked, self.files, self.metadata)
 
     def replaced(self, changes: Mapping[str, Lazy | None]) -> Weights:
-        """Show other tensors under some names; None takes one away."""
+        """Return the weights with some tensors replaced; None removes a tensor."""
         merged = {**self.tensors, **changes}
         return Weights({name: x for name, x in merged.items() if x is not None}, self.files, self.metadata)
 
 
 def as_bytes(piece: Tensor) -> memoryview:
-    """View the values of a flat tensor on the CPU as bytes."""
+    """Return a view of a flat tensor on the CPU as bytes."""
     return piece.view(torch.uint8).numpy().data
 
 
 def listing(names: Iterable[str]) -> str:
-    """Name the first few of many."""
+    """Return the first MAX_LISTED names and the number of the others, for messages."""
     names = list(names)
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names[:MAX_LISTED]]

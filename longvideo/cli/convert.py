@@ -1,4 +1,4 @@
-"""`longvideo convert`: a model of any known format into another, in little memory."""
+"""`longvideo convert`: convert a model of any known format to another, in little memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longvideo.cli.model_options import Entry, ModelChoice
+from longvideo.cli.printing import shown_size
 from longvideo.cli.progress import bytes_progress
 from longvideo.errors import UserError
 
@@ -16,7 +17,7 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="`tiny`, a folder or a file in any format named above, or a Hugging Face id."
+            metavar="SRC", help="`tiny`, a folder or file in one of the formats above, or a Hugging Face id."
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder or file to write.")],
@@ -28,11 +29,11 @@ def convert(
     ] = "longvideo",
     base: Annotated[
         str | None,
-        typer.Option(help="Model from which the parts that SRC lacks come, and which a LoRA is added to."),
+        typer.Option(help="Model that provides the parts missing from SRC, and to which a LoRA is added."),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Of the transformer: `bf16`, `fp32` or `nvfp4`.  [default: as it is stored]"),
+        typer.Option(help="Precision of the transformer: `bf16`, `fp32` or `nvfp4`.  [default: as stored]"),
     ] = None,
     preset: Annotated[
         str | None,
@@ -44,19 +45,19 @@ def convert(
     shard_gb: Annotated[float, typer.Option(min=0.001, max=100000, help="Largest .safetensors file, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
-    """Turn a model into another format, tensor by tensor, so that any machine can do it.
+    """Convert a model to another format, tensor by tensor, in little memory.
 
-    What SRC is, is seen from its content. Known are Wan's official folder (`Wan2.2-TI2V-5B`), diffusers' and this
-    project's folders, LongLive 2.0's checkpoints (`.pt`: whole, packed in 4 bits, or LoRA), checkpoints of this
-    project's training runs, LoRA of peft or diffusers, and single .safetensors files of any of these names.
+    The format of SRC is recognized by its content. It can be Wan's official folder (`Wan2.2-TI2V-5B`), a folder of
+    diffusers or of this project, a checkpoint of LongLive 2.0 (`.pt`: full, packed in 4 bits, or LoRA), a checkpoint of
+    a training run of this project, a LoRA of peft or diffusers, or a single .safetensors file in one of these namings.
 
-    `--to longvideo`: a folder for every command here; diffusers reads it too, unless it is packed. `diffusers`: the
-    same without this project's settings. `official`: the folder that Wan's own code reads. `longlive`: one .pt file
-    that LongLive's code reads. `safetensors`: the transformer in one file, under official names. `lora`: SRC's adapter
-    for peft and for diffusers.
+    `--to longvideo`: a folder for all commands of longvideo, which diffusers also reads unless it is packed.
+    `diffusers`: the same without this project's settings. `official`: a folder for Wan's own code. `longlive`: one .pt
+    file for LongLive's code. `safetensors`: the transformer in one file, under official names. `lora`: the adapter in
+    SRC, for peft and for diffusers.
 
-    Nothing is written if a tensor is missing, unknown or misshapen. A conversion that was cut short goes on where it
-    was when the same command is given again; DST appears when it is whole.
+    Nothing is written if a tensor is missing, unknown or has a wrong shape. An interrupted conversion continues when
+    the same command is run again. DST appears when it is complete.
 
     `longvideo convert Wan2.2-TI2V-5B wan`
 
@@ -64,26 +65,21 @@ def convert(
 
     `longvideo convert longlive longlive-nvfp4 --precision nvfp4`
     """
-    from longvideo.checkpoint.conversion import Wishes, convert_model
+    from longvideo.checkpoint.conversion import ConversionOptions, convert_model
+    from longvideo.machine.host import bytes_on_disk
 
     if target == "lora":
         if precision is not None or preset is not None:
-            raise UserError("--to lora writes an adapter as it is; it takes neither --precision nor --preset")
+            raise UserError("--to lora does not support --precision and --preset; leave them out")
         from longvideo.checkpoint.conversion import convert_adapter
 
         convert_adapter(source, destination, base=base, entry=entry, overwrite=overwrite)
-        print(f"{destination}: for peft and for diffusers")
+        print(f"{destination}: LoRA for peft and for diffusers")
         return
-    wishes = Wishes(target, precision, max_shard_bytes=int(shard_gb * 1e9))
+    options = ConversionOptions(target, precision, max_shard_bytes=int(shard_gb * 1e9))
     model = ModelChoice(source, base, preset, entry).open()
     with bytes_progress("writing") as progress:
-        convert_model(model, destination, wishes, overwrite=overwrite, progress=progress)
-    print(f"{destination}: {model.format} as {target}, {_size(destination)}")
+        convert_model(model, destination, options, overwrite=overwrite, progress=progress)
+    print(f"{destination}: {model.format} as {target}, {shown_size(bytes_on_disk(destination))}")
     if model.missing and target == "longvideo":
-        print(f"it has no {' and no '.join(model.missing)}; add --base FOLDER to take them from there")
-
-
-def _size(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in files)
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+        print(f"it has no {' and no '.join(model.missing)}; use --base with a model that has them")

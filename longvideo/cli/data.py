@@ -1,4 +1,4 @@
-"""`longvideo data`: make, check, import and encode data sets."""
+"""`longvideo data`: create, check, import and encode data sets."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from longvideo.cli.model_options import Device
 from longvideo.cli.output import OUTPUT
+from longvideo.cli.progress import items_progress
 from longvideo.errors import UserError
 from longvideo.files import check_target
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
-    from rich.progress import Progress
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.encoded import SkippedClip
@@ -22,18 +23,18 @@ if TYPE_CHECKING:
     from longvideo.data.manifest import ShotEntry
     from longvideo.shapeworld.dataset import SceneScript
 
-HELP = "Make, check, import and encode data sets: videos and a manifest that says what they show."
+HELP = "Create, check, import and encode data sets, which are videos with a manifest of their captions."
 
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
 MAX_SECONDS = 3600.0
 SIZE_STEP = 16
 BAD_CLIPS, BAD_SHARE = 10, 0.01
-"""Clips that may be damaged where --max-bad does not say: so many, or this share of all if that is more."""
+"""Default of --max-bad: this number of clips, or this share of all clips if it is larger."""
 EXIT_PROBLEMS = 2
 
 ManifestArgument = Annotated[
-    Path, typer.Argument(metavar="MANIFEST", help="JSON lines, as docs/data.md describes them.")
+    Path, typer.Argument(metavar="MANIFEST", help="Manifest of a data set: JSON lines, see docs/data.md.")
 ]
 
 
@@ -43,37 +44,42 @@ def data() -> None: ...
 
 @app.command()
 def shapeworld(
-    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write: manifest.jsonl and videos/.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for manifest.jsonl and videos/.")],
     clips: Annotated[int, typer.Option(min=1, help="Number of videos.")],
-    seconds: Annotated[float, typer.Option(help="Least length of each video; rounded up to whole chunks.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Length of each video, rounded up to whole chunks.")] = 4.0,
     shots: Annotated[int, typer.Option(min=1, help="Shots in each video, with a cut between them.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first video; the others count up from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first video; each next one has the next seed.")] = 0,
     split: Annotated[
-        Literal["train", "heldout"], typer.Option(help="heldout: combinations that training never sees.")
+        Literal["train", "heldout"],
+        typer.Option(help="Combinations of shape, color and motion: for training, or held out from it."),
     ] = "train",
-    height: Annotated[int, typer.Option(min=32, max=2160, help="Pixels, a multiple of 16.")] = 128,
-    width: Annotated[int, typer.Option(min=32, max=3840, help="Pixels, a multiple of 16.")] = 224,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is already there.")] = False,
+    height: Annotated[int, typer.Option(min=32, max=2160, help="Height in pixels, a multiple of 16.")] = 128,
+    width: Annotated[int, typer.Option(min=32, max=3840, help="Width in pixels, a multiple of 16.")] = 224,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
-    """Write videos of ShapeWorld, coloured shapes that move in nameable ways, with a caption for every shot.
+    """Write videos of ShapeWorld (moving colored shapes), with a caption for every shot.
 
-    The manifest is the format in which you bring your own videos: one JSON object a line with the video's file, its
-    frame rate and length, and its shots as start frame, end frame and caption. Equal options give equal files.
+    The manifest has the format that is also used for your own videos: one JSON object per line, with the file of a
+    video, its frame rate and length, and its shots with start frame, end frame and caption. Equal options give equal
+    files.
 
     Example: `longvideo data shapeworld --out shapes --clips 100 --seconds 8 --shots 2`
     """
     from longvideo.shapeworld.dataset import chunks_for
 
     if not 0 < seconds <= MAX_SECONDS:
-        raise UserError(f"--seconds is {seconds:g}; give more than 0 and at most {MAX_SECONDS:g}")
+        raise UserError(f"--seconds is {seconds:g}; use more than 0 and at most {MAX_SECONDS:g}")
     for name, value in (("--height", height), ("--width", width)):
         if value % SIZE_STEP:
-            raise UserError(f"{name} is {value}, not a multiple of {SIZE_STEP}; use {value // SIZE_STEP * SIZE_STEP}")
+            nearest = value // SIZE_STEP * SIZE_STEP
+            raise UserError(f"{name} is {value}, expected a multiple of {SIZE_STEP}; use {nearest}")
     if width < height:
-        raise UserError(f"--width {width} is less than --height {height}; two shapes side by side need a wide frame")
+        raise UserError(f"--width {width} is less than --height {height}; use a wide frame, as two shapes need it")
     num_chunks = chunks_for(seconds)
     if shots > num_chunks:
-        raise UserError(f"{shots} shots do not fit {seconds:g} s, which are {num_chunks} chunks; use more --seconds")
+        raise UserError(
+            f"--shots {shots} is more than the {num_chunks} chunks of --seconds {seconds:g}; use more seconds"
+        )
     _check_folder(out, overwrite)
     write_shapeworld(
         out,
@@ -90,16 +96,16 @@ def shapeworld(
 def validate(
     manifest: ManifestArgument,
     frames: Annotated[
-        bool, typer.Option("--frames", help="Decode every frame; otherwise the header and the end are read.")
+        bool, typer.Option("--frames", help="Decode every frame, instead of only reading header and end of the file.")
     ] = False,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of a training clip: 29 frames, then 32 each.")] = 1,
 ) -> None:
-    """Check every line of a manifest and every video, and say everything that is wrong.
+    """Check every line of a manifest and every video, and print all problems.
 
-    Prints a line for each problem, with the manifest's line and the reason: JSON and keys, missing files, empty
-    captions, shots out of range, videos that cannot be read or are cut short, a length or rate that is not the file's,
-    videos too short for a single clip. Then counts what training would get of the rest at 24 frames a second. Exit
-    code 0 when all is well, 2 when anything is wrong.
+    Prints each problem with its line of the manifest: errors in JSON and keys, missing files, empty captions, shots out
+    of range, unreadable or truncated videos, a length or frame rate that differs from the file, and videos too short
+    for a clip. Then prints what training would use of the other videos, at 24 frames per second. The exit code is 0 if
+    there are no problems, and 2 otherwise.
 
     Example: `longvideo data validate footage/manifest.jsonl --chunks 4 --frames`
     """
@@ -107,7 +113,7 @@ def validate(
 
     from longvideo.data.validation import validate_manifest
 
-    with _progress(Console(stderr=True)) as progress:
+    with items_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("videos checked", total=None)
         report = validate_manifest(
             manifest,
@@ -130,16 +136,16 @@ def validate(
 @app.command("import-longlive")
 def import_longlive(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Holds video/SAMPLE/0.mp4 and caption/SAMPLE/0.json, and so on.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder with video/SAMPLE/0.mp4, caption/SAMPLE/0.json, and so on.")
     ],
-    out: Annotated[Path, typer.Option(*OUTPUT, help="Manifest to write; the videos stay where they are.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Manifest to write; the videos are not moved.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the manifest if it exists.")] = False,
 ) -> None:
-    """Write a manifest for data in LongLive 2.0's folders.
+    """Write a manifest for a data set in the layout of LongLive 2.0.
 
-    A folder below `video` is a sample, and its numbered files are consecutive shots, so a clip goes on from one file to
-    the next with a cut between. The caption of `video/SAMPLE/3.mp4` is in `caption/SAMPLE/3.json` as
-    `{"caption": "..."}`. Shots without a caption or a readable video are left out, named and counted.
+    A folder in `video` is a sample, and its numbered files are consecutive shots, so a clip continues from one file to
+    the next, with a cut between them. The caption of `video/SAMPLE/3.mp4` is in `caption/SAMPLE/3.json` as
+    `{"caption": "..."}`. Shots without a caption or a readable video are left out and listed.
 
     Example: `longvideo data import-longlive longlive-data --out longlive-data/manifest.jsonl`
     """
@@ -153,7 +159,7 @@ def import_longlive(
     from longvideo.data.manifest import write_manifest
 
     check_target(out, overwrite=overwrite)
-    with _progress(Console(stderr=True)) as progress:
+    with items_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("samples read", total=None)
         entries, left_out = read_longlive(
             folder, on_sample=lambda done, total: progress.update(bar, completed=done, total=total)
@@ -175,34 +181,38 @@ def import_longlive(
 def encode(
     manifest: ManifestArgument,
     model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; its encoders are used.")],
-    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write; one that is unfinished is gone on with.")],
+    out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write; an unfinished one is continued.")],
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of a clip.")] = 4,
-    height: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.  [default: the model's]")] = None,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a file; one is held in memory.")] = 2**30,
-    device: Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`; the GPU if there is one.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the model's]")] = None,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Largest file, bytes; one file is in memory.")] = 2**30,
+    device: Device = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode video, with up to two clips of pixels in memory for each.")
+        int, typer.Option(min=0, help="Processes that decode video; each has up to two decoded clips in memory.")
     ] = 4,
     shard_of: Annotated[
-        str, typer.Option(metavar="I/N", help="Encode share I of N, counted from 0; run each on a machine or GPU.")
+        str,
+        typer.Option(metavar="I/N", help="Encode only share I of N, counted from 0, for one of N machines or GPUs."),
     ] = "0/1",
     max_bad: Annotated[
         int | None,
-        typer.Option(min=0, help="Most clips of a share that may be damaged.  [default: 1 % of them, but at least 10]"),
+        typer.Option(
+            min=0,
+            help="Unreadable clips of a share to skip before stopping.  [default: 1 % of them, but at least 10]",
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Encode anew what is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Encode existing files again.")] = False,
 ) -> None:
-    """Encode all clips of a manifest and their captions once, so that training reads latents instead of videos.
+    """Encode all clips of a manifest and their captions, so that training reads latents instead of videos.
 
-    Writes the autoencoder's normalised mean latents and the text encoder's features as bf16 in files of safetensors;
-    docs/data.md has the format. A command that was stopped is given again: it goes on after the files that are
-    complete, and the result is the same to the byte. Damaged clips are left out, named and counted; when there are
-    more than `--max-bad`, it stops.
+    Writes the autoencoder's normalized mean latents and the text encoder's features as bf16 .safetensors files;
+    docs/data.md describes the format. If the command is interrupted, run it again: it continues after the complete
+    files, and the result is the same to the byte. Unreadable clips are skipped and listed, and more than `--max-bad` of
+    them are an error.
 
     Example: `longvideo data encode footage/manifest.jsonl --model tiny --out encoded --chunks 4`
 
-    On four machines: `longvideo data encode ... --shard-of 0/4`, then `1/4`, `2/4` and `3/4`, into one shared folder.
+    On four machines with a shared folder: `longvideo data encode ... --shard-of 0/4`, `1/4`, `2/4` and `3/4`.
     """
     from rich.console import Console
 
@@ -239,7 +249,10 @@ def encode_share(
     max_bad: int | None,
     console: Console,
 ) -> None:
-    """Encode what is missing of a share; each encoder is loaded only if something is."""
+    """Encode the missing shards of a share. An encoder is loaded only if it is needed.
+
+    max_bad: number of unreadable clips to skip before stopping; None is 1 % of the clips, but at least 10.
+    """
     import torch
 
     from longvideo.data.encoded import LATENTS, TEXT
@@ -247,17 +260,17 @@ def encode_share(
 
     num_clips = sum(len(shard.numbers) for shard in plan.info.latents_shards[share])
     if max_bad is None:
-        # a share of which nothing can be read is never fine
+        # a share without any readable clip is always an error
         max_bad = min(max(BAD_CLIPS, int(BAD_SHARE * num_clips)), max(0, num_clips - 1))
     text, latents = (missing_shards(plan, kind, share) for kind in (TEXT, LATENTS))
 
     def on_skip(clip: SkippedClip) -> None:
         console.print(f"left out clip {clip.number}: {clip.why}", highlight=False, soft_wrap=True)
 
-    with _progress(console) as progress:
+    with items_progress(console) as progress:
         if text:
             bar = progress.add_task("captions encoded", total=sum(len(shard.numbers) for shard in text))
-            # as in training: features in bf16 on a GPU, in fp32 on a CPU
+            # as in training: bf16 features on a GPU, fp32 features on a CPU
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             text_encoder = folder.load_text_encoder(device=device, dtype=dtype)
             encode_captions(plan, text, text_encoder, on_caption=lambda: progress.advance(bar))
@@ -277,10 +290,10 @@ def encode_share(
                 on_skip=on_skip,
             )
     skipped = len(skipped_clips(plan, share))
-    whose = f"share {share} of {plan.info.shares}: " if plan.info.shares > 1 else ""
-    before = "" if text or latents else ", all of them from before"
+    label = f"share {share} of {plan.info.shares}: " if plan.info.shares > 1 else ""
+    before = "" if text or latents else ", all encoded before"
     console.print(
-        f"{plan.out}: {whose}{_count(num_clips - skipped, 'clip')}{before}, {skipped} damaged and left out",
+        f"{plan.out}: {label}{_count(num_clips - skipped, 'clip')}{before}, {skipped} damaged and left out",
         highlight=False,
         soft_wrap=True,
     )
@@ -296,7 +309,7 @@ def write_shapeworld(
     split: Literal["train", "heldout"],
     size: tuple[int, int],
 ) -> None:
-    """Write a data set; the manifest comes last, so a folder with a manifest is complete."""
+    """Write a ShapeWorld data set. The manifest is written last, so a folder with a manifest is complete."""
     from rich.console import Console
 
     from longvideo.data.manifest import VideoEntry, write_manifest
@@ -308,28 +321,21 @@ def write_shapeworld(
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
     entries: list[VideoEntry] = []
-    with _progress(console) as progress:
+    with items_progress(console) as progress:
         for i in progress.track(range(num_clips), description="ShapeWorld videos"):
             script = sample_script(first_seed + i, split=split, num_shots=num_shots, num_chunks=num_chunks)
             video = Path("videos") / f"{i:06d}.mp4"
             write_video(folder / video, render_script(script, height=size[0], width=size[1]), fps=FPS)
             entries.append(VideoEntry(video, FPS, script.num_frames, _shot_entries(script)))
     write_manifest(manifest, entries)
-    console.print(f"{num_clips} videos of {entries[0].num_frames / FPS:.2f} s, described in {manifest}")
+    console.print(f"{num_clips} videos of {entries[0].num_frames / FPS:.2f} s, with captions in {manifest}")
 
 
 def _parse_share(text: str) -> tuple[int, int]:
     share, slash, shares = text.partition("/")
     if not (slash and share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
-        raise UserError(f"--shard-of is {text!r}, wanted I/N with I from 0 to N - 1, such as 0/4")
+        raise UserError(f"--shard-of is {text!r}, expected I/N with I from 0 to N - 1; use 0/4, for example")
     return int(share), int(shares)
-
-
-def _progress(console: Console) -> Progress:
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 def _count(number: int, noun: str) -> str:
@@ -344,6 +350,6 @@ def _shot_entries(script: SceneScript) -> tuple[ShotEntry, ...]:
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; give a folder")
+        raise UserError(f"--output {folder} is a file; use a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output {folder} is not empty; choose another folder or add --overwrite")
+        raise UserError(f"--output {folder} is not empty; use another folder or add --overwrite")

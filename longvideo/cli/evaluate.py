@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longvideo.cli.evaluation_output import check_results_folder, print_report, progress_bar, score_table
+from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
 from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
 from longvideo.cli.model_options import AttentionFormat, Device, KVCacheFormat, Precision
 from longvideo.cli.output import OUTPUT
+from longvideo.cli.progress import items_progress
 from longvideo.errors import UserError
 from longvideo.files import check_target, write_json
 
@@ -60,7 +61,7 @@ def judge(
     if out is not None:
         check_target(out)
     console = Console(stderr=True)
-    with progress_bar(console) as progress:
+    with items_progress(console) as progress:
         bar = progress.add_task("scenes judged", total=num)
         results = measure_judge(num, seed=seed, on_scene=lambda: progress.advance(bar))
     console.print(score_table("condition", {result.condition: result.scores for result in results}))
@@ -144,7 +145,7 @@ def shapeworld(
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work: a folder that cannot be created is an error at once
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar(console) as progress:
+    with items_progress(console) as progress:
         bar = progress.add_task("videos", total=len(tasks))
 
         def counted() -> Iterator[tuple[Task, np.ndarray]]:
@@ -203,7 +204,7 @@ def switches(
     out.mkdir(parents=True, exist_ok=True)
     console, record, rows = Console(stderr=True), {}, {}
     strips: list[tuple[int, np.ndarray, str]] = []
-    with progress_bar(console) as progress:
+    with items_progress(console) as progress:
         bar = progress.add_task("switches", total=num * len(modes))
         for name in modes:
             results = []

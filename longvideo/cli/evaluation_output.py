@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
 
     from longvideo.evaluation.shapeworld import EvaluationReport, Score
@@ -46,13 +45,6 @@ def check_target_below(target: Path, *, overwrite: bool) -> None:
     """Raise WriteError for a file that cannot be written. A missing folder is accepted: it is created later."""
     if target.parent.exists():
         check_target(target, overwrite=overwrite)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Return a progress display that counts items and estimates the remaining time."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    return Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
 
 def score_table(corner: str, rows: Mapping[str, Mapping[str, Score]], names: Sequence[str] | None = None) -> Table:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from longvideo.cli.evaluation_output import check_target_below, progress_bar
+from longvideo.cli.evaluation_output import check_target_below
 from longvideo.cli.model_options import AttentionFormat, Device, KVCacheFormat, Precision, warn_of_missing_quotes
 from longvideo.cli.output import OUTPUT
+from longvideo.cli.progress import items_progress
 from longvideo.errors import UserError
 
 
@@ -64,7 +65,7 @@ def sheet(
     # before the work: a folder that cannot be created is an error at once
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    with progress_bar(console) as progress:
+    with items_progress(console) as progress:
         clips = [np.concatenate(list(stream)) for stream in progress.track(streams, description="clips")]
     write_showcase(clips, shown, targets, fps=pipeline.fps)
     console.print(f"written: {', '.join(map(str, targets))}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Videos for `longvideo eval`: made for its tasks, or read from a folder."""
+"""Videos for `longvideo eval`: generated for its tasks, or read from a folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import SwitchMode
 
-SWITCH_CHUNKS = 4  # before a change of prompt and after it
+SWITCH_CHUNKS = 4
+"""Chunks before a change of prompt, and after it."""
 
 
 def generate_videos(
     pipeline: StreamingPipeline, tasks: list[Task], *, batch: int, steps: int | None, guidance: float | None
 ) -> Iterator[tuple[Task, np.ndarray]]:
-    """Make every task's video, `batch` of them together."""
+    """Yield each task with its generated video, uint8 [T, H, W, 3]. batch: videos that are generated together."""
     from longvideo.evaluation.shapeworld import make_videos
 
     if batch == 1:
@@ -47,7 +48,7 @@ def generate_videos(
 def show_switch(
     pipeline: StreamingPipeline, task: SwitchTask, mode: SwitchMode, steps: int | None
 ) -> tuple[SwitchResult, np.ndarray]:
-    """Make a video of two prompts and judge it; return its frames too."""
+    """Generate a video whose prompt changes, and judge it; return the result and the frames around the change."""
     import numpy as np
 
     from longvideo.evaluation.switches import judge_switch
@@ -74,7 +75,7 @@ def show_switch(
 
 
 def read_tasks(folder: Path) -> list[Task]:
-    """Turn a folder's manifest.jsonl into tasks; the captions say what each shot should show."""
+    """Return the tasks of a folder's manifest.jsonl; the captions describe the expected content of each shot."""
     from longvideo.data.manifest import read_manifest
     from longvideo.evaluation.request import read_caption
     from longvideo.evaluation.shapeworld import Task
@@ -89,7 +90,8 @@ def read_tasks(folder: Path) -> list[Task]:
 
 
 def read_videos(folder: Path, tasks: list[Task]) -> Iterator[tuple[Task, np.ndarray]]:
-    """Read the videos of `read_tasks` at the judge's frame rate, from the first shot's start to the last one's end."""
+    """Yield the tasks of `read_tasks` with their videos, at the judge's frame rate and without frames before the first
+    shot and after the last one."""
     from longvideo.data.manifest import read_manifest
     from longvideo.data.video import read_video
     from longvideo.evaluation.shapeworld import FPS

@@ -1,4 +1,4 @@
-"""`longvideo info`: what a model folder holds, and whether its weights fit its configuration."""
+"""`longvideo info`: print the contents of a model, and check that its weights fit its configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longvideo.cli.model_options import Entry
-from longvideo.cli.printing import printable
+from longvideo.cli.printing import printable, shown_size
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
 
 MILLION, BILLION = 1e6, 1e9
-MEBIBYTE, GIBIBYTE = 2**20, 2**30
 DTYPES = {
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
@@ -31,7 +30,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class PartReport:
-    """One part of a folder as its headers describe it. problem: why its weights do not fit, or None."""
+    """A part of a model, from the headers of its files. problem: why the weights do not fit, or None."""
 
     name: str
     kind: str
@@ -43,9 +42,11 @@ class PartReport:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder or file of any known format, or a hub id.")] = "tiny",
+    model: Annotated[
+        str, typer.Argument(help="`tiny`, a folder or file of any known format, or a Hugging Face id.")
+    ] = "tiny",
     base: Annotated[
-        str | None, typer.Option(help="Model from which the parts that MODEL lacks come, and which a LoRA is added to.")
+        str | None, typer.Option(help="Model that provides the parts missing from MODEL, and to which a LoRA is added.")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings to show: `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: its own]")
@@ -53,21 +54,21 @@ def info(
     entry: Entry = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what a model on disk is: its format, parts, sizes, geometry and default settings, and what it lacks.
+    """Show the format, parts, sizes, geometry and default settings of a model, and its missing parts.
 
-    The format is recognised by content; see `longvideo convert --help` for those that are known. Compares every weight
-    file with the configuration beside it, from the headers alone, so it is quick and needs no memory for the weights.
-    Ends with code 2 when something is damaged or does not fit.
+    The format is recognized by content; `longvideo convert --help` lists the known formats. Only headers of weight
+    files are read and compared with the configuration, which is fast and needs no memory for weights. The exit code is
+    2 if a file is damaged or does not fit.
 
     `longvideo info Wan2.2-TI2V-5B`
 
     `longvideo info model_bf16.pt --base Wan2.2-TI2V-5B`
     """
-    from longvideo.checkpoint.folder import ModelFolder, NeedsBase
+    from longvideo.checkpoint.folder import MissingBase, ModelFolder
 
     try:
         folder = ModelFolder.open(model, base=base, preset=preset, entry=entry)
-    except NeedsBase as error:
+    except MissingBase as error:
         _print_adapter(model, error.adapter, as_json=as_json)
         return
     parts = [describe_part(folder, part) for part in folder.parts]
@@ -92,7 +93,7 @@ def info(
 
 
 def describe_part(folder: ModelFolder, part: str) -> PartReport:
-    """Read the headers of one part and compare them with the module that its config describes."""
+    """Read the headers of a part, and compare them with the module of its configuration."""
     from longvideo.checkpoint.packed import num_represented
 
     weights = folder.weights(part)
@@ -123,7 +124,7 @@ def _stored_as(name: str, dtype: torch.dtype) -> str:
 
 
 def describe_geometry(folder: ModelFolder) -> dict[str, Any]:
-    """Work out latent sizes, tokens and durations; empty unless the folder has a transformer and a vae."""
+    """Return latent sizes, tokens and durations; empty unless the model has a transformer and a vae."""
     if not {"transformer", "vae"} <= set(folder.parts):
         return {}
     settings, spec = folder.settings, folder.spec
@@ -161,28 +162,25 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
             escape(printable(part.kind)),
             _count(part.num_parameters),
             ", ".join(part.dtypes),
-            _size(part.num_bytes),
+            shown_size(part.num_bytes),
             "fit" if part.problem is None else "[red]do not fit[/red]",
         )
     total = sum(part.num_parameters for part in parts), sum(part.num_bytes for part in parts)
     table.add_section()
-    table.add_row("all", "", _count(total[0]), "", _size(total[1]), "")
+    table.add_row("all", "", _count(total[0]), "", shown_size(total[1]), "")
     console.print(table)
     console.print(_settings_table(folder, geometry))
     for key, note in folder.notes.items():
         console.print(printable(f"{key}: {note}"), markup=False, highlight=False)
     if folder.missing:
-        console.print(f"no {', no '.join(folder.missing)}: videos need a base that has them (--base)", highlight=False)
+        missing = " and ".join(folder.missing)
+        console.print(f"missing: {missing}; to generate videos, use --base with a model that has them", highlight=False)
     for file, reason in folder.unused.items():
         console.print(printable(f"not used: {file.name}, {reason}"), markup=False, highlight=False)
 
 
 def _count(number: int) -> str:
     return f"{number / BILLION:,.2f} B" if number >= BILLION else f"{number / MILLION:,.2f} M"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIBIBYTE:,.2f} GiB" if num_bytes >= GIBIBYTE else f"{num_bytes / MEBIBYTE:,.1f} MiB"
 
 
 def _print_adapter(model: str, adapter: StoredAdapter, *, as_json: bool) -> None:
@@ -196,7 +194,7 @@ def _print_adapter(model: str, adapter: StoredAdapter, *, as_json: bool) -> None
         typer.echo(json.dumps({"path": model, "format": "LoRA", **facts}, indent=2))
         return
     listed = ", ".join(f"{name} {value:g}" for name, value in facts.items())
-    typer.echo(f"{model}: LoRA; {listed}; give the model it belongs to as --base")
+    typer.echo(f"{model}: LoRA; {listed}; use --base with the model that it belongs to")
 
 
 def _settings_table(folder: ModelFolder, geometry: dict[str, Any]) -> Any:
@@ -204,19 +202,19 @@ def _settings_table(folder: ModelFolder, geometry: dict[str, Any]) -> Any:
 
     settings = folder.settings
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("picture", f"{settings.width} x {settings.height} pixels, {settings.fps} frames a second")
+    table.add_row("picture", f"{settings.width} x {settings.height} pixels, {settings.fps} frames per second")
     if geometry:
         latent = f"{geometry['latent_channels']} x {geometry['latent_height']} x {geometry['latent_width']}"
-        tokens = f"{geometry['tokens_per_frame']} tokens a latent frame, {geometry['tokens_per_chunk']} a chunk"
+        tokens = f"{geometry['tokens_per_frame']} tokens per latent frame, {geometry['tokens_per_chunk']} per chunk"
         table.add_row("latent frame", f"{latent} (channels, height, width); {tokens}")
         table.add_row(
             "chunk",
             f"{settings.chunk_frames} latent frames = {geometry['chunk_pixel_frames']} frames"
             f" = {geometry['chunk_seconds']:.2f} s; the first has {geometry['first_chunk_pixel_frames']} frames",
         )
-    pin = ", first chunk of the shot kept" if settings.pin_shots else ""
+    pin = ", with the first chunk of the shot as pin" if settings.pin_shots else ""
     table.add_row("window", f"{settings.window_frames} latent frames, {settings.sink_frames} of them sink{pin}")
-    table.add_row("position offset", f"{settings.offset_per_shot} latent frames a cut")
+    table.add_row("position offset", f"{settings.offset_per_shot} latent frames per cut")
     table.add_row("text", f"{settings.text_len} positions")
     defaults = f"{settings.steps} steps, guidance {settings.guidance:g}, shift {settings.shift:g}"
     table.add_row("defaults", defaults)

@@ -1,4 +1,4 @@
-"""Show the progress of work on bytes: a bar on a terminal, a line for every tenth elsewhere."""
+"""A bar of bytes on a terminal; elsewhere a line for every tenth."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
     from longvideo.checkpoint.conversion import Progress
 
 TENTHS = 10
-MIN_BYTES_FOR_LINES = 10**9
-"""Smallest total for which lines are printed; less is finished before a line is read."""
+WORTH_LINES = 10**9
+"""Bytes; what is less is done before a line is read."""
 
 
 @contextmanager
 def bytes_progress(label: str) -> Iterator[Progress]:
-    """Show the number of finished bytes, the total, the speed and the remaining time. label: name of the work."""
+    """Show how many bytes of how many are done, how fast, and how long it will take."""
     from longvideo.checkpoint.conversion import Progress
 
     if not sys.stderr.isatty():
@@ -34,6 +37,14 @@ def bytes_progress(label: str) -> Iterator[Progress]:
         yield Progress(lambda total: bars.update(task, total=total), lambda count: bars.advance(task, count))
 
 
+def items_progress(console: Console) -> Bars:
+    """Return a progress display that counts items and estimates the remaining time."""
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(*Bars.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+
+
 class _Lines:
     def __init__(self, label: str) -> None:
         self.label, self.total, self.done = label, 0, 0
@@ -43,5 +54,5 @@ class _Lines:
 
     def add(self, count: int) -> None:
         before, self.done = self.done, self.done + count
-        if self.total > MIN_BYTES_FOR_LINES and self.done * TENTHS // self.total > before * TENTHS // self.total:
+        if self.total > WORTH_LINES and self.done * TENTHS // self.total > before * TENTHS // self.total:
             print(f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB", file=sys.stderr, flush=True)

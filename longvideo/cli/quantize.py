@@ -1,4 +1,4 @@
-"""`longvideo quantize`: pack a model's transformer into 4 bits."""
+"""`longvideo quantize`: pack a model's transformer to 4 bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.cli.printing import shown_size
 from longvideo.cli.progress import bytes_progress
 from longvideo.errors import UserError
 
@@ -21,18 +22,18 @@ RULES = ("adaptive", "static6", "static4", "adaptive-abs", "adaptive-max")
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="`tiny`, a model folder, or a Hugging Face id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    rule: Annotated[str, typer.Option(help=f"How a group's scale is found: {', '.join(RULES)}.")] = "adaptive",
+    rule: Annotated[str, typer.Option(help=f"Rule for the scale of a group: {', '.join(RULES)}.")] = "adaptive",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Layers that stay as they are, by official name; `*` stands for anything. May be repeated."),
+        typer.Option(help="Official names of layers that are not packed; `*` matches any text. Can be repeated."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
-    """Pack the transformer's weights into NVFP4: 4 bits and an 8-bit scale for every 16 of them.
+    """Pack the transformer's weights to NVFP4: 4 bits for each weight and an 8-bit scale for each group of 16.
 
-    All linear layers inside the blocks are packed; embeddings, modulation, head and norms stay as they are, and so do
-    the autoencoder and the text encoder. Prints how much smaller the transformer is, and the error of each kind of
-    layer. The folder is used like any other: `longvideo generate --model DST`.
+    All linear layers of the blocks are packed. Embeddings, modulation, head and norms are not changed, nor are the
+    autoencoder and the text encoder. Prints the size of the transformer before and after, and the error of each kind of
+    layer. DST is used like any other model: `longvideo generate --model DST`.
 
     `longvideo quantize tiny tiny-nvfp4`
 
@@ -40,34 +41,32 @@ def quantize(
     """
     from dataclasses import replace
 
-    from longvideo.checkpoint.conversion import Wishes, convert_model
+    from longvideo.checkpoint.conversion import ConversionOptions, convert_model
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.kernels.nvfp4 import reference
     from longvideo.quantization.linear import CODES
 
     if rule not in RULES:
-        raise UserError(f"--rule {rule!r} is unknown; use one of {', '.join(RULES)}")
+        raise UserError(f"--rule {rule!r} is not a scaling rule; use one of {', '.join(RULES)}")
     folder = ModelFolder.open(source)
     if folder.is_packed:
-        raise UserError(f"{folder.path} is packed already; quantise the folder it was made from")
+        raise UserError(f"{folder.path} has packed 4-bit weights; quantize the model that they were made from")
     errors: dict[str, list[float]] = {}
 
     def on_packed(layer: str, weight: Tensor, packed: NVFP4Tensor) -> None:
         error = (reference.dequantize(packed) - weight).norm() / weight.float().norm()
         errors.setdefault(layer.split(".", 2)[2], []).append(float(error))
 
-    wishes = Wishes(precision="nvfp4", rule=rule, keep=tuple(keep or ()))
+    options = ConversionOptions(precision="nvfp4", rule=rule, keep=tuple(keep or ()))
     with bytes_progress("packing") as progress:
-        convert_model(folder, destination, wishes, overwrite=overwrite, progress=replace(progress, on_packed=on_packed))
+        convert_model(
+            folder, destination, options, overwrite=overwrite, progress=replace(progress, on_packed=on_packed)
+        )
     for kind, values in errors.items():
         print(f"{kind}: relative error {100 * min(values):.1f} to {100 * max(values):.1f} %")
     result = ModelFolder.open(destination)
     before, after = (model.weights("transformer").num_bytes for model in (folder, result))
     num_layers = sum(name.endswith(f".{CODES}") for name in result.weights("transformer").infos)
     if sum(map(len, errors.values())) < num_layers:
-        print("layers that an earlier, interrupted command had packed are not among these")
-    print(f"{destination}: {num_layers} layers packed, transformer {_size(before)} -> {_size(after)}")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+        print("these do not include the layers that an earlier, interrupted command has packed")
+    print(f"{destination}: {num_layers} layers packed, transformer {shown_size(before)} -> {shown_size(after)}")

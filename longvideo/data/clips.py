@@ -1,11 +1,11 @@
-"""Training clips out of a manifest: windows of whole chunks, each chunk with the caption of its shot.
+"""Training clips from a manifest: sequences of whole chunks, each chunk with the caption of its shot.
 
-A clip of G chunks has 29 + 32 (G - 1) pixel frames at the model's rate. Windows begin at multiples of 32 frames: the
-chunk boundaries inside them, 29 + 32 k after the window's first frame, then fall on those of the whole video, so cuts
-that lie on chunk boundaries stay there.
+A clip of G chunks has 29 + 32 (G - 1) pixel frames at the model's frame rate. Clips begin at multiples of 32 frames, so
+the chunk boundaries of a clip, 29 + 32 k frames after its first frame, are chunk boundaries of the whole video, and
+cuts on chunk boundaries stay there.
 
-The files of a sample are one video. Each of them gives whole chunks and what is left at its end is dropped, so the cuts
-between files lie on chunk boundaries whatever the lengths of the files are.
+The files of a sample form one video. Only whole chunks of each file are used, and the remaining frames at its end are
+dropped, so the cuts between files are on chunk boundaries for files of any length.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChunkFrames:
-    """Pixel frames of the first chunk and of each later one."""
+    """Number of pixel frames of the first chunk and of each later chunk."""
 
     first: int = 29
     later: int = 32
 
     @classmethod
     def of_latents(cls, latent_frames: int, temporal_scale: int) -> ChunkFrames:
-        """Sizes of chunks of so many latent frames; the first latent frame of a video holds one pixel frame."""
+        """Return the sizes of chunks of `latent_frames`. The first latent frame of a video encodes one pixel frame."""
         return cls((latent_frames - 1) * temporal_scale + 1, latent_frames * temporal_scale)
 
     def start(self, chunk: int) -> int:
-        """First frame of a chunk, and so the number of frames of all chunks before it."""
+        """Return the first frame of a chunk, which is the number of frames of all chunks before it."""
         return 0 if chunk == 0 else self.first + (chunk - 1) * self.later
 
     def whole(self, num_frames: int) -> int:
-        """Frames of the whole chunks that so many frames hold."""
+        """Return the number of frames of the whole chunks in `num_frames`."""
         return 0 if num_frames < self.first else num_frames - (num_frames - self.first) % self.later
 
 
 @dataclass(frozen=True)
 class Footage:
-    """A stretch of one file: `num_frames` frames at the clip's rate, from `start_seconds` on."""
+    """A stretch of one file: `num_frames` frames at the clip's frame rate, from `start_seconds` on."""
 
     video: Path
     start_seconds: float
@@ -58,9 +58,10 @@ class Footage:
 
 @dataclass(frozen=True)
 class ClipReference:
-    """Where a clip lies: enough to read it, cheap enough to shuffle and share out by the million.
+    """The place of a clip in its video files, small enough to shuffle and distribute millions of them.
 
-    footage: shown one after the other; one stretch, or several where a clip goes on in the next file of its sample.
+    footage: stretches in the order of time; several if a clip continues in the next file of its sample. captions: one
+    for each chunk. cuts: for each chunk, whether it begins a shot.
     """
 
     footage: tuple[Footage, ...]
@@ -80,7 +81,7 @@ class ClipReference:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 [T, H, W, 3], and for each chunk its caption and whether it begins a shot."""
+    """A clip in memory. frames: uint8 [T, H, W, 3]. captions, cuts: as in `ClipReference`."""
 
     frames: Tensor
     captions: tuple[str, ...]
@@ -89,7 +90,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class FilePlace:
-    """Frames [begin, end) of a sample, at the model's rate, are those of one file; none if it is too short."""
+    """The frames [begin, end) of a sample, at the model's frame rate, that one file provides; empty if too short."""
 
     entry: VideoEntry
     begin: int
@@ -99,10 +100,10 @@ class FilePlace:
 def plan_clips(
     entries: Sequence[VideoEntry], *, num_chunks: int, fps: float = 24.0, chunks: ChunkFrames | None = None
 ) -> list[ClipReference]:
-    """List the clips of `num_chunks` chunks in all videos, in order and without overlap.
+    """Return the clips of `num_chunks` chunks in all videos, in order and without overlap.
 
-    A chunk belongs to the shot that covers most of it; windows with a chunk that no shot covers to at least a half are
-    left out. Raises UserError when no video is long enough.
+    A chunk gets the caption of the shot that covers most of it. A clip is left out if no shot covers at least half of
+    one of its chunks. Raises UserError if no video is long enough.
     """
     chunks = chunks or ChunkFrames()
     references = [
@@ -111,19 +112,22 @@ def plan_clips(
         for reference in sample_clips(lay_out(sample, fps=fps, chunks=chunks), num_chunks, fps=fps, chunks=chunks)
     ]
     if not references:
-        wanted = chunks.start(num_chunks) / fps
-        raise UserError(f"none of {len(entries)} videos has a captioned stretch of {wanted:.2f} s; use fewer chunks")
+        expected = chunks.start(num_chunks) / fps
+        raise UserError(
+            f"none of the {len(entries)} videos has {expected:.2f} s with captions, the length of {num_chunks} chunks;"
+            " use fewer chunks"
+        )
     return references
 
 
 def group_samples(entries: Iterable[VideoEntry]) -> list[tuple[VideoEntry, ...]]:
-    """Put the entries of each sample together; an entry without one stands alone."""
+    """Group the entries of each sample; an entry without a sample forms its own group."""
     named = ((entry.sample or number, entry) for number, entry in enumerate(entries))
     return [tuple(entry for _, entry in group) for _, group in groupby(named, lambda pair: pair[0])]
 
 
 def lay_out(sample: Sequence[VideoEntry], *, fps: float, chunks: ChunkFrames) -> list[FilePlace]:
-    """Place the files of a sample one after the other, each with its whole chunks."""
+    """Return the frames of a sample that each of its files provides, in whole chunks and one file after another."""
     places: list[FilePlace] = []
     begin = 0
     for entry in sample:
@@ -134,7 +138,7 @@ def lay_out(sample: Sequence[VideoEntry], *, fps: float, chunks: ChunkFrames) ->
 
 
 def frames_at(entry: VideoEntry, fps: float) -> int:
-    """Number of frames that reading the video at `fps` gives."""
+    """Return the number of frames of a video that is read at `fps`."""
     last = (entry.num_frames - 0.5) / entry.fps
     return int(last * fps - 1e-6) + 1
 
@@ -142,7 +146,7 @@ def frames_at(entry: VideoEntry, fps: float) -> int:
 def sample_clips(
     places: Sequence[FilePlace], num_chunks: int, *, fps: float, chunks: ChunkFrames
 ) -> list[ClipReference]:
-    """List the clips of one sample; see `plan_clips`."""
+    """Return the clips of one sample; see `plan_clips`."""
     begins = range(0, places[-1].end - chunks.start(num_chunks) + 1, num_chunks * chunks.later)
     references = (_reference(places, begin, num_chunks=num_chunks, fps=fps, chunks=chunks) for begin in begins)
     return [reference for reference in references if reference is not None]
@@ -151,15 +155,15 @@ def sample_clips(
 def read_clip(
     reference: ClipReference, *, size: tuple[int, int], fps: float = 24.0, chunks: ChunkFrames | None = None
 ) -> Clip:
-    """Read one clip at `fps` and `size` (height, width)."""
-    wanted = (chunks or ChunkFrames()).start(len(reference.captions))
-    assert sum(footage.num_frames for footage in reference.footage) == wanted, "planned with other chunks"
+    """Read a clip. size: height and width in pixels. fps: frames per second."""
+    expected = (chunks or ChunkFrames()).start(len(reference.captions))
+    assert sum(footage.num_frames for footage in reference.footage) == expected, "planned with other chunks"
     frames = [_read_footage(footage, size=size, fps=fps) for footage in reference.footage]
     return Clip(torch.cat(frames), reference.captions, reference.cuts)
 
 
 def read_frames(reference: ClipReference, first: int, last: int, *, size: tuple[int, int], fps: float = 24.0) -> Tensor:
-    """Read frames [first, last) of a clip and no others: uint8 [last - first, H, W, 3]."""
+    """Read only the frames [first, last) of a clip: uint8 [last - first, H, W, 3]."""
     parts, begin = [], 0
     for footage in reference.footage:
         start, stop = max(first, begin), min(last, begin + footage.num_frames)
@@ -169,23 +173,23 @@ def read_frames(reference: ClipReference, first: int, last: int, *, size: tuple[
             parts.append(_read_footage(part, size=size, fps=fps))
         begin += footage.num_frames
     if not 0 <= first < last <= begin:
-        raise UserError(f"frames {first} to {last} of a clip that has {begin}; wanted 0 <= first < last")
+        raise UserError(f"frames {first} to {last} of a clip of {begin} frames; expected 0 <= first < last <= {begin}")
     return torch.cat(parts)
 
 
 def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int], fps: float = 24.0) -> Iterator[Clip]:
-    """Read clips one after the other."""
+    """Read clips one after another."""
     for reference in references:
         yield read_clip(reference, size=size, fps=fps)
 
 
 def _read_footage(footage: Footage, *, size: tuple[int, int], fps: float) -> Tensor:
-    start, wanted = footage.start_seconds, footage.num_frames
-    frames = read_video(footage.video, fps=fps, size=size, start_seconds=start, max_frames=wanted)
-    if len(frames) < wanted:
+    start, expected = footage.start_seconds, footage.num_frames
+    frames = read_video(footage.video, fps=fps, size=size, start_seconds=start, max_frames=expected)
+    if len(frames) < expected:
         raise UserError(
-            f"{footage.video} has {len(frames)} frames after {start:.2f} s, wanted {wanted}; "
-            "its manifest line promises more frames than the file holds"
+            f"{footage.video} has {len(frames)} frames after {start:.2f} s, expected {expected}; correct num_frames in"
+            " its line of the manifest"
         )
     return frames
 
@@ -206,7 +210,7 @@ def _reference(
 
 
 def _footage(places: Sequence[FilePlace], begin: int, end: int, fps: float) -> tuple[Footage, ...]:
-    """The stretches of files that make frames [begin, end) of a sample."""
+    """Return the stretches of files that provide the frames [begin, end) of a sample."""
     stretches: list[Footage] = []
     for place in places:
         first, last = max(begin, place.begin), min(end, place.end)
@@ -216,7 +220,7 @@ def _footage(places: Sequence[FilePlace], begin: int, end: int, fps: float) -> t
 
 
 def _main_shot(places: Sequence[FilePlace], span: tuple[float, float], fps: float) -> tuple[int, int] | None:
-    """The file and shot that cover most of the seconds of `span`, if they cover half of them."""
+    """Return the file and shot that cover most of `span` (seconds); None if they cover less than half of it."""
     covered: dict[tuple[int, int], float] = {}
     for file, place in enumerate(places):
         begin, end = place.begin / fps, place.end / fps

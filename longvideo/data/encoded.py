@@ -1,14 +1,18 @@
-"""Encoded clips on disk: their format, and reading them back a few frames at a time.
+"""Encoded clips on disk: the format of the folder, and reading a few latent frames at a time.
 
-A folder holds `dataset.json`, shards `latents-00000-of-00012.safetensors` with one tensor `clip/<number>/latents` for
-each clip, bf16 [T, C, H, W], frames first so that a slice of frames is one contiguous read, beside each of them a
-`.jsonl` with a line for each clip, and shards `text-00000-of-00003.safetensors` with one tensor `text/<sha256 of the
-caption>` for each distinct caption, bf16 [length, D], as long as its tokens are.
+A folder contains:
 
-Clips, and likewise captions, are dealt out: share I of N has numbers I, I + N, I + 2N and so on, and its shards hold
-them in that order, a fixed number each. Which file holds what follows from dataset.json alone.
+- `dataset.json`;
+- shards `latents-00000-of-00012.safetensors` with one tensor `clip/<number>/latents` for each clip, bf16 [T, C, H, W].
+  Frames are the first axis, so a range of frames is one contiguous read;
+- for each of these an index `latents-00000-of-00012.jsonl` with one line for each clip;
+- shards `text-00000-of-00003.safetensors` with one tensor `text/<sha256 of the caption>` for each distinct caption,
+  bf16 [number of tokens, D].
 
-Legend: T latent frames of a clip, t those that are read, C channels, H W latent grid, J text positions, D text width.
+Clips and captions are divided into shares: share I of N has the numbers I, I + N, I + 2N and so on. Its shards store
+them in that order, with a fixed number of items each, so dataset.json alone determines the contents of every file.
+
+Legend: T latent frames of a clip, t latent frames to read, C channels, H W latent grid, J text positions, D text width.
 """
 
 from __future__ import annotations
@@ -59,18 +63,20 @@ MOST = {
     "clips_per_shard": 2**62,
     "captions_per_shard": 2**62,
 }
-"""Beyond these dataset.json is a mistake, and planning what it says would take all memory."""
+"""Largest allowed values of dataset.json; larger ones are mistakes that could exhaust the memory."""
 FINGERPRINT = "dataset"
-"""Key in the header of every shard: the fingerprint of the dataset.json that it belongs to."""
+"""Key in the header of every shard, for the fingerprint of the dataset.json that it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """dataset.json: what the clips are, what they were made of, and how they lie in shards.
+    """The contents of dataset.json: size and origin of the clips, and their division into shards.
 
-    num_clips, num_captions: planned; a clip that could not be read is among them. num_chunks: of each clip, of
-    chunk_frames latent frames each. fps, height, width: of the pixels. precision: in which the encoders computed.
-    shares: in how many the work was divided. model: what was given as the model, for people to read.
+    num_clips, num_captions: planned numbers, clips that could not be read included. num_chunks: chunks of each clip.
+    chunk_frames: latent frames of a chunk. fps, height, width: of the videos, in frames per second and pixels.
+    channels, latent_height, latent_width: of the latents. text_len: text positions, tokens. text_dim: width of text
+    features. precision: in which the encoders computed. manifest_sha256, vae_sha256, text_encoder_sha256: digests of
+    the files that the data set was made from. shares: number of parts of the work. model: name of the model, as a note.
     """
 
     version: int = FORMAT_VERSION
@@ -103,7 +109,9 @@ class DatasetInfo:
             ("captions_per_shard", self.num_captions, self.captions_per_shard),
         ):
             if items // per_shard > MAX_SHARDS:
-                raise ConfigError(f"{name}={per_shard} divides {items} into more than {MAX_SHARDS} files")
+                raise ConfigError(
+                    f"{name}={per_shard} divides {items} items into more than {MAX_SHARDS} files; use a larger number"
+                )
 
     @property
     def num_frames(self) -> int:
@@ -112,29 +120,34 @@ class DatasetInfo:
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
-        """Of a clip as stored: [T, C, H, W]."""
+        """Shape of a stored clip, [T, C, H, W]."""
         return self.num_frames, self.channels, self.latent_height, self.latent_width
 
     @property
     def fingerprint(self) -> str:
-        """A digest of everything but `model`: two runs that share it write the same bytes."""
+        """Digest of all values except `model`: two runs with the same digest write the same bytes."""
         values = asdict(self)
         del values["model"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def latents_shards(self) -> list[list[Shard]]:
-        """The shards of each share."""
-        return _deal(LATENTS, self.num_clips, self.clips_per_shard, self.shares)
+        """Shards of latents of each share."""
+        return _plan_shards(LATENTS, self.num_clips, self.clips_per_shard, self.shares)
 
     @property
     def text_shards(self) -> list[list[Shard]]:
-        return _deal(TEXT, self.num_captions, self.captions_per_shard, self.shares)
+        """Shards of text features of each share."""
+        return _plan_shards(TEXT, self.num_captions, self.captions_per_shard, self.shares)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of `kind`, and the numbers of the clips or captions that are planned for it."""
+    """One file of encoded items.
+
+    kind: LATENTS or TEXT. number, total: of the file among all files of its kind. numbers: of the planned clips or
+    captions.
+    """
 
     kind: str
     number: int
@@ -155,16 +168,17 @@ class Shard:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All of them, in the order in which they are written."""
+        """Names of its files, in the order in which they are written."""
         return (self.index_file, self.file) if self.kind == LATENTS else (self.file,)
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip; for each chunk its caption, and whether it begins a shot.
+    """A clip with its captions.
 
-    number: among all planned clips. num_frames: latent frames. source: the stretches of video files that it shows,
-    relative to the manifest's folder. shard: the file that holds its latents, without suffix.
+    number: among all planned clips. captions: one for each chunk. cuts: for each chunk, whether it begins a shot.
+    num_frames: latent frames. source: stretches of video files, relative to the manifest's folder. shard: name of the
+    file with its latents, without suffix.
     """
 
     number: int
@@ -177,7 +191,7 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A clip that could not be read when the data set was encoded, and why."""
+    """A clip that could not be read when the data set was encoded. why: the error."""
 
     number: int
     source: tuple[Footage, ...]
@@ -185,9 +199,9 @@ class SkippedClip:
 
 
 class EncodedDataset:
-    """Latents and text features of clips, read from disk when they are asked for. May be sent to other processes.
+    """Latents and text features of clips, read from disk on request. It can be sent to other processes.
 
-    clips: those that are there, by number. skipped: those that could not be read when they were encoded.
+    clips: available clips, by number. skipped: clips that could not be read when they were encoded.
     """
 
     def __init__(
@@ -208,9 +222,9 @@ class EncodedDataset:
 
     @classmethod
     def open(cls, path: str | Path) -> EncodedDataset:
-        """Open a folder and check that all of it is there; no tensor is read.
+        """Open a folder and check that it is complete; no tensor is read.
 
-        Raises UserError naming the file that is missing, damaged, of another version or of another run.
+        Raises UserError, naming the file, if one is missing, damaged, of another version or of another run.
         """
         path = Path(path)
         info = read_info(path)
@@ -219,19 +233,21 @@ class EncodedDataset:
         for shard in _all(path, info, info.latents_shards):
             stored = open_shard(path / shard.file, info)
             lines = read_index(path, shard)
-            here = [line for line in lines if isinstance(line, EncodedClip)]
-            _check_tensors(path / shard.file, stored, {latents_key(clip.number): info.latents_shape for clip in here})
-            clips += here
+            own = [line for line in lines if isinstance(line, EncodedClip)]
+            _check_tensors(path / shard.file, stored, {latents_key(clip.number): info.latents_shape for clip in own})
+            clips += own
             skipped += [line for line in lines if isinstance(line, SkippedClip)]
         text_files: dict[str, Path] = {}
         for shard in _all(path, info, info.text_shards):
             stored = open_shard(path / shard.file, info)
             if len(stored) != len(shard.numbers):
-                raise UserError(f"{path / shard.file} holds {len(stored)} captions, wanted {len(shard.numbers)}")
+                raise UserError(
+                    f"{path / shard.file} has {len(stored)} captions, expected {len(shard.numbers)}; encode again"
+                )
             for name, tensor in stored.items():
                 if len(tensor.shape) != 2 or tensor.shape[0] > info.text_len or tensor.shape[1] != info.text_dim:
                     raise UserError(
-                        f"{path / shard.file}: {name} has shape {list(tensor.shape)}, wanted at most"
+                        f"{path / shard.file}: {name} has shape {list(tensor.shape)}, expected at most"
                         f" {[info.text_len, info.text_dim]}; encode again"
                     )
             text_files.update(dict.fromkeys(stored, path / shard.file))
@@ -261,6 +277,7 @@ class EncodedDataset:
 
     @property
     def channels(self) -> int:
+        """Channels of the latents."""
         return self.info.channels
 
     @property
@@ -270,29 +287,34 @@ class EncodedDataset:
 
     @property
     def text_len(self) -> int:
+        """Text positions, tokens."""
         return self.info.text_len
 
     @property
     def text_dim(self) -> int:
+        """Width of text features."""
         return self.info.text_dim
 
     def latents(self, index: int, first: int, last: int) -> Tensor:
-        """Read latent frames [first, last) of `clips[index]`, and nothing else: float32 [C, t, H, W], normalised."""
+        """Read only the latent frames [first, last) of `clips[index]`: float32 [C, t, H, W], normalized."""
         clip = self.clips[index]
         if not 0 <= first < last <= clip.num_frames:
-            raise UserError(f"frames {first} to {last} of a clip that has {clip.num_frames}; wanted 0 <= first < last")
+            raise UserError(
+                f"frames {first} to {last} of a clip of {clip.num_frames} latent frames; expected"
+                f" 0 <= first < last <= {clip.num_frames}"
+            )
         stored_tCHW = self._handle(self.path / f"{clip.shard}.safetensors").get_slice(latents_key(clip.number))
         return stored_tCHW[first:last].float().transpose(0, 1).contiguous()
 
     def text(self, caption: str) -> Tensor:
-        """Read the features of a text of any clip, or of "": float32 [J, D], zero beyond its tokens.
+        """Read the features of a text of any clip, or of the empty text: float32 [J, D], zero after its tokens.
 
-        A text is a caption, or one with the words before it by which the model that encoded it announces a cut.
+        caption: a caption, or a caption with the `cut_prefix` of the model that encoded it.
         """
         key = text_key(caption)
         if key not in self._text_files:
             raise UserError(
-                f"{self.path} has no features of {caption!r}; it has those of its clips' captions and of ''"
+                f"{self.path} has no features of {caption!r}; use a caption of its clips, or the empty text"
             )
         features_JD = torch.zeros(self.info.text_len, self.info.text_dim)
         stored = self._handle(self._text_files[key]).get_tensor(key)
@@ -300,13 +322,13 @@ class EncodedDataset:
         return features_JD
 
     def check_texts(self, cut_prefix: str) -> None:
-        """Raise UserError unless the captions at cuts are encoded as a model with this prefix reads them."""
+        """Raise UserError unless the captions at cuts are also encoded with this prefix."""
         for clip in self.clips if cut_prefix else ():
             for text in video_texts(clip.captions, clip.cuts, cut_prefix=cut_prefix):
                 if text_key(text) not in self._text_files:
                     raise UserError(
-                        f"{self.path} has no features of {text!r}, which the model reads at a cut of clip"
-                        f" {clip.number} (its cut_prefix is {cut_prefix!r}); encode the clips again with this model"
+                        f"{self.path} has no features of {text!r}, which the model with cut_prefix={cut_prefix!r} reads"
+                        f" at a cut of clip {clip.number}; encode the clips again with this model"
                     )
 
     def _handle(self, file: Path) -> Any:
@@ -316,24 +338,25 @@ class EncodedDataset:
 
 
 def latents_key(number: int) -> str:
-    """Name of the tensor of a clip."""
+    """Return the name of the tensor of a clip."""
     return f"clip/{number}/latents"
 
 
 def text_key(caption: str) -> str:
-    """Name of the tensor of a caption."""
+    """Return the name of the tensor of a caption."""
     return f"text/{hashlib.sha256(caption.encode()).hexdigest()}"
 
 
 def read_info(path: Path) -> DatasetInfo:
-    """Read dataset.json. Raises UserError naming it when it is missing or of another version."""
+    """Read dataset.json. Raises UserError, naming it, if it is missing or of another version."""
     file = path / DATASET_FILE
     if not file.is_file():
-        raise UserError(f"no {DATASET_FILE} in {path}; `longvideo data encode` makes a folder of encoded clips")
+        raise UserError(f"{path} has no {DATASET_FILE}; use a folder that `longvideo data encode` wrote")
     version = read_json(file).get("version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has version {version!r}, wanted {FORMAT_VERSION}; encode again, or use the longvideo that wrote it"
+            f"{file} has version {version!r}, expected {FORMAT_VERSION}; encode again, or use the version of longvideo"
+            " that wrote it"
         )
     try:
         return load_config(DatasetInfo, [file])
@@ -344,23 +367,21 @@ def read_info(path: Path) -> DatasetInfo:
 
 
 def open_shard(file: Path, info: DatasetInfo) -> dict[str, TensorInfo]:
-    """Read the header of a shard. Raises UserError when it is missing, cut short or of another run."""
+    """Read the header of a shard. Raises UserError if it is missing, truncated or of another run."""
     weights = open_weights(file)
     if weights.metadata.get(FINGERPRINT) != info.fingerprint:
-        raise UserError(
-            f"{file} was not made for the {DATASET_FILE} beside it; encode its share again with --overwrite"
-        )
+        raise UserError(f"{file} belongs to another {DATASET_FILE}; encode its share again with --overwrite")
     return weights.infos
 
 
 def index_line(entry: EncodedClip | SkippedClip) -> str:
-    """Write a clip, or why there is none, as a line of JSON."""
+    """Return a clip, encoded or skipped, as a line of JSON."""
     source = [asdict(footage) | {"video": footage.video.as_posix()} for footage in entry.source]
     return json.dumps({key: value for key, value in (asdict(entry) | {"source": source}).items() if key != "shard"})
 
 
 def read_index(path: Path, shard: Shard) -> list[EncodedClip | SkippedClip]:
-    """Read what a shard holds and lacks. Raises CheckpointError unless it tells of every clip planned for it."""
+    """Read the index of a shard. Raises CheckpointError unless it lists every clip that is planned for the shard."""
     file = path / shard.index_file
     entries: list[EncodedClip | SkippedClip] = []
     try:
@@ -368,9 +389,11 @@ def read_index(path: Path, shard: Shard) -> list[EncodedClip | SkippedClip]:
             if line:
                 entries.append(_index_entry(json.loads(line), shard.stem))  # noqa: PERF401 - an error counts them
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}:{len(entries) + 1}: not a line of an index ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{file}:{len(entries) + 1} is not a line of an index ({error}); copy the file again"
+        ) from error
     if [entry.number for entry in entries] != list(shard.numbers):
-        raise CheckpointError(f"{file} tells of {len(entries)} clips, wanted {len(shard.numbers)}; copy the file again")
+        raise CheckpointError(f"{file} lists {len(entries)} clips, expected {len(shard.numbers)}; copy the file again")
     return entries
 
 
@@ -382,16 +405,16 @@ def _index_entry(data: dict[str, Any], stem: str) -> EncodedClip | SkippedClip:
     return EncodedClip(data["number"], captions, cuts, data["num_frames"], source, stem)
 
 
-def _deal(kind: str, num_items: int, per_shard: int, shares: int) -> list[list[Shard]]:
-    dealt = [range(share, num_items, shares) for share in range(shares)]
-    parts = [[own[i : i + per_shard] for i in range(0, len(own), per_shard)] for own in dealt]
+def _plan_shards(kind: str, num_items: int, per_shard: int, shares: int) -> list[list[Shard]]:
+    of_shares = [range(share, num_items, shares) for share in range(shares)]
+    parts = [[own[i : i + per_shard] for i in range(0, len(own), per_shard)] for own in of_shares]
     total = sum(len(own) for own in parts)
     number = count()
     return [[Shard(kind, next(number), total, numbers) for numbers in own] for own in parts]
 
 
 def _all(path: Path, info: DatasetInfo, shares: Sequence[Sequence[Shard]]) -> Iterator[Shard]:
-    """Yield the shards of all shares, after a look whether they are there."""
+    """Yield the shards of all shares. Raises UserError if a file is missing."""
     for share, shards in enumerate(shares):
         for shard in shards:
             for name in shard.files:
@@ -405,4 +428,4 @@ def _all(path: Path, info: DatasetInfo, shares: Sequence[Sequence[Shard]]) -> It
 
 def _check_tensors(file: Path, stored: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
     if {key: tensor.shape for key, tensor in stored.items()} != shapes:
-        raise UserError(f"{file} does not hold what the index beside it says; copy both again")
+        raise UserError(f"{file} does not have the tensors that its index lists; copy both files again")

@@ -1,7 +1,7 @@
-"""Encode the clips of a manifest, and their captions, once for all training runs; see `encoded` for what is written.
+"""Encode the clips and captions of a manifest once for all training runs; `encoded` describes the format.
 
-Work is planned first: the plan, and so every byte, follows from the manifest, the model and the options alone. Then
-each process writes the shards of its own share that are not there yet, each under a temporary name first.
+The work is planned first. The plan, and therefore every byte of the result, depends only on the manifest, the model and
+the options. Then each process writes the missing shards of its own share, each under a temporary name first.
 
 Legend: T frames, H W pixels, then latent grid, C channels, S tokens of a caption, D text width.
 """
@@ -55,9 +55,9 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What is to be encoded, where to, and how it is dealt out.
+    """The items to encode, their division into shares, and the folder to write.
 
-    clips, captions: all of them, whoever encodes them. chunks: in pixel frames. root: the manifest's folder.
+    out: folder to write. root: the manifest's folder. chunks: sizes in pixel frames. clips, captions: of all shares.
     """
 
     out: Path
@@ -85,11 +85,12 @@ def plan_encoding(
     precision: str = "fp32",
     model: str = "",
 ) -> EncodingPlan:
-    """Plan the clips and captions of a manifest. Reads the weight files of the encoders whole, for their digests.
+    """Plan the encoding of a manifest. Reads the weight files of the encoders completely, for their digests.
 
-    size: height and width in pixels; None takes the model's own. shares: processes that divide the work. precision:
-    "fp32", or "bf16" for autocast. model: its name, to be noted.
-    Raises UserError for a wrong manifest, a size that the model cannot take, or when no video is long enough.
+    out: folder to write. num_chunks: chunks of a clip. size: height and width in pixels; None uses the model's own.
+    shard_bytes: largest shard. shares: processes that divide the work. precision: "fp32", or "bf16" for autocast.
+    model: name of the model, as a note.
+    Raises UserError for a wrong manifest, for a size that does not fit the model, and if no video is long enough.
     """
     settings, vae = folder.settings, folder.vae_config
     height, width = size or (settings.height, settings.width)
@@ -97,7 +98,8 @@ def plan_encoding(
     patch_height, patch_width = folder.transformer_config.patch_size[1:] if "transformer" in folder.parts else (1, 1)
     for name, pixels, unit in (("height", height, scale * patch_height), ("width", width, scale * patch_width)):
         if pixels < unit or pixels % unit:
-            raise UserError(f"--{name} is {pixels}, wanted a multiple of {unit}; use {max(1, pixels // unit) * unit}")
+            nearest = max(1, pixels // unit) * unit
+            raise UserError(f"--{name} is {pixels}, expected a multiple of {unit}; use {nearest}")
     chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
     clips = plan_clips(read_manifest(manifest), num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
     plain = [caption for clip in clips for caption in clip.captions]
@@ -132,14 +134,14 @@ def plan_encoding(
 
 @contextmanager
 def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Iterator[None]:
-    """Hold the lock of a share while it is written, and write dataset.json, or see that it is the plan's.
+    """Hold the lock of a share while it is written; write dataset.json, or check that it equals the plan's.
 
-    overwrite: delete what this share has written, and what was written with another number of shares.
-    Raises UserError when the folder holds other clips, and when another process encodes the same share.
+    overwrite: delete the files of this share, and those of another number of shares.
+    Raises UserError if the folder contains other clips, and if another process encodes the same share.
     """
     out, info = plan.out, plan.info
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder")
+        raise UserError(f"{out} is a file; use a folder")
     out.mkdir(parents=True, exist_ok=True)
     busy = f"share {share} of {info.shares} of {out} is being encoded by another process; wait for it"
     with locked(out / f".share-{share}-of-{info.shares}.lock", busy=busy):
@@ -154,32 +156,32 @@ def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
         abandoned.unlink()
     if overwrite:
         planned = {name for shard in _shards(info, share=None) for name in shard.files}
-        for found in [path for kind in (LATENTS, TEXT) for path in out.glob(f"{kind}-?????-of-?????.*")]:
-            if found.name in own or found.name not in planned:
-                found.unlink(missing_ok=True)
+        for old in [path for kind in (LATENTS, TEXT) for path in out.glob(f"{kind}-?????-of-?????.*")]:
+            if old.name in own or old.name not in planned:
+                old.unlink(missing_ok=True)
     file = out / DATASET_FILE
     if not overwrite and file.is_file():
-        there = read_info(out)
+        existing = read_info(out)
         names = [key.name for key in fields(info) if key.compare]
-        different = [name for name in names if getattr(there, name) != getattr(info, name)]
+        different = [name for name in names if getattr(existing, name) != getattr(info, name)]
         if different:
             name = different[0]
             raise UserError(
-                f"{file} says {name} is {getattr(there, name)}, this run {getattr(info, name)}; give the same manifest,"
-                " model and options to go on, or choose another folder, or add --overwrite"
+                f"{file} has {name}={getattr(existing, name)}, but this run has {getattr(info, name)}; use the same"
+                " manifest, model and options to continue, or another folder, or --overwrite"
             )
     else:
         write_json(file, asdict(info))
 
 
 def missing_shards(plan: EncodingPlan, kind: str, share: int) -> list[Shard]:
-    """List the shards of a share, LATENTS or TEXT, that are not complete. Raises UserError for one of another run."""
+    """Return the incomplete shards of a share. kind: LATENTS or TEXT. Raises UserError for a shard of another run."""
     shards = [shard for shard in _shards(plan.info, share=share) if shard.kind == kind]
     return [shard for shard in shards if not _is_complete(plan, shard)]
 
 
 def skipped_clips(plan: EncodingPlan, share: int) -> list[SkippedClip]:
-    """List the clips of complete shards that could not be read."""
+    """Return the clips of complete shards that could not be read."""
     shards = [shard for shard in plan.info.latents_shards[share] if _is_complete(plan, shard)]
     entries = [entry for shard in shards for entry in read_index(plan.out, shard)]
     return [entry for entry in entries if isinstance(entry, SkippedClip)]
@@ -188,7 +190,7 @@ def skipped_clips(plan: EncodingPlan, share: int) -> list[SkippedClip]:
 def encode_captions(
     plan: EncodingPlan, shards: Sequence[Shard], text_encoder: TextEncoder, *, on_caption: Callable[[], None]
 ) -> None:
-    """Write shards of text features."""
+    """Write shards of text features. on_caption: called after each caption, for progress."""
     for shard in shards:
         features: dict[str, Tensor] = {}
         for number in shard.numbers:
@@ -209,14 +211,16 @@ def encode_clips(
     on_clip: Callable[[], None],
     on_skip: Callable[[SkippedClip], None],
 ) -> None:
-    """Write shards of latents. workers: processes that decode video; 0 decodes in this one.
+    """Write shards of latents.
 
-    A clip that cannot be read is left out, handed to on_skip, and noted in the shard's index; max_bad counts those of
-    earlier runs of the share too. Raises UserError naming them when there are more.
+    workers: processes that decode video; 0 decodes in this process. max_bad: number of unreadable clips to skip before
+    stopping, those of earlier runs of the share included. on_clip: called after each clip. on_skip: called for a clip
+    that cannot be read; it is left out, and its error is written to the shard's index. Raises UserError, naming the
+    unreadable clips, if there are more than max_bad.
     """
     skipped = skipped_clips(plan, share)
-    wanted = [plan.clips[number] for shard in shards for number in shard.numbers]
-    results = read_in_order(wanted, size=plan.size, fps=plan.info.fps, chunks=plan.chunks, workers=workers)
+    clips = [plan.clips[number] for shard in shards for number in shard.numbers]
+    results = read_in_order(clips, size=plan.size, fps=plan.info.fps, chunks=plan.chunks, workers=workers)
     with closing(results):
         for shard in shards:
             latents: dict[str, Tensor] = {}
@@ -242,7 +246,10 @@ def encode_clips(
 
 @torch.no_grad()
 def encode_clip(autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames, precision: str) -> Tensor:
-    """Encode frames uint8 [T, H, W, 3] chunk by chunk, as a stream: normalised mean latents, bf16 [T, C, H, W], CPU."""
+    """Encode frames uint8 [T, H, W, 3] chunk by chunk, as a stream.
+
+    Returns the mean latents, normalized, bf16 [T, C, H, W], on the CPU. Raises UserError if they are not finite.
+    """
     device = next(autoencoder.parameters()).device
     state, latents, chunk = None, [], 0
     while chunks.start(chunk) < len(frames_THWC):
@@ -254,7 +261,7 @@ def encode_clip(autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkF
         chunk += 1
     latents_CTHW = torch.cat(latents, dim=2)[0]
     if not latents_CTHW.isfinite().all():
-        raise UserError("the autoencoder gives latents that are not finite; check its weights with `longvideo info`")
+        raise UserError("the latents are not finite; check the weights of the autoencoder with `longvideo info`")
     return latents_CTHW.transpose(0, 1).to(STORED).contiguous().cpu()
 
 
@@ -266,7 +273,7 @@ def encode_caption(text_encoder: TextEncoder, caption: str) -> Tensor:
 
 
 def sha256(files: Sequence[Path]) -> str:
-    """Digest of the contents of files, one after the other."""
+    """Return the SHA-256 of the concatenated contents of files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -276,9 +283,9 @@ def sha256(files: Sequence[Path]) -> str:
 
 
 def _shards(info: DatasetInfo, *, share: int | None) -> list[Shard]:
-    """Those of one share, or of all."""
+    """Return the shards of one share, or of all."""
     shares = range(info.shares) if share is None else [share]
-    return [shard for dealt in (info.latents_shards, info.text_shards) for one in shares for shard in dealt[one]]
+    return [shard for planned in (info.latents_shards, info.text_shards) for one in shares for shard in planned[one]]
 
 
 def _is_complete(plan: EncodingPlan, shard: Shard) -> bool:
@@ -289,7 +296,7 @@ def _is_complete(plan: EncodingPlan, shard: Shard) -> bool:
         if shard.kind == LATENTS:
             read_index(plan.out, shard)
     except CheckpointError:
-        # damaged, as by a copy that was interrupted: it is written again
+        # damaged, for example by an interrupted copy: it is written again
         return False
     return True
 
@@ -304,11 +311,11 @@ def _check_limit(skipped: Sequence[SkippedClip], max_bad: int) -> None:
         named = "; ".join(f"clip {clip.number}: {clip.why}" for clip in skipped[:MAX_NAMED])
         more = f"; and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
         raise UserError(
-            f"clips that cannot be read: {len(skipped)}, more than --max-bad {max_bad} ({named}{more}); mend them,"
-            " as `longvideo data validate --frames` tells, or allow more"
+            f"unreadable clips: {len(skipped)}, more than --max-bad {max_bad} ({named}{more}); repair the videos"
+            " that `longvideo data validate --frames` lists, or increase --max-bad"
         )
 
 
 def _below(footage: Footage, root: Path) -> Footage:
-    """Name the file relative to the manifest's folder, as the manifest does."""
+    """Return footage with its file relative to the manifest's folder."""
     return replace(footage, video=Path(os.path.relpath(footage.video, root)))

@@ -1,7 +1,7 @@
-"""The folders from which LongLive 2.0 trains, as manifest entries.
+"""Read the data folders of LongLive 2.0 as manifest entries.
 
-A sample is a folder; its numbered files are consecutive shots: video/<sample>/<number>.mp4, and for each of them
-caption/<sample>/<number>.json with {"caption": "..."}.
+A sample is a folder, and its numbered files are consecutive shots: video/<sample>/<number>.mp4, each with
+caption/<sample>/<number>.json, which contains {"caption": "..."}.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNREADABLE, UNNUMBERED = "cannot be read", "not a numbered file"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that gives no shot. kind: NO_CAPTION, NO_VIDEO, UNREADABLE or UNNUMBERED."""
+    """A file that is not used. kind: NO_CAPTION, NO_VIDEO, UNREADABLE or UNNUMBERED. why: the reason in words."""
 
     file: Path
     kind: str
@@ -34,15 +34,16 @@ class LeftOut:
 def read_longlive(
     folder: Path, *, on_sample: Callable[[int, int], None] | None = None
 ) -> tuple[list[VideoEntry], list[LeftOut]]:
-    """List all shots that have a video and a caption, samples by name and shots by number, and what is left out.
+    """Return all shots with a video and a caption, sorted by sample name and shot number, and the files left out.
 
-    The files' paths begin with `folder`. on_sample: called with the number of samples done and of all samples.
-    Raises UserError when the folder has another layout or not a single shot.
+    folder: prefix of all paths. on_sample: called with the number of finished samples and of all samples.
+    Raises UserError if the folder has another layout or no shot.
     """
     for part in ("video", "caption"):
         if not (folder / part).is_dir():
             raise UserError(
-                f"no folder {folder / part}; wanted {folder}/video/SAMPLE/0.mp4 and {folder}/caption/SAMPLE/0.json"
+                f"there is no folder {folder / part}; expected {folder}/video/SAMPLE/0.mp4 and"
+                f" {folder}/caption/SAMPLE/0.json"
             )
     entries: list[VideoEntry] = []
     left_out: list[LeftOut] = []
@@ -67,16 +68,16 @@ def read_longlive(
             on_sample(done, len(samples))
     if not entries:
         first = f"; {left_out[0].file}: {left_out[0].why}" if left_out else ""
-        raise UserError(f"{folder} holds no shot with a video and a caption{first}")
+        raise UserError(f"{folder} has no shot with a video and a caption{first}")
     return entries, left_out
 
 
 def _numbered(folder: Path, suffix: str, left_out: list[LeftOut]) -> dict[int, Path]:
-    """The files of a sample by number."""
+    """Return the files of a sample by number."""
     files: dict[int, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.suffix != suffix or not path.stem.isdecimal():
-            left_out.append(LeftOut(path, UNNUMBERED, f"not a number and {suffix}"))
+            left_out.append(LeftOut(path, UNNUMBERED, f"its name is not a number and {suffix}"))
         elif int(path.stem) in files:
             left_out.append(LeftOut(path, UNNUMBERED, f"has the same number as {files[int(path.stem)].name}"))
         else:
@@ -86,7 +87,7 @@ def _numbered(folder: Path, suffix: str, left_out: list[LeftOut]) -> dict[int, P
 
 def _read_shot(video: Path, caption: Path | None, sample: str, left_out: list[LeftOut]) -> VideoEntry | None:
     if caption is None:
-        left_out.append(LeftOut(video, NO_CAPTION, "it has no file with its caption"))
+        left_out.append(LeftOut(video, NO_CAPTION, "it has no caption file"))
         return None
     try:
         text = _read_caption(caption)
@@ -99,7 +100,7 @@ def _read_shot(video: Path, caption: Path | None, sample: str, left_out: list[Le
         left_out.append(LeftOut(video, UNREADABLE, str(error)))
         return None
     if info.num_frames < 1:
-        left_out.append(LeftOut(video, UNREADABLE, f"{video} does not say how long it is"))
+        left_out.append(LeftOut(video, UNREADABLE, f"{video} has no length in its header"))
         return None
     return VideoEntry(video, info.fps, info.num_frames, (ShotEntry(0, info.num_frames, text),), sample)
 
@@ -108,6 +109,6 @@ def _read_caption(path: Path) -> str:
     data = parse_json(read_text(path, what="caption"), where=str(path))
     text = data.get("caption") if isinstance(data, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{path} does not hold {{"caption": "..."}} with a text')
+        raise UserError(f'{path} has no caption; expected {{"caption": "..."}} with a text that is not empty')
     check_text(text, f"the caption in {path}")
     return text

@@ -1,11 +1,11 @@
-"""The manifest of a video data set: JSON lines, one video a line, the format in which people bring their own.
+"""The manifest of a video data set: JSON lines, one for each video.
 
     {"video": "videos/000000.mp4", "fps": 24, "num_frames": 93,
      "shots": [{"start": 0, "end": 29, "caption": "a small red circle drifts left"}, ...]}
 
 `video` is relative to the manifest's folder; `start` and `end` are frames of the video, end excluded. Shots are in
-order and do not overlap; frames outside every shot are not used. Lines that name the same `sample` are the files of one
-longer video, in order.
+order and do not overlap; frames outside of shots are not used. Consecutive lines with the same `sample` are the files
+of one longer video, in order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class ShotEntry:
-    """Frames [start, end) of a video and what they show."""
+    """A shot: the frames [start, end) of a video, and their caption."""
 
     start: int
     end: int
@@ -37,9 +37,11 @@ class ShotEntry:
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video; `video` is relative to the manifest's folder in the file and a full path once read.
+    """One video.
 
-    sample: entries in a row that share one are shown one after the other, with a cut between; None stands alone.
+    video: path, relative to the manifest's folder in the file and complete after reading. fps: frames per second.
+    sample: name of a longer video of which this is one file; consecutive entries with the same name form that video,
+    with a cut between them. None for a video of one file.
     """
 
     video: Path
@@ -51,9 +53,10 @@ class VideoEntry:
 
 @dataclass(frozen=True)
 class ManifestLine:
-    """What line `number` of a manifest says: its entry, or all the problems that keep it from being one.
+    """A line of a manifest: its entry, or all of its problems.
 
-    video, fps, num_frames, sample: the values that are right, whatever else is wrong; None otherwise.
+    number: of the line, from 1. video, fps, num_frames, sample: the valid values, even if others are wrong; None
+    otherwise.
     """
 
     number: int
@@ -66,9 +69,9 @@ class ManifestLine:
 
 
 def iterate_manifest(path: Path) -> Iterator[ManifestLine]:
-    """Read and check line by line, so that whoever asks can see every problem; blank lines are left out.
+    """Read and check a manifest line by line, with all problems of each line; blank lines are skipped.
 
-    Raises UserError only when there is no line to read.
+    Raises UserError only if the file cannot be read or has no lines.
     """
     last_line: dict[str, int] = {}
     previous: str | None = None
@@ -80,19 +83,19 @@ def iterate_manifest(path: Path) -> Iterator[ManifestLine]:
         if sample is not None:
             if sample != previous and sample in last_line:
                 why = (
-                    f"sample {_show(sample)} goes on after other lines, it was left in line {last_line[sample]}; "
-                    "put its lines together, in the order of its shots"
+                    f"sample {_show(sample)} continues after other lines, its last one was line {last_line[sample]};"
+                    " put its lines together, in the order of its shots"
                 )
                 line = replace(line, entry=None, problems=(*line.problems, why))
             last_line[sample] = number
-        # a line that says too little to be placed does not end the sample around it
+        # a line without a valid sample or entry does not end the sample around it
         if sample is not None or line.entry is not None:
             previous = sample
         yield line
 
 
 def read_manifest(path: Path) -> list[VideoEntry]:
-    """Read and check every line. Raises UserError naming file and line; blank lines are allowed."""
+    """Read and check every line; blank lines are allowed. Raises UserError with the file and the line."""
     entries: list[VideoEntry] = []
     for line in iterate_manifest(path):
         if line.entry is None:
@@ -102,7 +105,7 @@ def read_manifest(path: Path) -> list[VideoEntry]:
 
 
 def write_manifest(path: Path, entries: Iterable[VideoEntry]) -> None:
-    """Write a manifest whole or not at all. Raises WriteError as `longvideo.files.write_file` does."""
+    """Write a manifest, completely or not at all. Raises WriteError as `longvideo.files.write_file` does."""
     lines = []
     for entry in entries:
         values = asdict(entry) | {"video": entry.video.as_posix()}
@@ -114,12 +117,12 @@ def write_manifest(path: Path, entries: Iterable[VideoEntry]) -> None:
 
 def _read_lines(path: Path) -> list[str]:
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give the manifest file, such as {path / 'manifest.jsonl'}")
+        raise UserError(f"{path} is a folder; use the manifest file, such as {path / 'manifest.jsonl'}")
     if not path.exists():
-        raise UserError(f"no manifest at {path}; write one with `longvideo data shapeworld` or by hand")
+        raise UserError(f"there is no manifest {path}; write one, or use `longvideo data shapeworld`")
     lines = read_lines(path, what="manifest", max_bytes=MAX_BYTES)
     if not any(line.strip() for line in lines):
-        raise UserError(f"{path} names no video; a manifest has one JSON object a line")
+        raise UserError(f"{path} lists no video; expected one JSON object for each line")
     return lines
 
 
@@ -138,7 +141,7 @@ def _read_line(text: str, folder: Path, number: int) -> ManifestLine:
     problems = [*values.problems, *shot_problems]
     video = folder / name if name is not None else None
     if video is not None and not video.is_file():
-        problems.append(f"no video at {video}; `video` is relative to the manifest's folder")
+        problems.append(f"there is no video {video}; `video` is relative to the manifest's folder")
         video = None
     entry = None
     if video is not None and fps is not None and num_frames is not None and not problems:
@@ -147,7 +150,7 @@ def _read_line(text: str, folder: Path, number: int) -> ManifestLine:
 
 
 def _read_shots(shots: Sequence[Any], num_frames: int | None) -> tuple[tuple[ShotEntry, ...], list[str]]:
-    """Return the shots that are right and the problems of the others. num_frames: None where it is not known."""
+    """Return the valid shots and the problems of the others. num_frames: of the video; None if unknown."""
     entries: list[ShotEntry] = []
     problems: list[str] = []
     for i, shot in enumerate(shots):
@@ -172,29 +175,29 @@ def _read_shots(shots: Sequence[Any], num_frames: int | None) -> tuple[tuple[Sho
 
 
 class _Values:
-    """The values of a JSON object that should have the fields of a dataclass, and what is wrong with them."""
+    """The values of a JSON object with the fields of a dataclass, and the problems with them."""
 
     def __init__(self, data: Any, schema: type) -> None:
         self.data = data if isinstance(data, dict) else {}
         names = [field.name for field in fields(schema)]
         self.problems: list[str] = []
         if not isinstance(data, dict):
-            self.problems.append(f"got {_show(data)}, wanted an object with the keys {', '.join(names)}")
+            self.problems.append(f"got {_show(data)}, expected an object with the keys {', '.join(names)}")
             return
         for key in data:
             if key not in names:
                 nearest = difflib.get_close_matches(key, names, 1, 0.5)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys are {', '.join(names)}"
-                self.problems.append(f"unknown key {key!r}{hint}")
+                remedy = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(names)}"
+                self.problems.append(f"unknown key {key!r}; {remedy}")
         missing = [field.name for field in fields(schema) if field.default is MISSING and field.name not in data]
         if missing:
             self.problems.append(f"missing {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}")
 
-    def take(self, name: str, holds: Callable[[Any], Any], wanted: str) -> Any:
-        """Return a value, or None where it is absent or not as wanted."""
+    def take(self, name: str, is_valid: Callable[[Any], Any], expected: str) -> Any:
+        """Return a value, or None if it is missing or not valid. expected: description of a valid value."""
         value = self.data.get(name)
-        if name in self.data and not holds(value):
-            self.problems.append(f"{name} is {_show(value)}, wanted {wanted}")
+        if name in self.data and not is_valid(value):
+            self.problems.append(f"{name} is {_show(value)}, expected {expected}")
             return None
         if isinstance(value, str):
             try:

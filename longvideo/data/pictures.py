@@ -1,6 +1,6 @@
-"""Read pictures by value: white is 255 and black 0, whatever bits and colors a file has, or the picture is refused.
+"""Read pictures of any bit depth and color format so that white is 255 and black is 0; other pictures are refused.
 
-Files are read with imageio, whose plugin is Pillow; Pillow alone reads what a file says of itself.
+Files are decoded with imageio's Pillow plugin, and their headers are read with Pillow.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF 6.0
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITE_OF_32_BITS = {"PNG": 2**16 - 1, "PPM": 2**16 - 1}
-"""Formats whose gray of 16 bits some versions of Pillow hand out in 32."""
+"""White of 16-bit gray formats that some versions of Pillow return as 32-bit integers."""
 ONE_OF_SEVERAL = ("MPO",)
-"""Formats whose first picture is the one that is meant: of a camera, the others are previews or for the other eye."""
+"""Formats of cameras in which only the first picture counts; the others are previews, or for the other eye."""
 DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, ZeroDivisionError, EOFError,
     MemoryError, NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow raises for files that are damaged, or contradict themselves."""
+"""Errors that Pillow raises for files that are damaged or inconsistent."""
 
 
 def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a picture as uint8 [H, W, 3]; `size` (height, width) scales with the aspect kept and crops the center.
+    """Read a picture as uint8 [H, W, 3].
 
-    The rotation that cameras note is applied; transparent parts become black. Raises UserError when it is no picture,
-    or one whose values cannot be told, such as an animation or floats beyond 1.
+    size: height and width in pixels; the picture is scaled with its aspect ratio and cropped at the center. None keeps
+    its size. The rotation in the file is applied, and transparent parts become black. Raises UserError if the file is
+    not a picture, or if the meaning of its values is unknown, as for animations or floats above 1.
     """
     check_file(path, "image")
     if path.stat().st_size > MAX_BYTES:
@@ -56,9 +57,9 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
-    """Return a picture as `read_image` does: of a file by its path, a Pillow image, or uint8 [H, W, 3] (numpy, torch).
+    """Return a picture as `read_image` does.
 
-    Raises UserError for anything else.
+    image: path of a file, a Pillow image, or uint8 [H, W, 3] of numpy or torch. Raises UserError for anything else.
     """
     from PIL import Image
 
@@ -70,15 +71,15 @@ def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
         image = image.detach().cpu().numpy() if image.dtype == torch.uint8 else image
     if not isinstance(image, np.ndarray):
         kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else f"of type {type(image).__name__}"
-        raise UserError(f"image is {kind}; give a path, a Pillow image, or uint8 [H, W, 3] of numpy or torch")
+        raise UserError(f"image is {kind}; use a path, a Pillow image, or uint8 [H, W, 3] of numpy or torch")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(f"image is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3], 0 for black, 255 for white")
+        raise UserError(f"image is {image.dtype} {list(image.shape)}; use uint8 [H, W, 3], 0 for black, 255 for white")
     return _fitted(image, size)
 
 
 @dataclass(frozen=True)
 class _White:
-    """What white is in a picture of one channel, and whether it is the least value instead of the largest."""
+    """The value of white in a picture of one channel. is_least: white is 0, and `value` is black."""
 
     value: float
     is_least: bool = False
@@ -91,12 +92,12 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
+            warnings.simplefilter("ignore")  # about sizes, which are checked here, and about unusual metadata
             with Image.open(io.BytesIO(data)) as header:
                 _check_size(header, name)
                 several = getattr(header, "n_frames", 1)
                 if several > 1 and header.format not in ONE_OF_SEVERAL:
-                    raise UserError(f"{name} holds {several} pictures; save the one to start from as a PNG")
+                    raise UserError(f"{name} contains {several} pictures; save the first frame of the video as a PNG")
                 white = _white(header, name)
             mode = None if white else "RGBA"
             values = iio.imread(data, plugin="pillow", index=0, mode=mode, rotate=True)
@@ -104,11 +105,12 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not an image that can be read; give a PNG or JPEG file") from error
+        raise UserError(f"{name} is not an image in a supported format; use a PNG or JPEG file") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels; use a smaller picture") from error
     except DAMAGE as error:
-        raise UserError(f"{name} is a damaged image: {' '.join(str(error).split()) or type(error).__name__}") from error
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is a damaged image ({problem}); copy or download it again") from error
 
 
 def _of_pillow(image: Image) -> np.ndarray:
@@ -119,7 +121,7 @@ def _of_pillow(image: Image) -> np.ndarray:
     try:
         upright = ImageOps.exif_transpose(image)
         values = np.asarray(upright if white else upright.convert("RGBA"))
-    except DAMAGE as error:  # a file that is read only now
+    except DAMAGE as error:  # Pillow reads the file of an image late
         raise UserError(f"image cannot be read: {' '.join(str(error).split())}") from error
     return _eight_bits(values, white, "image")
 
@@ -127,11 +129,11 @@ def _of_pillow(image: Image) -> np.ndarray:
 def _check_size(image: Image, name: str) -> None:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise UserError(f"{name} has {width} x {height} pixels; it must have from 1 to {MAX_PIXELS:,}")
+        raise UserError(f"{name} has {width} x {height} pixels; expected from 1 to {MAX_PIXELS:,}")
 
 
 def _white(image: Image, name: str) -> _White | None:
-    """Return what white is in a picture of wide values; None for one that Pillow converts by value itself."""
+    """Return the white of a picture with more than 8 bits; None if Pillow's own conversion is correct."""
     tags = getattr(image, "tag_v2", {})
     if image.mode in EIGHT_BITS:
         return None
@@ -142,11 +144,11 @@ def _white(image: Image, name: str) -> _White | None:
         return _White(WHITE_OF_32_BITS[image.format])
     if image.mode == "F":
         return _White(1.0, is_least=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
-    raise UserError(f"{name} has pixels of the kind {image.mode!r}, whose white is unknown; save it as a PNG of 8 bits")
+    raise UserError(f"{name} has pixels of mode {image.mode!r}, whose white is unknown; save it as an 8-bit PNG")
 
 
 def _eight_bits(values: np.ndarray, white: _White | None, name: str) -> np.ndarray:
-    """Return uint8 [H, W, 3] of RGBA values in 8 bits, or of gray ones with a white of their own."""
+    """Return uint8 [H, W, 3]. values: RGBA in 8 bits, or gray with the given white."""
     if white is None:
         opacity = values[..., 3:].astype(np.uint16)
         return ((values[..., :3] * opacity + 127) // 255).astype(np.uint8)
@@ -154,7 +156,8 @@ def _eight_bits(values: np.ndarray, white: _White | None, name: str) -> np.ndarr
     least, most = float(values.min()), float(values.max())
     if not (least >= 0 and most <= white.value):  # NaN included
         raise UserError(
-            f"{name} has values from {least:g} to {most:g}, wanted 0 for black to {white.value:g} for white; scale them"
+            f"{name} has values from {least:g} to {most:g}, expected 0 for black to {white.value:g} for white; scale"
+            " the values"
         )
     gray = np.rint(values * (255 / white.value)).astype(np.uint8)
     gray = 255 - gray if white.is_least else gray

@@ -1,4 +1,4 @@
-"""Read many clips in processes of their own, ahead of whoever asks for them."""
+"""Read many clips ahead of their use, in other processes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 def read_in_order(
     clips: Sequence[ClipReference], *, size: tuple[int, int], fps: float, chunks: ChunkFrames, workers: int
 ) -> Generator[Tensor | str, None, None]:
-    """Yield for each clip its frames uint8 [T, H, W, 3], or why it cannot be read.
+    """Yield for each clip its frames uint8 [T, H, W, 3], or the reason why it cannot be read.
 
-    Processes read ahead, one clip each; frames come through pipes, so that no shared memory has to be set aside.
+    size: height and width in pixels. workers: processes, each of which reads one clip ahead; 0 reads in this process.
+    Frames are sent through pipes, so no shared memory is needed.
     """
     arguments = {"size": size, "fps": fps, "chunks": chunks}
     if workers == 0:
@@ -44,7 +45,9 @@ def read_in_order(
         while pending:
             yield _to_tensor(pending.popleft().result())
     except BrokenProcessPool as error:
-        raise UserError("a process that decodes video was killed; memory may be short: use fewer --workers") from error
+        raise UserError(
+            "a process that decodes video was killed, perhaps because memory was short; use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -61,7 +64,7 @@ def _to_tensor(frames: np.ndarray | str) -> Tensor | str:
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it does: a parent that is killed can tell nobody."""
+    """Ignore Ctrl-C, which the parent handles, and end when the parent ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None

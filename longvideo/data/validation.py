@@ -1,4 +1,4 @@
-"""Check a manifest and its videos before training: everything that is wrong, and what training would get."""
+"""Check a manifest and its videos before training: list all problems, and count the clips that training would get."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FPS_TOLERANCE = 5e-4
-"""Relative: 23.98 passes for 24000/1001; 24 does not, for it would be a second off after 17 minutes."""
+"""Allowed relative error of fps: 23.98 is accepted for 24000/1001, but 24 is not (a second of error in 17 minutes)."""
 HEADER_FRAMES_TOLERANCE = 1
-"""Frames by which manifest and header may differ; a count of all frames has to be met exactly."""
+"""Allowed difference in frames between manifest and header; a count of decoded frames must match exactly."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong in, or behind, line `line` of the manifest."""
+    """A problem with a line of the manifest or its video. line: from 1. why: the problem in words."""
 
     line: int
     why: str
@@ -30,9 +30,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class ManifestReport:
-    """All problems, in the order of the lines, and what there is to train on.
+    """The result of a check.
 
-    lines: all that are not blank. videos, seconds, shots: of those that training would use. clips: what it would get.
+    problems: in the order of lines. lines: number of lines that are not blank. videos, seconds, shots: of the videos
+    that training would use. clips: number of clips that training would get.
     """
 
     problems: tuple[Problem, ...]
@@ -52,19 +53,20 @@ def validate_manifest(
     chunks: ChunkFrames | None = None,
     on_line: Callable[[int, int], None] | None = None,
 ) -> ManifestReport:
-    """Check every line and every video. Raises UserError only when there is no manifest to read.
+    """Check every line and every video. Raises UserError only if the manifest cannot be read.
 
-    num_chunks: of a clip; a video that gives none is a problem. decode: decode every frame, instead of reading what
-    the header says and whether the file is whole. on_line: called with the number of lines done and of all lines.
+    num_chunks: chunks of a clip; a video without a clip of this length is a problem. decode: decode every frame,
+    instead of reading the header and checking that the file is complete. on_line: called with the number of finished
+    lines and of all lines.
     """
     chunks = chunks or ChunkFrames()
     lines = list(iterate_manifest(path))
     problems: list[Problem] = []
     good: list[tuple[int, VideoEntry]] = []
     for done, line in enumerate(lines, 1):
-        found = [*line.problems, *_video_problems(line, decode=decode)]
-        problems += [Problem(line.number, why) for why in found]
-        if line.entry is not None and not found:
+        own = [*line.problems, *_video_problems(line, decode=decode)]
+        problems += [Problem(line.number, why) for why in own]
+        if line.entry is not None and not own:
             good.append((line.number, line.entry))
         if on_line is not None:
             on_line(done, len(lines))
@@ -90,7 +92,7 @@ def validate_manifest(
 
 
 def _video_problems(line: ManifestLine, *, decode: bool) -> Iterator[str]:
-    """Compare a video with what its line says of it."""
+    """Compare a video with its line of the manifest."""
     if line.video is None:
         return
     try:
@@ -101,27 +103,27 @@ def _video_problems(line: ManifestLine, *, decode: bool) -> Iterator[str]:
         yield str(error)
         return
     if line.fps is not None and abs(line.fps - info.fps) > FPS_TOLERANCE * info.fps:
-        yield f"fps is {line.fps:g}, wanted {info.fps:.6g} as in {line.video}"
+        yield f"fps is {line.fps:g}, expected {info.fps:.6g} as in {line.video}"
     tolerance = 0 if decode else HEADER_FRAMES_TOLERANCE
     if line.num_frames is not None and abs(line.num_frames - num_frames) > tolerance:
-        yield f"num_frames is {line.num_frames}, wanted {num_frames} as in {line.video}"
+        yield f"num_frames is {line.num_frames}, expected {num_frames} as in {line.video}"
 
 
 def _length_problems(
     places: Sequence[FilePlace], num_chunks: int, *, has_clips: bool, fps: float, chunks: ChunkFrames
 ) -> Iterator[tuple[int, str]]:
-    """Yield the number of a file in its sample, and why nothing of it is used."""
-    wanted = chunks.start(num_chunks)
-    for_clip = f"{wanted} for a clip of {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
-    if places[-1].end < wanted:
+    """Yield the number of a file in its sample, and the reason why no part of it is used."""
+    expected = chunks.start(num_chunks)
+    for_clip = f"{expected} for a clip of {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+    if places[-1].end < expected:
         got = f"{sum(frames_at(place.entry, fps) for place in places)} frames at {fps:g} a second"
         if len(places) > 1:
             got = f"the {len(places)} files of its sample give {places[-1].end} of their {got} as whole chunks"
-        yield 0, f"too short: {got}, wanted {for_clip}"
+        yield 0, f"too short: {got}, expected {for_clip}"
         return
     for file, place in enumerate(places):
         if place.begin == place.end:
             frames, least = frames_at(place.entry, fps), chunks.later if place.begin else chunks.first
-            yield file, f"too short: {frames} frames at {fps:g} a second, wanted {least} for one chunk of its sample"
+            yield file, f"too short: {frames} frames at {fps:g} a second, expected {least} for one chunk of its sample"
     if not has_clips:
         yield 0, f"no clip: no {num_chunks} chunks in a row are covered by shots to at least a half"

@@ -1,7 +1,7 @@
 """Read and write video files with PyAV: frames are uint8 [T, H, W, 3] RGB tensors.
 
-Reading at another frame rate takes the nearest frame in time; reading at another size scales with the aspect kept and
-crops the centre. Nothing is ever stretched.
+At another frame rate, the nearest frame in time is used. At another size, frames are scaled with their aspect ratio and
+cropped at the center.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     import av
 
 TIME_TOLERANCE = 1e-6
-"""Seconds by which two times may differ and count as equal."""
+"""Largest difference in seconds of two times that count as equal."""
 CONTAINER_TOLERANCE = 0.5
-"""Seconds by which the length of a whole file and its last packet may differ: formats count and round differently."""
+"""Allowed difference in seconds between the length of a file and the end of its last packet, which formats round."""
 COPY_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of itself; height and width are those of the picture as shown, in square pixels.
+    """The header of a video.
 
-    num_frames: as the header counts them, or what fps and seconds make where it does not.
+    height, width: of the displayed picture, in square pixels. fps: frames per second. num_frames: as in the header, or
+    computed from fps and seconds if it has no count.
     """
 
     height: int
@@ -45,23 +46,23 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Read the header of a video. Raises UserError when the file is no video."""
-    with _opened(path) as (container, stream):
+    """Read the header of a video. Raises UserError if the file is not a video."""
+    with _OpenVideo(path) as (container, stream):
         height, width = _shown_size(stream.height, stream.width, _pixel_aspect(stream))
         fps, seconds = float(_frame_rate(stream, path)), _duration(container, stream)
         return VideoInfo(height, width, fps, seconds, stream.frames or round(seconds * fps))
 
 
 def check_whole(path: Path) -> None:
-    """Raise UserError when the data ends before the header says, as in a copy that was interrupted.
+    """Raise UserError if the data is shorter than the header states, as after an interrupted copy.
 
-    Reads from the last key frame on and decodes nothing; damage before that is found by `count_frames`.
+    Reads from the last key frame on and decodes nothing; `count_frames` detects damage before that.
     """
     from av.error import FFmpegError
 
-    with _opened(path) as (container, stream):
+    with _OpenVideo(path) as (container, stream):
         seconds = _duration(container, stream)
-        # without a length of its own, the video may end before the sound does
+        # a video stream without its own length may end before the sound
         own_length = stream.duration is not None
         tolerance = 1.5 / float(_frame_rate(stream, path)) if own_length else CONTAINER_TOLERANCE
         try:
@@ -69,15 +70,15 @@ def check_whole(path: Path) -> None:
         except FFmpegError as error:
             raise UserError(f"{path} is damaged near its end: {error.strerror}; {COPY_AGAIN}") from error
         if end < seconds - tolerance:
-            raise UserError(f"{path} is cut short: it ends after {end:.2f} of {seconds:.2f} s; {COPY_AGAIN}")
+            raise UserError(f"{path} is truncated: it ends after {end:.2f} of {seconds:.2f} s; {COPY_AGAIN}")
 
 
 def count_frames(path: Path) -> int:
-    """Decode every frame and count them. Raises UserError when the file is no video, or damaged anywhere."""
+    """Decode and count all frames. Raises UserError if the file is not a video, or is damaged at any place."""
     from av.error import FFmpegError
 
     count = 0
-    with _opened(path) as (container, stream):
+    with _OpenVideo(path) as (container, stream):
         try:
             for _ in container.decode(stream):
                 count += 1
@@ -94,10 +95,10 @@ def read_video(
     start_seconds: float = 0.0,
     max_frames: int | None = None,
 ) -> Tensor:
-    """Read frames as one tensor; see `iterate_frames`."""
+    """Read frames as one tensor [T, H, W, 3]; see `iterate_frames`."""
     frames = list(iterate_frames(path, fps=fps, size=size, start_seconds=start_seconds, max_frames=max_frames))
     if not frames:
-        raise UserError(f"{path} has no frame at {start_seconds:g} s or later")
+        raise UserError(f"{path} has no frame at {start_seconds:g} s or later; use an earlier start")
     return torch.stack(frames)
 
 
@@ -109,16 +110,17 @@ def iterate_frames(
     start_seconds: float = 0.0,
     max_frames: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield frames uint8 [H, W, 3] from `start_seconds` on, one by one.
+    """Yield frames uint8 [H, W, 3] one by one.
 
-    fps: frames a second of the result, each the nearest frame of the file in time (the later of two equally near);
-        None keeps those of the file.
-    size: (height, width) of the result, by scaling and cropping the centre; None keeps that of the file.
-    Raises UserError when the file is missing, no video, or damaged.
+    fps: frames per second of the result, each the nearest frame of the file in time (the later of two equally near);
+        None keeps the frames of the file.
+    size: height and width of the result in pixels, by scaling and cropping at the center; None keeps those of the file.
+    start_seconds: time of the first frame. max_frames: largest number of frames; None reads to the end.
+    Raises UserError if the file is missing, not a video, or damaged.
     """
     from av.error import FFmpegError
 
-    with _opened(path) as (container, stream):
+    with _OpenVideo(path) as (container, stream):
         rate = float(_frame_rate(stream, path))
         step = 1 / (fps or rate)
         emitted = 0
@@ -126,14 +128,14 @@ def iterate_frames(
             if start_seconds > 0:
                 container.seek(int(start_seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
             for frame, begin, end in _timed_frames(container, stream, rate):
-                # a file's frame stands for the times nearer to it than to its neighbours
+                # a frame of the file is used for all times that are nearer to it than to its neighbors
                 while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
                     if emitted == max_frames:
                         return
                     yield _picture(frame, size, _pixel_aspect(stream))
                     emitted += 1
         except FFmpegError as error:
-            raise UserError(f"{path} is damaged after {emitted} frames: {error.strerror}") from error
+            raise UserError(f"{path} is damaged after {emitted} frames: {error.strerror}; {COPY_AGAIN}") from error
 
 
 def write_video(
@@ -141,8 +143,9 @@ def write_video(
 ) -> int:
     """Write chunks of frames uint8 [T, H, W, 3] as H.264 and return the number of frames.
 
-    The file appears under its name only when it is complete. crf 12 is visually lossless; yuv444p keeps colour at full
-    resolution but not every player shows it. Raises UserError for a size that the pixel format cannot hold.
+    The file gets its name when it is complete. fps: frames per second. crf: rate factor of x264; 12 is visually
+    lossless. pixel_format: "yuv420p", or "yuv444p", which keeps color at full resolution but is not supported by every
+    player. Raises UserError for a size that the pixel format cannot store.
     """
     count = 0
 
@@ -155,7 +158,7 @@ def write_video(
 
 
 def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pixel_format: str, name: Path) -> int:
-    """Write a video file; name: what it will be called, for errors. Raises OSError where the disk refuses."""
+    """Write a video file. name: final path, for errors. Raises OSError for errors of the disk."""
     import av
     from av.error import FFmpegError
 
@@ -167,7 +170,7 @@ def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pix
                 if stream is None:
                     _, height, width, _ = chunk.shape
                     if pixel_format == "yuv420p" and (height % 2 or width % 2):
-                        raise UserError(f"{name} would be {height}x{width}; yuv420p needs even sizes")
+                        raise UserError(f"{name} has frames of {height}x{width}; yuv420p needs even sizes")
                     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                     stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
                     stream.options = {"crf": str(crf), "preset": "veryfast"}
@@ -175,7 +178,7 @@ def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pix
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.cpu().numpy(), format="rgb24")))
                     count += 1
             if stream is None:
-                raise UserError(f"no frames to write to {name}")
+                raise UserError(f"there are no frames to write to {name}; expected at least one")
             container.mux(stream.encode())
     except FFmpegError as error:
         if error.errno is None or error.errno <= 0:
@@ -184,8 +187,8 @@ def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pix
     return count
 
 
-class _opened:
-    """An open container and its first video stream; errors of opening become UserError."""
+class _OpenVideo:
+    """An open container and its first video stream. Raises UserError for files that cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -195,11 +198,11 @@ class _opened:
         from av.error import FFmpegError
 
         if not self.path.is_file():
-            raise UserError(f"no video at {self.path}")
+            raise UserError(f"there is no video {self.path}")
         try:
             self.container = av.open(str(self.path))
         except FFmpegError as error:
-            raise UserError(f"{self.path} is not a video that can be read: {error.strerror}") from error
+            raise UserError(f"{self.path} is not a video in a supported format: {error.strerror}") from error
         streams = self.container.streams.video
         if not streams or not streams[0].height or not streams[0].width:
             self.container.close()
@@ -212,7 +215,7 @@ class _opened:
 
 
 def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """Yield frames with the span of times to which each is nearest, in seconds from the stream's start."""
+    """Yield frames with the begin and end of the times to which each is nearest, in seconds from the stream's start."""
     origin = _origin(stream)
     held: tuple[Any, float] | None = None
     begin = -1 / rate
@@ -228,7 +231,7 @@ def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av
 
 
 def _end_of_data(container: Any, stream: Any, seconds: float, *, all_streams: bool) -> float:
-    """Time at which the last whole packet ends, found near `seconds` if the format can be searched."""
+    """Return the end time of the last complete packet, searched near `seconds` if the format supports seeking."""
     origin = _origin(stream)
     for start in (seconds, 0.0):
         container.seek(int((start + origin) / stream.time_base), stream=stream)
@@ -244,12 +247,12 @@ def _end_of_data(container: Any, stream: Any, seconds: float, *, all_streams: bo
 
 
 def _origin(stream: Any) -> float:
-    """Time of the first frame, in seconds."""
+    """Return the time of the first frame, in seconds."""
     return float((stream.start_time or 0) * stream.time_base)
 
 
 def _picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -> Tensor:
-    """Convert to RGB, upright and with square pixels, scaled and cropped to `size`."""
+    """Convert a frame to RGB, upright and with square pixels, scaled and cropped to `size`."""
     turned = frame.rotation % 180 != 0
     target = size if size is None or not turned else (size[1], size[0])
     height, width = _shown_size(frame.height, frame.width, pixel_aspect)
@@ -268,7 +271,7 @@ def _picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -
 
 
 def _shown_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, int]:
-    """Size in square pixels; the height of the file is kept."""
+    """Return height and width in square pixels; the height of the file is kept."""
     return height, round(width * pixel_aspect)
 
 
@@ -279,7 +282,7 @@ def _pixel_aspect(stream: Any) -> Fraction:
 def _frame_rate(stream: Any, path: Path) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
-        raise UserError(f"{path} does not say its frame rate; is it a picture?")
+        raise UserError(f"{path} has no frame rate, as a picture; use a video file")
     return rate
 
 

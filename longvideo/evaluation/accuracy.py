@@ -1,7 +1,7 @@
-"""Measure the judge itself on ground-truth renders, clean and as a small autoencoder would hand them over.
+"""Measure the accuracy of the judge on rendered scenes, clean and degraded as by a small autoencoder.
 
-Rendered scenes are the only videos whose content is known, so what the judge gets wrong here bounds what its verdicts
-on a model can mean.
+The content of rendered scenes is known, so the errors of the judge on them limit the precision of its verdicts on a
+model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 BLUR_SIGMA = 1.2  # pixels
 NOISE_SIGMA = 8.0  # of 255
-QUANTUM = 12.0  # grey levels: coarse bands such as strong compression leaves
+QUANTUM = 12.0  # gray levels: coarse bands, as after strong compression
 CONTRAST = 0.93
 TINT_SIGMA = 6.0
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Scores and confusions of the judge on `num` scenes in one condition."""
+    """Scores and confusions of the judge on `num` scenes in one condition, one of CONDITIONS."""
 
     condition: str
     num: int
@@ -41,9 +41,12 @@ class Accuracy:
 
 
 def measure_judge(num: int, *, seed: int = 0, on_scene: Callable[[], None] = lambda: None) -> list[Accuracy]:
-    """Judge `num` scenes, train and held-out in turn, in every condition. `on_scene` is called after each."""
+    """Judge `num` scenes, alternately of the training and the held-out split, in every condition.
+
+    on_scene: called after each scene, for progress.
+    """
     verdicts: dict[str, list[Verdict]] = {name: [] for name in CONDITIONS}
-    # the judge looks at this many frames of a longer clip, so no more are drawn
+    # the judge samples this many frames of a longer clip, so no more are rendered
     fps = MAX_FRAMES / OPENING_SECONDS
     times = torch.arange(MAX_FRAMES) / fps
     for index in range(seed * num, (seed + 1) * num):
@@ -53,11 +56,11 @@ def measure_judge(num: int, *, seed: int = 0, on_scene: Callable[[], None] = lam
         for name, degrade in CONDITIONS.items():
             verdicts[name].append(judge(to_frames(degrade(video, generator)), scene, fps))
         on_scene()
-    return [Accuracy(name, num, scores(found), count_confusions(found)) for name, found in verdicts.items()]
+    return [Accuracy(name, num, scores(own), count_confusions(own)) for name, own in verdicts.items()]
 
 
-def clean(video_TCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Leave grey levels in [0, 255] as they are."""
+def clean(video_TCHW: Tensor, _generator: torch.Generator) -> Tensor:
+    """Return the video unchanged. Gray levels are in [0, 255]."""
     return video_TCHW
 
 
@@ -82,7 +85,7 @@ CONDITIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def gaussian_blur(video_TCHW: Tensor, sigma: float) -> Tensor:
-    """Blur every frame with a Gaussian of `sigma` pixels."""
+    """Blur every frame with a Gaussian filter. sigma: standard deviation, pixels."""
     reach = int(3 * sigma + 0.5)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -93,5 +96,5 @@ def gaussian_blur(video_TCHW: Tensor, sigma: float) -> Tensor:
 
 
 def to_frames(video_TCHW: Tensor) -> np.ndarray:
-    """Round grey levels to uint8 [T, H, W, 3]."""
+    """Round gray levels to uint8 [T, H, W, 3]."""
     return video_TCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,8 +1,8 @@
-"""See what a ShapeWorld video shows by classical vision alone, and compare it with what was asked for.
+"""Read the content of a ShapeWorld video by classical vision, and compare it with the expected scene.
 
-`perceive` knows the world's words and its renderer's outlines and backgrounds, never the prompt. It subtracts the
-background, groups the rest into objects by connection and colour, matches outlines in polar coordinates and reads the
-motion off the track. `compare` then asks, object by object, whether that is the scene.
+`perceive` uses the vocabulary of ShapeWorld and the outlines and backgrounds of its renderer, but not the prompt. It
+subtracts the background, groups the remaining pixels into objects by connection and color, matches outlines in polar
+coordinates, and classifies motions by the objects' tracks. `compare` then compares the objects with those of the scene.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from longvideo.shapeworld.world import COLORS, MOTIONS, ROUND_SHAPES, SHAPES, SI
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-AskedSprite = Sprite | RequestedSprite
-AskedScene = Scene | Request
+ExpectedSprite = Sprite | RequestedSprite
+ExpectedScene = Scene | Request
 
 MAX_FRAMES = 32
 LEAST_MATCH = 0.75
@@ -45,7 +45,7 @@ PATCH_MARGIN = 6
 
 @dataclass(frozen=True)
 class PerceivedSprite:
-    """One object as seen. `radius` and the centre are medians in world units; `match` is its outline's correlation."""
+    """One object in a video. radius, center_x, center_y: medians, world units. match: correlation of its outline."""
 
     shape: str
     color: str
@@ -59,7 +59,7 @@ class PerceivedSprite:
 
 @dataclass(frozen=True)
 class Percept:
-    """What a clip shows. `count` is the typical number of separate regions in a frame."""
+    """The content of a clip. count: typical number of separate regions in a frame."""
 
     sprites: tuple[PerceivedSprite, ...]
     background: str
@@ -68,10 +68,12 @@ class Percept:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Answers about a clip. color, shape, size and motion ask for it of every object that was asked for.
+    """Correctness of a clip.
 
-    What a request leaves open counts as right. `both` says whether both objects of two are there in the right color and
-    shape; None when one was asked for. `pairs` holds each asked sprite with the one taken for it, None when missing.
+    color, shape, size, motion: whether the property is correct for all expected objects; a property that the request
+    does not mention is correct. count: whether the number of objects is correct. both: whether both objects of two have
+    the correct color and shape; None for a scene with one object. pairs: each expected object with the perceived object
+    that was matched to it, or None.
     """
 
     color: bool
@@ -81,16 +83,16 @@ class Verdict:
     background: bool
     count: bool
     both: bool | None
-    pairs: tuple[tuple[AskedSprite, PerceivedSprite | None], ...] = ()
+    pairs: tuple[tuple[ExpectedSprite, PerceivedSprite | None], ...] = ()
 
 
-def judge(frames: np.ndarray, scene: AskedScene, fps: float = 24.0, *, from_start: bool = True) -> Verdict:
-    """Perceive uint8 [T, H, W, 3] frames and compare them with `scene`; see `compare`."""
+def judge(frames: np.ndarray, scene: ExpectedScene, fps: float = 24.0, *, from_start: bool = True) -> Verdict:
+    """Perceive frames uint8 [T, H, W, 3] and compare them with a scene; see `compare`."""
     return compare(perceive(frames, fps), scene, from_start=from_start)
 
 
 def judge_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene], fps: float) -> dict[str, float]:
-    """Return the share of videos in which each property is right."""
+    """Return the share of videos in which each property is correct."""
     verdicts = [judge(video, scene, fps) for video, scene in zip(videos, scenes, strict=True)]
     names = ("color", "shape", "size", "motion", "background")
     scores = {f"judge_{name}": float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
@@ -99,9 +101,9 @@ def judge_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene], fps: float)
 
 
 def perceive(frames: np.ndarray, fps: float = 24.0) -> Percept:
-    """Find background and objects in uint8 [T, H, W, 3] frames. Motions need about 4 s to show."""
+    """Detect background and objects in frames uint8 [T, H, W, 3]. Motions need about 4 s to be recognized."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; wanted uint8 [T, H, W, 3] with T >= 1")
+        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3] with T >= 1")
     step = -(-len(frames) // MAX_FRAMES)
     chosen = frames[::step]
     background = fit_background(chosen)
@@ -110,17 +112,18 @@ def perceive(frames: np.ndarray, fps: float = 24.0) -> Percept:
     return Percept(tuple(sprite for sprite in sprites if sprite is not None), background.name, count)
 
 
-def compare(percept: Percept, scene: AskedScene, *, from_start: bool = True) -> Verdict:
-    """Compare a percept with a scene or request, each object with the one that suits it best.
+def compare(percept: Percept, scene: ExpectedScene, *, from_start: bool = True) -> Verdict:
+    """Compare a percept with a scene or request, each object with the one that matches it best.
 
-    A bouncing object has turned round at some later time: without `from_start` its opposite direction counts too.
+    from_start: whether the clip begins with the scene. Later, a bouncing object may have turned back, so the opposite
+    direction is also correct.
     """
     pairs = assign(scene.sprites, percept.sprites)
 
     def right(name: str) -> bool:
         return all(
-            seen is not None and getattr(seen, name) in allowed(asked, name, from_start=from_start)
-            for asked, seen in pairs
+            seen is not None and getattr(seen, name) in allowed(expected, name, from_start=from_start)
+            for expected, seen in pairs
         )
 
     color, shape = right("color"), right("shape")
@@ -136,38 +139,38 @@ def compare(percept: Percept, scene: AskedScene, *, from_start: bool = True) -> 
     )
 
 
-def allowed(asked: AskedSprite, name: str, *, from_start: bool = True) -> tuple[str, ...]:
-    """Return the values of a property that fulfil the request."""
-    value = getattr(asked, name)
+def allowed(expected: ExpectedSprite, name: str, *, from_start: bool = True) -> tuple[str, ...]:
+    """Return the correct values of a property. name: of the property; from_start: as in `compare`."""
+    value = getattr(expected, name)
     if value is None:
         return {"size": tuple(SIZES), "motion": MOTIONS}[name]
-    if name == "motion" and not from_start and asked.edge == "bounce" and value in OPPOSITE:
+    if name == "motion" and not from_start and expected.edge == "bounce" and value in OPPOSITE:
         return value, OPPOSITE[value]
     return (value,)
 
 
 def assign(
-    asked: tuple[AskedSprite, ...], seen: tuple[PerceivedSprite, ...]
-) -> tuple[tuple[AskedSprite, PerceivedSprite | None], ...]:
-    """Pair the asked sprites with distinct seen ones so that most properties agree, color first."""
-    candidates: list[PerceivedSprite | None] = [*seen, *([None] * len(asked))]
+    expected: tuple[ExpectedSprite, ...], seen: tuple[PerceivedSprite, ...]
+) -> tuple[tuple[ExpectedSprite, PerceivedSprite | None], ...]:
+    """Match each expected sprite to a different perceived one so that most properties are equal, color first."""
+    candidates: list[PerceivedSprite | None] = [*seen, *([None] * len(expected))]
     worth = {"color": 4.5, "shape": 2.0, "size": 1.0, "motion": 1.0}
 
-    def agreement(chosen: tuple[PerceivedSprite | None, ...]) -> float:
+    def similarity(chosen: tuple[PerceivedSprite | None, ...]) -> float:
         return sum(
             0.1 + sum(weight * (getattr(b, name) in allowed(a, name)) for name, weight in worth.items())
-            for a, b in zip(asked, chosen, strict=True)
+            for a, b in zip(expected, chosen, strict=True)
             if b is not None
         )
 
-    best = max(itertools.permutations(candidates, len(asked)), key=agreement)
-    return tuple(zip(asked, best, strict=True))
+    best = max(itertools.permutations(candidates, len(expected)), key=similarity)
+    return tuple(zip(expected, best, strict=True))
 
 
 def perceive_sprite(
     frames: np.ndarray, blob: Blob, background: Background, *, seconds_per_frame: float
 ) -> PerceivedSprite | None:
-    """Measure one object: colour by majority over frames, outline by mean correlation, motion by its track."""
+    """Measure one object: color by majority over frames, outline by mean correlation, motion by its track."""
     height, width = frames.shape[1:3]
     unit = WORLD_HEIGHT / height
     patches = cut_patches(frames, blob, background)
@@ -210,16 +213,16 @@ def perceive_sprite(
 
 @dataclass(frozen=True)
 class Patches:
-    """Square cut-outs round an object, one a frame, taken from the frame as a torus."""
+    """Square patches around an object, one for each frame, which is treated as a torus."""
 
     corner: np.ndarray  # [N, 2] row and column of the first pixel; may be negative
     soft: np.ndarray  # [N, P, P] coverage in [0, 1]
     solid: np.ndarray  # [N, P, P] bool, covered by half or more
-    colors: np.ndarray  # [N, 3] in [0, 255], mean colour of the object in each frame
+    colors: np.ndarray  # [N, 3] in [0, 255], mean color of the object in each frame
 
 
 def cut_patches(frames: np.ndarray, blob: Blob, background: Background) -> Patches:
-    """Cut the object out and divide each pixel's difference from the background by the object's own."""
+    """Cut out an object; its coverage is each pixel's difference from the background relative to the object's."""
     middle_y, half_y = torus_extent(np.any(blob.masks, axis=2))
     middle_x, half_x = torus_extent(np.any(blob.masks, axis=1))
     half = int(min(max(half_y, half_x) + PATCH_MARGIN, min(frames.shape[1:3]) // 2 - 1))
@@ -235,7 +238,7 @@ def cut_patches(frames: np.ndarray, blob: Blob, background: Background) -> Patch
     bare = cut(itertools.repeat(background.picture_HW3, len(rows)))
     difference = pictures - bare
     strength = np.where(mask, np.einsum("nyxc,nyxc->nyx", difference, difference), 0.0)
-    # squared differences of at least half the greatest: the object without its soft edge
+    # squared differences of at least half of the largest: the object without its soft edge
     inner = strength >= np.maximum(0.5 * strength.max((1, 2), keepdims=True), 1.0)
     total = np.einsum("nyx,nyxc->nc", inner.astype(np.float32), pictures.astype(np.float32))
     colors = total / np.maximum(inner.sum((1, 2)), 1)[:, None]
@@ -247,7 +250,7 @@ def cut_patches(frames: np.ndarray, blob: Blob, background: Background) -> Patch
 
 
 def torus_extent(occupied_NL: np.ndarray) -> tuple[np.ndarray, int]:
-    """Circular mean of each row of booleans, and the greatest distance from it that a typical row reaches."""
+    """Return the circular mean of each row of booleans, and the 95th percentile of the largest distances from it."""
     length = occupied_NL.shape[1]
     turn = 2 * math.pi * np.arange(length, dtype=np.float32) / length
     occupied = occupied_NL.astype(np.float32)
@@ -259,7 +262,7 @@ def torus_extent(occupied_NL: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def name_color(colors_N3: np.ndarray) -> str:
-    """Name the colour that most frames show."""
+    """Return the name of the color in most frames."""
     names = nearest_color(colors_N3.round().astype(np.uint8))
     known = names[names >= 0]
     if len(known) * 2 < len(names):

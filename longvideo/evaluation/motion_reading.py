@@ -1,4 +1,4 @@
-"""Name the motion of a tracked object. Lengths in world units, times in seconds, y pointing down."""
+"""Classify the motion of a tracked object. Lengths are in world units, times in seconds; y points down."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST_TRAVEL = 10.0  # range of the centre below which an object stays in its place
+LEAST_TRAVEL = 10.0  # range of the center below which an object stays in its place
 LEAST_SIDEWAYS = 13.0  # range across the main direction that a straight path may have
 DIRECTION_SECONDS = 1.3  # a bouncing object shows its direction for 1.5 s
-LEAST_PULSE = 0.22  # (largest - least) / median radius; ShapeWorld's pulse has 0.56
+LEAST_PULSE = 0.22  # (largest - smallest) / median radius; ShapeWorld's pulse has 0.56
 LEAST_SPIN = math.radians(75)
 SPIN_STEADINESS = 0.85  # share of the turning that a constant rate explains
 WAVE_PERIODS = np.linspace(1.8, 6.0, 29)
@@ -20,7 +20,7 @@ CROSSING_PERIODS = np.geomspace(2.2, 20.0, 30)
 
 @dataclass(frozen=True)
 class Track:
-    """Pose of one object at `time`: unwrapped centre, radius, and angle unwrapped modulo the shape's symmetry."""
+    """Poses of one object over time: unwrapped center, radius, and angle, unwrapped modulo the shape's symmetry."""
 
     time: np.ndarray
     x: np.ndarray
@@ -45,7 +45,7 @@ def read_motion(track: Track) -> str:
 
 
 def read_motion_in_place(track: Track) -> str:
-    """Tell still, spinning and pulsing apart."""
+    """Return "still", "spinning" or "pulsing"."""
     radius = smooth(track.radius)
     if spread(radius) > LEAST_PULSE * float(np.median(radius)):
         return "pulsing"
@@ -59,19 +59,19 @@ def read_motion_in_place(track: Track) -> str:
 
 
 def spread(values: np.ndarray) -> float:
-    """Range without the outermost percents, where single frames may have failed."""
+    """Return the range without the outermost percents, which exclude errors in single frames."""
     low, high = np.percentile(values, (3, 97))
     return float(high - low)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Replace every value by the median of it and its two neighbours."""
+    """Replace every value by the median of it and its two neighbors."""
     padded = np.concatenate([values[:1], values, values[-1:]])
     return np.median(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
 
 
 def first_displacement(time: np.ndarray, values: np.ndarray) -> float:
-    """Slope of the first moments, by the median over pairs, so that a few bad frames do not matter."""
+    """Return the slope at the start, as the median over pairs, which is robust against errors in a few frames."""
     early = time <= time[0] + DIRECTION_SECONDS
     t, v = time[early], values[early]
     later, sooner = np.triu_indices(len(t), k=max(1, len(t) // 3))[::-1]
@@ -79,15 +79,15 @@ def first_displacement(time: np.ndarray, values: np.ndarray) -> float:
 
 
 def unwrap(values: np.ndarray, size: float) -> np.ndarray:
-    """Undo jumps across the border of a torus of length `size`."""
+    """Remove jumps across the border of a torus of length `size`."""
     return np.unwrap(values, period=size)
 
 
 def fit_orbit(track: Track) -> tuple[float, bool]:
-    """Fit uniform circling of any centre, radius, phase and period; return the mean squared error and its sense.
+    """Fit a uniform circular motion; return the mean squared error, and whether it is clockwise.
 
-    For a given rate w the path is linear in (center_x, center_y, a, b): x = center_x + a cos wt - b sin wt,
-    y = center_y + a sin wt + b cos wt; w > 0 is clockwise on the screen.
+    Center, radius, phase and period are free. For a given rate w the path is linear in (center_x, center_y, a, b):
+    x = center_x + a cos wt - b sin wt, y = center_y + a sin wt + b cos wt; w > 0 is clockwise on the screen.
     """
     target = np.concatenate([track.x, track.y])
     one, zero = np.ones_like(track.time), np.zeros_like(track.time)
@@ -104,18 +104,18 @@ def fit_orbit(track: Track) -> tuple[float, bool]:
 
 
 def fit_zigzag(track: Track) -> float:
-    """Fit a triangle wave to y, and to x a straight line or a triangle wave; return the mean squared error."""
+    """Fit a triangle wave to y, and a straight line or a triangle wave to x; return the mean squared error."""
     error_x = min(best_wave(track.time, track.x, CROSSING_PERIODS), line_error(track.time, track.x))
     return (error_x + best_wave(track.time, track.y, WAVE_PERIODS)) / 2
 
 
 def line_error(time: np.ndarray, values: np.ndarray) -> float:
-    """Mean squared error of the best straight line."""
+    """Return the mean squared error of the best straight line."""
     return residual(np.stack([np.ones_like(time), time]), values)
 
 
 def best_wave(time: np.ndarray, values: np.ndarray, periods: np.ndarray) -> float:
-    """Mean squared error of the best triangle wave of any height and offset."""
+    """Return the mean squared error of the best triangle wave of any amplitude and offset."""
     turns = time / periods[:, None, None] + PHASES[None, :, None]
     wave = np.abs(2 * (turns - np.floor(turns)) - 1)
     wave = wave - wave.mean(-1, keepdims=True)
@@ -125,7 +125,7 @@ def best_wave(time: np.ndarray, values: np.ndarray, periods: np.ndarray) -> floa
 
 
 def residual(design_KN: np.ndarray, target_N: np.ndarray) -> float:
-    """Mean squared error of a linear least squares fit, shared over both coordinates where they are stacked."""
+    """Return the mean squared error of a linear least squares fit, over both coordinates if they are stacked."""
     gram = design_KN @ design_KN.T + 1e-9 * np.eye(len(design_KN))
     moment = design_KN @ target_N
     return float((target_N @ target_N - moment @ np.linalg.solve(gram, moment)) / len(target_N))

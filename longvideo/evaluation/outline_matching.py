@@ -1,7 +1,7 @@
-"""Tell which shape a patch shows, how large and how turned, from its picture in polar coordinates.
+"""Determine the shape and the angle of an object from its patch in polar coordinates.
 
-Round the centroid a rotation is a shift along the angle, and dividing radii by sqrt(area / pi) removes the size. So
-one correlation by FFT tries every angle at once. N patches, R radii, A angles, S shapes, V edge widths.
+Around the centroid a rotation is a shift along the angle, and dividing radii by sqrt(area / pi) removes the size.
+Therefore one correlation by FFT tests all angles. N patches, R radii, A angles, S shapes, V edge widths.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from longvideo.shapeworld.world import SHAPES, SIZES
 
 NUM_RADII = 22
 NUM_ANGLES = 96
-MAX_RADIUS = 1.85  # in sqrt(area / pi): the tip of a triangle lies at 1.56
-EDGE_WIDTHS = (1.5, 4.0)  # world units: as drawn, and blurred
+MAX_RADIUS = 1.85  # in sqrt(area / pi): the tip of a triangle is at 1.56
+EDGE_WIDTHS = (1.5, 4.0)  # world units: as rendered, and blurred
 
 
 @dataclass(frozen=True)
 class Match:
-    """How well each patch correlates with each shape in [-1, 1], and its angle in radians (clockwise, modulo fold)."""
+    """Correlation in [-1, 1] of each patch with each shape, and angle in radians (clockwise, modulo the symmetry)."""
 
     score_NS: np.ndarray
     angle_NS: np.ndarray
 
 
 def match_outlines(soft_NPP: np.ndarray, center_N2: np.ndarray, area_N: np.ndarray) -> Match:
-    """Compare coverage patches with all shapes. `center_N2` is (y, x) in pixels of the patch, area in pixels."""
+    """Compare coverage patches with all shapes. center_N2: (y, x) in pixels of the patch. area_N: pixels."""
     polar = sample_polar(soft_NPP, center_N2, np.sqrt(area_N / math.pi))
     weight = polar_weight()
     polar = polar - (polar * weight).sum((1, 2), keepdims=True)
@@ -47,7 +47,7 @@ def match_outlines(soft_NPP: np.ndarray, center_N2: np.ndarray, area_N: np.ndarr
 
 
 def sample_polar(patch_NPP: np.ndarray, center_N2: np.ndarray, unit_N: np.ndarray) -> np.ndarray:
-    """Sample patches bilinearly on rings round their centres: [N, R, A]."""
+    """Sample patches bilinearly on rings around their centers: [N, R, A]."""
     radius = ((np.arange(NUM_RADII) + 0.5) / NUM_RADII * MAX_RADIUS)[:, None]
     angle = np.arange(NUM_ANGLES) / NUM_ANGLES * 2 * math.pi
     side = patch_NPP.shape[1]
@@ -64,7 +64,7 @@ def sample_polar(patch_NPP: np.ndarray, center_N2: np.ndarray, unit_N: np.ndarra
 
 
 def refine_peak(correlation_NSA: np.ndarray) -> np.ndarray:
-    """Return the angle of the highest correlation, between samples by a parabola."""
+    """Return the angle of the highest correlation, refined between samples by a parabola."""
     peak = correlation_NSA.argmax(-1)[..., None]
     left, middle, right = (
         np.take_along_axis(correlation_NSA, (peak + step) % NUM_ANGLES, -1)[..., 0] for step in (-1, 0, 1)
@@ -75,18 +75,18 @@ def refine_peak(correlation_NSA: np.ndarray) -> np.ndarray:
 
 
 def unit_area(shape: str) -> float:
-    """Area of a shape of nominal radius 1."""
+    """Return the area of a shape of nominal radius 1."""
     return float(outline_areas()[SHAPES.index(shape)])
 
 
 def fold_angle(shape: str) -> float:
-    """Angle in radians after which a shape looks the same."""
+    """Return the angle in radians after which a rotated shape looks the same."""
     return 2 * math.pi / OUTLINES[shape].folds
 
 
 @lru_cache(maxsize=1)
 def outline_areas() -> np.ndarray:
-    """Measure the area of every shape of radius 1 on a fine grid."""
+    """Return the area of every shape of radius 1, measured on a fine grid."""
     axis = (torch.arange(600) + 0.5) / 600 * 4 - 2
     inside = outline_distance(axis[None, None, None, :], axis[None, None, :, None], radius=torch.ones(len(SHAPES))) < 0
     return inside.float().mean((1, 2, 3)).numpy() * 16.0
@@ -94,7 +94,7 @@ def outline_areas() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def outline_spectra() -> np.ndarray:
-    """Spectra along the angle of all shapes, of weighted mean 0 and norm 1: [S, V, R, A // 2 + 1]."""
+    """Return the spectra along the angle of all shapes, with weighted mean 0 and norm 1: [S, V, R, A // 2 + 1]."""
     radius = ((torch.arange(NUM_RADII) + 0.5) / NUM_RADII * MAX_RADIUS)[:, None]
     angle = torch.arange(NUM_ANGLES) / NUM_ANGLES * 2 * math.pi
     x, y = (radius * torch.cos(angle))[None, None], (radius * torch.sin(angle))[None, None]
@@ -110,7 +110,7 @@ def outline_spectra() -> np.ndarray:
 
 
 def outline_distance(x: torch.Tensor, y: torch.Tensor, *, radius: torch.Tensor) -> torch.Tensor:
-    """Signed distance to every upright shape: [S, 1, H, W]."""
+    """Return the signed distance to every upright shape: [S, 1, H, W]."""
     outlines = torch.tensor([outline_row(shape) for shape in SHAPES])
     column = radius[:, None, None, None]
     return signed_distance(x, y, outline_BF=outlines, radius=column, angle=torch.zeros_like(column))
@@ -118,6 +118,6 @@ def outline_distance(x: torch.Tensor, y: torch.Tensor, *, radius: torch.Tensor) 
 
 @lru_cache(maxsize=1)
 def polar_weight() -> np.ndarray:
-    """Area that a polar sample stands for, adding up to 1: [R, 1] spread over all angles."""
+    """Return the area of a polar sample at each radius, [R, 1]; the areas of all samples add up to 1."""
     radius = np.arange(NUM_RADII) + 0.5
     return (radius / radius.sum() / NUM_ANGLES)[:, None].astype(np.float32)

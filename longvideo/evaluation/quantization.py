@@ -1,7 +1,7 @@
-"""What four bits cost: errors of formats and rules on synthetic and on real tensors of a model.
+"""Measure the errors of 4-bit formats and rules on synthetic tensors and on tensors of a model.
 
-An error is the norm of what rounding changed over the norm of what was there. A signal-to-quantisation-noise ratio is
-the same of a layer's output, squared, inverted, in decibels. Real tensors come from a short rollout of the model.
+A relative error is the norm of the rounding error over the norm of the tensor. A signal-to-quantization-noise ratio is
+the squared inverse of this for a layer's output, in decibels. The tensors of a model come from a short rollout.
 """
 
 from __future__ import annotations
@@ -51,27 +51,34 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class ErrorTally:
-    """Energy of errors and of what they are errors of, summed over tensors."""
+    """Sums over tensors of the squared errors and of the squared exact values."""
 
     error: float = 0.0
     signal: float = 0.0
 
     def add(self, rounded: Tensor, exact: Tensor) -> None:
+        """Add a tensor."""
         self.error += float((rounded.double() - exact.double()).square().sum())
         self.signal += float(exact.double().square().sum())
 
     @property
     def relative_error(self) -> float:
+        """Norm of the errors over the norm of the exact values."""
         return math.sqrt(self.error / self.signal)
 
     @property
     def decibels(self) -> float:
+        """Signal-to-noise ratio in decibels."""
         return 10 * math.log10(self.signal / self.error)
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """errors: relative, by tensor and format. sqnr: decibels, by product, layer kind and block."""
+    """The result of a measurement.
+
+    errors: relative errors, by tensor and format. sqnr: signal-to-quantization-noise ratios in decibels, by product,
+    kind of layer, and block.
+    """
 
     errors: dict[str, dict[str, float]]
     sqnr: dict[str, dict[str, list[float]]]
@@ -101,7 +108,10 @@ def measure_quantization(
     prompts: list[str],
     seed: int = 0,
 ) -> QuantizationReport:
-    """Round synthetic tensors, the weights, and what flows through the blocks while a chunk is made for each prompt."""
+    """Measure errors on synthetic tensors, on the weights, and on the activations of one chunk for each prompt.
+
+    seed: of the synthetic tensors and of the noise.
+    """
     measured = _Measurement()
     for what, x in _synthetic(seed).items():
         measured.add(what, x)
@@ -130,7 +140,7 @@ def measure_quantization(
 def _synthetic(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     gaussian, denominator = (torch.randn(SYNTHETIC_SHAPE, generator=generator) for _ in range(2))
-    # a normal number over the root of a mean of squares is Student's t; three of them give three degrees of freedom
+    # a normal variable over the root of the mean of three squared ones has Student's t with three degrees of freedom
     squares = [torch.randn(SYNTHETIC_SHAPE, generator=generator).square() for _ in range(STUDENT_DEGREES)]
     return {
         "Gaussian": gaussian,
@@ -143,7 +153,7 @@ def _output_hook(measured: _Measurement, name: str, layer: nn.Linear) -> Callabl
     device = layer.weight.device
     products: dict[str, Product] = {"W4A16": W4A16(device), "W4A4": EmulatedW4A4(device)}
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> None:
         measured.add("inputs of linear layers", inputs[0])
         exact = nn.functional.linear(inputs[0].float(), layer.weight.float(), _float(layer.bias))
         for label, product in products.items():
@@ -168,8 +178,8 @@ def _recording_cache(measured: _Measurement) -> type[KVCache]:
                 ("keys after RoPE, smoothed", rotated, rotated_mean),
             ):
                 for name, rounded in FORMATS.items():
-                    got = rounded(x) if shift is None else rounded(x - shift) + shift
-                    measured.errors[what][name].add(got, x)
+                    result = rounded(x) if shift is None else rounded(x - shift) + shift
+                    measured.errors[what][name].add(result, x)
             super().keep(layer, keys_BLNK, values_BLNK, rope)
 
     return RecordingCache
@@ -186,7 +196,7 @@ def _roll_out(
 ) -> None:
     features_PLD, rows_P = text_encoder.encode(prompts)
     text = transformer.encode_text(features_PLD)
-    # the clean pass of a chunk is run when another is wanted, so the last prompt is shown twice
+    # the clean pass of a chunk runs when the next one is requested, so the last prompt is used twice
     rows = (*rows_P.split(1), rows_P[-1:])
     conditionings: Iterable[Conditioning] = (Conditioning(text=text, prompt_index=row, cut=True) for row in rows)
     generators = [torch.Generator().manual_seed(seed)]
@@ -200,7 +210,7 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def as_markdown(report: QuantizationReport) -> str:
-    """Write both tables: errors in percent, output noise in decibels with the lowest of all blocks in brackets."""
+    """Return both tables: errors in percent, and output noise in decibels with the lowest of all blocks in brackets."""
     lines = [_row("relative error", *FORMATS), _row("---", *("---" for _ in FORMATS))]
     lines += [_row(what, *(f"{row[name]:.2%}" for name in FORMATS)) for what, row in report.errors.items()]
     products = list(report.sqnr)

@@ -1,4 +1,4 @@
-"""Read a ShapeWorld caption back: what it asks for, so that a folder of videos can be judged by its captions alone."""
+"""Parse ShapeWorld captions, so that a folder of videos can be judged by its captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RequestedSprite:
-    """One object as a caption describes it; None where the caption does not say."""
+    """One object of a caption. A property is None if the caption does not mention it."""
 
     shape: str
     color: str
@@ -36,20 +36,20 @@ class RequestedSprite:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caption asks for."""
+    """The content of a caption. background: None if the caption does not mention it."""
 
     sprites: tuple[RequestedSprite, ...]
     background: str | None
 
 
 def read_caption(text: str) -> Request:
-    """Find the objects, their motions and the background. Raises UserError when no coloured shape is named."""
+    """Parse the objects, their motions and the background. Raises UserError if the caption has no colored shape."""
     words = " ".join(re.findall(r"[a-z]+|[.,]", text.lower()))
     subjects = list(subject_pattern().finditer(words))
     if not 1 <= len(subjects) <= MAX_SPRITES:
         raise UserError(
-            f"cannot judge the caption {text!r}: it names {len(subjects)} coloured shapes, wanted 1 to {MAX_SPRITES}, "
-            "each as a color and a shape of ShapeWorld"
+            f"the caption {text!r} has {len(subjects)} colored shapes, expected 1 to {MAX_SPRITES}; use captions of"
+            " ShapeWorld"
         )
     ends = [match.start() for match in subjects[1:]] + [len(words)]
     bounces = {phrase(edge) for pair in BOUNCES for edge in pair}
@@ -72,21 +72,21 @@ def read_caption(text: str) -> Request:
 
 
 def named(text: str, phrases: Mapping[str, Iterable[str]]) -> str | None:
-    """Return the name that has the longest phrase in `text`."""
+    """Return the name with the longest phrase that occurs in a text; None if no phrase occurs."""
     padded = f" {text} "
-    found = [(len(p), name) for name, options in phrases.items() for p in options if f" {phrase(p)} " in padded]
-    return max(found)[1] if found else None
+    matches = [(len(p), name) for name, options in phrases.items() for p in options if f" {phrase(p)} " in padded]
+    return max(matches)[1] if matches else None
 
 
 @cache
 def phrase(text: str) -> str:
-    """Separate words and punctuation by single spaces, as the caption is before it is searched."""
+    """Separate words and punctuation by single spaces, as in the caption that is searched."""
     return " ".join(re.findall(r"[a-z]+|[.,]", text))
 
 
 @lru_cache(maxsize=1)
 def subject_pattern() -> re.Pattern[str]:
-    """Match an optional size, a color and a shape."""
+    """Return the pattern of an optional size, a color and a shape."""
 
     def one_of(options: Iterable[str]) -> str:
         return "|".join(sorted({phrase(option) for option in options}, key=len, reverse=True))
@@ -98,7 +98,7 @@ def subject_pattern() -> re.Pattern[str]:
 
 @lru_cache(maxsize=1)
 def motion_phrases() -> dict[str, tuple[str, ...]]:
-    """Every way in which a caption can name each motion."""
+    """Return all phrases of captions for each motion."""
     return {
         motion: tuple(f"{form} {way}".strip() for verbs, ways in groups for v in verbs for form in v for way in ways)
         for motion, groups in MOTION_VERBS.items()

@@ -1,7 +1,7 @@
-"""Find the background of a clip and the coloured objects in front of it.
+"""Detect the background of a clip and the colored objects in front of it.
 
-T frames, H W pixels. Pictures are float32 in [0, 255]. The frame is a torus for an object that leaves on one side and
-enters on the other: its parts count as one.
+T frames, H W pixels. Pictures are float32 in [0, 255]. The frame is treated as a torus: the parts of an object that
+leaves on one side and enters on the other are one object.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from longvideo.shapeworld.render import render_backgrounds
 from longvideo.shapeworld.world import BACKGROUNDS, COLORS, WORLD_HEIGHT
 
 UNKNOWN = "unknown"
-FOREGROUND_DISTANCE = 45.0  # grey levels; the palest pair of object and background lies 100 apart
-BACKGROUND_DISTANCE = 40.0  # the clip's own median replaces the ideal background where it is this close
+FOREGROUND_DISTANCE = 45.0  # gray levels; the smallest distance between an object and a background is 100
+BACKGROUND_DISTANCE = 40.0  # where the clip's median is this near to the ideal background, it replaces it
 UNKNOWN_BACKGROUND = 40.0
-MIN_AREA = 60.0  # square world units: half of a small star when it pulses to its least size
-MIN_PRESENCE = 0.35  # share of the frames in which an object must be seen
-SAME_OBJECT_OVERLAP = 0.3  # two colours seen together less often than this are one object that flickers
+MIN_AREA = 60.0  # square world units: half of a small star at the smallest size of its pulse
+MIN_PRESENCE = 0.35  # share of the frames in which an object must be visible
+SAME_OBJECT_OVERLAP = 0.3  # two colors that occur together less often than this are one flickering object
 TOUCHING_SHARE = 0.2
-LEAST_ALONE = 0.2  # share of the frames in which an object must be apart from others
+LEAST_ALONE = 0.2  # share of the frames in which an object must be separate from others
 LIGHTNESS_WEIGHT = 0.5
-UNKNOWN_COLOR = 48.0  # distance in CIELAB from every known colour
+UNKNOWN_COLOR = 48.0  # distance in CIELAB from every known color
 TABLE_BITS = 5
 
 
 @dataclass(frozen=True)
 class Background:
-    """The known background nearest to the clip's, and the picture to subtract from each frame."""
+    """The background of a clip. name: the nearest known one. picture_HW3: the picture to subtract from each frame."""
 
     name: str
     picture_HW3: np.ndarray
@@ -38,10 +38,10 @@ class Background:
 
 @dataclass(frozen=True)
 class Blob:
-    """One object through the clip: where it is seen, by frame."""
+    """One object of a clip, with its pixels in each frame."""
 
-    colors: tuple[int, ...]  # indices into COLORS; more than one when its colour flickers
-    frames: np.ndarray  # indices of the frames that show it
+    colors: tuple[int, ...]  # indices into COLORS; more than one if its color flickers
+    frames: np.ndarray  # indices of the frames in which it is visible
     masks: np.ndarray  # bool, one for each of `frames`
 
 
@@ -51,11 +51,11 @@ class Component:
 
     runs: list[tuple[int, int, int]]
     area: int
-    votes: np.ndarray  # pixels of each known colour, away from the outline where possible
+    votes: np.ndarray  # number of pixels of each known color, without those at the outline if possible
 
 
 def fit_background(frames: np.ndarray) -> Background:
-    """Choose the known background by the median distance of the clip's temporal median to it."""
+    """Return the known background with the smallest median distance to the clip's temporal median."""
     median = median_of_five(frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)]).astype(np.float32)
     templates = background_pictures(*median.shape[:2])
     coarse = median[::2, ::2]
@@ -69,7 +69,7 @@ def fit_background(frames: np.ndarray) -> Background:
 
 
 def find_blobs(frames: np.ndarray, background: Background) -> tuple[list[Blob], int]:
-    """Return the objects, largest first, and how many separate regions a frame typically shows."""
+    """Return the objects, largest first, and the typical number of separate regions in a frame."""
     height = frames.shape[1]
     difference = frames.astype(np.float32)
     difference -= background.picture_HW3
@@ -88,7 +88,7 @@ def find_blobs(frames: np.ndarray, background: Background) -> tuple[list[Blob], 
 
 
 def median_of_five(frames: np.ndarray) -> np.ndarray:
-    """Median of five uint8 pictures by comparing whole pictures: a sort of every pixel takes fifty times as long."""
+    """Return the median of five uint8 pictures by comparing whole pictures, 50 times as fast as sorting each pixel."""
     a, b, c, d, e = frames
     low = np.maximum(np.minimum(a, b), np.minimum(c, d))
     high = np.minimum(np.maximum(a, b), np.maximum(c, d))
@@ -97,12 +97,12 @@ def median_of_five(frames: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def background_pictures(height: int, width: int) -> np.ndarray:
-    """Draw all known backgrounds: [6, H, W, 3] in [0, 255]."""
+    """Render all known backgrounds: [6, H, W, 3] in [0, 255]."""
     return ((render_backgrounds(height, width).permute(0, 2, 3, 1).numpy() + 1) * 127.5).astype(np.float32)
 
 
 def erode(mask: np.ndarray) -> np.ndarray:
-    """Keep the pixels whose four neighbours are set too; beyond the border counts as set."""
+    """Keep the pixels whose four neighbors are set too; pixels outside of the border count as set."""
     kept = mask.copy()
     kept[..., 1:, :] &= mask[..., :-1, :]
     kept[..., :-1, :] &= mask[..., 1:, :]
@@ -112,7 +112,7 @@ def erode(mask: np.ndarray) -> np.ndarray:
 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
-    """Add the four neighbours of every set pixel."""
+    """Add the four neighbors of every set pixel."""
     grown = mask.copy()
     grown[..., 1:, :] |= mask[..., :-1, :]
     grown[..., :-1, :] |= mask[..., 1:, :]
@@ -122,7 +122,7 @@ def dilate(mask: np.ndarray) -> np.ndarray:
 
 
 def connected_components(mask: np.ndarray, core: np.ndarray, labels: np.ndarray) -> list[list[Component]]:
-    """Join runs of neighbouring rows, in each frame of [T, H, W] by itself."""
+    """Return the connected components of each frame: runs joined over adjacent rows. mask, core, labels: [T, H, W]."""
     num_frames, height, width = mask.shape
     padded = np.zeros((num_frames * height, width + 2), np.int8)
     padded[:, 1:-1] = mask.reshape(-1, width)
@@ -163,8 +163,8 @@ def connected_components(mask: np.ndarray, core: np.ndarray, labels: np.ndarray)
 def count_votes(
     owner: np.ndarray, lengths: np.ndarray, mask: np.ndarray, core: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """Count the pixels of each known colour in every component, away from its outline unless it has no inside."""
-    component = np.repeat(owner, lengths)  # runs lie in the order of the mask's pixels
+    """Count the pixels of each known color in every component, without its outline unless it has no interior."""
+    component = np.repeat(owner, lengths)  # runs are in the order of the mask's pixels
     label, is_core = labels[mask], core[mask]
 
     def count(chosen: np.ndarray) -> np.ndarray:
@@ -176,7 +176,7 @@ def count_votes(
 
 
 def join_across_border(parts: list[Component], size: tuple[int, ...], *, min_area: float) -> list[Component]:
-    """Unite parts that meet across opposite borders, unless both are sizable and differ in colour."""
+    """Join parts that touch across opposite borders, unless both are large and have different colors."""
     height, width = size
     joined = list(parts)
     for edge_of in (
@@ -206,7 +206,7 @@ def join_across_border(parts: list[Component], size: tuple[int, ...], *, min_are
 
 
 def group_colors(by_frame: list[list[Component]]) -> list[tuple[int, ...]]:
-    """Return the colours of each object, by total area; colours that are hardly ever seen together are one object."""
+    """Return the colors of each object, by total area. Colors that rarely occur together belong to one object."""
     area = np.zeros((len(by_frame), len(COLORS)))
     minor = np.zeros_like(area)
     for index, parts in enumerate(by_frame):
@@ -216,7 +216,7 @@ def group_colors(by_frame: list[list[Component]]) -> list[tuple[int, ...]]:
             share = part.votes / max(1, part.votes.sum())
             share[winner] = 0.0
             minor[index] += np.where(share >= TOUCHING_SHARE, share * part.area, 0.0)
-    # an object that touches another counts there too; a colour that never stands alone is a soft edge
+    # a color inside another's component is a touching object, or a soft edge if it is never separate
     stands_alone = (area > 0).mean(0) >= LEAST_ALONE
     seen = (area > 0) | ((minor > 0) & stands_alone)
     groups: list[list[int]] = []
@@ -241,7 +241,7 @@ def collect_blob(
     by_frame: list[list[Component]],
     labels: np.ndarray,
 ) -> Blob:
-    """Gather the mask of one object in every frame: its largest component, cut by colour where objects touch."""
+    """Collect the mask of one object in every frame: its largest component, divided by color where objects touch."""
     others = [color for group in groups if group != colors for color in group]
     frames, masks = [], []
     for index, parts in enumerate(by_frame):
@@ -260,7 +260,7 @@ def collect_blob(
 
 
 def nearest_color(pixels_N3: np.ndarray) -> np.ndarray:
-    """Return for each uint8 colour the index of the nearest known one, int8, or -1 when all are far."""
+    """Return for each uint8 color the index of the nearest known one, int8, or -1 if none is near."""
     shift = 8 - TABLE_BITS
     red, green, blue = (pixels_N3[..., i].astype(np.int32) >> shift for i in range(3))
     return color_table()[(red << 2 * TABLE_BITS) | (green << TABLE_BITS) | blue]
@@ -268,7 +268,7 @@ def nearest_color(pixels_N3: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def color_table() -> np.ndarray:
-    """Tabulate `nearest_color` for every coarse colour."""
+    """Return the table of `nearest_color` for every coarse color."""
     levels = (np.arange(2**TABLE_BITS) + 0.5) * 2 ** (8 - TABLE_BITS)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     known = to_lab(np.array(list(COLORS.values()), float))
@@ -277,7 +277,7 @@ def color_table() -> np.ndarray:
 
 
 def to_lab(rgb_N3: np.ndarray) -> np.ndarray:
-    """Convert sRGB in [0, 255] to CIELAB (D65) with lightness weighed down: shade matters less than hue."""
+    """Convert sRGB in [0, 255] to CIELAB (D65), with lightness scaled down because hue identifies a color better."""
     value = rgb_N3 / 255.0
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

@@ -1,7 +1,7 @@
 """Measure a video generator on held-out ShapeWorld prompts with the classical-vision judge.
 
-A task is a script of one or more shots, each with a scene, its caption and a length. The generator sees captions and
-a seed alone; the judge sees pixels alone; the verdict compares what the judge saw with the scene.
+A task is a script of one or more shots, each with a scene, its caption and a length. The generator gets only captions
+and a seed, and the judge gets only pixels; the verdict compares the result of the judge with the scene.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longvideo.evaluation.judge import AskedScene, Percept, Verdict, compare, judge, perceive
+from longvideo.evaluation.judge import ExpectedScene, Percept, Verdict, compare, judge, perceive
 from longvideo.evaluation.sheet import film_strip, plot_curves, spaced_indices, write_picture
 from longvideo.files import write_json
 from longvideo.shapeworld.captions import caption
@@ -28,81 +28,89 @@ if TYPE_CHECKING:
 FPS = 24
 CHUNK_FRAMES = 32
 OPENING_SECONDS = 4.0
-CUT_LAG_FRAMES = 4  # a latent frame lasts 4 pixel frames, so a cut may be smeared over as many
-CHANGED_LEVELS = 40  # grey levels by which a pixel counts as changed; noise stays below
-CUT_SHARE = 0.01  # least share of changed pixels: a small object that jumps changes 0.025
-CUT_PROMINENCE = 1.35  # times what motion changes at other moments
+CUT_LAG_FRAMES = 4  # a latent frame encodes 4 pixel frames, so a cut may be blurred over as many
+CHANGED_LEVELS = 40  # gray levels by which a pixel counts as changed; noise is less
+CUT_SHARE = 0.01  # least share of changed pixels at a cut: a small object that jumps changes 0.025
+CUT_PROMINENCE = 1.35  # least ratio to the share that motion changes at other times
 SHOWN_CLIPS = 12
 SHOWN_FRAMES = 8
-SECOND_STRIDE = 3  # every third frame tells colour and shape
+SECOND_STRIDE = 3  # every third frame is enough for color and shape
 QUESTIONS = ("count", "color", "shape", "size", "motion", "background", "both")
 
 Generate = Callable[[list[str], float, int], Iterable[np.ndarray]]
-"""(prompt of every shot, seconds in all, seed) -> uint8 [T, H, W, 3] pieces of one video, in order."""
+"""Function (prompts of all shots, total seconds, seed) -> pieces uint8 [T, H, W, 3] of one video, in order."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One video to make and judge; `scenes`, `prompts` and `seconds` have an entry for each shot."""
+    """One video to generate and judge. scenes, prompts, seconds: one entry for each shot. seed: of the noise."""
 
-    scenes: tuple[AskedScene, ...]
+    scenes: tuple[ExpectedScene, ...]
     prompts: tuple[str, ...]
     seconds: tuple[float, ...]
     seed: int
 
     @property
     def starts(self) -> list[int]:
-        """Frame at which each shot is asked to begin."""
+        """Frame at which each shot is expected to begin."""
         return [round(sum(self.seconds[:shot]) * FPS) for shot in range(len(self.scenes))]
 
 
 @dataclass(frozen=True)
 class ShotResult:
-    """What one shot showed; `cut_frame` is None for the first shot and when no cut was found near `asked_frame`."""
+    """The judgment of one shot.
+
+    expected_frame: frame at which it should begin. cut_frame: frame of its cut; None for the first shot, and
+    without a cut near the expected frame.
+    """
 
     prompt: str
-    scene: AskedScene
+    scene: ExpectedScene
     percept: Percept
     verdict: Verdict
-    asked_frame: int = 0
+    expected_frame: int = 0
     cut_frame: int | None = None
 
     @property
     def cut_in_time(self) -> bool:
-        """Say whether the shot began within one chunk of where it was asked."""
-        return self.asked_frame == 0 or self.cut_frame is not None
+        """Whether the shot begins within one chunk of the expected frame."""
+        return self.expected_frame == 0 or self.cut_frame is not None
 
     @property
     def shows_prompt(self) -> bool:
-        """Say whether every object of the prompt is there with its color and shape."""
+        """Whether every object of the prompt is in the shot with its color and shape."""
         return self.verdict.color and self.verdict.shape
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Verdicts on one video: every shot's opening, and each whole second of a video of one shot."""
+    """The judgment of one video.
+
+    shots: the opening of each shot. by_second: each second of a video of one shot. by_opening: consecutive windows of
+    OPENING_SECONDS, which is long enough to recognize a motion.
+    """
 
     seed: int
     num_frames: int
     shots: tuple[ShotResult, ...]
     by_second: tuple[Verdict, ...] = ()
-    by_opening: tuple[Verdict, ...] = ()  # consecutive windows of OPENING_SECONDS, long enough to see a motion
+    by_opening: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many answers were right."""
+    """Number of correct answers, and of all answers."""
 
     right: int
     total: int
 
     @property
     def share(self) -> float:
-        """Right answers over all."""
+        """Share of correct answers; NaN without answers."""
         return self.right / self.total if self.total else float("nan")
 
     def record(self) -> dict[str, float]:
-        """Return the numbers with the 95 % interval, ready for JSON."""
+        """Return the numbers with the 95 % interval, for JSON."""
         low, high = wilson_interval(self.right, self.total)
         rounded = {"share": round(self.share, 4), "low": round(low, 4), "high": round(high, 4)}
         return {"right": self.right, "total": self.total, **rounded}
@@ -110,7 +118,13 @@ class Score:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Everything an evaluation found. `opening` scores the first seconds; `curves` hold a share a second."""
+    """The result of an evaluation.
+
+    num_videos, num_shots: numbers of videos, and of shots in a video. seconds: length of the longest video. opening:
+    scores of the first OPENING_SECONDS. shots: scores of all shots, for videos of several. curves: share of correct
+    answers in each second. motion_curve: share of correct motions in consecutive windows of OPENING_SECONDS.
+    confusions: number of each wrong answer. results: of the single videos.
+    """
 
     num_videos: int
     seconds: float
@@ -122,8 +136,8 @@ class EvaluationReport:
     confusions: dict[str, int]
     results: tuple[TaskResult, ...]
 
-    def summary(self) -> dict:
-        """Return the numbers without the single videos, ready for JSON."""
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers without the single videos, for JSON."""
         return {
             "num_videos": self.num_videos,
             "seconds": self.seconds,
@@ -139,7 +153,7 @@ class EvaluationReport:
 def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, split: Split = "heldout") -> list[Task]:
     """Return `num` tasks of `shots` shots of `seconds` each.
 
-    Neighbouring shots differ in background: with the same one, two videos of small objects hardly differ as pictures.
+    Consecutive shots have different backgrounds: with the same one, a cut between small objects changes few pixels.
     """
     tasks = []
     for index in range(num):
@@ -159,12 +173,12 @@ def build_tasks(num: int, *, seconds: float, shots: int = 1, seed: int = 0, spli
 def evaluate(
     generate: Generate, tasks: Sequence[Task], *, out: Path | None = None, workers: int = 1
 ) -> EvaluationReport:
-    """Generate and judge every task; with `out`, write results.json and pictures there."""
+    """Generate and judge every task; see `evaluate_videos`."""
     return evaluate_videos(make_videos(generate, tasks), out=out, workers=workers)
 
 
 def make_videos(generate: Generate, tasks: Iterable[Task]) -> Iterator[tuple[Task, np.ndarray]]:
-    """Run `generate` on each task and yield the task with its whole video."""
+    """Generate the video of each task; yield the task with the whole video, uint8 [T, H, W, 3]."""
     for task in tasks:
         yield task, np.concatenate(list(generate(list(task.prompts), sum(task.seconds), task.seed)))
 
@@ -172,9 +186,10 @@ def make_videos(generate: Generate, tasks: Iterable[Task]) -> Iterator[tuple[Tas
 def evaluate_videos(
     videos: Iterable[tuple[Task, np.ndarray]], *, out: Path | None = None, workers: int = 1
 ) -> EvaluationReport:
-    """Judge (task, uint8 [T, H, W, 3]) pairs as they arrive; with `out`, write results.json and pictures there.
+    """Judge pairs of a task and its video, uint8 [T, H, W, 3], in the order in which they are generated.
 
-    `workers` above 1 judges in that many processes while the next videos are made.
+    out: folder for results.json and pictures; None writes none. workers: processes that judge while the next videos are
+    generated; 1 judges in this process.
     """
     tasks: list[Task] = []
     results: list[TaskResult] = []
@@ -198,7 +213,7 @@ def evaluate_videos(
 def judge_videos(
     videos: Iterable[tuple[Task, np.ndarray]], *, workers: int
 ) -> Iterator[tuple[Task, np.ndarray, TaskResult]]:
-    """Yield each task with a few frames of its video and the result, in order."""
+    """Yield each task with a few frames of its video and the result, in order. workers: as in `evaluate_videos`."""
 
     def few(frames: np.ndarray) -> np.ndarray:
         return frames[spaced_indices(len(frames), SHOWN_FRAMES)]
@@ -207,7 +222,7 @@ def judge_videos(
         for task, frames in videos:
             yield task, few(frames), judge_video(task, frames)
         return
-    # a forked child would inherit the CUDA context of a generating parent
+    # a forked process would inherit the CUDA context of its parent
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting: deque[tuple[Task, np.ndarray, Future[TaskResult]]] = deque()
         for task, frames in videos:
@@ -220,13 +235,13 @@ def judge_videos(
 
 
 def judge_video(task: Task, frames: np.ndarray) -> TaskResult:
-    """Judge one video: shots at the cuts found, and for a single shot also every second to the end."""
+    """Judge one video: each shot from its cut on, and for a video of one shot also every second."""
     opening = round(OPENING_SECONDS * FPS)
     cuts: list[int | None] = [None]
-    for asked in task.starts[1:]:
-        cuts.append(find_cut(frames, asked, after=(cuts[-1] or 0) + CUT_LAG_FRAMES))
-    # a shot is judged from where it begins; where no cut was found, from where it was asked
-    begins = [asked if cut is None else cut for asked, cut in zip(task.starts, cuts, strict=True)]
+    for start in task.starts[1:]:
+        cuts.append(find_cut(frames, start, after=(cuts[-1] or 0) + CUT_LAG_FRAMES))
+    # a shot is judged from its cut on, or from its expected start if there is no cut
+    begins = [start if cut is None else cut for start, cut in zip(task.starts, cuts, strict=True)]
     shots = []
     for index, (scene, prompt) in enumerate(zip(task.scenes, task.prompts, strict=True)):
         first = min(begins[index] + (CUT_LAG_FRAMES if index else 0), len(frames) - 1)
@@ -243,20 +258,21 @@ def judge_video(task: Task, frames: np.ndarray) -> TaskResult:
     )
 
 
-def judge_windows(frames: np.ndarray, scene: AskedScene, length: int, *, stride: int = 1) -> tuple[Verdict, ...]:
-    """Judge every `stride`-th frame of consecutive windows of `length` frames; the last may be half as long."""
+def judge_windows(frames: np.ndarray, scene: ExpectedScene, length: int, *, stride: int = 1) -> tuple[Verdict, ...]:
+    """Judge every `stride`-th frame of consecutive windows of `length` frames; the last may have half the length."""
     starts = [start for start in range(0, len(frames), length) if 2 * (len(frames) - start) >= length]
     return tuple(
         judge(frames[start : start + length : stride], scene, FPS / stride, from_start=start == 0) for start in starts
     )
 
 
-def find_cut(frames: np.ndarray, asked: int, *, after: int = 0, reach: int = CHUNK_FRAMES) -> int | None:
-    """Return the frame after `after` at which most pixels change, within `reach` frames of `asked`.
+def find_cut(frames: np.ndarray, expected: int, *, after: int = 0, reach: int = CHUNK_FRAMES) -> int | None:
+    """Return the frame of a cut, at which most pixels change; None if no frame is prominent.
 
-    None where no moment stands out. Compares frames CUT_LAG_FRAMES apart, so that a smeared transition counts as one.
+    expected: expected frame. after: earliest frame. reach: largest distance from `expected`, frames. Frames at a
+    distance of CUT_LAG_FRAMES are compared, so that a blurred transition counts as one cut.
     """
-    first, last = max(after, asked - reach - CUT_LAG_FRAMES), min(len(frames), asked + reach + CUT_LAG_FRAMES + 1)
+    first, last = max(after, expected - reach - CUT_LAG_FRAMES), min(len(frames), expected + reach + CUT_LAG_FRAMES + 1)
     coarse = frames[first:last, ::2, ::2].astype(np.int16)
     if len(coarse) <= CUT_LAG_FRAMES:
         return None
@@ -266,14 +282,14 @@ def find_cut(frames: np.ndarray, asked: int, *, after: int = 0, reach: int = CHU
     usual = float(np.percentile(elsewhere, 90)) if len(elsewhere) else 0.0
     if change[peak] < max(CUT_SHARE, CUT_PROMINENCE * usual):
         return None
-    # a sharp cut gives a plateau of CUT_LAG_FRAMES equal changes; its last one starts just before the cut
+    # a sharp cut gives a plateau of CUT_LAG_FRAMES equal changes, of which the last begins just before the cut
     plateau = np.flatnonzero((change > 0.9 * change[peak]) & (np.abs(np.arange(len(change)) - peak) < CUT_LAG_FRAMES))
     cut = first + int(plateau[-1]) + 1
-    return cut if abs(cut - asked) <= reach else None
+    return cut if abs(cut - expected) <= reach else None
 
 
 def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> EvaluationReport:
-    """Add the verdicts of all videos up."""
+    """Combine the results of all videos into a report."""
     first = [result.shots[0].verdict for result in results]
     every = [shot for result in results for shot in result.shots]
     shots = {}
@@ -303,41 +319,41 @@ def summarize(results: Sequence[TaskResult], tasks: Sequence[Task]) -> Evaluatio
 
 
 def scores(verdicts: Sequence[Verdict]) -> dict[str, Score]:
-    """Return a score for each question; `both` counts scenes of two objects alone."""
-    found = {}
+    """Return a score for each question; "both" counts only scenes with two objects."""
+    result = {}
     for name in QUESTIONS:
         answers = [getattr(verdict, name) for verdict in verdicts if getattr(verdict, name) is not None]
         if answers:
-            found[name] = Score(sum(answers), len(answers))
-    return found
+            result[name] = Score(sum(answers), len(answers))
+    return result
 
 
 def share(verdicts: Sequence[Verdict], name: str) -> float:
-    """Return the share of verdicts that answer `name` with yes."""
+    """Return the share of verdicts in which a property is correct."""
     return sum(bool(getattr(verdict, name)) for verdict in verdicts) / max(1, len(verdicts))
 
 
 def wrong_answers(verdict: Verdict) -> list[str]:
-    """Return the questions that `verdict` answers with no."""
+    """Return the properties that are not correct."""
     return [name for name in QUESTIONS if getattr(verdict, name) is False]
 
 
 def count_confusions(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Count what was asked and what was seen instead, as 'motion: left -> zigzag', the most frequent first."""
+    """Count the confusions, such as 'motion: left -> zigzag', the most frequent first."""
     return dict(Counter(name for verdict in verdicts for name in confusion_names(verdict)).most_common())
 
 
 def confusion_names(verdict: Verdict) -> Iterator[str]:
-    """Yield 'property: asked -> seen' for everything that differs."""
-    for asked, seen in verdict.pairs:
+    """Yield 'property: expected -> seen' for every difference."""
+    for expected, seen in verdict.pairs:
         for name in ("color", "shape", "size", "motion"):
-            wanted, got = getattr(asked, name), getattr(seen, name) if seen is not None else "missing"
-            if wanted not in (None, got):
-                yield f"{name}: {wanted} -> {got}"
+            value, actual = getattr(expected, name), getattr(seen, name) if seen is not None else "missing"
+            if value not in (None, actual):
+                yield f"{name}: {value} -> {actual}"
 
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the bounds of the score interval for a share (Wilson, JASA 22, 1927)."""
+    """Return the bounds of Wilson's score interval for a share (Wilson, JASA 22, 1927). z: 1.96 for 95 %."""
     if total == 0:
         return 0.0, 1.0
     share = right / total
@@ -353,7 +369,10 @@ def write_report(
     failures: Sequence[tuple[str, np.ndarray]] = (),
     successes: Sequence[tuple[str, np.ndarray]] = (),
 ) -> None:
-    """Write results.json, scores.png (where there is more than one second to plot) and contact sheets into `out`."""
+    """Write results.json, scores.png (if there is more than one second) and contact sheets to a folder.
+
+    failures, successes: captions and clips for the contact sheets.
+    """
     out.mkdir(parents=True, exist_ok=True)
     record = report.summary() | {"videos": [asdict(result) for result in report.results]}
     write_json(out / "results.json", record)
@@ -362,7 +381,7 @@ def write_report(
         scores = plot_curves(
             {name: report.curves[name] for name in ("color", "shape", "background")},
             [second + 1 for second in range(seconds)],
-            title=f"Right in each second of {report.num_videos} videos from held-out prompts",
+            title=f"Correct in each second of {report.num_videos} videos of held-out prompts",
             x_label="seconds",
         )
         write_picture(scores, out / "scores.png")

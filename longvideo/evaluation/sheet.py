@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets and curves, drawn with Pillow, and looping animations, written with imageio."""
+"""Draw contact sheets and curves with Pillow, and write pictures and looping animations with imageio."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def contact_sheet(
     scale: float = 1.0,
     font_size: int = 13,
 ) -> Image.Image:
-    """Lay uint8 [H, W, 3] frames of one size out in rows, left to right and top to bottom.
+    """Arrange frames uint8 [H, W, 3] of one size in rows, from left to right and top to bottom.
 
-    `labels` holds a line under each frame, `row_labels` a line above each row.
+    labels: a line below each frame. row_labels: a line above each row. gap: between frames, pixels. scale: of frames.
+    font_size: pixels.
     """
     if len(frames) == 0 or columns < 1:
-        raise UserError(f"a contact sheet needs at least one frame and one column, got {len(frames)} and {columns}")
+        raise UserError(f"a contact sheet of {len(frames)} frames in {columns} columns; expected at least one of each")
     font = ImageFont.load_default(size=font_size)
     height, width = (round(side * scale) for side in frames[0].shape[:2])
     line = round(font_size * 1.45)
@@ -66,20 +67,25 @@ def contact_sheet(
 
 
 def film_strip(
-    clips: Sequence[np.ndarray], *, columns: int = 8, captions: Sequence[str] | None = None, **style
+    clips: Sequence[np.ndarray],
+    *,
+    columns: int = 8,
+    captions: Sequence[str] | None = None,
+    gap: int = 4,
+    scale: float = 1.0,
 ) -> Image.Image:
-    """Show each uint8 [T, H, W, 3] clip as one row of evenly spaced frames under its caption."""
+    """Show each clip, uint8 [T, H, W, 3], as a row of evenly spaced frames below its caption."""
     frames = [clip[index] for clip in clips for index in spaced_indices(len(clip), columns)]
-    return contact_sheet(frames, columns, row_labels=captions, **style)
+    return contact_sheet(frames, columns, row_labels=captions, gap=gap, scale=scale)
 
 
 def spaced_indices(length: int, count: int) -> list[int]:
-    """Return `count` indices from the first to the last of `length`."""
+    """Return `count` evenly spaced indices from the first to the last of `length`."""
     return [round(value) for value in np.linspace(0, length - 1, count)]
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all. Raises WriteError as `longvideo.files.write_file` does."""
+    """Write a picture as PNG, completely or not at all. Raises WriteError as `longvideo.files.write_file` does."""
     pixels = np.asarray(picture.convert("RGB"))
     write_bytes(path, iio.imwrite("<bytes>", pixels, extension=".png", plugin="pillow", optimize=True))
 
@@ -87,13 +93,16 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 def write_animation(
     frames: np.ndarray, path: Path, *, fps: float, source_fps: float = 24.0, scale: float = 1.0
 ) -> None:
-    """Write uint8 [T, H, W, 3] frames of `source_fps` as an endless GIF or WebP, by the name, at about `fps`.
+    """Write frames uint8 [T, H, W, 3] as a looping GIF or WebP, depending on the suffix of the path.
 
-    A GIF counts in hundredths of a second, so `fps` is rounded to what that can say; one palette serves all its frames:
-    with a palette each, flat areas would flicker. Raises WriteError as `longvideo.files.write_file` does.
+    fps: of the animation, rounded to hundredths of a second per frame, as GIF requires. source_fps: of the frames.
+    scale: of the size. All frames of a GIF use one palette; with separate palettes flat areas would flicker. Raises
+    WriteError as `longvideo.files.write_file` does.
     """
     if len(frames) == 0 or fps <= 0:
-        raise UserError(f"an animation needs frames and a positive rate, got {len(frames)} frames and {fps} a second")
+        raise UserError(
+            f"an animation of {len(frames)} frames at {fps} per second; expected frames and a positive rate"
+        )
     ticks = max(1, round(1000 / fps / GIF_TICK_MS))
     step = source_fps * ticks * GIF_TICK_MS / 1000
     chosen = frames[np.arange(0, len(frames) - 0.5, step).round().astype(int)]
@@ -127,9 +136,9 @@ def plot_curves(
     percent: bool = True,
     size: tuple[int, int] = (760, 380),
 ) -> Image.Image:
-    """Draw named curves over a shared x axis; NaN values leave a gap."""
+    """Draw named curves over a common x axis. NaN values are gaps. size: width and height in pixels."""
     if len(x) == 0:
-        raise UserError("nothing to plot: the x axis is empty")
+        raise UserError("the x axis is empty; expected at least one value to plot")
     k = OVERSAMPLING
     width, height = size[0] * k, size[1] * k
     font, bold = ImageFont.load_default(size=13 * k), ImageFont.load_default(size=16 * k)
@@ -173,7 +182,7 @@ def plot_curves(
 
 
 def round_ticks(low: float, high: float, at_most: int = 10) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten inside [low, high], at most about `at_most` of them."""
+    """Return multiples of 1, 2 or 5 times a power of ten in [low, high], at most about `at_most` of them."""
     span = (high - low) or 1.0
     power = 10.0 ** np.floor(np.log10(span / at_most))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= at_most)

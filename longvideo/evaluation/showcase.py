@@ -1,4 +1,4 @@
-"""The two pictures on a model's page: a contact sheet and a looping animation of the same clips."""
+"""Write the two pictures for a model's page: a contact sheet and a looping animation of the same clips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = (
     "a small red triangle falls and a big blue square moves right over a gray background, both bouncing off the walls",
     "a small green square stays still while a large cyan star circles clockwise on a cream background",
 )
-"""Prompts whose combinations of shape, color and motion are held out: no model of ShapeWorld was trained on them."""
+"""Prompts with held-out combinations of shape, color and motion, on which no model of ShapeWorld is trained."""
 
 SHEET_COLUMNS = 8
 SHEET_SCALE = 0.6
@@ -37,9 +37,10 @@ CAPTION_LINES = 3
 def write_showcase(
     clips: Sequence[np.ndarray], prompts: Sequence[str], targets: tuple[Path, Path], *, fps: float
 ) -> None:
-    """Write a sheet (a row of frames for each clip) and an animation of the clips side by side.
+    """Write a sheet with a row of frames for each clip, and an animation of the clips side by side.
 
-    clips: uint8 [T, H, W, 3] of `fps` frames a second, all of one shape. targets: a PNG, and a GIF or WebP.
+    clips: uint8 [T, H, W, 3], all of one shape. prompts: captions of the clips. targets: a PNG, and a GIF or WebP.
+    fps: frames per second of the clips.
     """
     sheet, animation = targets
     strip = film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE)
@@ -50,9 +51,9 @@ def write_showcase(
 
 
 def choose_palette(picture: Image.Image) -> Image.Image:
-    """Choose NUM_COLORS colors: most for the large areas, so that slopes stay smooth, the rest for small objects.
+    """Choose NUM_COLORS colors: most for large areas, so that gradients stay smooth, the others for small objects.
 
-    A median cut spends all of them on the backgrounds; maximum coverage leaves a slope only a few steps.
+    A median cut alone uses all colors for the backgrounds, and maximum coverage alone too few for a gradient.
     """
     smooth = picture.quantize(SMOOTH_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     spread = picture.quantize(
@@ -72,7 +73,7 @@ def limit_colors(frames: np.ndarray) -> np.ndarray:
 
 
 def tile_clips(clips: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = GIF_COLUMNS) -> np.ndarray:
-    """Lay clips uint8 [T, H, W, 3] of one shape out in rows, each with its caption below; return [T, H', W', 3]."""
+    """Arrange clips uint8 [T, H, W, 3] of one shape in rows, each with its caption below; return [T, H', W', 3]."""
     frames, height, width, _ = clips[0].shape
     font = ImageFont.load_default(size=FONT_SIZE)
     line = round(1.3 * FONT_SIZE)

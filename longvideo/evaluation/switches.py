@@ -1,9 +1,10 @@
-"""Say how soon a video shows a new prompt, and whether the scene goes on meanwhile.
+"""Measure how soon a video shows a new prompt, and whether the scene continues.
 
-A video is made under one prompt, and under another one from some chunk on. The judge sees the pixels of each chunk
-alone. "Shown": there is an object with the color and shape of the new prompt. "Number": there is no other. "Goes on":
-over the switch an object of its shape stays where it is, before the same background. The frame at the switch may be a
-blend of both colors, which is seen as two objects in one place; "number" says whether two are left in the end.
+A video is generated with one prompt, and with another from some chunk on. The judge sees only the pixels of each chunk.
+"Shown" means that there is an object with the color and shape of the new prompt, and "number" that there is no other
+object. "Continues" means that over the switch an object of the same shape stays in its place on the same background.
+The frame at the switch may be a blend of both colors, which looks like two objects in one place; "number" checks
+whether two remain at the end.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 SEAM_FRAMES = 4
-"""On each side of the switch, as many as a latent frame lasts."""
+"""Pixel frames on each side of the switch that are compared: those of one latent frame."""
 LEAST_JUMP = 16.0
-"""World units, an eighth of the height: motion over a few frames stays below, a new shot's place seldom does."""
+"""World units, an eighth of the height. Motion over a few frames is less; objects of a new shot rarely are so near."""
 
 Change = Literal["color", "scene"]
 
 
 @dataclass(frozen=True)
 class SwitchTask:
-    """A scene and its prompt, the scene and prompt after it, and the seed of the noise."""
+    """The scenes and prompts before and after a switch, and the seed of the noise."""
 
     scenes: tuple[Scene, Scene]
     prompts: tuple[str, str]
@@ -41,11 +42,11 @@ class SwitchTask:
 
 @dataclass(frozen=True)
 class SwitchResult:
-    """shown: for each chunk from the first that is made under the new prompt. number: in the last of these. See the top
-    of the file.
+    """The judgment of one switch; the top of the file defines "shown", "number" and "continues".
 
-    late: chunks between the one that was being made when the prompt was given and the first that shows it; None if none
-    does.
+    shown: for each chunk with the new prompt. number: for the last of these chunks. continues: whether the scene
+    continues over the switch. late: number of chunks from the one in progress when the prompt changed to the first that
+    shows the new prompt; None if no chunk shows it.
     """
 
     task: SwitchTask
@@ -56,7 +57,10 @@ class SwitchResult:
 
 
 def build_switches(num: int, *, change: Change, seed: int = 0) -> list[SwitchTask]:
-    """Return tasks of held-out scenes with one object; another color of it, or another scene, comes after."""
+    """Return tasks of held-out scenes with one object.
+
+    change: "color" for another color of the object after the switch, "scene" for another scene.
+    """
     tasks = []
     for index in range(num):
         number = seed * num + index
@@ -68,16 +72,17 @@ def build_switches(num: int, *, change: Change, seed: int = 0) -> list[SwitchTas
             after = replace(before, sprites=(replace(sprite, color=other),))
         else:
             after = sample_scene(2 * number + 1, split="heldout", num_sprites=1)
-        # the same words, but for what changes
+        # equal seeds, so that captions differ only in what changes
         prompts = (caption(before, number), caption(after, number))
         tasks.append(SwitchTask((before, after), prompts, number))
     return tasks
 
 
 def judge_switch(task: SwitchTask, before: np.ndarray, after: Sequence[np.ndarray], *, first_late: int) -> SwitchResult:
-    """Judge frames [T, H, W, 3] of the last chunk before a switch and of each one after it.
+    """Judge a switch.
 
-    first_late: how many chunks the first of `after` is behind the one that was being made when the prompt was given.
+    before: frames [T, H, W, 3] of the last chunk before the switch. after: frames of each chunk after it. first_late:
+    number of chunks from the one in progress when the prompt changed to the first of `after`.
     """
     verdicts = [
         compare(perceive(frames[::SECOND_STRIDE], FPS / SECOND_STRIDE), task.scenes[1], from_start=False)
@@ -94,7 +99,7 @@ def judge_switch(task: SwitchTask, before: np.ndarray, after: Sequence[np.ndarra
 
 
 def summarize_switches(results: Sequence[SwitchResult]) -> dict[str, Score]:
-    """Add results up: shown in the first chunk under the new prompt, in the second, and so on; and how many go on."""
+    """Return scores of all results: "chunk 1" is "shown" in the first chunk with the new prompt, and so on."""
     chunks = len(results[0].shown)
     scores = {
         f"chunk {chunk + 1}": Score(sum(r.shown[chunk] for r in results), len(results)) for chunk in range(chunks)

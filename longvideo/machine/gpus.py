@@ -1,4 +1,4 @@
-"""The GPUs of this machine: what they have, why there is none, and how pairs of them reach each other."""
+"""The GPUs of this machine: properties, the reason why torch sees none, and the links between pairs of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMI = "nvidia-smi"
 SMI_SECONDS = 20
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 NVLINK = re.compile(r"NV(\d+)")
-"""Cell of `nvidia-smi topo -m`: how many NVLinks two GPUs have; any other word stands for a way over PCIe."""
+"""Cell of `nvidia-smi topo -m` with the number of NVLinks between two GPUs; all other words describe PCIe."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One that torch sees. free_bytes: what is free now."""
+    """A GPU that torch sees. total_bytes, free_bytes: its memory, and the free part now."""
 
     index: int
     name: str
@@ -36,9 +36,10 @@ class GPU:
 
 @dataclass(frozen=True)
 class Link:
-    """Between two GPUs, by their indices.
+    """The connection of two GPUs.
 
-    direct: whether each can read the other's memory without the host. num_nvlinks: 0 where PCIe alone connects them.
+    first, second: their indices. direct: whether each can read the other's memory without the host. num_nvlinks: 0 if
+    they are connected only by PCIe.
     """
 
     first: int
@@ -48,53 +49,53 @@ class Link:
 
 
 def gpus() -> list[GPU]:
-    """Return the GPUs that torch sees. Asking what is free gives this process a CUDA context on each."""
-    found = []
+    """Return the GPUs that torch sees. Reading the free memory creates a CUDA context on each of them."""
+    result = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free = _free_bytes(torch.device("cuda", index))
         capability = f"{properties.major}.{properties.minor}"
-        found.append(GPU(index, properties.name, properties.total_memory, free, capability))
-    return found
+        result.append(GPU(index, properties.name, properties.total_memory, free, capability))
+    return result
 
 
 def why_none() -> str | None:
-    """Return why torch sees no GPU, None where it sees one."""
+    """Return the reason why torch sees no GPU; None if it sees one."""
     if torch.cuda.device_count():
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; a GPU takes another build of it"
+        return f"torch {torch.__version__} is built without CUDA; install a build with CUDA to use a GPU"
     try:
         torch.cuda.init()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
     else:
-        reason = "CUDA starts and finds no GPU"
+        reason = "CUDA is available, but finds no GPU"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return reason if hidden is None else f"{reason}; CUDA_VISIBLE_DEVICES is {hidden!r}"
 
 
 def driver() -> str | Unknown:
     """Return the version of NVIDIA's driver."""
-    answer = _ask("--query-gpu=driver_version", "--format=csv,noheader")
+    answer = _run_smi("--query-gpu=driver_version", "--format=csv,noheader")
     return answer if isinstance(answer, Unknown) else answer.split()[0] if answer.split() else Unknown("no GPU listed")
 
 
 def links() -> list[Link]:
-    """Return how every pair of the GPUs that torch sees is connected."""
+    """Return the connections of all pairs of GPUs that torch sees."""
     count = torch.cuda.device_count()
     if count < 2:
         return []
     counts = _nvlinks()
-    found = []
+    result = []
     for first, second in combinations(range(count), 2):
         direct = all(torch.cuda.can_device_access_peer(*pair) for pair in ((first, second), (second, first)))
-        found.append(Link(first, second, direct, _between(counts, first, second)))
-    return found
+        result.append(Link(first, second, direct, _between(counts, first, second)))
+    return result
 
 
 def read_topology(text: str) -> dict[tuple[int, int], int]:
-    """Return the number of NVLinks between GPUs, numbered as there, of what `nvidia-smi topo -m` prints."""
+    """Return the number of NVLinks between GPUs by their numbers. text: the output of `nvidia-smi topo -m`."""
     lines = [TERMINAL_CODES.sub("", line).split("\t") for line in text.splitlines()]
     rows = [[cell.strip() for cell in cells] for cells in lines]
     header = next((row for row in rows if row[0] == "" and "GPU0" in row), [])
@@ -108,8 +109,8 @@ def read_topology(text: str) -> dict[tuple[int, int], int]:
 
 
 def _nvlinks() -> dict[tuple[str, str], int] | Unknown:
-    """Return the number of NVLinks between GPUs by their UUIDs, since torch may number them otherwise."""
-    listed, topology = _ask("--query-gpu=index,uuid", "--format=csv,noheader"), _ask("topo", "-m")
+    """Return the number of NVLinks between GPUs by their UUIDs, because torch may number GPUs differently."""
+    listed, topology = _run_smi("--query-gpu=index,uuid", "--format=csv,noheader"), _run_smi("topo", "-m")
     if isinstance(listed, Unknown):
         return listed
     if isinstance(topology, Unknown):
@@ -125,27 +126,27 @@ def _between(counts: Mapping[tuple[str, str], int] | Unknown, first: int, second
         return counts
     one, other = (f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in (first, second))
     count = counts.get((one, other))
-    return Unknown(f"`{SMI} topo -m` says nothing of GPU {first} and GPU {second}") if count is None else count
+    return Unknown(f"`{SMI} topo -m` does not list GPU {first} and GPU {second}") if count is None else count
 
 
 def _free_bytes(device: torch.device) -> int | Unknown:
     try:
         return torch.cuda.mem_get_info(device)[0]
-    except RuntimeError as error:  # it is in use by one process alone, or has no room for another context
+    except RuntimeError as error:  # exclusive to another process, or too little memory for another context
         return Unknown(str(error).partition("\n")[0])
 
 
-def _ask(*arguments: str) -> str | Unknown:
-    """Return what nvidia-smi answers."""
+def _run_smi(*arguments: str) -> str | Unknown:
+    """Return the output of nvidia-smi."""
     try:
-        done = subprocess.run([SMI, *arguments], capture_output=True, text=True, timeout=SMI_SECONDS)
+        result = subprocess.run([SMI, *arguments], capture_output=True, text=True, timeout=SMI_SECONDS)
     except FileNotFoundError:
         return Unknown(f"there is no {SMI} on the PATH")
     except subprocess.TimeoutExpired:
-        return Unknown(f"{SMI} gave no answer within {SMI_SECONDS} s")
+        return Unknown(f"{SMI} did not finish within {SMI_SECONDS} s")
     except OSError as error:
         return Unknown(f"{SMI} cannot be run: {error.strerror}")
-    if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split())
-        return Unknown(f"`{SMI} {' '.join(arguments)}` ended with code {done.returncode}: {said}")
-    return done.stdout
+    if result.returncode:
+        output = " ".join((result.stdout + result.stderr).split())
+        return Unknown(f"`{SMI} {' '.join(arguments)}` ended with code {result.returncode}: {output}")
+    return result.stdout

@@ -1,4 +1,4 @@
-"""What this machine has beside GPUs: versions, memory of the host and room on its disks."""
+"""Versions of software, memory of the host, and free space on the disks of this machine."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of a control group, version 2 and 1: file of its limit, file of its use, and key of memory.stat for that part of its
-use which is copies of files, dropped when memory is short (docs.kernel.org: admin-guide/cgroup-v2, cgroup-v1/memory).
-"""
+"""For control groups of version 2 and 1: the file of the limit, the file of the memory in use, and the key of
+memory.stat for the part of it that caches files and is freed when memory is short (docs.kernel.org:
+admin-guide/cgroup-v2, cgroup-v1/memory)."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Something that cannot be told here, and why."""
+    """A value that cannot be determined on this machine. unknown: the reason."""
 
     unknown: str
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes that this process can have at most, and how many of them are not in use."""
+    """Memory that this process can use at most, and the part that is not in use, bytes."""
 
     total_bytes: int
     available_bytes: int
@@ -53,7 +53,7 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class Disk:
-    """Room on the disk where a folder lies."""
+    """Size and free space of the disk of a folder, bytes."""
 
     path: str
     total_bytes: int
@@ -61,14 +61,14 @@ class Disk:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Describe processor and system, and the versions of packages. device: the one in use."""
+    """Return descriptions of the system and the versions of packages. device: the device in use."""
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
         "device": str(device),
     }
-    facts["torch"] = torch.__version__  # says of which CUDA it is, as the package may not
+    facts["torch"] = torch.__version__  # includes the CUDA version, unlike the version of the package
     for package in PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
@@ -78,7 +78,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Describe processor, system, GPUs and versions, for the record of a measurement."""
+    """Return descriptions of system, GPUs and versions, for the record of a measurement."""
     facts = versions(device)
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -90,9 +90,9 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory | Unknown:
-    """Return the memory of the host, or of the control group (a container's) that this process must stay in.
+    """Return the memory of the host, or of the control group (of a container) that limits this process.
 
-    root: where proc and sys are.
+    root: folder of proc and sys.
     """
     meminfo = root / "proc/meminfo"
     if not meminfo.is_file():
@@ -109,24 +109,24 @@ def host_memory(root: Path = Path("/")) -> HostMemory | Unknown:
 
 
 def disks() -> dict[str, Disk | Unknown]:
-    """Return the room in the current folder, for temporary files, and in the Hugging Face cache if there is one.
+    """Return the disks of the current folder, of temporary files, and of the Hugging Face cache if it exists.
 
-    Permissions and quotas are not looked at.
+    Permissions and quotas are not considered.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    found: dict[str, Disk | Unknown] = {"the current folder": _disk(Path.cwd())}
+    result: dict[str, Disk | Unknown] = {"the current folder": _disk(Path.cwd())}
     try:
-        found["temporary files"] = _disk(Path(tempfile.gettempdir()))
-    except FileNotFoundError as error:  # nowhere can a file be written
-        found["temporary files"] = Unknown(str(error.strerror))
+        result["temporary files"] = _disk(Path(tempfile.gettempdir()))
+    except FileNotFoundError as error:  # no folder for temporary files is writable
+        result["temporary files"] = Unknown(str(error.strerror))
     if (hub := Path(HF_HUB_CACHE)).is_dir():
-        found["the Hugging Face cache"] = _disk(hub)
-    return found
+        result["the Hugging Face cache"] = _disk(hub)
+    return result
 
 
 def bytes_on_disk(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder, bytes."""
     files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
     return sum(file.stat().st_size for file in files)
 
@@ -137,7 +137,7 @@ def _disk(path: Path) -> Disk:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield limit and unused bytes of each control group around this process that has a limit."""
+    """Yield the limit and the unused bytes of each control group with a limit that includes this process."""
     membership = root / "proc/self/cgroup"
     if not membership.is_file():
         return
@@ -147,7 +147,7 @@ def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        # a container's own group is mounted as the root, where its path on the host does not exist
+        # a container's own group is mounted as the root, where the group's path on the host does not exist
         for group in [mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents]:
             yield from _limits(group)
             if group == mount:

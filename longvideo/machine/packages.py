@@ -1,4 +1,4 @@
-"""Packages that only an extra of the distribution brings."""
+"""Packages that are installed only with an extra of the distribution."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from longvideo.errors import UserError
 
 
 def require(package: str, *, extra: str, purpose: str) -> None:
-    """Raise UserError, which says what to install, where the package of an extra is missing. It is not imported."""
+    """Raise UserError with the command to install an extra if its package is missing. The package is not imported."""
     if find_spec(package) is None:
         raise UserError(f"{purpose} needs the package {package}; run: pip install 'longvideo[{extra}]'")

@@ -1,6 +1,6 @@
-"""Scenes as tensors: what a trainer keeps on the GPU by the ten thousand and indexes.
+"""Scenes as tensors, of which a trainer keeps tens of thousands on the GPU and selects some by index.
 
-B scenes, N sprites (as many as the fullest scene has; absent ones have `present` 0).
+B scenes, N sprites (the largest number in any scene; missing ones have `present` 0).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SPEED = (35.0, 45.0)
-"""World units a second."""
+"""Speed in world units per second."""
 PERIOD = (2.5, 4.0)
-"""Seconds of an orbit, a zigzag or a pulse."""
+"""Period of an orbit, a zigzag or a pulse, seconds."""
 SPIN_PERIOD = (3.0, 4.0)
 ORBIT_RADIUS = (24.0, 32.0)
 ORBIT_TOP = {"clockwise": 0.75, "counterclockwise": 0.25}
-"""Turns at the highest point of the circle."""
+"""Phase at the highest point of the circle, turns."""
 ORBIT_START_TURNS = 0.125
-"""How far from there an orbit begins at most, so that the way round tells where the sprite goes first. Begun anywhere
-on the circle, the two ways would look alike at every single moment."""
+"""Largest distance in turns of an orbit's start from the highest point, so that the first motion shows the direction of
+the orbit. With a start anywhere on the circle, single frames of both directions would look the same."""
 ZIGZAG_AMPLITUDE = (20.0, 26.0)
 
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """A struct of tensors; every field has B first, so indexing and moving act on all of them."""
+    """The scenes of a batch. B is the first axis of every tensor, so indexing and moving apply to all of them."""
 
     background_B: Tensor
     present_BN: Tensor
@@ -43,18 +43,18 @@ class SceneBatch:
     wraps_BN: Tensor
     color_BN3: Tensor  # in [-1, 1]
     radius_BN: Tensor
-    room_BN2: Tensor  # left and right end of the sprite's room, as fractions of the frame's width
-    place_BN2: Tensor  # x and y as fractions of the free room
+    region_BN2: Tensor  # left and right end of the sprite's region, as fractions of the frame's width
+    place_BN2: Tensor  # x and y as fractions of the free part of the region
     speed_BN: Tensor
     period_BN: Tensor
     phase_BN: Tensor  # in turns
     reach_BN: Tensor  # orbit radius, or amplitude of the zigzag
-    direction_BN: Tensor  # +1 or -1: of a zigzag's drift and of a spin
-    lead_BN: Tensor  # 0: the first bounce comes as soon as allowed; 1: after the whole room is crossed
+    direction_BN: Tensor  # +1 or -1, for the drift of a zigzag and for a spin
+    lead_BN: Tensor  # 0: the first bounce is as early as allowed; 1: it is after the whole region is crossed
 
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
-        """Build the tensors on the CPU; layout, speeds and phases follow from each scene's seed."""
+        """Build the tensors on the CPU. The seed of each scene determines layout, speeds and phases."""
         num_sprites = max(len(scene.sprites) for scene in scenes)
         rows = [_scene_rows(scene, num_sprites) for scene in scenes]
         sprites = torch.tensor(rows, dtype=torch.float64)
@@ -71,7 +71,7 @@ class SceneBatch:
             wraps_BN=column["wraps"].bool(),
             color_BN3=floats("red", "green", "blue") / 127.5 - 1,
             radius_BN=floats("radius").squeeze(-1),
-            room_BN2=floats("room_left", "room_right"),
+            region_BN2=floats("region_left", "region_right"),
             place_BN2=floats("place_x", "place_y"),
             speed_BN=floats("speed").squeeze(-1),
             period_BN=floats("period").squeeze(-1),
@@ -82,11 +82,11 @@ class SceneBatch:
         )
 
     def outline_BN(self, name: str) -> Tensor:
-        """One number of the outlines."""
+        """Return one field of the outlines. name: one of OUTLINE_FIELDS."""
         return self.outline_BNF[..., OUTLINE_FIELDS.index(name)]
 
     def to(self, device: torch.device | str) -> SceneBatch:
-        """Move every tensor."""
+        """Return the batch with all tensors on a device."""
         return SceneBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def __getitem__(self, index: Tensor | slice | list[int]) -> SceneBatch:
@@ -98,27 +98,27 @@ class SceneBatch:
 
 
 _COLUMNS = (
-    *(*OUTLINE_FIELDS, "present", "motion", "wraps", "red", "green", "blue", "radius", "room_left", "room_right"),
+    *(*OUTLINE_FIELDS, "present", "motion", "wraps", "red", "green", "blue", "radius", "region_left", "region_right"),
     *("place_x", "place_y", "speed", "period", "phase", "reach", "direction", "lead"),
 )
 
 
 def _scene_rows(scene: Scene, num_sprites: int) -> list[list[float]]:
-    """One row of numbers, in the order of _COLUMNS, for each of `num_sprites` sprites."""
+    """Return a row of numbers for each of `num_sprites` sprites, in the order of _COLUMNS."""
     generator = random.Random(f"shapeworld layout {scene.seed}")
     swap = generator.random() < 0.5
     rows = []
     for i in range(num_sprites):
-        room = (0.0, 1.0)
+        region = (0.0, 1.0)
         if len(scene.sprites) > 1:
-            room = (0.5, 1.0) if (i == 0) == swap else (0.0, 0.5)
+            region = (0.5, 1.0) if (i == 0) == swap else (0.0, 0.5)
         present = i < len(scene.sprites)
         sprite = scene.sprites[i if present else 0]
-        rows.append([*outline_row(sprite.shape), float(present), *_sprite_row(sprite, room, generator)])
+        rows.append([*outline_row(sprite.shape), float(present), *_sprite_row(sprite, region, generator)])
     return rows
 
 
-def _sprite_row(sprite: Sprite, room: tuple[float, float], generator: random.Random) -> list[float]:
+def _sprite_row(sprite: Sprite, region: tuple[float, float], generator: random.Random) -> list[float]:
     def between(low: float, high: float) -> float:
         return low + (high - low) * generator.random()
 
@@ -134,5 +134,5 @@ def _sprite_row(sprite: Sprite, room: tuple[float, float], generator: random.Ran
     return [
         *(MOTIONS.index(sprite.motion), float(sprite.edge == "wrap")),
         *COLORS[sprite.color],
-        *(SIZES[sprite.size], *room, *place, speed, period, phase, reach, direction, lead),
+        *(SIZES[sprite.size], *region, *place, speed, period, phase, reach, direction, lead),
     ]

@@ -1,7 +1,7 @@
-"""Describe a scene in one of many ways: plain lower-case English with commas and periods, under 40 words.
+"""Describe a scene in one of many ways, in plain lowercase English with commas and periods and under 40 words.
 
-Every phrase is a literal of the tables below and no word comes from anywhere else, so `vocabulary()` is complete.
-Colours are always named by their own word, shapes by a synonym at most; a bounce is always said, a wrap sometimes.
+Every phrase is a literal of the tables below, so `vocabulary()` is complete. A color is always named by its own word,
+and a shape by its own word or a synonym. A bounce is always mentioned, a wrap sometimes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from longvideo.shapeworld.world import COLORS, TRAVELLING, Scene, Sprite, pick
+from longvideo.shapeworld.world import COLORS, TRAVELING, Scene, Sprite, pick
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,7 @@ SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "cross": ("cross", "cross", "plus sign", "plus"),
     "ring": ("ring", "ring", "hoop", "donut"),
 }
-# Verbs and where they lead; a verb is a pair of its forms: what the sprite does, and doing so.
+# For each motion, verbs with their complements. A verb is a pair of forms: "moves" and "moving".
 Verb = tuple[str, str]
 _GOING: tuple[Verb, ...] = (
     ("moves", "moving"),
@@ -88,7 +88,7 @@ MOTION_VERBS: dict[str, tuple[tuple[tuple[Verb, ...], tuple[str, ...]], ...]] = 
         ((("follows", "following"),), ("a zigzag path",)),
     ),
 }
-# The first of a pair follows what the sprite does, the second follows "doing so".
+# The first form of a pair follows "moves", the second follows "moving".
 BOUNCES: tuple[Verb, ...] = (
     (", bouncing off the walls", ", bouncing off the walls"),
     (", bouncing off the edges", ", bouncing off the edges"),
@@ -159,13 +159,13 @@ BOTH_SPRITES = (
 )
 ARTICLES = ("a", "an")
 END_SHARE = 0.4
-"""Share of captions that end with a period."""
+"""Share of captions of one sentence that end with a period."""
 
 
 def caption(scene: Scene, seed: int, *, omit: float = 0.0) -> str:
     """Describe a scene. Equal arguments give equal captions.
 
-    `omit`: probability with which the sizes, and the background, are left unsaid: users often leave them out too.
+    omit: probability of omitting the sizes, and of omitting the background, as users often do.
     """
     generator = random.Random(f"shapeworld caption {seed}")
     say_size = generator.random() >= omit
@@ -182,7 +182,7 @@ def caption(scene: Scene, seed: int, *, omit: float = 0.0) -> str:
     templates = ONE_SPRITE
     if len(order) > 1:
         templates = TWO_SPRITES
-        if all(sprite.motion in TRAVELLING for sprite in order) and generator.random() < 0.5:
+        if all(sprite.motion in TRAVELING for sprite in order) and generator.random() < 0.5:
             templates = BOTH_SPRITES
             words["both"] = pick(generator, BOTH_BOUNCE)
     if not say_place:
@@ -193,7 +193,7 @@ def caption(scene: Scene, seed: int, *, omit: float = 0.0) -> str:
 
 
 def vocabulary() -> list[str]:
-    """All words, commas and periods aside, that `caption` can use, sorted."""
+    """Return all words that `caption` can use, sorted, without punctuation."""
     return sorted({word for phrase in _phrases() for word in re.findall(r"[a-z]+", phrase)})
 
 
@@ -209,7 +209,7 @@ def _deeds(sprite: Sprite, generator: random.Random, *, prefix: str) -> dict[str
     does, doing = pick(generator, verbs)
     way = pick(generator, ways)
     edges = BOUNCES if sprite.edge == "bounce" else WRAPS
-    edge_does, edge_doing = pick(generator, edges) if sprite.motion in TRAVELLING else ("", "")
+    edge_does, edge_doing = pick(generator, edges) if sprite.motion in TRAVELING else ("", "")
     forms = {"does": f"{does} {way}".strip(), "doing": f"{doing} {way}".strip()}
     forms |= {"edge_does": edge_does, "edge_doing": edge_doing}
     return {prefix + name: form for name, form in forms.items()}
@@ -224,7 +224,7 @@ def _place(background: str, generator: random.Random) -> str:
 
 
 def _phrases() -> Iterable[str]:
-    """Every literal of this file that can become part of a caption."""
+    """Yield all literals of this module that can be part of a caption."""
     yield from ARTICLES
     yield from COLORS
     for table in (SIZE_WORDS, SHAPE_WORDS, BACKDROPS, PREPOSITIONS, SPECIAL_PLACES):

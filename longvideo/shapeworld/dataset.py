@@ -1,6 +1,6 @@
-"""Scripts of several shots, drawn as long videos.
+"""Scripts of several shots, rendered as long videos.
 
-T pixel frames. Cuts fall on chunk boundaries; the clock of a scene starts at 0 at its cut.
+T pixel frames. Cuts are on chunk boundaries, and the time of a scene starts at 0 at its cut.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 FPS = 24
 FIRST_CHUNK_FRAMES = 29
-"""Pixel frames of the first chunk: 8 latent frames, of which the first holds one frame and the others four."""
+"""Pixel frames of the first chunk: of its 8 latent frames, the first encodes one frame and the others four each."""
 CHUNK_FRAMES = 32
 
 
 @dataclass(frozen=True)
 class SceneShot:
-    """A scene shown for some chunks. Without a cut the clock of the shot before runs on."""
+    """A scene that is shown for some chunks. cut: False continues the time of the previous shot."""
 
     scene: Scene
     caption: str
@@ -40,7 +40,7 @@ class SceneShot:
 
 @dataclass(frozen=True)
 class ShotFrames:
-    """The pixel frames [start, end) of a shot within its clip, and the scene's time at `start`."""
+    """The pixel frames [start, end) of a shot in its clip. start_seconds: time of the scene at `start`."""
 
     shot: SceneShot
     start: int
@@ -50,20 +50,22 @@ class ShotFrames:
 
 @dataclass(frozen=True)
 class SceneScript:
-    """Several shots in a row."""
+    """Consecutive shots of one video."""
 
     shots: tuple[SceneShot, ...]
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks of all shots."""
         return sum(shot.num_chunks for shot in self.shots)
 
     @property
     def num_frames(self) -> int:
+        """Number of pixel frames of all shots."""
         return chunk_start(self.num_chunks)
 
     def frames(self) -> list[ShotFrames]:
-        """Lay the shots out on the clip's pixel frames."""
+        """Return the pixel frames of each shot."""
         spans: list[ShotFrames] = []
         chunk = 0
         for shot in self.shots:
@@ -77,24 +79,24 @@ class SceneScript:
 
 
 def chunk_start(chunk: int) -> int:
-    """First pixel frame of a chunk, and so the number of frames of all chunks before it."""
+    """Return the first pixel frame of a chunk, which is the number of frames of all chunks before it."""
     return 0 if chunk == 0 else FIRST_CHUNK_FRAMES + (chunk - 1) * CHUNK_FRAMES
 
 
 def chunks_for(seconds: float) -> int:
-    """The fewest chunks that last at least `seconds`."""
+    """Return the smallest number of chunks that last at least `seconds`."""
     beyond_first = seconds * FPS - FIRST_CHUNK_FRAMES
     return 1 + max(0, -int(-beyond_first // CHUNK_FRAMES))
 
 
 def sample_script(seed: int, *, split: Split, num_shots: int, num_chunks: int) -> SceneScript:
-    """Draw the script of `seed`: `num_shots` scenes that share `num_chunks`, each at least one."""
+    """Draw the script of a seed: `num_shots` scenes that share `num_chunks`, with at least one chunk each."""
     if not 1 <= num_shots <= num_chunks:
-        raise UserError(f"{num_shots} shots do not fit {num_chunks} chunks; a shot needs at least one chunk")
+        raise UserError(f"{num_shots} shots do not fit into {num_chunks} chunks; use at least one chunk for each shot")
     generator = random.Random(f"shapeworld script {split} {seed}")
     lengths = [1] * num_shots
     for _ in range(num_chunks - num_shots):
-        # the shorter a shot is so far, the likelier it grows: no shot is starved
+        # short shots are more likely to get the next chunk, so none stays much shorter than the others
         weights = [1.0 / length**2 for length in lengths]
         mark, shot = generator.random() * sum(weights), 0
         while mark > weights[shot] and shot < num_shots - 1:
@@ -110,7 +112,7 @@ def sample_script(seed: int, *, split: Split, num_shots: int, num_chunks: int) -
 
 
 def render_script(script: SceneScript, *, height: int = 128, width: int = 224) -> Iterator[Tensor]:
-    """Draw a script chunk by chunk: uint8 [T, H, W, 3] with T = 29, then 32."""
+    """Render a script chunk by chunk: yield uint8 [T, H, W, 3] with T = 29, then 32."""
     for span in script.frames():
         batch = SceneBatch.from_scenes([span.shot.scene])
         start = span.start

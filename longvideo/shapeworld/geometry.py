@@ -1,7 +1,7 @@
-"""The six shapes as one formula: a signed distance to a folded half plane, or to a ring.
+"""One formula for all six shapes: the signed distance to a folded half plane, or to a ring.
 
-A shape with n-fold symmetry is folded into half a sector, 0 <= angle <= pi / n, where its outline is one straight line
-(two for the cross). So one short expression draws every polygon, with tables instead of branches.
+A shape with n-fold symmetry is folded into half of a sector, 0 <= angle <= pi / n, where its outline is one straight
+line (two for the cross). Therefore one expression describes every polygon, with tables instead of branches.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ UNBOUNDED = 1e3
 
 @dataclass(frozen=True)
 class Outline:
-    """A shape of nominal radius 1. Angles turn clockwise on the screen, since y points down."""
+    """A shape of nominal radius 1. Positive angles are clockwise on the screen, because y points down."""
 
     folds: int = 1
-    upright: float = 0.0  # angle of the fold's axis when the shape stands upright
+    upright: float = 0.0  # angle of the fold's axis when the shape is upright
     normal_x: float = 0.0  # the half plane normal . p <= offset in the folded sector
     normal_y: float = 0.0
     offset: float = UNBOUNDED
-    ceiling: float = UNBOUNDED  # and y <= ceiling there
+    ceiling: float = UNBOUNDED  # additional bound y <= ceiling in the folded sector
     band_radius: float = 0.0  # round shapes: | |p| - band_radius | <= band_half
     band_half: float = UNBOUNDED
-    half_width: float = 1.0  # extents from the centre, upright
+    half_width: float = 1.0  # extents from the center, upright
     above: float = 1.0
     below: float = 1.0
-    bound: float = 1.0  # radius of the circle around the centre that holds the shape at any angle
+    bound: float = 1.0  # radius of the circle around the center that contains the shape at any angle
 
 
 def _square(half: float) -> Outline:
@@ -77,14 +77,14 @@ OUTLINE_FIELDS = tuple(field.name for field in fields(Outline))
 
 
 def outline_row(shape: str) -> list[float]:
-    """The numbers of a shape in the order of OUTLINE_FIELDS."""
+    """Return the fields of a shape in the order of OUTLINE_FIELDS."""
     return [float(getattr(OUTLINES[shape], name)) for name in OUTLINE_FIELDS]
 
 
 def signed_distance(x: Tensor, y: Tensor, *, outline_BF: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
-    """Distance to the outline, negative inside; exact next to straight and round edges, mitred at corners.
+    """Return the distance to the outline, negative inside; exact at straight and round edges, mitered at corners.
 
-    x, y: offsets from the centre, [B, T, H, W] by broadcasting; radius, angle: [B, T, 1, 1]; F is OUTLINE_FIELDS.
+    x, y: offsets from the center, [B, T, H, W] after broadcasting. radius, angle: [B, T, 1, 1]. F is OUTLINE_FIELDS.
     """
 
     def number(name: str) -> Tensor:

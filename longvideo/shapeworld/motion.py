@@ -1,6 +1,6 @@
-"""Where every sprite is at any time: an exact function of (scene, time), in world units.
+"""Poses of all sprites at any time, an exact function of scene and time, in world units.
 
-B scenes, T times, N sprites. Phases are wrapped before they are scaled, so an hour is as exact as a second.
+B scenes, T times, N sprites. Phases are wrapped before they are scaled, so precision does not decrease with time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from longvideo.shapeworld.batch import SceneBatch
 
 FIRST_BOUNCE_SECONDS = 1.5
-"""A bouncing sprite shows its direction at least this long before it meets the first wall."""
+"""Shortest time before a sprite's first bounce, so that its direction is visible."""
 PULSE = 0.28
-"""Relative change of the radius of a pulsing sprite, to both sides."""
+"""Relative amplitude of the radius of a pulsing sprite."""
 HALF_GAP = 2.0
-"""Distance that a sprite of a scene of two keeps from the middle of the frame."""
+"""Distance from the middle of the frame that each of two sprites keeps."""
 
 
 @dataclass(frozen=True)
 class SpritePoses:
-    """Centre, radius (world units) and angle (radians, clockwise) of every sprite at every time."""
+    """Center, radius (world units) and angle (radians, clockwise) of every sprite at every time."""
 
     x_BTN: Tensor
     y_BTN: Tensor
@@ -37,8 +37,11 @@ class SpritePoses:
     angle_BTN: Tensor
 
 
-def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> SpritePoses:
-    """Compute all poses at `times_BT` (seconds) in a frame `width` units wide; computed in the dtype of the times."""
+def compute_poses(batch: SceneBatch, times_BT: Tensor, *, width: float) -> SpritePoses:
+    """Compute the poses of all sprites, in the dtype of the times.
+
+    times_BT: seconds. width: of the frame, world units.
+    """
     dtype = times_BT.dtype
     time = times_BT[..., None]
 
@@ -48,9 +51,9 @@ def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> SpritePo
     def moves(*names: str) -> Tensor:
         return _moves(batch, *names)[:, None]
 
-    room = _Room.of(batch, width)
-    low_x, high_x = column(room.low_x), column(room.high_x)
-    low_y, high_y = column(room.low_y), column(room.high_y)
+    region = _Region.of(batch, width)
+    low_x, high_x = column(region.low_x), column(region.high_x)
+    low_y, high_y = column(region.low_y), column(region.high_y)
     speed, lead, wraps = column(batch.speed_BN), column(batch.lead_BN), batch.wraps_BN[:, None]
     turns = time / column(batch.period_BN) + column(batch.phase_BN)
     orbits, zigzags = moves("clockwise", "counterclockwise"), moves("zigzag")
@@ -80,8 +83,8 @@ def trajectory(batch: SceneBatch, times_BT: Tensor, *, width: float) -> SpritePo
 
 
 @dataclass(frozen=True)
-class _Room:
-    """The rectangle in which a sprite's centre may lie so that all of it is inside its part of the frame; [B, N]."""
+class _Region:
+    """Bounds [B, N] of a sprite's center that keep the whole sprite inside of its region of the frame."""
 
     low_x: Tensor
     high_x: Tensor
@@ -89,14 +92,14 @@ class _Room:
     high_y: Tensor
 
     @classmethod
-    def of(cls, batch: SceneBatch, width: float) -> _Room:
+    def of(cls, batch: SceneBatch, width: float) -> _Region:
         radius = batch.radius_BN * torch.where(_moves(batch, "pulsing"), 1 + PULSE, 1.0)
         spins = _moves(batch, "spinning")
 
         def extent(name: str) -> Tensor:
             return radius * torch.where(spins, batch.outline_BN("bound"), batch.outline_BN(name))
 
-        left, right = batch.room_BN2[..., 0], batch.room_BN2[..., 1]
+        left, right = batch.region_BN2[..., 0], batch.region_BN2[..., 1]
         low_x = left * width + torch.where(left > 0, HALF_GAP, 0.0) + extent("half_width")
         high_x = right * width - torch.where(right < 1, HALF_GAP, 0.0) - extent("half_width")
         low_y, high_y = extent("above"), WORLD_HEIGHT - extent("below")
@@ -104,7 +107,7 @@ class _Room:
 
 
 def _moves(batch: SceneBatch, *names: str) -> Tensor:
-    """Whether a sprite has one of the motions: [B, N] bool. No tensor is made on the host."""
+    """Return whether each sprite has one of the motions, bool [B, N]. No tensor is created on the host."""
     code = batch.motion_BN
     return functools.reduce(operator.or_, [code == MOTIONS.index(name) for name in names])
 
@@ -121,12 +124,12 @@ def _travel(
     wraps: Tensor,
     size: float,
 ) -> Tensor:
-    """Move along one axis: round the torus of length `size`, or to and fro between low and high."""
+    """Return positions along one axis: wrapping at length `size`, or bouncing between low and high."""
     wrapped = size * _fraction(start / size + direction * time * (speed / size))
     length = (high - low).clamp_min(torch.finfo(torch.float32).eps)
     slow = torch.minimum(speed, length / FIRST_BOUNCE_SECONDS)
     first_bounce = FIRST_BOUNCE_SECONDS + lead * (length / slow - FIRST_BOUNCE_SECONDS)
-    # half a period is one crossing; the wave is 0 at the wall behind and 1 at the wall ahead
+    # half a period is one crossing; the wave is 0 at the edge in the back and 1 at the edge in front
     crossed = 0.5 + (time - first_bounce) * (slow / length) / 2
     progress = length * _triangle_wave(crossed)
     bounced = torch.where(direction > 0, low + progress, high - progress)
@@ -138,5 +141,5 @@ def _fraction(turns: Tensor) -> Tensor:
 
 
 def _triangle_wave(turns: Tensor) -> Tensor:
-    """0 at whole turns, 1 half-way between them, straight in between."""
+    """Return a triangle wave: 0 at whole turns, 1 halfway between them, linear in between."""
     return 1 - (2 * _fraction(turns) - 1).abs()

@@ -1,6 +1,6 @@
-"""Draw ShapeWorld: pure torch, batched over scenes and times, on any device.
+"""Render ShapeWorld in pure torch, batched over scenes and times, on any device.
 
-B scenes, T times, N sprites, H W pixels. Each pixel is a function of (scene, time) alone, so a frame drawn by itself
+B scenes, T times, N sprites, H W pixels. Each pixel depends only on scene and time, so a frame that is rendered alone
 equals the same frame of a clip.
 """
 
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.geometry import signed_distance
-from longvideo.shapeworld.motion import trajectory
+from longvideo.shapeworld.motion import compute_poses
 from longvideo.shapeworld.world import BACKGROUNDS, WORLD_HEIGHT
 
 __all__ = ["SceneBatch", "foreground_mask", "render", "render_backgrounds", "render_with_mask"]
 
 EDGE_PIXELS = 1.5
-"""Width of the soft edge: a little more than a pixel, so that motion below a pixel shows."""
+"""Width of the soft edge in pixels: more than one, so that motion of less than a pixel is visible."""
 TILE = 32.0
-"""Side of a checkerboard tile in world units: two latent cells of 16 pixels at height 128."""
+"""Side of a checkerboard tile in world units: two latents of 16 pixels at height 128."""
 
 
 def render(batch: SceneBatch, times_BT: Tensor, *, height: int = 128, width: int = 224) -> Tensor:
-    """Draw scenes at times in seconds: [B, 3, T, H, W] float32 in [-1, 1]."""
+    """Render scenes: float32 [B, 3, T, H, W] in [-1, 1]. times_BT: seconds. height, width: pixels."""
     return render_with_mask(batch, times_BT, height=height, width=width)[0]
 
 
 def render_with_mask(
     batch: SceneBatch, times_BT: Tensor, *, height: int = 128, width: int = 224
 ) -> tuple[Tensor, Tensor]:
-    """Draw scenes, and the soft foreground mask [B, 1, T, H, W] in [0, 1]."""
+    """Render scenes as `render` does; also return the soft foreground mask [B, 1, T, H, W] in [0, 1]."""
     covers = _coverage(batch, times_BT, height=height, width=width)
     backgrounds = render_backgrounds(height, width, device=times_BT.device)
     video = backgrounds[batch.background_B][:, :, None]
@@ -43,12 +43,12 @@ def render_with_mask(
 
 
 def foreground_mask(batch: SceneBatch, times_BT: Tensor, *, height: int = 128, width: int = 224) -> Tensor:
-    """Say how much of each pixel is covered by a sprite: [B, 1, T, H, W] in [0, 1]."""
+    """Return the fraction of each pixel that sprites cover: [B, 1, T, H, W] in [0, 1]."""
     return _union(_coverage(batch, times_BT, height=height, width=width))[:, None]
 
 
 def render_backgrounds(height: int, width: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Draw every background, in the order of BACKGROUNDS: [6, 3, H, W] float32 in [-1, 1]."""
+    """Render all backgrounds in the order of BACKGROUNDS: float32 [6, 3, H, W] in [-1, 1]."""
     unit = WORLD_HEIGHT / height
     x = (torch.arange(width, device=device) + 0.5) * unit
     y = (torch.arange(height, device=device) + 0.5) * unit
@@ -67,10 +67,10 @@ def render_backgrounds(height: int, width: int, *, device: torch.device | str = 
 
 
 def _coverage(batch: SceneBatch, times_BT: Tensor, *, height: int, width: int) -> list[Tensor]:
-    """How much of each pixel every sprite covers: N tensors [B, T, H, W]."""
+    """Return the fraction of each pixel that every sprite covers: N tensors [B, T, H, W]."""
     unit = WORLD_HEIGHT / height
     world_width = width * unit
-    poses = trajectory(batch, times_BT, width=world_width)
+    poses = compute_poses(batch, times_BT, width=world_width)
     pixel_x = (torch.arange(width, device=times_BT.device) + 0.5) * unit
     pixel_y = (torch.arange(height, device=times_BT.device) + 0.5) * unit
     covers = []
@@ -90,16 +90,16 @@ def _coverage(batch: SceneBatch, times_BT: Tensor, *, height: int, width: int) -
 
 
 def _nearest_on_torus(offset: Tensor, size: float) -> Tensor:
-    """The shortest way round, so that a sprite crossing an edge shows on both sides."""
+    """Return the shortest offset on a torus, so that a sprite that crosses an edge is visible on both sides."""
     return offset - size * torch.round(offset / size)
 
 
 def _union(covers: list[Tensor]) -> Tensor:
-    """Sprites never overlap, so the larger cover is the whole."""
+    """Return the union of covers. Sprites never overlap, so it is the maximum."""
     return functools.reduce(torch.maximum, covers)
 
 
 def _blend(weight_HW: Tensor, first: tuple[int, int, int], second: tuple[int, int, int]) -> Tensor:
-    """Mix two 8-bit colours: [3, H, W] in [-1, 1]. Written with numbers, so that no tensor comes from the host."""
+    """Mix two 8-bit colors: [3, H, W] in [-1, 1]. It uses Python numbers, so no tensor is copied from the host."""
     channels = [(low + (high - low) * weight_HW) / 127.5 - 1 for low, high in zip(first, second, strict=True)]
     return torch.stack(channels)

@@ -1,7 +1,7 @@
-"""The words and rules of ShapeWorld: what a scene can hold, how scenes are drawn, which ones training never sees.
+"""The vocabulary and rules of ShapeWorld: contents of scenes, random scenes, and the held-out combinations.
 
-A scene says what is shown; its seed fixes where, how fast and in which phase (see `batch.py`). Lengths are in world
-units: the frame is 128 units high whatever its size in pixels.
+A scene describes its objects; its seed determines their places, speeds and phases (see `batch.py`). Lengths are in
+world units: the frame is 128 units high for any size in pixels.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ MOTIONS = (
     "pulsing",
     "zigzag",
 )
-TRAVELLING = ("left", "right", "up", "down", "zigzag")
-"""Motions that reach the edge of the frame, so that `Sprite.edge` matters."""
+TRAVELING = ("left", "right", "up", "down", "zigzag")
+"""Motions that reach the edge of the frame; only these use `Sprite.edge`."""
 ROUND_SHAPES = ("circle", "ring")
-"""Shapes on which spinning cannot be seen."""
+"""Shapes for which spinning is not visible."""
 EDGES = ("bounce", "wrap")
 BACKGROUNDS = ("black", "gray", "cream", "night", "meadow", "checkerboard")
 
@@ -58,7 +58,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sprite:
-    """One object. `edge` says what happens at the border and matters for travelling motions only."""
+    """One object. edge: behavior at the border of the frame, used only by the motions in TRAVELING."""
 
     shape: str
     color: str
@@ -74,15 +74,15 @@ class Sprite:
         check_word("edge", self.edge, EDGES)
         if self.motion == "spinning" and self.shape in ROUND_SHAPES:
             raise UserError(
-                f"a spinning {self.shape} looks still; choose a shape other than {' and '.join(ROUND_SHAPES)}"
+                f"spinning is not visible for a {self.shape}; use a shape other than {' and '.join(ROUND_SHAPES)}"
             )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two sprites on a background; `seed` fixes place, phase, speed and layout.
+    """One or two sprites on a background. seed: determines places, phases, speeds and layout.
 
-    Two sprites have distinct colours, live in their own half of the frame and bounce.
+    Two sprites have different colors, stay in their own halves of the frame, and bounce.
     """
 
     sprites: tuple[Sprite, ...]
@@ -92,17 +92,18 @@ class Scene:
     def __post_init__(self) -> None:
         check_word("background", self.background, BACKGROUNDS)
         if not 1 <= len(self.sprites) <= MAX_SPRITES:
-            raise UserError(f"a scene has {len(self.sprites)} sprites; give 1 to {MAX_SPRITES}")
+            raise UserError(f"a scene has {len(self.sprites)} sprites; use 1 to {MAX_SPRITES}")
         if len({sprite.color for sprite in self.sprites}) < len(self.sprites):
-            raise UserError(f"two sprites are {self.sprites[0].color}; give them distinct colors")
+            raise UserError(f"two sprites are {self.sprites[0].color}; use different colors")
         if len(self.sprites) > 1 and any(sprite.edge != "bounce" for sprite in self.sprites):
-            raise UserError("a sprite of a scene of two has edge 'wrap'; each stays in its own half, use 'bounce'")
+            raise UserError("one of two sprites has edge 'wrap', but each stays in its own half; use 'bounce'")
 
 
 def sample_scene(seed: int, *, split: Split, num_sprites: int | None = None) -> Scene:
-    """Draw the scene of `seed`, about 65 % of them with one sprite unless `num_sprites` is given.
+    """Draw the scene of a seed. Equal arguments give equal scenes.
 
-    `train` scenes have no held-out sprite, `heldout` scenes at least one. Equal arguments give equal scenes.
+    split: "train" scenes have no held-out sprite, "heldout" scenes have at least one. num_sprites: by default one for
+    about 65 % of the seeds, and two for the others.
     """
     generator = random.Random(f"shapeworld scene {split} {seed}")
     background = pick(generator, BACKGROUNDS)
@@ -116,7 +117,7 @@ def sample_scene(seed: int, *, split: Split, num_sprites: int | None = None) -> 
 
 
 def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) -> list[Scene]:
-    """Draw scenes, the share `pair_fraction` of them with two sprites, evenly spread."""
+    """Draw `count` scenes. pair_fraction: share of scenes with two sprites, evenly distributed."""
     scenes = []
     for index in range(count):
         pair = int((index + 1) * pair_fraction) > int(index * pair_fraction)
@@ -125,9 +126,9 @@ def sample_scenes(count: int, *, seed: int, split: Split, pair_fraction: float) 
 
 
 def recolor(scene: Scene) -> Scene:
-    """Give one sprite another color, all else as it is. A train scene becomes none that is held out.
+    """Return the scene with another color of one sprite. A training scene does not become a held-out one.
 
-    Equal scenes give equal ones.
+    Equal scenes give equal results.
     """
     generator = random.Random(f"shapeworld color {scene.seed}")
     others = [
@@ -140,15 +141,15 @@ def recolor(scene: Scene) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training never sees this scene: one of its sprites is a held-out combination."""
+    """Return whether a scene is held out from training, which is so if one of its sprites is."""
     return any(is_held_out_sprite(sprite) for sprite in scene.sprites)
 
 
 def is_held_out_sprite(sprite: Sprite) -> bool:
-    """Hold out one triple (shape, color, motion) in ten.
+    """Return whether a sprite is held out, which one in ten triples (shape, color, motion) is.
 
-    The multipliers 1, 3 and 7 are units modulo 10, so every pair of two properties is held out with at most one value
-    of the third, and every shape, color, motion and pair of them is still seen in training.
+    The multipliers 1, 3 and 7 are units modulo 10, so each pair of two properties is held out with at most one value
+    of the third. Training therefore includes every shape, color and motion, and every pair of these.
     """
     color = tuple(COLORS).index(sprite.color)
     code = SHAPES.index(sprite.shape) + 3 * color + 7 * MOTIONS.index(sprite.motion)
@@ -156,14 +157,14 @@ def is_held_out_sprite(sprite: Sprite) -> bool:
 
 
 def pick(generator: random.Random, items: Sequence[Item]) -> Item:
-    """Choose one item. Only `random()` is used: its sequence is the same in every Python version."""
+    """Choose one item. It uses only `random()`, whose sequence is the same in every version of Python."""
     return items[int(generator.random() * len(items))]
 
 
 def check_word(name: str, word: str, words: Sequence[str]) -> None:
     """Raise UserError unless `word` is one of `words`."""
     if word not in words:
-        raise UserError(f"unknown {name} {word!r}; choose from {', '.join(words)}")
+        raise UserError(f"{word!r} is not a {name}; use one of {', '.join(words)}")
 
 
 def _sample_sprites(generator: random.Random, count: int) -> tuple[Sprite, ...]:
@@ -175,7 +176,7 @@ def _sample_sprites(generator: random.Random, count: int) -> tuple[Sprite, ...]:
         color = colors.pop(int(generator.random() * len(colors)))
         size = pick(generator, tuple(SIZES))
         edge = pick(generator, EDGES)
-        if count > 1 or motion not in TRAVELLING:
+        if count > 1 or motion not in TRAVELING:
             edge = "bounce"
         sprites.append(Sprite(shape, color, size, motion, edge))
     return tuple(sprites)

@@ -1,4 +1,4 @@
-"""Prompts to text features: tokens, the UMT5 encoder, and zeros at the padding, as Wan conditions on them.
+"""Convert prompts to text features: tokens, the UMT5 encoder, and zeros at padded positions, as in Wan.
 
 Legend: P prompts, S tokens computed, L text positions (text_len), D feature width.
 """
@@ -27,9 +27,9 @@ TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_laye
 
 
 class TextEncoder(nn.Module):
-    """Tokenizer and UMT5 encoder; features are zero at padded positions and text_len long.
+    """Tokenizer and UMT5 encoder. Features have text_len positions and are zero at padded ones.
 
-    tokenizer: ends each prompt with </s>, pads with id 0.
+    tokenizer: must end each prompt with </s> and pad with id 0. text_len: text positions, tokens.
     """
 
     model: UMT5Encoder
@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def build_tiny(cls, words: Iterable[str], *, seed: int = 0, text_len: int = 512) -> TextEncoder:
-        """Build a small random encoder that knows exactly these words and common punctuation."""
+        """Build a small encoder with random weights. words: its vocabulary, with common punctuation added."""
         tokenizer = word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
             model = UMT5Encoder(UMT5Config(vocab_size=tokenizer.get_vocab_size(), **TINY_SIZES))
@@ -54,16 +54,17 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     def config_json(self) -> dict[str, Any]:
-        """Return the config.json by which transformers opens the model."""
+        """Return the config.json with which transformers opens the model."""
         return self.model.config.to_dict()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids and mask, both long [P, S]: S is the longest prompt rounded up to a multiple of 16.
+        """Return ids and mask, both int64 [P, S]; S is the longest prompt, rounded up to a multiple of 16.
 
-        Prompts are cleaned first. One of more than text_len tokens loses its end, with a warning; </s> stays.
+        Prompts are cleaned first. A prompt of more than text_len tokens is cut with a warning; its </s> is kept.
         """
         rows = [self._ids(clean_prompt(prompt)) for prompt in prompts]
         longest = max((len(row) for row in rows), default=1)
@@ -76,17 +77,17 @@ class TextEncoder(nn.Module):
         return ids_PS.to(self.device), mask_PS.to(self.device)
 
     def forward(self, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
-        """Encode tokens to features [P, L, D]. Padding is masked inside and zero in the result."""
+        """Encode tokens to features [P, L, D]. Attention ignores padding, whose features are zero."""
         features_PSD = self.model(ids_PS, mask_PS)
         features_PSD = features_PSD.masked_fill(mask_PS.unsqueeze(-1) == 0, 0.0)
         return nn.functional.pad(features_PSD, (0, 0, 0, self.text_len - features_PSD.shape[1]))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the features [P, L, D] of the distinct prompts and the row of each given prompt, long [len(prompts)].
+        """Return the features [P, L, D] of the distinct prompts, and the row of each prompt, int64 [len(prompts)].
 
-        Every distinct prompt is computed once, alone, so its features do not depend on its neighbours, and the latest
-        64 are kept for later calls until a weight changes.
+        Every distinct prompt is encoded once and alone, so its features do not depend on the other prompts. Those of
+        the latest 64 prompts are cached until a weight changes.
         """
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(cleaned))}
@@ -94,7 +95,7 @@ class TextEncoder(nn.Module):
         return features_PLD, torch.tensor([row_of[prompt] for prompt in cleaned], device=features_PLD.device)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Name the words the vocabulary lacks, once each, as they are written in the prompt."""
+        """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
         text = clean_prompt(prompt)
         encoding = encode(self.tokenizer, text)
         unknown = self.tokenizer.token_to_id(UNKNOWN)
@@ -102,13 +103,13 @@ class TextEncoder(nn.Module):
         return list(dict.fromkeys(text[start:end] for start, end in spans))
 
     def _encode_one(self, prompt: str) -> Tensor:
-        # tensors made in inference mode count no versions, and cannot be changed outside it
+        # tensors of inference mode have no version counter, and cannot be changed outside of it
         counted = (parameter for parameter in self.model.parameters() if not parameter.is_inference())
         version = sum(parameter._version for parameter in counted) + id(self.model)
         if version != self._features_version or self.training:
             self._features.clear()
             self._features_version = version
-        # several videos may be made at once: each step is whole in itself, and the newest is the last
+        # threads may encode at the same time: each operation on the dict is atomic, and the newest entry is the last
         features_SD = self._features.pop(prompt, None)
         if features_SD is None:
             ids_PS, mask_PS = self.tokenize([prompt])
@@ -133,6 +134,7 @@ class TextEncoder(nn.Module):
 def clean_prompt(prompt: str) -> str:
     """Resolve HTML entities, twice as Wan does, and collapse white space.
 
-    Wan also mends mis-decoded text with ftfy where it is installed; left out, so the result is the same everywhere.
+    Wan also repairs wrongly decoded text with ftfy if it is installed. This is omitted, so that the result does not
+    depend on installed packages.
     """
     return " ".join(html.unescape(html.unescape(prompt)).split())

@@ -1,7 +1,8 @@
-"""Tokenizer files: read with bounds, so that no file makes the library that runs them take all memory or end abruptly.
+"""Read and write tokenizer files. Files are checked, so that none can exhaust the memory or end the process.
 
-tokenizer.json is that of github.com/huggingface/tokenizers. Its components are checked before it is handed over: ids
-lie in the text encoder's table, text grows by a bounded factor, and only what has no such risk is allowed.
+tokenizer.json has the format of github.com/huggingface/tokenizers. Its components are checked before that library reads
+it: ids must be in the text encoder's table, text may grow by a bounded factor, and only components without such a risk
+are allowed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 PUNCTUATION = ".,;:!?'\"-()"
 PROBES = ("", "a", "A red ball\tbounces, 3 times.", "\u4e2d\u6587 \u00e9\u0301\ufb03\U0001f600 \u0000\u200d")
-"""Texts that a tokenizer has to take: none, words, and characters that few vocabularies have."""
+"""Texts that a tokenizer must encode: the empty text, words, and characters that few vocabularies have."""
 MAX_GROWTH, MAX_COMPONENTS, MAX_PIECES, MAX_PREFIX = 1024, 16, 16, 16
 COMPATIBILITY_GROWTH = 12
-"""Of the number of bytes in NFKC and in SentencePiece's table: 3 become at most 33."""
+"""Largest growth in bytes by NFKC and by SentencePiece's table: 3 bytes become at most 33."""
 PLAIN_GROWTH = {
     **dict.fromkeys(("Nmt", "Strip", "StripAccents"), 1),
     **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD"), COMPATIBILITY_GROWTH),
@@ -37,44 +38,50 @@ PANIC = "PanicException"
 
 
 def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
-    """Read tokenizer.json of a tokenizer folder (google/umt5-xxl and the tiny model both have one).
+    """Read tokenizer.json of a tokenizer folder, such as google/umt5-xxl.
 
-    rows: of the text encoder's table of embeddings. Raises CheckpointError, naming the file, where it is no tokenizer,
-    does not end prompts as UMT5's does, or is not within bounds.
+    rows: number of embeddings of the text encoder. Raises CheckpointError, naming the file, if it is not a tokenizer,
+    does not end prompts as UMT5's tokenizer does, or is not within bounds.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(f"no tokenizer.json in {folder}; save the tokenizer with save_pretrained to make one")
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; save the tokenizer with save_pretrained of transformers"
+        )
     text = read_text(path, what="tokenizer")
     try:
         values = json.loads(text)
         _check(values, rows)
-        text = json.dumps(values)  # of a key that stood twice, what was checked
+        text = json.dumps(values)  # of repeated keys, only the value that was checked
     except _Unusable as error:
-        raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
+        raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer: it is no JSON, or nested too deep") from error
+        raise CheckpointError(f"{path} is not a tokenizer: it is not JSON, or nested too deep") from error
     try:
         tokenizer = _guarded(Tokenizer.from_str, text)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         ids_of_probes = [encode(tokenizer, probe).ids for probe in PROBES]
     except _Unusable as error:
-        raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
+        raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from error
     last = max((tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()))
     if last >= rows:
-        raise CheckpointError(f"{path} has the id {last}, the text encoder has {rows} tokens")
-    found = (tokenizer.token_to_id(PAD), tokenizer.token_to_id(END))
-    if found != (PAD_ID, END_ID):
-        raise CheckpointError(f"{path} has {PAD} and {END} at ids {found}; wanted ({PAD_ID}, {END_ID}) as UMT5 has")
+        raise CheckpointError(
+            f"{path} has the id {last}; expected at most {rows - 1}, as the text encoder has {rows} tokens"
+        )
+    special = (tokenizer.token_to_id(PAD), tokenizer.token_to_id(END))
+    if special != (PAD_ID, END_ID):
+        raise CheckpointError(f"{path} has {PAD} and {END} at ids {special}; expected ({PAD_ID}, {END_ID}) as UMT5 has")
     for probe, ids in zip(PROBES, ids_of_probes, strict=True):
         if not ids or ids[-1] != END_ID:
-            raise CheckpointError(f"{path} does not end {probe!r} with {END}, as UMT5's does; wanted that at the end")
+            raise CheckpointError(
+                f"{path} does not end {probe!r} with {END}; expected {END} at the end, as UMT5 has it"
+            )
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None:
-    """Write tokenizer.json and the small files by which transformers' AutoTokenizer opens the folder."""
+    """Write tokenizer.json and the configuration with which transformers' AutoTokenizer opens the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
@@ -88,12 +95,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Return the tokens of a text. Raises CheckpointError where the tokenizer cannot take it."""
+    """Return the tokens of a text. Raises CheckpointError if the tokenizer cannot encode it."""
     return _guarded(tokenizer.encode, text)
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """Build a tokenizer of whole lower-case words, split at white space and punctuation."""
+    """Build a tokenizer of whole lowercase words, split at white space and punctuation."""
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     pieces = {piece for word in words for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(word))}
@@ -109,34 +116,34 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
 
 
 class _Unusable(CheckpointError):
-    """Why a tokenizer cannot be used; its file is named by whoever catches it."""
+    """The reason why a tokenizer cannot be used; the caller adds the name of its file."""
 
 
 def _guarded(call: Any, text: str) -> Any:
     try:
         return call(text)
     except BaseException as error:
-        # the library raises a bare Exception for what it refuses; its panics are no Exceptions
+        # the library raises a plain Exception for invalid input; its panics do not derive from Exception
         if type(error) is not Exception and type(error).__name__ != PANIC:
             raise
         raise _Unusable(" ".join(str(error).split())[:200]) from error
 
 
 def _check(values: object, rows: int) -> None:
-    """Raise _Unusable for ids beyond a table of so many rows, and for components that make a text too long."""
+    """Raise _Unusable for ids of `rows` or more, and for components that make a text too long."""
     values = _mapping(values, "the file")
     _check_model(_mapping(values.get("model"), "model"), rows)
     added = values.get("added_tokens") or []
     if not isinstance(added, list):
-        raise _Unusable("added_tokens is no list")
+        raise _Unusable("added_tokens is not a list")
     for token in added:
         _check_id(_mapping(token, "an added token").get("id"), rows)
     growth = _growth(values.get("normalizer"))
     if growth > MAX_GROWTH:
-        raise _Unusable(f"its normalizer may make a text {growth:.0f} times as long; wanted at most {MAX_GROWTH}")
+        raise _Unusable(f"its normalizer may make a text {growth:.0f} times as long; expected at most {MAX_GROWTH}")
     pieces = _pieces(values.get("post_processor"), rows)
     if pieces > MAX_PIECES:
-        raise _Unusable(f"its post-processor puts {pieces} pieces together; wanted at most {MAX_PIECES}")
+        raise _Unusable(f"its post-processor joins {pieces} pieces; expected at most {MAX_PIECES}")
 
 
 def _check_model(model: Mapping[str, Any], rows: int) -> None:
@@ -146,21 +153,25 @@ def _check_model(model: Mapping[str, Any], rows: int) -> None:
             _check_id(index, rows)
     elif not isinstance(vocabulary, list) or len(vocabulary) > rows:
         size = len(vocabulary) if isinstance(vocabulary, list) else "no"
-        raise _Unusable(f"its vocabulary has {size} tokens, the text encoder has {rows} tokens")
+        raise _Unusable(
+            f"its vocabulary has {size} tokens; expected at most {rows}, as the text encoder has {rows} tokens"
+        )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_PREFIX:
             raise _Unusable(f"its {key} has more than {MAX_PREFIX} characters")
     if model.get("dropout"):
-        raise _Unusable("its model has a dropout, so that a prompt would not always give the same tokens")
+        raise _Unusable("its model has a dropout, so the tokens of a prompt would be random")
 
 
 def _check_id(index: object, rows: int) -> None:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < rows:
-        raise _Unusable(f"it has the id {str(index)[:40]}, the text encoder has {rows} tokens")
+        raise _Unusable(
+            f"it has the id {str(index)[:40]}; expected 0 to {rows - 1}, as the text encoder has {rows} tokens"
+        )
 
 
 def _growth(normalizer: object) -> float:
-    """Bound how many times as long a normalizer makes a text."""
+    """Return an upper bound of the factor by which a normalizer makes a text longer."""
     if normalizer is None:
         return 1.0
     values = _mapping(normalizer, "a normalizer")
@@ -179,7 +190,7 @@ def _growth(normalizer: object) -> float:
         pattern = values.get("pattern")
         literal = pattern.get("String") if isinstance(pattern, dict) else None
         length = len(literal.encode("utf-8", "replace")) if isinstance(literal, str) else 0
-        # a regular expression may match between any two characters, and an empty text does
+        # a regular expression may match between any two characters, as an empty text does
         return max(1.0, content / length) if length else 1.0 + content
     if kind == "Precompiled":
         if (problem := charsmap.problem(values.get("precompiled_charsmap"))) is not None:
@@ -189,7 +200,7 @@ def _growth(normalizer: object) -> float:
 
 
 def _pieces(processor: object, rows: int) -> int:
-    """Count the pieces that a post-processor makes of a text, the text itself included."""
+    """Return the number of pieces in the result of a post-processor, the text itself included."""
     if processor is None:
         return 1
     values = _mapping(processor, "a post-processor")
@@ -202,17 +213,17 @@ def _pieces(processor: object, rows: int) -> int:
     if kind == "ByteLevel":
         return 1
     if kind != "TemplateProcessing":
-        raise _Unusable(f"its post-processor is of the type {str(kind)[:40]!r}; wanted TemplateProcessing")
+        raise _Unusable(f"its post-processor is of the type {str(kind)[:40]!r}; expected TemplateProcessing")
     template = values.get("single")
     if not isinstance(template, list) or len(template) > MAX_PIECES:
-        raise _Unusable(f"its template is no list of at most {MAX_PIECES} pieces")
+        raise _Unusable(f"its template is not a list of at most {MAX_PIECES} pieces")
     special = _mapping(values.get("special_tokens") or {}, "special_tokens")
     count = 0
     for piece in template:
         piece = _mapping(piece, "a piece of its template")
         if "Sequence" in piece:
             if _mapping(piece["Sequence"], "a piece of its template").get("id") != "A":
-                raise _Unusable("its template for a single text asks for another text")
+                raise _Unusable("its template for a single text refers to another text")
             count += 1
             continue
         name = _mapping(piece.get("SpecialToken"), "a piece of its template").get("id")
@@ -228,11 +239,11 @@ def _pieces(processor: object, rows: int) -> int:
 def _members(values: Mapping[str, Any], key: str) -> list[Any]:
     members = values.get(key)
     if not isinstance(members, list) or len(members) > MAX_COMPONENTS:
-        raise _Unusable(f"{key} is no list of at most {MAX_COMPONENTS}")
+        raise _Unusable(f"{key} is not a list of at most {MAX_COMPONENTS}")
     return members
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise _Unusable(f"{what} is no JSON object")
+        raise _Unusable(f"{what} is not a JSON object")
     return value

@@ -1,6 +1,7 @@
-"""The UMT5 encoder (arXiv 2304.09151), with the parameter names and numbers of transformers' UMT5EncoderModel.
+"""The UMT5 encoder (arXiv 2304.09151), with the parameter names and results of transformers' UMT5EncoderModel.
 
-Written out because importing that class takes longer than making the first second of video: 3 s on an idle core.
+It is implemented here because importing that class takes 3 s on an idle core, longer than generating the first second
+of video.
 
 Legend: P prompts, S tokens, D model dim, N heads, K head dim.
 """
@@ -32,12 +33,12 @@ MOST = {
     "relative_attention_num_buckets": 4096,
     "relative_attention_max_distance": 2**20,
 }
-"""Beyond these a configuration is a mistake, and building what it says would take all memory."""
+"""Largest allowed values of a configuration; larger ones are mistakes that could exhaust the memory."""
 
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of the encoder; names are those of transformers' UMT5Config, as in a model folder's config.json."""
+    """Sizes of the encoder. The names are those of transformers' UMT5Config, as in a model folder's config.json."""
 
     vocab_size: int
     d_model: int
@@ -55,26 +56,27 @@ class UMT5Config:
         check_number("layer_norm_epsilon", self.layer_norm_epsilon, MIN_EPS, MAX_EPS)
         if self.num_heads * self.d_kv > MAX_WIDTH:
             raise ConfigError(
-                f"num_heads={self.num_heads} times d_kv={self.d_kv} is {self.num_heads * self.d_kv}, wanted at most"
+                f"num_heads={self.num_heads} times d_kv={self.d_kv} is {self.num_heads * self.d_kv}, expected at most"
                 f" {MAX_WIDTH}"
             )
         buckets = self.relative_attention_num_buckets
         if buckets % 4 or self.relative_attention_max_distance <= buckets // 4:
             raise ConfigError(
                 f"relative_attention_num_buckets={buckets}, relative_attention_max_distance="
-                f"{self.relative_attention_max_distance}; wanted a multiple of 4, and more than a quarter of it"
+                f"{self.relative_attention_max_distance}; expected buckets in a multiple of 4, and a distance above a"
+                " quarter of them"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UMT5Config:
-        """Read config.json; keys that do not shape the encoder (decoder, dropout, task heads) are passed over."""
-        for key, wanted in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
-            if values.get(key, wanted) != wanted:
-                raise CheckpointError(f"{key}={values[key]!r} is not supported, wanted {wanted!r}")
-        given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        if missing := sorted({field.name for field in fields(cls)[:6]} - given.keys()):
+        """Read config.json. Keys that do not affect the encoder (decoder, dropout, task heads) are ignored."""
+        for key, expected in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
+            if values.get(key, expected) != expected:
+                raise CheckpointError(f"{key}={values[key]!r} is not supported; expected {expected!r}")
+        own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if missing := sorted({field.name for field in fields(cls)[:6]} - own.keys()):
             raise CheckpointError(f"the keys {missing} are missing")
-        return cls(**given)
+        return cls(**own)
 
     @classmethod
     def xxl(cls) -> UMT5Config:
@@ -82,13 +84,13 @@ class UMT5Config:
         return cls(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the config.json that transformers' UMT5EncoderModel.from_pretrained reads."""
+        """Return the config.json that transformers' UMT5EncoderModel.from_pretrained reads."""
         kind = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "feed_forward_proj": "gated-gelu"}
         return {**kind, **asdict(self), "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 1}
 
 
 class UMT5RMSNorm(nn.Module):
-    """Scale by the root mean square, computed in float32; no mean, no bias."""
+    """RMSNorm, computed in float32, without bias."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class UMT5RMSNorm(nn.Module):
 
 
 class UMT5SelfAttention(nn.Module):
-    """Unscaled attention with a learned bias for every bucket of relative positions, own to each layer."""
+    """Unscaled attention with a learned bias for each bucket of relative positions; every layer has its own biases."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
@@ -122,6 +124,8 @@ class UMT5SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
+    """Feed-forward layer with a GELU gate."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
@@ -132,7 +136,7 @@ class GatedFeedForward(nn.Module):
 
 
 class UMT5Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
@@ -151,6 +155,8 @@ class UMT5Block(nn.Module):
 
 
 class UMT5Stack(nn.Module):
+    """The blocks and the final norm."""
+
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.block = nn.ModuleList(UMT5Block(config) for _ in range(config.num_layers))
@@ -158,18 +164,18 @@ class UMT5Stack(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """Token ids to features; `shared` is the embedding."""
+    """Encoder from token ids to features. `shared` is the embedding."""
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = UMT5Stack(config)
-        # published files carry the embedding under either name
+        # published files store the embedding under one of two names
         self.encoder.embed_tokens = self.shared
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw fresh weights with T5's deviations, which stand in for the missing scale in attention."""
+        """Draw weights with T5's standard deviations, which replace the scale of attention."""
         config = self.config
         inner = config.num_heads * config.d_kv
         deviation = {
@@ -184,7 +190,7 @@ class UMT5Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=std, generator=generator)
 
     def forward(self, ids_PS: Tensor, mask_PS: Tensor) -> Tensor:
-        """Return the features [P, S, D] of tokens; those where mask is 0 are neither seen nor meaningful."""
+        """Return the features [P, S, D] of tokens. Tokens with mask 0 are ignored, and their features are undefined."""
         bucket_SS = self._buckets(ids_PS.shape[1], ids_PS.device)
         visible_P11S = mask_PS[:, None, None, :] != 0
         h_PSD = self.shared(ids_PS)
@@ -193,7 +199,7 @@ class UMT5Encoder(nn.Module):
         return self.encoder.final_layer_norm(h_PSD)
 
     def _buckets(self, num_tokens: int, device: torch.device) -> Tensor:
-        """Sort relative positions into buckets: half for either direction, exact near by, logarithmic further off."""
+        """Return the bucket of each relative position, half of them for each direction: exact, then logarithmic."""
         per_side = self.config.relative_attention_num_buckets // 2
         exact = per_side // 2
         position = torch.arange(num_tokens, device=device)

@@ -1,4 +1,4 @@
-"""A small model whose autoencoder has Wan's 48 channels, so that every format can hold it."""
+"""A small model whose autoencoder has Wan's 48 channels, so that every format can store it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of any size that are drawn as they are read, and fingerprints of weights, in little memory."""
+"""Random weights of any size, which are drawn when they are read, and fingerprints of weights, in little memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_
 
 @dataclass(frozen=True)
 class Random:
-    """Normal numbers that depend on the tensor's name and on the place in it."""
+    """Normally distributed values that depend on the tensor's name and the index."""
 
     info: TensorInfo
     name: str
@@ -58,7 +58,7 @@ def random_model(
     settings: ModelSettings,
     tokenizer: Path,
 ) -> ModelFolder:
-    """Return a model that is nowhere: transformer and text encoder in bf16, autoencoder in fp32, as Wan's are."""
+    """Return a model without files: transformer and text encoder in bf16, autoencoder in fp32, as in Wan's files."""
     with OnMeta():
         built: dict[str, tuple[nn.Module, PartConfig, torch.dtype]] = {
             "transformer": (CausalTransformer(transformer), transformer, torch.bfloat16),
@@ -73,15 +73,15 @@ def random_model(
 
 
 def fingerprints(model: ModelFolder) -> dict[str, str]:
-    """Hash every tensor of a model, with its shape and dtype."""
-    found = {}
+    """Return a hash of every tensor of a model, with its shape and dtype."""
+    result = {}
     for part in model.parts:
         for name, tensor in model.weights(part).tensors.items():
             digest = hashlib.blake2b(f"{tensor.info}".encode(), digest_size=16)
             for piece in tensor.pieces():
                 digest.update(as_bytes(piece))
-            found[f"{part}/{name}"] = digest.hexdigest()
-    return found
+            result[f"{part}/{name}"] = digest.hexdigest()
+    return result
 
 
 @cache

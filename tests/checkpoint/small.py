@@ -1,4 +1,4 @@
-"""A small random model folder, as quick to write as to read."""
+"""A small random model folder, which is written and read quickly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA added to weights of few bits: what of an update survives."""
+"""A LoRA that is added to weights of few bits keeps its update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYER = "blocks.0.ffn.0"
 
 
 def adapter_of_size(weight: Tensor, share: float) -> tuple[StoredAdapter, Tensor]:
-    """Return an adapter, and its update, whose norm is a share of the weight's."""
+    """Return an adapter and its update. share: norm of the update relative to that of the weight."""
     generator = torch.Generator().manual_seed(1)
     down, up = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
     up *= share * weight.float().norm() / (up @ down).norm()
@@ -39,9 +39,9 @@ def test_an_update_survives_in_a_base_of_8_bits(
     assert sum_of_both.dtype == torch.bfloat16
     exact = weight.float() + update
     assert (sum_of_both.float() - exact).norm() / update.norm() < most_lost
-    # rounded to the base's own dtype, half of the largest of these updates and all of the smallest would be lost
+    # rounding to the dtype of the base would lose half of the largest of these updates and all of the smallest
     assert (exact.to(dtype).float() - exact).norm() / update.norm() > 0.5
-    assert f"the layers that the adapter updates (1) become bf16; {str(dtype)[6:]} would" in caplog.text
+    assert f"the 1 layers that the adapter updates become bf16; {str(dtype)[6:]} would" in caplog.text
 
 
 def test_a_packed_base_and_one_of_16_bits(caplog: pytest.LogCaptureFixture) -> None:
@@ -53,4 +53,4 @@ def test_a_packed_base_and_one_of_16_bits(caplog: pytest.LogCaptureFixture) -> N
         assert caplog.text == ""
         result = merged(packed.pack(base, [LAYER], Rule.ADAPTIVE), adapter)
     assert result.infos.keys() == {f"{LAYER}.weight"} and result.read(f"{LAYER}.weight").dtype == torch.bfloat16
-    assert "(1) become bf16; NVFP4 would" in caplog.text
+    assert "updates become bf16; NVFP4 would" in caplog.text

@@ -1,4 +1,4 @@
-"""Conversions: what was cut short goes on, what is asked for is written, and nothing appears half done."""
+"""Conversions write the requested format, continue after an interruption, and never leave an incomplete result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint import conversion
-from longvideo.checkpoint.conversion import Progress, Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, Progress, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import Weights
 from longvideo.cli.main import main
@@ -32,7 +32,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 class Cut(KeyboardInterrupt):
-    """Ctrl-C, at a chosen byte."""
+    """An interrupt at a certain byte, as by Ctrl-C."""
 
 
 def cut_after(num_bytes: int) -> Progress:
@@ -48,15 +48,15 @@ def cut_after(num_bytes: int) -> Progress:
 
 @pytest.mark.parametrize("target", ["longvideo", "official"])
 def test_a_conversion_that_was_cut_short_goes_on_where_it_was(target: str, ours: ModelFolder, tmp_path: Path) -> None:
-    wishes = Wishes(target, max_shard_bytes=SHARD_BYTES)
+    options = ConversionOptions(target, max_shard_bytes=SHARD_BYTES)
     total = sum(ours.weights(part).num_bytes for part in ours.parts)
     destination, temporary = tmp_path / "result", tmp_path / ".result.part"
     with pytest.raises(Cut):
-        convert_model(ours, destination, wishes, progress=cut_after(total * 6 // 10))
+        convert_model(ours, destination, options, progress=cut_after(total * 6 // 10))
     finished = {file: file.stat().st_ino for file in temporary.rglob("*.safetensors")}
     assert len(finished) > 3 and not destination.exists()
     seen: list[int] = []
-    convert_model(ours, destination, wishes, progress=Progress(seen.append, seen.append))
+    convert_model(ours, destination, options, progress=Progress(seen.append, seen.append))
     assert seen[0] == total == sum(seen[1:])
     kept = {file: (destination / file.relative_to(temporary)).stat().st_ino for file in finished}
     assert kept == finished, "a finished shard was written again"
@@ -67,9 +67,9 @@ def test_a_conversion_that_was_cut_short_goes_on_where_it_was(target: str, ours:
 def test_a_conversion_begins_anew_where_source_or_wishes_are_not_the_same(tmp_path: Path) -> None:
     source, destination = official.save(tmp_path / "source"), tmp_path / "result"
     total = sum(source.weights(part).num_bytes for part in source.parts)
-    wishes = Wishes(max_shard_bytes=SHARD_BYTES)
+    options = ConversionOptions(max_shard_bytes=SHARD_BYTES)
     with pytest.raises(Cut):
-        convert_model(source, destination, wishes, progress=cut_after(total // 2))
+        convert_model(source, destination, options, progress=cut_after(total // 2))
     other = ModelFolder.save(
         source.path,
         settings=small.SETTINGS,
@@ -79,8 +79,8 @@ def test_a_conversion_begins_anew_where_source_or_wishes_are_not_the_same(tmp_pa
         overwrite=True,
     )
     with pytest.raises(Cut):
-        convert_model(other, destination, wishes, progress=cut_after(total // 2))
-    convert_model(other, destination, Wishes(precision="bf16", max_shard_bytes=SHARD_BYTES))
+        convert_model(other, destination, options, progress=cut_after(total // 2))
+    convert_model(other, destination, ConversionOptions(precision="bf16", max_shard_bytes=SHARD_BYTES))
     weights = ModelFolder.open(destination).load_transformer().state_dict()
     expected = official.transformer(1).state_dict()
     assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in expected.items())
@@ -89,7 +89,7 @@ def test_a_conversion_begins_anew_where_source_or_wishes_are_not_the_same(tmp_pa
 def test_precision_is_of_the_transformer_and_packing_equals_quantising_in_memory(
     ours: ModelFolder, tmp_path: Path
 ) -> None:
-    convert_model(ours, tmp_path / "packed", Wishes(precision="nvfp4", rule="static6", keep=("blocks.0.*",)))
+    convert_model(ours, tmp_path / "packed", ConversionOptions(precision="nvfp4", rule="static6", keep=("blocks.0.*",)))
     packed = ModelFolder.open(tmp_path / "packed")
     expected = ours.load_transformer()
     quantize_layers(expected, Rule.STATIC6, keep=("blocks.0.*",))
@@ -99,10 +99,10 @@ def test_precision_is_of_the_transformer_and_packing_equals_quantising_in_memory
         same = [x.reshape(-1).view(torch.uint8) for x in (state[name], tensor)]
         assert torch.equal(*same), name
     assert packed.load_vae().decoder.conv_in.weight.dtype == torch.float32
-    with pytest.raises(CheckpointError, match="packed in 4 bits, for which this format has no place"):
-        convert_model(packed, tmp_path / "wan", Wishes("official"))
-    with pytest.raises(CheckpointError, match="convert the model it is from"):
-        convert_model(packed, tmp_path / "bf16", Wishes(precision="bf16"))
+    with pytest.raises(CheckpointError, match="has packed 4-bit weights, which this format cannot store"):
+        convert_model(packed, tmp_path / "wan", ConversionOptions("official"))
+    with pytest.raises(CheckpointError, match="convert the model that they were made from"):
+        convert_model(packed, tmp_path / "bf16", ConversionOptions(precision="bf16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
 
 
@@ -110,7 +110,7 @@ def test_precision_is_of_the_transformer_and_packing_equals_quantising_in_memory
 def test_weights_of_8_bits_are_packed_as_if_they_had_been_bf16(
     dtype: torch.dtype, ours: ModelFolder, tmp_path: Path
 ) -> None:
-    convert_model(ours, tmp_path / "eight", Wishes(precision="bf16"))
+    convert_model(ours, tmp_path / "eight", ConversionOptions(precision="bf16"))
     file = tmp_path / "eight" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     eight, sixteen = tmp_path / "eight", tmp_path / "sixteen"
@@ -131,7 +131,7 @@ def test_any_floating_dtype_goes_to_every_target_and_back(
     values = {name: part.weights.read(name).to(dtype) for name in part.weights.infos}
     own = replace(ours, stored={**ours.stored, "transformer": replace(part, weights=Weights.of(values))})
     for target, name in (("longvideo", "a"), ("official", "b"), ("longlive", "c.pt"), ("safetensors", "d.safetensors")):
-        convert_model(own, tmp_path / name, Wishes(target))
+        convert_model(own, tmp_path / name, ConversionOptions(target))
         again = ModelFolder.open(tmp_path / name, base=ours.path).weights("transformer")
         for tensor, value in values.items():
             back = again.read(tensor)
@@ -139,7 +139,7 @@ def test_any_floating_dtype_goes_to_every_target_and_back(
                 target,
                 tensor,
             )
-    convert_model(own, tmp_path / "packed", Wishes(precision="nvfp4"))
+    convert_model(own, tmp_path / "packed", ConversionOptions(precision="nvfp4"))
     assert ModelFolder.open(tmp_path / "packed").load_transformer(dtype=torch.bfloat16).eval()
 
 
@@ -148,7 +148,7 @@ def test_one_file_of_the_transformer_opens_with_a_base(ours: ModelFolder, tmp_pa
     assert main(["convert", str(ours.path), str(file), "--to", "safetensors", "--precision", "bf16"]) == 0
     assert load_file(file).keys() == official.transformer().state_dict().keys()
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]
-    with pytest.raises(CheckpointError, match="holds one set of weights, and so has no entry 'generator'"):
+    with pytest.raises(CheckpointError, match="has one set of weights and no entry 'generator'"):
         ModelFolder.open(file, base=ours.path, entry="generator")
     opened = ModelFolder.open(file, base=ours.path)
     assert opened.parts == ours.parts and opened.settings == ours.settings
@@ -156,15 +156,15 @@ def test_one_file_of_the_transformer_opens_with_a_base(ours: ModelFolder, tmp_pa
 
 def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
     model = small.save(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="do not hold the statistics of latents"):
-        convert_model(model, tmp_path / "wan", Wishes("official"))
-    with pytest.raises(UserError, match="is unknown; use one of longvideo, diffusers"):
-        Wishes("wan")
-    with pytest.raises(UserError, match="precision 'fp4' is unknown"):
-        Wishes(precision="fp4")
+    with pytest.raises(CheckpointError, match="cannot store the statistics of its latents"):
+        convert_model(model, tmp_path / "wan", ConversionOptions("official"))
+    with pytest.raises(UserError, match="is not a format; use one of longvideo, diffusers"):
+        ConversionOptions("wan")
+    with pytest.raises(UserError, match="precision 'fp4' is not supported"):
+        ConversionOptions(precision="fp4")
     vae_only = ModelFolder.save(tmp_path / "vae", settings=small.SETTINGS, vae=small.vae())
-    with pytest.raises(CheckpointError, match="holds no transformer"):
-        convert_model(vae_only, tmp_path / "x.pt", Wishes("longlive"))
+    with pytest.raises(CheckpointError, match="has no transformer"):
+        convert_model(vae_only, tmp_path / "x.pt", ConversionOptions("longlive"))
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -173,7 +173,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     usage = conversion.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(UserError, match=r"has 0\.1 MB free, 3\.7 MB are needed"):
-        convert_model(ours, tmp_path / "result", Wishes())
+        convert_model(ours, tmp_path / "result", ConversionOptions())
     assert not (tmp_path / "result").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_keeps_nothing(
     command = ["convert", str(ours.path), str(result), "--to", target, "--shard-gb", "0.001", "--overwrite"]
     with no_file_longer_than(longest):
         assert main(command) == 2
-    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; nothing was left behind\n"
+    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no files remain\n"
     assert list(tmp_path.iterdir()) == []
     assert main(command) == 0
     before = {file: file.read_bytes() for file in [result, *result.rglob("*")] if file.is_file()}
@@ -217,7 +217,7 @@ def test_a_full_disk_while_a_lora_or_a_packed_or_merged_model_is_written(
     ):
         with no_file_longer_than(1000):
             assert main(command) == 2
-        assert capsys.readouterr().err == f"error: cannot write {result}: file too large; nothing was left behind\n"
+        assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no files remain\n"
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -238,10 +238,10 @@ def test_a_second_conversion_into_one_target_is_refused(
         with pytest.raises(BusyError):
             small.save(result)
 
-    convert_model(ours, result, Wishes(), progress=Progress(meanwhile))
+    convert_model(ours, result, ConversionOptions(), progress=Progress(meanwhile))
     assert codes == dict.fromkeys(codes, 2) and len(codes) == 4
-    said = capsys.readouterr().err.splitlines()
-    assert said == [f"error: {result} is being written by another process; wait for it, or choose another name"] * 4
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"error: {result} is being written by another process; wait for it, or choose another name"] * 4
     assert fingerprints(ModelFolder.open(result)) == fingerprints(ours)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "lora.pt", "result"]
 
@@ -251,22 +251,22 @@ def test_what_killed_conversions_left_is_removed(ours: ModelFolder, tmp_path: Pa
         (tmp_path / left).mkdir()
     other = tmp_path / ".result_2.01234567.part"
     other.mkdir()
-    convert_model(ours, tmp_path / "result", Wishes())
-    convert_model(ours, tmp_path / "result.pt", Wishes("longlive"))
+    convert_model(ours, tmp_path / "result", ConversionOptions())
+    convert_model(ours, tmp_path / "result.pt", ConversionOptions("longlive"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "result", "result.pt"]
 
 
 def test_a_destination_that_exists_is_only_replaced_when_asked(ours: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
-    with pytest.raises(UserError, match="exists; choose another place or add --overwrite"):
-        convert_model(ours, tmp_path / "result", Wishes())
-    convert_model(ours, tmp_path / "result", Wishes(), overwrite=True)
+    with pytest.raises(UserError, match="exists; choose another destination or add --overwrite"):
+        convert_model(ours, tmp_path / "result", ConversionOptions())
+    convert_model(ours, tmp_path / "result", ConversionOptions(), overwrite=True)
     assert ModelFolder.open(tmp_path / "result").parts == ours.parts
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_the_plain_diffusers_folder_says_nothing_of_this_project(ours: ModelFolder, tmp_path: Path) -> None:
-    convert_model(ours, tmp_path / "plain", Wishes("diffusers"))
+    convert_model(ours, tmp_path / "plain", ConversionOptions("diffusers"))
     assert not (tmp_path / "plain" / "longvideo.json").exists()
     index = json.loads((tmp_path / "plain" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
@@ -276,28 +276,28 @@ def test_the_plain_diffusers_folder_says_nothing_of_this_project(ours: ModelFold
 def test_weights_of_another_entry_or_adapter_are_not_mixed_in(ours: ModelFolder, tmp_path: Path) -> None:
     two = {f"generator{suffix}": official.transformer(seed).state_dict() for seed, suffix in ((1, ""), (2, "_ema"))}
     torch.save(two, tmp_path / "two.pt")
-    wishes = Wishes(max_shard_bytes=SHARD_BYTES)
+    options = ConversionOptions(max_shard_bytes=SHARD_BYTES)
     first, second = (ModelFolder.open(tmp_path / "two.pt", base=ours.path, entry=entry) for entry in two)
     with pytest.raises(Cut):
-        convert_model(first, tmp_path / "result", wishes, progress=cut_after(10 * SHARD_BYTES))
-    convert_model(second, tmp_path / "result", wishes)
+        convert_model(first, tmp_path / "result", options, progress=cut_after(10 * SHARD_BYTES))
+    convert_model(second, tmp_path / "result", options)
     assert fingerprints(ModelFolder.open(tmp_path / "result")) == fingerprints(second)
     lora = {f"blocks.0.self_attn.q.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 128)), ("B", (128, 4)))}
     torch.save(lora, tmp_path / "lora.pt")
     with pytest.raises(Cut):
         added = ModelFolder.open(tmp_path / "lora.pt", base=ours.path)
-        convert_model(added, tmp_path / "other", wishes, progress=cut_after(10 * SHARD_BYTES))
+        convert_model(added, tmp_path / "other", options, progress=cut_after(10 * SHARD_BYTES))
     torch.save({name: 2 * x for name, x in lora.items()}, tmp_path / "lora.pt")
     added = ModelFolder.open(tmp_path / "lora.pt", base=ours.path)
-    convert_model(added, tmp_path / "other", wishes)
+    convert_model(added, tmp_path / "other", options)
     assert fingerprints(ModelFolder.open(tmp_path / "other")) == fingerprints(added)
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     source = official.save(tmp_path / "source")
     file = tmp_path / "source" / "vae" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(CheckpointError, match="was changed while it was read"):
-        convert_model(source, tmp_path / "result", Wishes(), progress=Progress(lambda total: file.touch()))
+    with pytest.raises(CheckpointError, match="changed during the conversion"):
+        convert_model(source, tmp_path / "result", ConversionOptions(), progress=Progress(lambda total: file.touch()))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -307,16 +307,16 @@ def test_overwriting_replaces_a_model_and_nothing_else(ours: ModelFolder, tmp_pa
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for destination, target, says in (
-        ("notes", "longvideo", "holds no model that is known"),
-        ("own", "safetensors", "has to end in .safetensors"),
-        ("model.pt", "safetensors", "has to end in .safetensors"),
+        ("notes", "longvideo", "is not a model in a known format"),
+        ("own", "safetensors", "does not end in .safetensors"),
+        ("model.pt", "safetensors", "does not end in .safetensors"),
     ):
         with pytest.raises(UserError, match=says):
-            convert_model(ours, tmp_path / destination, Wishes(target), overwrite=True)
-    with pytest.raises(UserError, match="which is read; it is not replaced"):
-        convert_model(ModelFolder.open(own.path / "transformer"), own.path, Wishes(), overwrite=True)
+            convert_model(ours, tmp_path / destination, ConversionOptions(target), overwrite=True)
+    with pytest.raises(UserError, match="of the source and is not replaced"):
+        convert_model(ModelFolder.open(own.path / "transformer"), own.path, ConversionOptions(), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "notes", "own"]
-    convert_model(own, own.path, Wishes(precision="bf16"), overwrite=True)
+    convert_model(own, own.path, ConversionOptions(precision="bf16"), overwrite=True)
     assert ModelFolder.open(own.path).load_transformer().head.head.weight.dtype == torch.bfloat16
-    convert_model(ours, tmp_path / "link", Wishes())
+    convert_model(ours, tmp_path / "link", ConversionOptions())
     assert (tmp_path / "link").is_symlink() and ModelFolder.open(tmp_path / "real").parts == ours.parts

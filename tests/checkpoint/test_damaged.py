@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint: each case is one error that names the tensor or file, and nothing is written."""
+"""A damaged checkpoint gives one error that names the tensor or file, and nothing is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import check_finite
 from longvideo.cli.main import main
@@ -28,11 +28,11 @@ LORA = "base_model.model.blocks.0.self_attn.q"
 
 @dataclass(frozen=True)
 class Case:
-    """A file of a source, what is done to its tensors, and what the error has to say."""
+    """A file of a source, the damage to its tensors, and a pattern of the error."""
 
     file: str
     damage: Damage
-    says: str
+    message: str
 
 
 def drop(name: str) -> Damage:
@@ -81,34 +81,42 @@ CASES = {
     "official, extra": Case(DIT, copy_to(f"{Q}.weight", f"{Q}.gate"), rf"1 unexpected: {Q}\.gate"),
     "official, renamed": Case(DIT, rename(f"{Q}.bias", f"{Q}.offset"), rf"missing: {Q}\.bias.*unexpected: {Q}\.offset"),
     "official, another block": Case(DIT, rename(f"{FFN}.bias", "blocks.7.ffn.2.bias"), r"blocks\.1\.ffn\.2\.bias"),
-    "official, doubled by a prefix": Case(DIT, copy_to(f"{Q}.bias", f"model.{Q}.bias"), rf"both mean '{Q}\.bias'"),
+    "official, doubled by a prefix": Case(
+        DIT, copy_to(f"{Q}.bias", f"model.{Q}.bias"), rf"are both names of '{Q}\.bias'"
+    ),
     "official, transposed": Case(DIT, put(f"{FFN}.weight", transposed), rf"wrongly shaped: {FFN}\.weight \[64, 128\]"),
-    "official, too wide": Case(DIT, put("head.head.bias", wider), r"wrongly shaped: head\.head\.bias \[193\], wanted"),
+    "official, too wide": Case(
+        DIT, put("head.head.bias", wider), r"wrongly shaped: head\.head\.bias \[193\], expected"
+    ),
     "official, whole numbers": Case(
         DIT, put(f"{Q}.weight", whole_numbers), rf"wrongly typed: {Q}\.weight torch\.int64"
     ),
-    "official, no text": Case(DIT, drop("text_embedding.0.weight"), r"lacks text_embedding\.0\.weight"),
+    "official, no text": Case(DIT, drop("text_embedding.0.weight"), r"has no text_embedding\.0\.weight"),
     "official, no patches": Case(DIT, drop("patch_embedding.weight"), r"missing: patch_embedding\.weight"),
     "vae, missing": Case(
         VAE, drop("decoder.middle.1.norm.gamma"), r"1 missing: decoder\.mid_block\.attentions\.0\.norm"
     ),
     "vae, extra": Case(VAE, copy_to("conv2.bias", "conv3.bias"), r"1 unexpected: conv3\.bias"),
-    "vae, too wide": Case(VAE, put("conv1.bias", wider), r"wrongly shaped: quant_conv\.bias \[97\], wanted \[96\]"),
-    "vae, without its first": Case(VAE, drop("encoder.conv1.weight"), r"lacks encoder\.conv_in\.weight"),
-    "vae, doubled by a wrapper": Case(VAE, copy_to("conv2.bias", "module.conv2.bias"), r"both mean 'conv2\.bias'"),
+    "vae, too wide": Case(VAE, put("conv1.bias", wider), r"wrongly shaped: quant_conv\.bias \[97\], expected \[96\]"),
+    "vae, without its first": Case(VAE, drop("encoder.conv1.weight"), r"has no encoder\.conv_in\.weight"),
+    "vae, doubled by a wrapper": Case(
+        VAE, copy_to("conv2.bias", "module.conv2.bias"), r"are both names of 'conv2\.bias'"
+    ),
     "vae, whole numbers": Case(VAE, put("conv2.bias", whole_numbers), r"wrongly typed: post_quant_conv\.bias"),
     "text, missing": Case(
         TEXT, drop("blocks.1.ffn.fc1.weight"), r"missing: encoder\.block\.1\.layer\.1\..*wi_1\.weight"
     ),
     "text, extra": Case(TEXT, copy_to("norm.weight", "norm3.weight"), r"1 unexpected: norm3\.weight"),
     "text, another vocabulary": Case(
-        TEXT, put("token_embedding.weight", lambda x: x[:3]), r"it has the id \d+, the text encoder has 3 tokens"
+        TEXT, put("token_embedding.weight", lambda x: x[:3]), r"it has the id \d+; expected 0 to 2"
     ),
     "text, without buckets": Case(
-        TEXT, drop("blocks.0.pos_embedding.embedding.weight"), r"lacks encoder\.block\.0\..*relative_attention_bias"
+        TEXT, drop("blocks.0.pos_embedding.embedding.weight"), r"has no encoder\.block\.0\..*relative_attention_bias"
     ),
     "diffusers, missing": Case(OURS, drop("blocks.0.attn1.to_q.weight"), rf"missing: {Q}\.weight"),
-    "diffusers, official name": Case(OURS, copy_to("proj_out.bias", "head.head.bias"), r"both mean 'head\.head\.bias'"),
+    "diffusers, official name": Case(
+        OURS, copy_to("proj_out.bias", "head.head.bias"), r"are both names of 'head\.head\.bias'"
+    ),
     "diffusers, vae too wide": Case(OUR_VAE, put("quant_conv.bias", wider), r"wrongly shaped: quant_conv\.bias \[97\]"),
     "packed, no scales": Case(PACKED, drop("blocks.0.attn1.to_q.weight_scales"), rf"missing: {Q}\.weight_scales"),
     "packed, no codes": Case(PACKED, drop("blocks.0.attn1.to_q.weight_codes"), rf"missing: {Q}\.weight"),
@@ -123,7 +131,7 @@ CASES = {
     "longlive, missing": Case(LONGLIVE, drop(f"model.{FFN}.weight"), rf"missing: {FFN}\.weight"),
     "longlive, whole numbers": Case(LONGLIVE, put(f"model.{Q}.bias", whole_numbers), rf"wrongly typed: {Q}\.bias"),
     "longlive packed, no amax": Case(
-        PACKED_LONGLIVE, drop(f"model.{Q}.quantized_weight_amax"), rf"lacks {Q}\.quantized_weight_amax"
+        PACKED_LONGLIVE, drop(f"model.{Q}.quantized_weight_amax"), rf"has no {Q}\.quantized_weight_amax"
     ),
     "longlive packed, sizes that do not agree": Case(
         PACKED_LONGLIVE,
@@ -133,20 +141,20 @@ CASES = {
     "longlive packed, impossible sizes": Case(
         PACKED_LONGLIVE,
         put(f"model.{Q}.quantized_weight_metadata", lambda x: -x),
-        rf"{Q}\.quantized_weight_metadata says",
+        rf"{Q}\.quantized_weight_metadata has sizes",
     ),
     "longlive packed, scales of another kind": Case(
         PACKED_LONGLIVE,
         put(f"model.{Q}.quantized_weight_scale_factors", lambda x: x.view(torch.uint8)),
         rf"{Q}\.quantized_weight_scale_factors is torch\.uint8",
     ),
-    "lora, half of a pair": Case(ADAPTER, drop(f"{LORA}.lora_B.weight"), rf"{Q}\.lora_A has no lora_B beside it"),
-    "lora, of another model": Case(ADAPTER, put(f"{LORA}.lora_B.weight", wider), rf"updates {Q} of \[129, 128\]"),
+    "lora, half of a pair": Case(ADAPTER, drop(f"{LORA}.lora_B.weight"), rf"{Q}\.lora_A has no matching lora_B"),
+    "lora, of another model": Case(ADAPTER, put(f"{LORA}.lora_B.weight", wider), rf"updates {Q} of shape \[129, 128\]"),
     "lora, two ranks": Case(ADAPTER, put(f"{LORA}.lora_A.weight", wider), r"updates of ranks \[4, 5\]"),
     "lora, of no layer": Case(
         ADAPTER,
         rename(f"{LORA}.lora_A.weight", "blocks.9.x.lora_A.weight"),
-        r"\.lora_[AB] has no lora_[AB] beside it",
+        r"\.lora_[AB] has no matching lora_[AB]",
     ),
 }
 
@@ -155,18 +163,18 @@ CASES = {
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     model = official.save(folder / "ours")
-    convert_model(model, folder / "wan", Wishes("official"))
-    convert_model(model, folder / "packed", Wishes(precision="nvfp4"))
-    convert_model(model, folder / "model.pt", Wishes("longlive"))
-    convert_model(ModelFolder.open(folder / "packed"), folder / "packed.pt", Wishes("longlive"))
+    convert_model(model, folder / "wan", ConversionOptions("official"))
+    convert_model(model, folder / "packed", ConversionOptions(precision="nvfp4"))
+    convert_model(model, folder / "model.pt", ConversionOptions("longlive"))
+    convert_model(ModelFolder.open(folder / "packed"), folder / "packed.pt", ConversionOptions("longlive"))
     lora = {f"{LORA}.lora_A.weight": torch.ones(4, 128), f"{LORA}.lora_B.weight": torch.ones(128, 4)}
     torch.save({"generator_lora": lora}, folder / "lora.pt")
     return folder
 
 
 @pytest.fixture
-def room(sources: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sources, tmp_path / "room"))
+def workspace(sources: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sources, tmp_path / "workspace"))
 
 
 def damage_file(file: Path, damage: Damage) -> None:
@@ -183,23 +191,25 @@ def damage_file(file: Path, damage: Damage) -> None:
         torch.save(content, file)
 
 
-def refused(room: Path, file: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Convert a source in the room; return what is said: one line, and nothing may be written."""
-    source = room / file if file.endswith(".pt") else room / Path(file).parts[0]
-    base = ["--base", str(room / "ours")] if file.endswith(".pt") else []
-    before = sorted(room.rglob("*"))
-    assert main(["convert", str(source), str(room / "result"), *base]) == 2
-    assert sorted(room.rglob("*")) == before
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
+def refused(workspace: Path, file: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Convert a source; return the error, which must be one line, and check that nothing is written."""
+    source = workspace / file if file.endswith(".pt") else workspace / Path(file).parts[0]
+    base = ["--base", str(workspace / "ours")] if file.endswith(".pt") else []
+    before = sorted(workspace.rglob("*"))
+    assert main(["convert", str(source), str(workspace / "result"), *base]) == 2
+    assert sorted(workspace.rglob("*")) == before
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    return output.err
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_damaged_checkpoint_is_refused_by_name(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(
+    name: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     case = CASES[name]
-    damage_file(room / case.file, case.damage)
-    assert re.search(case.says, refused(room, case.file, capsys))
+    damage_file(workspace / case.file, case.damage)
+    assert re.search(case.message, refused(workspace, case.file, capsys))
 
 
 def all_nan(x: Tensor) -> Tensor:
@@ -227,23 +237,28 @@ def one_infinity(x: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("damage", [all_nan, one_infinity])
 def test_nan_and_infinity_are_refused_by_name_when_a_model_is_loaded_or_converted(
-    damage: Callable[[Tensor], Tensor], file: str, name: str, label: str, room: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Tensor], Tensor],
+    file: str,
+    name: str,
+    label: str,
+    workspace: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage_file(room / file, put(name, damage))
-    assert re.search(rf"{label} holds NaN or infinity", refused(room, file, capsys))
-    source = room / file if file.endswith(".pt") else room / Path(file).parts[0]
-    folder = ModelFolder.open(source, base=room / "ours" if file.endswith(".pt") else None)
-    with pytest.raises(CheckpointError, match=rf"{label} holds NaN or infinity"):
+    damage_file(workspace / file, put(name, damage))
+    assert re.search(rf"{label} contains NaN or infinity", refused(workspace, file, capsys))
+    source = workspace / file if file.endswith(".pt") else workspace / Path(file).parts[0]
+    folder = ModelFolder.open(source, base=workspace / "ours" if file.endswith(".pt") else None)
+    with pytest.raises(CheckpointError, match=rf"{label} contains NaN or infinity"):
         folder.load_transformer(dtype=torch.bfloat16)
         folder.load_vae(dtype=torch.float32)
         folder.load_text_encoder()
 
 
-def test_a_value_that_the_wanted_dtype_cannot_hold_is_refused_too(room: Path) -> None:
-    damage_file(room / OURS, put("proj_out.weight", lambda x: x.double() + 1e300))
-    assert ModelFolder.open(room / "ours").load_transformer()
-    with pytest.raises(CheckpointError, match=r"head\.head\.weight holds NaN or infinity"):
-        ModelFolder.open(room / "ours").load_transformer(dtype=torch.bfloat16)
+def test_a_value_that_the_wanted_dtype_cannot_hold_is_refused_too(workspace: Path) -> None:
+    damage_file(workspace / OURS, put("proj_out.weight", lambda x: x.double() + 1e300))
+    assert ModelFolder.open(workspace / "ours").load_transformer()
+    with pytest.raises(CheckpointError, match=r"head\.head\.weight contains NaN or infinity"):
+        ModelFolder.open(workspace / "ours").load_transformer(dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -255,44 +270,44 @@ def test_every_value_of_every_dtype_but_nan_and_infinity_is_finite(dtype: torch.
     check_finite(torch.empty(0, dtype=dtype), "x")
     long = torch.zeros(2**20 + 3, dtype=torch.float32)
     long[-1] = float("nan")
-    with pytest.raises(CheckpointError, match="x holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match="x contains NaN or infinity"):
         check_finite(long.to(dtype), "x")
 
 
 @pytest.mark.parametrize("file", [DIT, VAE, TEXT, OURS, PACKED, LONGLIVE, ADAPTER])
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
 def test_a_truncated_file_is_refused_by_name(
-    file: str, part: float, room: Path, capsys: pytest.CaptureFixture[str]
+    file: str, part: float, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = (room / file).read_bytes()
-    (room / file).write_bytes(content[: int(part * len(content))])
-    said = refused(room, file, capsys)
-    assert Path(file).name in said and "truncated" in said
+    content = (workspace / file).read_bytes()
+    (workspace / file).write_bytes(content[: int(part * len(content))])
+    output = refused(workspace, file, capsys)
+    assert Path(file).name in output and "truncated" in output
     if file == DIT and part > 0:
-        assert "is not whole in it" in said and ".weight" in said
+        assert "is cut off" in output and ".weight" in output
 
 
 def test_tensors_in_two_files_and_two_files_of_one_part_are_refused(
-    room: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tensors = load_file(room / DIT)
+    tensors = load_file(workspace / DIT)
     names = sorted(tensors)
     half, other = {n: tensors[n] for n in names[:40]}, {n: tensors[n] for n in names[39:]}
-    (room / DIT).unlink()
+    (workspace / DIT).unlink()
     for number, shard in enumerate((half, other), start=1):
-        save_file(shard, room / "wan" / f"model-{number:05d}-of-00002.safetensors")
+        save_file(shard, workspace / "wan" / f"model-{number:05d}-of-00002.safetensors")
     weight_map = {n: f"model-{1 if n in half else 2:05d}-of-00002.safetensors" for n in names}
-    index = room / "wan" / "model.safetensors.index.json"
+    index = workspace / "wan" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    assert f"'{names[39]}' is both in" in refused(room, DIT, capsys)
+    assert f"'{names[39]}' is both in" in refused(workspace, DIT, capsys)
     index.write_text(json.dumps({"weight_map": weight_map | {names[0]: "../ours/x.safetensors"}}))
-    assert "wanted the name of a .safetensors file beside it" in refused(room, DIT, capsys)
+    assert "expected the name of a .safetensors file in the same folder" in refused(workspace, DIT, capsys)
     index.unlink()
-    for shard_file in (room / "wan").glob("model-*"):
+    for shard_file in (workspace / "wan").glob("model-*"):
         shard_file.unlink()
     for name in ("a.safetensors", "b.safetensors"):
-        save_file(tensors, room / "wan" / name)
-    assert "holds two of transformer, in a.safetensors and b.safetensors" in refused(room, DIT, capsys)
+        save_file(tensors, workspace / "wan" / name)
+    assert "has two of transformer, in a.safetensors and b.safetensors" in refused(workspace, DIT, capsys)
 
 
 class Harmful:
@@ -300,47 +315,47 @@ class Harmful:
         return print, ("this ran",)
 
 
-def test_a_pickle_that_would_run_code_is_refused(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = torch.load(room / LONGLIVE, weights_only=True)
-    torch.save({**content, "step": Harmful()}, room / LONGLIVE)
-    said = refused(room, LONGLIVE, capsys)
-    assert "this ran" not in said and "model.pt is truncated or holds more than tensors" in said
-    torch.save({"checkpoint_format": "longlive_generator_te_nvfp4", **content}, room / LONGLIVE)
-    assert "holds the state of TransformerEngine's modules" in refused(room, LONGLIVE, capsys)
+def test_a_pickle_that_would_run_code_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(workspace / LONGLIVE, weights_only=True)
+    torch.save({**content, "step": Harmful()}, workspace / LONGLIVE)
+    output = refused(workspace, LONGLIVE, capsys)
+    assert "this ran" not in output and "model.pt is truncated or contains more than tensors" in output
+    torch.save({"checkpoint_format": "longlive_generator_te_nvfp4", **content}, workspace / LONGLIVE)
+    assert "stores modules of TransformerEngine" in refused(workspace, LONGLIVE, capsys)
 
 
-def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(room: Path) -> None:
-    # a storage of 4 TB in a file of some kB
+def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(workspace: Path) -> None:
+    # a storage of 4 TB in a file of a few kB
     huge = torch.empty(1).expand(10**6, 10**6)
-    torch.save({"generator": {"a": huge}}, room / "expanded.pt")
-    with pytest.raises(CheckpointError, match="a shows 1000000000000 values, the file has fewer"):
-        ModelFolder.open(room / "expanded.pt")
+    torch.save({"generator": {"a": huge}}, workspace / "expanded.pt")
+    with pytest.raises(CheckpointError, match="a has 1000000000000 values, but fewer are stored"):
+        ModelFolder.open(workspace / "expanded.pt")
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
-        ("meta", r"a has no values in the file, as of the device meta"),
-        ("meta beside others", r"a has no values in the file"),
-        ("sparse", "a is no plain tensor; save a dense copy"),
-        ("compressed", "is truncated or holds more than tensors"),
-        ("nested", "is truncated or holds more than tensors"),
-        ("conjugate", "a is no plain tensor"),
+        ("meta", r"a has no values, as on the device meta"),
+        ("meta next to others", r"a has no values"),
+        ("sparse", "a is not a plain tensor; save a dense copy"),
+        ("compressed", "is truncated or contains more than tensors"),
+        ("nested", "is truncated or contains more than tensors"),
+        ("conjugate", "a is not a plain tensor"),
         ("uninitialized", "it would run torch.nn.parameter.UninitializedParameter"),
-        ("a storage", "is no dict of tensors: a"),
-        ("a list", "is no dict of tensors: a"),
-        ("a cycle", "is no dict of tensors: self"),
+        ("a storage", "is not a dict of tensors: a"),
+        ("a list", "is not a dict of tensors: a"),
+        ("a cycle", "is not a dict of tensors: self"),
         ("long name", r"its tensors \(n{120}\.\.\., \.\.\.\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*prototype stage.*", "ignore:.*beta state.*")
 def test_storages_that_are_no_plain_values_are_one_line(
-    kind: str, says: str, room: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, message: str, workspace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     values = torch.eye(3)
     contents: dict[str, Callable[[], dict[str, object]]] = {
         "meta": lambda: {"a": torch.empty(3, device="meta")},
-        "meta beside others": lambda: {"generator": {"b": values, "a": torch.empty(3, device="meta")}, "step": 3},
+        "meta next to others": lambda: {"generator": {"b": values, "a": torch.empty(3, device="meta")}, "step": 3},
         "sparse": lambda: {"a": values.to_sparse()},
         "compressed": lambda: {"a": values.to_sparse_csr()},
         "nested": lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
@@ -351,12 +366,12 @@ def test_storages_that_are_no_plain_values_are_one_line(
         "a cycle": lambda: with_itself({"a": values}),
         "long name": lambda: {"n" * 5000: values},
     }
-    torch.save(contents[kind](), room / "odd.pt")
+    torch.save(contents[kind](), workspace / "odd.pt")
     capfd.readouterr()
-    assert main(["info", str(room / "odd.pt")]) == 2
-    said = capfd.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    assert re.search(says, said.err) and "odd.pt" in said.err and len(said.err) < 500
+    assert main(["info", str(workspace / "odd.pt")]) == 2
+    output = capfd.readouterr()
+    assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert re.search(message, output.err) and "odd.pt" in output.err and len(output.err) < 500
 
 
 def with_itself(content: dict[str, object]) -> dict[str, object]:
@@ -364,10 +379,10 @@ def with_itself(content: dict[str, object]) -> dict[str, object]:
     return content
 
 
-def test_a_text_file_is_no_model(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (room / "notes.txt").write_text("hello")
-    assert main(["convert", str(room / "notes.txt"), str(room / "result")]) == 2
-    assert "is no weight file" in capsys.readouterr().err
+def test_a_text_file_is_no_model(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "notes.txt").write_text("hello")
+    assert main(["convert", str(workspace / "notes.txt"), str(workspace / "result")]) == 2
+    assert "is not a weight file" in capsys.readouterr().err
 
 
 SETTINGS, TRANSFORMER = "ours/longvideo.json", "ours/transformer/config.json"
@@ -376,10 +391,10 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "says"),
+    ("file", "change", "message"),
     [
-        (SETTINGS, {"cut_prefix": "${oc.env:HOME}"}, r"cut_prefix holds \$\{"),
-        (SETTINGS, {"cut_prefix": "x" * 10**6}, "cut_prefix has 1000000 characters, wanted at most 1000"),
+        (SETTINGS, {"cut_prefix": "${oc.env:HOME}"}, r"cut_prefix contains \$\{"),
+        (SETTINGS, {"cut_prefix": "x" * 10**6}, "cut_prefix has 1000000 characters, expected at most 1000"),
         (SETTINGS, {"shift": INF}, "shift=inf must be a finite number"),
         (SETTINGS, {"shift": NAN}, "shift=nan"),
         (SETTINGS, {"guidance": NAN}, "guidance=nan must be a finite number"),
@@ -391,7 +406,7 @@ NAN, INF = float("nan"), float("inf")
         (SETTINGS, {"width": 96.5}, r"width is 96\.5, wanted"),
         (SETTINGS, {"chunk_frames": 10**6}, "chunk_frames=1000000, wanted a whole number from 1 to 1024"),
         (SETTINGS, {"window_frames": 10**6}, "window_frames=1000000, wanted a whole number from 1 to 16384"),
-        (SETTINGS, {"window_frames": 4}, "window_frames=4, wanted at least one chunk: chunk_frames=8"),
+        (SETTINGS, {"window_frames": 4}, "window_frames=4, expected at least chunk_frames=8"),
         (SETTINGS, {"fps": 10**9}, "fps=1000000000, wanted a whole number from 1 to 1000"),
         (SETTINGS, {"fps": 10**400}, "a number has 401 digits"),
         (SETTINGS, {"fps": NAN}, "fps"),
@@ -419,44 +434,46 @@ NAN, INF = float("nan"), float("inf")
         (VAE_CONFIG, {"scale_factor_temporal": NAN}, "scale_factor_temporal=nan"),
         (TEXT_CONFIG, {"num_layers": 10**7}, "num_layers=10000000, wanted a whole number from 1 to 1000"),
         (TEXT_CONFIG, {"d_model": 2**40}, "d_model=1099511627776, wanted"),
-        (TEXT_CONFIG, {"num_heads": 1024, "d_kv": 1024}, "is 1048576, wanted at most 65536"),
+        (TEXT_CONFIG, {"num_heads": 1024, "d_kv": 1024}, "is 1048576, expected at most 65536"),
         (TEXT_CONFIG, {"vocab_size": 2**31}, "vocab_size=2147483648, wanted"),
         (TEXT_CONFIG, {"layer_norm_epsilon": INF}, "layer_norm_epsilon=inf, wanted"),
-        (TEXT_CONFIG, {"relative_attention_max_distance": 8}, "relative_attention_max_distance=8; wanted"),
+        (TEXT_CONFIG, {"relative_attention_max_distance": 8}, "relative_attention_max_distance=8; expected"),
         (TEXT_CONFIG, {"relative_attention_num_buckets": 1}, "relative_attention_num_buckets=1,"),
         ("ours/model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "lists two transformers"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(
-    file: str, change: dict[str, object], says: str, room: Path, capsys: pytest.CaptureFixture[str]
+    file: str, change: dict[str, object], message: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (room / file).write_text(json.dumps(json.loads((room / file).read_text()) | change))
-    said = refused(room, file, capsys)
-    assert re.search(says, said) and str(room / "ours") in said and len(said) < 600
+    (workspace / file).write_text(json.dumps(json.loads((workspace / file).read_text()) | change))
+    output = refused(workspace, file, capsys)
+    assert re.search(message, output) and str(workspace / "ours") in output and len(output) < 600
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"shift": ' + "9" * 5000 + "}"])
-def test_json_that_cannot_be_read_is_refused(text: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (room / "ours" / "longvideo.json").write_text(text)
-    assert "longvideo.json is not JSON" in refused(room, OURS, capsys)
+def test_json_that_cannot_be_read_is_refused(text: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "ours" / "longvideo.json").write_text(text)
+    assert "longvideo.json is not JSON" in refused(workspace, OURS, capsys)
 
 
-def test_damaged_bytes_of_a_pickle_are_one_line(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = bytearray((room / ADAPTER).read_bytes())
+def test_damaged_bytes_of_a_pickle_are_one_line(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((workspace / ADAPTER).read_bytes())
     start = content.index(b"lora_A") - 200
     for place in range(start, start + 300, 7):
         damaged = bytearray(content)
         damaged[place] ^= 0x55
-        (room / "x.pt").write_bytes(damaged)
-        assert main(["info", str(room / "x.pt")]) in (0, 2)
-        said = capsys.readouterr().err
-        assert said == "" or (said.startswith("error: ") and said.count("\n") == 1)
+        (workspace / "x.pt").write_bytes(damaged)
+        assert main(["info", str(workspace / "x.pt")]) in (0, 2)
+        output = capsys.readouterr().err
+        assert output == "" or (output.startswith("error: ") and output.count("\n") == 1)
 
 
-def test_what_a_terminal_would_obey_is_written_out(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage_file(room / DIT, copy_to("head.head.bias", "\x1b]0;title\x07[/red]"))
-    said = refused(room, DIT, capsys)
-    assert "\x1b" not in said and r"\x1b]0;title\x07[/red]" in said
-    torch.save({"generator": torch.load(room / LONGLIVE)["generator"], "note[/x]": "\x1b[31m"}, room / "note.pt")
-    assert main(["info", str(room / "note.pt")]) == 0
+def test_what_a_terminal_would_obey_is_written_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage_file(workspace / DIT, copy_to("head.head.bias", "\x1b]0;title\x07[/red]"))
+    output = refused(workspace, DIT, capsys)
+    assert "\x1b" not in output and r"\x1b]0;title\x07[/red]" in output
+    torch.save(
+        {"generator": torch.load(workspace / LONGLIVE)["generator"], "note[/x]": "\x1b[31m"}, workspace / "note.pt"
+    )
+    assert main(["info", str(workspace / "note.pt")]) == 0
     assert r"note[/x]: \x1b[31m" in capsys.readouterr().out

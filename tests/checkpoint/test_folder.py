@@ -1,4 +1,4 @@
-"""Model folders: round trips, diffusers and transformers as second readers, and bad folders."""
+"""Model folders survive round trips, are read by diffusers and transformers, and are refused if they are invalid."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_bfloat16_shards_load_in_any_dtype(tmp_path: Path) -> None:
     weight = folder.load_transformer(dtype=torch.float32).get_parameter("blocks.1.ffn.0.weight")
     assert torch.equal(weight, small.transformer().get_parameter("blocks.1.ffn.0.weight").bfloat16().float())
     assert {p.dtype for p in folder.load_transformer().parameters()} == {torch.bfloat16}
-    with pytest.raises(CheckpointError, match="holds no vae, only transformer"):
+    with pytest.raises(CheckpointError, match="has no vae, only transformer"):
         folder.load_vae()
 
 
@@ -212,7 +212,7 @@ def test_saving_never_harms_an_existing_folder(saved: ModelFolder, copy: Path) -
     with pytest.raises(CheckpointError, match="exists"):
         ModelFolder.save(copy, settings=small.SETTINGS, vae=small.vae())
     wrong = ModelSettings(text_len=99)
-    with pytest.raises(CheckpointError, match="takes 32 text positions, the settings say 99"):
+    with pytest.raises(CheckpointError, match="has 32 text positions; expected text_len=99 of the settings"):
         ModelFolder.save(copy, settings=wrong, transformer=small.transformer(), overwrite=True)
     assert sorted(copy.parent.rglob("*")) == before
     ModelFolder.save(copy, settings=small.SETTINGS, vae=small.vae(), overwrite=True)
@@ -227,7 +227,7 @@ def test_a_full_disk_while_a_model_is_exported_is_one_line_and_keeps_nothing(
     target = tmp_path / "export"
     with no_file_longer_than(longest), pytest.raises(WriteError) as caught:
         small.save(target)
-    assert str(caught.value) == f"cannot write {target}: file too large; nothing was left behind"
+    assert str(caught.value) == f"cannot write {target}: file too large; no files remain"
     assert list(tmp_path.iterdir()) == [copy]
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
     with no_file_longer_than(longest), pytest.raises(WriteError, match="file too large; the older one is unchanged"):
@@ -281,8 +281,8 @@ def test_mistakes_in_json_files_are_named(copy: Path) -> None:
 
 def test_parts_that_do_not_belong_together_are_named(copy: Path) -> None:
     edit(copy / "transformer" / "config.json", lambda values: values.update(text_dim=64))
-    assert "transformer text_dim is 64, text encoder d_model is 128" in error_of(copy)
+    assert "transformer text_dim is 64 but text encoder d_model is 128" in error_of(copy)
     edit(copy / "transformer" / "config.json", lambda values: values.update(text_dim=128, in_channels=8))
-    assert "transformer in_channels is 8, vae z_dim is 4" in error_of(copy)
+    assert "transformer in_channels is 8 but vae z_dim is 4" in error_of(copy)
     edit(copy / "transformer" / "config.json", lambda values: values.update(in_channels=4, num_layerz=2))
-    assert "unknown keys ['num_layerz']" in error_of(copy)
+    assert "the keys ['num_layerz'] are unknown" in error_of(copy)

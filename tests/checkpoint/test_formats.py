@@ -1,4 +1,4 @@
-"""What a path holds is seen from its content; what other libraries save means the same here, and back."""
+"""Formats are recognized by content, and models are exchanged with other libraries without changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from longvideo.checkpoint import pickle_file, shapes
 from longvideo.checkpoint.adapters import layer_sizes, open_adapter
-from longvideo.checkpoint.conversion import Wishes, convert_adapter, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_adapter, convert_model
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.formats import recognise
+from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
@@ -47,7 +47,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 @pytest.fixture(scope="module")
 def wan(ours: ModelFolder) -> Path:
     folder = ours.path.parent / "wan"
-    convert_model(ours, folder, Wishes("official"))
+    convert_model(ours, folder, ConversionOptions("official"))
     return folder
 
 
@@ -128,8 +128,8 @@ def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
     folder = ModelFolder.save(tmp_path / "base", settings=settings, transformer=base)
     opened = ModelFolder.open(golden.FIXTURES / "packed_a.safetensors", base=folder.path)
     assert opened.is_packed and opened.format == "LongLive 2.0 checkpoint, packed in 4 bits"
-    convert_model(opened, tmp_path / "packed.pt", Wishes("longlive"))
-    convert_model(opened, tmp_path / "ours", Wishes())
+    convert_model(opened, tmp_path / "packed.pt", ConversionOptions("longlive"))
+    convert_model(opened, tmp_path / "ours", ConversionOptions())
     layout = TokenLayout.block_causal(spec, case["timestep"].shape[0] // spec.chunk_frames)
     flows = []
     for model_folder in (
@@ -143,10 +143,10 @@ def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
         flow = model(case["noisy"].unsqueeze(0), sigma, text, rope=model.rope(layout), attention=Masked(layout))
         flows.append(golden.relative_error(flow[0], case["w4a16_block_causal_flow"]))
     assert max(flows) < TOLERANCE
-    given = load_file(golden.FIXTURES / "packed_a.safetensors")
+    original = load_file(golden.FIXTURES / "packed_a.safetensors")
     written = torch.load(tmp_path / "packed.pt", weights_only=True)["generator"]
-    assert given.keys() == written.keys()
-    for name, tensor in given.items():
+    assert original.keys() == written.keys()
+    for name, tensor in original.items():
         if name.endswith("amax"):
             assert torch.allclose(written[name], tensor, rtol=2e-7, atol=0)
         else:
@@ -178,9 +178,9 @@ def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: Mo
     }
     file = tmp_path / "lora.pt"
     torch.save({"generator_lora": weights, "critic_lora": weights, "step": 9}, file)
-    found = recognise(file)
-    assert found.format == "LongLive 2.0 LoRA" and found.adapter is not None and found.adapter.rank == 4
-    with pytest.raises(CheckpointError, match="is a LoRA; say with a base which model it belongs to"):
+    stored = recognize(file)
+    assert stored.format == "LongLive 2.0 LoRA" and stored.adapter is not None and stored.adapter.rank == 4
+    with pytest.raises(CheckpointError, match="is a LoRA; use --base with the model that it belongs to"):
         ModelFolder.open(file)
     with pytest.raises(CheckpointError, match="generator_ema"):
         ModelFolder.open(file, base=ours.path, entry="generator_ema")
@@ -194,7 +194,7 @@ def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: Mo
         again = ModelFolder.open(source, base=ours.path).load_transformer().state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
     packed = tmp_path / "packed"
-    convert_model(ours, packed, Wishes(precision="nvfp4"))
+    convert_model(ours, packed, ConversionOptions(precision="nvfp4"))
     unpacked = ModelFolder.open(file, base=packed).load_transformer().state_dict()
     assert 0.05 < golden.relative_error(unpacked[f"{name}.weight"], expected) < 0.1
 
@@ -254,14 +254,14 @@ def test_checkpoints_of_our_runs_open_with_their_average(ours: ModelFolder, tmp_
         for opened, expected in ((averaged, own), (trained, other)):
             state = opened.load_transformer().state_dict()
             assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-        with pytest.raises(CheckpointError, match="has no entry 'generator'; it has ema and weights"):
+        with pytest.raises(CheckpointError, match="has no entry 'generator'; use ema or weights"):
             ModelFolder.open(folder, entry="generator")
     file = today / "ema_00000_00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-9] ^= 4
     file.write_bytes(data)
     ModelFolder.open(today, entry="weights")
-    with pytest.raises(CheckpointError, match=f"{file} is not as it was written"):
+    with pytest.raises(CheckpointError, match=f"{file} has changed since it was written"):
         ModelFolder.open(today)
 
 
@@ -279,14 +279,14 @@ def test_models_of_diffusers_and_transformers_go_through_every_format_with_equal
     vae = AutoencoderKLWan(**{k: v for k, v in official.VAE.to_dict().items() if not k.startswith("_")}).eval()
     text_config = ours.text_encoder_config
     text_encoder = UMT5EncoderModel(UMT5Config(**{**text_config.to_dict(), "is_encoder_decoder": False})).eval()
-    given = tmp_path / "given"
-    shutil.copytree(ours.path, given)
+    original = tmp_path / "original"
+    shutil.copytree(ours.path, original)
     for part, module in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
-        shutil.rmtree(given / part)
-        module.save_pretrained(given / part)
-    source = given
+        shutil.rmtree(original / part)
+        module.save_pretrained(original / part)
+    source = original
     for number, target in enumerate(("longvideo", "official", "longvideo", "diffusers")):
-        convert_model(ModelFolder.open(source), tmp_path / str(number), Wishes(target))
+        convert_model(ModelFolder.open(source), tmp_path / str(number), ConversionOptions(target))
         source = tmp_path / str(number)
     back = (
         WanTransformer3DModel.from_pretrained(source, subfolder="transformer"),
@@ -331,27 +331,27 @@ def test_what_an_update_counts_is_what_its_configuration_says(
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
     save_file(pair, tmp_path / "with_metadata.safetensors", metadata=header)
     for source in (tmp_path, tmp_path / "with_metadata.safetensors"):
-        adapter = recognise(source).adapter
+        adapter = recognize(source).adapter
         assert adapter is not None and adapter.scaling == scaling
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        ({"r": 0}, "says r=0"),
-        ({"lora_alpha": float("inf")}, "says lora_alpha=inf"),
-        ({"use_dora": True}, "says use_dora=True"),
-        ({"alpha_pattern": {"q": 3}}, "says alpha_pattern="),
+        ({"r": 0}, "has r=0"),
+        ({"lora_alpha": float("inf")}, "has lora_alpha=inf"),
+        ({"use_dora": True}, "has use_dora=True"),
+        ({"alpha_pattern": {"q": 3}}, "has alpha_pattern="),
     ],
 )
 def test_an_adapter_that_would_be_added_wrongly_is_refused(
-    change: dict[str, object], says: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     save_file({"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 8)}, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **change}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=says):
-        recognise(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        recognize(tmp_path)
 
 
 def test_a_file_of_another_depth_opens_with_a_base_of_its_width(ours: ModelFolder, tmp_path: Path) -> None:
@@ -363,5 +363,5 @@ def test_a_file_of_another_depth_opens_with_a_base_of_its_width(ours: ModelFolde
 
 
 def test_a_plain_diffusers_folder_takes_the_settings_of_its_base(ours: ModelFolder, tmp_path: Path) -> None:
-    convert_model(ours, tmp_path / "plain", Wishes("diffusers"))
+    convert_model(ours, tmp_path / "plain", ConversionOptions("diffusers"))
     assert ModelFolder.open(tmp_path / "plain", base=ours.path).settings == ours.settings

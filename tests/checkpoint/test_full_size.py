@@ -1,4 +1,4 @@
-"""Wan2.2-TI2V-5B's size, on disk, through every format and back, in under 3 GB.
+"""A model of Wan2.2-TI2V-5B's size is converted to every format and back in under 3 GB of memory.
 
 The tests need `--full-size FOLDER` with 50 GB of free space, and take some minutes.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.locations import SHIPPED
 from longvideo.checkpoint.settings import PRESETS as PRESET_SETTINGS
@@ -50,7 +50,7 @@ def workspace(pytestconfig: pytest.Config) -> Path:
 def test_every_tensor_of_the_5b_survives_all_formats(workspace: Path) -> None:
     try:
         model, source = random_5b(), workspace / "0"
-        convert_model(model, source, Wishes("official"))
+        convert_model(model, source, ConversionOptions("official"))
         num_bytes = sum(model.weights(part).num_bytes for part in model.parts)
         before = fingerprints(model)
         print(f"\n{len(before)} tensors, {num_bytes / 1e9:.2f} GB")
@@ -73,8 +73,8 @@ def test_every_tensor_of_the_5b_survives_all_formats(workspace: Path) -> None:
 def test_the_files_of_wan_and_of_longlive_stream_as_they_are(workspace: Path) -> None:
     wan, longlive = workspace / "Wan2.2-TI2V-5B", workspace / "model_bf16.pt"
     try:
-        convert_model(random_5b(), wan, Wishes("official"))
-        convert_model(ModelFolder.open(wan), longlive, Wishes("longlive"))
+        convert_model(random_5b(), wan, ConversionOptions("official"))
+        convert_model(ModelFolder.open(wan), longlive, ConversionOptions("longlive"))
         print()
         for name, base, precision, kv_cache in (
             (wan, None, None, "bf16"),

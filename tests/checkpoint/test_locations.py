@@ -1,4 +1,4 @@
-"""What a name means: shipped models, paths, the hub; links that leave a model's folder; parts in another's folder."""
+"""Names of models: packaged models, paths, the hub; links out of a model's folder; parts in another model's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.settings import ModelSettings
@@ -30,45 +30,45 @@ def copy(saved: ModelFolder, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Take the hub's place; return the ids that it is asked for."""
+def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Replace the download from the hub; return the list of requested ids."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    asked: list[str] = []
+    requests: list[str] = []
 
     def download(hub_id: str, **_: object) -> str:
-        asked.append(hub_id)
+        requests.append(hub_id)
         if hub_id.startswith("some/"):
             return str(tmp_path)
         raise LocalEntryNotFoundError("cannot reach the hub\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return requests
 
 
 def test_names_that_mean_nothing_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean 'tiny'"):
         locate("tinny")
-    with pytest.raises(CheckpointError, match="known names: tiny"):
+    with pytest.raises(CheckpointError, match="use tiny, tiny-teacher"):
         locate("gigantic")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is no weight file; wanted a model folder"):
+    with pytest.raises(CheckpointError, match="is not a weight file; expected a model folder"):
         locate(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no model "):
         locate(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="cannot be a path: File name too long$"):
         locate("x" * 5000)
-    with pytest.raises(CheckpointError, match=r"no .*model_index.json, and no weights beside it"):
+    with pytest.raises(CheckpointError, match=r"there is no .*model_index.json, and no weights"):
         ModelFolder.open(tmp_path)
 
 
-def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(asked: list[str], tmp_path: Path) -> None:
+def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(requests: list[str], tmp_path: Path) -> None:
     assert locate("some/model") == tmp_path and locate("hf:some/model") == tmp_path
-    with pytest.raises(CheckpointError, match="cannot be had from the hub: cannot reach the hub$"):
+    with pytest.raises(CheckpointError, match="downloading it from the Hugging Face hub failed: cannot reach the hub;"):
         locate("other/model")
-    assert asked == ["some/model", "some/model", "other/model"]
+    assert requests == ["some/model", "some/model", "other/model"]
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,23 @@ def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(asked: list[str], tm
         Path("some/model"),
     ],
 )
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str | Path, asked: list[str], tmp_path: Path) -> None:
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str | Path, requests: list[str], tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"^no (model|folder or file) '"):
+    with pytest.raises(CheckpointError, match=r"^there is no (model|folder or file) '"):
         locate(name)
-    assert asked == []
+    assert requests == []
 
 
-def test_info_of_a_run_that_is_not_there_is_one_line(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_of_a_run_that_is_not_there_is_one_line(requests: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "runs/model"]) == 2
     assert capsys.readouterr().err == (
-        "error: no folder or file 'runs/model'; if a model on the Hugging Face hub is meant, write hf:runs/model\n"
+        "error: there is no folder or file 'runs/model'; for a model on the Hugging Face hub use hf:runs/model\n"
     )
     assert main(["info", "hf:runs"]) == 2
-    assert "write it as hf:org/name" in capsys.readouterr().err
+    assert "use hf:org/name" in capsys.readouterr().err
     assert main(["info", "hf:runs/model"]) == 2
-    assert "cannot be had from the hub" in capsys.readouterr().err and asked == ["runs/model"]
+    assert "downloading it from the Hugging Face hub failed" in capsys.readouterr().err and requests == ["runs/model"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_link_that_leaves_the_folder_is_not_followed(
         assert main(command) == 2
         assert capsys.readouterr().err == (
             f"error: {copy / name} is a link to {secret}, outside of the model's folder, and is not followed;"
-            " put a copy in its place\n"
+            " replace it by a copy\n"
         )
     assert not (tmp_path / "result").exists()
 
@@ -168,7 +168,7 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_followed(
 
 @pytest.fixture
 def borrower(saved: ModelFolder, copy: Path) -> Path:
-    """A folder with a transformer of its own, whose other parts lie in the folder beside it."""
+    """A folder with its own transformer, whose other parts are in the folder next to it."""
     path = copy.parent / "borrower"
     ModelFolder.save(path, settings=small.SETTINGS, transformer=small.transformer(seed=3))
     name_parts(path, {"vae": "copy", "text_encoder": "copy"})
@@ -191,7 +191,7 @@ def test_parts_in_another_folder_are_read_from_there_and_written_whole(
     }
     assert main(["info", str(borrower), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"]["vae"] == f"from {borrower.parent / 'copy'}"
-    convert_model(model, tmp_path / "whole", Wishes())
+    convert_model(model, tmp_path / "whole", ConversionOptions())
     shutil.rmtree(borrower.parent / "copy")
     whole = ModelFolder.open(tmp_path / "whole")
     assert fingerprints(whole) == own and whole.load_text_encoder().encode(["a red ball"])
@@ -199,28 +199,28 @@ def test_parts_in_another_folder_are_read_from_there_and_written_whole(
 
 
 @pytest.mark.parametrize(
-    ("parts", "says"),
+    ("parts", "message"),
     [
-        ({"vae": "../copy"}, "takes vae from '../copy'; wanted tiny, tiny-teacher or the name of a folder beside"),
-        ({"vae": "/etc"}, "takes vae from '/etc'; wanted"),
-        ({"vae": ".."}, "takes vae from '..'; wanted"),
-        ({"vae": "org/name"}, "takes vae from 'org/name'; wanted"),
+        ({"vae": "../copy"}, "takes vae from '../copy'; expected tiny, tiny-teacher or the name of a folder next to"),
+        ({"vae": "/etc"}, "takes vae from '/etc'; expected"),
+        ({"vae": ".."}, "takes vae from '..'; expected"),
+        ({"vae": "org/name"}, "takes vae from 'org/name'; expected"),
         ({"vae": "borrower"}, "is not another model"),
         ({"vae": "absent"}, "is not another model"),
         ({"vae": "away"}, "away is a link to "),
-        ({"vae": "second"}, "second holds no vae of its own"),
-        ({"scheduler": "copy"}, "parts names 'scheduler'; wanted one of transformer, vae, text_encoder"),
-        ({"transformer": "copy"}, "takes transformer from elsewhere, and model_index.json lists it too"),
+        ({"vae": "second"}, "second does not store its own vae"),
+        ({"scheduler": "copy"}, "has 'scheduler' in parts; expected one of transformer, vae, text_encoder"),
+        ({"transformer": "copy"}, "takes transformer from another folder, but model_index.json lists it too"),
         ({"vae": 3.5}, "takes vae from '3.5', but .* is not another model"),
         ([["vae", "copy"]], "parts"),
     ],
 )
-def test_parts_that_are_not_allowed_are_refused(parts: object, says: str, borrower: Path, tmp_path: Path) -> None:
+def test_parts_that_are_not_allowed_are_refused(parts: object, message: str, borrower: Path, tmp_path: Path) -> None:
     shutil.copytree(borrower, borrower.parent / "second")
     far = tmp_path.parent / f"{tmp_path.name}_far"
     shutil.copytree(borrower.parent / "copy", far)
     (borrower.parent / "away").symlink_to(far)
     name_parts(borrower, parts)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         ModelFolder.open(borrower)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The tables between official and diffusers names."""
+"""The tables of official names and diffusers' names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from longvideo.vae.config import AutoencoderConfig
 from tests import golden
 from tests.checkpoint.random_weights import UMT5_XXL
 
-# as in wan/modules/vae2_2.py and t5.py of github.com/Wan-Video/Wan2.2, read and written down
+# structure of wan/modules/vae2_2.py and t5.py of github.com/Wan-Video/Wan2.2
 RESIDUAL = {"residual.0.gamma", *(f"residual.{i}.{x}" for i in (2, 6) for x in ("weight", "bias")), "residual.3.gamma"}
 SHORTCUT = {"shortcut.weight", "shortcut.bias"}
 CONV = ("weight", "bias")
@@ -53,23 +53,23 @@ def test_every_parameter_of_the_5b_maps_once_onto_diffusers() -> None:
 
 
 def official_autoencoder_names() -> set[str]:
-    """List the parameters of Wan2.2's own autoencoder: 2 residual blocks a level, 3 in the decoder's."""
-    found = {f"{conv}.{x}" for conv in ("conv1", "conv2") for x in CONV}
+    """List the parameters of Wan2.2's own autoencoder, with 2 residual blocks per level, and 3 in the decoder."""
+    result = {f"{conv}.{x}" for conv in ("conv1", "conv2") for x in CONV}
     for coder, levels, blocks, widens, times in (
         ("encoder", "downsamples", 2, (1, 2), (1, 2)),
         ("decoder", "upsamples", 3, (2, 3), (0, 1)),
     ):
-        found |= {f"{coder}.conv1.{x}" for x in CONV} | {f"{coder}.head.2.{x}" for x in CONV}
-        found |= {f"{coder}.head.0.gamma", f"{coder}.middle.1.norm.gamma"}
-        found |= {f"{coder}.middle.1.{conv}.{x}" for conv in ("to_qkv", "proj") for x in CONV}
-        found |= {f"{coder}.middle.{i}.{name}" for i in (0, 2) for name in RESIDUAL}
+        result |= {f"{coder}.conv1.{x}" for x in CONV} | {f"{coder}.head.2.{x}" for x in CONV}
+        result |= {f"{coder}.head.0.gamma", f"{coder}.middle.1.norm.gamma"}
+        result |= {f"{coder}.middle.1.{conv}.{x}" for conv in ("to_qkv", "proj") for x in CONV}
+        result |= {f"{coder}.middle.{i}.{name}" for i in (0, 2) for name in RESIDUAL}
         for level in range(4):
             prefix = f"{coder}.{levels}.{level}.{levels}"
-            found |= {f"{prefix}.{block}.{name}" for block in range(blocks) for name in RESIDUAL}
-            found |= {f"{prefix}.0.{name}" for name in SHORTCUT if level in widens}
-            found |= {f"{prefix}.{blocks}.resample.1.{x}" for x in CONV if level < 3}
-            found |= {f"{prefix}.{blocks}.time_conv.{x}" for x in CONV if level in times}
-    return found
+            result |= {f"{prefix}.{block}.{name}" for block in range(blocks) for name in RESIDUAL}
+            result |= {f"{prefix}.0.{name}" for name in SHORTCUT if level in widens}
+            result |= {f"{prefix}.{blocks}.resample.1.{x}" for x in CONV if level < 3}
+            result |= {f"{prefix}.{blocks}.time_conv.{x}" for x in CONV if level in times}
+    return result
 
 
 def official_text_encoder_names() -> set[str]:
@@ -135,5 +135,5 @@ def test_the_reference_checkpoint_reads_as_official_and_diffusers_as_diffusers()
 
 
 def test_a_foreign_checkpoint_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"2 tensors \(a, b, ...\) are no Wan transformer"):
+    with pytest.raises(CheckpointError, match=r"2 tensors \(a, b, ...\) are not those of a Wan transformer"):
         official_naming(["a", "b"])

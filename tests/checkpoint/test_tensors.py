@@ -1,4 +1,4 @@
-"""Weight files: strict loading, sharding, and every way in which they can be wrong."""
+"""Weight files: strict loading, sharding, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     message = error_of(tmp_path, stack(12))
     assert "2 missing: 3.weight, 11.weight" in message
     assert "2 unexpected: 20.weight, 21.weight" in message
-    assert "1 wrongly shaped: 0.weight [4, 5], wanted [4, 4]" in message
+    assert "1 wrongly shaped: 0.weight [4, 5], expected [4, 4]" in message
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert "12 missing: 0.weight, 1.weight, 2.weight, 3.weight, 4.weight" in error_of(tmp_path, stack(12))
     assert "7.weight and 4 more" in error_of(tmp_path, stack(12))
@@ -152,13 +152,13 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, target: object
     folder = tmp_path / "inner"
     folder.mkdir()
     message = error_of(write_index(folder, {"0.weight": target}), stack(1))
-    assert "wanted the name of a .safetensors file beside it" in message
+    assert "expected the name of a .safetensors file in the same folder" in message
 
 
 def test_an_index_must_agree_with_its_files(tmp_path: Path) -> None:
     save_file(linear_tensors(1), tmp_path / "a.safetensors")
     index = write_index(tmp_path, {"0.weight": "a.safetensors", "1.weight": "a.safetensors"})
-    assert "lists 1 tensors that its files lack: 1.weight" in error_of(index, stack(2))
+    assert "lists 1 tensors that are not in its files: 1.weight" in error_of(index, stack(2))
     index = write_index(tmp_path, {"0.weight": "a.safetensors", "1.weight": "b.safetensors"})
     assert f"no weight file {tmp_path / 'b.safetensors'}" in error_of(index, stack(2))
     index.write_text('{"weight_map": ')
@@ -175,7 +175,7 @@ def test_a_training_checkpoint_gives_the_chosen_entry(tmp_path: Path, entry: str
     assert module.state_dict()["1.weight"].unique().tolist() == [1.0]
     load_weights(module, open_weights(file, entry="generator_ema"))
     assert module.state_dict()["1.weight"].unique().tolist() == [2.0]
-    with pytest.raises(CheckpointError, match="no entry 'critic'; it has generator, generator_ema, step"):
+    with pytest.raises(CheckpointError, match="no entry 'critic'; use one of generator, generator_ema, step"):
         open_weights(file, entry="critic")
 
 
@@ -187,7 +187,7 @@ class Harmful:
 def test_a_pickle_never_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.pt"
     torch.save({"a": Harmful()}, file)
-    with pytest.raises(CheckpointError, match="is truncated or holds more than tensors"):
+    with pytest.raises(CheckpointError, match="is truncated or contains more than tensors"):
         open_weights(file)
     assert capsys.readouterr().out == ""
     file.write_bytes(file.read_bytes()[:50])
@@ -208,11 +208,11 @@ def test_a_written_pickle_is_whole_to_torch_and_to_any_reader_of_zips(tmp_path: 
     save_file(values, tmp_path / "model.safetensors")
     file = tmp_path / "model.pt"
     pickle_file.write_weights(file, open_weights(tmp_path / "model.safetensors"), within=within)
-    found = torch.load(file, weights_only=True)
+    loaded = torch.load(file, weights_only=True)
     for key in within:
-        found = found[key]
-    assert set(found) == set(values)
-    assert all(found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in values.items())
+        loaded = loaded[key]
+    assert set(loaded) == set(values)
+    assert all(loaded[name].dtype == x.dtype and torch.equal(loaded[name], x) for name, x in values.items())
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
     content = bytearray(file.read_bytes())
@@ -232,5 +232,5 @@ def test_opening_and_checking_read_headers_only(tmp_path: Path) -> None:
 
 def test_two_names_for_one_are_refused(tmp_path: Path) -> None:
     save_weights(tmp_path, "model", linear_tensors(2))
-    with pytest.raises(CheckpointError, match="both mean 'x'"):
+    with pytest.raises(CheckpointError, match="are both names of 'x'"):
         open_weights(tmp_path).renamed(lambda name: "x")

@@ -1,4 +1,4 @@
-"""`longvideo eval` judges folders and models, prints what it found, and refuses bad options in one line."""
+"""`longvideo eval` judges folders and models, prints the scores, and refuses invalid options in one line."""
 
 import json
 from typing import cast
@@ -14,7 +14,7 @@ from longvideo.infer.pipeline import StreamingPipeline
 
 
 class Painter:
-    """Stands in for the pipeline: frames hold the seed, so that it shows which video is which."""
+    """Replaces the pipeline: all pixels equal the seed, which identifies a video."""
 
     def stream(self, prompts, *, seconds, steps, guidance, seed):
         assert (steps, guidance) == (4, None)
@@ -29,9 +29,9 @@ class Painter:
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_every_task_gets_its_own_video_whatever_the_batch(batch):
     tasks = build_tasks(5, seconds=2, shots=2, seed=3)
-    made = list(generate_videos(cast("StreamingPipeline", Painter()), tasks, batch=batch, steps=4, guidance=None))
-    assert [task for task, _ in made] == tasks
-    for task, frames in made:
+    videos = list(generate_videos(cast("StreamingPipeline", Painter()), tasks, batch=batch, steps=4, guidance=None))
+    assert [task for task, _ in videos] == tasks
+    for task, frames in videos:
         assert frames.shape == (96, 2, 2, 3)
         assert (frames == task.seed).all()
 
@@ -67,11 +67,11 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
     assert main(["eval", "switches", *options, "--mode", "recache", "--mode", "keep", "--out", str(out)]) == 0
     record = json.loads((out / "results.json").read_text())
     assert list(record) == ["keep", "recache"]
-    for found in record.values():
-        (switch,) = found["switches"]
-        assert [found[f"chunk {chunk}"]["right"] for chunk in (1, 2, 3, 4)] == [int(shown) for shown in switch["shown"]]
-        assert found["never_shown"] == (switch["late"] is None)
-        assert found["continues"]["right"] == switch["continues"]
+    for entry in record.values():
+        (switch,) = entry["switches"]
+        assert [entry[f"chunk {chunk}"]["right"] for chunk in (1, 2, 3, 4)] == [int(shown) for shown in switch["shown"]]
+        assert entry["never_shown"] == (switch["late"] is None)
+        assert entry["continues"]["right"] == switch["continues"]
     with Image.open(out / "switches.png") as picture:
         assert picture.width > 8 * 0.6 * 224 and 2 * 0.6 * 128 < picture.height < 3 * 0.6 * 128
     printed = capsys.readouterr().err

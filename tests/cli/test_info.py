@@ -1,4 +1,4 @@
-"""`longvideo info`."""
+"""`longvideo info` prints the contents of a model, and ends with code 2 if its weights do not fit."""
 
 from __future__ import annotations
 

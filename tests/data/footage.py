@@ -1,4 +1,4 @@
-"""Small videos to read, check and encode, and the commands that do it."""
+"""Small videos for tests of reading, checking and encoding, and the commands for that."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def write(path: Path, count: int, *, fps: float = 24, brightness: int = 200) -> 
 
 
 def footage(folder: Path) -> Path:
-    """Write three videos of 125 frames, six clips of two chunks; the second has a cut at frame 29. The manifest."""
+    """Write three videos of 125 frames (six clips of two chunks), the second with a cut at frame 29; return the
+    manifest."""
     entries = [write(folder / "videos" / f"{i}.mp4", 125, brightness=60 * i + 60) for i in range(3)]
     shots = [entry.shots for entry in entries]
     shots[1] = (ShotEntry(0, 29, "a red ball"), ShotEntry(29, 125, "a blue ball moves left"))
@@ -40,7 +41,7 @@ def footage(folder: Path) -> Path:
 
 
 def damage(path: Path) -> None:
-    """Overwrite bytes in the middle, leaving header and length as they are."""
+    """Overwrite bytes in the middle of a file, but not its header."""
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle - 400 : middle + 400] = bytes(byte ^ 0x5A for byte in data[middle - 400 : middle + 400])

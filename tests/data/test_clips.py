@@ -1,4 +1,4 @@
-"""Clips from a ShapeWorld data set keep their cuts on chunk boundaries and show what their captions' scenes show."""
+"""Clips of a ShapeWorld data set keep their cuts on chunk boundaries and show the scenes of their captions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_chunks_without_a_shot_are_left_out(tmp_path: Path) -> None:
     references = plan_clips([entry], num_chunks=1)
     assert [round(r.start_seconds * 24) for r in references] == [0, 32, 128, 160, 192, 224, 256]
     assert [r.captions[0] for r in references] == ["one"] * 2 + ["two"] * 5
-    with pytest.raises(UserError, match="none of 1 videos has a captioned stretch of 13.21 s"):
+    with pytest.raises(UserError, match="none of the 1 videos has 13.21 s with captions"):
         plan_clips([entry], num_chunks=10)
 
 
@@ -75,7 +75,7 @@ def test_other_chunk_sizes_and_rates(tmp_path: Path) -> None:
 
 
 def test_clips_of_a_sample_go_on_in_the_next_file(tmp_path: Path) -> None:
-    # 61 whole frames of 70, all 64 of 64, none of 20, 32 of 50 (25 frames a second, 48 at 24)
+    # 61 whole frames of 70, all 64 of 64, none of 20, 32 of 50 (25 frames per second, 48 at 24)
     entries = [
         replace(footage.write(tmp_path / f"{i}.mp4", count, fps=fps, brightness=40 * i + 40), sample="walk")
         for i, (count, fps) in enumerate(((70, 24), (64, 24), (20, 24), (50, 25)))
@@ -92,7 +92,7 @@ def test_clips_of_a_sample_go_on_in_the_next_file(tmp_path: Path) -> None:
     assert torch.equal(clip.frames[61:], read_video(files[1], size=SIZE)[:32])
     short = plan_clips(entries, num_chunks=1)
     assert [reference.captions[0] for reference in short] == ["SQUARE 40"] * 2 + ["SQUARE 80"] * 2 + ["SQUARE 160"]
-    # windows begin at multiples of 32 frames, files after the first at 29 + 32 k
+    # clips begin at multiples of 32 frames, files after the first at 29 + 32 k
     assert [round(reference.start_seconds * 24) for reference in short] == [0, 32, 3, 35, 3]
     assert torch.equal(read_clip(short[4], size=SIZE).frames, read_video(files[3], fps=24, size=SIZE)[3:32])
 
@@ -118,11 +118,11 @@ def test_a_manifest_that_promises_too_much_is_named(folder: Path) -> None:
     ("options", "message"),
     [
         (["--clips", "0"], "--clips"),
-        (["--clips", "1", "--seconds", "0"], "--seconds is 0; give more than 0"),
+        (["--clips", "1", "--seconds", "0"], "--seconds is 0; use more than 0"),
         (["--clips", "1", "--seconds", "nan"], "--seconds is nan"),
         (["--clips", "1", "--seconds", "1e9"], "at most 3600"),
-        (["--clips", "1", "--shots", "9"], "9 shots do not fit 4 s"),
-        (["--clips", "1", "--height", "100"], "--height is 100, not a multiple of 16; use 96"),
+        (["--clips", "1", "--shots", "9"], "--shots 9 is more than the"),
+        (["--clips", "1", "--height", "100"], "--height is 100, expected a multiple of 16; use 96"),
         (["--clips", "1", "--width", "96"], "less than --height"),
         (["--clips", "1", "--split", "test"], "--split"),
     ],
@@ -136,11 +136,11 @@ def test_bad_options_end_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_is_kept_unless_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_kept_without_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "manifest.jsonl").read_bytes()
     options = ["--clips", "1", "--seconds", "1", "--height", "32", "--width", "64"]
     assert main(["data", "shapeworld", "--out", str(folder), *options]) == 2
-    assert "not empty; choose another folder or add --overwrite" in capsys.readouterr().err
+    assert "not empty; use another folder or add --overwrite" in capsys.readouterr().err
     assert (folder / "manifest.jsonl").read_bytes() == before
     other = folder.parent / "other"
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Folders in LongLive 2.0's layout become a manifest whose clips go on from shot to shot."""
+"""Folders in LongLive 2.0's layout become a manifest whose clips continue from shot to shot."""
 
 import json
 from pathlib import Path
@@ -59,14 +59,14 @@ def test_a_folder_becomes_a_manifest(data: Path, tmp_path: Path, capsys: pytest.
     assert reference.captions == ("a man walks", "a man walks", "he stops")
     assert reference.cuts == (True, False, True)
     frames = read_clip(reference, size=SIZE).frames
-    wanted = [read_video(entry.video)[:count] for entry, count in zip(entries[1:], (61, 32), strict=True)]
-    assert torch.equal(frames, torch.cat(wanted))
+    expected = [read_video(entry.video)[:count] for entry, count in zip(entries[1:], (61, 32), strict=True)]
+    assert torch.equal(frames, torch.cat(expected))
 
 
 def test_what_is_missing_is_named_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shot(data, "walk", 3, frames=30)
     shot(data, "walk", 4, frames=30, caption=" ")
-    shot(data, "run", 5, caption="nobody runs")
+    shot(data, "run", 5, caption="no one runs")
     shot(data, "gone", 0, caption="nothing")
     (data / "video" / "run" / "1.mp4").write_bytes(b"no video")
     shot(data, "run", 1, caption="noise")
@@ -94,11 +94,11 @@ def test_what_is_missing_is_named_and_counted(data: Path, capsys: pytest.Capture
 def test_other_layouts_and_existing_manifests_are_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="no folder .*data/video/video; wanted"):
+    with pytest.raises(UserError, match="there is no folder .*data/video/video; expected"):
         read_longlive(data / "video")
     for part in ("video", "caption"):
         (tmp_path / "empty" / part).mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no shot"):
+    with pytest.raises(UserError, match="has no shot"):
         read_longlive(tmp_path / "empty")
     out = tmp_path / "manifest.jsonl"
     out.write_text("old")

@@ -1,4 +1,4 @@
-"""A manifest is read as written, and every mistake in it is named with file and line."""
+"""A manifest is read as it was written, and every mistake is reported with file and line."""
 
 import json
 from pathlib import Path
@@ -49,19 +49,19 @@ def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "the line is not JSON: Expecting property name enclosed in double quotes in column 2"),
-        ("[1]", r"got \[1\], wanted an object with the keys video, fps, num_frames, shots"),
+        ("[1]", r"got \[1\], expected an object with the keys video, fps, num_frames, shots"),
         (json.dumps(LINE | {"frames": 3}), "unknown key 'frames'; did you mean 'num_frames'"),
         (json.dumps({"video": "a.mp4"}), "missing fps, num_frames, shots; add them"),
-        (json.dumps(LINE | {"video": 3}), "video is 3, wanted a file name"),
-        (json.dumps(LINE | {"video": "b.mp4"}), "no video at .*b.mp4"),
-        (json.dumps(LINE | {"fps": "24"}), 'fps is "24", wanted a number above 0'),
+        (json.dumps(LINE | {"video": 3}), "video is 3, expected a file name"),
+        (json.dumps(LINE | {"video": "b.mp4"}), "there is no video .*b.mp4"),
+        (json.dumps(LINE | {"fps": "24"}), 'fps is "24", expected a number above 0'),
         (json.dumps(LINE | {"fps": True}), "fps is true"),
         (json.dumps(LINE | {"fps": float("nan")}), "fps is NaN"),
-        (json.dumps(LINE | {"num_frames": 61.5}), "num_frames is 61.5, wanted a whole number"),
-        (json.dumps(LINE | {"shots": []}), r"shots is \[\], wanted a list of at least one shot"),
+        (json.dumps(LINE | {"num_frames": 61.5}), "num_frames is 61.5, expected a whole number"),
+        (json.dumps(LINE | {"shots": []}), r"shots is \[\], expected a list of at least one shot"),
         (json.dumps(LINE | {"shots": [SHOT | {"caption": " "}]}), r"shots\[0\]: caption is"),
-        (json.dumps(LINE | {"shots": [SHOT | {"end": 62}]}), r"shots\[0\]: end is 62, wanted .* 1\.\.61"),
-        (json.dumps(LINE | {"shots": [SHOT, SHOT]}), r"shots\[1\]: start is 0, wanted a whole number of at least 29"),
+        (json.dumps(LINE | {"shots": [SHOT | {"end": 62}]}), r"shots\[0\]: end is 62, expected .* 1\.\.61"),
+        (json.dumps(LINE | {"shots": [SHOT, SHOT]}), r"shots\[1\]: start is 0, expected a whole number of at least 29"),
         (
             json.dumps(LINE | {"shots": [SHOT | {"caption": "a \ud83d"}]}),
             r"shots\[0\]: caption is not valid text: half a",
@@ -69,7 +69,7 @@ def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
         (json.dumps(LINE | {"video": "\ud83d.mp4"}), "video is not valid text"),
         (json.dumps(LINE).replace("24", "9" * 5000), "is not JSON: it is nested too deep, or has too long a number"),
         ("[" * 100_000, "is not JSON: it is nested too deep, or has too long a number"),
-        (json.dumps(LINE | {"sample": ""}), 'sample is "", wanted a name'),
+        (json.dumps(LINE | {"sample": ""}), 'sample is "", expected a name'),
         (json.dumps(LINE | {"shots": [SHOT | {"text": ""}]}), r"shots\[0\]: unknown key 'text'"),
     ],
 )
@@ -86,11 +86,11 @@ def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_binary_manifests_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no manifest at"):
+    with pytest.raises(UserError, match="there is no manifest"):
         read_manifest(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="is a folder"):
         read_manifest(tmp_path)
-    with pytest.raises(UserError, match="names no video"):
+    with pytest.raises(UserError, match="lists no video"):
         read_manifest(manifest(tmp_path, "", ""))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="binary.jsonl:1 is not UTF-8 text"):

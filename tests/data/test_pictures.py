@@ -1,4 +1,4 @@
-"""Pictures are read by value, whatever their bits and colors, or refused by name."""
+"""Pictures of any bit depth and color format are read with the correct white, or refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RAMP = np.linspace(0, 65535, 224).round().astype(np.uint16)
 
 
 def png(bits: int, color: int, rows: bytes, *, width: int, height: int) -> bytes:
-    """Make a PNG of raw scan lines; Pillow writes none of 16 bits in color."""
+    """Return a PNG of raw scan lines, as Pillow writes no PNG with 16-bit colors."""
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     crc = [struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
@@ -30,7 +30,7 @@ def png(bits: int, color: int, rows: bytes, *, width: int, height: int) -> bytes
 
 
 def tiff(values: np.ndarray, *, bits: int, sample_format: int = 1, photometric: int = 1) -> bytes:
-    """Make a little-endian TIFF of one channel (TIFF 6.0)."""
+    """Return a little-endian TIFF of one channel (TIFF 6.0)."""
     height, width = values.shape
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, height),
             (279, values.nbytes), (339, sample_format)]  # fmt: skip
@@ -95,11 +95,11 @@ def test_a_palette_with_a_transparent_color_is_black_there(tmp_path: Path) -> No
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
 def test_pictures_are_turned_upright_as_cameras_note(tmp_path: Path, suffix: str) -> None:
     pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 255  # white on the left: after a turn to the right it is above
+    pixels[:, :16] = 255  # white on the left: at the top after a rotation to the right
     image = Image.fromarray(pixels)
     exif = image.getexif()
     exif[0x0112] = 6
-    image.save(tmp_path / f"turned{suffix}", exif=exif, lossless=True)  # what only WebP knows
+    image.save(tmp_path / f"turned{suffix}", exif=exif, lossless=True)  # lossless: an option of WebP only
     picture = read_image(tmp_path / f"turned{suffix}")
     assert picture.shape == (32, 16, 3) and picture[:14].min() > 240 and picture[18:].max() < 15
     with Image.open(tmp_path / f"turned{suffix}") as opened:
@@ -108,16 +108,19 @@ def test_pictures_are_turned_upright_as_cameras_note(tmp_path: Path, suffix: str
 
 GRAY32 = np.full((4, 4), 7, np.uint32)
 REFUSED = {
-    "floats.tif": (tiff(np.full((4, 4), 2, np.float32), bits=32, sample_format=3), "has values from 2 to 2, wanted 0"),
+    "floats.tif": (
+        tiff(np.full((4, 4), 2, np.float32), bits=32, sample_format=3),
+        "has values from 2 to 2, expected 0",
+    ),
     "below.tif": (tiff(np.full((4, 4), -0.5, np.float32), bits=32, sample_format=3), "has values from -0.5"),
     "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32), bits=32, sample_format=3), "has values from nan"),
-    "wide.tif": (tiff(GRAY32, bits=32), "has pixels of the kind 'I', whose white is unknown"),
-    "signed.tif": (tiff(GRAY32.astype(np.int16), bits=16, sample_format=2), "has pixels of the kind"),
+    "wide.tif": (tiff(GRAY32, bits=32), "has pixels of mode 'I', whose white is unknown"),
+    "signed.tif": (tiff(GRAY32.astype(np.int16), bits=16, sample_format=2), "has pixels of mode"),
     "bomb.png": (png(8, 0, b"\0" * 100, width=60_000, height=60_000), "has more than 100,000,000 pixels"),
     "large.png": (png(8, 0, b"\0" * 100, width=10_001, height=10_000), "has 10001 x 10000 pixels"),
     "short.png": (png(8, 2, b"\0" * 100, width=64, height=64), "is a damaged image"),
-    "text.png": (b"hello", "is not an image that can be read"),
-    "empty.png": (b"", "is not an image that can be read"),
+    "text.png": (b"hello", "is not an image in a supported format"),
+    "empty.png": (b"", "is not an image in a supported format"),
 }
 
 
@@ -135,7 +138,7 @@ def test_a_file_of_several_pictures_is_refused(tmp_path: Path, suffix: str) -> N
     path = tmp_path / f"film{suffix}"
     frames = [Image.new("RGB", (32, 32), (80 * level, 0, 0)) for level in range(3)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match="holds 3 pictures; save the one to start from as a PNG"):
+    with pytest.raises(UserError, match="contains 3 pictures; save the first frame of the video as a PNG"):
         read_image(path)
 
 
@@ -153,13 +156,13 @@ def test_a_picture_is_the_same_from_every_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), r"image is float32 \[4, 4, 3\]; give uint8"),
-        (np.zeros((4, 4), np.uint8), r"image is uint8 \[4, 4\]; give uint8 \[H, W, 3\]"),
+        (np.zeros((4, 4, 3), np.float32), r"image is float32 \[4, 4, 3\]; use uint8"),
+        (np.zeros((4, 4), np.uint8), r"image is uint8 \[4, 4\]; use uint8 \[H, W, 3\]"),
         (np.zeros((0, 4, 3), np.uint8), r"image is uint8 \[0, 4, 3\]"),
         (torch.zeros(3, 4, 4), r"image is torch.float32 \[3, 4, 4\]"),
-        (7, "image is of type int; give a path, a Pillow image"),
+        (7, "image is of type int; use a path, a Pillow image"),
         (b"a.png", "image is of type bytes"),
-        (Image.new("LAB", (4, 4)), "image has pixels of the kind 'LAB'"),
+        (Image.new("LAB", (4, 4)), "image has pixels of mode 'LAB'"),
     ],
 )
 def test_what_is_no_picture_is_refused(image: object, message: str) -> None:
@@ -189,7 +192,7 @@ def test_transparency_is_black(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_image_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no image at"):
+    with pytest.raises(UserError, match="there is no image"):
         read_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="text.png is not an image"):

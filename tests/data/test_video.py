@@ -1,4 +1,4 @@
-"""Frames come back as written; rate and size change without stretching; damage is a clear error."""
+"""Frames are read as they were written; rate and size change without stretching; damage is a clear error."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_full_disk_while_a_video_is_written_is_one_line_and_keeps_nothing(long
     noise = torch.randint(256, (50, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with no_file_longer_than(longest), pytest.raises(WriteError) as caught:
         write_video(path, [noise], fps=25)
-    assert str(caught.value) == f"cannot write {path}: file too large; nothing was left behind"
+    assert str(caught.value) == f"cannot write {path}: file too large; no files remain"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,7 +101,7 @@ def test_colors_survive(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_video_are_named(tmp_path: Path, video: Path) -> None:
-    with pytest.raises(UserError, match="no video at .*none.mp4"):
+    with pytest.raises(UserError, match="there is no video .*none.mp4"):
         read_video(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("hello " * 100)
     with pytest.raises(UserError, match="text.mp4 is not a video"):

@@ -1,4 +1,4 @@
-"""Curves are drawn from metrics files, fill gaps by straight lines, and refuse what is no metrics file."""
+"""Curves are drawn from metrics files, gaps are interpolated linearly, and other files are refused."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The judge names what ground-truth renders show, clean or degraded, and its verdicts follow."""
+"""The judge recognizes the content of rendered scenes, clean or degraded, and gives the right verdicts."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, Sprite
 
-FPS = 8  # what the judge looks at of a clip of 24 frames a second
+FPS = 8  # rate at which the judge samples a clip of 24 frames per second
 
 
 def film(scene: Scene, *, seconds: float = 4.0, start: float = 0.0, condition: str = "clean") -> np.ndarray:
@@ -92,11 +92,11 @@ def test_an_object_split_by_two_borders_is_one_object():
 
 
 def test_later_windows_allow_a_bounced_direction_only_for_bouncing_objects():
-    asked = Sprite("star", "blue", "small", "up", "bounce")
+    expected = Sprite("star", "blue", "small", "up", "bounce")
     seen = PerceivedSprite("star", "blue", "small", "down", 11.0, 50.0, 50.0, 0.9)
     percept = Percept((seen,), "gray", 1)
     for edge, from_start, right in (("bounce", True, False), ("bounce", False, True), ("wrap", False, False)):
-        scene = Scene((dataclasses.replace(asked, edge=edge),), "gray", 0)
+        scene = Scene((dataclasses.replace(expected, edge=edge),), "gray", 0)
         assert compare(percept, scene, from_start=from_start).motion is right
 
 

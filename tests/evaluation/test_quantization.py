@@ -1,4 +1,4 @@
-"""The error tables: what is measured on tiny in one solver step, against what must hold."""
+"""The error tables of tiny, measured in one solver step, are within known bounds."""
 
 from __future__ import annotations
 

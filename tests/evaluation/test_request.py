@@ -1,16 +1,16 @@
-"""Captions say what the scene holds, and are read back without loss."""
+"""Parsing a caption gives the scene that it describes."""
 
 import pytest
 
 from longvideo.errors import UserError
 from longvideo.evaluation.request import Request, RequestedSprite, read_caption
 from longvideo.shapeworld.captions import caption
-from longvideo.shapeworld.world import TRAVELLING, Scene, sample_scene
+from longvideo.shapeworld.world import TRAVELING, Scene, sample_scene
 
 
 def summary(scene: Scene | Request, *, sizes: bool = True) -> tuple:
     sprites = {
-        (s.shape, s.color, s.size if sizes else None, s.motion, s.edge if s.motion in TRAVELLING else None)
+        (s.shape, s.color, s.size if sizes else None, s.motion, s.edge if s.motion in TRAVELING else None)
         for s in scene.sprites
     }
     return sprites, scene.background
@@ -38,5 +38,5 @@ def test_free_wording_is_understood_as_far_as_it_goes():
 
 
 def test_a_caption_without_shapes_is_a_user_error():
-    with pytest.raises(UserError, match="names 0 coloured shapes"):
+    with pytest.raises(UserError, match="has 0 colored shapes"):
         read_caption("a horse gallops over a meadow")

@@ -1,4 +1,4 @@
-"""The evaluation finds what it is given: perfect videos score 100 %, wrong ones fail where they are wrong."""
+"""Perfect videos score 100 %, and wrong ones fail in the property that is wrong."""
 
 import json
 from itertools import pairwise
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longvideo.evaluation.judge import AskedScene
+from longvideo.evaluation.judge import ExpectedScene
 from longvideo.evaluation.shapeworld import (
     FPS,
     Score,
@@ -25,14 +25,14 @@ from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import Scene, Sprite, is_held_out
 
 
-def drawn(scene: AskedScene) -> Scene:
-    """Built tasks ask for whole scenes."""
+def drawn(scene: ExpectedScene) -> Scene:
+    """Return the scene of a task, which is complete if `build_tasks` has built it."""
     assert isinstance(scene, Scene)
     return scene
 
 
 def film(task: Task, *, delay: int = 0) -> np.ndarray:
-    """Draw the task's video; every cut comes `delay` frames later than asked."""
+    """Render the video of a task, with every cut `delay` frames later than expected."""
     ends = [start + delay for start in task.starts[1:]] + [round(sum(task.seconds) * FPS)]
     starts = [0, *ends[:-1]]
     shots = []
@@ -73,8 +73,8 @@ def test_perfect_videos_score_full_and_the_report_is_written(tmp_path):
 
 
 def test_a_video_of_another_prompt_fails(tmp_path):
-    asked, shown = build_tasks(2, seconds=1.5, seed=0)
-    report = evaluate(lambda *_: [film(shown)], [asked], out=tmp_path)
+    task, shown = build_tasks(2, seconds=1.5, seed=0)
+    report = evaluate(lambda *_: [film(shown)], [task], out=tmp_path)
     assert report.opening["color"].right + report.opening["shape"].right < 2
     assert report.confusions
     assert (tmp_path / "failures.png").exists()
@@ -88,12 +88,12 @@ def test_shots_are_judged_from_the_cuts_found():
 
 
 @pytest.mark.parametrize("smear", [1, 4])
-@pytest.mark.parametrize(("cut", "found"), [(96, True), (70, True), (126, True), (134, False), (60, False)])
-def test_cuts_are_found_within_one_chunk_of_where_they_were_asked(cut, found, smear):
+@pytest.mark.parametrize(("cut", "is_cut"), [(96, True), (70, True), (126, True), (134, False), (60, False)])
+def test_cuts_are_found_within_one_chunk_of_where_they_were_asked(cut, is_cut, smear):
     after = np.clip((np.arange(192) - cut + 1) / smear, 0, 1)[:, None, None, None]
     frames = (20 + 60 * after * np.ones((1, 16, 28, 3))).astype(np.uint8)
     frame = find_cut(frames, 96)
-    assert (frame is not None and abs(frame - cut) <= smear) if found else frame is None
+    assert (frame is not None and abs(frame - cut) <= smear) if is_cut else frame is None
     assert find_cut(frames, 96, after=cut + 5) is None
 
 

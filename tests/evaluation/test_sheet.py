@@ -1,4 +1,4 @@
-"""Contact sheets, GIFs and curves have the size, number of pictures and timing they were asked for."""
+"""Contact sheets, GIFs and curves have the requested size, number of pictures and timing."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_film_strip_has_a_row_a_clip_from_first_to_last_frame():
 
 
 def test_empty_sheet_is_a_user_error():
-    with pytest.raises(UserError, match="at least one frame"):
+    with pytest.raises(UserError, match="expected at least one of each"):
         contact_sheet([], 4)
 
 

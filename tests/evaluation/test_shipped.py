@@ -1,4 +1,4 @@
-"""The model that ships makes what it is asked for, in the few steps it was distilled to."""
+"""The packaged model follows its prompts in the few steps to which it is distilled."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_the_teachers_autoencoder_and_text_encoder_are_tinys() -> None:
 def test_tiny_shows_what_it_is_asked_for(tmp_path: Path, steps: int) -> None:
     more = ["--num", "8", "--seconds", "2.5", "--batch", "8", "--device", "cpu", "--steps", str(steps)]
     assert main(["eval", "shapeworld", *more, "--out", str(tmp_path / "eval")]) == 0
-    found = json.loads((tmp_path / "eval" / "results.json").read_text())["opening"]
-    # of 128 held-out prompts 96 to 100 % are right; the teacher, in 4 or 2 steps without guidance, has 88 or 51 %
+    scores = json.loads((tmp_path / "eval" / "results.json").read_text())["opening"]
+    # 96 to 100 % of 128 held-out prompts are correct; the teacher has 88 or 51 % in 4 or 2 steps without guidance
     for what in ("color", "shape", "background"):
-        right = found[what]
+        right = scores[what]
         assert right["right"] >= right["total"] - 1 and right["total"] >= 8, (what, right)

@@ -1,4 +1,4 @@
-"""The pictures of a model's page ask for what training never saw, keep small colored areas, and stay small."""
+"""The pictures of a model's page have held-out prompts, keep the colors of small areas, and are small files."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_existing_pictures_are_refused_before_the_model_is_loaded(tmp_path, caps
 
 
 def _scene(prompt: str, seed: int) -> Scene:
-    asked = read_caption(prompt)
-    assert asked.background is not None
-    sprites = [Sprite(s.shape, s.color, s.size or "small", s.motion or "still") for s in asked.sprites]
-    return Scene(tuple(sprites), asked.background, seed)
+    request = read_caption(prompt)
+    assert request.background is not None
+    sprites = [Sprite(s.shape, s.color, s.size or "small", s.motion or "still") for s in request.sprites]
+    return Scene(tuple(sprites), request.background, seed)

@@ -1,4 +1,4 @@
-"""The judge of prompt switches, on rendered scenes whose answer is known."""
+"""The judge of prompt switches gives the right results on rendered scenes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_frame_that_blends_both_colors_at_the_switch_loses_no_scene() -> None:
 
 
 def test_of_rendered_scenes_that_take_another_color_39_in_40_go_on() -> None:
-    """The other one is lost where it crosses the edge: its places before and after are a frame's width apart."""
+    """The remaining error is at the edge, where places before and after are a frame's width apart."""
     results = []
     for task in build_switches(40, change="color"):
         before, after = task.scenes

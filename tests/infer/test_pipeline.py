@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longvideo.checkpoint.conversion import Wishes, convert_model
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import CheckpointError, UserError
 from longvideo.infer import generation
@@ -230,7 +230,7 @@ def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> No
         (7, {"seconds": 4}, "prompts is 7; expected a text"),
         (["a", None], {"seconds": 4}, "prompt 2 is None; expected text"),
         ("a \ud83d", {"seconds": 4}, "the prompt is not valid text"),
-        ("a", {"seconds": 4, "image": "nothing.png"}, "no image at nothing.png"),
+        ("a", {"seconds": 4, "image": "nothing.png"}, "there is no image nothing.png"),
         ("a", {"seconds": 4, "image": torch.zeros(3, 3, 3)}, "image is torch.float32"),
         ("a", {"seconds": 4, "image": 7}, "image is of type int"),
         (["a", "a", "a"], {"seconds": 2}, "use 1.33 s or more for every shot"),
@@ -243,7 +243,7 @@ def test_wrong_values_are_refused_when_called_not_when_iterated(pipeline, prompt
 
 
 def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder, tmp_path) -> None:
-    convert_model(ModelFolder.open(model_folder), tmp_path / "model.pt", Wishes("longlive"))
+    convert_model(ModelFolder.open(model_folder), tmp_path / "model.pt", ConversionOptions("longlive"))
     whole = StreamingPipeline.from_pretrained(model_folder, device="cpu")
     put_together = StreamingPipeline.from_pretrained(tmp_path / "model.pt", base=model_folder, device="cpu")
     options = {"seconds": 1.0, "seed": 2}

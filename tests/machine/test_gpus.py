@@ -1,4 +1,4 @@
-"""GPUs, why there is none, and the ways between them; what cannot be told comes with its reason."""
+"""GPUs, the reason for a missing GPU, and links between GPUs; unknown values have a reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Legend:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine has the GPUs 1 and 0 of the topology, in this order; both reach each other."""
+    """Replace the GPUs of torch by 1 and 0 of the topology, in this order, with direct access to each other."""
     names = ["bbb", "aaa"]
     properties = [
         SimpleNamespace(name="Testing 9000", total_memory=80 * 10**9, major=9, minor=0, uuid=name) for name in names
@@ -41,7 +41,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def smi(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | Exception | int]) -> None:
-    """Have nvidia-smi answer by its first argument: a text, an error, or an exit code."""
+    """Replace nvidia-smi: its result depends on the first argument and is a text, an error, or an exit code."""
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         answer = answers[command[1]]
@@ -96,9 +96,9 @@ def test_one_way_is_not_direct(two_gpus: None, monkeypatch: pytest.MonkeyPatch) 
     [
         (FileNotFoundError(), "there is no nvidia-smi on the PATH"),
         (PermissionError(13, "Permission denied"), "nvidia-smi cannot be run: Permission denied"),
-        (subprocess.TimeoutExpired("nvidia-smi", 20), "nvidia-smi gave no answer within 20 s"),
+        (subprocess.TimeoutExpired("nvidia-smi", 20), "nvidia-smi did not finish within 20 s"),
         (9, "`nvidia-smi topo -m` ended with code 9: Driver/library version mismatch"),
-        ("", "`nvidia-smi topo -m` says nothing of GPU 0 and GPU 1"),
+        ("", "`nvidia-smi topo -m` does not list GPU 0 and GPU 1"),
     ],
 )
 def test_a_way_that_cannot_be_told_has_a_reason(
@@ -138,15 +138,15 @@ def test_a_missing_driver_is_torchs_own_reason(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 def test_a_real_gpu_has_free_memory_and_a_driver() -> None:
-    found = gpus.gpus()
-    assert len(found) == torch.cuda.device_count()
-    for gpu in found:
+    result = gpus.gpus()
+    assert len(result) == torch.cuda.device_count()
+    for gpu in result:
         assert isinstance(gpu.free_bytes, int) and 0 < gpu.free_bytes <= gpu.total_bytes
     assert gpus.why_none() is None and isinstance(gpus.driver(), str)
 
 
 @pytest.mark.multigpu
 def test_real_pairs_are_all_there() -> None:
-    found, count = gpus.links(), torch.cuda.device_count()
-    assert len(found) == count * (count - 1) // 2
-    assert all(isinstance(link.num_nvlinks, int) for link in found)
+    result, count = gpus.links(), torch.cuda.device_count()
+    assert len(result) == count * (count - 1) // 2
+    assert all(isinstance(link.num_nvlinks, int) for link in result)

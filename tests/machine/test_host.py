@@ -1,4 +1,4 @@
-"""Memory and disks as the system tells them, a container's limit included."""
+"""Memory and disks equal those of the system, the limit of a container included."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def test_a_limit_above_the_memory_of_the_host_is_none(tmp_path: Path) -> None:
 
 
 def test_a_system_that_does_not_tell_is_unknown(tmp_path: Path) -> None:
-    found = host_memory(tmp_path)
-    assert isinstance(found, Unknown) and found.unknown.startswith(f"there is no {tmp_path / 'proc/meminfo'}")
+    result = host_memory(tmp_path)
+    assert isinstance(result, Unknown) and result.unknown.startswith(f"there is no {tmp_path / 'proc/meminfo'}")
 
 
 def test_disks_are_those_of_the_folders_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = disks()
-    here = found["the current folder"]
+    result = disks()
+    here = result["the current folder"]
     assert isinstance(here, Disk) and here.path == str(tmp_path)
     assert here.total_bytes == shutil.disk_usage(tmp_path).total and 0 < here.free_bytes <= here.total_bytes
-    assert found.keys() == {"the current folder", "temporary files"}
+    assert result.keys() == {"the current folder", "temporary files"}
     (tmp_path / "hub").mkdir()
-    assert disks().keys() == {*found, "the Hugging Face cache"}
+    assert disks().keys() == {*result, "the Hugging Face cache"}
 
 
 def test_no_room_for_temporary_files_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""Captions are true to the scene, short, varied, and use a closed list of words."""
+"""Captions are correct, short and varied, and use a closed list of words."""
 
 import re
 
 from longvideo.shapeworld.captions import SHAPE_WORDS, SIZE_WORDS, caption, vocabulary
-from longvideo.shapeworld.world import COLORS, TRAVELLING, Scene, Sprite, sample_scene
+from longvideo.shapeworld.world import COLORS, TRAVELING, Scene, Sprite, sample_scene
 
 SCENES = [sample_scene(seed, split=split) for split in ("train", "heldout") for seed in range(4000)]
 CAPTIONS = [caption(scene, seed) for seed, scene in enumerate(SCENES)]
@@ -40,7 +40,7 @@ def test_captions_name_color_shape_and_size() -> None:
 def test_a_bounce_is_always_said_and_a_wrap_sometimes() -> None:
     wraps = []
     for scene, text in zip(SCENES, CAPTIONS, strict=True):
-        edges = {sprite.edge for sprite in scene.sprites if sprite.motion in TRAVELLING}
+        edges = {sprite.edge for sprite in scene.sprites if sprite.motion in TRAVELING}
         assert ("bounc" in text) == ("bounce" in edges), text
         if "wrap" in edges:
             wraps.append(re.search("wrap|other side|opposite side", text) is not None)

@@ -1,4 +1,4 @@
-"""Scripts cut on chunk boundaries, and training clips are what their plan says."""
+"""Scripts have cuts on chunk boundaries, and training clips match their plan."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_scripts_share_their_chunks_among_the_shots() -> None:
         assert all((span.end - 29) % 32 == 0 for span in spans)
         assert all(is_held_out(shot.scene) for shot in script.shots)
         assert script == sample_script(seed, split="heldout", num_shots=3, num_chunks=9)
-    with pytest.raises(UserError, match="4 shots do not fit 3 chunks"):
+    with pytest.raises(UserError, match="4 shots do not fit into 3 chunks"):
         sample_script(0, split="train", num_shots=4, num_chunks=3)
 
 

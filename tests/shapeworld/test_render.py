@@ -1,4 +1,4 @@
-"""Pictures are exact functions of (scene, time), and sprites do what their motion says."""
+"""Pictures are exact functions of scene and time, and sprites perform their motions."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from longvideo.shapeworld.world import (
     MOTIONS,
     SHAPES,
     SIZES,
-    TRAVELLING,
+    TRAVELING,
     Scene,
     Sprite,
     sample_scene,
@@ -29,7 +29,7 @@ def one(motion: str, *, edge: str = "bounce", shape: str = "square", size: str =
 
 
 def masks(scene: Scene, times: Tensor, **size: int) -> Tensor:
-    """The foreground masks [T, H, W] of one scene."""
+    """Return the foreground masks [T, H, W] of one scene."""
     return foreground_mask(SceneBatch.from_scenes([scene]), times[None], **size)[0, 0]
 
 
@@ -110,12 +110,12 @@ def test_rendering_scales_with_the_height() -> None:
 
 
 def test_a_wrapped_sprite_is_never_lost_and_never_jumps() -> None:
-    for motion in TRAVELLING:
+    for motion in TRAVELING:
         scene = one(motion, edge="wrap", shape="circle")
         mask = masks(scene, seconds(7))
         area = mask.sum((1, 2))
         assert area.min() > 0.98 * area.max(), motion
-        # what a step of at most 2 pixels changes is a thin crescent, also across the seam
+        # a step of at most 2 pixels changes only a thin crescent, also across the border
         change = (mask[1:] - mask[:-1]).abs().sum((1, 2))
         assert change.max() < 2.8 * 2 * SIZES["small"] * 2, motion
 
@@ -239,7 +239,7 @@ def test_rendering_compiles_as_one_graph() -> None:
 
 
 def lab(rgb: Tensor) -> Tensor:
-    """CIELAB of 8-bit sRGB (CIE 15, D65), channels last."""
+    """Return CIELAB of 8-bit sRGB (CIE 15, D65), channels last."""
     linear = (rgb / 255).double()
     linear = torch.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     matrix = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).double()
@@ -266,7 +266,7 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
     render(batch, times)
     rate = times.numel() / (time.perf_counter() - begin)
     with capsys.disabled():
-        print(f"\nrendered {rate:.0f} frames a second on {torch.get_num_threads()} threads")
+        print(f"\nrendered {rate:.0f} frames per second on {torch.get_num_threads()} threads")
 
 
 def test_every_motion_is_drawn() -> None:

@@ -1,4 +1,4 @@
-"""Scenes are drawn as promised, and the held-out rule holds out what it should."""
+"""Random scenes follow their rules, and the held-out rule excludes the right combinations."""
 
 import itertools
 from collections import Counter
@@ -12,7 +12,7 @@ from longvideo.shapeworld.world import (
     MOTIONS,
     ROUND_SHAPES,
     SHAPES,
-    TRAVELLING,
+    TRAVELING,
     Scene,
     Sprite,
     is_held_out,
@@ -74,10 +74,10 @@ def test_two_sprites_have_distinct_colors_and_bounce() -> None:
 
 def test_single_sprites_wrap_and_bounce() -> None:
     scenes = [sample_scene(seed, split="train", num_sprites=1) for seed in range(1000)]
-    travelling = [scene.sprites[0] for scene in scenes if scene.sprites[0].motion in TRAVELLING]
+    travelling = [scene.sprites[0] for scene in scenes if scene.sprites[0].motion in TRAVELING]
     wraps = sum(sprite.edge == "wrap" for sprite in travelling) / len(travelling)
     assert 0.4 < wraps < 0.6
-    assert all(scene.sprites[0].edge == "bounce" for scene in scenes if scene.sprites[0].motion not in TRAVELLING)
+    assert all(scene.sprites[0].edge == "bounce" for scene in scenes if scene.sprites[0].motion not in TRAVELING)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -100,9 +100,9 @@ def test_first_scenes_never_change() -> None:
 
 def test_impossible_scenes_are_refused() -> None:
     red = Sprite("circle", "red", "small", "still")
-    with pytest.raises(UserError, match="unknown color 'crimson'; choose from red"):
+    with pytest.raises(UserError, match="'crimson' is not a color; use one of red"):
         Sprite("circle", "crimson", "small", "still")
-    with pytest.raises(UserError, match="spinning ring looks still"):
+    with pytest.raises(UserError, match="spinning is not visible for a ring"):
         Sprite("ring", "red", "small", "spinning")
     with pytest.raises(UserError, match="distinct colors"):
         Scene((red, red), "black", 0)

@@ -45,7 +45,7 @@ def start(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str], number: int, *, lines: int | None, delay: float) -> list[str]:
-    """Send a signal `delay` seconds after the start or after so many reports; return all reports."""
+    """Send a signal after `delay` seconds, or after a number of reports; return all reports."""
     assert process.stderr is not None
     reports = []
     while lines is not None and len(reports) < lines and (line := process.stderr.readline()):

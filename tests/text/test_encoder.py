@@ -1,4 +1,4 @@
-"""Prompts to features: cleaning, tokens, padding, distinct prompts, gradients."""
+"""Conversion of prompts to features: cleaning, tokens, padding, distinct prompts, gradients."""
 
 from __future__ import annotations
 
