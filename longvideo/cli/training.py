@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longvideo.cli.output import OUTPUT
-from longvideo.errors import EXIT_USER_ERROR
 from longvideo.machine.launcher import is_main_process
 from longvideo.training.options import ResumeChoice, RunOptions
 
@@ -108,7 +106,6 @@ def train(
     if shipped := shipped_models(config, options.overrides):
         config = load_config(schema, files, [*options.overrides, *(f"{key}={model}" for key, model in shipped.items())])
 
-    from longvideo.training.lost_ranks import LostRank
     from longvideo.training.run import run
     from longvideo.training.stopping import RunStopped
 
@@ -116,12 +113,6 @@ def train(
         run(config, options, build, build_engine=build_engine)
     except RunStopped as stopped:
         raise typer.Exit(stopped.exit_code) from stopped
-    except LostRank as error:
-        if error.is_speaker:
-            sys.stdout.flush()
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        # an ordinary end would wait for what a device still exchanges with the lost rank
-        os._exit(EXIT_USER_ERROR)
 
 
 def shipped_models(config: Any, overrides: Sequence[str]) -> dict[str, str]:
