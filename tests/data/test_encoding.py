@@ -362,12 +362,12 @@ def test_the_reader_names_the_file_that_is_wrong(encoded: Path, tmp_path: Path) 
         f"{text} is missing": (text, None),
         f"{latents} is missing": (latents, None),
         f"{latents} .* is truncated": (latents, (encoded / latents).read_bytes()[:-1]),
-        f"{latents} does not hold what the index": (
+        f"{latents} does not have the tensors that its index lists": (
             latents,
             (encoded / "latents-00000-of-00003.safetensors").read_bytes(),
         ),
         f"{index} lists 1 clips, expected 2": (index, (encoded / index).read_bytes().splitlines(keepends=True)[0]),
-        f"{index}:2: not a line of an index": (index, (encoded / index).read_bytes()[:-20]),
+        f"{index}:2 is not a line of an index": (index, (encoded / index).read_bytes()[:-20]),
         "safetensors belongs to another dataset.json": ("dataset.json", other),
     }
     for message, (name, change) in cases.items():

@@ -104,7 +104,7 @@ def test_impossible_scenes_are_refused() -> None:
         Sprite("circle", "crimson", "small", "still")
     with pytest.raises(UserError, match="spinning is not visible for a ring"):
         Sprite("ring", "red", "small", "spinning")
-    with pytest.raises(UserError, match="distinct colors"):
+    with pytest.raises(UserError, match="use different colors"):
         Scene((red, red), "black", 0)
     with pytest.raises(UserError, match="has 0 sprites"):
         Scene((), "black", 0)
