@@ -1,4 +1,4 @@
-"""What the HTTP interface takes and answers, for checks and for /openapi.json."""
+"""Bodies of requests and answers over HTTP, for validation and for /openapi.json."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class PromptVideo(_VideoBody):
     seconds: Seconds = 8.0
 
     def script(self, max_prompt: int) -> Script:
-        """Return the script; raises Refusal or UserError."""
+        """Return the script. max_prompt: number of characters. Raises Refusal or UserError."""
         check_prompt_length(self.prompt, max_prompt)
         return Script.from_prompts(self.prompt, seconds=self.seconds)
 
 
 class ShotsVideo(_VideoBody):
-    """Shots one after the other."""
+    """A list of shots, each with its own prompt and length."""
 
     shots: Annotated[list[ShotBody], Field(min_length=1)]
 
     def script(self, max_prompt: int) -> Script:
-        """Return the script; raises Refusal or UserError."""
+        """Return the script. max_prompt: number of characters. Raises Refusal or UserError."""
         for shot in self.shots:
             check_prompt_length(shot.prompt, max_prompt)
         return Script(tuple(ShotRequest(shot.prompt, shot.seconds, shot.cut) for shot in self.shots))
@@ -72,7 +72,7 @@ class ShotAnswer(BaseModel):
 
 
 class VideoAnswer(BaseModel):
-    """A job."""
+    """A job and its progress."""
 
     id: VideoId
     object: Literal["video"] = "video"
@@ -123,7 +123,7 @@ class VideoDeleted(BaseModel):
 
 
 class ServerAnswer(BaseModel):
-    """What a page needs to know before it starts a video."""
+    """The model that is served, and what clients need before they start a video."""
 
     model: str
     needs_token: bool
@@ -141,7 +141,7 @@ class Health(BaseModel):
 
 
 def errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
-    """Describe the errors of a request for OpenAPI."""
+    """Return the description of a request's errors for OpenAPI."""
     return {int(status): {"model": ErrorAnswer, "description": status.phrase} for status in statuses}
 
 

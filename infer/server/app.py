@@ -1,4 +1,4 @@
-"""The application: the page, the WebSocket, the jobs over HTTP, and what watches over them."""
+"""The ASGI application: the page, the WebSocket, jobs over HTTP, metrics and error handlers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longvideo.files import WriteError
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.answers import CONTENT, Health, ServerAnswer, VideoId, errors
 from longvideo.infer.server.client_socket import ClientSocket
-from longvideo.infer.server.connections import Waiting
+from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.content import FileContent
 from longvideo.infer.server.job_routes import job_routes
 from longvideo.infer.server.job_store import JobStore, StoreError
@@ -30,7 +30,7 @@ from longvideo.infer.server.messages import first_reason
 from longvideo.infer.server.metrics import CONTENT_TYPE, ServerMetrics
 from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
 from longvideo.infer.server.served_folder import DATABASE, STREAMS, VIDEOS
-from longvideo.infer.server.stream import Streams, talk
+from longvideo.infer.server.stream import Streams, serve_client
 
 EVERYWHERE = (
     HTTPStatus.UNAUTHORIZED,
@@ -52,9 +52,10 @@ TINY_EXAMPLES = [
 
 
 def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
-    """Build the application for a folder that this process holds (`served_folder`).
+    """Build the application for a folder that this process has locked (`served_folder`).
 
-    `app.state` has the streams and the worker of jobs, which are to be closed first, and the waiting connections.
+    `app.state` holds `streams` and `worker`, which must be closed before the application, and `waiting`, the waiting
+    connections.
     """
     metrics = ServerMetrics()
     streams = Streams(pipeline, settings, metrics)
@@ -62,7 +63,7 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     worker = JobWorker(pipeline, store, settings.folder / VIDEOS, metrics)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await streams.close()
         worker.close()
@@ -72,15 +73,15 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
         title="longvideo",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # the page of FastAPI loads scripts from elsewhere
+        docs_url=None,  # FastAPI's page loads scripts from another server
         redoc_url=None,
         responses=errors(*EVERYWHERE),
     )
-    app.state.streams, app.state.worker, app.state.waiting = streams, worker, Waiting(settings.limits)
+    app.state.streams, app.state.worker, app.state.waiting = streams, worker, WaitingConnections(settings.limits)
     app.add_middleware(Guard, settings=settings)
     _add_error_handlers(app)
     _add_routes(app, pipeline, settings, streams, store, metrics)
-    app.include_router(job_routes(pipeline, settings, store, worker), dependencies=_token_in_description(settings))
+    app.include_router(job_routes(pipeline, settings, store, worker), dependencies=_described_token(settings))
     _add_page(app)
     return app
 
@@ -95,7 +96,7 @@ def _add_page(app: FastAPI) -> None:
     @app.get(OPEN_FOLDER + "{name}", include_in_schema=False)
     def page(name: str) -> Response:
         if (path := files.get(name)) is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "the page has no such file")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "the page has no file with this name")
         return FileContent(path, media_type=PAGE_TYPES[path.suffix])
 
 
@@ -111,12 +112,12 @@ def _add_routes(
 
     @app.get("/healthz")
     def health() -> Health:
-        """Whether the server answers."""
+        """Answer as long as the server runs."""
         return Health()
 
     @app.get("/v1/server")
     def server() -> ServerAnswer:
-        """What is served, and whether it takes a token."""
+        """Describe the model that is served and whether a token is required."""
         return ServerAnswer(
             model=settings.model,
             needs_token=settings.token is not None,
@@ -129,11 +130,11 @@ def _add_routes(
             examples=TINY_EXAMPLES if settings.model == "tiny" else [],
         )
 
-    token = _token_in_description(settings)
+    token = _described_token(settings)
 
     @app.get("/metrics", dependencies=token, response_class=PlainTextResponse)
     def counters() -> PlainTextResponse:
-        """Counters in Prometheus' text format."""
+        """Return counters in Prometheus' text format."""
         text = metrics.text(live=streams.num_live, jobs=store.counts())
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
@@ -144,40 +145,41 @@ def _add_routes(
         responses={**CONTENT, **errors(HTTPStatus.UNPROCESSABLE_ENTITY)},
     )
     def stream_content(name: VideoId) -> Response:
-        """What a live stream has made so far; ranges may be asked for when it has ended."""
+        """Download the part of a live stream that is generated. Ranges are supported once the stream has ended."""
         path = settings.folder / STREAMS / f"{name}.mp4"
         return FileContent(path, media_type="video/mp4", download=True, grows=streams.is_live(name))
 
     @app.websocket("/v1/stream")
     async def stream(websocket: WebSocket) -> None:
-        await talk(ClientSocket(websocket), streams, app.state.waiting)
+        await serve_client(ClientSocket(websocket), streams, app.state.waiting)
 
 
-def _token_in_description(settings: ServerSettings) -> list[Any]:
-    """Say in /openapi.json that a token is wanted, if so; `Guard` is who looks at it."""
+def _described_token(settings: ServerSettings) -> list[Any]:
+    """Return the dependency that describes the token in /openapi.json, if there is one. `Guard` checks the token."""
     return [] if settings.token is None else [Depends(HTTPBearer(auto_error=False))]
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", first_reason(error.errors()))
 
     @app.exception_handler(UserError)
-    def unusable(request: Request, error: UserError) -> JSONResponse:
+    def unusable(_request: Request, error: UserError) -> JSONResponse:
         return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", str(error))
 
     @app.exception_handler(WriteError)
     @app.exception_handler(StoreError)
-    def full(request: Request, error: UserError) -> JSONResponse:
+    def full(_request: Request, error: UserError) -> JSONResponse:
         return error_answer(HTTPStatus.INSUFFICIENT_STORAGE, "storage", str(error))
 
     @app.exception_handler(Exception)
-    def broken(request: Request, error: Exception) -> JSONResponse:
-        return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "this cannot be answered; the log says why")
+    def broken(_request: Request, _error: Exception) -> JSONResponse:
+        message = "the request failed; the server's log has the reason"
+        return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", message)
 
     @app.exception_handler(HTTPException)
-    def refused(request: Request, error: HTTPException) -> JSONResponse:
+    def refused(_request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
         answer = error_answer(status, status.name.lower(), str(error.detail))
         answer.headers.update(error.headers or {})

@@ -1,8 +1,8 @@
-"""Bounds on connections: how long a client takes to send a request and to read the answer, and how many wait.
+"""Limits on connections: the time to send a request and to read the answer, and the number of waiting connections.
 
-A client that has not yet sent a whole request takes none of the places of requests that are answered. When too many
-wait, the one that has waited longest is closed: a client that sends its request at once is never that one. There is no
-bound for each address, so a proxy in front is treated as any other client.
+A waiting connection is one whose client has not yet sent a whole request. Waiting connections do not count against the
+limit of parallel requests. When there are too many, the oldest is closed, which is never one whose client sends its
+request at once. There is no limit for each address, so a reverse proxy is treated like any other client.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from longvideo.infer.server.limits import Limits
 from longvideo.infer.server.security import error_answer
 
 HEAD_BYTES = 64 * 1024
-FAST_BODY = 16 * 1024  # bytes per second; a body at this speed is read to its end, however large, and then refused
-LINGER_SECONDS = 2.0  # for the last answer to one that may still be sending
+FAST_BODY = 16 * 1024  # bytes per second; a body at this speed is read to its end before it is refused for its size
+LINGER_SECONDS = 2.0  # time to deliver the last answer to a client that may still be sending
 
 
-class Waiting:
-    """The connections whose client has not yet said what it wants. Used by the event loop alone."""
+class WaitingConnections:
+    """The connections whose client has not yet sent a whole request. Only the event loop uses it."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._closers: dict[object, Callable[[], object]] = {}  # in the order in which they came
+        self._closers: dict[object, Callable[[], object]] = {}  # oldest first
 
     def __len__(self) -> int:
         return len(self._closers)
 
-    def enter(self, connection: object, close: Callable[[], object]) -> None:
-        """Count a connection as waiting; one that is counted already keeps its turn."""
-        if connection not in self._closers and len(self._closers) >= self.limits.waiting:
+    def add(self, connection: object, close: Callable[[], object]) -> None:
+        """Add a connection, with a function that closes it. One that is waiting already keeps its place."""
+        if connection not in self._closers and len(self._closers) >= self.limits.waiting_connections:
             self.close_oldest()
         self._closers.setdefault(connection, close)
 
-    def leave(self, connection: object) -> None:
-        """Count a connection no more. Leaving twice does nothing."""
+    def remove(self, connection: object) -> None:
+        """Remove a connection. Removing it twice does nothing."""
         self._closers.pop(connection, None)
 
     def close_oldest(self) -> bool:
-        """Close the connection that has waited longest; return whether there was one."""
+        """Close the oldest waiting connection; return whether there was one."""
         oldest = next(iter(self._closers), None)
         if oldest is None:
             return False
@@ -54,7 +54,7 @@ class Waiting:
 
 
 class HttpConnection(HttpToolsProtocol):
-    """uvicorn's HTTP connection with bounds, and with errors in the form of all others."""
+    """uvicorn's HTTP connection with limits, and with errors in the same form as all others."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class HttpConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         app: Any = config.app
-        self._waiting: Waiting = app.state.waiting
+        self._waiting: WaitingConnections = app.state.waiting
         self._limits = self._waiting.limits
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
@@ -79,16 +79,16 @@ class HttpConnection(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections and not self._waiting.close_oldest():
             transport.abort()
-        self._wait(self._limits.head)
+        self._expect_data(self._limits.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._settle()
+        self._expect_nothing()
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            return  # taken and dropped: a connection that is closed with unread data loses the answer as well
+            return  # discarded: closing a connection with unread data would also discard the answer
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -108,11 +108,11 @@ class HttpConnection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._parsed_bytes > HEAD_BYTES:  # it came whole in one piece, so `data_received` never waits for its end
-            raise ValueError("the head is too large")  # ends the parser, and `send_400_response` is called
+        if self._parsed_bytes > HEAD_BYTES:  # the head arrived in one piece, which `data_received` does not measure
+            raise ValueError("the head is too large")  # stops the parser, which then calls `send_400_response`
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
-        self._wait(self._limits.body)
+        self._expect_data(self._limits.body_seconds)
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -121,24 +121,24 @@ class HttpConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._in_body = False
         super().on_message_complete()
-        self._settle()
+        self._expect_nothing()
         if self.cycle is not None and self.cycle.response_complete:
-            self._wait(self._limits.head)
+            self._expect_data(self._limits.head_seconds)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._wait(self._limits.sending)
+            self._expect_data(self._limits.send_seconds)
         elif self.cycle.response_complete and not self._in_body:
-            self._wait(self._limits.head)
+            self._expect_data(self._limits.head_seconds)
 
     def handle_websocket_upgrade(self) -> None:
-        self._settle()  # the conversation has bounds of its own
+        self._expect_nothing()  # the WebSocket has its own limits
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self._limits.sending, self.transport.abort)
+        self._stalled = self.loop.call_later(self._limits.send_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -147,28 +147,29 @@ class HttpConnection(HttpToolsProtocol):
             self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
+        del msg  # the parser's own words; clients get one message for all of them
         if self._parsed_bytes > HEAD_BYTES:
             self._refuse_head()
             return
-        self._refuse(HTTPStatus.BAD_REQUEST, "bad_request", "this is not an HTTP request that can be read")
+        self._refuse(HTTPStatus.BAD_REQUEST, "bad_request", "the request is not valid HTTP")
 
-    def _wait(self, seconds: float) -> None:
-        """Expect something of the client within so many seconds."""
-        self._settle()
+    def _expect_data(self, seconds: float) -> None:
+        """Count the connection as waiting, and close it unless the client proceeds within `seconds`."""
+        self._expect_nothing()
         self._body_bytes = 0
-        self._deadline = self.loop.call_later(seconds, self._give_up)
-        self._waiting.enter(self, self._close)
+        self._deadline = self.loop.call_later(seconds, self._on_deadline)
+        self._waiting.add(self, self._close)
 
-    def _settle(self) -> None:
-        """Expect nothing of the client."""
-        self._waiting.leave(self)
+    def _expect_nothing(self) -> None:
+        """Stop counting the connection as waiting, and cancel its deadline."""
+        self._waiting.remove(self)
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _give_up(self) -> None:
-        if self._in_body and self._body_bytes > FAST_BODY * self._limits.body:
-            self._wait(self._limits.body)
+    def _on_deadline(self) -> None:
+        if self._in_body and self._body_bytes > FAST_BODY * self._limits.body_seconds:
+            self._expect_data(self._limits.body_seconds)
         else:
             self._close()
 
@@ -178,15 +179,15 @@ class HttpConnection(HttpToolsProtocol):
         elif self._in_head or self._in_body:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, "timeout", "the request was not complete in time")
         else:
-            self._settle()
+            self._expect_nothing()
             self.transport.close()
 
     def _refuse_head(self) -> None:
-        message = f"the head of a request has at most {HEAD_BYTES} bytes"
+        message = f"the head of the request is too large; expected at most {HEAD_BYTES} bytes"
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too_large", message)
 
     def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
-        """Answer outside of the application, and close the connection when the client could read that."""
+        """Answer without the application, and close the connection after `LINGER_SECONDS`."""
         self._refused = True
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(_raw_answer(status, code, message))
@@ -196,7 +197,7 @@ class HttpConnection(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._settle()
+        self._expect_nothing()
         self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: make a video in the background, look how far it is, fetch it."""
+"""Jobs over HTTP: create a video in the background, poll its progress, download it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
 
     def stored(name: str) -> Job:
         if (job := store.get(name)) is None:
-            raise HTTPException(NOT_FOUND, "there is no such video")
+            raise HTTPException(NOT_FOUND, "there is no video with this id")
         return job
 
     @router.post(
@@ -53,19 +53,22 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
     def create(body: PromptVideo | ShotsVideo) -> VideoAnswer:
         """Queue a video."""
         if body.model not in (None, settings.model):
-            raise UserError(f"another model was asked for; {settings.model} is served")
+            raise UserError(f"model names a model that is not served; expected {settings.model}, or leave it out")
         try:
             script = body.script(limits.prompt_length)
         except Refusal as refusal:
             raise UserError(str(refusal)) from refusal
-        if script.seconds > limits.job_seconds or len(script.shots) > limits.shots:
-            raise UserError(f"a video has at most {limits.job_seconds:g} seconds and {limits.shots} shots")
+        if script.seconds > limits.job_seconds:
+            raise UserError(f"the video has {script.seconds:g} seconds; expected at most {limits.job_seconds:g}")
+        if len(script.shots) > limits.job_shots:
+            raise UserError(f"the video has {len(script.shots)} shots; expected at most {limits.job_shots}")
         frames = pipeline.plan(script).num_frames
         job = Job(new_id(), "queued", script.shots, body.seed, body.steps, body.guidance, frames)
-        if (added := store.add(job, max_queued=limits.queued_jobs)) is None:
-            raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, f"{limits.queued_jobs} videos are queued; try later")
-        worker.submit(added)
-        return answer(added)
+        if (queued := store.add(job, max_queued=limits.queued_jobs)) is None:
+            message = f"{limits.queued_jobs} videos are queued, the maximum; retry later"
+            raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message)
+        worker.submit(queued)
+        return answer(queued)
 
     @router.get("", responses=errors(NOT_FOUND, INVALID))
     def page(
@@ -73,7 +76,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         after: Annotated[VideoId | None, Query()] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
-        """List videos, the newest first if not asked otherwise."""
+        """List videos, by default the newest first."""
         if after is not None:
             stored(after)
         jobs = store.page(limit=limit + 1, after=after, newest_first=order == "desc")
@@ -81,7 +84,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
 
     @router.get("/{name}", responses=errors(NOT_FOUND, INVALID))
     def one(name: VideoId) -> VideoAnswer:
-        """Look how far a video is."""
+        """Return the status and progress of a video."""
         return answer(stored(name))
 
     @router.get(
@@ -90,26 +93,26 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         responses={**CONTENT, **errors(CONFLICT, INVALID)},
     )
     def content(name: VideoId) -> Response:
-        """Fetch a finished video, or what there is of an interrupted or failed one; a range may be asked for."""
+        """Download a completed video, or the frames of an interrupted or failed one. Ranges are supported."""
         job = stored(name)
         path = worker.path(job.id)
         if job.status not in ("completed", "interrupted", "failed") or not path.is_file():
-            raise HTTPException(CONFLICT, f"the video is {job.status}; it has no file")
+            raise HTTPException(CONFLICT, f"the video is {job.status} and has no file")
         return FileContent(path, media_type="video/mp4", download=True)
 
     @router.post("/{name}/cancel", responses=errors(NOT_FOUND, INVALID))
     def cancel(name: VideoId) -> VideoAnswer:
-        """Cancel a video within a chunk; one that is over stays as it is."""
+        """Cancel a video after the current chunk. A finished video does not change."""
         worker.cancel(stored(name).id)
         return answer(stored(name))
 
     @router.delete("/{name}", responses=errors(NOT_FOUND, CONFLICT, INVALID, FULL))
     def delete(name: VideoId) -> VideoDeleted:
-        """Delete a video that is over, and its file."""
+        """Delete a finished video and its file."""
         job = stored(name)
         if not job.is_over:
             raise HTTPException(CONFLICT, f"the video is {job.status}; cancel it first")
-        worker.path(job.id).unlink(missing_ok=True)  # first, so that a full disk has room for the rest
+        worker.path(job.id).unlink(missing_ok=True)  # first, because this frees space for the change of the list
         store.delete(job.id)
         return VideoDeleted(id=job.id)
 

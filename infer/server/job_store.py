@@ -1,4 +1,4 @@
-"""Jobs in SQLite: what was asked for, how far it is and how it ended. Survives the process."""
+"""Jobs in an SQLite file: request, progress and result. They survive the process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """frames: made so far, of total_frames. created_at, completed_at: seconds since 1970. error: for the client."""
+    """A request for a video, and its progress.
+
+    frames: number of frames generated so far, out of total_frames.
+    created_at, completed_at: seconds since 1970.
+    error: reason of a failure, for the client.
+    """
 
     id: str
     status: JobStatus
@@ -62,22 +67,22 @@ class Job:
 
 
 class StoreError(UserError):
-    """The disk refuses a change of the list of jobs, or the list cannot be read."""
+    """The list of jobs cannot be read, or a change of it cannot be written."""
 
 
 class JobStore:
-    """One connection in one lock; a change is on the disk when the call returns, as long as the disk takes it.
+    """Jobs in one SQLite file. One lock protects its connection. A change is on the disk when its method returns.
 
-    How a job is doing is never lost on a full disk: such a change is held in memory, where all answers come from, and
-    written with the next one that the disk takes. What a client adds or deletes is refused with StoreError instead.
+    On a full disk, changes of status and progress are kept in memory, included in all answers, and written with the
+    next change that succeeds. A job that a client adds or deletes raises StoreError instead.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or create it; raises StoreError where it cannot be used."""
+        """Open or create the file. Raises StoreError where it cannot be used."""
         self._path = path
         self._lock = threading.RLock()
-        self._held: dict[str, dict[str, Any]] = {}  # columns that the disk has not taken, by job
-        with self._refused_by_the_disk("open"):
+        self._unwritten: dict[str, dict[str, Any]] = {}  # columns that are not yet on the disk, by job
+        with self._store_errors("open"):
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.row_factory = sqlite3.Row
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -85,11 +90,11 @@ class JobStore:
 
     def close(self) -> None:
         with self._lock:
-            self._write_held()
+            self._write_changes()
             self._connection.close()
 
     def add(self, job: Job, *, max_queued: int) -> Job | None:
-        """Store a new job and return it with its time; None when enough are queued. Raises StoreError."""
+        """Store a new job and return it with its time; return None when the queue is full. Raises StoreError."""
         values = {
             "id": job.id,
             "status": job.status,
@@ -115,77 +120,77 @@ class JobStore:
         return jobs[0] if jobs else None
 
     def change(self, name: str, status: JobStatus, *, among: tuple[JobStatus, ...], error: str | None = None) -> bool:
-        """Give a job another status if it has one of these; return whether it had."""
+        """Set the status of a job whose status is in `among`; return whether it was set."""
         with self._lock:
             job = self.get(name)
             if job is None or job.status not in among:
                 return False
-            over = status not in ("queued", "in_progress")
-            self._hold(name, status=status, error=error, completed_at=int(time.time()) if over else None)
+            is_over = status not in ("queued", "in_progress")
+            self._change(name, status=status, error=error, completed_at=int(time.time()) if is_over else None)
             return True
 
     def set_frames(self, name: str, frames: int) -> None:
-        self._hold(name, frames=frames)
+        self._change(name, frames=frames)
 
     def delete(self, name: str) -> None:
         """Delete a job that is over. Raises StoreError."""
         with self._lock:
             self._write("DELETE FROM jobs WHERE id = ?", (name,))
-            self._held.pop(name, None)
+            self._unwritten.pop(name, None)
 
     def page(self, *, limit: int, after: str | None, newest_first: bool) -> list[Job]:
-        """Return up to `limit` jobs that follow one in the order of their making."""
+        """Return up to `limit` jobs in the order of their creation. after: id of the job before them, or None."""
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
         where = f"WHERE number {sign} (SELECT number FROM jobs WHERE id = :after)" if after is not None else ""
         query = f"SELECT * FROM jobs {where} ORDER BY number {order} LIMIT :limit"
         return self._jobs(query, {"after": after, "limit": limit})
 
     def unfinished(self) -> list[Job]:
-        """Return the jobs that are not over, the oldest first."""
+        """Return the queued jobs and those in progress, oldest first."""
         jobs = self._jobs("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') ORDER BY number", ())
         return [job for job in jobs if not job.is_over]
 
     def counts(self) -> dict[str, int]:
-        """Return how many jobs have each status."""
+        """Return the number of jobs by status."""
         with self._lock:
             rows = self._rows("SELECT status, count(*) AS number FROM jobs GROUP BY status", ())
             numbers = Counter({row["status"]: row["number"] for row in rows})
-            for name in self._held:
+            for name in self._unwritten:
                 for row in self._rows("SELECT status FROM jobs WHERE id = ?", (name,)):
                     numbers[row["status"]] -= 1
-                    numbers[self._held[name].get("status", row["status"])] += 1
+                    numbers[self._unwritten[name].get("status", row["status"])] += 1
         return {status: numbers[status] for status in STATUSES}
 
-    def _hold(self, name: str, **columns: Any) -> None:
+    def _change(self, name: str, **columns: Any) -> None:
         with self._lock:
-            self._held[name] = {**self._held.get(name, {}), **columns}
-            self._write_held()
+            self._unwritten[name] = {**self._unwritten.get(name, {}), **columns}
+            self._write_changes()
 
-    def _write_held(self) -> None:
-        """Write what is held, up to the first change that the disk refuses."""
-        for name, columns in list(self._held.items()):
+    def _write_changes(self) -> None:
+        """Write the changes that are in memory, up to the first one that fails."""
+        for name, columns in list(self._unwritten.items()):
             assignments = ", ".join(f"{column} = :{column}" for column in columns)
             try:
                 self._write(f"UPDATE jobs SET {assignments} WHERE id = :name", {**columns, "name": name})
             except StoreError as error:
-                log.warning("%s; the change is held in memory", error)
+                log.warning("%s; the change is kept in memory", error)
                 return
-            del self._held[name]
+            del self._unwritten[name]
 
     def _write(self, query: str, values: Any) -> None:
-        with self._refused_by_the_disk("write"):
+        with self._store_errors("write"):
             self._connection.execute(query, values)
 
     def _jobs(self, query: str, values: Any) -> list[Job]:
         with self._lock:
-            return [_job({**row, **self._held.get(row["id"], {})}) for row in self._rows(query, values)]
+            return [_job({**row, **self._unwritten.get(row["id"], {})}) for row in self._rows(query, values)]
 
     def _rows(self, query: str, values: Any) -> list[dict[str, Any]]:
-        with self._refused_by_the_disk("read"):
+        with self._store_errors("read"):
             return [dict(row) for row in self._connection.execute(query, values)]
 
     @contextmanager
-    def _refused_by_the_disk(self, action: str) -> Iterator[None]:
+    def _store_errors(self, action: str) -> Iterator[None]:
         with self._lock:
             try:
                 yield

@@ -1,4 +1,4 @@
-"""Make the videos of jobs, one after the other."""
+"""Generate the videos of jobs, one after the other."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.writer import VideoWriter
 
 log = logging.getLogger(__name__)
-INTERRUPTED = "the server ended before the video did; what was made until then is kept"
+INTERRUPTED = "the server stopped before the video was complete; the frames before that are kept"
 
 
 class JobWorker:
-    """A queue of jobs and the thread that works it off. Jobs of an earlier process are taken up or given up."""
+    """A queue of jobs, and the thread that processes it.
+
+    Jobs that an earlier process left queued are queued again; the one that it left in progress is interrupted.
+    """
 
     def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: ServerMetrics) -> None:
         self._pipeline, self._store, self._folder, self._metrics = pipeline, store, folder, metrics
@@ -31,25 +34,25 @@ class JobWorker:
         for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
         for job in store.unfinished():
-            self._give_up(job) if job.status == "in_progress" else self.submit(job)
+            self._interrupt(job) if job.status == "in_progress" else self.submit(job)
 
     def path(self, name: str) -> Path:
-        """Return where the video of a job is, or will be."""
+        """Return the path of a job's video, which may not exist yet."""
         return self._folder / f"{name}.mp4"
 
     def submit(self, job: Job) -> None:
-        """Make a stored job when it is its turn."""
+        """Queue a stored job."""
         if self._closing.is_set():
-            return  # it stays queued for the next process
-        self._pool.submit(self._run, job).add_done_callback(partial(self._ended, job))
+            return  # the job stays queued in the store, for the next process
+        self._pool.submit(self._run, job).add_done_callback(partial(self._record_failure, job))
 
     def cancel(self, name: str) -> None:
-        """Cancel a job; one that is being made ends with its next chunk. One that is over stays as it is."""
+        """Cancel a job. One in progress ends after the current chunk; a finished one does not change."""
         if self._store.change(name, "cancelled", among=("queued", "in_progress")):
             self.path(name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Interrupt the job that is being made, leave the queued ones for the next process, and end the thread."""
+        """Interrupt the job in progress, leave the queued jobs for the next process, and end the thread."""
         self._closing.set()
         self._pool.shutdown(cancel_futures=True)
 
@@ -59,7 +62,7 @@ class JobWorker:
         chunks = self._pipeline.stream(Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed)
         with closing(chunks), VideoWriter(self.path(job.id), fps=self._pipeline.fps) as writer:
             for frames in chunks:
-                if not self._is_wanted(job):
+                if not self._is_in_progress(job):
                     break
                 writer.write(frames)
                 self._metrics.count("longvideo_frames_total", len(frames))
@@ -70,39 +73,44 @@ class JobWorker:
             self._store.change(job.id, "completed", among=("in_progress",))
         else:
             self._store.change(job.id, "interrupted", among=("in_progress",), error=INTERRUPTED)
-        if not self._is_wanted(job, or_over=True):
+        if self._is_cancelled(job):
             self.path(job.id).unlink(missing_ok=True)
 
-    def _is_wanted(self, job: Job, *, or_over: bool = False) -> bool:
-        """Tell whether nobody has cancelled (and deleted) a job meanwhile."""
+    def _is_in_progress(self, job: Job) -> bool:
+        """Return whether the job is still in progress: not cancelled by a client, nor deleted after that."""
         stored = self._store.get(job.id)
-        return stored is not None and (stored.status == "in_progress" or (or_over and stored.status != "cancelled"))
+        return stored is not None and stored.status == "in_progress"
 
-    def _ended(self, job: Job, future: Future[None]) -> None:
+    def _is_cancelled(self, job: Job) -> bool:
+        """Return whether a client has cancelled the job, or deleted it after that."""
+        stored = self._store.get(job.id)
+        return stored is None or stored.status == "cancelled"
+
+    def _record_failure(self, job: Job, future: Future[None]) -> None:
         if future.cancelled() or (error := future.exception()) is None:
             return
         if isinstance(error, UserError):
             message = str(error)
             log.error("job %s failed: %s", job.id, message)
         else:
-            message = "the video could not be made; the log says why"
+            message = "the video could not be generated; the server's log has the reason"
             log.error("job %s failed", job.id, exc_info=error)
         self._store.change(job.id, "failed", among=("in_progress",), error=message)
 
-    def _give_up(self, job: Job) -> None:
-        """Mark a job whose process died, and keep its video if it plays."""
+    def _interrupt(self, job: Job) -> None:
+        """Set the status of a job whose process was killed, and keep its video if it plays."""
         frames = _count_frames(self.path(job.id))
         if frames == 0:
             self.path(job.id).unlink(missing_ok=True)
         self._store.set_frames(job.id, frames)
-        if frames == job.total_frames:  # it died between the last frame and saying so
+        if frames == job.total_frames:  # the process was killed after the last frame and before the change of status
             self._store.change(job.id, "completed", among=("in_progress",))
         else:
             self._store.change(job.id, "interrupted", among=("in_progress",), error=INTERRUPTED)
 
 
 def _count_frames(path: Path) -> int:
-    """Count the frames that play; 0 where there is no file or it is none."""
+    """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
     import av
 
     frames = 0
@@ -111,5 +119,5 @@ def _count_frames(path: Path) -> int:
             for _ in container.decode(video=0):
                 frames += 1
     except (av.FFmpegError, FileNotFoundError):
-        pass  # a torn end: those before it play
+        pass  # the end of the file is damaged; the frames before it play
     return frames

@@ -1,4 +1,4 @@
-"""What a server gives away at most, and what it is started with."""
+"""Settings of a server, and the limits on what its clients can use."""
 
 from __future__ import annotations
 
@@ -8,35 +8,47 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what clients ask for. Lengths in characters, sizes in bytes, waits and videos in seconds.
+    """Limits on what clients request and on how long they take.
 
-    head, body: how long a client may take to send those of a request; a body that comes fast may take longer.
-    sending: how long a client may take nothing of an answer. waiting: connections that have not sent a whole request;
-    the oldest is closed first. answering: requests that are answered at a time. connections: in all.
-    first_message: how long a new connection may say nothing. taking: how long a stream waits for a client that takes
-    nothing. leaving: how long whoever continues a stream waits for the connection before to be gone.
-    shots: of a job. planned_shots: of a stream, those that are over included.
-    waiting_segments: made and not yet sent. waiting_messages: answers not yet sent before no more is read.
-    snapshots: of streams that can be continued; the oldest go first.
+    sessions: number of live streams at the same time.
+    message_bytes: size of a WebSocket message and of the body of a request.
+    prompt_length: number of characters in a prompt.
+    head_seconds: time for a client to send the head of a request.
+    body_seconds: time for a client to send the body of a request; fast bodies may take longer, see `connections`.
+    send_seconds: time without progress after which the connection of an unread answer is closed.
+    waiting_connections: number of connections that have not sent a whole request; the oldest is closed first.
+    parallel_requests: number of requests that are answered at the same time.
+    connections: number of connections of all kinds.
+    first_message_seconds: time for a client to send the first message of a WebSocket.
+    receive_seconds: time that a stream waits for a client that receives nothing.
+    handover_seconds: time that `continue` waits for the previous connection of the stream to end.
+    stream_seconds: length of a live stream.
+    job_seconds: length of a job's video.
+    queued_jobs: number of queued jobs.
+    job_shots: number of shots of a job.
+    stream_shots: number of shots of a live stream, past ones included.
+    waiting_segments: number of segments that are encoded and not yet sent.
+    waiting_messages: number of unsent answers from which on no more messages of the client are read.
+    snapshots: number of snapshots that are kept for `continue`; the oldest are deleted first.
     """
 
     sessions: int = 2
     message_bytes: int = 64 * 1024
     prompt_length: int = 1000
-    head: float = 10.0
-    body: float = 10.0
-    sending: float = 30.0
-    waiting: int = 512
-    answering: int = 256
-    connections: int = 900  # most systems allow a process 1024 open files
-    first_message: float = 10.0
-    taking: float = 30.0
-    leaving: float = 60.0
+    head_seconds: float = 10.0
+    body_seconds: float = 10.0
+    send_seconds: float = 30.0
+    waiting_connections: int = 512
+    parallel_requests: int = 256
+    connections: int = 900  # most systems limit a process to 1024 open files
+    first_message_seconds: float = 10.0
+    receive_seconds: float = 30.0
+    handover_seconds: float = 60.0
     stream_seconds: float = 3600.0
     job_seconds: float = 600.0
     queued_jobs: int = 16
-    shots: int = 64
-    planned_shots: int = 1000
+    job_shots: int = 64
+    stream_shots: int = 1000
     waiting_segments: int = 2
     waiting_messages: int = 64
     snapshots: int = 8
@@ -44,11 +56,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a server is started with.
+    """Settings that a server is started with.
 
-    folder: where videos go. model: its name for clients. token: None where none is needed; only this machine can
-    connect then, and the name of another machine in a request is a sign of DNS rebinding. public_hosts: such names that
-    are right nevertheless, because a proxy on this machine is reached under them.
+    folder: folder of the generated videos.
+    model: name of the model in answers to clients.
+    token: secret that clients must send, or None. Without a token only this machine can connect, and a request with
+        the name of another host is refused because it is a sign of DNS rebinding.
+    public_hosts: host names that are accepted without a token, for a proxy on this machine that is reached under them.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""A live video: the thread that makes and encodes it, and what clients may do to it meanwhile."""
+"""A live video: the thread that generates and encodes it, and the messages that change it while it runs."""
 
 from __future__ import annotations
 
@@ -41,20 +41,23 @@ from longvideo.infer.session import Session
 from longvideo.infer.timeline import Receipt, Step
 
 log = logging.getLogger(__name__)
-Ending = Literal["ended", "left", "too_slow", "shutting_down", "storage", "internal"]
-WHY: dict[Ending, tuple[ErrorCode, str]] = {
-    "too_slow": ("too_slow", "nothing was taken for too long; continue when the connection is better"),
-    "shutting_down": ("shutting_down", "the server shuts down; continue when it is back"),
-    "storage": ("storage", "the server's disk takes no more of the video; continue when it has room again"),
-    "internal": ("internal", "the video cannot go on; the server's log says why"),
+Ending = Literal["ended", "disconnected", "too_slow", "shutting_down", "storage", "internal"]
+ENDING_ERRORS: dict[Ending, tuple[ErrorCode, str]] = {
+    "too_slow": ("too_slow", "the client received nothing for too long; continue the stream over a faster connection"),
+    "shutting_down": ("shutting_down", "the server is shutting down; continue the stream when it runs again"),
+    "storage": ("storage", "the server cannot write the video to its disk; continue the stream when it has free space"),
+    "internal": ("internal", "the video failed; the server's log has the reason"),
 }
 
 
 class LiveVideo:
-    """One stream. Its thread iterates over the session and encodes; `act` and `leave` come from other threads.
+    """One live stream. Its thread iterates over the session and encodes; other threads call `act` and `end`.
 
-    opened: there is a session to act on, or there never will be one. done: the thread has ended. Both belong to the
-    event loop. ending: how it ended.
+    opened: event of the event loop, set when the session exists or cannot be created.
+    done: event of the event loop, set at the end of the thread.
+    released: set when the stream no longer counts as a session, before its last messages.
+    ending: how the stream ended, or None.
+    failure: code of the error that ended it, or None.
     """
 
     def __init__(
@@ -81,9 +84,9 @@ class LiveVideo:
         self._session: Session | None = None
         self._record: StreamRecord | None = None
         self._paused = False
-        self._made = self._played = 0.0  # seconds of video
-        self._dropped = 0
-        self._total: tuple[int, int] | None = None  # chunks and frames of a video that ended
+        self._generated = self._played = 0.0  # seconds of video
+        self._dropped = 0  # segments
+        self._total: tuple[int, int] | None = None  # chunks and frames of a complete video
         self._thread = threading.Thread(target=self._run, name=f"live-{name[:6]}", daemon=True)
 
     def start(self) -> None:
@@ -93,59 +96,60 @@ class LiveVideo:
         """Wait until the thread has ended."""
         self._thread.join()
 
-    def leave(self, why: Ending) -> None:
-        """End within a chunk. From any thread; only the first call counts."""
+    def end(self, ending: Ending) -> None:
+        """End the stream after the current chunk. Any thread can call it; only the first call has an effect."""
         with self._lock:
             if self.ending is not None:
                 return
-            self.ending, session = why, self._session
-        if why != "ended":
+            self.ending, session = ending, self._session
+        if ending != "ended":
             self.outbox.stop_waiting()
         if session is not None:
             session.close()
 
     @singledispatchmethod
     def act(self, message: LaterMessage) -> None:
-        """Do what a client asks for and answer it; raises Refusal where nothing is done."""
-        raise Refusal("bad_message", "the video has begun already")
+        """Carry out a client's message and answer it. Raises Refusal where nothing is changed."""
+        raise Refusal("bad_message", f"{message.type} is a first message; the video has already begun")
 
     @act.register
     def _(self, message: SetPrompt) -> None:
         try:
-            receipt = self._steered().set_prompt(message.prompt, message.mode)
+            receipt = self._current_session().set_prompt(message.prompt, message.mode)
         except UserError as error:
             raise Refusal("too_late", str(error)) from error
         self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
 
     @act.register
     def _(self, message: AddShot) -> None:
-        most = self._settings.limits.planned_shots
-        if len(self._steered().shots) >= most:
-            raise Refusal("bad_message", f"a video has at most {most} shots")
+        max_shots = self._settings.limits.stream_shots
+        if len(self._current_session().shots) >= max_shots:
+            raise Refusal("bad_message", f"the video already has {max_shots} shots, the maximum")
         try:
-            receipt = self._steered().add_shot(message.prompt, chunk=message.chunk, mode=message.mode)
+            receipt = self._current_session().add_shot(message.prompt, chunk=message.chunk, mode=message.mode)
         except UserError as error:
-            raise Refusal("bad_chunk" if self._is_behind_the_end(message.chunk) else "too_late", str(error)) from error
+            code: ErrorCode = "bad_chunk" if self._is_after_the_end(message.chunk) else "too_late"
+            raise Refusal(code, str(error)) from error
         self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
 
     @act.register
     def _(self, message: Seek) -> None:
         try:
-            receipt = self._steered().seek(message.chunk, prompt=message.prompt, mode=message.mode)
+            receipt = self._current_session().seek(message.chunk, prompt=message.prompt, mode=message.mode)
         except UserError as error:
             raise Refusal("bad_chunk", str(error)) from error
         with self._lock:
             self._played = min(self._played, self._seconds_at(message.chunk))
-            self._made = min(self._made, self._seconds_at(message.chunk))
+            self._generated = min(self._generated, self._seconds_at(message.chunk))
             self._pace()
         self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
 
     @act.register
-    def _(self, message: Pause) -> None:
+    def _(self, _message: Pause) -> None:
         self._set_paused(True)
 
     @act.register
-    def _(self, message: Resume) -> None:
+    def _(self, _message: Resume) -> None:
         self._set_paused(False)
 
     @act.register
@@ -155,29 +159,29 @@ class LiveVideo:
             self._pace()
 
     @act.register
-    def _(self, message: Stop) -> None:
-        self.leave("ended")
+    def _(self, _message: Stop) -> None:
+        self.end("ended")
 
     def _set_paused(self, paused: bool) -> None:
         with self._lock:
             self._paused = paused
             self._pace()
-        self._say("state", state="paused" if paused else "playing")
+        self._send("state", state="paused" if paused else "playing")
 
     def _pace(self) -> None:
-        """Begin no chunk while paused, or while more is made than the client wants in advance. Under the lock."""
+        """Pause the session while the client pauses or is `lead_seconds` behind; else resume it. Needs the lock."""
         lead = self._first.lead_seconds
-        is_ahead = lead is not None and self._made - self._played > lead
+        is_ahead = lead is not None and self._generated - self._played > lead
         if self._session is not None:
             (self._session.pause if self._paused or is_ahead else self._session.resume)()
 
-    def _steered(self) -> Session:
+    def _current_session(self) -> Session:
         if self._session is None or self.ending is not None:
             raise Refusal("too_late", "the video has ended")
         return self._session
 
     def _answer(self, message: SetPrompt | AddShot | Seek, receipt: Receipt, *, prompt: str | None, mode: str) -> None:
-        self._say(
+        self._send(
             "receipt",
             action=message.type,
             prompt=prompt,
@@ -190,18 +194,19 @@ class LiveVideo:
             self._warn_unknown_words(prompt)
 
     def _run(self) -> None:
-        why: Ending = "internal"
+        ending: Ending = "internal"
         try:
-            why = self._make()
+            ending = self._generate()
         except Refusal as refusal:
             self.failure = refusal.code
             self.outbox.put(Outgoing(error_text(refusal.code, str(refusal))))
-        finally:  # whatever else it was, threading prints it
-            self._end(why)
+        finally:  # threading prints any other error
+            self._finish(ending)
 
-    def _make(self) -> Ending:
+    def _generate(self) -> Ending:
+        """Generate the video up to its end and return how it ended. Raises Refusal where it cannot begin."""
         with ExitStack() as stack:
-            session, record = self._open()
+            session, record = self._start_session()
             stack.callback(session.close)
             settings = self._pipeline.models.settings
             video = FragmentedVideo(width=settings.width, height=settings.height, fps=settings.fps)
@@ -210,33 +215,34 @@ class LiveVideo:
             stack.callback(file.close)
             with self._lock:
                 self._session, self._record = session, record
-                self._made = self._played = self._seconds_at(session.next_chunk)
-                if self.ending is not None:  # the client left while the session was built
+                self._generated = self._played = self._seconds_at(session.next_chunk)
+                if self.ending is not None:  # the stream ended while the session was built
                     session.close()
-            self._say_ready(record, video)
+            self._send_ready(record, video)
             self._loop.call_soon_threadsafe(self.opened.set)
             chunks = self._deliver(session, video, file)
             with self._lock:
-                why = self.ending = self.ending or "ended"
-            if why == "ended":
+                ending = self.ending = self.ending or "ended"
+            if ending == "ended":
                 self._total = (chunks, file.num_frames)
-                self.files.forget()
-            elif why != "internal":
-                self._keep(session, record)
-            return why
+                self.files.discard()
+            elif ending != "internal":
+                self._save(session, record)
+            return ending
 
     def _open_file(self, video: FragmentedVideo) -> StreamFile:
-        """Open the file of the stream; raises Refusal."""
+        """Create or open the file of the stream. Raises Refusal."""
         try:
             return StreamFile(self.files.video, video.init)
         except WriteError as error:
             log.error("stream %s cannot begin: %s", self.name, error)
-            raise Refusal(*WHY["storage"]) from error
+            raise Refusal(*ENDING_ERRORS["storage"]) from error
         except UserError as error:
             log.error("stream %s cannot be continued: %s", self.name, error)
-            raise Refusal("not_found", "the stream was begun by another version of the server") from error
+            message = "the stream was created by another version of the server; start a new video"
+            raise Refusal("not_found", message) from error
 
-    def _say_ready(self, record: StreamRecord, video: FragmentedVideo) -> None:
+    def _send_ready(self, record: StreamRecord, video: FragmentedVideo) -> None:
         settings = self._pipeline.models.settings
         ready = message_text(
             "ready",
@@ -252,20 +258,21 @@ class LiveVideo:
         self.outbox.put(Outgoing(ready, video.init))
         self._warn_unknown_words(record.prompt)
 
-    def _keep(self, session: Session, record: StreamRecord) -> None:
+    def _save(self, session: Session, record: StreamRecord) -> None:
         try:
-            self.files.keep(session, record)
+            self.files.save(session, record)
         except UserError as error:
             log.error("stream %s cannot be continued: %s", self.name, error)
 
-    def _open(self) -> tuple[Session, StreamRecord]:
-        """Return the session and what is kept of it; raises Refusal."""
+    def _start_session(self) -> tuple[Session, StreamRecord]:
+        """Return the session and the record of the stream, new or restored. Raises Refusal."""
         first, settings = self._first, self._pipeline.models.settings
         limit = self._settings.limits.stream_seconds
         if isinstance(first, Continue):
             record = self.files.read_record()
             if record.model != self._settings.model:
-                raise Refusal("not_found", f"the stream was made by the model {record.model}, which is not served now")
+                message = f"the stream is from the model {record.model}; this server serves {self._settings.model}"
+                raise Refusal("not_found", message)
             try:
                 session = self._pipeline.restore(self.files.snapshot)
             except UserError as error:
@@ -292,38 +299,41 @@ class LiveVideo:
         return session, record
 
     def _deliver(self, session: Session, video: FragmentedVideo, file: StreamFile) -> int:
-        """Write and hand over all parts; return the number of chunks in the file."""
+        """Write all parts to the file and pass them to the sender; return the number of chunks in the file."""
         step: Step | None = None
-        start = made = 0
-        began = time.perf_counter()
+        start = num_frames = 0
+        begin = time.perf_counter()
         for chunk in session:
-            if chunk.step is not step:  # the first chunk comes in two parts
+            if chunk.step is not step:  # the first chunk has two parts
                 step, start = chunk.step, self._timing.start(chunk.step.index)
             if chunk.is_complete:
-                self._metrics.chunk_made(chunk.seconds)
+                self._metrics.count_chunk(chunk.seconds)
             segment = video.encode(chunk.frames[0], start=start)
             try:
                 file.append(segment)
             except WriteError as error:
                 log.error("stream %s ends: %s", self.name, error)
-                session.seek(chunk.step.index)  # whoever continues it makes this chunk again
-                self.leave("storage")
+                session.seek(chunk.step.index)  # `continue` generates this chunk again
+                self.end("storage")
                 break
             start += segment.frames
-            made += segment.frames
+            num_frames += segment.frames
             self._metrics.count("longvideo_frames_total", segment.frames)
             with self._lock:
-                self._made = start / self._timing.fps
+                self._generated = start / self._timing.fps
                 self._pace()
-            speed = made / (time.perf_counter() - began)
-            if not self._hand_over(chunk, segment.start, segment.data, fps=speed):
-                self.leave("too_slow")
+            speed = num_frames / (time.perf_counter() - begin)
+            if not self._pass_on(chunk, segment.start, segment.data, fps=speed):
+                self.end("too_slow")
         return 0 if step is None else step.index + 1
 
-    def _hand_over(self, chunk: GeneratedChunk, start: int, data: bytes, *, fps: float) -> bool:
-        """Give a segment to the sender, or drop it; return whether the client took one in time."""
+    def _pass_on(self, chunk: GeneratedChunk, start: int, data: bytes, *, fps: float) -> bool:
+        """Queue a segment for the sender, or drop it. Return False if the client received none for too long.
+
+        start: first frame of the segment. fps: frames generated per second so far.
+        """
         drops = self._first.slow == "drop"
-        if not self.outbox.wait_for_room(0.0 if drops else self._settings.limits.taking):
+        if not self.outbox.wait_for_capacity(0.0 if drops else self._settings.limits.receive_seconds):
             if drops:
                 self._dropped += 1
                 self._metrics.count("longvideo_segments_dropped_total")
@@ -343,33 +353,33 @@ class LiveVideo:
         self.outbox.put(Outgoing(text, data, is_segment=True))
         return True
 
-    def _end(self, why: Ending) -> None:
+    def _finish(self, ending: Ending) -> None:
         with self._lock:
-            self.ending = why
-        self.released.set()  # before the last words: who hears them may want the place at once
-        if why == "ended" and self._total is not None:
-            self._say_end(*self._total)
-        if why in WHY and self.failure is None:
-            self.failure, message = WHY[why]
+            self.ending = ending
+        self.released.set()  # before the last message, after which a client may start another stream at once
+        if ending == "ended" and self._total is not None:
+            self._send_end(*self._total)
+        if ending in ENDING_ERRORS and self.failure is None:
+            self.failure, message = ENDING_ERRORS[ending]
             self.outbox.put(Outgoing(error_text(self.failure, message)))
         self.outbox.finish()
         self._loop.call_soon_threadsafe(self.opened.set)
         self._loop.call_soon_threadsafe(self.done.set)
 
-    def _say_end(self, chunks: int, frames: int) -> None:
+    def _send_end(self, chunks: int, frames: int) -> None:
         seconds = frames / self._timing.fps
         download = f"/v1/streams/{self.name}/content"
-        self._say("end", chunks=chunks, frames=frames, seconds=seconds, download=download)
+        self._send("end", chunks=chunks, frames=frames, seconds=seconds, download=download)
 
     def _warn_unknown_words(self, prompt: str) -> None:
         if unknown := self._pipeline.models.text_encoder.unknown_words(prompt):
             words = ", ".join(repr(word) for word in unknown)
-            self._say("warning", message=f"the model never learned {words}; expect something else there")
+            self._send("warning", message=f"the model never learned {words}; expect something else there")
 
-    def _say(self, kind: str, **fields: Any) -> None:
+    def _send(self, kind: str, **fields: Any) -> None:
         self.outbox.put(Outgoing(message_text(kind, **fields)))
 
-    def _is_behind_the_end(self, chunk: int) -> bool:
+    def _is_after_the_end(self, chunk: int) -> bool:
         seconds = self._settings.limits.stream_seconds
         if self._record is not None and self._record.seconds is not None:
             seconds = self._record.seconds

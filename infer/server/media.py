@@ -1,4 +1,4 @@
-"""The file of a live stream: segments of fragmented MP4, of which later ones may replace earlier ones."""
+"""The file of a live stream: segments of fragmented MP4. Later segments may replace earlier ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from longvideo.infer.fragments import TICKS_PER_FRAME, Segment, boxes, segment_t
 
 
 class StreamFile:
-    """The file of a stream: its initialisation segment, then segments; a later one replaces what it repeats."""
+    """A file with an initialization segment, followed by media segments.
+
+    A segment that starts at an earlier frame replaces the segments from that frame on.
+    """
 
     def __init__(self, path: Path, init: bytes) -> None:
-        """Begin a file, or resume the one that is there.
+        """Create a file, or open an existing one and continue after its last whole segment.
 
-        Raises WriteError where the disk refuses, and UserError where the file has another beginning.
+        init: initialization segment. Raises WriteError where the file cannot be written, and UserError where an
+        existing file has another initialization segment.
         """
         self.path = path
         try:
             self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
         except OSError as error:
             raise WriteError(f"cannot write {path}: {reason(error)}") from error
-        self._parts: list[tuple[int, int, int]] = []  # first frame, frame behind the last, offset of the segment
+        self._parts: list[tuple[int, int, int]] = []  # first frame, frame after the last, offset in bytes
         content = self._file.read()
         if content and not content.startswith(init):
             self._file.close()
-            raise UserError(f"{path} was begun by another version of the encoder; start a new video")
+            raise UserError(f"{path} was written by another version of the encoder; start a new video")
         if not content:
             self._write(init, at=0)
         self._end = len(init)
@@ -37,13 +41,13 @@ class StreamFile:
 
     @property
     def num_frames(self) -> int:
-        """Frames in the file, in which there are no gaps."""
+        """Number of frames in the file. There are no gaps."""
         return self._parts[-1][1] if self._parts else 0
 
     def append(self, segment: Segment) -> None:
-        """Write a segment after those that come before it; those from its start on are dropped.
+        """Write a segment after the frames before it; existing segments from its first frame on are removed.
 
-        Raises WriteError where the disk refuses; the file then ends with the segment before.
+        Raises WriteError where the segment cannot be written; the file then ends with the previous segment.
         """
         while self._parts and self._parts[-1][0] >= segment.start:
             self._end = self._parts.pop()[2]
@@ -57,13 +61,13 @@ class StreamFile:
         self._file.close()
 
     def _write(self, data: bytes, *, at: int) -> None:
-        """End the file with this."""
+        """Write data at an offset, where the file ends after it. Raises WriteError."""
         try:
             self._file.truncate(at)
             self._file.seek(at)
-            left = memoryview(data)
-            while left:  # a disk that is nearly full takes a part, and refuses the next
-                left = left[self._file.write(left) :]
+            remainder = memoryview(data)
+            while remainder:  # a disk that is nearly full writes a part first, then raises
+                remainder = remainder[self._file.write(remainder) :]
         except OSError as error:
             self._file.truncate(at)
             if at == 0:
@@ -72,7 +76,7 @@ class StreamFile:
 
 
 def _whole_segments(content: bytes, begin: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the first frame, the frames and the end of each segment that is whole."""
+    """Yield the first frame, the number of frames and the end offset of each whole segment."""
     times: tuple[int, int] | None = None
     for kind, first, end in boxes(content, begin):
         if kind == b"moof":

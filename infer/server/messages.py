@@ -1,4 +1,4 @@
-"""What a client of the WebSocket may say, checked strictly, and how it is answered; docs/server.md is the protocol."""
+"""Messages of the WebSocket: strict checks of what clients send, and the text of answers. Protocol: docs/server.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Refusal(Exception):
-    """Why something is not done, for the client: the code and message of an `error`."""
+    """A request that is refused, with the code and the message of the `error` that the client receives."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -49,12 +49,12 @@ class ClientMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _First(ClientMessage):
+class _FirstMessage(ClientMessage):
     lead_seconds: LeadSeconds | None = None
     slow: Literal["wait", "drop"] = "wait"
 
 
-class Start(_First):
+class Start(_FirstMessage):
     type: Literal["start"]
     prompt: str
     seed: Seed = 0
@@ -63,7 +63,7 @@ class Start(_First):
     seconds: Seconds | None = None
 
 
-class Continue(_First):
+class Continue(_FirstMessage):
     type: Literal["continue"]
     session: Annotated[str, Field(pattern=ID_PATTERN)]
 
@@ -113,11 +113,11 @@ _MESSAGES: TypeAdapter[FirstMessage | LaterMessage] = TypeAdapter(
 
 
 def read_message(text: str | None, *, max_bytes: int, max_prompt: int) -> FirstMessage | LaterMessage:
-    """Check a message; text is None for a binary one. Raises Refusal with `bad_message` or `bad_prompt`."""
+    """Parse and check a message. text: JSON, or None for a binary message. Raises Refusal (bad_message, bad_prompt)."""
     if text is None:
         raise Refusal("bad_message", "the message is binary; send JSON as text")
-    if len(text.encode("utf-8", "replace")) > max_bytes:
-        raise Refusal("bad_message", f"the message is larger than {max_bytes} bytes")
+    if (size := len(text.encode("utf-8", "replace"))) > max_bytes:
+        raise Refusal("bad_message", f"the message has {size} bytes; expected at most {max_bytes}")
     try:
         message = _MESSAGES.validate_json(text)
     except ValidationError as error:
@@ -128,9 +128,9 @@ def read_message(text: str | None, *, max_bytes: int, max_prompt: int) -> FirstM
 
 
 def check_prompt_length(prompt: str, max_length: int) -> None:
-    """Raise Refusal with `bad_prompt` when a prompt says nothing or too much."""
+    """Raise Refusal (bad_prompt) for a prompt that is empty or has more than `max_length` characters."""
     if len(prompt) > max_length:
-        raise Refusal("bad_prompt", f"the prompt has {len(prompt)} characters; at most {max_length} are taken")
+        raise Refusal("bad_prompt", f"the prompt has {len(prompt)} characters; expected at most {max_length}")
     try:
         check_prompt(prompt, "the prompt")
     except UserError as error:
@@ -138,17 +138,17 @@ def check_prompt_length(prompt: str, max_length: int) -> None:
 
 
 def first_reason(errors: Any) -> str:
-    """Say where the first of pydantic's errors is and what it is, without repeating what was sent."""
+    """Return the field and the message of the first pydantic error, without the rejected value."""
     error = errors[0]
     where = ".".join(str(key)[:40] for key in error["loc"])
     return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 
 def error_text(code: ErrorCode, message: str) -> str:
-    """Return an `error` as it is sent."""
+    """Return an `error` message as JSON text."""
     return message_text("error", code=code, message=message)
 
 
 def message_text(kind: str, **fields: Any) -> str:
-    """Return a message as it is sent: JSON in ASCII, which holds anything that a prompt can."""
+    """Return a message as JSON text in ASCII, so that half surrogate pairs in a prompt are escaped."""
     return json.dumps({"type": kind, **fields}, allow_nan=False)

@@ -1,4 +1,4 @@
-"""The folder of a server: one process at a time uses it, and only its user reads it."""
+"""The folder of a server. One process at a time uses it, and only its user can read it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ PRIVATE_UMASK = 0o077
 
 @contextmanager
 def served_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, created if need be; whatever the process writes meanwhile is its user's alone.
+    """Create a folder if it is missing and lock it; files that the process writes in the block are private to its user.
 
-    What an older version left there is made private too; of a folder that holds other things, the server's own.
-    Raises BusyError where another process holds it, before anything in it is changed, and UserError where it cannot
-    be used.
+    Files of the server that exist already become private as well; other files in the folder are not changed. Raises
+    BusyError where another process has the lock, before anything is changed, and UserError where the folder cannot be
+    used.
     """
-    before = os.umask(PRIVATE_UMASK)
+    previous_mask = os.umask(PRIVATE_UMASK)
     try:
         with ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                busy = f"another process serves {folder}; stop it, or choose another folder with --folder"
+                busy = f"another process serves {folder}; stop it, or use another folder with --folder"
                 stack.enter_context(locked(folder / LOCK, busy=busy))
                 _make_private(folder)
             except OSError as error:
                 raise UserError(f"cannot use the folder {folder}: {reason(error)}") from error
             yield
     finally:
-        os.umask(before)
+        os.umask(previous_mask)
 
 
 def _make_private(folder: Path) -> None:

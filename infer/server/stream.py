@@ -1,4 +1,4 @@
-"""The WebSocket of live streams: which of them are being made, and one conversation with a client."""
+"""The WebSocket of live streams: the list of live videos, and the connection of one client."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Awaitable
 
 from longvideo.files import TEMPORARY_SUFFIX
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.client_socket import ClientLeft, ClientSocket
-from longvideo.infer.server.connections import Waiting
+from longvideo.infer.server.client_socket import ClientDisconnected, ClientSocket
+from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.live import LiveVideo
 from longvideo.infer.server.messages import (
@@ -25,7 +25,7 @@ from longvideo.infer.server.messages import (
 )
 from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.outbox import Outgoing
-from longvideo.infer.server.security import SUBPROTOCOL, new_id, token_fits
+from longvideo.infer.server.security import SUBPROTOCOL, has_token, new_id
 from longvideo.infer.server.served_folder import STREAMS
 
 NORMAL, POLICY, INTERNAL, RESTART, TRY_LATER = 1000, 1008, 1011, 1012, 1013  # RFC 6455 and its registry
@@ -36,11 +36,11 @@ CLOSE_CODES: dict[ErrorCode, int] = {
     "too_many_sessions": TRY_LATER,
 }
 log = logging.getLogger(__name__)
-CLOSING_SECONDS = 2.0  # for the last words to one who may not listen
+CLOSING_SECONDS = 2.0  # time to deliver the last message to a client that may not receive
 
 
 class Streams:
-    """The live videos of a server, at most `limits.sessions`."""
+    """The live videos of a server. There are at most `limits.sessions`."""
 
     def __init__(self, pipeline: StreamingPipeline, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self.settings = settings
@@ -56,16 +56,16 @@ class Streams:
         return len(self._live)
 
     def is_live(self, name: str) -> bool:
-        """Tell whether a stream is being made."""
+        """Return whether a stream is in progress."""
         return name in self._live
 
     async def begin(self, first: FirstMessage) -> LiveVideo:
-        """Start a video and return it; raises Refusal."""
+        """Start or continue a video and return it. Raises Refusal."""
         name = new_id() if isinstance(first, Start) else first.session
-        if isinstance(first, Continue) and (before := self._live.get(name)) is not None:
-            # its client lost the connection, which this side has not noticed
-            await asyncio.to_thread(before.leave, "left")
-            await _within(before.done.wait(), self.settings.limits.leaving)
+        if isinstance(first, Continue) and (previous := self._live.get(name)) is not None:
+            # the client lost its connection, and the server has not detected that yet
+            await asyncio.to_thread(previous.end, "disconnected")
+            await _wait_at_most(previous.done.wait(), self.settings.limits.handover_seconds)
         video = LiveVideo(
             name,
             first,
@@ -77,92 +77,96 @@ class Streams:
         with self._lock:
             self._live = {key: other for key, other in self._live.items() if not other.released.is_set()}
             if self._closed:
-                raise Refusal("shutting_down", "the server shuts down")
+                raise Refusal("shutting_down", "the server is shutting down; retry when it runs again")
             if name in self._live:
-                raise Refusal("too_many_sessions", "this stream is being made for another connection")
+                raise Refusal("too_many_sessions", "another connection still uses this stream; retry later")
             if len(self._live) >= self.settings.limits.sessions:
                 self._metrics.count("longvideo_sessions_refused_total")
-                raise Refusal("too_many_sessions", f"all {self.settings.limits.sessions} places are taken; try later")
+                message = f"the server already generates {len(self._live)} live videos, its maximum; retry later"
+                raise Refusal("too_many_sessions", message)
             self._live[name] = video
         self._metrics.count("longvideo_sessions_started_total")
         video.start()
         return video
 
-    def forget(self, video: LiveVideo) -> None:
-        """Give a video's place to another. Its thread has ended."""
+    def remove(self, video: LiveVideo) -> None:
+        """Delete the oldest snapshots beyond the limit, and remove a video whose thread has ended."""
+        snapshots = (self.settings.folder / STREAMS).glob("*.safetensors")
+        for path in sorted(snapshots, key=lambda path: path.stat().st_mtime)[: -self.settings.limits.snapshots]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
         with self._lock:
             if self._live.get(video.name) is video:
                 del self._live[video.name]
-        kept = sorted((self.settings.folder / STREAMS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-        for path in kept[: -self.settings.limits.snapshots]:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
 
     async def close(self) -> None:
-        """End all videos and take no more."""
+        """End all videos and accept no new ones."""
         with self._lock:
             self._closed, videos = True, list(self._live.values())
         for video in videos:
-            await asyncio.to_thread(video.leave, "shutting_down")
+            await asyncio.to_thread(video.end, "shutting_down")
         for video in videos:
             await asyncio.to_thread(video.join)
 
 
-async def talk(client: ClientSocket, streams: Streams, waiting: Waiting) -> None:
+async def serve_client(client: ClientSocket, streams: Streams, waiting: WaitingConnections) -> None:
     """Serve one connection from its first message to its close."""
     try:
         await client.accept(SUBPROTOCOL if SUBPROTOCOL in client.subprotocols else None)
         try:
-            if not token_fits(streams.settings.token, client.headers, client.subprotocols):
-                raise Refusal("unauthorized", "the token is missing or wrong")
-            video = await streams.begin(await _awaited_first_message(client, streams.settings, waiting))
+            if not has_token(streams.settings.token, client.headers, client.subprotocols):
+                raise Refusal("unauthorized", "the token is missing or wrong; offer the subprotocol bearer.TOKEN")
+            video = await streams.begin(await _wait_for_first_message(client, streams.settings, waiting))
         except Refusal as refusal:
-            await _within(_refuse(client, refusal), CLOSING_SECONDS)
+            await _wait_at_most(_refuse(client, refusal), CLOSING_SECONDS)
             return
-    except ClientLeft as left:
-        log.info("a client left before its stream began: %s", left)
+    except ClientDisconnected as error:
+        log.info("a client disconnected before its stream began: %s", error)
         return
     try:
-        await _serve(client, video, streams.settings)
-    except ClientLeft as left:
-        log.info("the client of stream %s left: %s", video.name, left)
+        await _send_and_read(client, video, streams.settings)
+    except ClientDisconnected as error:
+        log.info("the client of stream %s disconnected: %s", video.name, error)
     finally:
-        await asyncio.to_thread(video.leave, "left")
+        await asyncio.to_thread(video.end, "disconnected")
         await video.done.wait()
         video.join()
-        streams.forget(video)
+        streams.remove(video)
 
 
-async def _awaited_first_message(client: ClientSocket, settings: ServerSettings, waiting: Waiting) -> FirstMessage:
-    """Return the first message; the connection is one of those that wait until then. Raises Refusal and ClientLeft."""
+async def _wait_for_first_message(
+    client: ClientSocket, settings: ServerSettings, waiting: WaitingConnections
+) -> FirstMessage:
+    """Return the first message; until then the connection is a waiting one. Raises Refusal and ClientDisconnected."""
     message = asyncio.create_task(_first_message(client, settings))
-    waiting.enter(message, message.cancel)
+    waiting.add(message, message.cancel)
     try:
         return await message
     except asyncio.CancelledError:
-        if not message.done():  # the server ends
+        if not message.done():  # the server is shutting down
             message.cancel()
             raise
-        raise Refusal("too_many_sessions", "too many connections that say nothing") from None
+        text = "too many connections have sent nothing; send the first message at once"
+        raise Refusal("too_many_sessions", text) from None
     finally:
-        waiting.leave(message)
+        waiting.remove(message)
 
 
-async def _serve(client: ClientSocket, video: LiveVideo, settings: ServerSettings) -> None:
-    """Send and read until one of both ends. Raises ClientLeft when that is because the client did."""
+async def _send_and_read(client: ClientSocket, video: LiveVideo, settings: ServerSettings) -> None:
+    """Send and read messages until the video ends. Raises ClientDisconnected if the client disconnects first."""
     sender = asyncio.create_task(_send_all(client, video))
     reader = asyncio.create_task(_read_all(client, video, settings))
     done = asyncio.create_task(video.done.wait())
     try:
         await asyncio.wait({sender, reader, done}, return_when=asyncio.FIRST_COMPLETED)
         if not (sender.done() or reader.done()):
-            grace = settings.limits.taking if video.failure is None else CLOSING_SECONDS
+            grace = settings.limits.receive_seconds if video.failure is None else CLOSING_SECONDS
             await asyncio.wait({sender, reader}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         for task in (reader, sender):
             if task.done():
                 task.result()
         code = NORMAL if video.failure is None else CLOSE_CODES.get(video.failure, POLICY)
-        await _within(client.close(code), CLOSING_SECONDS)
+        await _wait_at_most(client.close(code), CLOSING_SECONDS)
     finally:
         for task in (sender, reader, done):
             task.cancel()
@@ -172,19 +176,20 @@ async def _serve(client: ClientSocket, video: LiveVideo, settings: ServerSetting
 async def _first_message(client: ClientSocket, settings: ServerSettings) -> FirstMessage:
     limits = settings.limits
     try:
-        text = await asyncio.wait_for(client.receive(), limits.first_message)
+        text = await asyncio.wait_for(client.receive(), limits.first_message_seconds)
     except asyncio.TimeoutError:  # not yet TimeoutError in Python 3.10
-        raise Refusal("bad_message", f"nothing was said within {limits.first_message:g} s") from None
+        message = f"no message arrived within {limits.first_message_seconds:g} s; send start or continue"
+        raise Refusal("bad_message", message) from None
     message = read_message(text, max_bytes=limits.message_bytes, max_prompt=limits.prompt_length)
     if not isinstance(message, FirstMessage):
-        raise Refusal("bad_message", "the first message must be start or continue")
+        raise Refusal("bad_message", f"the first message is {message.type}; expected start or continue")
     if isinstance(message, Start) and message.seconds is not None and message.seconds > limits.stream_seconds:
-        raise Refusal("bad_message", f"seconds: a stream has at most {limits.stream_seconds:g}")
+        raise Refusal("bad_message", f"seconds is {message.seconds:g}; expected at most {limits.stream_seconds:g}")
     return message
 
 
 async def _read_all(client: ClientSocket, video: LiveVideo, settings: ServerSettings) -> None:
-    """Do what the client says until it leaves: raises ClientLeft."""
+    """Carry out the messages of the client until it disconnects: raises ClientDisconnected."""
     limits = settings.limits
     while True:
         text = await client.receive()
@@ -211,8 +216,8 @@ async def _refuse(client: ClientSocket, refusal: Refusal) -> None:
     await client.close(CLOSE_CODES.get(refusal.code, POLICY))
 
 
-async def _within(work: Awaitable[object], seconds: float) -> None:
-    """Wait for something, but not longer than that."""
+async def _wait_at_most(work: Awaitable[object], seconds: float) -> None:
+    """Wait until `work` is done, but at most `seconds`."""
     try:
         await asyncio.wait_for(work, seconds)
     except asyncio.TimeoutError:

@@ -1,4 +1,4 @@
-"""The files of a live stream: its video, and what it takes to go on with it."""
+"""The files of a live stream: its video, and the snapshot and record that `continue` needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longvideo.infer.session import Session
 
 
 class StreamRecord(BaseModel):
-    """What is kept of a stream beside its frames and the snapshot of its session."""
+    """Properties of a stream that are stored in addition to its frames and the snapshot of its session."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,7 +26,7 @@ class StreamRecord(BaseModel):
 
 
 class StreamFiles:
-    """The files of one stream, under a name that the server made."""
+    """The paths of one stream's files. name: the stream's id."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.video = folder / f"{name}.mp4"
@@ -34,20 +34,22 @@ class StreamFiles:
         self.record = folder / f"{name}.json"
 
     def read_record(self) -> StreamRecord:
-        """Return the record; raises Refusal with `not_found` where the stream cannot be continued."""
+        """Return the record. Raises Refusal (not_found) where the stream cannot be continued."""
         try:
             if self.snapshot.exists() and self.video.exists():
                 return StreamRecord.model_validate_json(read_text(self.record, what="record of a stream"))
         except (UserError, ValidationError) as error:
-            raise Refusal("not_found", "the stream cannot be continued: what was kept of it is damaged") from error
-        raise Refusal("not_found", "there is no such stream, or it has ended, or too many were left after it")
+            message = "the stream cannot be continued because its files are damaged; start a new video"
+            raise Refusal("not_found", message) from error
+        message = "the stream does not exist, has ended, or is older than all snapshots; start a new video"
+        raise Refusal("not_found", message)
 
-    def keep(self, session: Session, record: StreamRecord) -> None:
-        """Write what `continue` needs; raises UserError where the disk refuses, with what was there unchanged."""
+    def save(self, session: Session, record: StreamRecord) -> None:
+        """Write the snapshot and the record. Raises UserError, with existing files unchanged, where that fails."""
         session.snapshot(self.snapshot)
         write_text(self.record, record.model_dump_json())
 
-    def forget(self) -> None:
-        """Drop what `continue` needs; the video stays."""
+    def discard(self) -> None:
+        """Delete the snapshot and the record. The video stays."""
         self.snapshot.unlink(missing_ok=True)
         self.record.unlink(missing_ok=True)

@@ -36,31 +36,38 @@ def serve(
     preset: SettingsPreset = None,
     entry: Entry = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Any but this machine's own (127.0.0.1, ::1) takes `--token`.")
+        str, typer.Option(help="Address to listen on. Addresses that other machines reach need `--token`.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free port.")] = 8000,
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="LONGVIDEO_TOKEN", show_envvar=True, help="Secret that every client must send; others are refused."
+            envvar="LONGVIDEO_TOKEN",
+            show_envvar=True,
+            help="Secret that every client must send. Other clients are refused.",
         ),
     ] = None,
     public_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name under which a proxy on this machine is reached, such as video.example.org; may be repeated."
-            " With a token every name is accepted."
+            help="Host name of a reverse proxy on this machine, such as video.example.org; may be repeated."
+            " With a token, every host name is accepted."
         ),
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="Where videos and the list of jobs are kept, readable by this user only.")
+        Path, typer.Option(help="Folder for videos and the list of jobs, readable by this user only.")
     ] = Path("served"),
     max_sessions: Annotated[
-        int, typer.Option(min=1, help="Live videos at a time; each takes the memory of one. A job runs beside them.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of live videos at the same time. Each needs its own memory, and so does a job."
+        ),
     ] = 2,
     max_seconds: Annotated[
         float,
-        typer.Option(min=1, max=86400, help="Longest live video; one that is asked for without a length ends there."),
+        typer.Option(
+            min=1, max=86400, help="Maximum length of a live video in seconds. A video without a length ends there."
+        ),
     ] = 3600.0,
     device: Device = None,
     decode_device: DecodeDevice = None,
@@ -69,16 +76,16 @@ def serve(
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
 ) -> None:
-    """Serve a page on which videos are watched while they are made, and steered.
+    """Serve a page that plays videos while they are generated, and changes their prompts.
 
     `longvideo serve`, then open http://127.0.0.1:8000: type a prompt, watch, and change the prompt while it runs.
 
-    `longvideo serve --model FOLDER --host 0.0.0.0 --token "$(openssl rand -hex 16)"` lets other machines in. The token
-    and the video are not encrypted: beyond a network that you trust, put a proxy with TLS in front.
+    `longvideo serve --model FOLDER --host 0.0.0.0 --token "$(openssl rand -hex 16)"` accepts clients on other machines.
+    The token and the video are not encrypted: outside of a trusted network, add a reverse proxy with TLS.
 
-    Programs use the same server: live streams over the WebSocket `/v1/stream`, jobs by `POST /v1/videos`, described in
-    `/openapi.json` and docs/server.md. What is made lies under `--folder`, one MP4 a video. Ctrl-C ends it in order:
-    live videos can be continued and queued jobs are taken up when it runs again.
+    Programs use the same server: live streams over the WebSocket `/v1/stream`, jobs through `POST /v1/videos`. The
+    protocol is described in docs/server.md and `/openapi.json`. Videos are MP4 files in `--folder`. After Ctrl-C and a
+    new start, live videos can be continued and queued jobs are generated.
     """
     from longvideo.quantization.number_formats import NumberFormats
 
@@ -107,8 +114,8 @@ def serve(
         pipeline = _load(ModelChoice(model, base, preset, entry), placement, formats)
         print(pipeline.start_line(), file=sys.stderr)
         server = VideoServer(pipeline, settings)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"longvideo serves {settings.model} on http://{shown}:{socket.getsockname()[1]}", flush=True)
+        url_host = f"[{host}]" if ":" in host else host
+        print(f"longvideo serves {settings.model} on http://{url_host}:{socket.getsockname()[1]}", flush=True)
         server.run([socket])
 
 
@@ -118,7 +125,7 @@ def _load(choice: ModelChoice, placement: Placement, formats: NumberFormats) -> 
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline
 
-    # clients are told about words that the model does not know; the terminal of the server need not be
+    # clients receive the warning about unknown words; the log of the server does not need it
     warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
     release_large_blocks()
     pipeline = StreamingPipeline.load(choice.open(), placement, formats=formats)

@@ -1,6 +1,6 @@
-"""Other requests are answered while hundreds of connections never finish what they say.
+"""Requests are answered while hundreds of other connections never finish theirs.
 
-LONGVIDEO_SOAK: for how many seconds they are held (6 if not given).
+LONGVIDEO_SOAK: seconds for which these connections are held (default 6).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.infer.server.conftest import ServerProcess
 
 SECONDS = float(os.environ.get("LONGVIDEO_SOAK", "6"))
 NUM_CONNECTIONS = 300
-BOUND = 1.0  # seconds, of the 99th percentile
+BOUND = 1.0  # for the 99th percentile, in seconds
 HOST = b"Host: localhost\r\n"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
 BEGINNINGS = {
@@ -38,13 +38,13 @@ BEGINNINGS = {
 
 
 class HalfOpen:
-    """Connections that are begun and never finished; one that is closed is begun again at once."""
+    """Connections whose requests are never finished. A closed connection is replaced at once."""
 
     def __init__(self, port: int) -> None:
         self._port, self._stop = port, threading.Event()
-        self.num_begun = 0
+        self.num_opened = 0
         self._kinds: Iterator[bytes] = itertools.cycle(BEGINNINGS.values())
-        self._connections = [self._begin() for _ in range(NUM_CONNECTIONS)]
+        self._connections = [self._open() for _ in range(NUM_CONNECTIONS)]
         self._thread = threading.Thread(target=self._hold)
         self._thread.start()
 
@@ -54,11 +54,11 @@ class HalfOpen:
         for connection in self._connections:
             connection.close()
 
-    def _begin(self) -> socket.socket:
+    def _open(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self._port), timeout=30)
         connection.sendall(next(self._kinds))
         connection.setblocking(False)
-        self.num_begun += 1
+        self.num_opened += 1
         return connection
 
     def _hold(self) -> None:
@@ -66,7 +66,7 @@ class HalfOpen:
             for index, connection in enumerate(self._connections):
                 if _is_closed(connection):
                     connection.close()
-                    self._connections[index] = self._begin()
+                    self._connections[index] = self._open()
 
 
 def _is_closed(connection: socket.socket) -> bool:
@@ -83,29 +83,29 @@ def _is_closed(connection: socket.socket) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 3 * SECONDS)
 @pytest.mark.parametrize("token", [None, "right-and-long-enough"], ids=["without a token", "with a token"])
-def test_others_are_answered_while_connections_are_held(tmp_path: Path, token: str | None) -> None:
+def test_requests_are_answered_while_connections_are_held(tmp_path: Path, token: str | None) -> None:
     server = ServerProcess(tmp_path, token=token)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    seconds = []
+    seconds: list[float] = []
     try:
-        held = HalfOpen(server.port)
+        half_open = HalfOpen(server.port)
         try:
             end = time.monotonic() + SECONDS
             while time.monotonic() < end:
                 for path in ("/healthz", "/", "/v1/server", "/v1/videos"):
                     begin = time.monotonic()
-                    # a connection of its own for each
+                    # each request uses its own connection
                     assert httpx.get(server.url + path, headers=headers, timeout=30).status_code == 200
                     seconds.append(time.monotonic() - begin)
                 time.sleep(0.05)
         finally:
-            held.close()
+            half_open.close()
     finally:
         server.stop()
-    middle, late = np.percentile(seconds, [50, 99])
+    median, p99 = np.percentile(seconds, [50, 99])
     print(
         f"{len(seconds)} requests while {NUM_CONNECTIONS} connections were held for {SECONDS:g} s"
-        f" ({held.num_begun} begun): median {1000 * middle:.0f} ms, p99 {1000 * late:.0f} ms,"
+        f" ({half_open.num_opened} opened): median {1000 * median:.0f} ms, p99 {1000 * p99:.0f} ms,"
         f" {1000 * max(seconds):.0f} ms at most"
     )
-    assert late < BOUND
+    assert p99 < BOUND

@@ -25,7 +25,7 @@ export class Composer extends EventTarget {
     $("start-time").addEventListener("input", () => this._showStartChunk());
   }
 
-  /** Return the prompt with single spaces, or "" after showing that there is none. */
+  /** Return the prompt with single spaces, or "" for an empty one, after showing the problem. */
   readPrompt() {
     const prompt = $("prompt").value.trim().replace(/\s+/g, " ");
     this.showProblem(prompt ? "" : "Describe the video.");

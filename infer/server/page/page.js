@@ -15,8 +15,8 @@ import { ChunkTiming, Timeline } from "./timeline.js";
 
 const LEAD_SECONDS = 4;
 const TICK_MILLISECONDS = 250;
-// the button to the latest frames appears when the player is further behind them than this
-const BEHIND_SECONDS = 3 * LEAD_SECONDS;
+// distance from the latest frames at which the button that jumps to them appears
+const JUMP_SECONDS = 3 * LEAD_SECONDS;
 const IDLE_TEXT = $("stage-text").textContent;
 
 class Page {
@@ -333,7 +333,7 @@ class Page {
     if (!this.player) return;
     const { time, bufferedEnd } = this.player;
     this.statistics.showPlayback(this.player);
-    $("live").hidden = !(this.isLive && bufferedEnd - time > BEHIND_SECONDS);
+    $("live").hidden = !(this.isLive && bufferedEnd - time > JUMP_SECONDS);
     this.showPrompt(this.timeline.showTime(time));
     if (!this.player.isJumping) this.receipts.reach(time, this.timeline.chunks.length);
     if (this.isLive && time !== this.reportedTime && this.stream.send({ type: "played", seconds: time })) {

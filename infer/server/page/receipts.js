@@ -6,7 +6,7 @@ const MAX_ENTRIES = 30;
 
 /** Events: `showing` with the receipt when the player reaches its chunk. */
 export class Receipts extends EventTarget {
-  /** list: the element that holds the entries. empty: the hint that is shown while there are none. */
+  /** list: the element that holds the entries. empty: the hint that is shown while the list is empty. */
   constructor(list, empty) {
     super();
     this._list = list;

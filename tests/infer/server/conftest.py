@@ -1,4 +1,4 @@
-"""A server with a small random model on a loopback port, and clients that speak its protocol."""
+"""Servers on a loopback port, in threads with a small random model and in processes, and clients of their protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.connections import Waiting
+from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.limits import Limits, ServerSettings
 from longvideo.infer.server.run import VideoServer, listen
 from longvideo.infer.server.served_folder import served_folder
@@ -36,17 +36,17 @@ PROMPT = "a red ball bounces"
 
 @dataclass
 class Client:
-    """One WebSocket; keeps the segments it got."""
+    """A WebSocket client that keeps the segments it receives."""
 
     socket: ClientConnection
     segments: list[bytes] = field(default_factory=list)
     init: bytes = b""
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         self.socket.send(json.dumps({"type": kind, **fields}))
 
-    def hear(self) -> dict[str, Any]:
-        """Return the next message; the binary one that belongs to it is kept."""
+    def receive(self) -> dict[str, Any]:
+        """Return the next text message, and keep the binary message that follows it."""
         text = self.socket.recv(timeout=DEADLINE)
         assert isinstance(text, str)
         message = json.loads(text)
@@ -60,26 +60,26 @@ class Client:
                 self.segments.append(data)
         return message
 
-    def hear_until(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return all messages up to one of a type and with these fields."""
+    def receive_until(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return all messages up to one with this type and these fields."""
         messages = []
         while not messages or messages[-1]["type"] != kind or any(messages[-1][key] != fields[key] for key in fields):
-            messages.append(self.hear())
+            messages.append(self.receive())
         return messages
 
     def start(self, prompt: str = PROMPT, **fields: Any) -> dict[str, Any]:
-        self.say("start", prompt=prompt, **fields)
-        return self.hear()
+        self.send("start", prompt=prompt, **fields)
+        return self.receive()
 
 
 @dataclass
 class RunningServer:
-    """A server in a thread."""
+    """A server in a thread of the test process."""
 
     address: str
     folder: Path
     streams: Streams
-    waiting: Waiting
+    waiting: WaitingConnections
     count_connections: Callable[[], int]
     stop: Callable[[], None]
     clients: ExitStack
@@ -92,24 +92,24 @@ class RunningServer:
         return httpx.Client(base_url=self.url, timeout=DEADLINE, **options)
 
     def connect(self, **options: Any) -> Client:
-        """Return a client whose connection is closed at the end."""
+        """Return a client whose connection is closed at the end of the test."""
         options = {"max_size": None, "compression": None, **options}
         return Client(self.clients.enter_context(connect(f"ws://{self.address}/v1/stream", **options)))
 
     def connect_idle(self) -> Client:
-        """Return a client with room for next to nothing, which takes what it gets only when told to `hear`."""
+        """Return a client with a minimal buffer, which receives data only while `receive` runs."""
         host, _, port = self.address.partition(":")
-        narrow = socket.socket()
-        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        narrow.connect((host, int(port)))
-        return self.connect(sock=narrow, max_queue=1)
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        return self.connect(sock=connection, max_queue=1)
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Poll until something holds; fail after the deadline."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll until a condition holds; fail after DEADLINE seconds."""
     end = time.monotonic() + DEADLINE
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
+    while not condition():
+        assert time.monotonic() < end, f"the condition does not hold after {DEADLINE} s"
         time.sleep(0.01)
 
 
@@ -118,10 +118,13 @@ Serve = Callable[..., RunningServer]
 
 @pytest.fixture
 def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
-    """Start servers; `limits` and settings by name. They are stopped at the end, and leave no thread."""
+    """Return a function that starts servers with `limits` and settings by name.
+
+    After the test they are stopped, and none of their threads may remain.
+    """
     stops: list[Callable[[], None]] = []
     clients = ExitStack()
-    before = set(threading.enumerate())
+    previous_threads = set(threading.enumerate())
     mask = os.umask(0o022)
 
     def start(
@@ -130,8 +133,8 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
         listening = listen("127.0.0.1", 0)
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        held = ExitStack()
-        held.enter_context(served_folder(folder))
+        lock = ExitStack()
+        lock.enter_context(served_folder(folder))
         server = VideoServer(pipeline, ServerSettings(folder, "small", limits=limits or Limits(), **settings))
         thread = threading.Thread(target=server.run, args=([listening],), name="uvicorn")
         thread.start()
@@ -139,8 +142,8 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
         def stop() -> None:
             server.should_exit = True
             thread.join(DEADLINE)
-            assert not thread.is_alive(), "the server did not end"
-            held.close()
+            assert not thread.is_alive(), "the server did not stop"
+            lock.close()
 
         stops.append(stop)
         wait_until(lambda: server.started)
@@ -158,8 +161,8 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
         yield start
     for stop in stops:
         stop()
-    os.umask(mask)  # servers that ran at a time did not end in the order that restores it
-    wait_until(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.is_alive()})
+    os.umask(mask)  # servers that ran at the same time may have restored each other's mask
+    wait_until(lambda: not {thread for thread in set(threading.enumerate()) - previous_threads if thread.is_alive()})
 
 
 class ServerProcess:
@@ -191,13 +194,11 @@ class ServerProcess:
 
 
 @contextmanager
-def serve_process(
-    model_folder: Path, place: Path, *options: str
-) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """Run `longvideo serve` on a free port in a process of its own, whose working folder is `place`."""
+def serve_process(model_folder: Path, cwd: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """Run `longvideo serve` on a free port in a process of its own, with the working folder `cwd`."""
     command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--device", "cpu"]
     process = subprocess.Popen(
-        [*command, "--port", "0", *options], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0", *options], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:

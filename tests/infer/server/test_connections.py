@@ -1,4 +1,4 @@
-"""Clients that do not finish what they say, say too much, or read nothing: answered, closed, and in nobody's way."""
+"""Clients that do not finish a request, send too much or read nothing: answers, closed connections, other clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 
 def answer_of(data: bytes) -> tuple[int, dict]:
-    """Return the status and the error of the only answer in what was read."""
+    """Return the status and the error of data that holds one answer."""
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]
@@ -45,10 +45,10 @@ def answer_of(data: bytes) -> tuple[int, dict]:
 @pytest.mark.parametrize(
     "data",
     [HEAD, HEAD + b"X-Long: a", POST + b'Content-Length: 20\r\n\r\n{"pro', HEAD + b"\r\n" + HEAD],
-    ids=["no end of the head", "half a header", "half a body", "a second request without its end"],
+    ids=["head without end", "half a header", "half a body", "second request without end"],
 )
 def test_a_request_that_is_never_finished_is_answered_and_closed(serve: Serve, data: bytes) -> None:
-    server = serve(limits=Limits(head=0.3, body=0.3))
+    server = serve(limits=Limits(head_seconds=0.3, body_seconds=0.3))
     with raw(server, data) as connection:
         last = read_to_end(connection)
     assert answer_of(last[last.rindex(b"HTTP/1.1 ") :]) == (
@@ -59,13 +59,13 @@ def test_a_request_that_is_never_finished_is_answered_and_closed(serve: Serve, d
 
 
 @pytest.mark.parametrize("data", [b"", HEAD + b"\r\n"], ids=["nothing", "one whole request"])
-def test_an_idle_connection_is_closed_without_a_word(serve: Serve, data: bytes) -> None:
-    with raw(serve(limits=Limits(head=0.3)), data) as connection:
+def test_an_idle_connection_is_closed_without_an_answer(serve: Serve, data: bytes) -> None:
+    with raw(serve(limits=Limits(head_seconds=0.3)), data) as connection:
         assert b"408" not in read_to_end(connection)
 
 
 def test_a_handshake_that_is_never_finished_is_closed(serve: Serve) -> None:
-    server = serve(limits=Limits(head=0.3, first_message=0.3))
+    server = serve(limits=Limits(head_seconds=0.3, first_message_seconds=0.3))
     upgrade = b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     with raw(server, upgrade) as connection:
         assert answer_of(read_to_end(connection))[0] == 408
@@ -76,16 +76,23 @@ def test_a_handshake_that_is_never_finished_is_closed(serve: Serve) -> None:
         data = b""
         while b"\x03\xf0" not in data:  # the close code 1008
             data += silent.recv(65536)
-        assert data.startswith(b"HTTP/1.1 101 ") and b"nothing was said within 0.3 s" in data
+        assert data.startswith(b"HTTP/1.1 101 ") and b"no message arrived within 0.3 s" in data
     assert len(server.waiting) == 0
 
 
-def test_connections_that_wait_take_no_place_of_others(serve: Serve) -> None:
-    """More of each kind than there are places: the oldest are closed, and everybody else is answered."""
-    server = serve(limits=Limits(waiting=8, answering=4, head=DEADLINE, body=DEADLINE, first_message=DEADLINE))
+def test_waiting_connections_do_not_block_other_clients(serve: Serve) -> None:
+    """With more waiting connections of each kind than the limit, the oldest are closed and requests are answered."""
+    limits = Limits(
+        waiting_connections=8,
+        parallel_requests=4,
+        head_seconds=DEADLINE,
+        body_seconds=DEADLINE,
+        first_message_seconds=DEADLINE,
+    )
+    server = serve(limits=limits)
     kinds = [b"", HEAD, POST + b"Content-Length: 20\r\n\r\n{"]
-    with ExitStack() as held, server.http() as http:
-        connections = [held.enter_context(raw(server, kinds[index % len(kinds)])) for index in range(MANY)]
+    with ExitStack() as stack, server.http() as http:
+        connections = [stack.enter_context(raw(server, kinds[index % len(kinds)])) for index in range(MANY)]
         silent = [server.connect() for _ in range(MANY)]
         wait_until(lambda: len(server.waiting) == 8)
         for _ in range(20):
@@ -98,18 +105,18 @@ def test_connections_that_wait_take_no_place_of_others(serve: Serve) -> None:
         assert closed_with(silent[0]) == 1013
 
 
-def test_more_connections_than_all_places_close_one_that_waits(serve: Serve) -> None:
-    server = serve(limits=Limits(connections=8, head=DEADLINE))
-    with ExitStack() as held:
+def test_connections_beyond_the_limit_close_a_waiting_one(serve: Serve) -> None:
+    server = serve(limits=Limits(connections=8, head_seconds=DEADLINE))
+    with ExitStack() as stack:
         for _ in range(MANY):
-            held.enter_context(raw(server, HEAD))
+            stack.enter_context(raw(server, HEAD))
         with raw(server, HEAD + b"Connection: close\r\n\r\n") as other:
             assert read_to_end(other).startswith(b"HTTP/1.1 200 ")
         assert len(server.waiting) <= 8
 
 
-def test_more_requests_than_places_get_an_error_in_the_usual_form(serve: Serve) -> None:
-    with serve(limits=Limits(answering=0)).http() as http:
+def test_parallel_requests_beyond_the_limit_get_an_error(serve: Serve) -> None:
+    with serve(limits=Limits(parallel_requests=0)).http() as http:
         answer = http.get("/healthz")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "busy")
 
@@ -121,13 +128,13 @@ def test_a_large_head_that_comes_in_one_piece_is_refused(serve: Serve) -> None:
             assert read_to_end(connection).startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_a_head_without_end_is_refused_by_its_size(serve: Serve) -> None:
+def test_a_head_without_end_is_refused_for_its_size(serve: Serve) -> None:
     with raw(serve(), HEAD + b"X-Long: ") as connection:
         refused = False
         for _ in range(4 * HEAD_BYTES // 1024):
             try:
                 connection.sendall(b"a" * 1024)
-            except OSError:  # it is closed by now
+            except OSError:  # the server has closed the connection
                 refused = True
                 break
         status = 431 if refused else answer_of(read_to_end(connection))[0]
@@ -145,13 +152,13 @@ def test_a_head_without_end_is_refused_by_its_size(serve: Serve) -> None:
         POST + b"Content-Length: many\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
     ],
-    ids=["TLS", "another protocol", "a path in bytes", "a space in a name", "negative", "no number", "no chunk"],
+    ids=["TLS", "other protocol", "path in bytes", "space in a name", "negative", "not a number", "not a chunk"],
 )
-def test_what_is_not_http_gets_an_error_in_the_usual_form(serve: Serve, data: bytes) -> None:
+def test_invalid_http_gets_an_error_as_json(serve: Serve, data: bytes) -> None:
     with raw(serve(), data) as connection:
         assert answer_of(read_to_end(connection)) == (
             400,
-            {"code": "bad_request", "message": "this is not an HTTP request that can be read"},
+            {"code": "bad_request", "message": "the request is not valid HTTP"},
         )
 
 
@@ -160,10 +167,10 @@ def test_what_is_not_http_gets_an_error_in_the_usual_form(serve: Serve, data: by
     ("path", "token", "status"),
     [("/v1/videos", None, 413), ("/healthz", None, 413), ("/v1/videos", "right-and-long-enough", 401)],
 )
-def test_a_body_that_is_much_too_large_is_taken_before_it_is_refused(
+def test_a_much_too_large_body_is_read_before_it_is_refused(
     serve: Serve, path: str, token: str | None, status: int, more: bytes
 ) -> None:
-    """A client that writes all of it and reads then, as most do, gets the answer."""
+    """A client that sends the whole body before it reads, as most do, receives the answer."""
     size = 30 * 2**20
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n".encode() + more
     server = serve(token=token)
@@ -188,14 +195,14 @@ def test_a_chunked_body_that_is_too_large_is_refused(serve: Serve) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 
 
-def test_a_client_that_asks_first_is_refused_before_it_sends(serve: Serve) -> None:
+def test_expect_100_continue_is_refused_before_the_body_is_sent(serve: Serve) -> None:
     head = POST + b"Content-Length: 30000000\r\nExpect: 100-continue\r\n\r\n"
     with raw(serve(), head) as connection:
         assert answer_of(read_to_end(connection))[0] == 413
 
 
-def test_a_reader_that_takes_nothing_is_cut_off(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    server = serve(limits=Limits(sending=0.3), send_buffer=4096)
+def test_a_client_that_reads_nothing_is_disconnected(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(limits=Limits(send_seconds=0.3), send_buffer=4096)
     name = "A" * 22
     (server.folder / "streams" / f"{name}.mp4").write_bytes(bytes(2**22))
     with raw(server) as connection:

@@ -1,4 +1,4 @@
-"""Files over HTTP: HEAD as GET without a body, ranges, conditions, and files that change while they are sent."""
+"""Files over HTTP: HEAD, ranges, conditions, and files that change while they are sent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_head_is_answered_as_get_without_a_body(server: RunningServer) -> None:
         assert http.head("/v1/videos/x/cancel").status_code == 405
 
 
-def test_a_connection_is_kept_after_head(server: RunningServer) -> None:
+def test_a_connection_stays_open_after_head(server: RunningServer) -> None:
     host, _, port = server.address.partition(":")
     request = f"HEAD {CONTENT} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -97,7 +97,7 @@ def test_a_range_is_a_part_of_the_file(server: RunningServer, value: str, start:
         ("bytes=-0", 416),
     ],
 )
-def test_a_range_that_cannot_be_is_refused_in_the_usual_form(server: RunningServer, value: str, status: int) -> None:
+def test_an_invalid_range_is_refused(server: RunningServer, value: str, status: int) -> None:
     with server.http() as http:
         answer = http.get(CONTENT, headers={"Range": value})
         assert (answer.status_code, set(answer.json()["error"])) == (status, {"code", "message"})
@@ -107,7 +107,7 @@ def test_a_range_that_cannot_be_is_refused_in_the_usual_form(server: RunningServ
 
 
 @pytest.mark.parametrize("value", ["bytes=0-1,5-6", "pages=1-2"])
-def test_what_need_not_be_understood_gets_the_whole_file(server: RunningServer, value: str) -> None:
+def test_multiple_ranges_and_unknown_units_get_the_whole_file(server: RunningServer, value: str) -> None:
     with server.http() as http:
         answer = http.get(CONTENT, headers={"Range": value})
     assert (answer.status_code, answer.content) == (200, DATA)
@@ -118,12 +118,12 @@ def test_an_empty_file_has_no_ranges() -> None:
         read_range("bytes=0-", 0)
 
 
-def test_conditions_are_looked_at(server: RunningServer) -> None:
+def test_conditional_requests(server: RunningServer) -> None:
     with server.http() as http:
         whole = http.get(CONTENT)
         etag, modified = whole.headers["etag"], whole.headers["last-modified"]
-        for known in (etag, f"W/{etag}", f'"x", {etag}', "*"):
-            answer = http.get(CONTENT, headers={"If-None-Match": known})
+        for tags in (etag, f"W/{etag}", f'"x", {etag}', "*"):
+            answer = http.get(CONTENT, headers={"If-None-Match": tags})
             assert (answer.status_code, answer.content) == (304, b"")
         assert http.get(CONTENT, headers={"If-None-Match": '"x"'}).content == DATA
         for condition, status in ((etag, 206), (modified, 206), ('"x"', 200)):

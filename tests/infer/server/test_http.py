@@ -1,10 +1,11 @@
-"""The page, tokens, hosts and origins, counters, and the interface as it describes itself."""
+"""The page, tokens, hosts and origins, counters, and the interface as /openapi.json describes it."""
 
 from __future__ import annotations
 
 import os
 import socket
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import hypothesis
@@ -25,12 +26,15 @@ from longvideo.infer.server.security import check_listening, check_public_hosts,
 from tests.infer.server.conftest import DEADLINE, PROMPT, Serve
 from tests.infer.server.test_stream import closed_with
 
+if TYPE_CHECKING:
+    from schemathesis.schemas import APIOperation
+
 TOKEN = "correct-horse-battery"
 CASES = int(os.environ.get("LONGVIDEO_SCHEMATHESIS_CASES", "60"))
 GUARDED = ["/v1/videos", "/v1/videos/" + "A" * 22, "/v1/streams/" + "A" * 22 + "/content", "/metrics"]
 
 
-def test_the_server_says_what_it_serves(serve: Serve) -> None:
+def test_the_server_describes_its_model(serve: Serve) -> None:
     with serve().http() as http:
         assert http.get("/v1/server").json() == {
             "model": "small",
@@ -46,13 +50,13 @@ def test_the_server_says_what_it_serves(serve: Serve) -> None:
         assert http.get("/healthz").json() == {"status": "ok"}
 
 
-def test_tiny_knows_every_word_of_the_examples() -> None:
+def test_tiny_was_trained_on_every_word_of_the_examples() -> None:
     encoder = StreamingPipeline.from_pretrained("tiny", device="cpu").models.text_encoder
     assert len(TINY_EXAMPLES) == 6
     assert [encoder.unknown_words(prompt) for prompt in TINY_EXAMPLES] == [[]] * 6
 
 
-def test_the_page_may_load_nothing_from_elsewhere(serve: Serve) -> None:
+def test_the_page_loads_nothing_from_other_servers(serve: Serve) -> None:
     with serve(token=TOKEN).http() as http:
         for path in ("/", *(f"/page/{file.name}" for file in PAGE.iterdir())):
             answer = http.get(path)
@@ -67,7 +71,7 @@ def test_the_page_may_load_nothing_from_elsewhere(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", GUARDED)
-def test_the_token_is_wanted_everywhere(serve: Serve, path: str) -> None:
+def test_the_token_is_required(serve: Serve, path: str) -> None:
     with serve(token=TOKEN).http() as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer"}):
             answer = http.get(path, headers=headers)
@@ -78,11 +82,11 @@ def test_the_token_is_wanted_everywhere(serve: Serve, path: str) -> None:
             assert http.get(open_path).status_code == 200
 
 
-def test_the_token_opens_the_stream_as_a_subprotocol_or_a_header(serve: Serve) -> None:
+def test_a_stream_accepts_the_token_as_a_subprotocol_or_a_header(serve: Serve) -> None:
     server = serve(token=TOKEN)
     for options in ({}, {"subprotocols": ["longvideo.v1", "bearer.wrong"]}):
         client = server.connect(**options)
-        assert client.hear()["code"] == "unauthorized"
+        assert client.receive()["code"] == "unauthorized"
         assert closed_with(client) == 1008
     client = server.connect(subprotocols=["longvideo.v1", f"bearer.{TOKEN}"])
     assert client.socket.subprotocol == "longvideo.v1"
@@ -91,7 +95,7 @@ def test_the_token_opens_the_stream_as_a_subprotocol_or_a_header(serve: Serve) -
     assert client.start(seconds=1)["type"] == "ready"
 
 
-def test_other_names_of_this_machine_are_refused(serve: Serve) -> None:
+def test_other_host_names_are_refused(serve: Serve) -> None:
     server = serve()
     port = server.address.split(":")[1]
     with server.http() as http:
@@ -114,7 +118,7 @@ def test_other_names_of_this_machine_are_refused(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("host", ["video.example.org", "video.example.org:443", "192.168.1.4:8080", "", "x y"])
-def test_with_a_token_a_proxy_may_pass_on_any_name(serve: Serve, host: str) -> None:
+def test_with_a_token_any_host_name_is_accepted(serve: Serve, host: str) -> None:
     server = serve(token=TOKEN)
     right, wrong = {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": "Bearer not-the-token"}
     with server.http() as http:
@@ -129,7 +133,7 @@ def test_with_a_token_a_proxy_may_pass_on_any_name(serve: Serve, host: str) -> N
         ("https://video.example.org", "video.example.org", [], 101),
         ("https://video.example.org", "video.example.org:443", [], 101),
         ("http://video.example.org:8080", "Video.example.org:8080", [], 101),
-        ("https://video.example.org", "127.0.0.1:8000", [], 403),  # a proxy that does not pass Host on
+        ("https://video.example.org", "127.0.0.1:8000", [], 403),  # a proxy that replaces Host
         ("https://video.example.org", "127.0.0.1:8000", ["video.example.org"], 101),
         ("https://attacker.example", "127.0.0.1:8000", ["video.example.org"], 403),
         ("https://attacker.example", "video.example.org", [], 403),
@@ -139,7 +143,7 @@ def test_with_a_token_a_proxy_may_pass_on_any_name(serve: Serve, host: str) -> N
         ("", "video.example.org", [], 403),
     ],
 )
-def test_a_page_behind_a_proxy_reaches_its_own_server_alone(
+def test_a_page_behind_a_proxy_reaches_only_its_own_server(
     serve: Serve, origin: str, host: str, public: list[str], status: int
 ) -> None:
     server = serve(token=TOKEN, public_hosts=check_public_hosts(public))
@@ -160,7 +164,7 @@ def test_a_page_behind_a_proxy_reaches_its_own_server_alone(
 
 
 @pytest.mark.parametrize("name", ["https://video.example.org", "video.example.org:443", "a/b", "a b", "", "a@b"])
-def test_a_public_host_is_a_name_alone(name: str) -> None:
+def test_a_public_host_is_only_a_name(name: str) -> None:
     assert check_public_hosts(["Video.Example.org", "[::1]"]) == {"video.example.org", "::1"}
     with pytest.raises(UserError, match="is not a host name"):
         check_public_hosts([name])
@@ -180,7 +184,7 @@ def test_pages_of_other_servers_are_refused(serve: Serve, origin: str) -> None:
     assert server.connect(origin=server.url).start(seconds=1)["type"] == "ready"
 
 
-def test_listening_beyond_this_machine_takes_a_token() -> None:
+def test_listening_for_other_machines_needs_a_token() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.4", "example.org", "localhost.example.org", "")))
     check_listening("127.0.0.1", None)
@@ -190,13 +194,15 @@ def test_listening_beyond_this_machine_takes_a_token() -> None:
             check_listening(host, token)
 
 
-def test_the_command_refuses_to_listen_to_everybody(monkeypatch, capsys) -> None:
+def test_the_command_refuses_an_open_address_and_a_used_port(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("LONGVIDEO_TOKEN", raising=False)
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "--token" in capsys.readouterr().err
-    taken = listen("127.0.0.1", 0)
-    assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    taken.close()
+    listening = listen("127.0.0.1", 0)
+    assert main(["serve", "--port", str(listening.getsockname()[1])]) == 2
+    listening.close()
     assert "cannot listen" in capsys.readouterr().err
 
 
@@ -204,7 +210,7 @@ def test_counters_count(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     client.start(seconds=3)
-    client.hear_until("end")
+    client.receive_until("end")
     with server.http() as http:
         answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -221,33 +227,33 @@ def test_counters_count(serve: Serve) -> None:
         assert line in lines
 
 
-def test_the_interface_is_what_it_says_it_is(serve: Serve) -> None:
-    """Requests made up from the description get answers that are in the description.
+def test_the_interface_matches_its_description(serve: Serve) -> None:
+    """Requests generated from /openapi.json get answers that it describes.
 
-    LONGVIDEO_SCHEMATHESIS_CASES: how many for each of them.
+    LONGVIDEO_SCHEMATHESIS_CASES: number of requests for each operation.
     """
     server = serve(limits=Limits(job_seconds=1.0), token=TOKEN)
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    # what is wrong only together, such as too many seconds in all, no schema can say
-    left_out = [positive_data_acceptance]
-    seen: set[int] = set()
+    # a schema cannot express limits on several fields together, such as the total length of all shots
+    excluded = [positive_data_acceptance]
+    statuses: set[int] = set()
     for operation in schema.get_all_operations():
         assert isinstance(operation, Ok)
-        run_cases(operation.ok(), left_out, seen)
-    assert {200, 404, 422} <= seen and max(seen) < 500
+        run_cases(operation.ok(), excluded, statuses)
+    assert {200, 404, 422} <= statuses and max(statuses) < 500
 
 
-def run_cases(operation, left_out: list, seen: set[int]) -> None:
-    unhurried = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+def run_cases(operation: APIOperation, excluded: list[Any], statuses: set[int]) -> None:
+    slow_checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
 
-    @hypothesis.settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=unhurried)
+    @hypothesis.settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=slow_checks)
     @hypothesis.seed(0)
     @hypothesis.given(case=operation.as_strategy())
-    def one(case) -> None:
+    def run_case(case: schemathesis.Case) -> None:
         answer = case.call(headers={"Authorization": f"Bearer {TOKEN}"})
-        seen.add(answer.status_code)
-        case.validate_response(answer, excluded_checks=left_out)
+        statuses.add(answer.status_code)
+        case.validate_response(answer, excluded_checks=excluded)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one()
+        run_case()

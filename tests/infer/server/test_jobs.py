@@ -1,4 +1,4 @@
-"""Jobs over HTTP: from queued to a file that plays, cancelled, interrupted, restarted and killed."""
+"""Jobs over HTTP: completed, cancelled, interrupted, queued across restarts, and after a kill."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import sqlite3
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx
@@ -20,7 +21,7 @@ from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
 
 FPS = 24
 OVER = ("completed", "failed", "cancelled", "interrupted")
-LONG = 300  # seconds of video: minutes of work even for the small model
+LONG = 300  # seconds of video: takes minutes even with the small model
 
 
 def num_frames(data: bytes) -> int:
@@ -28,24 +29,24 @@ def num_frames(data: bytes) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def make(http: httpx.Client, **fields) -> dict:
+def create(http: httpx.Client, **fields: Any) -> dict[str, Any]:
     answer = http.post("/v1/videos", json={"prompt": PROMPT, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-def job_now(http: httpx.Client, job: dict) -> dict:
+def job_now(http: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     return http.get(f"/v1/videos/{job['id']}").json()
 
 
-def wait_for(http: httpx.Client, job: dict, *statuses: str) -> dict:
+def wait_for(http: httpx.Client, job: dict[str, Any], *statuses: str) -> dict[str, Any]:
     wait_until(lambda: job_now(http, job)["status"] in statuses)
     return job_now(http, job)
 
 
-def test_a_job_becomes_a_file_that_plays(serve: Serve) -> None:
+def test_a_job_produces_a_file_that_plays(serve: Serve) -> None:
     with serve().http() as http:
-        job = make(http, seconds=3, seed=2)
+        job = create(http, seconds=3, seed=2)
         assert (job["object"], job["model"], job["status"], job["progress"]) == ("video", "small", "queued", 0)
         assert (job["seconds"], job["size"], job["seed"], job["expires_at"]) == (3, "64x32", 2, None)
         done = wait_for(http, job, *OVER)
@@ -55,15 +56,15 @@ def test_a_job_becomes_a_file_that_plays(serve: Serve) -> None:
         assert whole.headers["content-type"] == "video/mp4" and num_frames(whole.content) == 72
         part = http.get(f"/v1/videos/{job['id']}/content", headers={"Range": "bytes=10-19"})
         assert part.status_code == 206 and part.content == whole.content[10:20]
-        behind = http.get(f"/v1/videos/{job['id']}/content", headers={"Range": "bytes=999999999-"})
-        assert behind.status_code == 416
+        outside = http.get(f"/v1/videos/{job['id']}/content", headers={"Range": "bytes=999999999-"})
+        assert outside.status_code == 416
         deleted = {"id": job["id"], "object": "video.deleted", "deleted": True}
         assert http.delete(f"/v1/videos/{job['id']}").json() == deleted
         assert http.get(f"/v1/videos/{job['id']}").status_code == 404
         assert http.get(f"/v1/videos/{job['id']}/content").status_code == 404
 
 
-def test_shots_are_shown_one_after_the_other(serve: Serve) -> None:
+def test_shots_follow_each_other(serve: Serve) -> None:
     shots = [{"prompt": PROMPT, "seconds": 2}, {"prompt": "a blue square spins", "seconds": 3, "cut": False}]
     with serve().http() as http:
         job = http.post("/v1/videos", json={"shots": shots}).json()
@@ -74,7 +75,7 @@ def test_shots_are_shown_one_after_the_other(serve: Serve) -> None:
 def test_progress_rises_and_a_cancel_ends_the_job(serve: Serve) -> None:
     server = serve()
     with server.http() as http:
-        job, queued = make(http, seconds=LONG), make(http, seconds=1)
+        job, queued = create(http, seconds=LONG), create(http, seconds=1)
         seen = []
         wait_until(lambda: seen.append(job_now(http, job)["frames"]) or seen[-1] > 100)
         assert all(later >= earlier for earlier, later in pairwise(seen)) and seen[-1] < LONG * FPS
@@ -83,35 +84,35 @@ def test_progress_rises_and_a_cancel_ends_the_job(serve: Serve) -> None:
         assert http.delete(f"/v1/videos/{job['id']}").status_code == 409
         cancelled = http.post(f"/v1/videos/{job['id']}/cancel").json()
         assert cancelled["status"] == "cancelled"
-        made = cancelled["frames"]
+        num_frames_then = cancelled["frames"]
         assert wait_for(http, queued, *OVER)["status"] == "completed"
-        assert job_now(http, job)["frames"] - made <= 32
+        assert job_now(http, job)["frames"] - num_frames_then <= 32
         assert http.post(f"/v1/videos/{queued['id']}/cancel").json()["status"] == "completed"
     assert [path.stem for path in (server.folder / "videos").iterdir()] == [queued["id"]]
 
 
-def test_a_queued_job_that_is_cancelled_is_never_made(serve: Serve) -> None:
+def test_a_cancelled_queued_job_is_not_generated(serve: Serve) -> None:
     with serve().http() as http:
-        long, queued = make(http, seconds=LONG), make(http, seconds=1)
+        long, queued = create(http, seconds=LONG), create(http, seconds=1)
         assert http.post(f"/v1/videos/{queued['id']}/cancel").json()["status"] == "cancelled"
         http.post(f"/v1/videos/{long['id']}/cancel")
-        last = make(http, seconds=1)
+        last = create(http, seconds=1)
         assert wait_for(http, last, *OVER)["status"] == "completed"
         assert job_now(http, queued)["frames"] == 0
 
 
-def test_more_jobs_than_the_queue_holds_are_refused(serve: Serve) -> None:
+def test_jobs_beyond_the_queue_are_refused(serve: Serve) -> None:
     with serve(limits=Limits(queued_jobs=2)).http() as http:
-        running = make(http, seconds=LONG)
+        running = create(http, seconds=LONG)
         wait_for(http, running, "in_progress")
         for _ in range(2):
-            make(http)
+            create(http)
         assert http.post("/v1/videos", json={"prompt": PROMPT}).status_code == 429
 
 
-def test_pages_of_the_list_have_every_job_once(serve: Serve) -> None:
+def test_pages_of_the_list_contain_every_job_once(serve: Serve) -> None:
     with serve().http() as http:
-        jobs = [make(http, seconds=0.1)["id"] for _ in range(5)]
+        jobs = [create(http, seconds=0.1)["id"] for _ in range(5)]
         newest = http.get("/v1/videos").json()
         assert [job["id"] for job in newest["data"]] == jobs[::-1] and not newest["has_more"]
         seen, after = [], {}
@@ -125,10 +126,10 @@ def test_pages_of_the_list_have_every_job_once(serve: Serve) -> None:
         assert http.get("/v1/videos", params={"after": "A" * 22}).status_code == 404
 
 
-def test_the_end_of_a_server_interrupts_its_job_and_the_next_one_makes_those_in_the_queue(serve: Serve) -> None:
+def test_a_stopped_server_interrupts_its_job_and_the_next_one_continues_the_queue(serve: Serve) -> None:
     first = serve()
     with first.http() as http:
-        running, queued = make(http, seconds=LONG), make(http, seconds=1)
+        running, queued = create(http, seconds=LONG), create(http, seconds=1)
         wait_until(lambda: job_now(http, running)["frames"] > 0)
     first.stop()
     with serve().http() as http:
@@ -139,11 +140,11 @@ def test_the_end_of_a_server_interrupts_its_job_and_the_next_one_makes_those_in_
         assert wait_for(http, queued, *OVER)["status"] == "completed"
 
 
-def test_after_a_kill_the_database_opens_and_what_plays_is_kept(
+def test_after_a_kill_the_database_opens_and_playable_files_are_kept(
     model_folder: Path, tmp_path: Path, serve: Serve
 ) -> None:
     with serve_process(model_folder, tmp_path, "--folder", ".") as (process, http):
-        done, running, queued = make(http, seconds=1), make(http, seconds=LONG), make(http, seconds=1)
+        done, running, queued = create(http, seconds=1), create(http, seconds=LONG), create(http, seconds=1)
         wait_until(lambda: job_now(http, running)["frames"] > 100)
         assert job_now(http, done)["status"] == "completed"
         whole = http.get(f"/v1/videos/{done['id']}/content").content
@@ -159,13 +160,13 @@ def test_after_a_kill_the_database_opens_and_what_plays_is_kept(
         assert wait_for(http, queued, *OVER)["status"] == "completed"
 
 
-def test_a_job_whose_file_is_torn_keeps_none(serve: Serve, tmp_path: Path) -> None:
+def test_a_job_with_a_damaged_file_keeps_none(serve: Serve, tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs.sqlite")
     job = Job(new_id(), "in_progress", (ShotRequest(PROMPT, 4),), 0, None, None, 96)
     store.add(job, max_queued=1)
     store.close()
     (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / f"{job.id}.mp4").write_bytes(b"no video")
+    (tmp_path / "videos" / f"{job.id}.mp4").write_bytes(b"not a video")
     (tmp_path / "videos" / f".{job.id}.mp4.7.part").write_bytes(b"")
     with serve().http() as http:
         assert http.get(f"/v1/videos/{job.id}").json()["status"] == "interrupted"
@@ -199,7 +200,7 @@ def test_a_job_whose_file_is_torn_keeps_none(serve: Serve, tmp_path: Path) -> No
         b"x" * 70_000,
     ],
 )
-def test_bad_requests_are_refused_in_one_form(serve: Serve, body: bytes) -> None:
+def test_bad_requests_are_refused_as_json(serve: Serve, body: bytes) -> None:
     with serve().http() as http:
         answer = http.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code in (400, 413, 422)

@@ -1,6 +1,6 @@
-"""`longvideo serve` with tiny, for long and for many: memory stays where it is, and the file is whole.
+"""`longvideo serve` with tiny for a long stream and for many clients: memory is constant and the file is complete.
 
-LONGVIDEO_STREAM_SECONDS says how long, LONGVIDEO_CLIENTS how many.
+LONGVIDEO_STREAM_SECONDS: length of the video. LONGVIDEO_CLIENTS: number of clients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.infer.server.conftest import Client, ServerProcess, wait_until
 SECONDS = float(os.environ.get("LONGVIDEO_STREAM_SECONDS", "16"))
 CLIENTS = int(os.environ.get("LONGVIDEO_CLIENTS", "8"))
 SETTLED_CHUNKS = 6
-SWITCH_CHUNKS = 20  # the prompt changes every so many chunks; a peak is taken over as many
+SWITCH_CHUNKS = 20  # number of chunks between two prompts, and for which a peak is measured
 SETTLED_CLIENTS = 4
 GROWTH = 1.05
 PROMPTS = ("a small red circle drifts left over a black background", "a large blue star spins on a meadow")
@@ -35,11 +35,11 @@ def resident_bytes(process: int) -> int:
 
 
 def peak_bytes(process: int) -> int:
-    """Return the most memory that a process held since this was asked before, and begin again."""
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    """Return the peak memory of a process since the previous call, and reset the peak."""
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     Path(f"/proc/{process}/clear_refs").write_text("5")
-    assert found
-    return int(found[1]) * 1024
+    assert match
+    return int(match[1]) * 1024
 
 
 def open_files(process: int) -> int:
@@ -50,13 +50,13 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 
 def live_streams(server: ServerProcess) -> int:
-    found = re.search(r"^longvideo_sessions_live (\d+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
-    assert found
-    return int(found[1])
+    match = re.search(r"^longvideo_sessions_live (\d+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    assert match
+    return int(match[1])
 
 
 @pytest.mark.timeout(600 + 10 * CLIENTS)
-def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
+def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path) -> None:
     server, chance = ServerProcess(tmp_path), random.Random(0)
     memory, files = [], []
     try:
@@ -65,47 +65,47 @@ def test_clients_that_leave_give_memory_and_files_back(tmp_path: Path) -> None:
                 client = Client(socket)
                 client.start(chance.choice(PROMPTS))
                 for _ in range(chance.randrange(4)):
-                    client.hear()
+                    client.receive()
                 if chance.random() < 0.5:
                     socket.socket.shutdown(SHUT_RDWR)
             wait_until(lambda: live_streams(server) == 0)
             memory.append(resident_bytes(server.process.pid))
             files.append(open_files(server.process.pid))
-        # the connection on which it was just asked how many streams live may not be closed yet
+        # the connection of the last request to /metrics may still be open
         wait_until(lambda: open_files(server.process.pid) <= files[SETTLED_CLIENTS - 1])
     finally:
         server.stop()
     settled, end = memory[SETTLED_CLIENTS - 1], memory[-1]
-    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} at last; files {files}")
+    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} MiB at the end; files {files}")
     assert end < GROWTH * settled
 
 
 @pytest.mark.timeout(600 + 3 * SECONDS)
-def test_a_long_stream_takes_no_more_and_more_memory(tmp_path: Path) -> None:
+def test_a_long_stream_needs_constant_memory(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     try:
         with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
             client = Client(socket)
             session = client.start(PROMPTS[0], seconds=SECONDS)["session"]
             peaks, files = [], []
-            while (message := client.hear())["type"] != "end":
+            while (message := client.receive())["type"] != "end":
                 if message["type"] != "chunk":
                     continue
                 client.segments.clear()
-                # not what it holds now: that depends on how far the thread is with the next chunk
+                # the peak, because the current size depends on the progress of the next chunk
                 peaks.append(peak_bytes(server.process.pid))
                 files.append(open_files(server.process.pid))
                 if message["chunk"] % SWITCH_CHUNKS == SWITCH_CHUNKS - 1:
-                    client.say("set_prompt", prompt=PROMPTS[message["chunk"] // SWITCH_CHUNKS % 2], mode="cut")
+                    client.send("set_prompt", prompt=PROMPTS[message["chunk"] // SWITCH_CHUNKS % 2], mode="cut")
     finally:
         server.stop()
-    # until then the window fills, and what can be gone back to
+    # before that, the window and the history for seeking are still growing
     first = min(HISTORY_CHUNKS + SETTLED_CHUNKS, len(peaks) // 2)
     later = first + min(SWITCH_CHUNKS, len(peaks) // 4)
-    settled, most = max(peaks[first:later]), max(peaks[later:])
+    settled, peak = max(peaks[first:later]), max(peaks[later:])
     quarters = [(int(part.min()), int(part.max())) for part in np.array_split(np.array(peaks[later:]) >> 20, 4)]
-    print(f"{SECONDS:g} s, {len(peaks)} parts: {settled >> 20} MiB at most in {first} to {later}; then {quarters}")
-    assert most < GROWTH * settled
+    print(f"{SECONDS:g} s, {len(peaks)} parts: {settled >> 20} MiB peak in {first} to {later}; then {quarters}")
+    assert peak < GROWTH * settled
     assert files[-1] <= files[first]
     with av.open(str(tmp_path / "streams" / f"{session}.mp4")) as container:
         times = [frame.pts for frame in container.decode(video=0)]

@@ -1,4 +1,4 @@
-"""Segments: boxes, key frames first, rising times, colours; the file of a stream after a seek and when reopened."""
+"""Segments: boxes, key frames, increasing times, colors; the file of a stream after a seek and when it is reopened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STARTS = (0, 1, 29, 61)
 
 
 def pictures(start: int, count: int) -> np.ndarray:
-    """Smooth colours with a bright column that moves a pixel a frame."""
+    """Return smooth colors with a bright column that moves by one pixel per frame."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     frames = np.stack([x * 2, y * 3, np.full_like(x, 90)], axis=-1).astype(np.uint8)[None].repeat(count, axis=0)
     for index in range(count):
@@ -31,8 +31,8 @@ def pictures(start: int, count: int) -> np.ndarray:
     return frames
 
 
-def encoded(video: FragmentedVideo, parts=PARTS, starts=STARTS) -> list[Segment]:
-    return [video.encode(pictures(start, count), start=start) for start, count in zip(starts, parts, strict=True)]
+def encoded(video: FragmentedVideo) -> list[Segment]:
+    return [video.encode(pictures(start, count), start=start) for start, count in zip(STARTS, PARTS, strict=True)]
 
 
 def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
@@ -49,7 +49,7 @@ def video() -> FragmentedVideo:
     return FragmentedVideo(width=WIDTH, height=HEIGHT, fps=FPS)
 
 
-def test_init_and_segments_are_the_boxes_that_media_source_wants(video: FragmentedVideo) -> None:
+def test_init_and_segments_are_the_boxes_that_media_source_accepts(video: FragmentedVideo) -> None:
     assert [kind for kind, *_ in boxes(video.init)] == [b"ftyp", b"moov"]
     assert video.mime.startswith('video/mp4; codecs="avc1.42') and len(video.mime) == len(
         'video/mp4; codecs="avc1.42C00B"'
@@ -61,7 +61,7 @@ def test_init_and_segments_are_the_boxes_that_media_source_wants(video: Fragment
         assert (segment.start, segment.frames) == (start, count)
 
 
-def test_sequence_numbers_rise(video: FragmentedVideo) -> None:
+def test_sequence_numbers_increase(video: FragmentedVideo) -> None:
     numbers = [struct.unpack_from(">I", segment.data, 8 + 8 + 4)[0] for segment in encoded(video)]
     assert all(later > earlier for earlier, later in pairwise(numbers))
 
@@ -77,29 +77,30 @@ def test_every_segment_plays_alone_from_its_key_frame(video: FragmentedVideo) ->
         assert np.abs(frames.astype(int) - pictures(start, count)).mean() < 4
 
 
-def test_all_segments_together_are_a_file_with_every_frame_once(video: FragmentedVideo) -> None:
+def test_concatenated_segments_contain_every_frame_once(video: FragmentedVideo) -> None:
     indices, frames = decoded(video.init + b"".join(segment.data for segment in encoded(video)))
     assert indices == list(range(64))
     assert np.abs(frames.astype(int) - pictures(0, 64)).mean() < 4
 
 
-def test_plain_colours_survive(video: FragmentedVideo) -> None:
-    for colour in [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (120, 130, 90)]:
-        frames = np.broadcast_to(np.array(colour, dtype=np.uint8), (2, HEIGHT, WIDTH, 3))
-        _, seen = decoded(video.init + video.encode(frames, start=0).data)
-        assert np.abs(seen.astype(int) - frames).max() <= 4
+def test_plain_colors_are_preserved(video: FragmentedVideo) -> None:
+    for color in [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (120, 130, 90)]:
+        frames = np.broadcast_to(np.array(color, dtype=np.uint8), (2, HEIGHT, WIDTH, 3))
+        _, result = decoded(video.init + video.encode(frames, start=0).data)
+        assert np.abs(result.astype(int) - frames).max() <= 4
 
 
-def test_pictures_of_the_model_that_ships_survive() -> None:
+def test_frames_of_tiny_are_preserved() -> None:
     pipeline = StreamingPipeline.from_pretrained("tiny", device="cpu")
-    made = np.concatenate(list(pipeline.stream("a small red circle drifts left over a black background", seconds=1)))
-    video = FragmentedVideo(width=made.shape[2], height=made.shape[1], fps=FPS)
-    indices, seen = decoded(video.init + video.encode(made, start=0).data)
+    prompt = "a small red circle drifts left over a black background"
+    expected = np.concatenate(list(pipeline.stream(prompt, seconds=1)))
+    video = FragmentedVideo(width=expected.shape[2], height=expected.shape[1], fps=FPS)
+    indices, frames = decoded(video.init + video.encode(expected, start=0).data)
     assert indices == list(range(24))
-    assert np.abs(seen.astype(int) - made).mean() < 1.5
+    assert np.abs(frames.astype(int) - expected).mean() < 1.5
 
 
-def test_the_file_of_a_stream_drops_what_a_seek_makes_anew(video: FragmentedVideo, tmp_path: Path) -> None:
+def test_a_seek_replaces_segments_in_the_file(video: FragmentedVideo, tmp_path: Path) -> None:
     file = StreamFile(tmp_path / "a.mp4", video.init)
     for segment in encoded(video):
         file.append(segment)
@@ -113,7 +114,7 @@ def test_the_file_of_a_stream_drops_what_a_seek_makes_anew(video: FragmentedVide
     assert decoded(file.path.read_bytes())[0] == list(range(29))
 
 
-def test_a_file_is_continued_by_another_encoder_even_if_its_last_segment_is_torn(
+def test_another_encoder_continues_a_file_with_an_incomplete_last_segment(
     video: FragmentedVideo, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.mp4"
@@ -124,15 +125,15 @@ def test_a_file_is_continued_by_another_encoder_even_if_its_last_segment_is_torn
     path.write_bytes(path.read_bytes()[:-10])
     other = FragmentedVideo(width=WIDTH, height=HEIGHT, fps=FPS)
     assert other.init == video.init
-    again = StreamFile(path, other.init)
-    assert again.num_frames == 61
-    again.append(other.encode(pictures(61, 32), start=61))
+    reopened = StreamFile(path, other.init)
+    assert reopened.num_frames == 61
+    reopened.append(other.encode(pictures(61, 32), start=61))
     indices, frames = decoded(path.read_bytes())
     assert indices == list(range(93))
     assert np.abs(frames.astype(int) - pictures(0, 93)).mean() < 4
 
 
-def test_a_file_with_another_beginning_is_refused(video: FragmentedVideo, tmp_path: Path) -> None:
+def test_a_file_with_another_initialization_segment_is_refused(video: FragmentedVideo, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\x00\x00\x00\x10ftypabcd....")
     with pytest.raises(UserError, match="another version"):
         StreamFile(tmp_path / "a.mp4", video.init)

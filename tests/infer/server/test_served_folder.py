@@ -1,4 +1,4 @@
-"""The folder of a server: one process at a time, and files that no other user can read."""
+"""The folder of a server: only one process uses it, and other users cannot read its files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
 
 
 def modes(folder: Path) -> set[int]:
-    """Return the permissions of all files and folders that are not their user's alone."""
+    """Return the permissions of the files and folders that other users can access."""
     allowed = {True: 0o700, False: 0o600}
-    found = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
-    return {mode for path, mode in found.items() if mode != allowed[path.is_dir()]}
+    permissions = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    return {mode for path, mode in permissions.items() if mode != allowed[path.is_dir()]}
 
 
 @pytest.mark.parametrize("folder", ["served", "link"])
 def test_a_second_process_is_refused_and_changes_nothing(model_folder: Path, tmp_path: Path, folder: str) -> None:
-    """The default folder, and another name for it."""
+    """The folder is the default one, or a link to it."""
     (tmp_path / "served").mkdir()
     (tmp_path / "link").symlink_to("served")
     with serve_process(model_folder, tmp_path, "--folder", "served") as (_, http):
@@ -39,7 +39,7 @@ def test_a_second_process_is_refused_and_changes_nothing(model_folder: Path, tmp
         assert http.get(f"/v1/videos/{running}").json()["status"] == "in_progress"
 
 
-def test_a_folder_is_free_again_after_its_process(tmp_path: Path) -> None:
+def test_a_folder_is_unlocked_after_its_process(tmp_path: Path) -> None:
     for _ in range(2):
         busy = pytest.raises(BusyError, match="another process serves")
         with served_folder(tmp_path / "new" / "served"), busy, served_folder(tmp_path / "new" / "served"):
@@ -47,12 +47,12 @@ def test_a_folder_is_free_again_after_its_process(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new" / "served").iterdir() if path.is_file()] == []
 
 
-def test_all_that_is_served_is_readable_by_its_user_alone(serve: Serve, tmp_path: Path) -> None:
+def test_only_the_user_can_read_served_files(serve: Serve, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     server = serve(folder=folder)
     client = server.connect()
     client.start()
-    client.hear_until("chunk", chunk=1)
+    client.receive_until("chunk", chunk=1)
     with server.http() as http:
         job = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.1}).json()["id"]
         wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] == "completed")
@@ -63,7 +63,7 @@ def test_all_that_is_served_is_readable_by_its_user_alone(serve: Serve, tmp_path
     assert modes(folder) == set()
 
 
-def test_what_an_older_version_left_is_made_private_and_other_things_are_left_alone(tmp_path: Path) -> None:
+def test_existing_files_of_the_server_become_private_and_other_files_do_not_change(tmp_path: Path) -> None:
     folder, mixed = tmp_path / "served", tmp_path / "mixed"
     outside = tmp_path / "outside"
     outside.write_text("")
@@ -90,8 +90,8 @@ def test_what_an_older_version_left_is_made_private_and_other_things_are_left_al
     assert os.umask(mask) == mask
 
 
-@pytest.mark.parametrize("place", ["file", "file/inside"])
-def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("name", ["file", "file/inside"])
+def test_an_impossible_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot use the folder"), served_folder(tmp_path / place):
+    with pytest.raises(UserError, match="cannot use the folder"), served_folder(tmp_path / name):
         pass

@@ -1,4 +1,4 @@
-"""Live streams over a real WebSocket: messages in their order, steering, limits, and what a client that leaves gets."""
+"""Live streams over a real WebSocket: order of messages, changes of the prompt, limits, and lost connections."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
 
 
 def hang_up(client: Client) -> None:
-    """End the TCP connection without a word."""
+    """End the TCP connection without a close frame."""
     client.socket.socket.shutdown(socket.SHUT_RDWR)
 
 
 def reset(client: Client) -> None:
-    """Let the server's next packet be answered with a reset, as a process that is killed does."""
+    """End the TCP connection so that the next packet of the server is answered with a reset, as after a kill."""
     client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     hang_up(client)
 
@@ -60,7 +60,7 @@ def closed_with(client: Client) -> int | None:
         return error.rcvd.code if error.rcvd else None
 
 
-def test_a_stream_is_ready_chunks_and_end_and_can_be_downloaded(serve: Serve, pipeline: StreamingPipeline) -> None:
+def test_a_stream_sends_ready_chunks_and_end_and_can_be_downloaded(serve: Serve, pipeline: StreamingPipeline) -> None:
     server = serve()
     client = server.connect(subprotocols=["longvideo.v1"])
     assert client.socket.subprotocol == "longvideo.v1"
@@ -69,7 +69,7 @@ def test_a_stream_is_ready_chunks_and_end_and_can_be_downloaded(serve: Serve, pi
     assert (ready["width"], ready["height"], ready["fps"]) == (64, 32, FPS)
     assert (ready["first_chunk_frames"], ready["chunk_frames"], ready["steps"]) == (FIRST, LATER, 2)
     assert (ready["prompt"], ready["seed"], ready["guidance"], ready["seconds"]) == (PROMPT, 4, 1.0, 3)
-    *chunks, end = client.hear_until("end")
+    *chunks, end = client.receive_until("end")
     assert [(c["chunk"], c["start"] * FPS, c["frames"]) for c in chunks] == [
         (0, 0, 1),
         (0, 1, 28),
@@ -84,73 +84,73 @@ def test_a_stream_is_ready_chunks_and_end_and_can_be_downloaded(serve: Serve, pi
         assert http.get(end["download"]).content == data
     indices, frames = decoded(data)
     assert indices == list(range(72))
-    made = np.concatenate(list(pipeline.stream(PROMPT, seconds=3, seed=4)))
-    # the random model makes noise, whose colours 4:2:0 averages away
-    brightness, expected = (video.astype(float) @ (0.2126, 0.7152, 0.0722) for video in (frames, made))
+    generated = np.concatenate(list(pipeline.stream(PROMPT, seconds=3, seed=4)))
+    # the random model generates noise, whose colors are averaged by 4:2:0
+    brightness, expected = (video.astype(float) @ (0.2126, 0.7152, 0.0722) for video in (frames, generated))
     assert np.abs(brightness - expected).mean() < 6
     assert sorted(path.suffix for path in (server.folder / "streams").iterdir()) == [".mp4"]
 
 
-def test_what_is_made_so_far_can_be_downloaded_while_it_grows(serve: Serve) -> None:
+def test_a_growing_file_can_be_downloaded(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start()["session"]
     content = f"/v1/streams/{session}/content"
-    client.hear_until("chunk", chunk=3)
+    client.receive_until("chunk", chunk=3)
     with server.http() as http:
         for chunk in range(4, 7):
             indices, _ = decoded(http.get(content).content)
             assert indices == list(range(len(indices))) and len(indices) >= FIRST
-            client.hear_until("chunk", chunk=chunk)
-        client.say("stop")
-        client.hear_until("end")
+            client.receive_until("chunk", chunk=chunk)
+        client.send("stop")
+        client.receive_until("end")
         wait_until(lambda: server.streams.num_live == 0)
         whole = http.get(content)
         assert http.get(content, headers={"Range": "bytes=-20"}).content == whole.content[-20:]
 
 
-def test_receipts_say_when_a_prompt_is_shown_and_it_is_shown_then(serve: Serve) -> None:
+def test_a_prompt_is_shown_from_the_chunk_of_its_receipt(serve: Serve) -> None:
     client = serve().connect()
     client.start(lead_seconds=2)
-    client.hear_until("chunk", chunk=1)
-    client.say("set_prompt", prompt="a blue square spins", mode="cut")
-    client.say("add_shot", prompt="a red square spins", mode="keep", chunk=7)
-    *_, first = client.hear_until("receipt")
-    *_, second = client.hear_until("receipt")
+    client.receive_until("chunk", chunk=1)
+    client.send("set_prompt", prompt="a blue square spins", mode="cut")
+    client.send("add_shot", prompt="a red square spins", mode="keep", chunk=7)
+    *_, first = client.receive_until("receipt")
+    *_, second = client.receive_until("receipt")
     assert first["action"] == "set_prompt" and first["mode"] == "cut" and first["prompt"] == "a blue square spins"
     assert 1 <= first["accepted_at"] < first["effective_at"] <= 5
     assert first["effective_seconds"] == pytest.approx((FIRST + (first["effective_at"] - 1) * LATER) / FPS)
     assert (second["action"], second["effective_at"], second["mode"]) == ("add_shot", 7, "keep")
-    client.say("played", seconds=600)
-    chunks = {c["chunk"]: c for c in client.hear_until("chunk", chunk=8) if c["type"] == "chunk"}
+    client.send("played", seconds=600)
+    chunks = {c["chunk"]: c for c in client.receive_until("chunk", chunk=8) if c["type"] == "chunk"}
     blue = [index for index in chunks if chunks[index]["prompt"] == "a blue square spins"]
     assert blue == list(range(first["effective_at"], 7)) and chunks[blue[0]]["cut"]
     assert chunks[7]["prompt"] == "a red square spins" and not chunks[7]["cut"]
 
 
-def test_no_chunk_is_begun_far_ahead_of_the_player(serve: Serve) -> None:
+def test_no_chunk_begins_far_ahead_of_the_player(serve: Serve) -> None:
     client = serve().connect()
     client.start(lead_seconds=2)
-    client.hear_until("chunk", chunk=1)  # ends at 2.5 s
-    begun = 1
-    for _ in range(3):  # what was under way comes, then nothing
+    client.receive_until("chunk", chunk=1)  # ends at 2.5 s
+    latest = 1
+    for _ in range(3):  # the chunks in progress arrive, then nothing
         try:
             text = client.socket.recv(timeout=1)
         except TimeoutError:
             break
         client.socket.recv()
-        begun = json.loads(text)["chunk"]
-    assert begun <= 4
-    client.say("played", seconds=4)
-    assert client.hear_until("chunk")[-1]["chunk"] == begun + 1
+        latest = json.loads(text)["chunk"]
+    assert latest <= 4
+    client.send("played", seconds=4)
+    assert client.receive_until("chunk")[-1]["chunk"] == latest + 1
 
 
-def test_pause_holds_the_stream_and_resume_goes_on(serve: Serve) -> None:
+def test_pause_stops_the_stream_and_resume_continues_it(serve: Serve) -> None:
     client = serve().connect()
     client.start()
-    client.hear_until("chunk", chunk=0)
-    client.say("pause")
-    *before, paused = client.hear_until("state")
+    client.receive_until("chunk", chunk=0)
+    client.send("pause")
+    *before, paused = client.receive_until("state")
     assert paused["state"] == "paused"
     late = []
     with pytest.raises(TimeoutError):
@@ -158,48 +158,48 @@ def test_pause_holds_the_stream_and_resume_goes_on(serve: Serve) -> None:
             text = client.socket.recv(timeout=1)
             late.append(json.loads(text)["chunk"])
             client.socket.recv()
-    client.say("resume")
-    *_, playing = client.hear_until("state")
+    client.send("resume")
+    *_, playing = client.receive_until("state")
     assert playing["state"] == "playing"
     latest = max([0, *late, *(c["chunk"] for c in before)])
-    assert client.hear_until("chunk")[-1]["chunk"] == latest + 1 or latest == 0
+    assert client.receive_until("chunk")[-1]["chunk"] == latest + 1 or latest == 0
     assert len(late) <= 6
 
 
-def test_seek_replaces_what_came_after_also_in_the_file(serve: Serve) -> None:
+def test_seek_replaces_later_chunks_in_the_file_too(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start(seconds=8, lead_seconds=4.5)["session"]
-    client.hear_until("chunk", chunk=3)
-    client.say("seek", chunk=2, prompt="a blue square spins", mode="cut")
-    *_, receipt = client.hear_until("receipt")
+    client.receive_until("chunk", chunk=3)
+    client.send("seek", chunk=2, prompt="a blue square spins", mode="cut")
+    *_, receipt = client.receive_until("receipt")
     assert (receipt["action"], receipt["effective_at"]) == ("seek", 2)
     assert receipt["effective_seconds"] == pytest.approx((FIRST + LATER) / FPS)
-    *_, again = client.hear_until("chunk", chunk=2)
+    *_, again = client.receive_until("chunk", chunk=2)
     assert again["prompt"] == "a blue square spins" and again["start"] == receipt["effective_seconds"]
-    client.say("played", seconds=600)
-    *chunks, end = client.hear_until("end")
+    client.send("played", seconds=600)
+    *chunks, end = client.receive_until("end")
     assert [c["chunk"] for c in chunks if c["type"] == "chunk"] == [3, 4, 5, 6]
     assert end["frames"] == 192
     indices, _ = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
     assert indices == list(range(192))
 
 
-def test_a_lost_stream_is_continued_as_if_nothing_had_been(serve: Serve) -> None:
+def test_a_continued_stream_equals_an_uninterrupted_one(serve: Serve) -> None:
     server = serve(limits=Limits(sessions=1))
     whole = server.connect()
     reference = whole.start(seconds=8, seed=5)["session"]
-    whole.hear_until("end")
+    whole.receive_until("end")
     lost = server.connect()
     session = lost.start(seconds=8, seed=5)["session"]
-    lost.hear_until("chunk", chunk=2)
+    lost.receive_until("chunk", chunk=2)
     lost.socket.socket.shutdown(socket.SHUT_RDWR)
     again = server.connect()
-    again.say("continue", session=session)
-    ready = again.hear()
+    again.send("continue", session=session)
+    ready = again.receive()
     assert (ready["type"], ready["session"], ready["prompt"], ready["seconds"]) == ("ready", session, PROMPT, 8)
     assert again.init == lost.init
-    *chunks, end = again.hear_until("end")
+    *chunks, end = again.receive_until("end")
     assert end["frames"] == 192 and chunks[0]["chunk"] >= 3
     indices, frames = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
     assert indices == list(range(192))
@@ -207,58 +207,58 @@ def test_a_lost_stream_is_continued_as_if_nothing_had_been(serve: Serve) -> None
     assert np.abs(frames.astype(int) - expected).mean() < 4
 
 
-def test_a_stream_is_continued_although_its_old_connection_looks_alive(serve: Serve) -> None:
+def test_continue_ends_the_previous_connection(serve: Serve) -> None:
     server = serve(limits=Limits(sessions=1))
     old = server.connect()
     session = old.start(seconds=8)["session"]
-    old.hear_until("chunk", chunk=1)
+    old.receive_until("chunk", chunk=1)
     new = server.connect()
-    new.say("continue", session=session)
-    assert new.hear()["type"] == "ready"
-    assert new.hear_until("end")[-1]["frames"] == 192
+    new.send("continue", session=session)
+    assert new.receive()["type"] == "ready"
+    assert new.receive_until("end")[-1]["frames"] == 192
     assert closed_with(old) == 1000
     assert decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())[0] == list(range(192))
 
 
-def test_continue_works_after_a_restart_and_not_for_what_never_was(serve: Serve) -> None:
+def test_continue_works_after_a_restart_and_not_for_unknown_streams(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start(seconds=6)["session"]
-    client.hear_until("chunk", chunk=0)
+    client.receive_until("chunk", chunk=0)
     stopper = threading.Thread(target=server.stop)
     stopper.start()
-    *_, error = client.hear_until("error")
+    *_, error = client.receive_until("error")
     assert error["code"] == "shutting_down"
     assert closed_with(client) == 1012
     stopper.join()
     later = serve()
     for name in ("A" * 22, session[:-1] + "?", "../" + session[:19]):
         other = later.connect()
-        other.say("continue", session=name)
-        assert other.hear()["code"] in ("not_found", "bad_message")
+        other.send("continue", session=name)
+        assert other.receive()["code"] in ("not_found", "bad_message")
         assert closed_with(other) == 1008
     again = later.connect()
-    again.say("continue", session=session)
-    assert again.hear()["type"] == "ready"
-    *_, end = again.hear_until("end")
+    again.send("continue", session=session)
+    assert again.receive()["type"] == "ready"
+    *_, end = again.receive_until("end")
     assert end["frames"] == 144
     assert decoded((later.folder / "streams" / f"{session}.mp4").read_bytes())[0] == list(range(144))
 
 
-def test_a_stream_that_was_stopped_ends_and_is_not_continued(serve: Serve) -> None:
+def test_a_stopped_stream_ends_and_is_not_continued(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start()["session"]
-    client.hear_until("chunk", chunk=0)
-    client.say("stop")
-    *_, end = client.hear_until("end")
+    client.receive_until("chunk", chunk=0)
+    client.send("stop")
+    *_, end = client.receive_until("end")
     assert end["frames"] >= 1 and closed_with(client) == 1000
     again = server.connect()
-    again.say("continue", session=session)
-    assert again.hear()["code"] == "not_found"
+    again.send("continue", session=session)
+    assert again.receive()["code"] == "not_found"
 
 
-def test_one_more_than_the_places_is_refused_until_one_leaves(serve: Serve) -> None:
+def test_streams_beyond_the_limit_are_refused_until_one_ends(serve: Serve) -> None:
     server = serve(limits=Limits(sessions=1))
     first = server.connect()
     first.start()
@@ -270,11 +270,11 @@ def test_one_more_than_the_places_is_refused_until_one_leaves(serve: Serve) -> N
     assert server.connect().start()["type"] == "ready"
 
 
-def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """LONGVIDEO_DISCONNECTS: how many."""
+def test_clients_that_disconnect_at_any_moment_leave_no_threads(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """LONGVIDEO_DISCONNECTS: number of clients."""
     caplog.set_level(logging.INFO, "longvideo")
     server = serve(limits=Limits(sessions=DISCONNECTS))
-    # one stream first: threads of the event loop's pool stay
+    # one stream first, because threads of the event loop's pool remain
     client = server.connect()
     client.start()
     client.socket.close()
@@ -284,25 +284,28 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve, cap
         client = server.connect()
         for _ in range(chance.randrange(4)):
             if client.init:
-                client.hear()
+                client.receive()
             else:
                 client.start()
         chance.choice([client.socket.close, partial(hang_up, client), partial(reset, client)])()
     wait_until(lambda: server.streams.num_live == 0)
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
-    assert len([record for record in caplog.records if "left" in record.getMessage()]) >= DISCONNECTS
+    assert len([record for record in caplog.records if "disconnected" in record.getMessage()]) >= DISCONNECTS
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("live-", "denoise", "decode"))])
 
 
 def frame(**message: Any) -> bytes:
-    """Return a text message of fewer than 126 bytes as a client sends it, under a mask of zeros."""
+    """Return a text message of fewer than 126 bytes as a client's WebSocket frame, masked with zeros."""
     data = json.dumps(message).encode()
     return bytes([0x81, 0x80 | len(data)]) + bytes(4) + data
 
 
 @contextmanager
 def reader_of_nothing(server: RunningServer) -> Iterator[socket.socket]:
-    """A stream whose client takes nothing; its sender waits by now. Closed, it answers all with a reset."""
+    """Yield the connection of a stream whose client reads nothing and whose sender is blocked.
+
+    When it is closed, it answers every packet with a reset.
+    """
     host, _, port = server.address.partition(":")
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -318,22 +321,22 @@ def reader_of_nothing(server: RunningServer) -> Iterator[socket.socket]:
         yield connection
 
 
-@pytest.mark.parametrize("more", [b"", frame(type="sing") * 50], ids=["", "answers wait too"])
-def test_a_client_that_leaves_while_it_is_sent_to_is_a_line_in_the_log(
+@pytest.mark.parametrize("more", [b"", frame(type="sing") * 50], ids=["", "answers are queued"])
+def test_a_client_that_disconnects_while_the_server_sends_is_one_line_in_the_log(
     serve: Serve, caplog: pytest.LogCaptureFixture, more: bytes
 ) -> None:
-    """Where answers wait, what it says is not read on, so that the sender alone learns that it left."""
+    """While answers are queued, no messages are read, so only the sender detects that the client has disconnected."""
     caplog.set_level(logging.INFO, "longvideo")
     server = serve(limits=Limits(waiting_messages=1), send_buffer=4096)
     with reader_of_nothing(server) as connection:
         connection.sendall(more)
     wait_until(lambda: server.streams.num_live == 0)
-    wait_until(lambda: "left" in caplog.text)
+    wait_until(lambda: "disconnected" in caplog.text)
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
 
 
-def test_a_client_that_takes_nothing_is_left(serve: Serve) -> None:
-    server = serve(limits=Limits(taking=0.5), send_buffer=4096)
+def test_a_stream_ends_if_its_client_receives_nothing(serve: Serve) -> None:
+    server = serve(limits=Limits(receive_seconds=0.5), send_buffer=4096)
     client = server.connect_idle()
     session = client.start()["session"]
     wait_until(lambda: server.streams.num_live == 0)
@@ -341,30 +344,30 @@ def test_a_client_that_takes_nothing_is_left(serve: Serve) -> None:
     client.socket.socket.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_slow_client_may_miss_segments_but_the_file_has_them_all(serve: Serve) -> None:
+def test_segments_are_dropped_for_a_slow_client_but_not_in_the_file(serve: Serve) -> None:
     server = serve(limits=Limits(waiting_segments=1), send_buffer=4096)
     client = server.connect_idle()
     session = client.start(slow="drop", seconds=20)["session"]
     file = server.folder / "streams" / f"{session}.mp4"
     with server.http() as http:
         wait_until(lambda: "segments_dropped_total 0\n" not in http.get("/metrics").text)
-    chunks = [c for c in client.hear_until("end") if c["type"] == "chunk"]
+    chunks = [c for c in client.receive_until("end") if c["type"] == "chunk"]
     assert chunks[-1]["dropped"] > 0
     indices, _ = decoded(file.read_bytes())
     assert indices == list(range(480))
-    seen, _ = decoded(client.init + b"".join(client.segments))
-    assert len(seen) < 480 and seen == sorted(set(seen))
+    indices, _ = decoded(client.init + b"".join(client.segments))
+    assert len(indices) < 480 and indices == sorted(set(indices))
 
 
 @pytest.mark.filterwarnings("ignore:the model never learned")
 def test_unknown_words_are_named(serve: Serve) -> None:
     client = serve().connect()
     client.start("a red zeppelin bounces", seconds=2)
-    *_, warning = client.hear_until("warning")
+    *_, warning = client.receive_until("warning")
     assert "'zeppelin'" in warning["message"]
 
 
-def test_a_stream_that_cannot_be_written_ends_with_its_reason_and_not_the_server(serve: Serve) -> None:
+def test_a_stream_that_cannot_be_written_ends_and_the_server_does_not(serve: Serve) -> None:
     server = serve(limits=Limits(sessions=1))
     shutil.rmtree(server.folder / "streams")
     client = server.connect()
@@ -379,39 +382,39 @@ def test_a_damaged_snapshot_is_not_continued(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start()["session"]
-    client.hear_until("chunk", chunk=1)
+    client.receive_until("chunk", chunk=1)
     client.socket.close()
     wait_until(lambda: server.streams.num_live == 0)
     (server.folder / "streams" / f"{session}.safetensors").write_bytes(b"nothing")
     again = server.connect()
-    again.say("continue", session=session)
-    assert again.hear()["code"] == "not_found"
+    again.send("continue", session=session)
+    assert again.receive()["code"] == "not_found"
     assert closed_with(again) == 1008
 
 
-def test_only_the_newest_snapshots_are_kept(serve: Serve) -> None:
+def test_old_snapshots_are_deleted(serve: Serve) -> None:
     server = serve(limits=Limits(snapshots=2))
     for _ in range(4):
         client = server.connect()
         client.start()
-        client.hear_until("chunk", chunk=0)
+        client.receive_until("chunk", chunk=0)
         client.socket.close()
         wait_until(lambda: server.streams.num_live == 0)
     suffixes = [path.suffix for path in (server.folder / "streams").iterdir()]
     assert sorted(suffixes) == [".json"] * 2 + [".mp4"] * 4 + [".safetensors"] * 2
 
 
-def test_seek_to_the_start_and_back_again_leaves_a_whole_file(serve: Serve) -> None:
+def test_repeated_seeks_to_the_start_leave_a_complete_file(serve: Serve) -> None:
     server = serve()
     client = server.connect()
     session = client.start(seconds=6, lead_seconds=2)["session"]
     for chunk in (1, 0, 1, 0):
-        client.hear_until("chunk", chunk=chunk)
-        client.say("seek", chunk=0)
-        *_, receipt = client.hear_until("receipt")
+        client.receive_until("chunk", chunk=chunk)
+        client.send("seek", chunk=0)
+        *_, receipt = client.receive_until("receipt")
         assert (receipt["effective_at"], receipt["effective_seconds"], receipt["prompt"]) == (0, 0, None)
-    client.say("played", seconds=600)
-    *_, end = client.hear_until("end")
+    client.send("played", seconds=600)
+    *_, end = client.receive_until("end")
     assert end["frames"] == 144
     indices, _ = decoded((server.folder / "streams" / f"{session}.mp4").read_bytes())
     assert indices == list(range(144))
@@ -439,42 +442,42 @@ BAD = {
 }
 
 
-def test_malformed_messages_are_answered_and_the_stream_goes_on(serve: Serve) -> None:
+def test_malformed_messages_are_answered_and_the_stream_continues(serve: Serve) -> None:
     client = serve().connect()
     client.start(lead_seconds=0)
     for text in BAD.values():
         for _ in range(20):
             client.socket.send(text)
-            *_, error = client.hear_until("error")
+            *_, error = client.receive_until("error")
             assert error["code"] == "bad_message" and len(error["message"]) < 500
     for prompt in ("", "  ", "a" * 1001):
-        client.say("set_prompt", prompt=prompt)
-        assert client.hear_until("error")[-1]["code"] == "bad_prompt"
-    client.say("seek", chunk=1000)
-    assert client.hear_until("error")[-1]["code"] == "bad_chunk"
-    client.say("add_shot", chunk=0, prompt="a red ball")
-    assert client.hear_until("error")[-1]["code"] == "too_late"
-    client.say("add_shot", chunk=999_999, prompt="a red ball")
-    assert client.hear_until("error")[-1]["code"] == "bad_chunk"
-    client.say("played", seconds=600)
-    client.hear_until("chunk", chunk=4)
+        client.send("set_prompt", prompt=prompt)
+        assert client.receive_until("error")[-1]["code"] == "bad_prompt"
+    client.send("seek", chunk=1000)
+    assert client.receive_until("error")[-1]["code"] == "bad_chunk"
+    client.send("add_shot", chunk=0, prompt="a red ball")
+    assert client.receive_until("error")[-1]["code"] == "too_late"
+    client.send("add_shot", chunk=999_999, prompt="a red ball")
+    assert client.receive_until("error")[-1]["code"] == "bad_chunk"
+    client.send("played", seconds=600)
+    client.receive_until("chunk", chunk=4)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BAD if kind != "second start"])
 def test_malformed_first_messages_close_the_connection(serve: Serve, kind: str) -> None:
     client = serve().connect()
     client.socket.send(BAD[kind])
-    assert client.hear()["code"] == "bad_message"
+    assert client.receive()["code"] == "bad_message"
     assert closed_with(client) == 1008
 
 
-def test_a_client_that_says_nothing_is_left(serve: Serve) -> None:
-    client = serve(limits=Limits(first_message=0.1)).connect()
-    assert client.hear()["code"] == "bad_message"
+def test_a_client_that_sends_nothing_is_disconnected(serve: Serve) -> None:
+    client = serve(limits=Limits(first_message_seconds=0.1)).connect()
+    assert client.receive()["code"] == "bad_message"
     assert closed_with(client) == 1008
 
 
 @pytest.mark.parametrize("fields", [{"steps": 0}, {"guidance": -1}, {"seed": -1}, {"seconds": 1e6}, {"slow": "never"}])
-def test_options_out_of_range_are_refused(serve: Serve, fields: dict) -> None:
+def test_options_out_of_range_are_refused(serve: Serve, fields: dict[str, Any]) -> None:
     client = serve().connect()
     assert client.start(**fields)["code"] == "bad_message"
