@@ -445,7 +445,7 @@ def test_picture_of_a_steered_video(browser: Browser, server: ServerProcess, pic
     chunks is left out.
     """
     frames: list[np.ndarray] = []
-    with closing(browser.new_context(viewport={"width": 1080, "height": 940}, device_scale_factor=0.75)) as context:
+    with closing(browser.new_context(viewport={"width": 800, "height": 822}, device_scale_factor=0.9)) as context:
         page = context.new_page()
         open_page(page, server.url)
         record(page, frames, count=4)
