@@ -21,6 +21,8 @@ SLOW = ", slow"
 REPLACEMENT = re.compile(r', "([^"]*)" for "([^"]+)"')
 REASON = re.compile(r", because (\S.*)")
 INDENT = "    "
+PROGRAMS = ("srun ", "torchrun ", "deepspeed ", "longvideo ")
+END_OF_COMMAND = re.compile(r" (?:\d?>|\||&&)")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,17 @@ def read_task(block: Block) -> Task:
     return Task(block, mode, is_slow, text)
 
 
-def read_commands(text: str) -> list[list[str]]:
+def read_commands(text: str, language: str = "") -> list[list[str]]:
     """Return the words of each command, variables filled in. `...` stands for the command before, as far as that goes.
 
-    Words in brackets are optional, and taken.
+    Words in brackets are optional, and taken. Of a script (`bash`) only the commands of PROGRAMS are returned.
     """
     nodes = match[1] if (match := re.search(r"^#SBATCH .*--nodes (\d+)", text, re.MULTILINE)) else "1"
     text = text.replace("\\\n", " ").replace("$SLURM_NNODES", nodes)
     text = re.sub(r"\$\(.*?\)|\$\w+", "VALUE", text)
+    if language == "bash":
+        lines = (line.strip() for line in text.split("\n"))
+        text = "\n".join(END_OF_COMMAND.split(line)[0] for line in lines if line.startswith(PROGRAMS))
     commands: list[list[str]] = []
     for line in text.split("\n"):
         for part in " ".join(_quoted(word) for word in shlex.split(line, comments=True)).split(" && "):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in read_blocks(str(page.relative_to(ROOT)), page.read_text())]
 # programs that are not this project's, whose own options are not looked at
-OTHERS = frozenset({"git", "cd", "python3", "pre-commit"})
+OTHERS = frozenset({"git", "cd", "python3", "pre-commit", "source", "hf", "ssh"})
 
 
 def marked(mode: str, *, slow: bool = False) -> list[Any]:
@@ -71,7 +72,9 @@ def test_what_is_shown_exists(task: Task, monkeypatch: pytest.MonkeyPatch) -> No
     if task.block.language == "python":
         check_imports(task.text)
         return
-    commands = read_commands(task.text)
+    if task.block.language == "bash":
+        subprocess.run(["bash", "-n"], input=task.block.text, text=True, check=True)
+    commands = read_commands(task.block.text, task.block.language)  # as shown, and not as the tests run it
     assert commands
     for words in commands:
         check_command(*launch(words), monkeypatch)
