@@ -21,7 +21,11 @@ from longvideo.training.trainer import TrainerConfig
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """How the frozen weights are kept. precision: as of `generate`, but not fp8. kv_cache: of the chunks made."""
+    """How the frozen weights are stored.
+
+    precision: number format of the weights, as of `generate`, but not fp8.
+    kv_cache: number format of the cached keys and values of finished chunks.
+    """
 
     precision: str = "nvfp4"
     kv_cache: str = "bf16"
@@ -34,9 +38,12 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class SampleConfig(Bounded):
-    """What is drawn on the way, with averaged weights: `prompts` videos of `chunks`, in each of these numbers of steps.
+    """Videos that are generated for every sample.
 
-    judge: of ShapeWorld's prompts, say what share of the videos shows what it should.
+    prompts: number of videos; 0 generates nothing.
+    chunks: number of chunks of a video.
+    steps: numbers of solver steps; the videos are generated once with each.
+    judge: whether the judge scores videos of ShapeWorld's prompts: the share that shows what the prompt says.
     """
 
     prompts: int = bounded(4, least=0)
@@ -47,15 +54,34 @@ class SampleConfig(Bounded):
 
 @dataclass(frozen=True)
 class Distillation(Bounded):
-    """`longvideo distill`.
+    """Configuration of `longvideo distill`.
 
-    model: folder of the causal model, which gives the student, and the teacher too unless `teacher` names another. A
-    `--dry-run` needs none: backbones are then fresh ones of `preset` at the sizes of `settings`, and prompts are noise.
-    adapter: a LoRA folder for the student to go on from. prompts: `shapeworld`, or a file, see `read_scripts`. data: a
-    folder of encoded clips to take captions, cuts and first frames from instead. image_fraction: steps whose videos
-    begin with a given frame, of `data`. student_every: steps of the critic for one of the student. critic_first: steps
-    of the critic alone at the start, so that it knows a student who begins with an `adapter`. compile: blocks, but for
-    their attention, on a GPU. merge: write whole weights besides the adapter.
+    seed: seed of adapters, prompts and noise.
+    model: folder of the causal model; it gives the student, and the teacher too unless `teacher` is set. `--dry-run`
+        needs none: it uses random weights and noise instead of prompts.
+    preset: shape of a dry run without a model.
+    settings: chunks and picture size of a dry run without a model.
+    teacher: folder of another model to learn from.
+    adapter: LoRA folder that the student starts from.
+    prompts: `shapeworld`, or a file with a prompt in each line (`.jsonl`: a list of shots in each line).
+    data: folder of encoded clips to take captions, cuts and first frames from instead of prompts.
+    image_fraction: share of the steps whose videos begin with a given frame, of `data`.
+    negative_prompt: prompt that the teacher's guidance moves away from.
+    student_every: number of steps of the critic for each step of the student.
+    critic_first: number of steps at the start that train the critic alone, for a student that starts from `adapter`.
+    compile: whether to compile the blocks, without their attention; only on CUDA.
+    merge: whether to export whole weights in addition to the adapter.
+    backbone: number formats of the frozen weights.
+    lora: size of the adapters.
+    rollout: how the student generates.
+    dmd: the distribution matching loss.
+    shapeworld: prompts of ShapeWorld.
+    stages: runs of steps, one after another.
+    optimizer: optimizer of the student.
+    critic_optimizer: optimizer of the critic.
+    trainer: logs, samples and checkpoints.
+    parallel: division over several processes.
+    samples: videos that are generated for every sample.
     """
 
     seed: int = seed_field()

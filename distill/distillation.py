@@ -8,14 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from longvideo.checkpoint.adapters import UP, Adapter
+from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.data.encoded import EncodedDataset
+from longvideo.distill.backbone import compile_blocks, compute_dtype, load_backbone, put
 from longvideo.distill.compatibility import check_adapter, check_same_shape
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
@@ -38,7 +35,7 @@ from longvideo.distill.prompts import (
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
 from longvideo.distributed import Mesh, divide
-from longvideo.errors import CheckpointError, ConfigError
+from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.machine.launcher import launched
@@ -46,34 +43,37 @@ from longvideo.model.cache import ChunkCache, KVCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.quantized_cache import NVFP4KVCache
-from longvideo.model.transformer import Block, CausalTransformer
-from longvideo.quantization.convert import with_precision
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
-from longvideo.training.objective import Objective, compile_fact
+from longvideo.training.objective import compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.recipe import Recipe
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import MODEL, describe_model
-from longvideo.training.sampling import sample_videos
+from longvideo.training.sampling import SampleDecoder, sample_videos
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
+    import torch
 
     from longvideo.distill.config import Distillation
     from longvideo.distill.walk import VideoRequest
+    from longvideo.model.transformer import CausalTransformer
     from longvideo.training.checkpoint import Checkpoint
     from longvideo.training.engine import Engine
     from longvideo.vae.autoencoder import Autoencoder
 
-COMPILED_FORMS = 32
-LORA = "lora"  # the student's adapter in a run folder
+LORA = "lora"
+"""Folder of the student's adapter in a run folder."""
+MOST_SHOWN = 8
+"""Number of sample videos that are drawn."""
 
 
-class DistillRecipe:
+class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
     """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
 
     def __init__(self, config: Distillation, device: torch.device, mesh: Mesh | None = None, *, dry_run: bool = False):
@@ -102,8 +102,11 @@ class DistillRecipe:
         self.dtype = compute_dtype(config.trainer.precision, device)
         self._check_memory(mesh or Mesh())
         self.scripts = self._scripts(scripts)
-        student = self._load(self.folder)
-        teacher = None if config.teacher is None else self._load(teacher_folder)
+        self.decoder = None
+        if self.folder is not None and "vae" in self.folder.parts:
+            self.decoder = SampleDecoder(self.folder, device=device, dtype=self.dtype)
+        student = self._backbone(self.folder)
+        teacher = None if config.teacher is None else self._backbone(teacher_folder)
         self.roles = LoraRoles(
             student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student.config), seed=config.seed
         )
@@ -133,7 +136,7 @@ class DistillRecipe:
                 UniPC(teacher_settings.steps, teacher_settings.shift), clean_pass=teacher_settings.clean_pass
             ),
         )
-        self.student, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+        self.objective, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
         self.source = RolloutSource(
             self.scripts,
             config.stages,
@@ -143,19 +146,6 @@ class DistillRecipe:
             device=device,
         )
 
-    @property
-    def objective(self) -> Objective:
-        return self.student
-
-    def start(self, step: int) -> None:
-        """Nothing to get ready: videos are made when they are due."""
-
-    def flops(self, step: int) -> float | None:
-        return None
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         changed = checkpoint.state.changed_ranks(mesh.world, mesh.sequence)
         if changed and self.config.backbone.precision == "nvfp4":
@@ -164,9 +154,6 @@ class DistillRecipe:
                 " comparable, not equal"
             ]
         return []
-
-    def validate(self) -> dict[str, float]:
-        return {}
 
     def engine(self, mesh: Mesh) -> PairedEngine:
         """Return the engines of student and critic as one."""
@@ -182,7 +169,7 @@ class DistillRecipe:
             )
 
         return PairedEngine(
-            (self.student, new(self.student, config.optimizer, config.trainer.ema_decay)),
+            (self.objective, new(self.objective, config.optimizer, config.trainer.ema_decay)),
             (self.critic, new(self.critic, config.critic_optimizer, 0.0)),
             critic_rate=rate_schedule(config.critic_optimizer, [RateSegment(s.steps) for s in config.stages]),
             student_every=config.student_every,
@@ -191,24 +178,25 @@ class DistillRecipe:
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Generate as the finished student would, draw a strip of each video, and let the judge look."""
-        from longvideo.evaluation.sheet import film_strip
+        from longvideo.evaluation.samples import record_samples
 
         config = self.config.samples
-        if not config.prompts or self.folder is None or "vae" not in self.folder.parts:
+        if not config.prompts or self.decoder is None:
             return {}
         values: dict[str, float] = {}
-        folder.mkdir(parents=True, exist_ok=True)
         clips, captions, scenes = self._shown()
-        autoencoder = self.folder.load_vae(device=self.device, dtype=self.dtype)
         for steps in config.steps:
-            videos = [video for clip in clips for video in self.generate(clip, autoencoder, steps)]
-            strip = film_strip(videos[:8], columns=8, captions=captions[:8])
-            strip.save(folder / f"student_{step:07d}_{steps}_steps.png")
-            if scenes and config.judge:
-                from longvideo.evaluation.judge import judge_all
-
-                scores = judge_all(videos, scenes, self.settings.fps)
-                values |= {f"{name}_{steps}": value for name, value in scores.items()}
+            with self.decoder.on_device() as autoencoder:
+                videos = [video for clip in clips for video in self.generate(clip, autoencoder, steps)]
+            scores = record_samples(
+                videos,
+                captions,
+                folder / f"student_{step:07d}_{steps}_steps.png",
+                shown=MOST_SHOWN,
+                scenes=scenes if config.judge else (),
+                fps=self.settings.fps,
+            )
+            values |= {f"{name}_{steps}": value for name, value in scores.items()}
         return values
 
     def export(self, folder: Path) -> None:
@@ -324,17 +312,15 @@ class DistillRecipe:
                 raise ConfigError(f"{name} has {what} {found}, the model {self.config.model} {wanted}; encode it again")
         clips.check_texts(self.settings.cut_prefix)
 
-    def _load(self, folder: ModelFolder | None) -> CausalTransformer:
-        """Load a backbone, or make one, and pack it; only one is ever there in full precision."""
-        if folder is not None:
-            transformer = folder.load_transformer(device=self.device, dtype=self.dtype)
-        else:
-            with OnMeta():
-                transformer = CausalTransformer(self.shape)
-            transformer = transformer.to(self.dtype).to_empty(device=self.device)
-            transformer.initialize(torch.Generator(self.device).manual_seed(self.config.seed))
-        transformer = transformer.requires_grad_(False)
-        return with_precision(transformer, self.config.backbone.precision)
+    def _backbone(self, folder: ModelFolder | None) -> CausalTransformer:
+        return load_backbone(
+            folder,
+            self.shape,
+            precision=self.config.backbone.precision,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.config.seed,
+        )
 
     def _new_cache(self, model: TransformerConfig, batch: int) -> ChunkCache:
         return self.cache_type(
@@ -389,31 +375,3 @@ class DistillRecipe:
     @property
     def cache_type(self) -> type[ChunkCache]:
         return NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
-
-
-def compile_blocks(*backbones: CausalTransformer | None) -> None:
-    """Compile the blocks, but for their attention."""
-    # three roles, with and without gradients, and the first block, whose input has none: seven forms of each function
-    # for each size of batch; the default limit of eight is meant to catch mistakes
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
-    for backbone in backbones:
-        for block in backbone.blocks if backbone is not None else ():
-            assert isinstance(block, Block)
-            block.compile_around_attention()
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what the networks compute in: bf16 on a GPU, float32 on a CPU, unless told otherwise."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-@torch.no_grad()
-def put(adapter: Adapter, roles: LoraRoles) -> None:
-    """Let the student start from an adapter."""
-    for name, weight in roles.trained(Role.STUDENT).items():
-        if name not in adapter.weights:
-            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers it has")
-        scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
-        weight.copy_(scale * adapter.weights[name])

@@ -31,12 +31,15 @@ SIGMA_BUCKETS = 4
 
 @dataclass(frozen=True)
 class DmdConfig(Bounded):
-    """Where teacher and critic look, and how strongly the teacher is guided.
+    """The distribution matching loss.
 
-    guidance: classifier-free guidance of the teacher; by default the model's own. sigma_min, sigma_max: least and
-    largest noise level. shift: of the levels between, by default the model's own; less of it looks at finer detail.
-    sigma_per_chunk: a level for every chunk rather than one for a sample. epsilon: see `dmd_gradient`. checkpoint:
-    recompute blocks in the backward pass.
+    guidance: scale of the teacher's classifier-free guidance; by default the model's own.
+    sigma_min: smallest noise level at which teacher and critic are compared.
+    sigma_max: largest noise level at which teacher and critic are compared.
+    shift: shift of the noise levels, by default the model's own; a smaller one compares finer detail.
+    sigma_per_chunk: whether each chunk has its own noise level, rather than each sample.
+    epsilon: number added to the denominator of the gradient, see `dmd_gradient`.
+    checkpoint: whether to recompute blocks in the backward pass.
     """
 
     guidance: float | None = bounded(None, least=0)

@@ -60,8 +60,12 @@ class Scripts(Protocol):
 
 @dataclass(frozen=True)
 class ShapeWorldConfig(Bounded):
-    """Prompts that are made up. pair_fraction: with two objects. cut_fraction: steps whose videos have a second shot.
-    omit: captions that leave out the sizes, and the background."""
+    """Prompts of ShapeWorld.
+
+    pair_fraction: share of prompts with two objects.
+    cut_fraction: share of steps whose videos have a second shot.
+    omit: share of captions that leave out the sizes, and of those that leave out the background.
+    """
 
     pair_fraction: float = share(0.45)
     cut_fraction: float = share(0.0)
@@ -189,7 +193,13 @@ class Order:
 
 @dataclass(frozen=True)
 class DistillStage(Bounded):
-    """A run of steps over videos of `frames` latent frames, `batch` of them a step over all ranks."""
+    """A run of steps on videos of one length.
+
+    frames: number of latent frames of a video.
+    batch: number of videos in a step, over all ranks.
+    steps: number of steps.
+    learning_rate: peak that replaces the student's; 0 freezes its weights.
+    """
 
     frames: int = bounded(32, least=1)
     batch: int = bounded(8, least=1)

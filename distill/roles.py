@@ -71,7 +71,12 @@ class Roles(Protocol):
 
 @dataclass(frozen=True)
 class LoraSettings(Bounded):
-    """rank: of every update. alpha: updates count alpha / rank. targets: layers, by the end of their names."""
+    """Size of the adapters.
+
+    rank: rank of every update.
+    alpha: factor of every update, divided by the rank.
+    targets: layers that are updated, by the end of their names.
+    """
 
     rank: int = bounded(128, least=1)
     alpha: float = bounded(128.0, above=0)

@@ -31,12 +31,14 @@ CACHE_FILLS = ("clean", "last_step")
 
 @dataclass(frozen=True)
 class RolloutConfig(Bounded):
-    """steps: of the solver. exits: the step a chunk ends at is drawn once for a clip (`shared`), for each (`chunk`), or
-    is always the `last`. What is drawn teaches all steps, which then serve for fewer as well, but the critic sees a
-    mixture of what they make, and only that mixture is matched; the `last` alone matches what generation makes.
+    """How the student generates.
 
-    cache_fill: what later chunks see of a finished one, its keys and values in a pass of their own over the `clean`
-    result, or those of the `last_step`, which save that pass in generation; by default as the model generates.
+    steps: number of solver steps of a chunk.
+    exits: solver step that a chunk ends at: drawn once for a clip (`shared`), drawn for each chunk (`chunk`), or always
+        the `last`. A drawn one trains all steps, so that the student also generates in fewer of them; but the critic
+        then sees a mixture of results, and only that mixture is matched. The `last` one matches what generation makes.
+    cache_fill: what later chunks see of a finished one: keys and values of a clean pass (`clean`), or those of its last
+        step (`last_step`), which saves that pass in generation; by default as the model generates.
     """
 
     steps: int = bounded(4, least=1, most=NUM_TRAIN_TIMESTEPS)

@@ -27,10 +27,11 @@ MOST_TIMEOUT_MINUTES = 365 * 24 * 60
 class ParallelConfig(Bounded):
     """How a run is spread over the ranks that `torchrun` or `deepspeed` started.
 
-    sequence: ranks that share each video's frames; the others hold other videos. zero_stage: what DeepSpeed shards over
-    all ranks: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too. micro_batch: videos of a replica in one
-    pass, by default all of its share; the batch of a step is reached by accumulating gradients. timeout_minutes: until
-    a rank that waits gives up.
+    sequence: number of ranks that share the frames of a video; other ranks hold other videos.
+    zero_stage: what DeepSpeed shards over all ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
+    micro_batch: number of videos of a replica in one pass, by default all of its share. The gradients of all passes of
+        a step are added up.
+    timeout_minutes: time after which a rank that waits for others ends the run.
     """
 
     sequence: int = bounded(1, least=1)

@@ -16,9 +16,12 @@ from longvideo.errors import ConfigError
 
 @dataclass(frozen=True)
 class ViewStage(Bounded):
-    """A run of steps on `batch` views of `chunks` chunks; `learning_rate` replaces the optimiser's peak there.
+    """A run of steps on views of one length. Views of one chunk show how a video begins, from the prompt alone.
 
-    Views of one chunk show how a video begins: all that is in them must come from the prompt.
+    steps: number of steps.
+    batch: number of views in a step, over all ranks.
+    chunks: number of chunks of a view.
+    learning_rate: peak that replaces the optimizer's; 0 freezes the weights.
     """
 
     steps: int = steps_field(10000)

@@ -30,11 +30,14 @@ from torch import Tensor
 from longvideo.checkpoint.tensors import TensorInfo, Weights, read_range
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.errors import CheckpointError, ConfigError
-from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, FlowSchedule, expand
+from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS, expand
+from longvideo.train.prediction_errors import noise_bucket
 from longvideo.training.objective import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from longvideo.flow.schedule import FlowSchedule
 
 STORAGES = ("host", "device")
 DTYPE = torch.bfloat16
@@ -50,11 +53,17 @@ Pick: TypeAlias = tuple[Tensor, float]
 class ErrorRecyclingConfig(Bounded):
     """How errors are kept and how often they are injected.
 
-    buckets: equal ranges of the training timesteps. entries: most errors kept in each; memory_gib, of a rank, may allow
-    fewer. storage: "host" is pinned memory beside a GPU. warmup_steps: the first steps, which inject nothing and keep
-    every error. clean_probability: share of later samples that get nothing; of their errors the share clean_kept is
-    kept. context_, latent_ and noise_probability: share of the other samples that get errors in each of the three.
-    modulation: an error is scaled by a factor from 1 - modulation to 1 + modulation.
+    buckets: number of equal ranges of the training timesteps, each with its own errors.
+    entries: largest number of errors in a bucket.
+    memory_gib: memory of a rank for errors; it may allow fewer entries.
+    storage: `host`, which is pinned memory next to a GPU, or `device`.
+    warmup_steps: number of steps that inject nothing and keep every error.
+    clean_probability: share of later samples that get no error.
+    clean_kept: share of the errors of samples without injected errors that is kept.
+    context_probability: share of the other samples that get errors in their context.
+    latent_probability: share of the other samples that get errors in their latents.
+    noise_probability: share of the other samples that get errors in their noise.
+    modulation: largest relative change of an error; a factor from 1 - modulation to 1 + modulation scales it.
     """
 
     buckets: int = bounded(50, least=1, most=NUM_TRAIN_TIMESTEPS)
@@ -367,32 +376,6 @@ class ErrorBank:
         finite_BQ = new_BQCFHW.isfinite().flatten(2).all(2)
         new_BQCFHW = torch.where(finite_BQ[:, :, None, None, None, None], new_BQCFHW, 0).contiguous()
         _copy((errors[place] for place in places), (new_BQCFHW[chunk] for chunk in places.values()))
-
-
-def noise_bucket(sigma: Tensor, buckets: int, *, shift: float) -> Tensor:
-    """Return the bucket of each noise level: equal ranges of the training timesteps, the noisiest first.
-
-    Levels of the schedule are equally spaced before their shift, so all buckets are drawn equally often.
-    """
-    sigma = sigma.double()
-    unshifted = sigma / (shift - (shift - 1) * sigma)
-    timestep = ((1 - unshifted) * NUM_TRAIN_TIMESTEPS).round().long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
-    return timestep * buckets // NUM_TRAIN_TIMESTEPS
-
-
-@torch.no_grad()
-def prediction_errors(
-    velocity_BCTHW: Tensor, target_BCTHW: Tensor, noisy_BCTHW: Tensor, clean_BCTHW: Tensor, sigma_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the latent errors x0_pred - x0 and the noise errors (v_pred - v_target) (1 - sigma), float32.
-
-    x0 are the original latents, whatever was injected, and sigma_BT is what the noisy copy got. A frame of sigma 0 is
-    given, not predicted: its noise error is 0, as its latent error is by itself.
-    """
-    sigma = expand(sigma_BT.float())
-    latent_error = noisy_BCTHW.float() - sigma * velocity_BCTHW.float() - clean_BCTHW.float()
-    noise_error = (velocity_BCTHW.float() - target_BCTHW.float()) * (1 - sigma) * (sigma > 0)
-    return latent_error, noise_error
 
 
 def _numbers(

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 class NVFP4Config(Bounded):
     """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
 
-    keep: layers of the blocks that stay as they are, by official name, `*` for anything. until: share of all steps;
-    those after it round nothing, as a model that is not to run in 4 bits may end (arXiv 2509.25149 does so). backend:
-    `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
+    enabled: whether the blocks train in NVFP4.
+    keep: layers of the blocks that are not quantized, by official name, `*` for anything.
+    inputs: rule for the scales of inputs, `static6` or `adaptive`.
+    weights: rule for the scales of weights, `static6` or `adaptive`.
+    tiles: whether a scale of the weights covers a tile of 16 x 16 values rather than 16 values of a row.
+    stochastic_gradients: whether gradients are rounded stochastically.
+    hadamard: whether both operands of the weight gradient get a random Hadamard transform.
+    until: share of all steps that round. Steps after it do not, so that a model that is not to run in 4 bits ends in
+        full precision (as in arXiv 2509.25149).
+    backend: `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
     """
 
     enabled: bool = False

@@ -23,7 +23,8 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
-from longvideo.train.error_recycling import ErrorBank, Injected, prediction_errors
+from longvideo.train.error_recycling import ErrorBank, Injected
+from longvideo.train.prediction_errors import prediction_errors
 from longvideo.train.sequence_parallel import UlyssesAttention
 from longvideo.training.objective import Objective, compile_fact, ratio
 
@@ -43,12 +44,14 @@ CONTEXTS = ("all", "window")
 
 @dataclass(frozen=True)
 class TeacherForcingConfig:
-    """How the objective is run; compilation happens on CUDA alone.
+    """How the loss is computed.
 
-    compile: the whole loss, in `compile_mode`; with processes that share videos, each block. attention: `blockwise`
-    multiplies visible runs of tokens one by one, `masked` all at once through a FlexAttention block mask (a dense one
-    on a CPU). context: which earlier chunks a chunk sees: `all`, or the `window` of streaming, sink and pins included.
-    checkpoint: recompute blocks in the backward pass instead of keeping what they made.
+    compile: whether to compile the loss, or, where processes share videos, each block; only on CUDA.
+    compile_mode: mode of `torch.compile`.
+    attention: `blockwise` multiplies visible runs of tokens one by one, `masked` all at once through a FlexAttention
+        block mask (a dense mask on a CPU).
+    context: earlier chunks that a chunk sees: `all`, or the `window` of streaming, with its sink and pins.
+    checkpoint: whether to recompute blocks in the backward pass instead of keeping their activations.
     """
 
     compile: bool = True

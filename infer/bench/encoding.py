@@ -1,4 +1,4 @@
-"""Encode a clip whole, and in the parts that ranks encode of it, each with its halo."""
+"""Time the encoding of a clip: whole, and in the parts that ranks encode, each with its halo."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeTiming:
-    """whole_seconds: of one rank that encodes everything. part_seconds, part_frames: of each rank's part and halo.
+    """Times of encoding a clip.
 
-    relative_error: of all parts together against the whole.
+    latents: latent frames of the clip. halo: latent frames of the halo. whole_seconds: time of one rank that encodes
+    the whole clip. part_seconds, part_frames: time and pixel frames of each rank's part, with its halo.
+    relative_error: error of all parts together against the whole.
     """
 
     latents: int
@@ -32,7 +34,7 @@ class EncodeTiming:
 
     @property
     def saved_seconds(self) -> float:
-        """Until the last rank is done."""
+        """Time that ranks save, until the slowest one has finished."""
         return self.whole_seconds - max(self.part_seconds)
 
 
@@ -46,7 +48,11 @@ def time_encoding(
     device: torch.device,
     dtype: torch.dtype,
 ) -> EncodeTiming:
-    """Time it with random weights on random pixels [1, 3, frames, height, width], all ranks' parts one by one here."""
+    """Time the encoding of random pixels with random weights. The parts of all ranks are timed one after the other.
+
+    latents: latent frames of the clip. ranks: number of ranks, a divisor of `latents`. size: height and width in
+    pixels.
+    """
     torch.manual_seed(0)
     autoencoder = Autoencoder(config).to(device, dtype).eval()
     scale, halo = config.scale_factor_temporal, temporal_lookback(config)
@@ -57,22 +63,22 @@ def time_encoding(
 
     def encode(window: EncodeWindow) -> tuple[Tensor, float]:
         _wait(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         encoded = encode_latents(autoencoder, video[:, :, window.first_frame : window.end_frame], window)
         _wait(device)
-        return encoded, time.perf_counter() - began
+        return encoded, time.perf_counter() - start
 
-    encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that algorithms are chosen
-    wanted, whole_seconds = encode(whole)
+    encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that cuDNN has chosen its algorithms
+    expected, whole_seconds = encode(whole)
     results = [encode(part) for part in parts]
-    got = torch.cat([encoded for encoded, _ in results], dim=2)
+    result = torch.cat([encoded for encoded, _ in results], dim=2)
     return EncodeTiming(
         latents=latents,
         halo=halo,
         whole_seconds=whole_seconds,
         part_seconds=[seconds for _, seconds in results],
         part_frames=[part.num_frames for part in parts],
-        relative_error=float((got - wanted).norm() / wanted.norm()),
+        relative_error=float((result - expected).norm() / expected.norm()),
     )
 
 

@@ -1,4 +1,4 @@
-"""What GPUs did, kernel by kernel, and a picture of it: a row for each stream of each GPU."""
+"""Record what GPUs do, kernel by kernel, and draw it: a row for each stream of each GPU."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KINDS = (
     ("between products", r"_norm|_quantize|_write_out|gelu", (90, 174, 97)),
     ("copies", r"memcpy|copy", (150, 150, 150)),
 )
-"""Names of kernels, by what they contain, in this order; and colours."""
+"""Kinds of kernels: label, pattern in the name of the kernel, and color. The first pattern that matches decides."""
 OTHER = ("other", (200, 200, 200))
 WIDTH, ROW, MARGIN, LABEL = 1600, 44, 28, 150
 
 
 @dataclass(frozen=True)
 class Span:
-    """A kernel's or copy's time on a stream of a GPU, milliseconds."""
+    """A kernel or a copy on a stream of a GPU. begin, end: times in milliseconds. kind: a label of `KINDS`."""
 
     gpu: int
     stream: int
@@ -40,7 +40,7 @@ class Span:
 
 
 def record(work: Callable[[], object]) -> list[Span]:
-    """Run work and return what ran on the GPUs meanwhile, from the first kernel on."""
+    """Call a function and return everything that ran on the GPUs; times are relative to the first kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -63,22 +63,25 @@ def record(work: Callable[[], object]) -> list[Span]:
 
 
 def kind_of(name: str) -> str:
-    """Say what a kernel does, by its name."""
+    """Return the kind of a kernel, by its name."""
     return next((kind for kind, pattern, _ in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER[0])
 
 
 def share_by_kind(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-    """Return for each GPU the share of the time that went to what; streams side by side count one by one."""
+    """Return the fraction of the time by GPU and kind. Streams that run at the same time are added up."""
     whole = max(span.end for span in spans)
     shares: dict[str, dict[str, float]] = {}
     for span in spans:
-        of_gpu = shares.setdefault(f"GPU {span.gpu}", {})
-        of_gpu[span.kind] = of_gpu.get(span.kind, 0.0) + (span.end - span.begin) / whole
+        kinds = shares.setdefault(f"GPU {span.gpu}", {})
+        kinds[span.kind] = kinds.get(span.kind, 0.0) + (span.end - span.begin) / whole
     return {gpu: dict(sorted(kinds.items(), key=lambda item: -item[1])) for gpu, kinds in sorted(shares.items())}
 
 
 def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: str) -> None:
-    """Draw the spans between two times, milliseconds, as a picture. Streams that did next to nothing are left out."""
+    """Draw the spans between two times, in milliseconds, as a picture.
+
+    Streams that are busy for less than 1 % of the time are left out.
+    """
     inside = [span for span in spans if span.end > begin and span.begin < end]
     busy: dict[tuple[int, int], float] = {}
     for span in inside:
@@ -94,7 +97,7 @@ def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: 
     def column(time: float) -> float:
         return LABEL + MARGIN + (min(max(time, begin), end) - begin) * per_ms
 
-    colours = {kind: colour for kind, _, colour in KINDS} | dict([OTHER])
+    colors = {kind: color for kind, _, color in KINDS} | dict([OTHER])
     for number, key in enumerate(rows):
         top = 2 * MARGIN + ROW * number
         share = min(busy[key] / (end - begin), 1.0)
@@ -102,15 +105,15 @@ def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: 
         for span in inside:
             if (span.gpu, span.stream) == key:
                 left, right = column(span.begin), column(span.end)
-                canvas.rectangle((left, top, max(right, left), top + ROW - 12), fill=colours[span.kind])
+                canvas.rectangle((left, top, max(right, left), top + ROW - 12), fill=colors[span.kind])
     bottom = 2 * MARGIN + ROW * len(rows)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10**9) if (end - begin) / step <= 12)
     for tick in range(0, int(end - begin) + 1, step):
         canvas.line((column(begin + tick), bottom - 8, column(begin + tick), bottom), fill="black")
         canvas.text((column(begin + tick) + 3, bottom - 6), f"{tick} ms", fill="black", font=font)
     left = MARGIN
-    for kind in [kind for kind in colours if any(span.kind == kind for span in inside)]:
-        canvas.rectangle((left, bottom + 26, left + 14, bottom + 40), fill=colours[kind])
+    for kind in [kind for kind in colors if any(span.kind == kind for span in inside)]:
+        canvas.rectangle((left, bottom + 26, left + 14, bottom + 40), fill=colors[kind])
         canvas.text((left + 20, bottom + 24), kind, fill="black", font=font)
         left += 40 + int(canvas.textlength(kind, font=font))
     write_picture(picture, path)

@@ -1,4 +1,4 @@
-"""Time every NVFP4 kernel against the time its bytes need, after comparing it with its definition."""
+"""Time every NVFP4 kernel against the time that its bytes need, after comparing it with its definition."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     from longvideo.model.config import TransformerConfig
     from longvideo.model.spec import ChunkSpec
 
-CODE_BYTES = 0.5 + 1 / GROUP  # a 4-bit code and its share of a scale
-# no code is known before the largest magnitude is, and the second-level cache does not hold the tensor meanwhile
+CODE_BYTES = 0.5 + 1 / GROUP
+"""Bytes of a 4-bit code and its share of a scale."""
 INPUT_BYTES = 2 * 2
+"""Bytes read for each bf16 value to quantize. It is read twice, because codes depend on the largest magnitude of the
+tensor, and the second-level cache does not hold the tensor until that is known."""
 
 
 class KernelMismatch(RuntimeError):
-    """A kernel differs from its definition; nothing is timed on a wrong result."""
+    """The result of a kernel differs from its definition, so the kernel is not timed."""
 
 
 @dataclass(frozen=True)
 class KernelTiming:
-    """needed_bytes: what any implementation reads and writes at least, a tensor to quantise being read twice.
+    """Time of a kernel.
 
-    share: of the measured copy bandwidth.
+    needed_bytes: bytes that any implementation reads and writes at least, where a tensor to quantize is read twice.
+    floor_ms: time that these bytes need at the copy bandwidth.
     """
 
     kernel: str
@@ -44,11 +47,14 @@ class KernelTiming:
 
     @property
     def share(self) -> float:
+        """Fraction of the copy bandwidth that the kernel reaches."""
         return self.floor_ms / self.ms
 
 
 @dataclass(frozen=True)
 class _Case:
+    """A kernel to time. run: calls it. differing: returns the number of values that differ from the definition."""
+
     kernel: str
     size: str
     needed_bytes: float
@@ -59,10 +65,10 @@ class _Case:
 def time_kernels(
     config: TransformerConfig, spec: ChunkSpec, *, device: torch.device
 ) -> tuple[float, list[KernelTiming]]:
-    """Return the copy bandwidth in bytes a second, and each kernel's time at a model's shapes.
+    """Return the copy bandwidth in bytes a second, and the time of each kernel at the shapes of a model.
 
-    Raises KernelMismatch before timing a kernel whose bits differ from the definition's; of those that normalise or
-    apply GELU first, up to 1 % of the codes may.
+    Raises KernelMismatch, before timing it, for a kernel whose bits differ from its definition; for kernels that first
+    normalize or apply GELU, up to 1 % of the codes may differ.
     """
     bandwidth = copy_bandwidth(device)
     timings = []
@@ -90,14 +96,14 @@ def _cases(config: TransformerConfig, spec: ChunkSpec, device: torch.device) -> 
                 return operations.quantize_exact(x, rule, dtype=x.dtype).values
 
             yield _Case(
-                f"quantise {rule.value}",
+                f"quantize {rule.value}",
                 size,
                 x.numel() * (INPUT_BYTES + CODE_BYTES),
                 packed,
                 lambda packed=packed, x=x, rule=rule: _differing_codes(packed(), reference.quantize(x, rule)),
             )
             yield _Case(
-                f"quantise {rule.value}, written out",
+                f"quantize {rule.value}, written out",
                 size,
                 x.numel() * (INPUT_BYTES + 2),
                 written,
@@ -118,7 +124,7 @@ def _cases(config: TransformerConfig, spec: ChunkSpec, device: torch.device) -> 
     yield from _prologue_cases(config, spec, device)
     weight = reference.quantize(_activations(config.ffn_dim, config.dim, device))
     for name, work, definition in (
-        ("dequantise a weight", operations.dequantize, reference.dequantize),
+        ("dequantize a weight", operations.dequantize, reference.dequantize),
         (
             "write out a weight",
             lambda w, dtype: operations.exact(w, dtype).values,
@@ -146,7 +152,7 @@ def _training_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.de
         return source.quantize_tiles_exact(weight, Rule.STATIC6, dtype=weight.dtype).values
 
     yield _Case(
-        "quantise in tiles, written out",
+        "quantize in tiles, written out",
         f"{config.ffn_dim} x {config.dim}",
         weight.numel() * (INPUT_BYTES + 2),
         lambda: tiles(operations),
@@ -159,7 +165,7 @@ def _training_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.de
             return source.quantize_across(x, Rule.ADAPTIVE, hadamard=True)
 
         yield _Case(
-            "transform and quantise across rows",
+            "transform and quantize across rows",
             f"{spec.tokens_per_chunk} x {columns}",
             x.numel() * (INPUT_BYTES + CODE_BYTES),
             lambda across=across: across(operations),
@@ -178,14 +184,14 @@ def _prologue_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.de
         return source.layer_norm_modulate_quantize(h, shift, scale, eps=config.eps)
 
     yield _Case(
-        "normalise, modulate, quantise",
+        "normalize, modulate, quantize",
         f"{rows} x {config.dim}",
         h.numel() * (INPUT_BYTES + CODE_BYTES),
         lambda: normalized(operations),
         lambda: _mostly_equal(normalized(operations), normalized(reference)),
     )
     yield _Case(
-        "GELU, quantise",
+        "GELU, quantize",
         f"{rows} x {config.ffn_dim}",
         wide.numel() * (INPUT_BYTES + CODE_BYTES),
         lambda: operations.gelu_tanh_quantize(wide),
@@ -211,7 +217,7 @@ def _cache_cases(config: TransformerConfig, spec: ChunkSpec, device: torch.devic
         kv_reference.write_slot(expected, slot, keys * (slot + 1), values)
     numbers = 2 * tokens * heads * head_dim
     yield _Case(
-        "quantise keys and values of a chunk",
+        "quantize keys and values of a chunk",
         f"{tokens} x {heads} x {head_dim}",
         numbers * (INPUT_BYTES + CODE_BYTES),
         lambda: operations.write_slot(slots, 0, keys, values),
@@ -252,16 +258,16 @@ def _activations(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32).bfloat16()
 
 
-def _mostly_equal(got: NVFP4Tensor, wanted: NVFP4Tensor) -> int:
-    """Count differing bytes of codes beyond 1 %: sums and functions in float32 are not rounded alike everywhere."""
-    return max(0, _differing(got.codes, wanted.codes) - wanted.codes.numel() // 100)
+def _mostly_equal(result: NVFP4Tensor, expected: NVFP4Tensor) -> int:
+    """Return how many bytes of codes differ beyond 1 %: sums and functions in float32 depend on the implementation."""
+    return max(0, _differing(result.codes, expected.codes) - expected.codes.numel() // 100)
 
 
-def _differing_codes(got: NVFP4Tensor, wanted: NVFP4Tensor) -> int:
-    return _differing(got.codes, wanted.codes) + _differing(
-        got.scales.view(torch.uint8), wanted.scales.view(torch.uint8)
+def _differing_codes(result: NVFP4Tensor, expected: NVFP4Tensor) -> int:
+    return _differing(result.codes, expected.codes) + _differing(
+        result.scales.view(torch.uint8), expected.scales.view(torch.uint8)
     )
 
 
-def _differing(got: Tensor, wanted: Tensor) -> int:
-    return int((got != wanted).sum())
+def _differing(result: Tensor, expected: Tensor) -> int:
+    return int((result != expected).sum())

@@ -1,4 +1,4 @@
-"""Load a packed transformer with random weights, and see how much memory of the device that takes at its peak."""
+"""Time the loading of a packed transformer with random weights, and measure the peak of the device's memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadTiming:
-    """seconds: from opening the folder until layers can multiply, its files in the page cache.
+    """Time and memory of loading.
 
-    file_bytes: of the transformer's weights. model_bytes: of parameters and buffers. peak_bytes: what PyTorch reserved
-    on the device at most, 0 on a CPU.
+    seconds: time from opening the folder until the layers can multiply, with the files in the page cache. file_bytes:
+    size of the files with the weights. model_bytes: size of parameters and buffers. peak_bytes: largest memory that
+    PyTorch reserved on the device; 0 on a CPU.
     """
 
     seconds: float
@@ -37,9 +38,10 @@ class LoadTiming:
 
 @torch.inference_mode()
 def time_loading(config: TransformerConfig, *, device: torch.device, folder: Path | None = None) -> LoadTiming:
-    """Pack a transformer, write it into a temporary folder inside `folder`, and load it.
+    """Pack a transformer, write it to a temporary folder, and load it.
 
-    Raises OSError where the packed weights, 0.6 bytes a weight, do not fit.
+    folder: parent of the temporary folder; None means the one of the system.
+    Raises OSError where the packed weights, 0.6 bytes for each weight, do not fit on the disk.
     """
     is_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory(dir=folder) as name:

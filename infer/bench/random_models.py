@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, for measuring speed: it does not depend on what a model has learned."""
+"""Models with random weights, to measure speed, which does not depend on the values of the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberFormats) -> Models:
-    """Build models of these shapes with random weights, for speed; prompts are random features, too."""
+    """Return models of these shapes with random weights. The features of prompts are random, too."""
     config, device = shapes.transformer, placement.device
     transformer = with_precision(random_model(config, device, placement.denoise_dtype), formats.precision)
     with torch.device(placement.decode_device):
@@ -38,7 +38,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
 
 
 class _RandomText:
-    """Stands in for a text encoder: random features for each prompt."""
+    """A text encoder with random features for each prompt."""
 
     def __init__(self, length: int, dim: int, device: torch.device) -> None:
         self._shape, self._device = (length, dim), device

@@ -1,4 +1,4 @@
-"""Time one denoising step of a transformer with random weights, in every number format, with a full window."""
+"""Time a denoising step of a transformer with random weights and a full window, in every number format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """model_bytes: of weights. cache_bytes: of all layers' keys and values. peak_bytes: of the device, 0 on a CPU."""
+    """Time and memory of a step.
+
+    ms: time in milliseconds. model_bytes: size of the weights. cache_bytes: size of keys and values of all layers.
+    peak_bytes: peak memory of the device; 0 on a CPU.
+    """
 
     precision: str
     kv_cache: str
@@ -39,7 +43,7 @@ class StepTiming:
 def random_model(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> CausalTransformer:
-    """Build a transformer with random weights."""
+    """Return a transformer with random weights."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         model = CausalTransformer(config).to(dtype)
@@ -52,7 +56,10 @@ def random_model(
 def time_steps(
     config: TransformerConfig, spec: ChunkSpec, *, device: torch.device, on_case: Callable[[str], None]
 ) -> list[StepTiming]:
-    """Time a forward pass over one chunk whose window is full, batch 1, no guidance, without compiling anything."""
+    """Time a forward pass over one chunk with a full window, batch 1 and no guidance, without compilation.
+
+    on_case: called with the name of each case before it is timed.
+    """
     model = random_model(config, device)
     timings = []
     for precision in ("bf16", "nvfp4-weights", "nvfp4"):

@@ -1,4 +1,4 @@
-"""Time work on a device: medians, with other data in the second-level cache before each run on a GPU."""
+"""Median times of work on a device. On a GPU, other data is in the second-level cache before each run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 COPY_BYTES = 2**30
 CACHE_BYTES = 2**28  # more than the second-level cache of any GPU
-GPU_MS = 200  # of repeats together
-GPU_REPEATS = 20, 200  # at least, at most
+GPU_MS = 200  # time of all repeats together
+GPU_REPEATS = 20, 200  # smallest and largest number of repeats
 CPU_COPY_BYTES = 2**26
 CPU_REPEATS = 5
 
 
 def median_ms(work: Callable[[], object], device: torch.device, *, captured: bool = False) -> float:
-    """Return the median time of a call in milliseconds, after warming up.
+    """Return the median time of a call in milliseconds, after a warm-up.
 
-    captured: on a GPU, in a CUDA graph, so that short work is not timed by how fast the host launches it.
+    captured: whether the work runs in a CUDA graph on a GPU, so that the time of short work does not depend on how fast
+    the host launches it.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -37,7 +38,7 @@ def median_ms(work: Callable[[], object], device: torch.device, *, captured: boo
 
 
 def _capture(work: Callable[[], object]) -> Callable[[], object]:
-    work()  # compiles what has to be compiled
+    work()  # compiles the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -51,7 +52,7 @@ def _median_gpu_ms(work: Callable[[], object], device: torch.device) -> float:
     def times(count: int) -> list[float]:
         events = []
         for _ in range(count):
-            # read, not written: lines that are to be written back would be charged to the work that evicts them
+            # read, not written: the work would be charged for writing back the lines that it evicts
             other.max()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -63,13 +64,13 @@ def _median_gpu_ms(work: Callable[[], object], device: torch.device) -> float:
 
     for _ in range(3):
         work()
-    least, most = GPU_REPEATS
-    guess = statistics.median(times(5))
-    return statistics.median(times(min(max(int(GPU_MS / guess), least), most)))
+    minimum, maximum = GPU_REPEATS
+    estimate = statistics.median(times(5))
+    return statistics.median(times(min(max(int(GPU_MS / estimate), minimum), maximum)))
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return bytes a second that a copy on the device reads and writes together."""
+    """Return the bandwidth of a copy on the device: bytes a second, read and written together."""
     size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)

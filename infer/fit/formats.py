@@ -1,4 +1,4 @@
-"""Whether a model can be run in some number formats, by its widths and by the hardware, and what then runs."""
+"""Check that a model and a device support number formats, and describe what runs."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ if TYPE_CHECKING:
 
 
 def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
-    """Raise UserError where a folder's model cannot be run in these formats on a device. Reads no weight."""
+    """Raise UserError where a model cannot run in these formats on a device. No weight is read."""
     check_shapes(folder_shapes(folder), formats, name=str(folder.path))
     check_hardware(formats, device=device)
 
 
 def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> None:
-    """Raise UserError where a model of these shapes has no such formats on any device. name: what to call it."""
+    """Raise UserError where a model of these shapes cannot run in these formats on any device.
+
+    name: name of the model, for the error.
+    """
     config = shapes.transformer
     if formats.precision in ("bf16", *FP8_FORMATS) and shapes.packed:
         raise UserError(
-            f"{name} holds packed 4-bit weights, which --precision {formats.precision} cannot run; use nvfp4 or "
-            "nvfp4-weights"
+            f"precision is {formats.precision}, but the weights of {name} are packed in 4 bits; use nvfp4 or"
+            " nvfp4-weights"
         )
     if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
         raise UserError(
-            f"a 4-bit KV cache needs a head dim that {GROUP} divides; {name} has {config.attention_head_dim}"
+            f"the head dim of {name} is {config.attention_head_dim}; a 4-bit KV cache needs a multiple of {GROUP}; use"
+            " kv_cache bf16"
         )
     if formats.precision not in (None, "bf16") and (config.dim % GROUP or config.ffn_dim % GROUP):
         raise UserError(
-            f"precision {formats.precision} needs widths that {GROUP} divides; {name} has {config.dim} and "
-            f"{config.ffn_dim}"
+            f"the widths of {name} are {config.dim} and {config.ffn_dim}; precision {formats.precision} needs multiples"
+            f" of {GROUP}; use precision bf16"
         )
 
 
 def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
-    """Raise UserError where a device cannot multiply in these formats, whatever the model."""
+    """Raise UserError where a device does not support these formats, for any model."""
     precision = formats.precision_of(packed=False)
     for backend in (product_backend(precision, device), attention_backend(formats.attention, device)):
         if backend.name is None:
@@ -51,7 +55,10 @@ def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
 
 
 def start_line(formats: NumberFormats, placement: Placement, *, packed: bool) -> str:
-    """Say in one line what will run, and what of it is emulated and why. packed: whether the model's weights are."""
+    """Return one line with the devices, the backends, and what is emulated and why.
+
+    packed: whether the weights of the model are packed in 4 bits.
+    """
     device, precision = placement.device, formats.precision_of(packed=packed)
     name = str(placement.denoise_dtype).removeprefix("torch.")
     kept = "in 4 bits, rebuilt by " + kernels_on(device) if formats.kv_cache == "nvfp4" else f"in {name}"

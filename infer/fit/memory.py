@@ -1,4 +1,4 @@
-"""How much memory of each GPU streaming will take, from shapes alone, before any weight is loaded."""
+"""Estimate the memory of each GPU that streaming needs, from shapes alone, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from longvideo.vae.autoencoder import Autoencoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from longvideo.model.spec import ChunkSpec
-
 CONTEXT_BYTES = 10**9
-"""CUDA's context, kernels and libraries, which torch's allocator does not see."""
+"""CUDA's context, kernels and libraries, which torch's allocator does not count."""
 WORKSPACE_BYTES = 150_000_000
-"""What shapes do not explain: cuBLAS's workspaces, 32 MiB a thread and stream on Hopper, and the solver's latents."""
+"""Memory that does not follow from shapes: workspaces of cuBLAS (32 MiB for each thread and stream on Hopper), and the
+latents of the solver."""
 WIDTHS_OF_PASS = 9
-"""Activations as wide as the model that a pass holds at most: h, an input, q, k, v, cross q, attended, two updates."""
-QUANTISING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
-"""What quantising takes for each weight of a layer, its result included; storages alive in `from_linear`, counted."""
+"""Largest number of activations as wide as the model in a pass: h, an input, q, k, v, the q of cross-attention, the
+output of attention, two updates."""
+QUANTIZING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
+"""Bytes for each weight of a layer while it is quantized, with the result: the tensors alive in `from_linear`."""
 
 GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is streamed, in which formats, and where.
+    """A model to stream, with its number formats and placement.
 
-    batch: number of videos made together, with the guidance of the settings. loaded_in: data type of a transformer that
-    is not packed before it is converted to `formats.precision`; None means that of the placement.
+    batch: number of videos that are generated together, with the guidance of the settings. loaded_in: data type of a
+    transformer that is not packed before it is converted to `formats.precision`; None means that of the placement.
     """
 
     shapes: ModelShapes
@@ -54,13 +54,13 @@ class Workload:
 
     @property
     def precision(self) -> str:
-        """Of the transformer; without a choice that of its file."""
+        """Precision of the transformer: the one of `formats`, or else that of its files."""
         return self.formats.precision_of(packed=self.shapes.packed)
 
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """What something takes of a device's memory."""
+    """A part of the memory that streaming needs on a device. name: what takes it."""
 
     name: str
     device: torch.device
@@ -68,40 +68,29 @@ class MemoryPart:
 
 
 def estimate(workload: Workload) -> list[MemoryPart]:
-    """Return the parts of each device's peak: that of loading or that of streaming, whichever is larger.
+    """Return the parts of each device's peak: the peak of loading or that of streaming, whichever is larger.
 
-    "CUDA graphs" is what recorded passes keep for themselves, or what recording them takes beyond the rest: a pass runs
-    once before, and torch gives nothing back to the GPU while it records. `torch.cuda.max_memory_allocated` counts
-    neither that nor "CUDA context".
+    "CUDA graphs" is the memory of recorded passes, or the additional memory while they are recorded, whichever is
+    larger: a pass runs once before it is recorded, and torch returns no memory to the GPU while it records.
+    `torch.cuda.max_memory_allocated` counts neither "CUDA graphs" nor "CUDA context".
     """
-    shapes, placement, batch = workload.shapes, workload.placement, workload.batch
+    shapes, placement = workload.shapes, workload.placement
     device, decode_device = numbered(placement.device), numbered(placement.decode_device)
     dtype = placement.denoise_dtype
     with OnMeta():
         transformer, autoencoder = CausalTransformer(shapes.transformer), Autoencoder(shapes.autoencoder)
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
-    grid = Grid(batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
+    grid = Grid(workload.batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
     decoders = _decoders(autoencoder.to(dtype), grid, devices=(device, decode_device), share=placement.decode_share)
-    denoisers = {
-        device: _denoiser(
-            transformer,
-            shapes.spec,
-            precision=workload.precision,
-            formats=workload.formats,
-            batch=batch,
-            copies=branches(shapes.settings.guidance),
-            dtype=dtype,
-            loaded_in=None if shapes.packed else workload.loaded_in or dtype,
-        )
-    }
+    denoisers = {device: _denoiser(transformer, workload)}
     text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
     autoencoders = {decode_device: _num_values(autoencoder) * dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
         peak = _peak(
-            denoisers.get(place, _Denoiser()),
-            decoders.get(place, _Decoder()),
+            denoisers.get(place, _DenoiserBytes()),
+            decoders.get(place, _DecoderBytes()),
             text_encoder=text_encoders.get(place, 0),
             autoencoder=autoencoders.get(place, 0),
         )
@@ -110,8 +99,13 @@ def estimate(workload: Workload) -> list[MemoryPart]:
 
 
 @dataclass(frozen=True)
-class _Denoiser:
-    """Bytes. later_text: of `text`, what comes with the first prompt. one_pass: activations of a pass at most."""
+class _DenoiserBytes:
+    """Bytes of the transformer, its cache and its text.
+
+    loading: peak while it is loaded, 0 for packed weights. text: keys and values of the prompts. later_text: the part
+    of them that is allocated with the first prompt. queries: rotated queries. one_pass: peak of the activations of a
+    pass.
+    """
 
     loading: int = 0
     weights: int = 0
@@ -123,9 +117,11 @@ class _Denoiser:
 
 
 @dataclass(frozen=True)
-class _Decoder:
-    """Bytes. kept: weights, buffers and what recordings read and return. Then what a pass takes: over an opening frame,
-    which is not recorded, and over later ones.
+class _DecoderBytes:
+    """Bytes of the streaming decoder.
+
+    kept: weights, buffers, and inputs and outputs of graphs. opening: peak of the activations for the opening frame of
+    a video, which no graph records. later: peak of the activations for later frames.
     """
 
     kept: int = 0
@@ -133,12 +129,12 @@ class _Decoder:
     later: int = 0
 
 
-def _peak(denoiser: _Denoiser, decoder: _Decoder, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
-    """Return the parts of a device's peak."""
+def _peak(denoiser: _DenoiserBytes, decoder: _DecoderBytes, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
+    """Return the parts of a device's peak. text_encoder, autoencoder: bytes of their weights."""
     loaded = {"text encoder": text_encoder, "autoencoder": autoencoder}
     loading = {"transformer while loading": denoiser.loading, **loaded, CONTEXT: CONTEXT_BYTES}
     streaming = decoder.later + denoiser.one_pass
-    # the decoder is recorded first; neither a prompt nor an opening frame is there yet
+    # the decoder is recorded first, before there is a prompt or an opening frame
     recording = decoder.later + max(decoder.later, 2 * denoiser.one_pass) - denoiser.later_text - decoder.opening
     running = {
         "transformer": denoiser.weights,
@@ -154,68 +150,69 @@ def _peak(denoiser: _Denoiser, decoder: _Decoder, *, text_encoder: int, autoenco
     return max(running, loading, key=lambda sizes: sum(sizes.values()))
 
 
-def _denoiser(
-    model: CausalTransformer,
-    spec: ChunkSpec,
-    *,
-    precision: str,
-    formats: NumberFormats,
-    batch: int,
-    copies: int,
-    dtype: torch.dtype,
-    loaded_in: torch.dtype | None,
-) -> _Denoiser:
-    """precision: in place of that of the formats, which can be None. copies: how often a video is run in a step.
-
-    loaded_in: None for packed weights.
-    """
-    config, rows, size = model.config, batch * copies, dtype.itemsize
+def _denoiser(model: CausalTransformer, workload: Workload) -> _DenoiserBytes:
+    """Return what the transformer, its cache and its text take. model: on the meta device."""
+    config, spec, formats = model.config, workload.shapes.spec, workload.formats
+    size = workload.placement.denoise_dtype.itemsize
+    copies = branches(workload.shapes.settings.guidance)  # number of times each video is run in a step
+    rows = workload.batch * copies
     attended_size = 1 if formats.attention in FP8_FORMATS else size
-    num_values = _num_values(model)
-    layers = [cast("nn.Linear", model.get_submodule(name)) for name in linear_layers(model)]
-    num_weights = sum(layer.weight.numel() for layer in layers)
-    if precision == "bf16":
-        weights, quantising = num_values * size, 0
-    else:
-        num_scales = sum(layer.out_features for layer in layers)
-        quantised = (
-            num_weights + 4 * num_scales if precision in FP8_FORMATS else num_weights // 2 + num_weights // GROUP
-        )
-        if precision == "nvfp4":
-            quantised += num_weights // GROUP  # FP4 units want the scales in an order of their own
-        weights = (num_values - num_weights) * size + quantised
-        quantising = QUANTISING_BYTES[precision] * max(layer.weight.numel() for layer in layers)
-    loading = 0
-    if loaded_in is not None:
-        loading = max(num_values * loaded_in.itemsize, num_values * size + quantising)
+    loading, weights = _loading_and_weights(model, workload)
     keys_values = 2 * rows * spec.window_frames * spec.tokens_per_frame * config.dim
     cache = config.num_layers * keys_values * attended_size
     if formats.kv_cache == "nvfp4":
-        stored = keys_values // 2 + keys_values // GROUP
+        packed = keys_values // 2 + keys_values // GROUP
         means = 2 * rows * spec.window_chunks * config.dim
-        fresh = (stored + means) // spec.window_chunks
+        live = (packed + means) // spec.window_chunks
         rotation = 4 * spec.window_frames * spec.tokens_per_frame * config.attention_head_dim
-        cache = config.num_layers * (stored + means) + fresh + keys_values * attended_size + rotation
+        cache = config.num_layers * (packed + means) + live + keys_values * attended_size + rotation
     prompt = 2 * config.num_layers * config.text_len * config.dim * size
-    # the transformer's own copy; when a prompt changes, the old and the new context, and both as they are selected
-    own_text, later_text = rows * prompt, 2 * (batch + copies - 1 + rows) * prompt
+    # the transformer has a copy of the text; when a prompt changes, the old and the new context exist, each twice
+    own_text, later_text = rows * prompt, 2 * (workload.batch + copies - 1 + rows) * prompt
     tokens = rows * spec.tokens_per_chunk
-    return _Denoiser(
+    return _DenoiserBytes(
         loading=loading,
         weights=weights,
         cache=cache,
         text=own_text + later_text,
         later_text=later_text,
         queries=tokens * config.dim * attended_size,
-        # the widest layer and its GELU beside what is as wide as the model
+        # activations as wide as the model, and the widest layer and its GELU
         one_pass=tokens * (WIDTHS_OF_PASS * config.dim + 2 * config.ffn_dim) * size,
     )
 
 
+def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[int, int]:
+    """Return the peak while the transformer is loaded, 0 for packed weights, and the size of its weights after that."""
+    precision, dtype = workload.precision, workload.placement.denoise_dtype
+    num_values, size = _num_values(model), dtype.itemsize
+    layers = [cast("nn.Linear", model.get_submodule(name)) for name in linear_layers(model)]
+    num_weights = sum(layer.weight.numel() for layer in layers)
+    if precision == "bf16":
+        weights, quantizing = num_values * size, 0
+    else:
+        num_scales = sum(layer.out_features for layer in layers)
+        quantized = (
+            num_weights + 4 * num_scales if precision in FP8_FORMATS else num_weights // 2 + num_weights // GROUP
+        )
+        if precision == "nvfp4":
+            quantized += num_weights // GROUP  # FP4 units need a copy of the scales in another order
+        weights = (num_values - num_weights) * size + quantized
+        quantizing = QUANTIZING_BYTES[precision] * max(layer.weight.numel() for layer in layers)
+    if workload.shapes.packed:
+        return 0, weights
+    loaded_in = workload.loaded_in or dtype
+    return max(num_values * loaded_in.itemsize, num_values * size + quantizing), weights
+
+
 def _decoders(
     autoencoder: Autoencoder, grid: Grid, *, devices: tuple[torch.device, torch.device], share: float
-) -> dict[torch.device, _Decoder]:
-    """Return what `StreamingDecoder` takes of each device; arguments as there."""
+) -> dict[torch.device, _DecoderBytes]:
+    """Return what `StreamingDecoder` takes of each device.
+
+    devices: the one that runs the first stages, and the one that runs the others. share: fraction of the first one's
+    work; 0 leaves all of it to the second.
+    """
     plan = plan_stages(autoencoder, grid)
     boundary = boundary_of(plan, share) if share else 0
     copied = plan[boundary - 1].memory.result if boundary else 0
@@ -225,9 +222,12 @@ def _decoders(
     return decoders
 
 
-def _decoder(stages: Sequence[PlannedStage], copied: int) -> _Decoder:
-    """Add up the stages of a device. copied: bytes that go from one device to the other; both keep a buffer of them."""
-    return _Decoder(
+def _decoder(stages: Sequence[PlannedStage], copied: int) -> _DecoderBytes:
+    """Return the sum over the stages of a device.
+
+    copied: bytes that are copied from one device to the other, for which both have a buffer.
+    """
+    return _DecoderBytes(
         kept=sum(stage.memory.kept for stage in stages) + copied,
         opening=max(stage.memory.opening for stage in stages),
         later=max(stage.memory.later for stage in stages),

@@ -1,4 +1,4 @@
-"""Whether streaming fits into the GPUs of this machine, and which options would make it."""
+"""Check that streaming fits into the GPUs of this machine, and find the options with which it fits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Options of the command line with which streaming fits, and the bytes that each GPU then needs."""
+    """Options of the command line with which streaming fits. needed: bytes of each GPU with these options."""
 
     options: tuple[str, ...]
     needed: dict[torch.device, int]
 
     def sizes(self) -> str:
-        """Say the bytes, with their devices where these are several."""
+        """Return the bytes as text, with their devices if there are several."""
         alone = len(self.needed) == 1
         sizes = (gigabytes(size) if alone else f"{gigabytes(size)} on {x}" for x, size in self.needed.items())
         return " and ".join(sizes)
@@ -34,10 +34,11 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Fit:
-    """What streaming needs of GPUs, and what they have.
+    """Memory of GPUs that streaming needs, and their free memory.
 
-    parts: of GPUs alone. free: bytes of those that this machine has. tried: options that might help; remedy: the fewest
-    of them that are enough, None where all are not, and where nothing is lacking.
+    parts: parts of the memory of GPUs; CPUs are left out. free: free bytes of each GPU, if this machine has it. tried:
+    options that reduce the memory. remedy: the smallest set of them that is enough; None if all together are not, and
+    if no GPU is insufficient.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -47,23 +48,26 @@ class Fit:
 
     @property
     def needed(self) -> dict[torch.device, int]:
-        """The bytes that each GPU needs."""
+        """Bytes that streaming needs on each GPU."""
         return _totals(self.parts)
 
     @property
-    def lacking(self) -> list[torch.device]:
-        """The GPUs of this machine that have less free than they need."""
+    def insufficient(self) -> list[torch.device]:
+        """The GPUs of this machine with less free memory than streaming needs."""
         return [device for device, needed in self.needed.items() if needed > self.free.get(device, needed)]
 
 
 def assess(workload: Workload) -> Fit:
-    """Compare what a workload needs of GPUs with what is free there; of GPUs that are not there, say what it needs."""
+    """Compare the memory that a workload needs with the free memory of each GPU.
+
+    For GPUs that this machine does not have, only the needed memory is computed.
+    """
     parts = _gpu_parts(workload)
     present = [device for device in _totals(parts) if device in cuda_devices()]
     if present:
-        torch.cuda.empty_cache()  # what this process merely keeps for later is free
+        torch.cuda.empty_cache()  # memory that torch has cached in this process counts as free
     fit = Fit(tuple(parts), {device: _free_bytes(device) for device in present})
-    if not fit.lacking:
+    if not fit.insufficient:
         return fit
     changes = _changes(workload)
     tried = tuple(change.option for change in changes)
@@ -71,29 +75,29 @@ def assess(workload: Workload) -> Fit:
 
 
 def check_memory(workload: Workload) -> None:
-    """Raise UserError, with the parts and what would fit, where a GPU has less free than streaming needs.
+    """Raise UserError, with the parts and a remedy, where a GPU has less free memory than streaming needs.
 
     CPUs are not checked.
     """
     fit = assess(workload)
-    if not fit.lacking:
+    if not fit.insufficient:
         return
     if fit.remedy is not None:
         advice = f"with {' '.join(fit.remedy.options)} it needs {fit.remedy.sizes()}"
     else:
         advice = no_remedy(fit.tried)
-    raise UserError("; ".join([*(_shortage(fit, device) for device in fit.lacking), advice]))
+    raise UserError("; ".join([*(_shortage(fit, device) for device in fit.insufficient), advice]))
 
 
 def no_remedy(tried: Sequence[str]) -> str:
-    """Say that options do not help."""
+    """Return the advice where no options make streaming fit. tried: options that reduce the memory."""
     if not tried:
         return "use a GPU with more memory"
-    return f"not even {' '.join(tried)} makes it fit; use a GPU with more memory"
+    return f"it does not fit with {' '.join(tried)} either; use a GPU with more memory"
 
 
 def gigabytes(size: int) -> str:
-    """Write bytes as GB, 10^9 of them, with one decimal."""
+    """Return a size as text in GB (10^9 bytes), with one decimal."""
     return f"{size / 1e9:.1f} GB"
 
 
@@ -104,13 +108,14 @@ def cuda_devices() -> list[torch.device]:
 
 @dataclass(frozen=True)
 class _Change:
-    """An option, and what it changes: number formats, or devices."""
+    """An option of the command line, and the fields of `NumberFormats` or `Placement` that it changes."""
 
     option: str
     formats: dict[str, str] = field(default_factory=dict)
     devices: dict[str, torch.device] = field(default_factory=dict)
 
     def applied(self, workload: Workload) -> Workload:
+        """Return the workload with this option."""
         return replace(
             workload,
             formats=replace(workload.formats, **self.formats),
@@ -119,7 +124,7 @@ class _Change:
 
 
 def _changes(workload: Workload) -> list[_Change]:
-    """Return what a workload could do with less memory, in the order of what it costs."""
+    """Return the options that reduce the memory of a workload, from the one with the smallest loss."""
     config, formats, changes = workload.shapes.transformer, workload.formats, []
     packs = not any(width % GROUP for width in (config.dim, config.ffn_dim))
     if not workload.shapes.packed and formats.precision in (None, "bf16", *FP8_FORMATS) and packs:
@@ -134,14 +139,14 @@ def _changes(workload: Workload) -> list[_Change]:
 
 
 def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
-    """Return the first change that is enough, or the fewest that are together."""
-    for chosen in (some for count in range(1, len(changes) + 1) for some in combinations(changes, count)):
-        changed = workload
-        for change in chosen:
-            changed = change.applied(changed)
-        needed = _totals(_gpu_parts(changed))
+    """Return the first change that is enough, or the smallest set of changes that is; None if no set is."""
+    for choice in (subset for count in range(1, len(changes) + 1) for subset in combinations(changes, count)):
+        smaller = workload
+        for change in choice:
+            smaller = change.applied(smaller)
+        needed = _totals(_gpu_parts(smaller))
         if all(size <= _free_bytes(device) for device, size in needed.items()):
-            return Remedy(tuple(change.option for change in chosen), needed)
+            return Remedy(tuple(change.option for change in choice), needed)
     return None
 
 
@@ -152,17 +157,17 @@ def _gpu_parts(workload: Workload) -> list[MemoryPart]:
 
 
 def _other_device(device: torch.device) -> torch.device | None:
-    """Return the GPU with the most free memory beside one."""
+    """Return another GPU, the one with the most free memory; None if there is no other."""
     return max((other for other in cuda_devices() if other != device), key=_free_bytes, default=None)
 
 
 def _free_bytes(device: torch.device) -> int:
     try:
         return torch.cuda.mem_get_info(device)[0]
-    except RuntimeError as error:  # it has no room for another context, or is in use by one process alone
+    except RuntimeError as error:  # no memory for another context, or one process uses it exclusively
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{device} does not say what is free ({reason}); use another GPU, or end what runs there"
+            f"the free memory of {device} is unknown ({reason}); use another GPU, or end the processes on this one"
         ) from error
 
 
@@ -175,4 +180,4 @@ def _shortage(fit: Fit, device: torch.device) -> str:
     own = sorted((part for part in fit.parts if part.device == device), key=lambda part: -part.bytes)
     listed = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
     free, needed = gigabytes(fit.free[device]), gigabytes(fit.needed[device])
-    return f"{device} has {free} free, streaming needs about {needed}: {listed}"
+    return f"{device} has {free} free; streaming needs about {needed}: {listed}"

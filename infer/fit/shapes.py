@@ -1,4 +1,4 @@
-"""The shapes of a model, all that is known before its weights are: of a folder, or of a preset that needs none."""
+"""Shapes and settings of a model without its weights: of a model folder, or of a preset."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from longvideo.vae.config import AutoencoderConfig
 
 WAN_SIZE, WAN_WINDOW_FRAMES = (704, 1280), 32
 STREAMING_STEPS, STREAMING_GUIDANCE = 2, 1.0
-"""Of a preset: those of a model that is distilled for streaming."""
+"""Settings of the preset of the 5B: those of a model that is distilled for streaming."""
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """Sizes of a model's parts and its settings.
+    """Sizes of the parts of a model, and its settings.
 
-    text_encoder: None where prompts come as features. packed: whether the transformer's weights are stored in 4 bits.
+    text_encoder: None if prompts are given as features. packed: whether the weights of the transformer are packed in 4
+    bits.
     """
 
     transformer: TransformerConfig
@@ -32,12 +33,12 @@ class ModelShapes:
     packed: bool = False
 
     def with_guidance(self, guidance: float | None) -> ModelShapes:
-        """Return the same with another guidance scale; None keeps the model's own."""
+        """Return the shapes with another guidance scale; None keeps the model's own."""
         return self if guidance is None else replace(self, settings=replace(self.settings, guidance=guidance))
 
 
 def folder_shapes(folder: ModelFolder) -> ModelShapes:
-    """Return the shapes of an opened folder. Raises CheckpointError where it lacks a part."""
+    """Return the shapes of an opened folder. Raises CheckpointError where a part is missing."""
     return ModelShapes(
         transformer=folder.transformer_config,
         autoencoder=folder.vae_config,
@@ -49,21 +50,22 @@ def folder_shapes(folder: ModelFolder) -> ModelShapes:
 
 
 def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_frames: int | None = None) -> ModelShapes:
-    """Return the shapes that a preset means; "tiny" has its own picture size and window.
+    """Return the shapes of a preset, "wan2.2-ti2v-5b" or "tiny".
 
-    size: height and width in pixels. window_frames: latent frames attended to. None takes the preset's own.
-    Raises UserError for an unknown name or a choice that "tiny" does not leave, ConfigError for a size that patches do
-    not divide.
+    size: height and width in pixels. window_frames: size of the window in latent frames. None means the preset's own,
+    and "tiny" accepts nothing else.
+    Raises UserError for an unknown name, and for a size or window with "tiny"; ConfigError for a size that the patches
+    do not divide.
     """
     if name not in PRESETS:
-        raise UserError(f"--preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+        raise UserError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
     if name == "tiny":
         folder = ModelFolder.open("tiny")
         own = folder.settings
         if size is not None or window_frames is not None:
             raise UserError(
-                f"the preset tiny has its own size {own.height}x{own.width} and window {own.window_frames}; leave"
-                " --size and --window out"
+                f"the preset tiny has a fixed size, {own.height}x{own.width}, and a fixed window, {own.window_frames};"
+                " leave --size and --window out"
             )
         autoencoder = AutoencoderConfig.tiny()
         return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, own, folder.spec)

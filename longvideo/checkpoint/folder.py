@@ -229,11 +229,14 @@ class ModelFolder:
         transformer: CausalTransformer | None = None,
         vae: Autoencoder | None = None,
         text_encoder: TextEncoder | None = None,
+        other_parts: ModelFolder | None = None,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> ModelFolder:
         """Write parts as a folder that this class and diffusers' classes open.
+
+        other_parts: a model with the parts that are copied, tensor by tensor, where none is given here.
 
         dtype: of floating weights; None keeps their own. max_shard_bytes: largest weight file, bytes. overwrite:
         replace an existing folder. The folder appears complete or not at all.
@@ -241,19 +244,22 @@ class ModelFolder:
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists; choose another name or pass overwrite=True")
         _check_text_len(settings, transformer, text_encoder)
-        parts: dict[str, tuple[nn.Module, PartConfig]] = {}
+        copied = {} if other_parts is None else other_parts.stored
+        parts: dict[str, tuple[Weights, PartConfig]] = {name: (own.weights, own.config) for name, own in copied.items()}
+        tokenizer = other_parts._load_tokenizer() if other_parts is not None and TEXT_ENCODER in parts else None
         if transformer is not None:
-            parts[TRANSFORMER] = transformer, transformer.config
+            parts[TRANSFORMER] = Weights.of(own_tensors(transformer)), transformer.config
         if vae is not None:
-            parts[VAE] = vae, vae.config
+            parts[VAE] = Weights.of(own_tensors(vae)), vae.config
         if text_encoder is not None:
-            parts[TEXT_ENCODER] = text_encoder.model, text_encoder.model.config
+            parts[TEXT_ENCODER] = Weights.of(own_tensors(text_encoder.model)), text_encoder.model.config
+            tokenizer = text_encoder.tokenizer
         with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
-            for part, (module, config) in parts.items():
-                weights = Weights.of(own_tensors(module)).cast(dtype, keep=packed.is_of_packed_layer)
-                write_part(temporary, part, weights, config, max_shard_bytes=max_shard_bytes)
-            if text_encoder is not None:
-                save_tokenizer(text_encoder.tokenizer, temporary / "tokenizer", text_len=settings.text_len)
+            for part, (weights, config) in parts.items():
+                cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
+                write_part(temporary, part, cast, config, max_shard_bytes=max_shard_bytes)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, temporary / "tokenizer", text_len=settings.text_len)
             write_index(temporary, parts, settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from longvideo.distill.engine import PairedEngine
     from longvideo.distributed import Mesh
     from longvideo.training.options import RunOptions
-    from longvideo.training.trainer import Recipe
 
 
 def run(options: RunOptions) -> None:
@@ -36,11 +35,17 @@ def run(options: RunOptions) -> None:
     On a CPU, in a minute or two: `longvideo distill cpu/dmd --out runs/try_dmd`
 
     `torchrun --nproc-per-node 8 -m longvideo distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
+
+    Presets: `tiny/dmd` (the default), `wan/dmd`, `cpu/dmd`.
+
+    Keys most used: `model`, `prompts`, `stages[0].frames`, `stages[0].steps`, `rollout.steps`,
+    `optimizer.learning_rate`, `critic_optimizer.learning_rate`, `lora.rank`, `backbone.precision`.
+    `longvideo config keys distill` explains all.
     """
     require("peft", extra="train", purpose="longvideo distill")
     from longvideo.distill.config import Distillation
 
-    def build(config: Distillation, device: torch.device, mesh: Mesh) -> Recipe:
+    def build(config: Distillation, device: torch.device, mesh: Mesh) -> DistillRecipe:
         from longvideo.distill.distillation import DistillRecipe
 
         return DistillRecipe(config, device, mesh, dry_run=options.dry_run > 0)

@@ -1,4 +1,4 @@
-"""`longvideo doctor`: what this machine has and can run, whether its numbers are right, and whether a model fits."""
+"""`longvideo doctor`: describe a machine, check its numeric results, and estimate whether a model fits."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ EXIT_FAILED = 1
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Does it fit? `tiny`, or a folder or file; nothing is downloaded.")
+        str | None, typer.Option(help="Model to estimate: `tiny`, or a folder or file; nothing is downloaded.")
     ] = None,
     base: Base = None,
     entry: Entry = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Do these shapes fit? `wan2.2-ti2v-5b` or `tiny`, guidance 1; needs no weights."),
+        typer.Option(help="Shapes to estimate without weights, with guidance 1: `wan2.2-ti2v-5b` or `tiny`."),
     ] = None,
     guidance: Guidance = None,
     device: Device = None,
@@ -49,24 +49,24 @@ def doctor(
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
     self_test: Annotated[bool, typer.Option("--self-test", help="Run small numeric checks on the device.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
-    """Show what this machine has, what would run each operation and why nothing else, and whether a model fits.
+    """Describe this machine and the backend of each operation, and estimate whether a model fits.
 
-    `longvideo doctor` lists GPUs and how they reach each other, memory, disks and versions. Where there is no GPU, and
-    where something cannot be told, it says why.
+    `longvideo doctor` lists GPUs and their connections, memory, disks, versions, and for each operation the backend and
+    why the others do not run. If there is no GPU, or a value is unknown, it prints the reason.
 
-    `longvideo doctor --self-test` runs small numeric checks too: a round trip, kernels against the definition, a
+    `longvideo doctor --self-test` also runs small numeric checks: a round trip, kernels against their definition, a
     product, a gradient, the 4-bit cache.
 
-    `longvideo doctor --model FOLDER --precision fp8` also says what streaming takes of each GPU, part by part, whether
-    that is free, and which options would help where it is not. The options are those of `longvideo generate`; no weight
-    is read.
+    `longvideo doctor --model FOLDER --precision fp8` also estimates the memory that streaming needs on each GPU, part
+    by part, and compares it with the free memory. If that is not enough, it names options that help. The options are
+    those of `longvideo generate`; no weight is read.
 
-    `longvideo doctor --preset wan2.2-ti2v-5b --decode-device cuda:1` does so before there are weights. A machine
-    without a GPU answers both: how much memory GPUs would need.
+    `longvideo doctor --preset wan2.2-ti2v-5b --decode-device cuda:1` estimates without weights. On a machine without a
+    GPU, both print the memory that GPUs need.
 
-    Ends with code 1 when a check fails or a model does not fit into the GPUs of this machine, with 0 otherwise.
+    The exit code is 1 if a check fails or a model does not fit into the GPUs of this machine, else 0.
     """
     from longvideo.infer.fit.placement import pick_device
     from longvideo.infer.fit.refusal import cuda_devices
@@ -74,15 +74,15 @@ def doctor(
 
     formats = NumberFormats(precision, kv_cache, attention)
     if model is not None and preset is not None:
-        raise UserError("--model and --preset exclude each other")
+        raise UserError("--model and --preset exclude each other; use one of them")
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
         placement = _placement(device, decode_device, decode_share)
         question = _question(choice, preset, guidance, formats, placement)
     elif formats != NumberFormats() or any(x is not None for x in (base, entry, guidance, decode_device, decode_share)):
-        raise UserError("options of a model were given and no model; name one with --model or --preset")
-    # without a GPU, --device names one of another machine: the operations of this one are those of its CPU
+        raise UserError("there are options of a model, but no model; name one with --model or --preset")
+    # without a GPU, --device is that of another machine; the operations are those of this machine's CPU
     elsewhere = question is not None and not self_test and not cuda_devices()
     where = pick_device(None if elsewhere else device)
     from longvideo.cli.doctor_report import MachineReport
@@ -100,7 +100,10 @@ def _question(
     formats: NumberFormats,
     placement: Placement,
 ) -> Question:
-    """Check what `longvideo generate` checks before it loads a model; of a GPU that is elsewhere, not its hardware."""
+    """Make the checks of `longvideo generate` before it loads a model.
+
+    The hardware of a GPU is checked only if this machine has GPUs.
+    """
     from longvideo.cli.doctor_report import Question
     from longvideo.infer.fit.formats import check_hardware, check_shapes
     from longvideo.infer.fit.memory import Workload
@@ -120,9 +123,10 @@ def _question(
 
 
 def _open(choice: ModelChoice) -> ModelFolder:
+    """Open a model without downloading it. Raises UserError for one that is not on this machine."""
     for name in (choice.name, choice.base or ""):
         if "/" in name and not Path(name).expanduser().exists():
-            raise UserError(f"there is no {name}, and doctor downloads nothing; --preset takes shapes alone")
+            raise UserError(f"no model at {name}; doctor downloads nothing; use a local model, or --preset for shapes")
     return choice.open()
 
 

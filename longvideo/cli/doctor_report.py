@@ -1,4 +1,4 @@
-"""What `longvideo doctor` found, as a dictionary for JSON and as lines of text."""
+"""The report of `longvideo doctor`, as a dictionary for JSON and as lines of text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAME_WIDTH = 24
 
 @dataclass(frozen=True)
 class Question:
-    """Whether a model fits. name: as the user gave it. folder: None for a preset."""
+    """A model to estimate. name: its name as the user wrote it. folder: its folder; None for a preset."""
 
     name: str
     folder: Path | None
@@ -36,7 +36,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Graphics:
-    """What torch sees of GPUs. none_because: why it sees none. torch_cuda: the CUDA version it is built with."""
+    """GPUs that torch finds.
+
+    none_because: why it finds no GPU; None if there is one. links: connections between GPUs. torch_cuda: version of
+    CUDA that torch is built with.
+    """
 
     gpus: list[GPU]
     none_because: str | None
@@ -47,7 +51,7 @@ class Graphics:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model takes. file_bytes: of its folder."""
+    """The memory and the files of a model. file_bytes: size of its folder; None for a preset."""
 
     question: Question
     fit: Fit
@@ -56,7 +60,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """All of it. versions: of packages, and what else is one word about the machine. disks: by what they are for."""
+    """Everything that the command prints.
+
+    versions: versions of packages, processor and system. disks: disks by their use. answer: None without a model.
+    """
 
     versions: dict[str, str]
     graphics: Graphics
@@ -68,7 +75,7 @@ class MachineReport:
 
     @classmethod
     def of(cls, device: torch.device, question: Question | None, *, self_test: bool) -> MachineReport:
-        """Examine this machine, with the operations and checks of one device."""
+        """Examine this machine. device: device of the operations and checks. self_test: whether to run the checks."""
         return cls(
             versions={"longvideo": __version__, **versions(device)},
             graphics=Graphics(gpus(), why_none(), links(), driver(), torch.version.cuda),
@@ -81,12 +88,12 @@ class MachineReport:
 
     @property
     def failed(self) -> bool:
-        """Whether a check failed, or a GPU of this machine has too little free."""
-        lacking = self.answer is not None and bool(self.answer.fit.lacking)
-        return lacking or not all(check.passed for check in self.checks)
+        """Whether a check failed, or a GPU of this machine has too little free memory."""
+        insufficient = self.answer is not None and bool(self.answer.fit.insufficient)
+        return insufficient or not all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON holds: sizes in bytes, {"unknown": reason} for what cannot be told."""
+        """Return the report for JSON: sizes in bytes, {"unknown": reason} for unknown values."""
         return {
             "machine": self.versions,
             "graphics": asdict(self.graphics),
@@ -98,8 +105,8 @@ class MachineReport:
         }
 
     def lines(self) -> Iterator[str]:
-        """Yield what the terminal shows."""
-        for name, value in {**self.versions, **_graphics_rows(self.graphics), **self._room_rows()}.items():
+        """Yield the lines of the report for a terminal."""
+        for name, value in {**self.versions, **_graphics_rows(self.graphics), **self._space_rows()}.items():
             yield f"{name:<{NAME_WIDTH}}{value}"
         for operation in self.operations:
             yield f"\n{operation.name}: {operation.backend}"
@@ -112,12 +119,12 @@ class MachineReport:
             yield ""
             yield from _answer_lines(self.answer, self.memory)
 
-    def _room_rows(self) -> dict[str, str]:
+    def _space_rows(self) -> dict[str, str]:
         rows = {
-            "memory": _told(self.memory, lambda x: f"{_gb(x.total_bytes)}, {_gb(x.available_bytes)} available"),
+            "memory": _text(self.memory, lambda x: f"{_gb(x.total_bytes)}, {_gb(x.available_bytes)} available"),
         }
         for use, disk in self.disks.items():
-            rows[use] = _told(disk, lambda x: f"{_gb(x.free_bytes)} of {_gb(x.total_bytes)} free, {x.path}")
+            rows[use] = _text(disk, lambda x: f"{_gb(x.free_bytes)} of {_gb(x.total_bytes)} free, {x.path}")
         return rows
 
 
@@ -145,7 +152,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
                 "parts": {part.name: part.bytes for part in fit.parts if part.device == device},
                 "needed_bytes": needed,
                 "free_bytes": fit.free.get(device),
-                "fits": device not in fit.lacking if device in fit.free else None,
+                "fits": device not in fit.insufficient if device in fit.free else None,
             }
             for device, needed in fit.needed.items()
         },
@@ -177,21 +184,22 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
             yield f"    {name:<{NAME_WIDTH}}{_gb(size, 3):>12}"
         yield f"    {_verdict(fit, device)}"
     if "fp8" in (formats.precision, formats.attention) and not set(fit.needed) <= set(fit.free):
-        yield "\nwhether that GPU multiplies fp8 cannot be told here; `longvideo doctor` there says it"
+        yield "\nwhether that GPU supports fp8 is unknown here; run `longvideo doctor` on its machine"
     for cpu in _cpus(workload):
-        available = _told(memory, lambda x: f"{_gb(x.available_bytes)} of memory are available")
-        yield f"\n{cpu}: not estimated, since what it takes was never measured; {available}"
+        available = _text(memory, lambda x: f"{_gb(x.available_bytes)} of memory are available")
+        yield f"\n{cpu}: the memory of a CPU is not estimated; {available}"
 
 
 def _verdict(fit: Fit, device: torch.device) -> str:
+    """Return one line that states whether the model fits into a GPU."""
     needed, free = fit.needed[device], fit.free.get(device)
     if free is None:
         above = math.ceil(needed / 1e8) / 10
-        return f"this machine has no GPU that torch sees; one with {above:.1f} GB free would be needed"
-    if device not in fit.lacking:
+        return f"torch finds no GPU on this machine; a GPU with {above:.1f} GB of free memory is needed"
+    if device not in fit.insufficient:
         return f"fits: {_gb(free)} are free"
     if fit.remedy is not None:
-        advice = f"with {' '.join(fit.remedy.options)} it would, in {fit.remedy.sizes()}"
+        advice = f"with {' '.join(fit.remedy.options)} it fits into {fit.remedy.sizes()}"
     else:
         advice = no_remedy(fit.tried)
     return f"does not fit: {_gb(free)} are free, {_gb(needed - free)} are missing; {advice}"
@@ -200,7 +208,7 @@ def _verdict(fit: Fit, device: torch.device) -> str:
 def _graphics_rows(graphics: Graphics) -> dict[str, str]:
     rows = {}
     for gpu in graphics.gpus:
-        free = _told(gpu.free_bytes, lambda size: f"{_gb(size)} free", unknown="free memory unknown")
+        free = _text(gpu.free_bytes, lambda size: f"{_gb(size)} free", unknown="free memory unknown")
         rows[f"GPU {gpu.index}"] = (
             f"{gpu.name}, {_gb(gpu.total_bytes)}, {free}, compute capability {gpu.compute_capability}"
         )
@@ -208,23 +216,24 @@ def _graphics_rows(graphics: Graphics) -> dict[str, str]:
         rows["GPU"] = f"none: {graphics.none_because}"
     for link in graphics.links:
         direct = "directly" if link.direct else "through the host's memory"
-        wires = _told(
+        wires = _text(
             link.num_nvlinks, lambda n: f"over {n} NVLinks" if n else "no NVLink", unknown="whether over NVLink"
         )
         rows[f"GPU {link.first} to GPU {link.second}"] = f"{direct}, {wires}"
-    rows["NVIDIA driver"] = _told(graphics.driver, str)
+    rows["NVIDIA driver"] = _text(graphics.driver, str)
     rows["CUDA of torch"] = graphics.torch_cuda or "none"
     return rows
 
 
 def _cpus(workload: Workload) -> list[str]:
-    """Return those of a workload's devices that are not estimated."""
+    """Return the devices of a workload that are not estimated."""
     devices = (workload.placement.device, workload.placement.decode_device)
     return list(dict.fromkeys(str(device) for device in devices if device.type == "cpu"))
 
 
-def _told(value: T | Unknown, say: Callable[[T], str], *, unknown: str = "unknown") -> str:
-    return f"{unknown}: {value.unknown}" if isinstance(value, Unknown) else say(value)
+def _text(value: T | Unknown, describe: Callable[[T], str], *, unknown: str = "unknown") -> str:
+    """Return the description of a value, or `unknown` and the reason."""
+    return f"{unknown}: {value.unknown}" if isinstance(value, Unknown) else describe(value)
 
 
 def _gb(size: int, decimals: int = 1) -> str:

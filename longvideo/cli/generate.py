@@ -1,4 +1,4 @@
-"""`longvideo generate`: prompts in, a video file that grows chunk by chunk out."""
+"""`longvideo generate`: generate a video from prompts, and write it to a file chunk by chunk."""
 
 from __future__ import annotations
 
@@ -51,22 +51,30 @@ DEFAULT_SECONDS = 10.0
 def generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", help="What the video shows. Each further prompt is a shot after a cut."),
+        typer.Argument(metavar="PROMPT", help="Description of the video. Each further prompt is a shot after a cut."),
     ] = None,
     script: Annotated[
         Path | None,
-        typer.Option(help="YAML list of shots, each with `prompt`, `seconds` and `cut`, instead of prompts."),
+        typer.Option(
+            help="YAML file with a list of shots, each with `prompt`, `seconds` and `cut`, instead of prompts."
+        ),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help=f"Length of the whole video, shared equally by its shots.  [default: {DEFAULT_SECONDS:g}]"),
+        typer.Option(help=f"Length of the whole video; its shots have equal lengths.  [default: {DEFAULT_SECONDS:g}]"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Solver steps a chunk: more is slower and finer.  [default: the model's own]")
+        int | None,
+        typer.Option(
+            help="Number of solver steps for each chunk; more are slower and finer.  [default: the model's own]"
+        ),
     ] = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives another video, the same seed the same one.")] = 0,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from, scaled and cropped to the video.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same video.")] = 0,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Picture for the first frame; it is scaled and cropped to the size of the video."),
+    ] = None,
     model: ModelName = "tiny",
     base: Base = None,
     preset: SettingsPreset = None,
@@ -77,13 +85,13 @@ def generate(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
     output: Annotated[Path, typer.Option(*OUTPUT, help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
-    """Make a video from prompts, chunk by chunk.
+    """Generate a video from prompts, chunk by chunk.
 
-    The file grows while it is made and can be played at any time; after Ctrl-C, SIGTERM or SIGHUP it holds what was
-    finished.
+    The file grows chunk by chunk and can be played at any time. After Ctrl-C, SIGTERM or SIGHUP it holds the chunks
+    that were finished.
 
     `longvideo generate "a red ball bounces on grass" -o ball.mp4`
 
@@ -95,8 +103,8 @@ def generate(
 
     `- {prompt: a small red ball bounces at night, seconds: 6, cut: false}`
 
-    A shot starts at the chunk (1.33 s at 24 frames a second) nearest to where it was asked. With `cut: false` the scene
-    goes on and only the text changes.
+    A shot starts at the chunk boundary nearest to its requested time; a chunk has 1.33 s at 24 frames a second. With
+    `cut: false` the scene continues, and only the text changes.
 
     Several GPUs share the denoising of every chunk:
 
@@ -129,7 +137,7 @@ def generate(
 
 @dataclass(frozen=True)
 class VideoChoice:
-    """The video that the command makes. image: file of its first frame."""
+    """The video that a user chose. image: file of its first frame."""
 
     script: Script
     options: SamplingOptions
@@ -341,7 +349,7 @@ def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Ge
 
 def _summary(output: Path, num_frames: int, tally: VideoTally, fps: float) -> str:
     if num_frames == 0:
-        return "no frames were made; nothing was written"
+        return "no frame was generated; nothing was written"
     rate = tally.frames_a_second
     speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
     first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "longvideo.cli.train:app",
     "distill": "longvideo.cli.distill:distill",
     "merge": "longvideo.cli.merge:merge",
+    "config": "longvideo.cli.config:app",
     "data": "longvideo.cli.data:app",
     "eval": "longvideo.cli.evaluate:app",
     "info": "longvideo.cli.info:info",

@@ -1,4 +1,4 @@
-"""Options that say which model is run, and where and how: the same for every command that takes them."""
+"""Options that choose a model, its devices and its number formats, the same in every command that has them."""
 
 from __future__ import annotations
 
@@ -18,50 +18,60 @@ ModelName: TypeAlias = Annotated[
     str, typer.Option("--model", help="`tiny`, a folder or file of any known format, or a Hugging Face id.")
 ]
 Base: TypeAlias = Annotated[
-    str | None, typer.Option(help="Model from which the parts that --model lacks come, and which a LoRA is added to.")
+    str | None, typer.Option(help="Model with the parts that are missing in --model, and to which a LoRA is added.")
 ]
 SettingsPreset: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Settings to use: `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: the model's, or the base's]"),
+    typer.Option(
+        help="Settings of a published model, `wan2.2-ti2v-5b` or `longlive-2.0-5b`.  [default: the model's, or the"
+        " base's]"
+    ),
 ]
 Entry: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Which weights of a training checkpoint, such as `generator_ema`.  [default: `generator`; of our own runs"
-        " `ema`]"
+        help="Entry of a training checkpoint with the weights, such as `generator_ema`.  [default: `generator`; `ema`"
+        " in checkpoints of longvideo]"
     ),
 ]
 Guidance: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="How strongly to follow the prompt; other than 1 doubles the work.  [default: the model's own]"),
+    typer.Option(
+        help="How strongly to follow the prompt; any value but 1 doubles the work.  [default: the model's own]"
+    ),
 ]
-Device: TypeAlias = Annotated[str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: the GPU if any]")]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option(help="`cuda`, `cuda:1` or `cpu`.  [default: cuda if there is a GPU]")
+]
 DecodeDevice: TypeAlias = Annotated[
-    str | None, typer.Option(help="Where latents become pixels, for instance a second GPU.  [default: --device]")
+    str | None,
+    typer.Option(help="Device that decodes latents to frames, for example a second GPU.  [default: --device]"),
 ]
 DecodeShare: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Of the work of --decode-device, what --device does instead: 0.2 is a fifth.  [default: 0]"),
+    typer.Option(help="Fraction of the decoding that --device does for --decode-device, such as 0.2.  [default: 0]"),
 ]
 Precision: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
-        " `nvfp4-weights`. `fp8` needs a GPU with FP8 units.  [default: as the model is stored]"
+        help="Format of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
+        " `nvfp4-weights`. `fp8` needs a GPU with FP8 units.  [default: the format of the files]"
     ),
 ]
 KVCacheFormat: TypeAlias = Annotated[
-    str, typer.Option(help="How the chunks already made are kept: `bf16`, or `nvfp4` in 0.28 of the memory.")
+    str, typer.Option(help="Format of the KV cache: `bf16`, or `nvfp4` with 0.28 of the memory.")
 ]
 AttentionFormat: TypeAlias = Annotated[
     str,
-    typer.Option(help="`bf16`, or `fp8` on a GPU of compute capability 9 with `pip install 'longvideo[cudnn]'`."),
+    typer.Option(
+        help="Format of attention: `bf16`, or `fp8` on a GPU of compute capability 9 with the extra `longvideo[cudnn]`."
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model a command was given."""
+    """The model that a user chose. The fields are those of `ModelFolder.open`."""
 
     name: str
     base: str | None = None
@@ -69,7 +79,7 @@ class ModelChoice:
     entry: str | None = None
 
     def open(self) -> ModelFolder:
-        """Open it; files that are of no part of it are named on standard error."""
+        """Open the model; print the names of files that are not used to standard error."""
         from longvideo.checkpoint.folder import ModelFolder
 
         folder = ModelFolder.open(self.name, base=self.base, preset=self.preset, entry=self.entry)
@@ -79,7 +89,10 @@ class ModelChoice:
 
 
 def warn_of_missing_quotes(prompts: Sequence[str], *, command: str) -> None:
-    """Warn where prompts are words in a row, as a shell makes them of a sentence without quotes."""
+    """Print a warning if consecutive prompts are single words, as of a sentence without quotes.
+
+    command: start of the command line with quotes that the warning shows.
+    """
     if any(len(one.split()) == 1 == len(other.split()) for one, other in pairwise(prompts)):
         sentence = " ".join(prompts).replace("\\", "\\\\").replace('"', '\\"')
         text = f"warning: these are {len(prompts)} prompts, each shown on its own; for one prompt use quotes"

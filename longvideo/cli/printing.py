@@ -1,4 +1,4 @@
-"""Text from files, made fit for a terminal, and a terminal that is closed while a command writes to it."""
+"""Print text from files safely, and continue when the terminal is closed."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,10 @@ MEBIBYTE, GIBIBYTE = 2**20, 2**30
 
 
 def printable(text: str, *, limit: int = MAX_CHARACTERS) -> str:
-    """Write control characters, which a terminal would obey, as escapes; cut what is longer than the limit."""
+    """Return text with control characters as escapes, shortened to `limit` characters.
+
+    A terminal executes control characters, so text from files must not hold any.
+    """
     shown = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text[: limit + 1])
     return shown if len(text) <= limit else f"{shown[:limit]} ..."
 
@@ -23,14 +26,14 @@ def shown_size(num_bytes: int) -> str:
 
 @contextmanager
 def without_reader(*descriptors: int) -> Iterator[None]:
-    """Go on where nobody reads what the block prints: a terminal that was closed, a pipe whose reader ended.
+    """Continue if the output of the block has no reader: the terminal was closed, or the reader of a pipe has ended.
 
-    What is printed later to these descriptors is dropped, so that the exit code stays that of the command.
+    Later output to these descriptors is discarded, so the exit code is that of the command.
     """
     try:
         yield
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in descriptors:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+            os.dup2(null, descriptor)
+        os.close(null)

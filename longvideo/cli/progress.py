@@ -1,4 +1,4 @@
-"""A bar of bytes on a terminal; elsewhere a line for every tenth."""
+"""Show the progress of work on bytes: a bar on a terminal, a line for every tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.conversion import Progress
 
 TENTHS = 10
-WORTH_LINES = 10**9
-"""Bytes; what is less is done before a line is read."""
+MIN_BYTES_FOR_LINES = 10**9
+"""Smallest total for which lines are printed; less is finished before a line is read."""
 
 
 @contextmanager
 def bytes_progress(label: str) -> Iterator[Progress]:
-    """Show how many bytes of how many are done, how fast, and how long it will take."""
+    """Show the number of finished bytes, the total, the speed and the remaining time. label: name of the work."""
     from longvideo.checkpoint.conversion import Progress
 
     if not sys.stderr.isatty():
@@ -54,5 +54,5 @@ class _Lines:
 
     def add(self, count: int) -> None:
         before, self.done = self.done, self.done + count
-        if self.total > WORTH_LINES and self.done * TENTHS // self.total > before * TENTHS // self.total:
+        if self.total > MIN_BYTES_FOR_LINES and self.done * TENTHS // self.total > before * TENTHS // self.total:
             print(f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB", file=sys.stderr, flush=True)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from longvideo.distributed import Mesh
     from longvideo.training.options import RunOptions
-    from longvideo.training.trainer import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Train models: the autoencoder first, then the transformer.")
 
@@ -30,10 +29,15 @@ def vae(options: RunOptions) -> None:
     On a GPU: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
 
     On a CPU, in a minute or two: `longvideo train vae cpu/vae --out runs/try_vae`
+
+    Presets: `tiny/vae` (the default), `tiny/vae_refine`, `cpu/vae`.
+
+    Keys most used: `stages[0].steps`, `optimizer.learning_rate`, `model.base_dim`, `initialize`, `seed`,
+    `trainer.save_every`. `longvideo config keys train vae` explains all.
     """
     from longvideo.train.vae.recipe import VaeRecipe, VaeTraining
 
-    def build(config: VaeTraining, device: torch.device, mesh: Mesh) -> Recipe:
+    def build(config: VaeTraining, device: torch.device, mesh: Mesh) -> VaeRecipe:
         if mesh.world > 1:
             raise ConfigError(f"the autoencoder is trained in one process, but {mesh.world} were started; start one")
         return VaeRecipe(config, device)
@@ -55,6 +59,11 @@ def ar(options: RunOptions) -> None:
     On a CPU, in a minute or two: `longvideo train ar cpu/ar --out runs/try_ar`
 
     On several GPUs: `torchrun --nproc-per-node 8 -m longvideo train ar tiny/ar_opening --out runs/ar_opening`
+
+    Presets: `tiny/ar_opening` (the default), `tiny/ar`, `tiny/recolor`, `cpu/ar`.
+
+    Keys most used: `stages[0].steps`, `optimizer.learning_rate`, `vae`, `initialize`, `model.num_layers`, `seed`,
+    `trainer.save_every`, `rollout.prompts`. `longvideo config keys train ar` explains all.
     """
     from longvideo.config.loading import find_config, sets_key
 
@@ -65,7 +74,7 @@ def ar(options: RunOptions) -> None:
         return
     from longvideo.train.shapeworld.recipe import ArRecipe, ArTraining
 
-    def build(config: ArTraining, device: torch.device, mesh: Mesh) -> Recipe:
+    def build(config: ArTraining, device: torch.device, mesh: Mesh) -> ArRecipe:
         return ArRecipe(config, device, mesh, dry_run=options.dry_run > 0)
 
     train(options, ArTraining, build, default_config="tiny/ar_opening")
@@ -83,10 +92,16 @@ def clips(options: RunOptions) -> None:
     On GPUs: `torchrun --nproc-per-node 8 -m longvideo train clips wan/ar data=clips initialize=wan parallel.sequence=4`
 
     On a CPU, in a minute or two: `longvideo train clips cpu/clips data=MANIFEST --out runs/try_clips`
+
+    Presets: `wan/ar` (the default), `cpu/clips`.
+
+    Keys most used: `data`, `initialize`, `stages[0].chunks`, `stages[0].batch`, `stages[0].steps`,
+    `optimizer.learning_rate`, `parallel.sequence`, `parallel.zero_stage`, `nvfp4.enabled`, `trainer.save_every`.
+    `longvideo config keys train clips` explains all.
     """
     from longvideo.train.clips.recipe import ClipRecipe, ClipTraining
 
-    def build(config: ClipTraining, device: torch.device, mesh: Mesh) -> Recipe:
+    def build(config: ClipTraining, device: torch.device, mesh: Mesh) -> ClipRecipe:
         return ClipRecipe(config, device, mesh, dry_run=options.dry_run > 0)
 
     train(options, ClipTraining, build, default_config="wan/ar")

@@ -53,6 +53,12 @@ def sets_key(key: str, files: Sequence[str | Path] = (), overrides: Sequence[str
     return key in names or any(key in _read(Path(file)) for file in files)
 
 
+def packaged_configs() -> dict[str, Path]:
+    """Return the YAML files that the package carries, by names such as `tiny/vae`."""
+    root = Path(str(resources.files("longvideo.configs")))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
 def find_config(name: str | Path) -> Path:
     """Return the YAML file at the path `name`, or else the packaged one, such as `tiny/vae`.
 
@@ -61,8 +67,7 @@ def find_config(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    root = Path(str(resources.files("longvideo.configs")))
-    packaged = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    packaged = packaged_configs()
     key = str(name).removesuffix(".yaml")
     if key in packaged:
         return packaged[key]
@@ -73,7 +78,7 @@ def find_config(name: str | Path) -> Path:
 
 def to_yaml(config: Any) -> str:
     """Write a config dataclass as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -281,13 +286,13 @@ def _describe(annotation: Any) -> str:
     return str(annotation).replace("typing.", "")
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, Enum):
         return value.name
     return str(value) if isinstance(value, Path) else value

@@ -18,7 +18,18 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class OptimizerConfig(Bounded):
-    """AdamW with a linear warm-up, then a constant rate or a cosine down to `final_fraction` of it."""
+    """AdamW, with a linear warm-up of the learning rate.
+
+    learning_rate: largest learning rate; a stage can replace it.
+    schedule: `constant`, or `cosine` down to `final_fraction` over all stages together.
+    warmup_steps: number of steps in which the learning rate rises from 0.
+    final_fraction: share of the learning rate that the cosine ends at.
+    beta1: decay of the running mean of the gradient.
+    beta2: decay of the running mean of the squared gradient.
+    eps: number added to the root of the squared gradient.
+    weight_decay: share of each weight, times the learning rate, that a step takes away.
+    gradient_clip: largest norm of the gradient; 0 clips nothing.
+    """
 
     learning_rate: float = bounded(1e-3, above=0)
     schedule: str = "cosine"
@@ -38,7 +49,10 @@ class OptimizerConfig(Bounded):
 
 @dataclass(frozen=True)
 class RateSegment:
-    """A run of steps; `learning_rate` replaces the optimiser's peak there."""
+    """A run of steps with one peak of the learning rate.
+
+    steps: number of steps. learning_rate: peak that replaces the optimizer's.
+    """
 
     steps: int
     learning_rate: float | None = None

@@ -21,7 +21,7 @@ from longvideo.training.profile import profile
 from longvideo.training.run_folder import claimed
 from longvideo.training.run_log import check_reporting
 from longvideo.training.stopping import RunStopped
-from longvideo.training.trainer import Recipe, Trainer, TrainerConfig
+from longvideo.training.trainer import Trainer, TrainerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from longvideo.training.objective import Objective
     from longvideo.training.optimizer import OptimizerConfig
     from longvideo.training.options import RunOptions
+    from longvideo.training.recipe import Recipe
 
-BuildRecipe: TypeAlias = "Callable[[Any, torch.device, Mesh], Recipe]"
+BuildRecipe: TypeAlias = "Callable[[Any, torch.device, Mesh], Recipe[Any, Any]]"
 """Build a recipe from its configuration, the device of this process and the mesh of all processes."""
 BuildEngine: TypeAlias = "Callable[[Any, Any, Mesh, torch.device], Engine]"
 """Build an engine from a configuration, its recipe, the mesh and the device."""
@@ -137,7 +138,7 @@ def _print(mesh: Mesh, *lines: str) -> None:
         print(line, flush=True)
 
 
-def of_objective(config: Any, recipe: Recipe, mesh: Mesh, device: torch.device) -> Engine:
+def of_objective(config: Any, recipe: Recipe[Any, Any], mesh: Mesh, device: torch.device) -> Engine:
     """Return an engine for the one objective of a recipe."""
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
     passes = recipe.source.passes(mesh, parallel.micro_batch) if launched() else 1

@@ -5,6 +5,7 @@ Shapes: N chunks, B samples, P texts, J text positions, D text width, C channels
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,29 @@ from longvideo.rollout import CachedTransformer, branches, rollout
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings
     from longvideo.model.spec import ChunkSpec
     from longvideo.model.transformer import CausalTransformer
     from longvideo.vae.autoencoder import Autoencoder
+
+
+class SampleDecoder:
+    """The autoencoder of a model folder: loaded for the first sample, and kept on the CPU between samples."""
+
+    def __init__(self, folder: ModelFolder, *, device: torch.device, dtype: torch.dtype):
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self._autoencoder: Autoencoder | None = None
+
+    @contextmanager
+    def on_device(self) -> Iterator[Autoencoder]:
+        """Yield the autoencoder on its device."""
+        if self._autoencoder is None:
+            self._autoencoder = self.folder.load_vae(dtype=self.dtype)
+        try:
+            yield self._autoencoder.to(self.device)
+        finally:
+            self._autoencoder.to("cpu")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import signal
 import time
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
-from longvideo.training.objective import BatchSource, Objective, as_ratio
+from longvideo.training.objective import as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import PRECISIONS
 from longvideo.training.run_folder import CHECKPOINTS, MODEL, write_record
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.run_checkpoint import RunState
     from longvideo.training.engine import Engine
     from longvideo.training.options import ResumeChoice
+    from longvideo.training.recipe import Recipe
 
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
@@ -41,10 +42,19 @@ EXPORTED_FILE = "exported.json"
 
 @dataclass(frozen=True)
 class TrainerConfig(Bounded):
-    """How any objective is run. A `*_every` of 0 means only at the end.
+    """How a run goes, whatever it trains. A `*_every` of 0 means only at the end.
 
-    spike_factor: steps whose loss is this many times its running mean are skipped, as those are whose gradient is not
-    finite; 0: none are. max_skipped_steps: stop when more were skipped, 0 at the first. wandb: project to report to.
+    precision: number format of the products; `auto` is bf16 on CUDA and fp32 on a CPU. Weights are always fp32.
+    ema_decay: decay of the averaged weights for each step; the averages are what is exported. 0 exports the weights.
+    log_every: number of steps between two lines of the log.
+    sample_every: number of steps between two samples, for which the model is exported too.
+    save_every: number of steps between two checkpoints.
+    keep_checkpoints: number of checkpoints to keep; older ones are removed.
+    max_skipped_steps: number of skipped steps above which the run stops; 0 stops at the first one.
+    spike_factor: ratio of a step's loss to its running mean above which the step is skipped; 0 skips none. A step whose
+        gradient is not finite is always skipped.
+    tensorboard: whether to write the numbers of the log for TensorBoard too.
+    wandb: project of Weights & Biases to report to.
     """
 
     precision: str = "auto"
@@ -66,58 +76,6 @@ class TrainerConfig(Bounded):
             raise ConfigError(f"trainer.spike_factor={self.spike_factor} skips ordinary steps; use 0 (off) or above 1")
 
 
-class Recipe(Protocol):
-    """What is trained and on what, and what is made of it on the way. Built by `train.vae` and `train.ar`."""
-
-    @property
-    def objective(self) -> Objective: ...
-
-    @property
-    def source(self) -> BatchSource: ...
-
-    @property
-    def segments(self) -> Sequence[RateSegment]: ...
-
-    def flops(self, step: int) -> float | None:
-        """Return the operations that a step over all ranks cannot do without, where they are known."""
-        ...
-
-    def start(self, step: int) -> None:
-        """Get ready to give the batch of `step`."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what this rank needs besides weights to go on bit for bit; batches are a function of the step."""
-        ...
-
-    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
-        """Take over what `state` gave on all ranks that wrote a checkpoint; return what there is to say of it.
-
-        mesh: the ranks that resume, which may be others.
-        """
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Return losses on held-out data (averaged weights in place); all ranks work on it together."""
-        ...
-
-    def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """Draw what the model (averaged weights in place) makes into `folder`; return validation numbers."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Write the model (averaged weights in place) as a model folder."""
-        ...
-
-    def facts(self) -> Sequence[str]:
-        """Return what the start line says of this recipe: attention, number formats, compilation."""
-        ...
-
-    def next_steps(self, folder: Path) -> Sequence[str]:
-        """Return lines that say what a finished run has left in its folder, and the command that takes it on."""
-        ...
-
-
 class Diverged(UserError):
     """Too many steps had a gradient that is not finite, or weights are not."""
 
@@ -127,7 +85,7 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Recipe[Any, Any],
         engine: Engine,
         folder: Path,
         *,

@@ -1,4 +1,4 @@
-"""`longvideo doctor`: what it says of a machine, of its operations, and of a model that shall fit into it."""
+"""`longvideo doctor`: its report on a machine, on the operations, and on a model that may fit."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ without_gpu = pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
 
 GB = 10**9
 
+DoctorJson = Callable[..., dict[str, Any]]
+SetFree = Callable[..., None]
+
 
 @pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Run the command with --json and return what it prints, after a look at its exit code."""
+def doctor_json(capsys: pytest.CaptureFixture[str]) -> DoctorJson:
+    """Run the command with --json, check its exit code, and return what it prints."""
 
     def run(*options: str, code: int = 0) -> dict[str, Any]:
         assert main(["doctor", *options, "--json"]) == code
@@ -37,8 +40,8 @@ def asked(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give the machine GPUs of compute capability 9.0 with this much free, in GB."""
+def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
+    """Give the machine GPUs of compute capability 9.0 with this much free memory, in GB."""
 
     def set_free(*free: float) -> None:
         properties = SimpleNamespace(name="Testing 9000", total_memory=80 * GB, major=9, minor=0, uuid="aaa")
@@ -46,14 +49,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "is_available": lambda: True,
             "device_count": lambda: len(free),
             "current_device": lambda: 0,
-            "get_device_properties": lambda device: properties,
-            "get_device_capability": lambda device=None: (9, 0),
+            "get_device_properties": lambda _device: properties,
+            "get_device_capability": lambda _device=None: (9, 0),
             "mem_get_info": lambda device: (int(free[device.index] * GB), 80 * GB),
-            "can_device_access_peer": lambda one, other: True,
+            "can_device_access_peer": lambda _first, _second: True,
         }
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(doctor_report, "operations", lambda device: [])  # these touch the device
+        monkeypatch.setattr(doctor_report, "operations", lambda _device: [])  # these touch the device
 
     return set_free
 
@@ -78,8 +81,8 @@ def test_attention_is_what_torch_chooses() -> None:
 
 def test_without_triton_a_gpu_has_no_kernels_and_no_reference_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "the package triton is not installed; it comes with torch's CUDA builds"
-    monkeypatch.setattr(self_test.backends, "triton_unavailable", lambda device: reason)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(self_test.backends, "triton_unavailable", lambda _device: reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
     rows = self_test._kernels(torch.device("cuda", 0))
     assert {row.backend for row in rows} == {"none"}
     assert all(row.rejected == {"triton": reason} for row in rows)
@@ -94,21 +97,25 @@ def test_the_encoder_of_videos_is_looked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert row.backend == "none" and "was built without it" in row.rejected["no_such_encoder"]
 
 
-def test_the_checks_pass_here(asked) -> None:
-    report = asked("--device", "cpu", "--self-test")
+def test_the_checks_pass_here(doctor_json: DoctorJson) -> None:
+    report = doctor_json("--device", "cpu", "--self-test")
     assert [check["name"] for check in report["checks"]] == list(self_test.CHECKS)
     assert all(check["passed"] for check in report["checks"])
 
 
-def test_a_failing_check_ends_with_code_one(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    wrong = self_test.reference.encode
-    monkeypatch.setattr(self_test.reference, "encode", lambda values: wrong(values) ^ 1)
+def test_a_failing_check_ends_with_code_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode = self_test.reference.encode
+    monkeypatch.setattr(self_test.reference, "encode", lambda values: encode(values) ^ 1)
     assert main(["doctor", "--device", "cpu", "--self-test"]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_a_check_that_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def broken(device: torch.device) -> Any:
+def test_a_check_that_cannot_run_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_device: torch.device) -> Any:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
     monkeypatch.setitem(self_test.CHECKS, "round trip of a Gaussian matrix", broken)
@@ -117,8 +124,8 @@ def test_a_check_that_cannot_run_has_failed(monkeypatch: pytest.MonkeyPatch, cap
     assert line in capsys.readouterr().out
 
 
-def test_the_report_has_every_section(asked) -> None:
-    report = asked("--device", "cpu")
+def test_the_report_has_every_section(doctor_json: DoctorJson) -> None:
+    report = doctor_json("--device", "cpu")
     assert report.keys() == {"machine", "graphics", "memory", "disks", "operations", "checks", "model"}
     assert report["graphics"].keys() == {"gpus", "none_because", "links", "driver", "torch_cuda"}
     assert report["machine"]["torch"] == torch.__version__ and report["graphics"]["torch_cuda"] == torch.version.cuda
@@ -129,16 +136,18 @@ def test_the_report_has_every_section(asked) -> None:
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_says_so_and_why(asked, capsys) -> None:
-    graphics = asked()["graphics"]
+def test_a_machine_without_a_gpu_says_so_and_why(doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]) -> None:
+    graphics = doctor_json()["graphics"]
     assert graphics["gpus"] == graphics["links"] == [] and graphics["none_because"]
     assert main(["doctor"]) == 0
     assert f"none: {graphics['none_because']}\n" in capsys.readouterr().out
 
 
-def test_gpus_are_listed_with_what_is_free(gpus, asked, capsys) -> None:
+def test_gpus_are_listed_with_what_is_free(
+    gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus(70.0)
-    graphics = asked()["graphics"]
+    graphics = doctor_json()["graphics"]
     assert graphics["none_because"] is None
     assert graphics["gpus"] == [
         {
@@ -154,18 +163,20 @@ def test_gpus_are_listed_with_what_is_free(gpus, asked, capsys) -> None:
 
 
 @pytest.mark.parametrize("source", [("--model", "tiny"), ("--preset", WAN), ("--preset", "tiny")])
-def test_the_parts_add_up_to_the_total(gpus, asked, source: tuple[str, str]) -> None:
+def test_the_parts_add_up_to_the_total(gpus: SetFree, doctor_json: DoctorJson, source: tuple[str, str]) -> None:
     gpus(70.0, 70.0)
-    devices = asked(*source, "--decode-device", "cuda:1")["model"]["devices"]
+    devices = doctor_json(*source, "--decode-device", "cuda:1")["model"]["devices"]
     assert devices.keys() == {"cuda:0", "cuda:1"}
     for device in devices.values():
         assert sum(device["parts"].values()) == device["needed_bytes"] > GB
         assert device["fits"] is True and device["free_bytes"] == 70 * GB
 
 
-def test_a_preset_takes_two_bytes_for_each_parameter_of_its_transformer_and_text_encoder(gpus, asked) -> None:
+def test_a_preset_takes_two_bytes_for_each_parameter_of_its_transformer_and_text_encoder(
+    gpus: SetFree, doctor_json: DoctorJson
+) -> None:
     gpus(70.0)
-    model = asked("--preset", WAN)["model"]
+    model = doctor_json("--preset", WAN)["model"]
     parts = model["devices"]["cuda:0"]["parts"]
     with torch.device("meta"):
         transformer = CausalTransformer(PRESETS[WAN])
@@ -173,82 +184,92 @@ def test_a_preset_takes_two_bytes_for_each_parameter_of_its_transformer_and_text
     assert parts["text encoder"] == pytest.approx(2 * 5.681e9, rel=0.01)
     assert parts["KV cache"] == pytest.approx(10.4 * GB, rel=0.01)
     assert (model["folder"], model["file_bytes"]) == (None, None)
-    guided = asked("--preset", WAN, "--guidance", "5")["model"]
+    guided = doctor_json("--preset", WAN, "--guidance", "5")["model"]
     assert guided["guidance"] == 5.0 and guided["devices"]["cuda:0"]["parts"]["KV cache"] == 2 * parts["KV cache"]
-    assert asked("--preset", WAN, "--precision", "fp8")["model"]["devices"]["cuda:0"]["parts"]["transformer"] < 5.2e9
+    assert (
+        doctor_json("--preset", WAN, "--precision", "fp8")["model"]["devices"]["cuda:0"]["parts"]["transformer"] < 5.2e9
+    )
 
 
-def test_the_files_of_a_folder_are_counted(gpus, asked) -> None:
+def test_the_files_of_a_folder_are_counted(gpus: SetFree, doctor_json: DoctorJson) -> None:
     gpus(70.0)
-    model = asked("--model", "tiny")["model"]
+    model = doctor_json("--model", "tiny")["model"]
     folder = ModelFolder.open("tiny").path
     assert model["folder"] == str(folder)
     assert model["file_bytes"] == sum(x.stat().st_size for x in folder.glob("**/*") if x.is_file()) > 20_000_000
     assert model["formats"] == {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16"}
 
 
-def test_a_model_that_does_not_fit_names_the_option_with_which_it_would(gpus, asked, capsys) -> None:
+def test_a_model_that_does_not_fit_names_the_option_with_which_it_would(
+    gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus(70.0)
-    needed = asked("--preset", WAN)["model"]["devices"]["cuda:0"]["needed_bytes"]
-    packed = asked("--preset", WAN, "--precision", "nvfp4-weights")["model"]["devices"]["cuda:0"]["needed_bytes"]
+    needed = doctor_json("--preset", WAN)["model"]["devices"]["cuda:0"]["needed_bytes"]
+    packed = doctor_json("--preset", WAN, "--precision", "nvfp4-weights")["model"]["devices"]["cuda:0"]["needed_bytes"]
     gpus((needed - 2 * GB) / GB)
-    model = asked("--preset", WAN, code=1)["model"]
+    model = doctor_json("--preset", WAN, code=1)["model"]
     assert model["devices"]["cuda:0"]["fits"] is False
     assert model["remedy"] == {"options": ["--precision nvfp4-weights"], "needed_bytes": {"cuda:0": packed}}
     assert main(["doctor", "--preset", WAN]) == 1
     out = capsys.readouterr().out
     assert f"does not fit: {(needed - 2 * GB) / GB:.1f} GB are free, 2.0 GB are missing; with --precision" in out
-    assert f"with --precision nvfp4-weights it would, in {packed / GB:.1f} GB\n" in out
+    assert f"with --precision nvfp4-weights it fits into {packed / GB:.1f} GB\n" in out
 
 
-def test_a_model_that_nothing_makes_fit_says_so(gpus, asked, capsys) -> None:
+def test_a_model_that_nothing_makes_fit_says_so(
+    gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus(5.0)
-    assert asked("--preset", WAN, code=1)["model"]["remedy"] is None
+    assert doctor_json("--preset", WAN, code=1)["model"]["remedy"] is None
     assert main(["doctor", "--preset", WAN]) == 1
-    assert "not even --precision nvfp4-weights --kv-cache nvfp4 makes it fit" in capsys.readouterr().out
+    assert "it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either" in capsys.readouterr().out
 
 
-def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(gpus, asked, capsys) -> None:
+def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(
+    gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus(0.5)
-    model = asked("--model", "tiny", code=1)["model"]["devices"]["cuda:0"]
+    model = doctor_json("--model", "tiny", code=1)["model"]["devices"]["cuda:0"]
     assert main(["generate", "a red ball", "-o", "never.mp4"]) == 2
     needed = f"{model['needed_bytes'] / GB:.1f} GB"
-    assert f"cuda:0 has 0.5 GB free, streaming needs about {needed}" in capsys.readouterr().err
+    assert f"cuda:0 has 0.5 GB free; streaming needs about {needed}" in capsys.readouterr().err
     assert not Path("never.mp4").exists()
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_says_what_one_would_need(asked, capsys) -> None:
+def test_a_machine_without_a_gpu_says_what_one_would_need(
+    doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--preset", WAN, "--device", "cuda", "--decode-device", "cuda:1", "--decode-share", "0.1")
-    devices = asked(*options)["model"]["devices"]
+    devices = doctor_json(*options)["model"]["devices"]
     assert [(device["fits"], device["free_bytes"]) for device in devices.values()] == [(None, None)] * 2
     assert main(["doctor", *options]) == 0
     out = capsys.readouterr().out
     for device in devices.values():
         above = -(-device["needed_bytes"] // 10**8) / 10  # rounded up
-        assert f"this machine has no GPU that torch sees; one with {above:.1f} GB free would be needed\n" in out
+        assert f"torch finds no GPU on this machine; a GPU with {above:.1f} GB of free memory is needed\n" in out
 
 
 @without_gpu
-def test_whether_a_gpu_elsewhere_has_fp8_is_left_open(capsys) -> None:
+def test_whether_a_gpu_elsewhere_has_fp8_is_left_open(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--preset", WAN, "--precision", "fp8"]) == 0
-    assert "whether that GPU multiplies fp8 cannot be told here" in capsys.readouterr().out
+    assert "whether that GPU supports fp8 is unknown here" in capsys.readouterr().out
 
 
-def test_a_cpu_is_not_estimated(asked, capsys) -> None:
-    model = asked("--model", "tiny", "--device", "cpu")["model"]
+def test_a_cpu_is_not_estimated(doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]) -> None:
+    model = doctor_json("--model", "tiny", "--device", "cpu")["model"]
     assert (model["devices"], model["not_estimated"]) == ({}, ["cpu"])
     assert main(["doctor", "--model", "tiny", "--device", "cpu"]) == 0
-    assert "cpu: not estimated, since what it takes was never measured" in capsys.readouterr().out
+    assert "cpu: the memory of a CPU is not estimated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
-        (["--preset", "wan"], "--preset 'wan' is unknown; use one of wan2.2-ti2v-5b, tiny"),
+        (["--preset", "wan"], "--preset is 'wan'; expected one of wan2.2-ti2v-5b, tiny"),
         (["--model", "tin"], "no model 'tin'"),
-        (["--model", "Wan-AI/Wan2.2"], "there is no Wan-AI/Wan2.2, and doctor downloads nothing"),
+        (["--model", "Wan-AI/Wan2.2"], "no model at Wan-AI/Wan2.2; doctor downloads nothing"),
         (["--model", "tiny", "--precision", "fp4"], "precision is 'fp4'; it must be one of"),
         (["--model", "tiny", "--kv-cache", "fp8"], "kv_cache is 'fp8'; it must be one of"),
         (["--model", "tiny", "--attention", "fp4"], "attention is 'fp4'; it must be one of"),
@@ -270,15 +291,17 @@ def test_bad_options_are_one_line_and_code_2(
     assert out == ""
 
 
-def test_a_gpu_that_is_not_there_beside_one_that_is_is_an_error(gpus, capsys) -> None:
+def test_a_gpu_that_is_not_there_beside_one_that_is_is_an_error(
+    gpus: SetFree, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus(70.0)
     assert main(["doctor", "--preset", WAN, "--decode-device", "cuda:1"]) == 2
     assert "device 'cuda:1' does not exist: this machine has 1 CUDA devices" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
-def test_tiny_fits_on_a_real_gpu_and_its_checks_pass(asked) -> None:
-    report = asked("--model", "tiny", "--self-test", "--device", "cuda")
+def test_tiny_fits_on_a_real_gpu_and_its_checks_pass(doctor_json: DoctorJson) -> None:
+    report = doctor_json("--model", "tiny", "--self-test", "--device", "cuda")
     assert report["model"]["devices"]["cuda:0"]["fits"] is True
     backends = {row["name"]: row["backend"] for row in report["operations"]}
     assert backends["norms and rotation between a transformer's products"] == "triton"

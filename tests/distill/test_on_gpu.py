@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.distill.distillation import compile_blocks
+from longvideo.distill.backbone import compile_blocks
 from longvideo.distill.objectives import CriticObjective, DmdConfig, StudentObjective
 from longvideo.distill.roles import Role
 from longvideo.distill.self_forcing import RolloutConfig

@@ -18,9 +18,8 @@ from longvideo.train.error_recycling import (
     ErrorBank,
     ErrorRecyclingConfig,
     Injected,
-    noise_bucket,
-    prediction_errors,
 )
+from longvideo.train.prediction_errors import noise_bucket, prediction_errors
 
 from .small import CPU
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longvideo.distributed import Mesh
-from longvideo.training.checkpoint import Checkpoint
 from longvideo.training.engine import LocalEngine
 from longvideo.training.objective import Objective, ratio, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.recipe import Recipe
 from longvideo.training.trainer import Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
@@ -52,31 +52,14 @@ class Numbers:
         return 16
 
 
-class ToyRecipe:
+class ToyRecipe(Recipe[Regression, Numbers]):
     def __init__(self, segments: Sequence[RateSegment], source: Numbers):
         self.objective = Regression()
         self.source = source
         self.segments = segments
 
-    def start(self, step: int) -> None: ...
-
-    def flops(self, step: int) -> float | None:
-        return None
-
-    def validate(self) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
-        return []
-
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         return {"half_step": step / 2}
-
-    def facts(self) -> list[str]:
-        return []
 
     def next_steps(self, folder: Path) -> list[str]:
         return [f"model: {folder / 'model'}"]

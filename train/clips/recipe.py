@@ -40,8 +40,9 @@ from longvideo.training.memory import (
 )
 from longvideo.training.objective import stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
-from longvideo.training.sampling import sample_videos
+from longvideo.training.sampling import SampleDecoder, sample_videos
 from longvideo.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipValidationConfig(Bounded):
-    """What is looked at on the way, with averaged weights.
+    """What is measured and drawn for every sample.
 
-    data: a folder of encoded clips to take the loss on, always the same `batches` of `batch` clips with the same noise.
-    prompts: clips whose captions are rolled out and drawn, of the validation data if there is some, in `chunks` chunks.
+    data: folder of encoded clips to compute the loss on, always with the same noise.
+    batch: number of clips in a batch.
+    batches: number of batches; 0 computes no loss.
+    prompts: number of clips whose captions are made into videos, from the validation data if there is some.
+    chunks: number of chunks of such a video.
     """
 
     data: str | None = None
@@ -70,12 +74,25 @@ class ClipValidationConfig(Bounded):
 
 @dataclass(frozen=True)
 class ClipTraining(Bounded):
-    """`longvideo train ar` with `data`.
+    """Configuration of `longvideo train clips`.
 
-    data: a folder made by `longvideo data encode`, or a manifest, whose videos are then encoded again and again while
-    training goes on; none is needed for `--dry-run`, which takes noise of the shapes of `settings`. initialize: a model
-    folder to take everything from, its settings too; without one, a fresh transformer of `preset`. recycle_errors: add
-    the model's own earlier errors to what it sees, see `recycling`.
+    seed: seed of weights, data and noise.
+    data: folder that `longvideo data encode` made, or a manifest of videos, which are encoded again in every epoch.
+        `--dry-run` needs neither: it uses noise of the shapes of `settings`.
+    initialize: model folder to take everything else from, its settings too. Without one, a transformer of `preset`
+        starts from random weights.
+    preset: shape of a transformer that starts from random weights.
+    settings: chunks, picture size and generation defaults of a model that starts from random weights.
+    views: what is taken from a clip, and how much noise it gets.
+    objective: how the loss is computed.
+    nvfp4: training in 4 bits.
+    recycle_errors: whether to add the model's own earlier errors to its inputs.
+    recycling: how errors are kept and added.
+    stages: runs of steps, one after another.
+    optimizer: optimizer and its schedule.
+    trainer: logs, samples and checkpoints.
+    parallel: division over several processes.
+    validation: loss on held-out clips, and videos that are generated for every sample.
     """
 
     seed: int = seed_field()
@@ -104,7 +121,7 @@ class ClipTraining(Bounded):
             raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
 
 
-class ClipRecipe:
+class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
     """What the trainer runs for `longvideo train ar` with `data`."""
 
     def __init__(self, config: ClipTraining, device: torch.device, mesh: Mesh, *, dry_run: bool):
@@ -154,6 +171,9 @@ class ClipRecipe:
             ),
             context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
         )
+        self.decoder = None
+        if self.folder is not None and "vae" in self.folder.parts:
+            self.decoder = SampleDecoder(self.folder, device=device, dtype=torch.float32)
         self.source = self._source(self.clips, config.stages, config.views, config.seed)
         self.validation = None
         if self.held_out is not None:
@@ -161,9 +181,6 @@ class ClipRecipe:
             plain = ClipViewConfig(prompt_dropout=0.0)
             self.validation = self._source(self.held_out, [ViewStage(batch=batch, chunks=chunks)], plain, 0)
             self.validation.passes(mesh, config.parallel.micro_batch)
-
-    def start(self, step: int) -> None:
-        """Nothing to get ready: clips are read when they are due."""
 
     def flops(self, step: int) -> float:
         stage = stage_at(self.config.stages, step)
@@ -200,20 +217,17 @@ class ClipRecipe:
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Roll out the captions of some clips and draw a strip of each."""
         config = self.config.validation
-        if self.folder is None or "vae" not in self.folder.parts or not config.prompts:
+        if self.decoder is None or not config.prompts:
             return {}
-        from longvideo.evaluation.sheet import film_strip
+        from longvideo.evaluation.samples import record_samples
 
         clips = self.held_out or self.clips
-        autoencoder = self.folder.load_vae(device=self.device, dtype=torch.float32)
-        strips, captions = [], []
-        for index in range(min(config.prompts, len(clips.clips))):
-            clip = clips.clips[index]
-            strips.append(self.roll_out(clips, clip, autoencoder, seed=index))
-            captions.append(" / ".join(dict.fromkeys(clip.captions[: config.chunks])))
-        folder.mkdir(parents=True, exist_ok=True)
-        film_strip(strips, columns=8, captions=captions).save(folder / f"ar_{step:07d}.png")
-        return {}
+        shown = clips.clips[: config.prompts]
+        with self.decoder.on_device() as autoencoder:
+            videos = [self.roll_out(clips, clip, autoencoder, seed=seed) for seed, clip in enumerate(shown)]
+        captions = [" / ".join(dict.fromkeys(clip.captions[: config.chunks])) for clip in shown]
+        file = folder / f"ar_{step:07d}.png"
+        return record_samples(videos, captions, file, shown=len(videos), fps=self.settings.fps)
 
     def roll_out(self, clips: Clips, clip: ClipInfo, autoencoder: Autoencoder, *, seed: int) -> np.ndarray:
         """Return uint8 frames [T, H, W, 3]. After the last chunk of a clip its last caption stays."""
@@ -249,13 +263,11 @@ class ClipRecipe:
 
     def export(self, folder: Path) -> None:
         """Write a model folder; its autoencoder and text encoder are those that the run began with."""
-        parts = () if self.folder is None else self.folder.parts
         ModelFolder.save(
             folder,
             settings=replace(self.settings, text_len=self.transformer.config.text_len),
             transformer=self.transformer,
-            vae=self.folder.load_vae() if self.folder and "vae" in parts else None,
-            text_encoder=self.folder.load_text_encoder() if self.folder and "text_encoder" in parts else None,
+            other_parts=self.folder,
             dtype=torch.bfloat16,
             overwrite=True,
         )

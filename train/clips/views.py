@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipViewConfig(Bounded):
-    """start_fraction: share of views that begin where their clip does; the first chunk of the others is context alone.
+    """What is taken from a clip, and how much noise it gets.
 
-    prompt_dropout: share of views with the empty prompt, for guidance. context_noise_fraction: share of context chunks
-    that get noise of sigma up to context_noise_max, which the model is not told. image_fraction: share of opening views
-    whose first latent frame is given, as for image to video. max_bad: clips that may turn out to be unreadable; the one
-    after each takes its place, and a run that meets more of them stops. Ranks then ask each other in every step.
+    start_fraction: share of views that begin where their clip begins. The first chunk of other views is context alone.
+    prompt_dropout: share of views with an empty prompt, for guidance.
+    context_noise_fraction: share of context chunks that get noise.
+    context_noise_max: largest noise level of the context; the model is not given the level.
+    image_fraction: share of the views that begin a clip whose first latent frame is given, for image to video.
+    max_bad: number of unreadable clips to skip before the run stops. The next clip replaces a skipped one. Above 0, the
+        ranks exchange in every step which clips could not be read.
     """
 
     start_fraction: float = share(1.0)

@@ -30,12 +30,18 @@ TEMPORAL_SCALE = 4
 
 @dataclass(frozen=True)
 class BankConfig(Bounded):
-    """clips: room; initial_clips: encoded before the first step; group: clips encoded at once.
+    """Encoded clips on the device, of which a group is replaced now and then.
 
-    refresh_every: steps between two groups. chunks: of a clip. cut_fraction: share of clips with one cut or two, all of
-    them between chunks. recolor_fraction: share of the others in which, between two chunks, an object takes another
-    color while the scene goes on. late_fraction: share of clips that begin up to max_seconds into their first scene; a
-    caption tells how a scene begins, so these serve only as the middle of a video. All other shots begin at second 0.
+    clips: number of clips that the bank holds.
+    initial_clips: number of clips that are encoded before the first step.
+    group: number of clips that are encoded at once.
+    refresh_every: number of steps between two groups.
+    chunks: number of chunks of a clip.
+    cut_fraction: share of clips with one or two cuts, all of them between chunks.
+    recolor_fraction: share of the other clips in which an object takes another color between two chunks.
+    late_fraction: share of clips that begin later than their first scene. A caption describes how a scene begins, so
+        these clips serve only as the middle of a video. All other shots begin at second 0.
+    max_seconds: latest time within its first scene at which such a clip begins.
     """
 
     clips: int = bounded(8192, least=1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
@@ -32,6 +31,7 @@ from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
+from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
 from longvideo.training.sampling import sample_videos
 from longvideo.training.trainer import TrainerConfig
@@ -47,7 +47,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformerShape(Bounded):
-    """A preset, with any of its sizes replaced. Channels and text width come from the autoencoder and text encoder."""
+    """Sizes that replace those of a preset. Channels and text width come from the autoencoder and the text encoder.
+
+    preset: `tiny` or `wan2.2-ti2v-5b`.
+    num_attention_heads: number of attention heads.
+    attention_head_dim: width of an attention head.
+    ffn_dim: width inside the feed-forward layers.
+    num_layers: number of transformer blocks.
+    text_len: number of text positions.
+    """
 
     preset: str = "tiny"
     num_attention_heads: int | None = bounded(None, least=1)
@@ -78,7 +86,13 @@ class TransformerShape(Bounded):
 
 @dataclass(frozen=True)
 class HeldOutRolloutConfig(Bounded):
-    """Held-out prompts rolled out on the way; the judge says what share of them shows what it should."""
+    """Videos of held-out prompts that are generated for every sample.
+
+    prompts: number of prompts; 0 generates nothing.
+    shown: number of videos that are drawn.
+    chunks: number of chunks of a video.
+    judge: whether the judge scores the videos: the share that shows what the prompt says.
+    """
 
     prompts: int = bounded(24, least=0)
     shown: int = bounded(6, least=0)
@@ -88,7 +102,12 @@ class HeldOutRolloutConfig(Bounded):
 
 @dataclass(frozen=True)
 class HeldOutConfig(Bounded):
-    """Loss on clips of held-out scenes, always the same `batches` of `batch` views with the same noise; 0: none."""
+    """Loss on held-out scenes, always the same views with the same noise.
+
+    batches: number of batches; 0 computes no loss.
+    batch: number of views in a batch.
+    clips: number of encoded clips that views are taken from.
+    """
 
     batches: int = bounded(0, least=0)
     batch: int = bounded(64, least=1)
@@ -97,10 +116,27 @@ class HeldOutConfig(Bounded):
 
 @dataclass(frozen=True)
 class ArTraining(Bounded):
-    """`longvideo train ar`.
+    """Configuration of `longvideo train ar`.
 
-    vae: a model folder that holds an autoencoder. initialize: one to take weights from. shipped: for each of these
-    keys, the packaged model that takes the place of a folder which an earlier run has not made yet.
+    seed: seed of weights, data and noise.
+    vae: model folder with the autoencoder.
+    initialize: model folder to take the transformer and the text encoder from; by default both start from random
+        weights.
+    shipped: packaged models by keys such as `vae`, used where the folder named there does not exist.
+    export_dtype: number format of the exported weights.
+    model: sizes of the transformer.
+    settings: chunks, picture size and generation defaults that the exported model has.
+    scenes: scenes that clips are rendered from.
+    bank: encoded clips, kept on the device.
+    views: what is taken from a clip, and how much noise it gets.
+    objective: how the loss is computed.
+    nvfp4: training in 4 bits.
+    stages: runs of steps, one after another.
+    optimizer: optimizer and its schedule.
+    trainer: logs, samples and checkpoints.
+    parallel: division over several processes.
+    rollout: videos that are generated for every sample.
+    validation: loss on held-out scenes.
     """
 
     seed: int = seed_field()
@@ -144,7 +180,7 @@ FEW_CLIPS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class ArRecipe:
+class ArRecipe(Recipe[TeacherForcing, ViewSource]):
     """What the trainer runs for `longvideo train ar`."""
 
     def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False):
@@ -155,7 +191,8 @@ class ArRecipe:
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
-        self.autoencoder = ModelFolder.open(config.vae).load_vae(device=device, dtype=torch.float32)
+        self.vae_folder = ModelFolder.open(config.vae)
+        self.autoencoder = self.vae_folder.load_vae(device=device, dtype=torch.float32)
         self.autoencoder.requires_grad_(False)
         self.transformer, self.text_encoder = self._build_model()
         check_sequence(
@@ -247,9 +284,6 @@ class ArRecipe:
         """Encode the bank."""
         self.source.start(step)
 
-    def flops(self, step: int) -> float | None:
-        return None
-
     def validate(self) -> dict[str, float]:
         if self.validation is None:
             return {}
@@ -262,9 +296,6 @@ class ArRecipe:
             total += loss
         return {"val_loss": float(total) / self.config.validation.batches}
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         rounding = self.objective.rounding
         note = None if rounding is None else rounding.note(checkpoint.state, mesh)
@@ -272,23 +303,21 @@ class ArRecipe:
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""
-        from longvideo.evaluation.sheet import film_strip
+        from longvideo.evaluation.samples import record_samples
 
         config = self.config.rollout
         if not config.prompts:
             return {}
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
-        videos = self.roll_out(prompts)
-        if config.shown:
-            folder.mkdir(parents=True, exist_ok=True)
-            shown = slice(0, config.shown)
-            film_strip(videos[shown], columns=8, captions=prompts[shown]).save(folder / f"ar_{step:07d}.png")
-        if not config.judge:
-            return {}
-        from longvideo.evaluation.judge import judge_all
-
-        return judge_all(videos, scenes, FPS)
+        return record_samples(
+            self.roll_out(prompts),
+            prompts,
+            folder / f"ar_{step:07d}.png",
+            shown=config.shown,
+            scenes=scenes if config.judge else (),
+            fps=FPS,
+        )
 
     @torch.no_grad()
     def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -314,7 +343,7 @@ class ArRecipe:
             folder,
             settings=replace(self.config.settings, text_len=self.transformer.config.text_len),
             transformer=self.transformer,
-            vae=self.autoencoder,
+            other_parts=self.vae_folder,
             text_encoder=self.text_encoder,
             dtype=DTYPES[self.config.export_dtype],
             overwrite=True,

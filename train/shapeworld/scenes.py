@@ -26,7 +26,14 @@ MOST_PIXELS = 4096  # of a side
 
 @dataclass(frozen=True)
 class SceneConfig(Bounded):
-    """Which scenes are drawn, how large, and how far into their endless motion a clip may begin."""
+    """The scenes that clips are rendered from.
+
+    count: number of scenes.
+    pair_fraction: share of scenes with two objects.
+    max_seconds: latest time within the endless motion of a scene at which a clip begins.
+    height: height of the frames, pixels.
+    width: width of the frames, pixels.
+    """
 
     count: int = bounded(20000, least=1)
     pair_fraction: float = share(0.45)

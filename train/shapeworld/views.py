@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViewConfig(Bounded):
-    """start_fraction: share of views, of clips that are not late, that begin where the video does.
-
-    The others begin later: their first chunk is context alone. prompt_dropout: share of samples with the empty prompt.
-    context_noise_fraction: share of context chunks that get noise of sigma up to context_noise_max, which the model is
-    not told. image_fraction: share of opening views whose first latent frame is given, as for image to video.
-    caption_omit: share of captions that leave out the sizes, and the background. wrong_color: share of the chunks that
-    go on with a scene whose caption names another color for one object than it has.
+    """What is taken from a clip, and how much noise it gets.
 
     A view in which an object takes another color has the caption of its last chunk in all chunks, as a session whose
-    past is seen under a new prompt ("recache"); those before the change are context alone.
+    past is seen under a new prompt (`recache`). Its chunks before the change are context alone.
+
+    start_fraction: share of views that begin where their video begins. The first chunk of other views is context alone.
+    prompt_dropout: share of views with an empty prompt, for guidance.
+    context_noise_fraction: share of context chunks that get noise.
+    context_noise_max: largest noise level of the context; the model is not given the level.
+    image_fraction: share of the views that begin a video whose first latent frame is given, for image to video.
+    phrasings: number of captions of each scene.
+    caption_omit: share of captions that leave out the sizes, and of those that leave out the background.
+    wrong_color: share of the chunks that continue a scene whose caption names a wrong color for one object.
     """
 
     start_fraction: float = share(0.65)

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipStage(Bounded):
-    """A run of steps on batches of one shape.
+    """A run of steps on clips of one shape.
 
-    frames: 1 + 4k. height, width: of the crop. learning_rate: replaces the optimiser's peak.
+    frames: number of pixel frames of a clip, 1 + 4k.
+    height: height of the crop, a multiple of 16 pixels.
+    width: width of the crop, a multiple of 16 pixels.
+    batch: number of clips in a step.
+    steps: number of steps.
+    learning_rate: peak that replaces the optimizer's; 0 freezes the weights.
     """
 
     frames: int = bounded(1, least=1)

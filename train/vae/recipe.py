@@ -22,6 +22,7 @@ from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionCon
 from longvideo.training.objective import compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
+from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL
 from longvideo.training.trainer import TrainerConfig
 from longvideo.vae.autoencoder import Autoencoder
@@ -30,16 +31,20 @@ from longvideo.vae.config import AutoencoderConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from longvideo.distributed import Mesh
-    from longvideo.training.checkpoint import Checkpoint
-
 CHUNK_FRAMES = (29, 32)
 """Pixel frames of a video's first chunk and of every later one."""
 
 
 @dataclass(frozen=True)
 class AutoencoderShape(Bounded):
-    """The preset `tiny`, with any of its sizes replaced."""
+    """Sizes that replace those of the preset `tiny`.
+
+    base_dim: number of channels of the encoder's first stage.
+    decoder_base_dim: number of channels of the decoder's last stage.
+    z_dim: number of latent channels.
+    dim_mult: channels of each stage, in multiples of the base.
+    num_res_blocks: number of residual blocks of a stage.
+    """
 
     base_dim: int | None = bounded(None, least=1)
     decoder_base_dim: int | None = bounded(None, least=1)
@@ -58,7 +63,13 @@ class AutoencoderShape(Bounded):
 
 @dataclass(frozen=True)
 class VaeValidationConfig(Bounded):
-    """Held-out clips of a first and a second chunk, encoded and decoded as a stream; shown clips go on the sheet."""
+    """Held-out clips of two chunks, encoded and decoded as a stream.
+
+    clips: number of clips.
+    shown: number of clips that are drawn, as given and as reconstructed.
+    statistics_clips: number of training clips from which the mean and deviation of the latents are measured.
+    batch: number of clips that are encoded together.
+    """
 
     clips: int = bounded(32, least=1)
     shown: int = bounded(6, least=0)
@@ -68,9 +79,19 @@ class VaeValidationConfig(Bounded):
 
 @dataclass(frozen=True)
 class VaeTraining(Bounded):
-    """`longvideo train vae`.
+    """Configuration of `longvideo train vae`.
 
-    initialize: a model folder to take the autoencoder from. shipped: as of `ArTraining`.
+    seed: seed of weights, data and noise.
+    initialize: model folder to take the autoencoder from; by default it starts from random weights.
+    shipped: packaged models by keys such as `initialize`, used where the folder named there does not exist.
+    cut_fraction: share of the clips of more than one frame that cut to another scene.
+    model: sizes of the autoencoder.
+    scenes: scenes that clips are rendered from.
+    stages: runs of steps, one after another.
+    loss: terms of the loss.
+    optimizer: optimizer and its schedule.
+    trainer: logs, samples and checkpoints.
+    validation: held-out clips.
     """
 
     seed: int = seed_field()
@@ -91,7 +112,7 @@ class VaeTraining(Bounded):
             raise ConfigError("stages is empty; list at least one {frames, height, width, batch, steps}")
 
 
-class VaeRecipe:
+class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
     """What the trainer runs for `longvideo train vae`."""
 
     def __init__(self, config: VaeTraining, device: torch.device):
@@ -116,21 +137,6 @@ class VaeRecipe:
             cut_fraction=config.cut_fraction,
             latent_channels=self.autoencoder.config.z_dim,
         )
-
-    def start(self, step: int) -> None:
-        """Nothing to get ready: every batch is drawn afresh."""
-
-    def flops(self, step: int) -> float | None:
-        return None
-
-    def validate(self) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
-        return []
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Measure held-out clips as the stream would show them, and draw pairs of rows: given, reconstructed."""

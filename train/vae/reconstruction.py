@@ -28,11 +28,18 @@ VIDEO_RANGE = 2.0
 
 @dataclass(frozen=True)
 class ReconstructionConfig(Bounded):
-    """Weights of the terms.
+    """Weights of the terms of the loss.
 
-    foreground: a pixel of an object, or within `margin` pixels of one, counts 1 + foreground times.
-    l1, l2: Charbonnier and squared error. edge: absolute error of the differences between neighbours in space,
-    temporal: in time. kl: per latent value, against the unit Gaussian.
+    l1: weight of the Charbonnier error, a smooth absolute error.
+    l2: weight of the squared error.
+    edge: weight of the absolute error of differences between pixels that are neighbors in space.
+    temporal: weight of the absolute error of differences between pixels that are neighbors in time.
+    foreground: additional weight of the pixels of an object.
+    margin: distance in pixels up to which the pixels around an object have its weight.
+    kl: weight of the divergence of the latents from a unit Gaussian, for each latent value.
+    charbonnier: error below which the Charbonnier error is nearly quadratic.
+    compile: whether to compile the objective; only on CUDA.
+    compile_mode: mode of `torch.compile`.
     """
 
     l1: float = bounded(1.0, least=0)

@@ -1,10 +1,12 @@
-"""The measurement of streaming: it measures a stream, refuses a wrong one, and draws what GPUs did."""
+"""The measurement of streaming: its figures, its refusal of a wrong stream, and the picture of what GPUs do."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,23 +18,23 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.streaming.transformer import StreamingTransformer
 
 
-def measured(folder: Path, **options) -> stream.StreamReport:
+def measured(folder: Path, **options: Any) -> stream.StreamReport:
     pipeline = StreamingPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    return stream.measure(pipeline, steps=1, guidance=None, chunks=2, on_stage=lambda stage: None, **options)
+    return stream.measure(pipeline, steps=1, guidance=None, chunks=2, on_stage=lambda _stage: None, **options)
 
 
-class Counter:
+class CountingSink:
     """A sink that counts frames."""
 
     def __init__(self) -> None:
         self.frames = 0
 
-    def write(self, frames) -> None:
+    def write(self, frames: np.ndarray) -> None:
         self.frames += len(frames)
 
 
 def test_a_stream_is_measured_to_its_last_frame(model_folder: Path) -> None:
-    sink = Counter()
+    sink = CountingSink()
     report = measured(model_folder, sink=sink)
     pipeline = StreamingPipeline.from_pretrained(model_folder, device="cpu")
     chunks = pipeline.models.spec.window_chunks + 2
@@ -77,7 +79,10 @@ def test_the_command_writes_what_it_shows(
             ["--preset", "wan2.2-ti2v-5b", "--size", "large"],
             "--size is 'large'; expected HEIGHTxWIDTH in pixels, such as 704x1280",
         ),
-        (["--preset", "tiny", "--size", "128x224"], "the preset tiny has its own size 128x224 and window 24; leave"),
+        (
+            ["--preset", "tiny", "--size", "128x224"],
+            "the preset tiny has a fixed size, 128x224, and a fixed window, 24; leave",
+        ),
         (["--preset", "tiny", "--device", "cpu", "--window", "32"], "leave --size and --window out"),
         (["--model", "tiny", "--size", "704x1280"], "--size and --window are options of a preset; a model has its own"),
         (["--preset", "tiny", "--device", "cpu", "--precision", "fp8"], "FP8 products need a GPU"),
@@ -85,7 +90,7 @@ def test_the_command_writes_what_it_shows(
         (["--preset", "tiny", "--steps", "0"], "steps is 0; expected a whole number from 1 to 1000"),
         (["--preset", "tiny", "--out", "nowhere/a.json"], "nowhere is not a folder; create it first"),
         (["--preset", "tiny", "--out", "/dev/null"], "it is a device, a pipe or a socket"),
-        (["--preset", "wan", "--device", "cpu"], "--preset 'wan' is unknown"),
+        (["--preset", "wan", "--device", "cpu"], "--preset is 'wan'; expected one of"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "700x1280", "--device", "cpu"],
             "do not divide into 32-pixel patches",
@@ -118,9 +123,9 @@ def test_the_time_line_has_a_row_for_each_busy_stream(tmp_path: Path) -> None:
     spans = [Span(0, 7, 0.0, 8.0, "attention"), Span(1, 9, 2.0, 10.0, "convolutions"), Span(1, 3, 0.0, 0.01, "other")]
     gpu_timeline.draw(spans, tmp_path / "line.png", begin=0.0, end=10.0, title="a chunk")
     picture = Image.open(tmp_path / "line.png").convert("RGB")
-    colours = {colour for _, colour in picture.getcolors(maxcolors=2**16) or []}
-    drawn = {kind: colour for kind, _, colour in gpu_timeline.KINDS}
-    assert {drawn["attention"], drawn["convolutions"]} <= colours
+    colors = {color for _, color in picture.getcolors(maxcolors=2**16) or []}
+    drawn = {kind: color for kind, _, color in gpu_timeline.KINDS}
+    assert {drawn["attention"], drawn["convolutions"]} <= colors
     assert picture.height == 2 * gpu_timeline.MARGIN + 4 * gpu_timeline.ROW
     assert gpu_timeline.share_by_kind(spans) == {
         "GPU 0": {"attention": 0.8},

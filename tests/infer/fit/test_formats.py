@@ -1,4 +1,4 @@
-"""Four bits from the pipeline's door: packed or packed while loading, 4-bit cache or not, and what is refused."""
+"""Number formats of a pipeline: weights packed before or while loading, the 4-bit cache, and what is refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
 
 def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision in ("bf16", "fp8-emulated"):
-        with pytest.raises(UserError, match=f"packed 4-bit weights, which --precision {precision} cannot run"):
+        with pytest.raises(
+            UserError, match=f"precision is {precision}, but the weights of .* are packed in 4 bits; use nvfp4"
+        ):
             load(packed_folder, precision=precision)
     for arguments, message in (
         (["--precision", "int8"], "one of bf16, nvfp4, nvfp4-weights, fp8"),

@@ -1,4 +1,4 @@
-"""The refusal where a GPU has less free than streaming needs, and what it says would help."""
+"""The refusal where a GPU has less free memory than streaming needs, and the remedy in its message."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.device]]:
-    """Give the machine GPUs with this much free, in GB; return those that were asked."""
+    """Give the machine GPUs with this much free memory, in GB; return the devices whose free memory was read."""
 
     def set_free(*free: float) -> list[torch.device]:
-        asked: list[torch.device] = []
+        devices: list[torch.device] = []
 
         def mem_get_info(device: torch.device) -> tuple[int, int]:
-            asked.append(device)
+            devices.append(device)
             return int(free[device.index] * 1e9), 10**12
 
         monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
         monkeypatch.setattr(
             refusal, "cuda_devices", lambda: [torch.device("cuda", index) for index in range(len(free))]
         )
-        return asked
+        return devices
 
     return set_free
 
@@ -48,16 +48,16 @@ def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_fi
     gpus(total(parts) / 1e9 - 2)
     with pytest.raises(UserError) as error:
         check()
-    said = str(error.value)
+    message = str(error.value)
     needed = total(parts) / 1e9
-    assert said.startswith(f"cuda:0 has {needed - 2:.1f} GB free, streaming needs about {needed:.1f} GB: ")
+    assert message.startswith(f"cuda:0 has {needed - 2:.1f} GB free; streaming needs about {needed:.1f} GB: ")
     for part in parts:
-        assert f"{part.name} {part.bytes / 1e9:.1f}" in said
-    listed = said.partition("GB: ")[2].partition(";")[0].split(", ")
+        assert f"{part.name} {part.bytes / 1e9:.1f}" in message
+    listed = message.partition("GB: ")[2].partition(";")[0].split(", ")
     assert sum(float(part.rpartition(" ")[2]) for part in listed) == pytest.approx(needed, abs=0.05 * len(listed))
     packed = total(estimate(workload(formats=NumberFormats("nvfp4-weights")))) / 1e9
-    assert said.endswith(f"; with --precision nvfp4-weights it needs {packed:.1f} GB")
-    assert "\n" not in said
+    assert message.endswith(f"; with --precision nvfp4-weights it needs {packed:.1f} GB")
+    assert "\n" not in message
 
 
 def test_remedies_are_joined_where_one_is_not_enough(gpus) -> None:
@@ -81,39 +81,37 @@ def test_the_other_gpu_alone_is_a_remedy(gpus) -> None:
 
 def test_where_nothing_fits_the_refusal_says_so(gpus) -> None:
     gpus(5.0)
-    with pytest.raises(UserError, match="not even --precision nvfp4-weights --kv-cache nvfp4 makes it fit"):
+    with pytest.raises(UserError, match="it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either"):
         check()
     with pytest.raises(UserError, match="; use a GPU with more memory$"):
         check(formats=NumberFormats("nvfp4-weights", "nvfp4"))
 
 
-def test_every_gpu_that_lacks_memory_is_named(gpus) -> None:
+def test_every_gpu_with_too_little_memory_is_named(gpus) -> None:
     gpus(5.0, 4.0)
     with pytest.raises(UserError, match=r"^cuda:0 has 5\.0 GB free.*; cuda:1 has 4\.0 GB free"):
         check(decode_device=SECOND)
 
 
-def test_enough_memory_passes_and_only_the_gpus_in_use_are_asked(gpus) -> None:
-    asked = gpus(80.0, 80.0)
+def test_enough_memory_passes_and_only_the_free_memory_of_gpus_in_use_is_read(gpus) -> None:
+    devices = gpus(80.0, 80.0)
     check(device=torch.device("cuda"), decode_device=torch.device("cuda"))
-    assert set(asked) == {FIRST}
+    assert set(devices) == {FIRST}
 
 
-def test_a_cpu_is_not_asked(gpus) -> None:
-    asked = gpus(0.0)
+def test_the_free_memory_of_a_cpu_is_not_read(gpus) -> None:
+    devices = gpus(0.0)
     check(device=CPU, decode_device=CPU)
-    assert asked == []
+    assert devices == []
     with pytest.raises(UserError, match="^cuda:0 has"):
         check(device=CPU, decode_device=FIRST)
 
 
-def test_a_gpu_that_is_not_there_is_estimated_and_lacks_nothing(gpus) -> None:
-    asked = gpus()
-    found = assess(workload(decode_device=SECOND))
-    assert found.needed == {
-        device: total(estimate(workload(decode_device=SECOND)), device) for device in (FIRST, SECOND)
-    }
-    assert (found.free, found.lacking, found.remedy, asked) == ({}, [], None, [])
+def test_a_gpu_that_does_not_exist_is_estimated_and_is_never_insufficient(gpus) -> None:
+    devices = gpus()
+    fit = assess(workload(decode_device=SECOND))
+    assert fit.needed == {device: total(estimate(workload(decode_device=SECOND)), device) for device in (FIRST, SECOND)}
+    assert (fit.free, fit.insufficient, fit.remedy, devices) == ({}, [], None, [])
 
 
 def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus, monkeypatch) -> None:
@@ -124,7 +122,7 @@ def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus, monkeypatch) -
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     with pytest.raises(
-        UserError, match=r"^cuda:0 does not say what is free \(CUDA error: out of memory\); use another"
+        UserError, match=r"^the free memory of cuda:0 is unknown \(CUDA error: out of memory\); use another"
     ):
         check()
 
@@ -135,5 +133,5 @@ def test_load_refuses_before_any_weight_is_read(model_folder: Path, gpus, monkey
     folder = ModelFolder.open(model_folder)
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
         monkeypatch.setattr(ModelFolder, name, lambda *args, **kwargs: pytest.fail("a weight was read"))
-    with pytest.raises(UserError, match=r"cuda:0 has 0\.5 GB free, streaming needs about 1\.\d GB: CUDA context 1\.0"):
+    with pytest.raises(UserError, match=r"cuda:0 has 0\.5 GB free; streaming needs about 1\.\d GB: CUDA context 1\.0"):
         StreamingPipeline.load(folder, placement.Placement.choose())

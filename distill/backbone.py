@@ -1,0 +1,72 @@
+"""The frozen transformer that student, critic and teacher share: loaded, packed and compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from longvideo.checkpoint.adapters import UP, Adapter
+from longvideo.checkpoint.modules import OnMeta
+from longvideo.distill.roles import LoraRoles, Role
+from longvideo.errors import CheckpointError
+from longvideo.model.transformer import Block, CausalTransformer
+from longvideo.quantization.convert import with_precision
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.model.config import TransformerConfig
+
+COMPILED_FORMS = 32
+"""Number of compiled forms that torch keeps of each function of a block."""
+
+
+def load_backbone(
+    folder: ModelFolder | None,
+    shape: TransformerConfig,
+    *,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> CausalTransformer:
+    """Load a backbone, or make one of this shape from a seed where there is no folder, and pack it.
+
+    Only one backbone at a time is in full precision on the device.
+    """
+    if folder is not None:
+        transformer = folder.load_transformer(device=device, dtype=dtype)
+    else:
+        with OnMeta():
+            transformer = CausalTransformer(shape)
+        transformer = transformer.to(dtype).to_empty(device=device)
+        transformer.initialize(torch.Generator(device).manual_seed(seed))
+    return with_precision(transformer.requires_grad_(False), precision)
+
+
+def compile_blocks(*backbones: CausalTransformer | None) -> None:
+    """Compile the blocks, but for their attention."""
+    # three roles, with and without gradients, and the first block, whose input has none: seven forms of each function
+    # for each size of batch; the default limit of eight is meant to catch mistakes
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
+    for backbone in backbones:
+        for block in backbone.blocks if backbone is not None else ():
+            assert isinstance(block, Block)
+            block.compile_around_attention()
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return what the networks compute in: bf16 on a GPU, float32 on a CPU, unless told otherwise."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+@torch.no_grad()
+def put(adapter: Adapter, roles: LoraRoles) -> None:
+    """Let the student start from an adapter."""
+    for name, weight in roles.trained(Role.STUDENT).items():
+        if name not in adapter.weights:
+            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers it has")
+        scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
+        weight.copy_(scale * adapter.weights[name])
