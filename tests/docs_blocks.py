@@ -70,7 +70,7 @@ def read_blocks(page: str, content: str) -> list[Block]:
 
 
 def read_task(block: Block) -> Task:
-    """Return what the mark of a block says. Raises ValueError without a mark, or with one that is not understood."""
+    """Return the task that the mark of a block defines. Raises ValueError for a missing or an unknown mark."""
     match = MARK.fullmatch(block.mark)
     if match is None:
         raise ValueError(f"{block.name}: no mark is in the line before the block; write one as in tests/docs_blocks.py")

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the documentation: run, or at least understood, as its mark says."""
+"""Run or parse every command and every piece of Python in the documentation, as its mark defines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.options import OPTIONS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in read_blocks(str(page.relative_to(ROOT)), page.read_text())]
-# programs that are not this project's, whose own options are not looked at
+# programs that are not this project's, whose own options are not checked
 OTHERS = frozenset({"git", "cd", "python3", "pre-commit", "source", "hf", "ssh"})
 
 
@@ -35,7 +35,7 @@ def marked(mode: str, *, slow: bool = False) -> list[Any]:
         try:
             task = read_task(block)
         except ValueError:
-            continue  # test_every_block_has_a_mark says so
+            continue  # test_every_block_has_a_mark fails for it
         if task.mode == mode and task.is_slow == slow:
             tasks.append(pytest.param(task, id=block.name))
     return tasks
@@ -111,7 +111,7 @@ def check_command(ranks: int, words: list[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def parse(arguments: list[str]) -> None:
-    """Read the options of a command as it does itself. Raises typer.TyperException for one that is not there."""
+    """Read the options of a command as it does itself. Raises typer.TyperException for an unknown one."""
     command: Any = get_command(app)
     while arguments and hasattr(command, "get_command") and not arguments[0].startswith("-"):
         name, *arguments = arguments

@@ -22,7 +22,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def load(name: str) -> ModuleType:
-    """Import a module of `docs/site`, which is no package."""
+    """Import a module of `docs/site`, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "site" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -62,6 +62,8 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_diagram_is_that_of_the_layers_in_pyproject() -> None:
     diagram = load("diagram")
+    packages = {name for layer in diagram.read_layers() for name in layer}
+    assert not packages - set(diagram.PURPOSES), "describe the package in PURPOSES of docs/site/diagram.py"
     picture = diagram.PICTURE.read_text(encoding="utf-8")
     assert picture == diagram.draw(), "run `python docs/site/diagram.py`"
 

@@ -70,10 +70,11 @@ path { stroke: #55606d; fill: none; marker-end: url(#tip); }
 
 
 def read_layers() -> list[list[str]]:
-    """Return the names of the packages in each layer, the top layer first."""
+    """Return the names of the packages in each layer, the top layer first, without the module `__main__`."""
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(table["layers"] for table in tables if table["id"] == "layers")
-    return [[name.strip(" ()") for name in layer.replace(":", "|").split("|")] for layer in layers]
+    names = ([name.strip(" ()") for name in layer.replace(":", "|").split("|")] for layer in layers)
+    return [layer for layer in names if not layer[0].startswith("__")]
 
 
 def draw() -> str:
