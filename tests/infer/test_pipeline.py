@@ -248,7 +248,7 @@ def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder, tmp_path
     put_together = StreamingPipeline.from_pretrained(tmp_path / "model.pt", base=model_folder, device="cpu")
     options = {"seconds": 1.0, "seed": 2}
     assert np.array_equal(video(put_together, PROMPTS[0], **options), video(whole, PROMPTS[0], **options))
-    with pytest.raises(CheckpointError, match="number of heads cannot be told; give a model folder"):
+    with pytest.raises(CheckpointError, match="number of heads is unknown; use --base with a model folder"):
         StreamingPipeline.from_pretrained(tmp_path / "model.pt", device="cpu")
 
 

@@ -117,7 +117,7 @@ def test_another_convention_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     for metadata in ({"format": "pt"}, {"format": "pt", "nvfp4_convention": "2: high nibble first"}):
         save_file(tensors, file, metadata=metadata)
-        with pytest.raises(CheckpointError, match="packed under the convention"):
+        with pytest.raises(CheckpointError, match="packed with the convention"):
             ModelFolder.open(folder.path).load_transformer()
 
 

@@ -92,14 +92,14 @@ def test_files_that_are_cut_or_gone_are_named(tmp_path: Path) -> None:
     for name in FILES:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-4])
-        with pytest.raises(CheckpointError, match=f"{name} has {len(whole) - 4} bytes, {len(whole)} were written"):
+        with pytest.raises(CheckpointError, match=f"{name} has {len(whole) - 4} bytes, but {len(whole)} were written"):
             trainer(tmp_path).restore("auto")
         (folder / name).unlink()
         with pytest.raises(CheckpointError, match=f"{name} cannot be read: no such file or directory; there"):
             trainer(tmp_path).restore("auto")
         (folder / name).write_bytes(whole)
     (folder / STATE_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"step_0000004 is damaged: no file .*{STATE_FILE}"):
+    with pytest.raises(CheckpointError, match=f"step_0000004 is damaged: there is no file .*{STATE_FILE}"):
         trainer(tmp_path).restore("auto")
 
 
@@ -139,7 +139,7 @@ def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
     trained(tmp_path, 4)
     file = tmp_path / "checkpoints" / "step_0000004" / STATE_FILE
     file.write_text(encode_state(RunState(step=4, ranks=1, format=3)))
-    with pytest.raises(CheckpointError, match="has format 3, which a newer longvideo wrote") as caught:
+    with pytest.raises(CheckpointError, match="has format 3 of a newer longvideo") as caught:
         trainer(tmp_path).restore("auto")
     assert "damaged" not in str(caught.value)
 
