@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Generator
 
 import pytest
 
 from longvideo.infer.background import BackgroundIterator
 
 
-def counting(made: list[int], *, until: int = 10**9, closed: threading.Event | None = None):
+def counting(
+    items_so_far: list[int], *, until: int = 10**9, closed: threading.Event | None = None
+) -> Generator[int, None, None]:
     try:
         for number in range(until):
-            made.append(number)
+            items_so_far.append(number)
             yield number
     finally:
         if closed is not None:
             closed.set()
 
 
-def settle(made: list[int]) -> int:
-    """Wait until nothing more is made."""
+def settle(items_so_far: list[int]) -> int:
+    """Wait until no more items are produced."""
     count = -1
-    while count != len(made):
-        count = len(made)
+    while count != len(items_so_far):
+        count = len(items_so_far)
         time.sleep(0.05)
     return count
 
@@ -36,15 +39,15 @@ def test_items_come_in_order_and_end() -> None:
 
 
 def test_it_runs_ahead_by_its_capacity_and_no_further() -> None:
-    made: list[int] = []
-    with BackgroundIterator(lambda: counting(made), capacity=2, name="count") as items:
-        assert settle(made) == 2
+    items_so_far: list[int] = []
+    with BackgroundIterator(lambda: counting(items_so_far), capacity=2, name="count") as items:
+        assert settle(items_so_far) == 2
         assert [next(items), next(items)] == [0, 1]
-        assert settle(made) == 4
+        assert settle(items_so_far) == 4
 
 
 def test_an_error_reaches_the_caller_at_once_and_once() -> None:
-    def failing():
+    def failing() -> Generator[int, None, None]:
         yield 0
         raise RuntimeError("worker broke")
 
@@ -57,8 +60,7 @@ def test_an_error_reaches_the_caller_at_once_and_once() -> None:
 
 
 def test_an_error_before_the_first_item_reaches_a_waiting_caller() -> None:
-    def failing():
-        time.sleep(0.05)
+    def failing() -> Generator[int, None, None]:
         raise ValueError("no first item")
         yield
 
@@ -70,9 +72,9 @@ def test_an_error_before_the_first_item_reaches_a_waiting_caller() -> None:
 
 
 def test_closing_stops_the_thread_and_closes_the_source() -> None:
-    made: list[int] = []
+    items_so_far: list[int] = []
     closed = threading.Event()
-    items = BackgroundIterator(lambda: counting(made, closed=closed), capacity=2, name="count")
+    items = BackgroundIterator(lambda: counting(items_so_far, closed=closed), capacity=2, name="count")
     next(items)
     items.close()
     items.close()
@@ -81,12 +83,11 @@ def test_closing_stops_the_thread_and_closes_the_source() -> None:
 
 
 def test_a_chain_ends_when_its_first_link_is_closed() -> None:
-    def slow():
+    def endless() -> Generator[int, None, None]:
         while True:
-            time.sleep(0.02)
             yield 1
 
-    first = BackgroundIterator(slow, capacity=1, name="first")
+    first = BackgroundIterator(endless, capacity=1, name="first")
     second = BackgroundIterator(lambda: (item for item in first), capacity=1, name="second")
     assert next(second) == 1
     first.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,26 +48,26 @@ def whole(autoencoder: Autoencoder, z: Tensor) -> np.ndarray:
         return to_uint8(autoencoder.decode(autoencoder.denormalize(z))[0]).numpy()
 
 
-def decoder_of(autoencoder: Autoencoder, **split) -> ChunkDecoder:
+def decoder_of(autoencoder: Autoencoder, **split: Any) -> ChunkDecoder:
     return ChunkDecoder(autoencoder, batch=2, height=HEIGHT, width=WIDTH, chunk_latents=CHUNK, **split)
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 7, 29])
 def test_chunks_are_the_beginning_of_the_video_decoded_at_once(autoencoder: Autoencoder, num_frames: int) -> None:
     z = latents(autoencoder.config.z_dim)
-    got, wanted = decoded(decoder_of(autoencoder), z, num_frames), whole(autoencoder, z)[:, :num_frames]
-    assert got.dtype == np.uint8 and got.shape == (2, num_frames, 16 * HEIGHT, 16 * WIDTH, 3)
-    assert np.abs(got.astype(int) - wanted).max() <= 1 and (got != wanted).mean() < 1e-3
+    result, expected = decoded(decoder_of(autoencoder), z, num_frames), whole(autoencoder, z)[:, :num_frames]
+    assert result.dtype == np.uint8 and result.shape == (2, num_frames, 16 * HEIGHT, 16 * WIDTH, 3)
+    assert np.abs(result.astype(int) - expected).max() <= 1 and (result != expected).mean() < 1e-3
 
 
 def test_the_next_video_does_not_see_the_last_one(autoencoder: Autoencoder) -> None:
     decoder, z = decoder_of(autoencoder), latents(autoencoder.config.z_dim)
-    wanted = decoded(decoder, z, 29)
+    expected = decoded(decoder, z, 29)
     for begin in (decoder.reset, decoder.warm_up):
         begin()
-        assert not np.array_equal(decoded(decoder, latents(autoencoder.config.z_dim, seed=1), 10), wanted[:, :10])
+        assert not np.array_equal(decoded(decoder, latents(autoencoder.config.z_dim, seed=1), 10), expected[:, :10])
         begin()
-        assert np.array_equal(decoded(decoder, z, 29), wanted)
+        assert np.array_equal(decoded(decoder, z, 29), expected)
 
 
 def test_frames_stay_as_they_are_when_more_are_made(autoencoder: Autoencoder) -> None:
@@ -79,9 +80,9 @@ def test_frames_stay_as_they_are_when_more_are_made(autoencoder: Autoencoder) ->
 
 def test_two_devices_make_what_one_makes(autoencoder: Autoencoder) -> None:
     z = latents(autoencoder.config.z_dim)
-    wanted = decoded(decoder_of(autoencoder), z, 22)
+    expected = decoded(decoder_of(autoencoder), z, 22)
     split = decoder_of(autoencoder, first_device=torch.device("cpu"), first_share=0.4)
-    assert np.array_equal(decoded(split, z, 22), wanted)
+    assert np.array_equal(decoded(split, z, 22), expected)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
@@ -117,7 +118,7 @@ def test_two_gpus_share_the_work_of_one(model_folder: Path) -> None:
     one = decoder_of(autoencoder)
     two = decoder_of(autoencoder, first_device=torch.device("cuda:0"), first_share=0.4)
     two.warm_up()
-    wanted = decoded(one, z, 29).astype(int)
+    expected = decoded(one, z, 29).astype(int)
     for _ in range(2):
-        assert np.abs(decoded(two, z, 29) - wanted).mean() < 0.5
+        assert np.abs(decoded(two, z, 29) - expected).mean() < 0.5
         two.reset()

@@ -42,7 +42,9 @@ def run(folder: Path, *arguments: str) -> int:
     return main(["generate", "--model", str(folder), "--device", "cpu", *arguments])
 
 
-def test_two_prompts_make_a_file_of_the_asked_length(model_folder: Path, tmp_path: Path, capsys) -> None:
+def test_two_prompts_make_a_file_of_the_asked_length(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.mp4"
     code = run(model_folder, "a red ball", "a blue square", "--seconds", "4", "-o", str(out))
     printed = capsys.readouterr()
@@ -53,7 +55,9 @@ def test_two_prompts_make_a_file_of_the_asked_length(model_folder: Path, tmp_pat
     assert len(lines) == 5 and lines[-1].startswith("chunk 4/4 | ")
 
 
-def test_a_script_a_picture_and_overwriting(model_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_script_a_picture_and_overwriting(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script, picture, out = tmp_path / "shots.yaml", tmp_path / "first.png", tmp_path / "out.mkv"
     script.write_text("- {prompt: a red ball, seconds: 2}\n- {prompt: a blue zebra, seconds: 2.5, cut: false}\n")
     Image.fromarray(np.full((50, 50, 3), 200, np.uint8)).save(picture)
@@ -78,12 +82,12 @@ def test_a_frame_of_real_footage_is_where_the_video_starts(
     expected = decoder.decode(latent, 1)[0, 0].astype(float)
     with av.open(str(out)) as container:
         first = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    luma = np.array([0.2126, 0.7152, 0.0722])  # the file halves the resolution of colour, not of brightness
+    luma = np.array([0.2126, 0.7152, 0.0722])  # the file halves the resolution of color, not of brightness
     assert np.corrcoef((first @ luma).ravel(), (expected @ luma).ravel())[0, 1] > 0.98
 
 
-def hear_signals() -> None:
-    """A shell starts background jobs with interrupts ignored, and processes inherit that."""
+def restore_signals() -> None:
+    """Set default handlers. A shell starts background jobs with interrupts ignored, and processes inherit that."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -98,7 +102,7 @@ def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Pat
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=hear_signals,
+        preexec_fn=restore_signals,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -118,7 +122,7 @@ def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_fold
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
 
     def take_terminal() -> None:
-        hear_signals()
+        restore_signals()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
@@ -189,13 +193,13 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     arguments = ["generate", "a red ball", "--model", str(model_folder), "--device", "cpu", "--overwrite"]
     started = time.monotonic()
     command = [sys.executable, "-c", code, *arguments, "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=hear_signals)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=restore_signals)
     assert done.returncode == 130 and "Traceback" not in done.stderr and time.monotonic() - started < 60
     assert "nothing was written" in done.stdout
     assert out.read_text() == "old" and file_names(tmp_path) == ["out.mp4"]
 
 
-def test_forgotten_quotes_are_shown(model_folder: Path, tmp_path: Path, capsys) -> None:
+def test_forgotten_quotes_are_shown(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out.mp4")
     assert run(model_folder, "a", "red", "ball", "bounces", "--seconds", "6", "-o", out) == 0
     assert 'for one prompt use quotes: longvideo generate "a red ball bounces"\n' in capsys.readouterr().err
@@ -224,7 +228,7 @@ BAD = {
     "model that is a file": (["a", "--model", "{tmp}/text.png"], "expected a model folder"),
     "unknown device": (["a", "--device", "abacus"], "'abacus' is not a device"),
     "absent device": (["a", "--decode-device", "cuda:64"], "device 'cuda:64' does not exist"),
-    "picture that is none": (["a", "--image", "{tmp}/text.png"], "text.png is not an image"),
+    "file that is not a picture": (["a", "--image", "{tmp}/text.png"], "text.png is not an image"),
     "picture that is absent": (["a", "--image", "{tmp}/none.png"], "there is no image"),
     "script and prompt": (["a", "--script", "{tmp}/good.yaml"], "prompts and --script exclude each other"),
     "script and seconds": (["--script", "{tmp}/good.yaml", "--seconds", "3"], "exclude each other"),
@@ -240,7 +244,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_code_two(name: str, model_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_bad_input_is_one_line_and_code_two(
+    name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     files = {
         "old.mp4": "old",
@@ -262,7 +268,12 @@ def test_bad_input_is_one_line_and_code_two(name: str, model_folder: Path, tmp_p
 @pytest.mark.parametrize("damage", ["missing", "truncated", "misshapen", "no index"])
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_a_damaged_folder_is_one_line_and_code_two(
-    part: str, damage: str, model_folder: Path, tmp_path: Path, monkeypatch, capsys
+    part: str,
+    damage: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""Large blocks go back to the system, whatever lies around them."""
+"""Large blocks return to the system, whatever is stored around them."""
 
 from __future__ import annotations
 

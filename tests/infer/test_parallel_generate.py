@@ -30,10 +30,10 @@ def test_two_ranks_write_the_video_of_one(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("both.mp4: 72 frames") == 1
     assert main(["generate", *PROMPTS, *OPTIONS, "-o", str(alone)]) == 0
-    got, wanted = (iio.imread(path).astype(int) for path in (both, alone))
-    assert got.shape == wanted.shape
-    # products of other shapes round otherwise
-    assert np.abs(got - wanted).mean() < 2
+    result, expected = (iio.imread(path).astype(int) for path in (both, alone))
+    assert result.shape == expected.shape
+    # products of other shapes are rounded differently
+    assert np.abs(result - expected).mean() < 2
 
 
 def test_a_gpu_cannot_be_chosen_for_several_ranks(

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import CheckpointError, UserError
 from longvideo.infer import generation
+from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
 from tests.infer.conftest import HEIGHT, WIDTH
 
 PROMPTS = ["a red ball bounces", "a blue square spins"]
 
 
-def video(pipeline: StreamingPipeline, prompts, **options) -> np.ndarray:
+def video(pipeline: StreamingPipeline, prompts: str | Sequence[str] | Script, **options: Any) -> np.ndarray:
     return np.concatenate(list(pipeline.stream(prompts, **options)))
 
 
@@ -87,11 +90,13 @@ def test_seeds_and_counts_of_numpy_are_numbers(pipeline: StreamingPipeline) -> N
         ({"preset": "none"}, "preset 'none'|'none'"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_opened(options, message: str, monkeypatch) -> None:
-    def opened(*args, **kwargs):
+def test_wrong_arguments_are_refused_before_anything_is_opened(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(ModelFolder, "load_transformer", opened)
+    monkeypatch.setattr(ModelFolder, "load_transformer", load)
     with pytest.raises(UserError, match=message):
         StreamingPipeline.from_pretrained(**{"name": "tiny", "device": "cpu", **options})
 
@@ -130,17 +135,21 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(options, message:
         (lambda pipe: pipe.stream("a", seconds=1, image="a" * 5000), "cannot read the image a*: file name too long"),
     ],
 )
-def test_wrong_values_of_other_calls_are_refused(call, message: str, pipeline: StreamingPipeline) -> None:
+def test_wrong_values_of_other_calls_are_refused(
+    call: Callable[[StreamingPipeline], object], message: str, pipeline: StreamingPipeline
+) -> None:
     with pytest.raises(UserError, match=message):
         call(pipeline)
 
 
-def test_the_streamed_video_equals_latents_decoded_at_once(pipeline: StreamingPipeline, monkeypatch) -> None:
+def test_the_streamed_video_equals_latents_decoded_at_once(
+    pipeline: StreamingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     latents = []
     rollout = generation.rollout
 
-    def recording(*args, **kwargs):
-        for chunk in rollout(*args, **kwargs):
+    def recording(*arguments: Any, **options: Any) -> Iterator[Tensor]:
+        for chunk in rollout(*arguments, **options):
             latents.append(chunk)
             yield chunk
 
@@ -171,10 +180,10 @@ def test_prompt_guidance_and_steps_change_the_video(pipeline: StreamingPipeline)
 def test_the_second_shot_leaves_the_first_alone(pipeline: StreamingPipeline) -> None:
     one, two = video(pipeline, PROMPTS[0], seconds=4), video(pipeline, PROMPTS, seconds=4)
     changed = np.flatnonzero((one != two).any(axis=(1, 2, 3)))
-    assert changed[0] in range(61, 66)  # asked at frame 48, nearest boundary 61
+    assert changed[0] in range(61, 66)  # requested at frame 48; the nearest boundary is 61
 
 
-def test_a_first_picture_is_held_as_the_first_frame(pipeline: StreamingPipeline, tmp_path) -> None:
+def test_a_first_picture_is_held_as_the_first_frame(pipeline: StreamingPipeline, tmp_path: Path) -> None:
     pixels = np.zeros((HEIGHT * 3, WIDTH * 2, 3), np.uint8)
     pixels[..., 0], pixels[:, WIDTH:, 1] = 200, 90
     Image.fromarray(pixels).save(tmp_path / "first.png")
@@ -237,12 +246,14 @@ def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> No
         (Script((ShotRequest("a", 3.0),)), {"seconds": 4}, "leave seconds out"),
     ],
 )
-def test_wrong_values_are_refused_when_called_not_when_iterated(pipeline, prompts, options, message: str) -> None:
+def test_wrong_values_are_refused_when_called_not_when_iterated(
+    pipeline: StreamingPipeline, prompts: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.stream(prompts, **options)
 
 
-def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder, tmp_path) -> None:
+def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder: Path, tmp_path: Path) -> None:
     convert_model(ModelFolder.open(model_folder), tmp_path / "model.pt", ConversionOptions("longlive"))
     whole = StreamingPipeline.from_pretrained(model_folder, device="cpu")
     put_together = StreamingPipeline.from_pretrained(tmp_path / "model.pt", base=model_folder, device="cpu")
@@ -252,7 +263,7 @@ def test_a_file_and_its_base_make_the_video_of_the_folder(model_folder, tmp_path
         StreamingPipeline.from_pretrained(tmp_path / "model.pt", device="cpu")
 
 
-def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline, model_folder) -> None:
+def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline, model_folder: Path) -> None:
     with pytest.raises(UserError, match="one seed for each video"):
         pipeline.generate_batch([PROMPTS], seconds=[2, 2], seeds=[1, 2])
     with pytest.raises(UserError, match="every video needs 1 prompts"):
@@ -265,14 +276,14 @@ def test_wrong_batches_devices_and_names_are_refused(pipeline: StreamingPipeline
         StreamingPipeline.from_pretrained("tinny")
 
 
-def test_a_decoder_error_is_raised_to_the_caller(pipeline: StreamingPipeline, monkeypatch) -> None:
+def test_a_decoder_error_is_raised_to_the_caller(pipeline: StreamingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def failing(self, latents, num_frames, *, ready=None):
+    def failing(_decoder: ChunkDecoder, _latents: Tensor, num_frames: int, **_options: Any) -> None:
         calls.append(num_frames)
         raise RuntimeError("decoder broke")
 
-    monkeypatch.setattr(generation.ChunkDecoder, "launch", failing)
+    monkeypatch.setattr(ChunkDecoder, "launch", failing)
     running = threading.active_count()
     for threads in (1, 2):
         with torch_threads(threads), pytest.raises(RuntimeError, match="decoder broke"):
@@ -295,7 +306,7 @@ def test_threads_change_no_bit_and_end_with_the_stream(pipeline: StreamingPipeli
 
 
 @pytest.mark.gpu
-def test_a_stream_on_cuda_shows_what_the_cpu_shows(pipeline: StreamingPipeline, model_folder) -> None:
+def test_a_stream_on_cuda_shows_what_the_cpu_shows(pipeline: StreamingPipeline, model_folder: Path) -> None:
     on_gpu = StreamingPipeline.from_pretrained(model_folder, device="cuda", dtype=torch.float32)
     expected, frames = (video(pipe, PROMPTS, seconds=8, guidance=2.0).astype(int) for pipe in (pipeline, on_gpu))
     assert np.abs(frames - expected).mean() < 1
@@ -303,7 +314,7 @@ def test_a_stream_on_cuda_shows_what_the_cpu_shows(pipeline: StreamingPipeline, 
 
 
 @pytest.mark.multigpu
-def test_decoding_on_a_second_gpu_changes_no_bit(model_folder) -> None:
+def test_decoding_on_a_second_gpu_changes_no_bit(model_folder: Path) -> None:
     one, two = (
         StreamingPipeline.from_pretrained(model_folder, device="cuda:0", decode_device=decode)
         for decode in ("cuda:0", "cuda:1")

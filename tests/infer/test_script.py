@@ -1,9 +1,11 @@
-"""Scripts: what they refuse, and where their shots land on chunk boundaries."""
+"""Scripts: which values they refuse, and at which chunk boundaries their shots start."""
 
 from __future__ import annotations
 
 import random
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ def test_plan_of_two_shots_in_twenty_seconds() -> None:
     chunks = list(plan)
     assert plan.num_frames == sum(chunk.num_frames for chunk in chunks) == 480
     assert [chunk.num_frames for chunk in chunks] == [29, *[32] * 14, 3]
-    # asked at frame 240; boundaries are at 221 and 253
+    # requested at frame 240; boundaries are at 221 and 253
     assert [chunk.index for chunk in chunks if chunk.cut] == [8]
     assert [chunk.shot for chunk in chunks] == [0] * 8 + [1] * 8
 
@@ -48,8 +50,8 @@ def test_every_shot_starts_within_half_a_chunk_of_where_it_was_asked() -> None:
         seconds = [generator.uniform(32 / 24 * 1.1, 9) for _ in range(generator.randint(2, 6))]
         plan = plan_chunks(Script(tuple(ShotRequest("a", s) for s in seconds)), TIMING)
         for shot, chunk in enumerate(plan.first_chunks):
-            asked = sum(seconds[:shot]) * 24
-            assert abs(TIMING.start(chunk) - asked) <= TIMING.later_frames / 2 + 1
+            frame = sum(seconds[:shot]) * 24
+            assert abs(TIMING.start(chunk) - frame) <= TIMING.later_frames / 2 + 1
         assert len(set(plan.first_chunks)) == len(seconds)
 
 
@@ -70,7 +72,7 @@ def test_shots_shorter_than_a_chunk_are_refused_with_the_shot_named() -> None:
         plan_chunks(Script.from_prompts("a", seconds=0.01), TIMING)
 
 
-def test_yaml_script_is_read(tmp_path) -> None:
+def test_yaml_script_is_read(tmp_path: Path) -> None:
     path = tmp_path / "shots.yaml"
     path.write_text(
         "- prompt: a red ball bounces\n  seconds: 4\n- {prompt: 'at night', seconds: 2.5, cut: false}\n",
@@ -114,7 +116,7 @@ def test_yaml_script_is_read(tmp_path) -> None:
         ("- {prompt: a, seconds: 3, [" + "x" * 500 + "]: 1}", "yaml: not valid YAML in line 1: .*unhashable"),
     ],
 )
-def test_bad_yaml_scripts_name_file_shot_and_remedy(tmp_path, text: str, message: str) -> None:
+def test_bad_yaml_scripts_name_file_shot_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "shots.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message) as caught:
@@ -122,7 +124,7 @@ def test_bad_yaml_scripts_name_file_shot_and_remedy(tmp_path, text: str, message
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_script_that_cannot_be_read_is_refused(tmp_path) -> None:
+def test_a_script_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the script.*no such file"):
         Script.from_yaml(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -130,7 +132,7 @@ def test_a_script_that_cannot_be_read_is_refused(tmp_path) -> None:
         Script.from_yaml(tmp_path / "binary.yaml")
 
 
-def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path) -> None:
+def test_a_byte_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "shots.yaml"
     path.write_bytes(b"- {prompt: a, seconds: 3}\n- {prompt: a r\xe9d ball, seconds: 3}\n")
     with pytest.raises(UserError, match=r"shots.yaml:2 is not UTF-8 text \(byte 0xe9\)"):
@@ -156,7 +158,7 @@ def test_half_characters_are_refused_wherever_a_prompt_is_given() -> None:
         ("a", 10**400, "seconds is 1000.*; expected a number"),
     ],
 )
-def test_wrong_types_are_refused(prompts, seconds, message: str) -> None:
+def test_wrong_types_are_refused(prompts: Any, seconds: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Script.from_prompts(prompts, seconds=seconds)
 
@@ -168,6 +170,6 @@ def test_absurd_lengths_are_refused(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("prompts", ["", "  ", [], ["a", ""]])
-def test_empty_prompts_are_refused(prompts) -> None:
+def test_empty_prompts_are_refused(prompts: str | list[str]) -> None:
     with pytest.raises(UserError, match="prompt"):
         Script.from_prompts(prompts, seconds=4)

@@ -1,4 +1,4 @@
-"""A session does what it says, at the chunk it names, and can go back."""
+"""Sessions: changes take effect at the chunk of their receipt, seeks, pauses and snapshots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = ("a red ball bounces", "a blue square spins at night")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Stages take turns, so that nothing runs ahead of what a test has asked for."""
+    """Denoise and decode in the thread of the test, so that nothing runs ahead of it."""
     with torch_threads(1):
         yield
 
@@ -42,9 +42,9 @@ def frames_of(parts: Iterable[GeneratedChunk]) -> np.ndarray:
     return np.concatenate([part.frames[0] for part in parts])
 
 
-def near(got: np.ndarray, wanted: np.ndarray) -> bool:
-    """Whether two videos are the same but for the rounding of products of other shapes."""
-    return got.shape == wanted.shape and np.abs(got.astype(int) - wanted).max() <= 1
+def near(result: np.ndarray, expected: np.ndarray) -> bool:
+    """Return whether two videos differ only by rounding, which depends on the shapes of products."""
+    return result.shape == expected.shape and np.abs(result.astype(int) - expected).max() <= 1
 
 
 def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPipeline) -> None:
@@ -68,7 +68,7 @@ def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPip
     assert next(session, None) is None
 
 
-def test_a_session_that_runs_ahead_keeps_its_word(pipeline: StreamingPipeline) -> None:
+def test_a_session_that_runs_ahead_switches_at_the_chunk_of_its_receipt(pipeline: StreamingPipeline) -> None:
     with torch_threads(2), pipeline.session(PROMPTS[0]) as session:
         chunks = list(islice(session, 4))
         receipt = session.set_prompt(PROMPTS[1])
@@ -85,7 +85,7 @@ def test_planned_shots_are_those_of_a_script(pipeline: StreamingPipeline) -> Non
         assert session.add_shot(PROMPTS[0], chunk=3, mode="keep") == Receipt(0, 3)
         with pytest.raises(UserError, match="ends before chunk 4; use 3, its last one"):
             session.add_shot(PROMPTS[0], chunk=4)
-        got = frames_of(session)
+        frames = frames_of(session)
         with pytest.raises(UserError, match="chunk 2 has already begun; use 4 or a later one"):
             session.add_shot(PROMPTS[0], chunk=2)
     shots = (
@@ -93,31 +93,31 @@ def test_planned_shots_are_those_of_a_script(pipeline: StreamingPipeline) -> Non
         ShotRequest(PROMPTS[1], 32 / 24),
         ShotRequest(PROMPTS[0], 32 / 24, cut=False),
     )
-    assert np.array_equal(got, video(pipeline, Script(shots), seed=3))
+    assert np.array_equal(frames, video(pipeline, Script(shots), seed=3))
 
 
 def test_recache_changes_what_comes_and_nothing_before(pipeline: StreamingPipeline) -> None:
-    made = {}
+    latents = {}
     for mode in ("keep", "recache"):
         with pipeline.session(PROMPTS[0], seed=3) as session:
             session.add_shot(PROMPTS[1], chunk=2, mode=mode)
             parts = take(session, 3)
             assert [part.step.recache for part in parts] == [False] * 3 + [mode == "recache"]
-            made[mode] = [part.record.latents for part in parts]
-    assert all(map(torch.equal, made["keep"][:3], made["recache"][:3]))
-    assert (made["keep"][3] - made["recache"][3]).norm() > 1e-3 * made["keep"][3].norm()
+            latents[mode] = [part.record.latents for part in parts]
+    assert all(map(torch.equal, latents["keep"][:3], latents["recache"][:3]))
+    assert (latents["keep"][3] - latents["recache"][3]).norm() > 1e-3 * latents["keep"][3].norm()
 
 
 def test_words_that_announce_a_cut_are_read_with_its_first_chunk_alone(
     pipeline: StreamingPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = StreamingPipeline(
+    announcing = StreamingPipeline(
         replace(pipeline.models, settings=replace(pipeline.models.settings, cut_prefix="a red ball moves. "))
     )
     read: list[str] = []
     encode = TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: read.extend(texts) or encode(self, texts))
-    with told.session(PROMPTS[0], seed=5) as session:
+    with announcing.session(PROMPTS[0], seed=5) as session:
         take(session, 1)
         session.set_prompt(PROMPTS[1], mode="cut")
         before = take(session, 2)
@@ -128,7 +128,7 @@ def test_words_that_announce_a_cut_are_read_with_its_first_chunk_alone(
     assert near(again[-1].frames[0], before[-1].frames[0])
 
 
-def test_going_back_makes_the_same_again(pipeline: StreamingPipeline) -> None:
+def test_a_seek_gives_the_same_frames_again(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], seed=4) as session:
         first = frames_of(take(session, 3))
         for chunk, start in ((2, 61), (0, 0), (1, 29)):
@@ -137,7 +137,7 @@ def test_going_back_makes_the_same_again(pipeline: StreamingPipeline) -> None:
             assert near(frames_of(take(session, 3 - chunk)), first[start:])
 
 
-def test_going_back_behind_a_full_window_leads_nearly_to_the_same(pipeline: StreamingPipeline) -> None:
+def test_a_seek_after_a_full_window_gives_nearly_the_same_frames(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], seed=4) as session:
         first = frames_of(take(session, 8))
         other = video(pipeline, PROMPTS[0], seconds=253 / 24, seed=5)
@@ -147,8 +147,8 @@ def test_going_back_behind_a_full_window_leads_nearly_to_the_same(pipeline: Stre
     assert distance < 0.2 * np.abs(first[221:].astype(int) - other[221:]).mean()
 
 
-def test_the_frames_behind_a_seek_join_those_before(pipeline: StreamingPipeline) -> None:
-    # the decoder's memory of 38 latents or fewer is rebuilt exactly, also where it does not reach the start
+def test_the_frames_after_a_seek_continue_those_before(pipeline: StreamingPipeline) -> None:
+    # the decoder's state, of at most 38 latents, is rebuilt exactly, even if it does not reach the start
     with pipeline.session(PROMPTS[0], seed=4) as session:
         parts = take(session, 8)
         session.seek(7)
@@ -180,7 +180,7 @@ def test_another_beginning_is_another_video(pipeline: StreamingPipeline) -> None
         assert np.array_equal(frames_of(take(session, 2)), video(pipeline, PROMPTS[1], seconds=61 / 24, seed=4))
 
 
-def test_what_is_not_made_or_no_longer_kept_cannot_be_gone_back_to(pipeline: StreamingPipeline) -> None:
+def test_a_seek_to_a_chunk_that_is_not_stored_is_refused(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], history_chunks=4) as session:
         take(session, 2)
         with pytest.raises(UserError, match="chunk 3 is not generated yet; the last one is 1"):
@@ -222,7 +222,7 @@ def test_closing_frees_a_thread_that_waits_in_a_pause(pipeline: StreamingPipelin
     assert next(session, None) is None
 
 
-def test_a_restored_session_goes_on_as_if_nothing_had_been(pipeline: StreamingPipeline, tmp_path: Path) -> None:
+def test_a_restored_session_continues_with_the_same_frames(pipeline: StreamingPipeline, tmp_path: Path) -> None:
     path = tmp_path / "session.safetensors"
     with pipeline.session(PROMPTS[0], seed=4, seconds=4) as session:
         session.add_shot(PROMPTS[1], chunk=1, mode="keep")

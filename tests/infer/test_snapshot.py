@@ -1,4 +1,4 @@
-"""Every file that is not a whole snapshot of a session is refused with one line that names it."""
+"""Every file that is not a complete snapshot of a session is refused in one line with its name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def deleted(*keys: str) -> Change:
 def put(place: str, value: object) -> Change:
     """Set an item of the session: names and numbers, divided by dots."""
 
-    def change(session: Any, tensors: dict[str, Tensor]) -> None:
+    def change(session: Any, _tensors: dict[str, Tensor]) -> None:
         *way, last = (int(step) if step.isdecimal() else step for step in place.split("."))
         for step in way:
             session = session[step]
@@ -64,7 +64,7 @@ def put(place: str, value: object) -> Change:
 
 
 def tensor(name: str, make: Callable[[Tensor], Tensor]) -> Change:
-    return lambda session, tensors: tensors.update({name: make(tensors[name]).contiguous()})
+    return lambda _session, tensors: tensors.update({name: make(tensors[name]).contiguous()})
 
 
 DAMAGE: dict[str, tuple[Change, str]] = {
@@ -86,7 +86,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "other sampling": (put("sampling", {"steps": 4}), "its sampling has .'steps'.; expected guidance, seed, steps"),
     "seed of another kind": (put("sampling.seed", "1"), "seed is '1'; expected a whole number"),
     "length of another kind": (put("num_frames", 1.5), "num_frames is 1.5; expected a whole number"),
-    "session of another kind": (lambda session, tensors: session.clear(), "it has no model"),
+    "session of another kind": (lambda session, _tensors: session.clear(), "it has no model"),
     "narrow latents": (tensor("latents.1", lambda x: x[..., :1]), "'latents.1' has the shape .*; expected"),
     "latents of two samples": (tensor("latents.0", lambda x: x.repeat(2, 1, 1, 1, 1)), "'latents.0' has the shape"),
     "half latents": (tensor("latents.1", Tensor.half), "latents.1 has the type torch.float16; expected torch.float32"),
@@ -96,8 +96,8 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "zero noise": (tensor("noise.1", torch.zeros_like), "noise.1 is not the state of a generator"),
     "no noise": (deleted("noise.1"), "it has one of latents.1 and noise.1; expected both"),
     "no last chunk": (deleted("latents.1", "noise.1"), "chunk 2 is too far back"),
-    "other tensors": (lambda session, tensors: tensors.update(weight=torch.zeros(2)), "'weight' has the shape"),
-    "latents to come": (lambda session, tensors: tensors.update({"latents.7": torch.zeros(2)}), "'latents.7' has the"),
+    "other tensors": (lambda _session, tensors: tensors.update(weight=torch.zeros(2)), "'weight' has the shape"),
+    "latents to come": (lambda _session, tensors: tensors.update({"latents.7": torch.zeros(2)}), "'latents.7' has the"),
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -34,7 +35,7 @@ def moving_disc(start: int, count: int, *, height: int = 128, width: int = 224) 
     return frames
 
 
-def decode(path, *, truncated: bool = False) -> np.ndarray:
+def decode(path: Path, *, truncated: bool = False) -> np.ndarray:
     frames = []
     with av.open(str(path)) as container:
         try:
@@ -45,7 +46,7 @@ def decode(path, *, truncated: bool = False) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_frames_rate_and_colours_come_back(tmp_path, suffix: str) -> None:
+def test_frames_rate_and_colors_come_back(tmp_path: Path, suffix: str) -> None:
     path, start, written = tmp_path / f"out{suffix}", 0, []
     with VideoWriter(path, fps=24) as writer:
         for size in SIZES:
@@ -64,7 +65,7 @@ def test_frames_rate_and_colours_come_back(tmp_path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_the_file_grows_and_plays_at_every_chunk(tmp_path, suffix: str) -> None:
+def test_the_file_grows_and_plays_at_every_chunk(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     writer, total = VideoWriter(path, fps=24), 0
     assert not path.exists()
@@ -79,7 +80,7 @@ def test_the_file_grows_and_plays_at_every_chunk(tmp_path, suffix: str) -> None:
     assert len(decode(path)) == total
 
 
-def test_a_truncated_file_plays_up_to_the_cut(tmp_path) -> None:
+def test_a_truncated_file_plays_up_to_the_cut(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 93))
@@ -91,7 +92,7 @@ def test_a_truncated_file_plays_up_to_the_cut(tmp_path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("parts", [(1,), (1, 28), (1, 28, 32)])
-def test_what_was_written_plays_after_a_kill(tmp_path, suffix: str, parts: tuple[int, ...]) -> None:
+def test_what_was_written_plays_after_a_kill(tmp_path: Path, suffix: str, parts: tuple[int, ...]) -> None:
     path = tmp_path / f"out{suffix}"
     path.write_text("old")
     code = (
@@ -104,7 +105,7 @@ def test_what_was_written_plays_after_a_kill(tmp_path, suffix: str, parts: tuple
     assert len(decode(path)) == sum(parts) and file_names(tmp_path) == [path.name]
 
 
-def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path) -> None:
+def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     code = (
         "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output, FragmentedMP4\n"
@@ -131,12 +132,12 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_st
         ({"fps": 24, "crf": 99}, "crf is 99; expected a whole number from 0 to 51"),
     ],
 )
-def test_wrong_settings_are_refused(tmp_path, options, message: str) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         VideoWriter(tmp_path / "out.mp4", **options)
 
 
-def test_a_file_that_is_being_written_is_not_replaced(tmp_path) -> None:
+def test_a_file_that_is_being_written_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
@@ -146,7 +147,7 @@ def test_a_file_that_is_being_written_is_not_replaced(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_a_finished_file_says_its_length_and_is_searched(tmp_path, suffix: str) -> None:
+def test_a_finished_file_says_its_length_and_is_searched(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     with VideoWriter(path, fps=24) as writer:
         for size in (1, 28, 32, 100):
@@ -163,7 +164,7 @@ def test_a_finished_file_says_its_length_and_is_searched(tmp_path, suffix: str) 
     check_whole(path)
 
 
-def test_a_finished_matroska_file_says_its_size(tmp_path) -> None:
+def test_a_finished_matroska_file_says_its_size(tmp_path: Path) -> None:
     path = tmp_path / "out.mkv"
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 40, height=32, width=32))
@@ -174,8 +175,8 @@ def test_a_finished_matroska_file_says_its_size(tmp_path) -> None:
     assert int.from_bytes(data[place + 1 : place + 8], "big") == len(data) - place - 8
 
 
-def test_a_file_system_without_links_is_written_to(tmp_path, monkeypatch) -> None:
-    def refuse(source, target) -> None:
+def test_a_file_system_without_links_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, _target: str) -> None:
         raise PermissionError(errno.EPERM, "operation not permitted", str(source))
 
     monkeypatch.setattr(os, "link", refuse)
@@ -190,7 +191,7 @@ def test_a_file_system_without_links_is_written_to(tmp_path, monkeypatch) -> Non
     assert (tmp_path / "other.mp4").read_text() == "mine"
 
 
-def test_a_rate_that_is_no_whole_number_is_kept(tmp_path) -> None:
+def test_a_rate_that_is_no_whole_number_is_kept(tmp_path: Path) -> None:
     for suffix in (".mp4", ".mkv"):
         path = tmp_path / f"out{suffix}"
         with VideoWriter(path, fps=24000 / 1001) as writer:
@@ -200,7 +201,7 @@ def test_a_rate_that_is_no_whole_number_is_kept(tmp_path) -> None:
         assert np.allclose(times, np.arange(240) * 1001 / 24000, atol=1e-3)
 
 
-def test_a_file_made_by_another_meanwhile_is_not_replaced(tmp_path) -> None:
+def test_a_file_that_another_process_creates_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     writer = VideoWriter(path, fps=24)
     path.write_text("mine")
@@ -209,7 +210,7 @@ def test_a_file_made_by_another_meanwhile_is_not_replaced(tmp_path) -> None:
     assert path.read_text() == "mine" and file_names(tmp_path) == [path.name]
 
 
-def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_path) -> None:
+def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_text("old")
     with VideoWriter(path, fps=24, overwrite=True):
@@ -222,7 +223,7 @@ def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_
     assert len(decode(path)) == 5
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     code = (
         "import resource, sys, numpy; from longvideo.errors import UserError\n"
         "from longvideo.infer.writer import VideoWriter\n"
@@ -240,7 +241,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("frames", "word"), [(1, "frame before is"), (3, "3 frames before are")])
-def test_a_disk_that_fills_up_keeps_the_frames_before(frames: int, word: str, tmp_path) -> None:
+def test_a_disk_that_fills_up_keeps_the_frames_before(frames: int, word: str, tmp_path: Path) -> None:
     code = (
         "import resource, sys, numpy; from longvideo.errors import UserError\n"
         "from longvideo.infer.writer import VideoWriter\n"
@@ -257,7 +258,7 @@ def test_a_disk_that_fills_up_keeps_the_frames_before(frames: int, word: str, tm
     assert len(decode(path)) == frames and path.stat().st_size < 100_000 and file_names(tmp_path) == [path.name]
 
 
-def test_a_link_is_written_through(tmp_path) -> None:
+def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     film, link = tmp_path / "far" / "film.mp4", tmp_path / "link.mp4"
     film.write_text("old")
@@ -268,7 +269,7 @@ def test_a_link_is_written_through(tmp_path) -> None:
     assert file_names(tmp_path) == ["far", "link.mp4"] and file_names(tmp_path / "far") == ["film.mp4"]
 
 
-def test_the_longest_name_is_written(tmp_path) -> None:
+def test_the_longest_name_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 251 + ".mp4")
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
@@ -289,7 +290,7 @@ def test_the_longest_name_is_written(tmp_path) -> None:
         ("old.mp4", "exists; choose another name or pass --overwrite"),
     ],
 )
-def test_bad_outputs_are_refused_before_anything_is_written(tmp_path, name: str, message: str) -> None:
+def test_bad_outputs_are_refused_before_anything_is_written(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "dangling.mp4").symlink_to("nothing.mp4")
     (tmp_path / "null.mp4").symlink_to("/dev/null")

@@ -18,9 +18,11 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import NumberFormats
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
 
+SetFree = Callable[..., list[torch.device]]
+
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.device]]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
     """Give the machine GPUs with this much free memory, in GB; return the devices whose free memory was read."""
 
     def set_free(*free: float) -> list[torch.device]:
@@ -43,7 +45,7 @@ def check(**changes: Any) -> None:
     check_memory(workload(**changes))
 
 
-def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_first_remedy(gpus) -> None:
+def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_first_remedy(gpus: SetFree) -> None:
     parts = estimate(workload())
     gpus(total(parts) / 1e9 - 2)
     with pytest.raises(UserError) as error:
@@ -60,26 +62,26 @@ def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_fi
     assert "\n" not in message
 
 
-def test_remedies_are_joined_where_one_is_not_enough(gpus) -> None:
+def test_remedies_are_joined_where_one_is_not_enough(gpus: SetFree) -> None:
     gpus(26.0)
     with pytest.raises(UserError, match=r"with --precision nvfp4-weights --kv-cache nvfp4 it needs 2\d\.\d GB$"):
         check()
 
 
-def test_another_gpu_is_a_remedy(gpus) -> None:
+def test_another_gpu_is_a_remedy(gpus: SetFree) -> None:
     gpus(20.0, 40.0)
     formats = NumberFormats("nvfp4-weights", "nvfp4")
     with pytest.raises(UserError, match=r"with --decode-device cuda:1 it needs \S+ GB on cuda:0 and \S+ GB on cuda:1$"):
         check(formats=formats, shapes=shapes(packed=True))
 
 
-def test_the_other_gpu_alone_is_a_remedy(gpus) -> None:
+def test_the_other_gpu_alone_is_a_remedy(gpus: SetFree) -> None:
     gpus(5.0, 60.0)
     with pytest.raises(UserError, match=rf"with --device cuda:1 it needs {total(estimate(workload())) / 1e9:.1f} GB$"):
         check()
 
 
-def test_where_nothing_fits_the_refusal_says_so(gpus) -> None:
+def test_where_nothing_fits_the_refusal_says_so(gpus: SetFree) -> None:
     gpus(5.0)
     with pytest.raises(UserError, match="it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either"):
         check()
@@ -87,19 +89,19 @@ def test_where_nothing_fits_the_refusal_says_so(gpus) -> None:
         check(formats=NumberFormats("nvfp4-weights", "nvfp4"))
 
 
-def test_every_gpu_with_too_little_memory_is_named(gpus) -> None:
+def test_every_gpu_with_too_little_memory_is_named(gpus: SetFree) -> None:
     gpus(5.0, 4.0)
     with pytest.raises(UserError, match=r"^cuda:0 has 5\.0 GB free.*; cuda:1 has 4\.0 GB free"):
         check(decode_device=SECOND)
 
 
-def test_enough_memory_passes_and_only_the_free_memory_of_gpus_in_use_is_read(gpus) -> None:
+def test_enough_memory_passes_and_only_the_free_memory_of_gpus_in_use_is_read(gpus: SetFree) -> None:
     devices = gpus(80.0, 80.0)
     check(device=torch.device("cuda"), decode_device=torch.device("cuda"))
     assert set(devices) == {FIRST}
 
 
-def test_the_free_memory_of_a_cpu_is_not_read(gpus) -> None:
+def test_the_free_memory_of_a_cpu_is_not_read(gpus: SetFree) -> None:
     devices = gpus(0.0)
     check(device=CPU, decode_device=CPU)
     assert devices == []
@@ -107,17 +109,17 @@ def test_the_free_memory_of_a_cpu_is_not_read(gpus) -> None:
         check(device=CPU, decode_device=FIRST)
 
 
-def test_a_gpu_that_does_not_exist_is_estimated_and_is_never_insufficient(gpus) -> None:
+def test_a_gpu_that_does_not_exist_is_estimated_and_is_never_insufficient(gpus: SetFree) -> None:
     devices = gpus()
     fit = assess(workload(decode_device=SECOND))
     assert fit.needed == {device: total(estimate(workload(decode_device=SECOND)), device) for device in (FIRST, SECOND)}
     assert (fit.free, fit.insufficient, fit.remedy, devices) == ({}, [], None, [])
 
 
-def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus, monkeypatch) -> None:
+def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus: SetFree, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(80.0)
 
-    def mem_get_info(device: torch.device) -> tuple[int, int]:
+    def mem_get_info(_device: torch.device) -> tuple[int, int]:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
@@ -127,11 +129,13 @@ def test_a_gpu_that_does_not_answer_is_an_error_of_one_line(gpus, monkeypatch) -
         check()
 
 
-def test_load_refuses_before_any_weight_is_read(model_folder: Path, gpus, monkeypatch) -> None:
+def test_load_refuses_before_any_weight_is_read(
+    model_folder: Path, gpus: SetFree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpus(0.5)
-    monkeypatch.setattr(placement, "pick_device", lambda device: FIRST)
+    monkeypatch.setattr(placement, "pick_device", lambda _device: FIRST)
     folder = ModelFolder.open(model_folder)
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
-        monkeypatch.setattr(ModelFolder, name, lambda *args, **kwargs: pytest.fail("a weight was read"))
+        monkeypatch.setattr(ModelFolder, name, lambda *_arguments, **_options: pytest.fail("a weight was read"))
     with pytest.raises(UserError, match=r"cuda:0 has 0\.5 GB free; streaming needs about 1\.\d GB: CUDA context 1\.0"):
         StreamingPipeline.load(folder, placement.Placement.choose())
