@@ -171,7 +171,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     ours: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = conversion.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _path: usage._replace(free=100_000))
     with pytest.raises(UserError, match=r"has 0\.1 MB free, 3\.7 MB are needed"):
         convert_model(ours, tmp_path / "result", ConversionOptions())
     assert not (tmp_path / "result").exists()
@@ -230,7 +230,7 @@ def test_a_second_conversion_into_one_target_is_refused(
     assert main(["convert", str(tmp_path / "lora.pt"), str(adapter), "--to", "lora"]) == 0
     codes: dict[str, int] = {}
 
-    def meanwhile(total: int) -> None:
+    def meanwhile(_total: int) -> None:
         codes["convert"] = main(["convert", source, str(result), "--overwrite"])
         codes["quantize"] = main(["quantize", source, str(result), "--overwrite"])
         codes["merge"] = main(["merge", source, str(adapter), str(result), "--overwrite"])
@@ -297,7 +297,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     source = official.save(tmp_path / "source")
     file = tmp_path / "source" / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(CheckpointError, match="changed during the conversion"):
-        convert_model(source, tmp_path / "result", ConversionOptions(), progress=Progress(lambda total: file.touch()))
+        convert_model(source, tmp_path / "result", ConversionOptions(), progress=Progress(lambda _total: file.touch()))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

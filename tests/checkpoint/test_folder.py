@@ -207,7 +207,8 @@ def test_a_training_checkpoint_replaces_the_folders_transformer(
     assert all(torch.equal(state[name], tensor) for name, tensor in other.items())
 
 
-def test_saving_never_harms_an_existing_folder(saved: ModelFolder, copy: Path) -> None:
+@pytest.mark.usefixtures("saved")
+def test_saving_never_harms_an_existing_folder(copy: Path) -> None:
     before = sorted(copy.parent.rglob("*"))
     with pytest.raises(CheckpointError, match="exists"):
         ModelFolder.save(copy, settings=small.SETTINGS, vae=small.vae())

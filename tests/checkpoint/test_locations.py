@@ -167,7 +167,7 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_followed(
 
 
 @pytest.fixture
-def borrower(saved: ModelFolder, copy: Path) -> Path:
+def borrower(copy: Path) -> Path:
     """A folder with its own transformer, whose other parts are in the folder next to it."""
     path = copy.parent / "borrower"
     ModelFolder.save(path, settings=small.SETTINGS, transformer=small.transformer(seed=3))

@@ -233,4 +233,4 @@ def test_opening_and_checking_read_headers_only(tmp_path: Path) -> None:
 def test_two_names_for_one_are_refused(tmp_path: Path) -> None:
     save_weights(tmp_path, "model", linear_tensors(2))
     with pytest.raises(CheckpointError, match="are both names of 'x'"):
-        open_weights(tmp_path).renamed(lambda name: "x")
+        open_weights(tmp_path).renamed(lambda _: "x")

@@ -1,6 +1,8 @@
 """`longvideo eval` judges folders and models, prints the scores, and refuses invalid options in one line."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,18 +18,29 @@ from longvideo.infer.pipeline import StreamingPipeline
 class Painter:
     """Replaces the pipeline: all pixels equal the seed, which identifies a video."""
 
-    def stream(self, prompts, *, seconds, steps, guidance, seed):
+    def stream(
+        self, _prompts: list[str], *, seconds: float, steps: int | None, guidance: float | None, seed: int
+    ) -> Iterator[np.ndarray]:
         assert (steps, guidance) == (4, None)
         for _ in range(2):
             yield np.full((round(seconds * 12), 2, 2, 3), seed, np.uint8)
 
-    def generate_batch(self, prompts, *, seconds, seeds, steps, guidance):
+    def generate_batch(
+        self,
+        prompts: list[list[str]],
+        *,
+        seconds: list[float],
+        seeds: list[int],
+        steps: int | None,
+        guidance: float | None,
+    ) -> np.ndarray:
+        assert (steps, guidance) == (4, None)
         assert len(prompts) == len(seeds) and all(len(shots) == len(seconds) for shots in prompts)
         return np.stack([np.full((round(sum(seconds) * 24), 2, 2, 3), seed, np.uint8) for seed in seeds])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_every_task_gets_its_own_video_whatever_the_batch(batch):
+def test_every_task_gets_its_own_video_whatever_the_batch(batch: int) -> None:
     tasks = build_tasks(5, seconds=2, shots=2, seed=3)
     videos = list(generate_videos(cast("StreamingPipeline", Painter()), tasks, batch=batch, steps=4, guidance=None))
     assert [task for task, _ in videos] == tasks
@@ -36,7 +49,7 @@ def test_every_task_gets_its_own_video_whatever_the_batch(batch):
         assert (frames == task.seed).all()
 
 
-def test_judge_command_prints_json_for_every_condition(capsys):
+def test_judge_command_prints_json_for_every_condition(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "judge", "--num", "1"]) == 0
     printed = capsys.readouterr()
     record = json.loads(printed.out)
@@ -45,7 +58,7 @@ def test_judge_command_prints_json_for_every_condition(capsys):
     assert "motion" in printed.err
 
 
-def test_a_folder_of_ground_truth_videos_scores_full(tmp_path, capsys):
+def test_a_folder_of_ground_truth_videos_scores_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     options = ["--clips", "1", "--seconds", "7", "--shots", "2", "--split", "heldout"]
     assert main(["data", "shapeworld", "--out", str(data), *options]) == 0
@@ -61,7 +74,7 @@ def test_a_folder_of_ground_truth_videos_scores_full(tmp_path, capsys):
     assert (out / "results.json").read_bytes() == before
 
 
-def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
+def test_switches_are_counted_and_shown_in_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "switches"
     options = ["--model", "tiny", "--device", "cpu", "--num", "1", "--steps", "1"]
     assert main(["eval", "switches", *options, "--mode", "recache", "--mode", "keep", "--out", str(out)]) == 0
@@ -89,7 +102,9 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path, capsys):
         (["--model", "no/such/model"], "no/such/model"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_2(options, named, tmp_path, capsys):
+def test_bad_options_are_one_line_and_exit_2(
+    options: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["eval", "shapeworld", "--out", str(tmp_path / "out"), *options]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]

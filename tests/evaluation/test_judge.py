@@ -29,7 +29,7 @@ def see(sprite: Sprite, *, seed: int = 0, seconds: float = 4.0, condition: str =
     return percept.sprites[0]
 
 
-def test_accuracy_on_random_scenes_is_above_the_bar_in_every_condition():
+def test_accuracy_on_random_scenes_is_above_the_bar_in_every_condition() -> None:
     for accuracy in measure_judge(5, seed=3):
         for question in ("count", "color", "shape", "size", "motion", "background", "both"):
             score = accuracy.scores[question]
@@ -37,7 +37,7 @@ def test_accuracy_on_random_scenes_is_above_the_bar_in_every_condition():
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_every_color_is_named_on_every_background(background):
+def test_every_color_is_named_on_every_background(background: str) -> None:
     for index, color in enumerate(COLORS):
         scene = Scene((Sprite(SHAPES[index % len(SHAPES)], color, "small", "still"),), background, index)
         percept = perceive(film(scene, seconds=0.25, condition="compressed"), FPS)
@@ -47,37 +47,37 @@ def test_every_color_is_named_on_every_background(background):
 
 @pytest.mark.parametrize("condition", ["clean", "compressed"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_small_shapes_are_told_apart(shape, condition):
+def test_small_shapes_are_told_apart(shape: str, condition: str) -> None:
     seen = see(Sprite(shape, "pink", "small", "still"), seconds=0.5, condition=condition)
     assert (seen.shape, seen.size) == (shape, "small")
     assert abs(seen.radius - 11) < 0.8
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_every_motion_is_named(motion):
+def test_every_motion_is_named(motion: str) -> None:
     assert see(Sprite("square", "cyan", "large", motion), condition="soft").motion == motion
 
 
 @pytest.mark.parametrize("shape", ["square", "triangle", "star", "cross"])
-def test_spinning_is_told_from_still_without_mistaking_the_shape(shape):
+def test_spinning_is_told_from_still_without_mistaking_the_shape(shape: str) -> None:
     seen = see(Sprite(shape, "yellow", "small", "spinning"), seconds=3, condition="soft")
     assert (seen.shape, seen.motion) == (shape, "spinning")
     assert see(Sprite(shape, "yellow", "small", "still"), seconds=2, condition="soft").motion == "still"
 
 
-def test_pulsing_does_not_change_the_size():
+def test_pulsing_does_not_change_the_size() -> None:
     for size, radius in (("small", 11.0), ("large", 20.0)):
         seen = see(Sprite("ring", "green", size, "pulsing"), seed=4)
         assert (seen.size, seen.motion) == (size, "pulsing")
         assert abs(seen.radius - radius) < 0.15 * radius
 
 
-def test_a_bounce_does_not_change_the_direction_first_shown():
+def test_a_bounce_does_not_change_the_direction_first_shown() -> None:
     for seed in range(3):
         assert see(Sprite("circle", "red", "small", "left", "bounce"), seed=seed, seconds=3).motion == "left"
 
 
-def test_an_object_split_by_two_borders_is_one_object():
+def test_an_object_split_by_two_borders_is_one_object() -> None:
     sprite = Sprite("square", "orange", "large", "right", "wrap")
     scene = Scene((sprite,), "night", 1)
     torn = 0
@@ -91,7 +91,7 @@ def test_an_object_split_by_two_borders_is_one_object():
     assert see(sprite, seed=1).motion == "right"
 
 
-def test_later_windows_allow_a_bounced_direction_only_for_bouncing_objects():
+def test_later_windows_allow_a_bounced_direction_only_for_bouncing_objects() -> None:
     expected = Sprite("star", "blue", "small", "up", "bounce")
     seen = PerceivedSprite("star", "blue", "small", "down", 11.0, 50.0, 50.0, 0.9)
     percept = Percept((seen,), "gray", 1)
@@ -100,7 +100,7 @@ def test_later_windows_allow_a_bounced_direction_only_for_bouncing_objects():
         assert compare(percept, scene, from_start=from_start).motion is right
 
 
-def test_each_wrong_property_makes_its_own_answer_false():
+def test_each_wrong_property_makes_its_own_answer_false() -> None:
     shown = Sprite("star", "blue", "small", "still")
     frames = film(Scene((shown,), "cream", 5), seconds=1)
     right = judge(frames, Scene((shown,), "cream", 5), FPS)
@@ -113,7 +113,7 @@ def test_each_wrong_property_makes_its_own_answer_false():
     assert not judge(frames, Scene((shown,), "gray", 5), FPS).background
 
 
-def test_both_objects_must_be_right_and_order_does_not_matter():
+def test_both_objects_must_be_right_and_order_does_not_matter() -> None:
     red, blue = Sprite("circle", "red", "large", "still"), Sprite("cross", "blue", "small", "pulsing")
     frames = film(Scene((red, blue), "meadow", 2))
     assert judge(frames, Scene((blue, red), "meadow", 2), FPS).both is True
@@ -125,13 +125,13 @@ def test_both_objects_must_be_right_and_order_does_not_matter():
     assert [seen is None for _, seen in alone.pairs] == [False, True]
 
 
-def test_what_a_request_leaves_open_counts_as_right():
+def test_what_a_request_leaves_open_counts_as_right() -> None:
     frames = film(Scene((Sprite("ring", "purple", "large", "still"),), "black", 0), seconds=0.5)
     verdict = judge(frames, Request((RequestedSprite("ring", "purple", None, None),), None), FPS)
     assert verdict.color and verdict.shape and verdict.size and verdict.motion and verdict.background
 
 
-def test_an_empty_picture_and_pure_noise_show_no_known_object():
+def test_an_empty_picture_and_pure_noise_show_no_known_object() -> None:
     gray = np.full((6, 128, 224, 3), 124, np.uint8)
     assert perceive(gray).sprites == () and perceive(gray).count == 0
     noise = np.random.default_rng(0).integers(0, 256, (6, 128, 224, 3), dtype=np.uint8)
@@ -139,6 +139,6 @@ def test_an_empty_picture_and_pure_noise_show_no_known_object():
     assert not judge(noise, scene).shape
 
 
-def test_frames_of_the_wrong_kind_are_a_user_error():
+def test_frames_of_the_wrong_kind_are_a_user_error() -> None:
     with pytest.raises(UserError, match="uint8"):
         perceive(np.zeros((4, 128, 224, 3), np.float32))

@@ -16,13 +16,13 @@ def summary(scene: Scene | Request, *, sizes: bool = True) -> tuple:
     return sprites, scene.background
 
 
-def test_five_hundred_captions_are_read_back_exactly():
+def test_five_hundred_captions_are_read_back_exactly() -> None:
     for seed in range(500):
         scene = sample_scene(seed, split="heldout" if seed % 2 else "train")
         assert summary(read_caption(caption(scene, seed))) == summary(scene), caption(scene, seed)
 
 
-def test_what_a_caption_leaves_out_is_none():
+def test_what_a_caption_leaves_out_is_none() -> None:
     for seed in range(200):
         scene = sample_scene(seed, split="train")
         request = read_caption(caption(scene, seed, omit=1.0))
@@ -31,12 +31,12 @@ def test_what_a_caption_leaves_out_is_none():
         assert summary(request)[0] == summary(scene, sizes=False)[0]
 
 
-def test_free_wording_is_understood_as_far_as_it_goes():
+def test_free_wording_is_understood_as_far_as_it_goes() -> None:
     assert read_caption("A red ball, the best ever") == Request(
         (RequestedSprite("circle", "red", None, None, "wrap"),), None
     )
 
 
-def test_a_caption_without_shapes_is_a_user_error():
+def test_a_caption_without_shapes_is_a_user_error() -> None:
     with pytest.raises(UserError, match="has 0 colored shapes"):
         read_caption("a horse gallops over a meadow")

@@ -1,7 +1,9 @@
 """Perfect videos score 100 %, and wrong ones fail in the property that is wrong."""
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def film(task: Task, *, delay: int = 0) -> np.ndarray:
     return np.concatenate(shots)
 
 
-def test_tasks_are_held_out_distinct_and_reproducible():
+def test_tasks_are_held_out_distinct_and_reproducible() -> None:
     tasks = build_tasks(20, seconds=4, shots=3, seed=1)
     assert tasks == build_tasks(20, seconds=4, shots=3, seed=1)
     assert all(is_held_out(drawn(scene)) for task in tasks for scene in task.scenes)
@@ -52,12 +54,12 @@ def test_tasks_are_held_out_distinct_and_reproducible():
     assert not {task.prompts for task in tasks} & {task.prompts for task in build_tasks(20, seconds=4, shots=3, seed=2)}
 
 
-def test_perfect_videos_score_full_and_the_report_is_written(tmp_path):
+def test_perfect_videos_score_full_and_the_report_is_written(tmp_path: Path) -> None:
     tasks = build_tasks(2, seconds=2, seed=0)
     by_prompt = {task.prompts: task for task in tasks}
     calls = []
 
-    def generate(prompts, seconds, seed):
+    def generate(prompts: list[str], seconds: float, seed: int) -> Iterator[np.ndarray]:
         calls.append((seconds, seed))
         yield from np.array_split(film(by_prompt[tuple(prompts)]), 3)
 
@@ -72,7 +74,7 @@ def test_perfect_videos_score_full_and_the_report_is_written(tmp_path):
     assert (tmp_path / "successes.png").exists() and not (tmp_path / "failures.png").exists()
 
 
-def test_a_video_of_another_prompt_fails(tmp_path):
+def test_a_video_of_another_prompt_fails(tmp_path: Path) -> None:
     task, shown = build_tasks(2, seconds=1.5, seed=0)
     report = evaluate(lambda *_: [film(shown)], [task], out=tmp_path)
     assert report.opening["color"].right + report.opening["shape"].right < 2
@@ -80,7 +82,7 @@ def test_a_video_of_another_prompt_fails(tmp_path):
     assert (tmp_path / "failures.png").exists()
 
 
-def test_shots_are_judged_from_the_cuts_found():
+def test_shots_are_judged_from_the_cuts_found() -> None:
     (task,) = build_tasks(1, seconds=2, shots=3, seed=4)
     result = judge_video(task, film(task, delay=-9))
     assert [shot.cut_frame for shot in result.shots] == [None, 48 - 9, 96 - 9]
@@ -89,7 +91,7 @@ def test_shots_are_judged_from_the_cuts_found():
 
 @pytest.mark.parametrize("smear", [1, 4])
 @pytest.mark.parametrize(("cut", "is_cut"), [(96, True), (70, True), (126, True), (134, False), (60, False)])
-def test_cuts_are_found_within_one_chunk_of_where_they_were_asked(cut, is_cut, smear):
+def test_cuts_are_found_within_one_chunk_of_where_they_were_asked(cut: int, is_cut: bool, smear: int) -> None:
     after = np.clip((np.arange(192) - cut + 1) / smear, 0, 1)[:, None, None, None]
     frames = (20 + 60 * after * np.ones((1, 16, 28, 3))).astype(np.uint8)
     frame = find_cut(frames, 96)
@@ -97,14 +99,14 @@ def test_cuts_are_found_within_one_chunk_of_where_they_were_asked(cut, is_cut, s
     assert find_cut(frames, 96, after=cut + 5) is None
 
 
-def test_motion_and_noise_are_no_cut():
+def test_motion_and_noise_are_no_cut() -> None:
     sprite = Sprite("square", "yellow", "large", "zigzag", "wrap")
     task = Task((Scene((sprite,), "black", 0),), ("",), (3.0,), 0)
     noise = np.random.default_rng(0).normal(0, 8, (72, 128, 224, 3))
     assert find_cut(np.clip(film(task) + noise, 0, 255).astype(np.uint8), 36) is None
 
 
-def test_wilson_interval_matches_published_values():
+def test_wilson_interval_matches_published_values() -> None:
     low, high = wilson_interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)  # Newcombe, Statistics in Medicine 17 (1998), table I
     assert Score(0, 0).share != Score(0, 0).share

@@ -1,6 +1,7 @@
 """Contact sheets, GIFs and curves have the requested size, number of pictures and timing."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from longvideo.evaluation.sheet import (
 )
 
 
-def test_contact_sheet_places_frames_row_by_row():
+def test_contact_sheet_places_frames_row_by_row() -> None:
     frames = np.stack([np.full((10, 20, 3), value, np.uint8) for value in (10, 60, 110, 160, 210)])
     sheet = np.asarray(contact_sheet(frames, 3, gap=2))
     assert sheet.shape == (2 + 2 * 12, 2 + 3 * 22, 3)
@@ -26,20 +27,20 @@ def test_contact_sheet_places_frames_row_by_row():
     assert sheet[-3, -3].tolist() == [255] * 3
 
 
-def test_film_strip_has_a_row_a_clip_from_first_to_last_frame():
+def test_film_strip_has_a_row_a_clip_from_first_to_last_frame() -> None:
     clip = np.arange(96, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     sheet = np.asarray(film_strip([clip, clip], columns=4, gap=0))
     assert sheet.shape == (16, 32, 3)
     assert sheet[0, 0, 0] == 0 and sheet[15, 31, 0] == 95
 
 
-def test_empty_sheet_is_a_user_error():
+def test_empty_sheet_is_a_user_error() -> None:
     with pytest.raises(UserError, match="expected at least one of each"):
         contact_sheet([], 4)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_an_animation_lasts_as_long_as_the_clip(tmp_path, suffix):
+def test_an_animation_lasts_as_long_as_the_clip(tmp_path: Path, suffix: str) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (96, 16, 24, 3), dtype=np.uint8)
     write_animation(frames, tmp_path / f"clip{suffix}", fps=12)
     with Image.open(tmp_path / f"clip{suffix}") as picture:
@@ -52,7 +53,7 @@ def test_an_animation_lasts_as_long_as_the_clip(tmp_path, suffix):
     assert abs(total - 4000) <= 80
 
 
-def test_curves_accept_gaps_and_differ_by_value():
+def test_curves_accept_gaps_and_differ_by_value() -> None:
     x = list(range(10))
     low = np.asarray(plot_curves({"a": [0.1] * 10}, x, title="t", x_label="s"))
     high = np.asarray(plot_curves({"a": [0.9] * 9 + [math.nan]}, x, title="t", x_label="s"))
@@ -61,13 +62,13 @@ def test_curves_accept_gaps_and_differ_by_value():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 60), (1, 4), (0, 0.3), (5, 5)])
-def test_ticks_lie_inside_the_range(low, high):
+def test_ticks_lie_inside_the_range(low: float, high: float) -> None:
     ticks = round_ticks(low, high)
     assert len(ticks) <= 11
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
-def test_a_gif_has_the_colors_of_its_frames(tmp_path):
+def test_a_gif_has_the_colors_of_its_frames(tmp_path: Path) -> None:
     levels = np.arange(0, 240, 30, dtype=np.uint8)
     frames = np.broadcast_to(levels[:, None, None, None], (8, 16, 24, 3)).copy()
     frames[:, :8, :, 1] = 255 - levels[:, None, None]
@@ -78,7 +79,7 @@ def test_a_gif_has_the_colors_of_its_frames(tmp_path):
             assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - frame).max() <= 4
 
 
-def test_a_picture_is_written_whole_and_through_a_link(tmp_path):
+def test_a_picture_is_written_whole_and_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "far.png").write_bytes(b"old")
     (tmp_path / "near.png").symlink_to(tmp_path / "far.png")
     write_picture(Image.new("RGB", (3, 2), (9, 8, 7)), tmp_path / "near.png")

@@ -1,5 +1,7 @@
 """The pictures of a model's page have held-out prompts, keep the colors of small areas, and are small files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -26,20 +28,20 @@ def clips(scenes: list[Scene]) -> list[np.ndarray]:
     return [to_uint8(render(SceneBatch.from_scenes([scene]), times))[0].numpy() for scene in scenes]
 
 
-def test_every_prompt_is_held_out_and_made_of_known_words(scenes):
+def test_every_prompt_is_held_out_and_made_of_known_words(scenes: list[Scene]) -> None:
     assert all(is_held_out(scene) for scene in scenes)
     assert {scene.background for scene in scenes} == set(BACKGROUNDS)
     known = set(vocabulary())
     assert [word for prompt in PROMPTS for word in prompt.replace(",", "").split() if word not in known] == []
 
 
-def test_a_small_object_keeps_its_color(clips):
+def test_a_small_object_keeps_its_color(clips: list[np.ndarray]) -> None:
     video = tile_clips(clips, PROMPTS)
     error = np.abs(limit_colors(video).astype(int) - video).max(-1)
     assert np.percentile(error, 99.9) <= 16
 
 
-def test_the_pictures_hold_every_clip_and_are_small(clips, tmp_path):
+def test_the_pictures_hold_every_clip_and_are_small(clips: list[np.ndarray], tmp_path: Path) -> None:
     write_showcase(clips, PROMPTS, (tmp_path / "model.png", tmp_path / "model.gif"), fps=8)
     assert (tmp_path / "model.png").stat().st_size < 400_000
     assert (tmp_path / "model.gif").stat().st_size < 2_000_000
@@ -51,7 +53,7 @@ def test_the_pictures_hold_every_clip_and_are_small(clips, tmp_path):
         assert np.abs(frame[6 : 6 + 128, left : left + 224].astype(int) - clip[0]).mean() < 4
 
 
-def test_text_breaks_between_words_and_loses_none():
+def test_text_breaks_between_words_and_loses_none() -> None:
     font = ImageFont.load_default(size=12)
     lines = wrap_text(PROMPTS[-1], font, 224)
     assert 1 < len(lines) <= 3
@@ -59,7 +61,9 @@ def test_text_breaks_between_words_and_loses_none():
     assert all(font.getlength(line) <= 224 for line in lines)
 
 
-def test_existing_pictures_are_refused_before_the_model_is_loaded(tmp_path, capsys):
+def test_existing_pictures_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny.gif").write_bytes(b"old")
     assert main(["eval", "sheet", "--out", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def smi(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | Exception | int]) -> None:
     """Replace nvidia-smi: its result depends on the first argument and is a text, an error, or an exit code."""
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
         answer = answers[command[1]]
         if isinstance(answer, Exception):
             raise answer
@@ -54,13 +54,14 @@ def smi(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | Exception | in
     monkeypatch.setattr(gpus.subprocess, "run", run)
 
 
-def test_the_topology_is_read_with_its_colours_and_other_devices() -> None:
+def test_the_topology_is_read_with_its_colors_and_other_devices() -> None:
     counts = gpus.read_topology(TOPOLOGY)
     assert counts == {(0, 1): 18, (1, 0): 18, (0, 2): 0, (2, 0): 0, (1, 2): 0, (2, 1): 0}
     assert gpus.read_topology("No devices were found") == {}
 
 
-def test_a_gpu_has_its_memory_in_bytes(two_gpus: None) -> None:
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_has_its_memory_in_bytes() -> None:
     assert gpus.gpus() == [
         GPU(0, "Testing 9000", 80 * 10**9, 70 * 10**9, "9.0"),
         GPU(1, "Testing 9000", 80 * 10**9, 70 * 10**9 - 1, "9.0"),
@@ -68,29 +69,31 @@ def test_a_gpu_has_its_memory_in_bytes(two_gpus: None) -> None:
     assert gpus.why_none() is None
 
 
-def test_a_gpu_that_is_full_is_there(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mem_get_info(device: torch.device) -> tuple[int, int]:
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_is_full_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mem_get_info(_device: torch.device) -> tuple[int, int]:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     assert [gpu.free_bytes for gpu in gpus.gpus()] == 2 * [Unknown("CUDA error: out of memory")]
 
 
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("uuids", "num_nvlinks"), [(["aaa", "bbb", "ccc"], 18), (["ccc", "bbb", "aaa"], 0)])
-def test_links_are_found_by_uuid(
-    two_gpus: None, monkeypatch: pytest.MonkeyPatch, uuids: list[str], num_nvlinks: int
-) -> None:
+def test_links_are_found_by_uuid(monkeypatch: pytest.MonkeyPatch, uuids: list[str], num_nvlinks: int) -> None:
     listed = "".join(f"{index}, GPU-{uuid}\n" for index, uuid in enumerate(uuids))
     smi(monkeypatch, {"--query-gpu=index,uuid": listed, "topo": TOPOLOGY})
     assert gpus.links() == [Link(0, 1, True, num_nvlinks)]
 
 
-def test_one_way_is_not_direct(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("two_gpus")
+def test_one_way_is_not_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one < other)
     smi(monkeypatch, {"--query-gpu=index,uuid": "0, GPU-aaa\n1, GPU-bbb\n", "topo": TOPOLOGY})
     assert gpus.links() == [Link(0, 1, False, 18)]
 
 
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -102,7 +105,7 @@ def test_one_way_is_not_direct(two_gpus: None, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_way_that_cannot_be_told_has_a_reason(
-    two_gpus: None, monkeypatch: pytest.MonkeyPatch, answer: str | Exception | int, reason: str
+    monkeypatch: pytest.MonkeyPatch, answer: str | Exception | int, reason: str
 ) -> None:
     smi(monkeypatch, {"--query-gpu=index,uuid": "0, GPU-aaa\n1, GPU-bbb\n", "topo": answer})
     assert gpus.links() == [Link(0, 1, True, Unknown(reason))]
