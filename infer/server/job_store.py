@@ -133,7 +133,7 @@ class JobStore:
         self._change(name, frames=frames)
 
     def delete(self, name: str) -> None:
-        """Delete a job that is over. Raises StoreError."""
+        """Delete a finished job. Raises StoreError."""
         with self._lock:
             self._write("DELETE FROM jobs WHERE id = ?", (name,))
             self._unwritten.pop(name, None)

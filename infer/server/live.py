@@ -374,7 +374,7 @@ class LiveVideo:
     def _warn_unknown_words(self, prompt: str) -> None:
         if unknown := self._pipeline.models.text_encoder.unknown_words(prompt):
             words = ", ".join(repr(word) for word in unknown)
-            self._send("warning", message=f"the model never learned {words}; expect something else there")
+            self._send("warning", message=f"the model never learned {words}; the video may show something else")
 
     def _send(self, kind: str, **fields: Any) -> None:
         self.outbox.put(Outgoing(message_text(kind, **fields)))

@@ -7,7 +7,7 @@ const MIN_CELL = 16;
 const MAX_CELL = 46;
 const NUMBERED_CELL = 24;
 const MAX_BUTTONS = 400;
-const RAIL_PADDING = 8; // sum of left and right, as in page.css
+const RAIL_PADDING = 8; // sum of left and right, as in player.css
 const GAP_CELLS = 2;
 const PLANNED_CELLS = 3;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,15 @@ def test_the_page_loads_nothing_from_other_servers(serve: Serve) -> None:
             assert "access-control-allow-origin" not in answer.headers
         for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2f..%2fwriter.py", "/page//etc/passwd"):
             assert http.get(path).status_code in (401, 404)
+
+
+def test_the_page_refers_to_all_its_files() -> None:
+    """Scripts are imported from page.js on, so a module that nothing imports is an error too."""
+    texts = {file.name: file.read_text() for file in PAGE.iterdir()}
+    references = set(re.findall(r'(?:href|src)="page/([^"]+)"', texts["index.html"]))
+    for name, text in texts.items():
+        references |= set(re.findall(r'from "\./([^"]+)"', text)) if name.endswith(".js") else set()
+    assert references == set(texts) - {"index.html"}
 
 
 @pytest.mark.parametrize("path", GUARDED)
