@@ -1,4 +1,4 @@
-"""For every operation which backend would run here and why not the others, and whether its numbers are right."""
+"""The backend of every operation on a device and why the others do not run, and numeric checks of the operations."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ HEAD_DIM, TOKENS = 128, 256
 """Of the attention that is asked about: its heads are as wide as those of Wan2.2."""
 
 Finding = tuple[bool, str]
-"""Whether a check passed, and what was measured against what bound."""
+"""Whether a check passed, and the measured value with the expected one."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, the backend that would run it ("none" where nothing can), and for each other one why it would not.
+    """An operation and its backend.
 
-    reference: plain torch, the definition.
+    backend: name of the backend that runs the operation; "none" if no backend can. The backend "reference" is plain
+    torch, the definition. rejected: reason why each other backend does not run it.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Check:
-    """One numeric check: what was measured against what bound."""
+    """The result of a numeric check. measured: the measured value and the expected one."""
 
     name: str
     passed: bool
@@ -47,7 +48,7 @@ class Check:
 
 
 def operations(device: torch.device) -> list[Operation]:
-    """Say for every operation on a device what would run it."""
+    """Return every operation with its backend on a device."""
     return [
         _attention(device),
         _in_fp8("attention in fp8", backends.attention_backend("fp8", device), "cuDNN frontend"),
@@ -57,12 +58,12 @@ def operations(device: torch.device) -> list[Operation]:
 
 
 def self_test(device: torch.device) -> list[Check]:
-    """Run small numeric checks on a device. One that cannot run has not passed."""
+    """Run small numeric checks on a device. A check that cannot run has not passed."""
     return [_checked(name, check, device) for name, check in CHECKS.items()]
 
 
 def _kernels(device: torch.device) -> list[Operation]:
-    """Return the operations that on CUDA take Triton's kernels, alone or beside others."""
+    """Return the operations that use Triton's kernels on CUDA, alone or together with other backends."""
     on_cpu, no_triton = device.type == "cpu", backends.triton_unavailable(device)
     no_te, products = te.unavailable(device), backends.product_backend("nvfp4", device)
     kernels = backends.kernels_on(device)
@@ -73,7 +74,7 @@ def _kernels(device: torch.device) -> list[Operation]:
         Operation("norms and rotation between a transformer's products", kernels, close),
         Operation("norms and pixels between a decoder's convolutions", kernels, close),
         _in_fp8("product of fp8 weights and inputs", backends.product_backend("fp8", device), "torch scaled_mm"),
-        Operation("quantise, dequantise", kernels, same),
+        Operation("quantize, dequantize", kernels, same),
         Operation("rebuild keys and values of a 4-bit cache", kernels, same),
         Operation("product of 4-bit weights", str(backends.product_backend("nvfp4-weights", device)), same),
         Operation(
@@ -83,7 +84,7 @@ def _kernels(device: torch.device) -> list[Operation]:
         ),
         Operation(
             "training in NVFP4",
-            "emulated" if no_te else "te, where it knows the recipe",
+            "emulated" if no_te else "te, for the recipes that it supports",
             {"te": no_te} if no_te else emulated,
         ),
     ]
@@ -93,8 +94,8 @@ def _kernels(device: torch.device) -> list[Operation]:
 
 
 def _in_fp8(name: str, backend: backends.Backend, native: str) -> Operation:
-    """Return an operation that is refused where its units are missing."""
-    slow = {"reference": "it is slow, and for tests on a CPU: fp8-emulated"}
+    """Return an operation in FP8, which is refused on a device without FP8 units. native: name of its backend."""
+    slow = {"reference": "it is slow, and only for tests on a CPU: fp8-emulated"}
     if backend.name is None:
         return Operation(name, "none", {native: str(backend.reason), **slow})
     return Operation(name, backend.name, slow)
@@ -157,16 +158,16 @@ def _round_trip(device: torch.device) -> Finding:
     x = _gaussian(device, 128, 256)
     operations = backends.nvfp4_operations(device)
     error = float((operations.dequantize(operations.quantize(x)) - x).norm() / x.norm())
-    return 0.08 < error < 0.095, f"relative error {error:.4f}, wanted 0.087"
+    return 0.08 < error < 0.095, f"relative error {error:.4f}, expected 0.087"
 
 
 def _kernels_equal_reference(device: torch.device) -> Finding:
     operations, differing = backends.nvfp4_operations(device), 0
     for rule in Rule:
         x = _gaussian(device, 64, 256).bfloat16()
-        got, wanted = operations.quantize(x, rule), reference.quantize(x, rule)
-        differing += int((got.codes != wanted.codes).sum())
-        differing += int((got.scales.view(torch.uint8) != wanted.scales.view(torch.uint8)).sum())
+        result, expected = operations.quantize(x, rule), reference.quantize(x, rule)
+        differing += int((result.codes != expected.codes).sum())
+        differing += int((result.scales.view(torch.uint8) != expected.scales.view(torch.uint8)).sum())
     return differing == 0, f"{differing} codes and scales differ"
 
 
@@ -177,12 +178,12 @@ def _product(device: torch.device) -> Finding:
         layer.weight.copy_(weight)
     packed = NVFP4Linear.from_linear(layer)
     packed.set_product(choose_w4a4(device))
-    got = packed(x.bfloat16()).double()
+    result = packed(x.bfloat16()).double()
     operands = (reference.quantize(x.bfloat16()), packed.quantized_weight)
     a, b = (reference.dequantize(operand).double() for operand in operands)
-    error = float((got - a @ b.t()).norm() / (a @ b.t()).norm())
-    # two roundings to bfloat16, of relative size 2^-9 on average at most
-    return error < 2.0**-8, f"relative error {error:.1e}, wanted below 3.9e-03"
+    error = float((result - a @ b.t()).norm() / (a @ b.t()).norm())
+    # two roundings to bfloat16, each with a relative error of at most 2^-9 on average
+    return error < 2.0**-8, f"relative error {error:.1e}, expected below 3.9e-03"
 
 
 def _gradient(device: torch.device) -> Finding:
@@ -192,7 +193,7 @@ def _gradient(device: torch.device) -> Finding:
     x = _gaussian(device, 16, 64).requires_grad_()
     packed(x).square().sum().backward()
     norm = 0.0 if x.grad is None else float(x.grad.norm())
-    return norm > 0, f"norm {norm:.3g}, wanted more than 0"
+    return norm > 0, f"norm {norm:.3g}, expected above 0"
 
 
 def _cache(device: torch.device) -> Finding:
@@ -203,11 +204,11 @@ def _cache(device: torch.device) -> Finding:
     keys, values = _gaussian(device, 2, 1, 32, 2, 64).unbind(0)
     operations.write_slot(slots, 1, keys, values)
     workspace = torch.zeros(2, 1, 2, 32, 2, 64, device=device)
-    still = torch.ones(2, 32, 32, device=device), torch.zeros(2, 32, 32, device=device)
+    no_rotation = torch.ones(2, 32, 32, device=device), torch.zeros(2, 32, 32, device=device)
     which = torch.tensor([1], dtype=torch.int32, device=device)
-    operations.rebuild(slots, which, *still, workspace[0], workspace[1])
+    operations.rebuild(slots, which, *no_rotation, workspace[0], workspace[1])
     error = float((workspace[0, :, 1] - keys).norm() / keys.norm())
-    return error < 0.1, f"relative error {error:.4f}, wanted 0.087"
+    return error < 0.1, f"relative error {error:.4f}, expected 0.087"
 
 
 CHECKS: dict[str, Callable[[torch.device], Finding]] = {
