@@ -319,7 +319,7 @@ def test_models_of_diffusers_and_transformers_go_through_every_format_with_equal
     ("change", "scaling"),
     [({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 3}, 0.75)],
 )
-def test_what_an_update_counts_is_what_its_configuration_says(
+def test_the_scaling_of_an_update_is_that_of_its_configuration(
     change: dict[str, object], scaling: float, tmp_path: Path
 ) -> None:
     layer = "blocks.1.ffn.0"

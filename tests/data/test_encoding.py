@@ -179,7 +179,7 @@ def test_a_rerun_after_a_lost_shard_gives_the_same_bytes(
     assert "6 clips, all encoded before, 0 damaged" in capsys.readouterr().err
 
 
-def test_a_run_that_stops_at_a_damaged_clip_goes_on_when_it_is_mended(
+def test_a_run_that_stops_at_a_damaged_clip_continues_after_its_repair(
     manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(manifest.parent, tmp_path / "footage")

@@ -109,7 +109,7 @@ def test_shots_of_a_sample_are_measured_together(folder: Path) -> None:
     assert 'sample "a" continues after other lines, its last one was line 1' in problems[1].why
 
 
-def test_lines_say_what_is_right_beside_what_is_wrong(folder: Path) -> None:
+def test_lines_keep_valid_values_next_to_invalid_ones(folder: Path) -> None:
     (line,) = iterate_manifest(manifest(folder, GOOD | {"fps": "24", "num_frames": 61.5, "shots": [SHOT, SHOT]}))
     assert line.entry is None and line.video == folder / "good.mp4"
     assert (line.fps, line.num_frames) == (None, None)

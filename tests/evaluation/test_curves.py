@@ -22,7 +22,7 @@ def test_points_keep_the_steps_at_which_a_number_was_recorded() -> None:
     assert FIRST.points("val") == [(20.0, 3.0)]
 
 
-def test_gaps_are_straight_lines_and_nothing_lies_outside() -> None:
+def test_gaps_are_straight_lines_and_values_outside_are_nan() -> None:
     values = fill_gaps([(10, 1.0), (30, 2.0)], [0, 10, 20, 30, 40])
     assert values[1:4] == [1.0, 1.5, 2.0]
     assert math.isnan(values[0]) and math.isnan(values[4])

@@ -47,7 +47,7 @@ def test_every_color_is_named_on_every_background(background: str) -> None:
 
 @pytest.mark.parametrize("condition", ["clean", "compressed"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_small_shapes_are_told_apart(shape: str, condition: str) -> None:
+def test_small_shapes_are_distinguished(shape: str, condition: str) -> None:
     seen = see(Sprite(shape, "pink", "small", "still"), seconds=0.5, condition=condition)
     assert (seen.shape, seen.size) == (shape, "small")
     assert abs(seen.radius - 11) < 0.8
@@ -59,7 +59,7 @@ def test_every_motion_is_named(motion: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["square", "triangle", "star", "cross"])
-def test_spinning_is_told_from_still_without_mistaking_the_shape(shape: str) -> None:
+def test_spinning_is_distinguished_from_still_without_a_wrong_shape(shape: str) -> None:
     seen = see(Sprite(shape, "yellow", "small", "spinning"), seconds=3, condition="soft")
     assert (seen.shape, seen.motion) == (shape, "spinning")
     assert see(Sprite(shape, "yellow", "small", "still"), seconds=2, condition="soft").motion == "still"

@@ -62,7 +62,7 @@ def test_curves_accept_gaps_and_differ_by_value() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 60), (1, 4), (0, 0.3), (5, 5)])
-def test_ticks_lie_inside_the_range(low: float, high: float) -> None:
+def test_ticks_are_inside_the_range(low: float, high: float) -> None:
     ticks = round_ticks(low, high)
     assert len(ticks) <= 11
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)

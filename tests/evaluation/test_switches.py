@@ -59,7 +59,7 @@ def test_a_frame_that_blends_both_colors_at_the_switch_loses_no_scene() -> None:
     assert result.continues and result.shown == (True,) and result.number
 
 
-def test_of_rendered_scenes_that_take_another_color_39_in_40_go_on() -> None:
+def test_39_of_40_rendered_scenes_continue_after_a_change_of_color() -> None:
     """The remaining error is at the edge, where places before and after are a frame's width apart."""
     results = []
     for task in build_switches(40, change="color"):

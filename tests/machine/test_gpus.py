@@ -104,7 +104,7 @@ def test_one_way_is_not_direct(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "`nvidia-smi topo -m` does not list GPU 0 and GPU 1"),
     ],
 )
-def test_a_way_that_cannot_be_told_has_a_reason(
+def test_an_unknown_link_has_a_reason(
     monkeypatch: pytest.MonkeyPatch, answer: str | Exception | int, reason: str
 ) -> None:
     smi(monkeypatch, {"--query-gpu=index,uuid": "0, GPU-aaa\n1, GPU-bbb\n", "topo": answer})

@@ -75,7 +75,7 @@ def test_disks_are_those_of_the_folders_in_use(tmp_path: Path, monkeypatch: pyte
     assert disks().keys() == {*result, "the Hugging Face cache"}
 
 
-def test_no_room_for_temporary_files_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_for_temporary_files_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def gettempdir() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 

@@ -142,14 +142,14 @@ def test_a_bouncing_sprite_stays_inside_and_shows_its_direction_first() -> None:
         assert across.std() < 0.05
 
 
-def test_the_speed_lies_in_its_range() -> None:
+def test_the_speed_is_in_its_range() -> None:
     for seed in range(10):
         x, _ = centers(masks(one("right", seed=seed), seconds(1.4)))
         speed = (x[-1] - x[0]).item() / (FRAME_SECONDS * (len(x) - 1))
         assert 34.5 < speed < 45.5
 
 
-def test_circling_turns_the_way_it_says() -> None:
+def test_circling_has_its_direction() -> None:
     for motion, sign in (("clockwise", 1), ("counterclockwise", -1)):
         for seed in range(2):
             x, y = centers(masks(one(motion, seed=seed), seconds(8)))
