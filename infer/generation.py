@@ -221,13 +221,13 @@ class _LatentChunk:
 
 
 def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generator[_LatentChunk, None, None]:
-    started: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
+    waiting: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
     prompts = _Prompts(models, guided=inputs.guidance != 1.0)
 
     def conditionings() -> Iterator[Conditioning]:
         for step in inputs.steps:
             noise = tuple(generator.get_state() for generator in inputs.generators)
-            started.append((step, noise, time.perf_counter()))
+            waiting.append((step, noise, time.perf_counter()))
             conditioning = prompts.conditioning(step.prompts, cut=step.cut)
             first = inputs.first_latent if step.index == 0 else None
             yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
@@ -245,11 +245,11 @@ def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generat
                 MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
                 prompts.conditioning(chunk.prompts, cut=chunk.announces),
             )
-            for chunk in (inputs.past.attended if inputs.past else ())
+            for chunk in (inputs.past.context if inputs.past else ())
         ),
     )
     for latents in chunks:
-        step, noise, start = started.popleft()
+        step, noise, start = waiting.popleft()
         yield _LatentChunk(step, latents, noise, mark_ready(latents), start)
 
 
@@ -262,10 +262,10 @@ def _decode(
     So neither the GPU that decodes nor the one that denoises waits for the host.
     """
     if past is not None:
-        decoder.prime(past.decoded, from_start=past.is_decoded_from_start)
+        decoder.prime(past.decoder_latents, from_start=past.from_start)
     under_way: deque[tuple[_LatentChunk, PendingLatents, PendingFrames]] = deque()
     for chunk in chunks:
-        fetched = decoder.fetch(chunk.latents, ready=chunk.ready)
+        host_latents = decoder.fetch(chunk.latents, ready=chunk.ready)
         parts = [(chunk.latents, chunk.step.num_frames)]
         if chunk.step.index == 0 and chunk.step.num_frames > 1:
             # the first latent frame is one pixel frame; it can be shown while the others are decoded, at no cost
@@ -275,11 +275,11 @@ def _decode(
             while under_way:
                 yield _finished(*under_way.popleft())
             if latents is not parts[-1][0]:
-                yield _finished(chunk, fetched, pending, is_complete=False)
+                yield _finished(chunk, host_latents, pending, is_complete=False)
             elif pending.is_under_way:
-                under_way.append((chunk, fetched, pending))
+                under_way.append((chunk, host_latents, pending))
             else:
-                yield _finished(chunk, fetched, pending)
+                yield _finished(chunk, host_latents, pending)
         if under_way:
             under_way[-1][2].wait_for_most()
     while under_way:
@@ -297,10 +297,10 @@ def _without_pixels(chunks: Iterator[_LatentChunk]) -> Generator[GeneratedChunk,
 
 
 def _finished(
-    chunk: _LatentChunk, fetched: PendingLatents, pending: PendingFrames, *, is_complete: bool = True
+    chunk: _LatentChunk, host_latents: PendingLatents, pending: PendingFrames, *, is_complete: bool = True
 ) -> GeneratedChunk:
     frames = pending.result()
-    record = ChunkRecord(chunk.step, fetched.result(), chunk.noise)
+    record = ChunkRecord(chunk.step, host_latents.result(), chunk.noise)
     return GeneratedChunk(record, frames, time.perf_counter() - chunk.start, is_complete)
 
 

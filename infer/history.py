@@ -54,13 +54,13 @@ class PastStep:
 class Past:
     """Everything that is needed to continue a video after a chunk.
 
-    attended: chunks that the next one attends to. decoded: latents of the chunks that the decoder's state depends on.
-    is_decoded_from_start: whether these are all chunks of the video so far. generators: source of the next noise.
+    context: chunks that the next one attends to. decoder_latents: latents of chunks on which the decoder's state
+    depends. from_start: whether these are all chunks of the video so far. generators: source of the next noise.
     """
 
-    attended: tuple[PastStep, ...]
-    decoded: tuple[Tensor, ...]
-    is_decoded_from_start: bool
+    context: tuple[PastStep, ...]
+    decoder_latents: tuple[Tensor, ...]
+    from_start: bool
     generators: tuple[torch.Generator, ...]
 
 
@@ -74,20 +74,20 @@ class History:
         decode_lookback: int,
         capacity: int,
         steps: Sequence[Step] = (),
-        kept: Iterable[ChunkRecord] = (),
+        records: Iterable[ChunkRecord] = (),
     ) -> None:
         """Start a history, or restore one.
 
         decode_lookback: number of earlier latent frames that a decoded frame depends on; see `longvideo.vae.halo`.
         capacity: number of the latest chunks whose latents are stored; more are stored if the next chunk needs them.
-        steps, kept: steps of all chunks and records of the stored ones, of a history to restore.
+        steps, records: steps of all chunks and records of the stored ones, of a history to restore.
         """
         self._spec = spec
         self._lookback = -(-decode_lookback // spec.chunk_frames)
         # the next chunk needs the noise of the last one, and the latents that the decoder depends on
         self._capacity = max(capacity, self._lookback, 1)
         self._steps = list(steps)
-        self._kept = {record.step.index: record for record in kept}
+        self._records = {record.step.index: record for record in records}
         self._window = self._replayed()
 
     def __len__(self) -> int:
@@ -99,25 +99,25 @@ class History:
         return list(self._steps)
 
     @property
-    def kept(self) -> list[ChunkRecord]:
+    def records(self) -> list[ChunkRecord]:
         """The records of the stored chunks."""
-        return list(self._kept.values())
+        return list(self._records.values())
 
     def add(self, record: ChunkRecord) -> None:
         """Add the next chunk, and delete the latents that are no longer needed."""
         index = record.step.index
         assert index == len(self), (index, len(self))
         self._steps.append(record.step)
-        self._kept[index] = record
+        self._records[index] = record
         self._window.begin()
         self._window.commit(cut=record.step.cut)
-        for old in [old for old in self._kept if old <= index - self._capacity and old not in self._window.chunks]:
-            del self._kept[old]
+        for old in [old for old in self._records if old <= index - self._capacity and old not in self._window.chunks]:
+            del self._records[old]
 
     def truncate(self, chunk: int) -> None:
         """Delete a chunk and all later ones."""
         del self._steps[chunk:]
-        self._kept = {index: record for index, record in self._kept.items() if index < chunk}
+        self._records = {index: record for index, record in self._records.items() if index < chunk}
         self._window = self._replayed()
 
     def past_of(self, chunk: int) -> Past | None:
@@ -129,20 +129,22 @@ class History:
             raise UserError(f"chunk {chunk} is not generated yet; the last one is {len(self) - 1}")
         if chunk == 0:
             return None
-        attended, decoded = self._attended(chunk), range(max(0, chunk - self._lookback), chunk)
-        if any(index not in self._kept for index in (*attended, *decoded)):
+        context, decoder_chunks = self._context(chunk), range(max(0, chunk - self._lookback), chunk)
+        if any(index not in self._records for index in (*context, *decoder_chunks)):
             raise UserError(
                 f"chunk {chunk} is too far back: the chunks before it are no longer stored; use a later one"
             )
         texts, shots = self._texts(chunk), self._shots(chunk)
         return Past(
-            attended=tuple(
-                PastStep(index, shots[index], self._steps[index].cut, *texts[index], self._kept[index].latents)
-                for index in attended
+            context=tuple(
+                PastStep(index, shots[index], self._steps[index].cut, *texts[index], self._records[index].latents)
+                for index in context
             ),
-            decoded=tuple(self._kept[index].latents for index in decoded),
-            is_decoded_from_start=decoded[0] == 0,
-            generators=tuple(_advanced(state, self._kept[chunk - 1].latents) for state in self._kept[chunk - 1].noise),
+            decoder_latents=tuple(self._records[index].latents for index in decoder_chunks),
+            from_start=decoder_chunks[0] == 0,
+            generators=tuple(
+                _advanced(state, self._records[chunk - 1].latents) for state in self._records[chunk - 1].noise
+            ),
         )
 
     def _replayed(self) -> ChunkWindow:
@@ -153,7 +155,7 @@ class History:
             window.commit(cut=step.cut)
         return window
 
-    def _attended(self, chunk: int) -> list[int]:
+    def _context(self, chunk: int) -> list[int]:
         return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
 
     def _texts(self, chunk: int) -> list[tuple[tuple[str, ...], bool]]:

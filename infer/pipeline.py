@@ -237,7 +237,7 @@ class StreamingPipeline:
         _, p, q = config.patch_size
         latent_shape = (config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
         snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=latent_shape)
-        history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.kept)
+        history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.records)
         return self._session(snapshot.shots, snapshot.options, history)
 
     def generate_batch(
@@ -282,12 +282,12 @@ class StreamingPipeline:
                     steps, options.sampling, [options.sampling.seed], first_latent=options.first_latent, past=past
                 )
             ),
-            check_words=lambda changed: self._warn_unknown_words([changed]),
+            check_words=lambda prompt: self._warn_unknown_words([prompt]),
         )
 
-    def _new_history(self, capacity: int, steps: Sequence[Step] = (), kept: Sequence[ChunkRecord] = ()) -> History:
+    def _new_history(self, capacity: int, steps: Sequence[Step] = (), records: Sequence[ChunkRecord] = ()) -> History:
         lookback = decode_lookback(self.models.autoencoder.config)
-        return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, kept=kept)
+        return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, records=records)
 
     @property
     def _fingerprint(self) -> dict[str, Any]:

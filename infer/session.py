@@ -134,7 +134,7 @@ class Session(Iterator[GeneratedChunk]):
         """Write a file from which `StreamingPipeline.restore` continues after the last chunk that was returned."""
         check_path(path, "the snapshot")
         with self._lock:
-            snapshot = Snapshot(self.options, self._steps.shots, self._history.steps, self._history.kept)
+            snapshot = Snapshot(self.options, self._steps.shots, self._history.steps, self._history.records)
         write_snapshot(snapshot, Path(path))
 
     def __next__(self) -> GeneratedChunk:

@@ -48,14 +48,14 @@ class SessionOptions:
 class Snapshot:
     """A session between two chunks.
 
-    shots: all shots, planned ones included. steps: steps of all finished chunks. kept: records of those whose latents
-    are stored.
+    shots: all shots, planned ones included. steps: steps of all finished chunks. records: those whose
+    latents are stored.
     """
 
     options: SessionOptions
     shots: Shots
     steps: Sequence[Step]
-    kept: Sequence[ChunkRecord]
+    records: Sequence[ChunkRecord]
 
 
 def write_snapshot(snapshot: Snapshot, path: Path) -> None:
@@ -66,7 +66,7 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
     check_target(path)
     options = snapshot.options
     tensors = {}
-    for record in snapshot.kept:
+    for record in snapshot.records:
         tensors[_latents(record.step.index)] = record.latents.contiguous()
         tensors[_noise(record.step.index)] = torch.stack(record.noise)
     if options.first_latent is not None:
@@ -102,7 +102,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
             tensors = _read_tensors(file, path, latent_shape, num_steps=len(steps))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
-    kept = [
+    records = [
         ChunkRecord(step, tensors[_latents(step.index)], tuple(tensors[_noise(step.index)].unbind()))
         for step in steps
         if _latents(step.index) in tensors
@@ -114,7 +114,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
         None if num_frames is None else whole_number(num_frames, f"{path}: num_frames", 1, MAX_COUNT),
         tensors.get(FIRST_LATENT),
     )
-    return Snapshot(options, _read_shots(session.sequence("shots"), path), steps, kept)
+    return Snapshot(options, _read_shots(session.sequence("shots"), path), steps, records)
 
 
 class _Fields:
@@ -146,12 +146,13 @@ class _Fields:
         return value
 
 
-def _check_model(saved: dict[str, Any], model: dict[str, Any], path: Path) -> None:
-    for key in dict.fromkeys((*model, *saved)):
-        if saved.get(key) != model.get(key):
-            other, own = shown(saved.get(key)), shown(model.get(key))
+def _check_model(other: dict[str, Any], model: dict[str, Any], path: Path) -> None:
+    for key in dict.fromkeys((*model, *other)):
+        if other.get(key) != model.get(key):
+            other_value, own_value = shown(other.get(key)), shown(model.get(key))
             raise UserError(
-                f"{path} is a session of another model: its {key} is {other}; expected {own}; use that model"
+                f"{path} is a session of another model: its {key} is {other_value}; expected {own_value}; use that"
+                " model"
             )
 
 

@@ -76,12 +76,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picked = named_device(device)
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+    result = named_device(device)
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         remedy = f"use cpu or one of cuda:0 to cuda:{count - 1}" if count else "use cpu"
         raise UserError(f"device {str(device)!r} does not exist: this machine has {count} CUDA devices; {remedy}")
-    return picked
+    return result
 
 
 def named_device(device: str | torch.device) -> torch.device:
@@ -89,12 +89,12 @@ def named_device(device: str | torch.device) -> torch.device:
     if not isinstance(device, str | torch.device):
         raise UserError(f"device is {shown(device)}; use cpu, cuda or cuda:N")
     try:
-        named = torch.device(device)
+        result = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"{shown(str(device))} is not a device; use cpu, cuda or cuda:N") from error
-    if named.type not in ("cpu", "cuda"):
+    if result.type not in ("cpu", "cuda"):
         raise UserError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
-    return named
+    return result
 
 
 def numbered(device: torch.device) -> torch.device:

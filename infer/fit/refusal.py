@@ -36,14 +36,14 @@ class Remedy:
 class Fit:
     """Memory of GPUs that streaming needs, and their free memory.
 
-    parts: parts of the memory of GPUs; CPUs are left out. free: free bytes of each GPU, if this machine has it. tried:
-    options that reduce the memory. remedy: the smallest set of them that is enough; None if all together are not, and
-    if no GPU is insufficient.
+    parts: parts of the memory of GPUs; CPUs are left out. free: free bytes of each GPU, if this machine has it.
+    options: options of the command line that reduce the memory. remedy: the smallest set of them that is enough; None
+    if all together are not, and if no GPU is insufficient.
     """
 
     parts: tuple[MemoryPart, ...]
     free: dict[torch.device, int]
-    tried: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     remedy: Remedy | None = None
 
     @property
@@ -70,8 +70,8 @@ def assess(workload: Workload) -> Fit:
     if not fit.insufficient:
         return fit
     changes = _changes(workload)
-    tried = tuple(change.option for change in changes)
-    return replace(fit, tried=tried, remedy=_remedy(changes, workload))
+    options = tuple(change.option for change in changes)
+    return replace(fit, options=options, remedy=_remedy(changes, workload))
 
 
 def check_memory(workload: Workload) -> None:
@@ -85,15 +85,15 @@ def check_memory(workload: Workload) -> None:
     if fit.remedy is not None:
         advice = f"with {' '.join(fit.remedy.options)} it needs {fit.remedy.sizes()}"
     else:
-        advice = no_remedy(fit.tried)
+        advice = no_remedy(fit.options)
     raise UserError("; ".join([*(_shortage(fit, device) for device in fit.insufficient), advice]))
 
 
-def no_remedy(tried: Sequence[str]) -> str:
-    """Return the advice where no options make streaming fit. tried: options that reduce the memory."""
-    if not tried:
+def no_remedy(options: Sequence[str]) -> str:
+    """Return the advice where no options make streaming fit. options: options that reduce the memory."""
+    if not options:
         return "use a GPU with more memory"
-    return f"it does not fit with {' '.join(tried)} either; use a GPU with more memory"
+    return f"it does not fit with {' '.join(options)} either; use a GPU with more memory"
 
 
 def gigabytes(size: int) -> str:
@@ -178,6 +178,6 @@ def _totals(parts: Sequence[MemoryPart]) -> dict[torch.device, int]:
 
 def _shortage(fit: Fit, device: torch.device) -> str:
     own = sorted((part for part in fit.parts if part.device == device), key=lambda part: -part.bytes)
-    listed = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
+    parts = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
     free, needed = gigabytes(fit.free[device]), gigabytes(fit.needed[device])
-    return f"{device} has {free} free; streaming needs about {needed}: {listed}"
+    return f"{device} has {free} free; streaming needs about {needed}: {parts}"

@@ -40,10 +40,10 @@ def kernels(preset: Preset = None, device: Device = None, out: Output = None) ->
     from longvideo.machine.host import machine
 
     check_outputs(out)
-    where = pick_device(device)
-    name, shapes = named_shapes(preset, where)
-    print_backends(where)
-    bandwidth, timings = time_kernels(shapes.transformer, shapes.spec, device=where)
+    torch_device = pick_device(device)
+    name, shapes = named_shapes(preset, torch_device)
+    print_backends(torch_device)
+    bandwidth, timings = time_kernels(shapes.transformer, shapes.spec, device=torch_device)
     table = Table("kernel", "size", "time", "bytes", "floor", "share", title=f"copy: {bandwidth / 1e12:.3f} TB/s")
     for timing in timings:
         table.add_row(
@@ -57,7 +57,7 @@ def kernels(preset: Preset = None, device: Device = None, out: Output = None) ->
     Console(width=120).print(table)
     if out is not None:
         report = {
-            "machine": machine(where),
+            "machine": machine(torch_device),
             "preset": name,
             "copy_bytes_per_s": bandwidth,
             "kernels": [{**asdict(timing), "share": timing.share} for timing in timings],
@@ -84,14 +84,14 @@ def step(preset: Preset = None, device: Device = None, out: Output = None) -> No
     from longvideo.machine.host import machine
 
     check_outputs(out)
-    where = pick_device(device)
-    name, shapes = named_shapes(preset, where)
-    print_backends(where)
+    torch_device = pick_device(device)
+    name, shapes = named_shapes(preset, torch_device)
+    print_backends(torch_device)
     console = Console(width=120)
     with console.status("") as status:
-        timings = time_steps(shapes.transformer, shapes.spec, device=where, on_case=status.update)
+        timings = time_steps(shapes.transformer, shapes.spec, device=torch_device, on_case=status.update)
     table = Table(
-        "precision", "cache", "step", "of bf16", "weights", "cache", "peak on the GPU", title=f"{name}, {where}"
+        "precision", "cache", "step", "of bf16", "weights", "cache", "peak on the GPU", title=f"{name}, {torch_device}"
     )
     for timing in timings:
         table.add_row(
@@ -103,7 +103,7 @@ def step(preset: Preset = None, device: Device = None, out: Output = None) -> No
         )
     console.print(table)
     if out is not None:
-        report = {"machine": machine(where), "preset": name, "steps": [asdict(timing) for timing in timings]}
+        report = {"machine": machine(torch_device), "preset": name, "steps": [asdict(timing) for timing in timings]}
         write_json(out, report)
 
 
@@ -122,15 +122,17 @@ def load(preset: Preset = None, device: Device = None, out: Output = None) -> No
     from longvideo.machine.host import machine
 
     check_outputs(out)
-    where = pick_device(device)
-    name, shapes = named_shapes(preset, where)
-    print_backends(where)
-    timing = time_loading(shapes.transformer, device=where)
+    torch_device = pick_device(device)
+    name, shapes = named_shapes(preset, torch_device)
+    print_backends(torch_device)
+    timing = time_loading(shapes.transformer, device=torch_device)
     sizes = (timing.file_bytes, timing.model_bytes, timing.peak_bytes)
     on_disk, in_memory, peak = (f"{size / 1e9:.3f} GB" for size in sizes)
-    typer.echo(f"{name}, {where}: {timing.seconds:.2f} s; files {on_disk}, weights {in_memory}, peak on the GPU {peak}")
+    typer.echo(
+        f"{name}, {torch_device}: {timing.seconds:.2f} s; files {on_disk}, weights {in_memory}, peak on the GPU {peak}"
+    )
     if out is not None:
-        report = {"machine": machine(where), "preset": name, **asdict(timing)}
+        report = {"machine": machine(torch_device), "preset": name, **asdict(timing)}
         write_json(out, report)
 
 
@@ -160,22 +162,31 @@ def encode(
     from longvideo.machine.host import machine
 
     check_outputs(out)
-    where = pick_device(device)
-    name, shapes = named_shapes(preset, where)
+    torch_device = pick_device(device)
+    name, shapes = named_shapes(preset, torch_device)
     latents = chunks * shapes.spec.chunk_frames
     if latents % ranks:
         raise UserError(f"--ranks is {ranks}; expected a divisor of {latents} latent frames, such as 1")
-    print_backends(where)
+    print_backends(torch_device)
     size = (shapes.settings.height, shapes.settings.width)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    timing = time_encoding(shapes.autoencoder, latents=latents, ranks=ranks, size=size, device=where, dtype=dtype)
-    typer.echo(f"{name}, {where}, {dtype}: {latents} latent frames of {size[0]} x {size[1]} pixels, halo {timing.halo}")
+    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
+    timing = time_encoding(
+        shapes.autoencoder, latents=latents, ranks=ranks, size=size, device=torch_device, dtype=dtype
+    )
+    typer.echo(
+        f"{name}, {torch_device}, {dtype}: {latents} latent frames of {size[0]} x {size[1]} pixels, halo {timing.halo}"
+    )
     typer.echo(f"whole: {timing.whole_seconds:.2f} s")
     for rank, (seconds, frames) in enumerate(zip(timing.part_seconds, timing.part_frames, strict=True)):
         typer.echo(f"rank {rank}: {seconds:.2f} s for {frames} frames")
     typer.echo(f"saved: {timing.saved_seconds:.2f} s; relative error against the whole {timing.relative_error:.1e}")
     if out is not None:
-        report = {"machine": machine(where), "preset": name, "saved_seconds": timing.saved_seconds, **asdict(timing)}
+        report = {
+            "machine": machine(torch_device),
+            "preset": name,
+            "saved_seconds": timing.saved_seconds,
+            **asdict(timing),
+        }
         write_json(out, report)
 
 

@@ -84,10 +84,10 @@ def doctor(
         raise UserError("there are options of a model, but no model; name one with --model or --preset")
     # without a GPU, --device is that of another machine; the operations are those of this machine's CPU
     elsewhere = question is not None and not self_test and not cuda_devices()
-    where = pick_device(None if elsewhere else device)
+    torch_device = pick_device(None if elsewhere else device)
     from longvideo.cli.doctor_report import MachineReport
 
-    report = MachineReport.of(where, question, self_test=self_test)
+    report = MachineReport.of(torch_device, question, self_test=self_test)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.failed:
         raise typer.Exit(EXIT_FAILED)

@@ -201,7 +201,7 @@ def _verdict(fit: Fit, device: torch.device) -> str:
     if fit.remedy is not None:
         advice = f"with {' '.join(fit.remedy.options)} it fits into {fit.remedy.sizes()}"
     else:
-        advice = no_remedy(fit.tried)
+        advice = no_remedy(fit.options)
     return f"does not fit: {_gb(free)} are free, {_gb(needed - free)} are missing; {advice}"
 
 

@@ -160,7 +160,7 @@ def _write(
     from longvideo.infer.writer import VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
-    stopped = None
+    interruption = None
     with _display() as display:
         display.set_stage("loading")
         pipeline = load()
@@ -178,11 +178,11 @@ def _write(
                         tally.add(len(frames))
                         display.show(tally)
             except Stopped as stop:
-                stopped = stop
+                interruption = stop
     with without_reader(STDOUT):
         print(_summary(output, writer.num_frames, tally, pipeline.fps), flush=True)
-    if stopped:
-        raise stopped
+    if interruption:
+        raise interruption
 
 
 def _take_part(video: VideoChoice, load: Callable[[], StreamingPipeline]) -> None:
