@@ -48,8 +48,8 @@ class SessionOptions:
 class Snapshot:
     """A session between two chunks.
 
-    shots: all shots, planned ones included. steps: steps of all finished chunks. records: those whose
-    latents are stored.
+    shots: all shots, planned ones included. steps: steps of all finished chunks. records: the chunks whose latents are
+    stored.
     """
 
     options: SessionOptions
@@ -87,7 +87,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
 
     model: sizes and settings of the model that continues the session. latent_shape: [C, T, H, W] of its chunks.
     """
-    check_file(path, "snapshot of a session")
+    check_file(path, "snapshot")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -131,7 +131,7 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(
         ),
         (lambda pipe: pipe.session("a").snapshot("a" * 300), "its name has more than"),
         (lambda pipe: pipe.session("a").snapshot("a\0"), r"the snapshot is 'a.x00'; expected a name or a path"),
-        (lambda pipe: pipe.restore("a" * 5000), "cannot read the snapshot of a session a*: file name too long"),
+        (lambda pipe: pipe.restore("a" * 5000), "cannot read the snapshot a*: file name too long"),
         (lambda pipe: pipe.stream("a", seconds=1, image="a" * 5000), "cannot read the image a*: file name too long"),
     ],
 )

@@ -131,7 +131,7 @@ def test_files_that_are_no_snapshot_are_refused(snapshot: Path, pipeline: Stream
             pipeline.restore(path)
         assert "\n" not in str(caught.value)
     for path in (tmp_path, tmp_path / "nothing", Path("/dev/zero")):
-        with pytest.raises(UserError, match="no snapshot of a session at"):
+        with pytest.raises(UserError, match="there is no snapshot"):
             pipeline.restore(path)
 
 
