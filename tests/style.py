@@ -77,6 +77,7 @@ EXCEPTIONS = {
     ("*shapeworld*", "wall"): "objects of ShapeWorld bounce off walls",
     ("longvideo/evaluation/showcase.py", "wall"): "objects of ShapeWorld bounce off walls",
     ("*shapeworld/captions.py", "grey"): "captions have both spellings",
+    ("Makefile", "wall"): "a prompt of ShapeWorld",
     ("tests/style.py", ""): "it lists the phrases",
     ("tests/test_style.py", ""): "it tests the phrases",
     ("docs/glossary.md", ""): "it may name what a term is not",

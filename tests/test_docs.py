@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
-from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from typer.main import get_command
 
-from longvideo.cli.main import app, main
-from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.cli.main import main
 from longvideo.errors import UserError
-from longvideo.model.config import PRESETS
-from longvideo.train.clips.recipe import ClipTraining
-from longvideo.train.vae.recipe import VaeTraining
-from tests.docs_blocks import Block, Task, launch, python_files, read_blocks, read_commands, read_task
-from tests.options import OPTIONS
+from tests.docs_blocks import Block, Task, launch, read_blocks, read_commands, read_task
+from tests.docs_commands import check_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in read_blocks(str(page.relative_to(ROOT)), page.read_text())]
-# programs that are not this project's, whose own options are not checked
-OTHERS = frozenset({"git", "cd", "python3", "pre-commit", "source", "hf", "ssh"})
 
 
 def marked(mode: str, *, slow: bool = False) -> list[Any]:
@@ -43,7 +34,7 @@ def marked(mode: str, *, slow: bool = False) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the blocks of all pages share: a later one may use what an earlier one made."""
+    """Return a folder that the blocks of all pages share: a later one may use the files of an earlier one."""
     return tmp_path_factory.mktemp("docs")
 
 
@@ -88,54 +79,6 @@ def run(task: Task) -> None:
         ranks, words = launch(words)
         assert ranks == 1 and Path(words[0]).name == "longvideo", f"{words[0]} is not run here; mark the block as parse"
         assert main(words[1:]) == 0
-
-
-def check_command(ranks: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    program, *arguments = Path(words[0]).name, *words[1:]
-    if program == "longvideo" and arguments[0] in ("train", "distill"):
-        check_training(ranks, arguments, monkeypatch)
-    elif program == "longvideo":
-        parse(arguments)
-    elif program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(arguments) <= set(targets)
-    elif program == "pytest":
-        assert python_files(arguments) and all((ROOT / file).is_file() for file in python_files(arguments))
-        assert {word for word in arguments if word.startswith("--")} <= {option.name for option in OPTIONS}
-    elif program == "pip":
-        named = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
-        known = metadata("longvideo").get_all("Provides-Extra") or []
-        assert {name for names in named for name in names.split(",")} <= set(known)
-    else:
-        assert program in OTHERS, f"{program} is not known here"
-
-
-def parse(arguments: list[str]) -> None:
-    """Read the options of a command as it does itself. Raises typer.TyperException for an unknown one."""
-    command: Any = get_command(app)
-    while arguments and hasattr(command, "get_command") and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-        command = command.get_command(command.make_context(command.name, [], resilient_parsing=True), name)
-        assert command is not None, f"there is no command {name}"
-    try:
-        command.make_context(command.name, list(arguments))
-    except typer.Exit as end:  # after --help or --version
-        assert end.exit_code == 0
-
-
-def check_training(ranks: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a training command until it would begin, and check whether its ranks can share the work."""
-    configs = []
-    monkeypatch.setattr("longvideo.training.run.run", lambda config, *_, **__: configs.append(config))
-    assert main(arguments) == 0
-    (config,) = configs
-    parallel = getattr(config, "parallel", ParallelConfig())
-    assert ranks % parallel.sequence == 0 and not (isinstance(config, VaeTraining) and ranks > 1)
-    if isinstance(config, ClipTraining):
-        heads = PRESETS[config.preset].num_attention_heads
-        check_sequence(parallel.sequence, heads=heads, chunk_counts=[stage.chunks for stage in config.stages])
-    for stage in config.stages:
-        divide(stage.batch, Mesh(ranks, 0, parallel.sequence), parallel.micro_batch)
 
 
 def check_imports(text: str) -> None:
@@ -189,7 +132,7 @@ def test_blocks_have_the_mark_in_the_line_before_them() -> None:
         "<!-- test: parse -->",
         "<!-- test: parse, slow, because of it -->",
         "<!-- test: run, because of it -->",
-        '<!-- test: run, "a" for "not there" -->',
+        '<!-- test: run, "a" for "missing" -->',
         "<!-- test:run -->",
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ def test_the_command_writes_what_it_shows(
     printed = capsys.readouterr()
     assert f"{report['end_to_end_fps']:.1f} frames/s" in printed.out
     assert printed.err.count("running on cpu in ") == 1
+    compare = [sys.executable, ".ci/compare_stream.py", str(out), str(out)]
+    assert subprocess.run(compare, cwd=Path(__file__).parents[3], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
