@@ -32,6 +32,21 @@ START_CODE = re.compile(b"\x00\x00\x00?\x01")
 
 
 @dataclass(frozen=True)
+class VideoFormat:
+    """Size, rate and quality of an H.264 video.
+
+    width, height: pixels, both even. fps: frames a second. crf: quality, 0 to 51; lower values give better pictures and
+    larger files. profile: profile of H.264.
+    """
+
+    width: int
+    height: int
+    fps: Fraction
+    crf: int = CRF
+    profile: str = "baseline"
+
+
+@dataclass(frozen=True)
 class Segment:
     """A media segment (moof and mdat). start: number of its first frame in the video. frames: number of its frames."""
 
@@ -46,31 +61,32 @@ class PartEncoder:
     init: ftyp and moov of a fragmented MP4. avcc: configuration of the decoder (avcC), as MP4 and Matroska store it.
     """
 
-    def __init__(self, *, width: int, height: int, fps: Fraction, crf: int = CRF, profile: str = "baseline") -> None:
-        """Open an encoder. crf: quality, 0 to 51, where lower is better. profile: profile of H.264."""
+    def __init__(self, video_format: VideoFormat) -> None:
+        """Open an encoder."""
         import av
 
         memory = io.BytesIO()
-        timescale = str(fps.numerator * TICKS_PER_FRAME)
+        timescale = str(video_format.fps.numerator * TICKS_PER_FRAME)
         options = {"movflags": "empty_moov+default_base_moof", "video_track_timescale": timescale}
         self._container = av.open(memory, "w", format="mp4", options=options)
         encoder_options = {
-            "profile": profile,
+            "profile": video_format.profile,
             "preset": "veryfast",
             "tune": "zerolatency",
-            "crf": str(crf),
+            "crf": str(video_format.crf),
             "g": str(LONGEST_PART),
             "sc_threshold": "0",
             "forced-idr": "1",
         }
-        self._stream = self._container.add_stream("libx264", rate=fps, options=encoder_options)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream = self._container.add_stream("libx264", rate=video_format.fps, options=encoder_options)
+        self._stream.width, self._stream.height = video_format.width, video_format.height
+        self._stream.pix_fmt = "yuv420p"
         codec: Any = self._stream.codec_context
         codec.thread_count = 1  # more threads would slice the frame, which costs bits, and slow the model down
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # limited range
         self._container.start_encoding()
-        self._fps = fps
+        self._fps = video_format.fps
         self._encoded = 0
         self.init = memory.getvalue()
         self.avcc = _decoder_configuration(self.init)
@@ -105,10 +121,10 @@ class FragmentedVideo:
     init: initialization segment (ftyp and moov), the same for equal sizes. mime: type for a browser's MediaSource.
     """
 
-    def __init__(self, *, width: int, height: int, fps: int | Fraction, **options: Any) -> None:
-        """Open an encoder. options: further arguments of `PartEncoder`."""
-        self._encoder = PartEncoder(width=width, height=height, fps=Fraction(fps), **options)
-        self._ticks = TICKS_PER_FRAME * Fraction(fps).denominator
+    def __init__(self, video_format: VideoFormat) -> None:
+        """Open an encoder."""
+        self._encoder = PartEncoder(video_format)
+        self._ticks = TICKS_PER_FRAME * video_format.fps.denominator
         self.init = self._encoder.init
         # RFC 6381: profile, constraints and level as avcC has them
         self.mime = f'video/mp4; codecs="avc1.{self._encoder.avcc[1:4].hex().upper()}"'

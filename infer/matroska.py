@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from fractions import Fraction
 
+    from longvideo.infer.fragments import VideoFormat
+
 TIMESTAMP_SCALE_NS = 1_000_000  # times are milliseconds
 TRACK = 1
 VIDEO_TRACK = 1
@@ -86,7 +88,7 @@ class Header:
     duration_offset: int
 
 
-def header(*, width: int, height: int, fps: Fraction, avcc: bytes) -> Header:
+def header(video_format: VideoFormat, *, avcc: bytes) -> Header:
     """Return the bytes before the clusters. avcc: configuration of the decoder, as of `PartEncoder`."""
     color = (
         _unsigned(Id.MATRIX_COEFFICIENTS, BT709)
@@ -94,13 +96,17 @@ def header(*, width: int, height: int, fps: Fraction, avcc: bytes) -> Header:
         + _unsigned(Id.TRANSFER_CHARACTERISTICS, BT709)
         + _unsigned(Id.PRIMARIES, BT709)
     )
-    picture = _unsigned(Id.PIXEL_WIDTH, width) + _unsigned(Id.PIXEL_HEIGHT, height) + _element(Id.COLOUR, color)
+    picture = (
+        _unsigned(Id.PIXEL_WIDTH, video_format.width)
+        + _unsigned(Id.PIXEL_HEIGHT, video_format.height)
+        + _element(Id.COLOUR, color)
+    )
     entry = (
         _unsigned(Id.TRACK_NUMBER, TRACK)
         + _unsigned(Id.TRACK_UID, TRACK)
         + _unsigned(Id.TRACK_TYPE, VIDEO_TRACK)
         + _unsigned(Id.FLAG_LACING, 0)
-        + _unsigned(Id.DEFAULT_DURATION, round(10**9 / fps))
+        + _unsigned(Id.DEFAULT_DURATION, round(10**9 / video_format.fps))
         + _element(Id.CODEC_ID, b"V_MPEG4/ISO/AVC")
         + _element(Id.CODEC_PRIVATE, avcc)
         + _element(Id.VIDEO, picture)

@@ -16,7 +16,7 @@ import numpy as np
 from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
 from longvideo.infer import matroska
-from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, random_access
+from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, VideoFormat, random_access
 from longvideo.infer.options import shown, whole_number
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ class VideoWriter:
             raise UserError(
                 f"frames are {width} x {height}; expected an even width and height, as H.264 with 4:2:0 color needs"
             )
-        container = CONTAINERS[self.path.suffix.lower()](width, height, self._fps, self._crf)
+        new_container = CONTAINERS[self.path.suffix.lower()]
+        container = new_container(VideoFormat(width, height, self._fps, self._crf, profile="high"))
         with _Refused(self):
             self._output = _Output(Path(os.path.realpath(self.path)), container, size=(height, width))
         return self._output
@@ -160,9 +161,9 @@ class Container(Protocol):
 class FragmentedMP4:
     """MP4 whose parts are fragments, with an index of the fragments at the end."""
 
-    def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
-        self._video = FragmentedVideo(width=width, height=height, fps=fps, crf=crf, profile="high")
-        self._ticks = TICKS_PER_FRAME * fps.denominator
+    def __init__(self, video_format: VideoFormat) -> None:
+        self._video = FragmentedVideo(video_format)
+        self._ticks = TICKS_PER_FRAME * video_format.fps.denominator
         self.init = self._video.init
 
     def part(self, frames: np.ndarray, *, start: int) -> bytes:
@@ -184,10 +185,10 @@ class Matroska:
     The header has the length of the video, and once it is finished the place of the index.
     """
 
-    def __init__(self, width: int, height: int, fps: Fraction, crf: int) -> None:
-        self._encoder = PartEncoder(width=width, height=height, fps=fps, crf=crf, profile="high")
-        self._fps = fps
-        self._header = matroska.header(width=width, height=height, fps=fps, avcc=self._encoder.avcc)
+    def __init__(self, video_format: VideoFormat) -> None:
+        self._encoder = PartEncoder(video_format)
+        self._fps = video_format.fps
+        self._header = matroska.header(video_format, avcc=self._encoder.avcc)
         self.init = self._header.data
 
     def part(self, frames: np.ndarray, *, start: int) -> bytes:
@@ -210,7 +211,7 @@ class Matroska:
         self._encoder.close()
 
 
-CONTAINERS: dict[str, Callable[[int, int, Fraction, int], Container]] = {".mp4": FragmentedMP4, ".mkv": Matroska}
+CONTAINERS: dict[str, Callable[[VideoFormat], Container]] = {".mp4": FragmentedMP4, ".mkv": Matroska}
 
 
 class _Output:

@@ -7,12 +7,13 @@ import logging
 import threading
 import time
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import singledispatchmethod
 from typing import Any, Literal
 
 from longvideo.errors import UserError
 from longvideo.files import WriteError
-from longvideo.infer.fragments import FragmentedVideo
+from longvideo.infer.fragments import FragmentedVideo, VideoFormat
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
 from longvideo.infer.server.limits import ServerSettings
@@ -209,7 +210,7 @@ class LiveVideo:
             session, record = self._start_session()
             stack.callback(session.close)
             settings = self._pipeline.models.settings
-            video = FragmentedVideo(width=settings.width, height=settings.height, fps=settings.fps)
+            video = FragmentedVideo(VideoFormat(settings.width, settings.height, Fraction(settings.fps)))
             stack.callback(video.close)
             file = self._open_file(video)
             stack.callback(file.close)

@@ -18,6 +18,7 @@ from av.error import InvalidDataError
 
 from longvideo.data.video import check_whole, probe_video
 from longvideo.errors import UserError
+from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.matroska import UNKNOWN_SIZE
 from longvideo.infer.writer import FragmentedMP4, VideoWriter, _Output, check_output
 from tests.folders import file_names
@@ -108,14 +109,14 @@ def test_what_was_written_plays_after_a_kill(tmp_path: Path, suffix: str, parts:
 def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     code = (
-        "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output, FragmentedMP4\n"
-        "container = FragmentedMP4(64, 64, fractions.Fraction(24), 16)\n"
+        "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output, FragmentedMP4, VideoFormat\n"
+        "container = FragmentedMP4(VideoFormat(64, 64, fractions.Fraction(24)))\n"
         "_Output(pathlib.Path(sys.argv[1]), container, size=(64, 64)); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
     (tmp_path / ".other.mp4.0123abcd.part").write_text("of another file")
     assert len(file_names(tmp_path)) == 2
-    running = _Output(path, FragmentedMP4(64, 64, Fraction(24), 16), size=(64, 64))
+    running = _Output(path, FragmentedMP4(VideoFormat(64, 64, Fraction(24))), size=(64, 64))
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
     assert len(list(tmp_path.glob(".out*"))) == 1
@@ -280,7 +281,7 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("n" * 252 + ".mp4", "its name has more than 255 bytes"),
-        ("dangling.mp4", "it is a link to nothing.mp4, which is not there"),
+        ("dangling.mp4", "it is a link to nothing.mp4, which does not exist"),
         ("pipe.mp4", "it is a device, a pipe or a socket"),
         ("null.mp4", "it is a device, a pipe or a socket"),
         ("out.avi", "expected a name that ends in .mp4 or .mkv"),

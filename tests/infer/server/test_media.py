@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from longvideo.errors import UserError
-from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, Segment, boxes, segment_times
+from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, Segment, VideoFormat, boxes, segment_times
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.media import StreamFile
 
@@ -46,7 +47,7 @@ def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
 
 @pytest.fixture
 def video() -> FragmentedVideo:
-    return FragmentedVideo(width=WIDTH, height=HEIGHT, fps=FPS)
+    return FragmentedVideo(VideoFormat(WIDTH, HEIGHT, Fraction(FPS)))
 
 
 def test_init_and_segments_are_the_boxes_that_media_source_accepts(video: FragmentedVideo) -> None:
@@ -94,7 +95,7 @@ def test_frames_of_tiny_are_preserved() -> None:
     pipeline = StreamingPipeline.from_pretrained("tiny", device="cpu")
     prompt = "a small red circle drifts left over a black background"
     expected = np.concatenate(list(pipeline.stream(prompt, seconds=1)))
-    video = FragmentedVideo(width=expected.shape[2], height=expected.shape[1], fps=FPS)
+    video = FragmentedVideo(VideoFormat(expected.shape[2], expected.shape[1], Fraction(FPS)))
     indices, frames = decoded(video.init + video.encode(expected, start=0).data)
     assert indices == list(range(24))
     assert np.abs(frames.astype(int) - expected).mean() < 1.5
@@ -123,7 +124,7 @@ def test_another_encoder_continues_a_file_with_an_incomplete_last_segment(
         file.append(segment)
     file.close()
     path.write_bytes(path.read_bytes()[:-10])
-    other = FragmentedVideo(width=WIDTH, height=HEIGHT, fps=FPS)
+    other = FragmentedVideo(VideoFormat(WIDTH, HEIGHT, Fraction(FPS)))
     assert other.init == video.init
     reopened = StreamFile(path, other.init)
     assert reopened.num_frames == 61
