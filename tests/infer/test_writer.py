@@ -281,7 +281,7 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("n" * 252 + ".mp4", "its name has more than 255 bytes"),
-        ("dangling.mp4", "it is a link to nothing.mp4, which does not exist"),
+        ("dangling.mp4", "it is a link to nothing.mp4, which is missing"),
         ("pipe.mp4", "it is a device, a pipe or a socket"),
         ("null.mp4", "it is a device, a pipe or a socket"),
         ("out.avi", "expected a name that ends in .mp4 or .mkv"),
