@@ -69,6 +69,8 @@ PHRASES = {
     r"(?:distil|distils)\b": "distill, distills",
 }
 """Regular expressions, matched at word boundaries without regard to case, and what to write instead."""
+PATTERNS = {re.compile(rf"\b{phrase}", re.IGNORECASE): advice for phrase, advice in PHRASES.items()}
+ANY_PHRASE = re.compile(rf"\b(?:{'|'.join(PHRASES)})", re.IGNORECASE)
 
 NAMES = {"told", "found", "wanted", "made", "said", "asked", "given", "heard", "taken", "meant", "gone"}
 """Participles that are not names of variables: `metadata`, `result`, `expected` are."""
@@ -126,9 +128,11 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 
 
 def _in_text(path: Path, line: int, text: str) -> Iterator[Finding]:
+    if not ANY_PHRASE.search(text):
+        return
     for offset, part in enumerate(text.splitlines()):
-        for phrase, advice in PHRASES.items():
-            for match in re.finditer(rf"\b{phrase}", part, re.IGNORECASE):
+        for pattern, advice in PATTERNS.items():
+            for match in pattern.finditer(part):
                 if not _is_excepted(path, match.group()):
                     yield Finding(path, line + offset, match.group(), advice)
 

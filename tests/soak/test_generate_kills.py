@@ -72,7 +72,7 @@ def test_an_older_film_or_what_was_reported_plays(
     start(model_folder, out).communicate()
     whole_run = time.monotonic() - began
     new = 0
-    for moment in range(pytestconfig.getoption("--soak")):
+    for moment in range(pytestconfig.getoption("--soak") or 0):
         with VideoWriter(out, fps=24, overwrite=True) as writer:
             writer.write(np.zeros((OLD_FRAMES, 32, 64, 3), np.uint8))
         lines = None if moment % 2 else lottery.choice((1, 1, 2, 5))
