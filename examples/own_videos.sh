@@ -18,8 +18,8 @@ longvideo data validate "$manifest" --chunks 2
 longvideo data encode "$manifest" --model tiny --chunks 2 --output "$folder/encoded"
 
 # cpu/clips takes a minute or two on two cores. With eight GPUs and the 5B model the same training is
-#   torchrun --nproc-per-node 8 -m longvideo.train wan/ar data=FOLDER/encoded initialize=MODEL
-longvideo train ar cpu/clips data="$folder/encoded" --output "$folder/training" "$@"
+#   torchrun --nproc-per-node 8 -m longvideo train clips wan/ar data=FOLDER/encoded initialize=MODEL
+longvideo train clips cpu/clips data="$folder/encoded" --output "$folder/training" "$@"
 
 # The run folder holds a complete model.
 longvideo generate "a red ball bounces" --model "$folder/training/model" --seconds 2 --output "$folder/result.mp4"

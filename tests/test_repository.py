@@ -16,6 +16,7 @@ import yaml
 import longvideo
 from tests.docs_blocks import launch, read_commands
 from tests.docs_commands import ROOT, check_command, parse
+from tests.options import OPTIONS
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
@@ -79,6 +80,13 @@ def test_issue_forms_ask_for_the_report_of_doctor() -> None:
 def test_shell_files_are_programs_that_bash_can_read(path: Path) -> None:
     assert path.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_the_guide_lists_every_option_of_the_tests_with_its_default() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(--[^`]+)` \| .* \| (\S+) \|$", guide, re.MULTILINE))
+    defaults = {f"{option.name} {option.metavar}": option.default for option in OPTIONS}
+    assert rows == {name: "skipped" if value is None else f"{value:g}" for name, value in defaults.items()}
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import pytest
 import torch
@@ -257,16 +256,6 @@ def test_colors_are_far_apart_and_far_from_every_background() -> None:
     for name, picture in zip(BACKGROUNDS, pictures, strict=True):
         distance = torch.cdist(colors, lab(picture.flatten(1).T))
         assert distance.min() > 40, name
-
-
-def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    batch = SceneBatch.from_scenes([sample_scene(seed, split="train") for seed in range(8)])
-    times = seconds(29 * FRAME_SECONDS).expand(8, -1)
-    begin = time.perf_counter()
-    render(batch, times)
-    rate = times.numel() / (time.perf_counter() - begin)
-    with capsys.disabled():
-        print(f"\nrendered {rate:.0f} frames per second on {torch.get_num_threads()} threads")
 
 
 def test_every_motion_is_drawn() -> None:
