@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import warnings
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from schemathesis.schemas import APIOperation
 
 TOKEN = "correct-horse-battery"
-CASES = int(os.environ.get("LONGVIDEO_SCHEMATHESIS_CASES", "60"))
 GUARDED = ["/v1/videos", "/v1/videos/" + "A" * 22, "/v1/streams/" + "A" * 22 + "/content", "/metrics"]
 
 
@@ -237,10 +235,10 @@ def test_counters_count(serve: Serve) -> None:
         assert line in lines
 
 
-def test_the_interface_matches_its_description(serve: Serve) -> None:
+def test_the_interface_matches_its_description(serve: Serve, pytestconfig: pytest.Config) -> None:
     """Requests generated from /openapi.json get answers that it describes.
 
-    LONGVIDEO_SCHEMATHESIS_CASES: number of requests for each operation.
+    --api-cases sets the number of requests for each operation.
     """
     server = serve(limits=Limits(job_seconds=1.0), token=TOKEN)
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -249,14 +247,14 @@ def test_the_interface_matches_its_description(serve: Serve) -> None:
     statuses: set[int] = set()
     for operation in schema.get_all_operations():
         assert isinstance(operation, Ok)
-        run_cases(operation.ok(), excluded, statuses)
+        run_cases(operation.ok(), excluded, statuses, num_cases=pytestconfig.getoption("--api-cases"))
     assert {200, 404, 422} <= statuses and max(statuses) < 500
 
 
-def run_cases(operation: APIOperation, excluded: list[Any], statuses: set[int]) -> None:
+def run_cases(operation: APIOperation, excluded: list[Any], statuses: set[int], *, num_cases: int) -> None:
     slow_checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
 
-    @hypothesis.settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=slow_checks)
+    @hypothesis.settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=slow_checks)
     @hypothesis.seed(0)
     @hypothesis.given(case=operation.as_strategy())
     def run_case(case: schemathesis.Case) -> None:

@@ -1,6 +1,6 @@
 """`longvideo serve` with tiny for a long stream and for many clients: memory is constant and the file is complete.
 
-LONGVIDEO_STREAM_SECONDS: length of the video. LONGVIDEO_CLIENTS: number of clients.
+--stream-seconds sets the length of the video, --stream-clients the number of clients.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from websockets.sync.client import connect
 from longvideo.infer.history import HISTORY_CHUNKS
 from tests.infer.server.conftest import Client, ServerProcess, wait_until
 
-SECONDS = float(os.environ.get("LONGVIDEO_STREAM_SECONDS", "16"))
-CLIENTS = int(os.environ.get("LONGVIDEO_CLIENTS", "8"))
 SETTLED_CHUNKS = 6
 SWITCH_CHUNKS = 20  # number of chunks between two prompts, and for which a peak is measured
 SETTLED_CLIENTS = 4
@@ -55,12 +53,13 @@ def live_streams(server: ServerProcess) -> int:
     return int(match[1])
 
 
-@pytest.mark.timeout(600 + 10 * CLIENTS)
-def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path) -> None:
+@pytest.mark.time_limit("--stream-clients", 10)
+def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    num_clients = pytestconfig.getoption("--stream-clients")
     server, chance = ServerProcess(tmp_path), random.Random(0)
     memory, files = [], []
     try:
-        for _ in range(CLIENTS):
+        for _ in range(num_clients):
             with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
                 client = Client(socket)
                 client.start(chance.choice(PROMPTS))
@@ -76,17 +75,20 @@ def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path) -
     finally:
         server.stop()
     settled, end = memory[SETTLED_CLIENTS - 1], memory[-1]
-    print(f"{CLIENTS} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} MiB at the end; files {files}")
+    print(
+        f"{num_clients} clients: {settled >> 20} MiB after {SETTLED_CLIENTS}, {end >> 20} MiB at the end; files {files}"
+    )
     assert end < GROWTH * settled
 
 
-@pytest.mark.timeout(600 + 3 * SECONDS)
-def test_a_long_stream_needs_constant_memory(tmp_path: Path) -> None:
+@pytest.mark.time_limit("--stream-seconds", 3)
+def test_a_long_stream_needs_constant_memory(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    seconds = pytestconfig.getoption("--stream-seconds")
     server = ServerProcess(tmp_path)
     try:
         with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:
             client = Client(socket)
-            session = client.start(PROMPTS[0], seconds=SECONDS)["session"]
+            session = client.start(PROMPTS[0], seconds=seconds)["session"]
             peaks, files = [], []
             while (message := client.receive())["type"] != "end":
                 if message["type"] != "chunk":
@@ -104,10 +106,10 @@ def test_a_long_stream_needs_constant_memory(tmp_path: Path) -> None:
     later = first + min(SWITCH_CHUNKS, len(peaks) // 4)
     settled, peak = max(peaks[first:later]), max(peaks[later:])
     quarters = [(int(part.min()), int(part.max())) for part in np.array_split(np.array(peaks[later:]) >> 20, 4)]
-    print(f"{SECONDS:g} s, {len(peaks)} parts: {settled >> 20} MiB peak in {first} to {later}; then {quarters}")
+    print(f"{seconds:g} s, {len(peaks)} parts: {settled >> 20} MiB peak in {first} to {later}; then {quarters}")
     assert peak < GROWTH * settled
     assert files[-1] <= files[first]
     with av.open(str(tmp_path / "streams" / f"{session}.mp4")) as container:
         times = [frame.pts for frame in container.decode(video=0)]
-    assert len(times) == message["frames"] == round(SECONDS * 24)
+    assert len(times) == message["frames"] == round(seconds * 24)
     assert all(later > earlier for earlier, later in zip(times, times[1:], strict=False))

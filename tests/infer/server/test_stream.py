@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import random
 import shutil
 import socket
@@ -26,7 +25,6 @@ from longvideo.infer.server.limits import Limits
 from tests.infer.server.conftest import PROMPT, Client, RunningServer, Serve, wait_until
 
 FPS = 24
-DISCONNECTS = int(os.environ.get("LONGVIDEO_DISCONNECTS", "20"))
 FIRST, LATER = 29, 32
 
 
@@ -270,17 +268,20 @@ def test_streams_beyond_the_limit_are_refused_until_one_ends(serve: Serve) -> No
     assert server.connect().start()["type"] == "ready"
 
 
-def test_clients_that_disconnect_at_any_moment_leave_no_threads(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """LONGVIDEO_DISCONNECTS: number of clients."""
+def test_clients_that_disconnect_at_any_moment_leave_no_threads(
+    serve: Serve, caplog: pytest.LogCaptureFixture, pytestconfig: pytest.Config
+) -> None:
+    """--disconnects sets the number of clients."""
+    num_clients = pytestconfig.getoption("--disconnects")
     caplog.set_level(logging.INFO, "longvideo")
-    server = serve(limits=Limits(sessions=DISCONNECTS))
+    server = serve(limits=Limits(sessions=num_clients))
     # one stream first, because threads of the event loop's pool remain
     client = server.connect()
     client.start()
     client.socket.close()
     wait_until(lambda: server.streams.num_live == 0)
     chance = random.Random(0)
-    for _ in range(DISCONNECTS):
+    for _ in range(num_clients):
         client = server.connect()
         for _ in range(chance.randrange(4)):
             if client.init:
@@ -290,7 +291,7 @@ def test_clients_that_disconnect_at_any_moment_leave_no_threads(serve: Serve, ca
         chance.choice([client.socket.close, partial(hang_up, client), partial(reset, client)])()
     wait_until(lambda: server.streams.num_live == 0)
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
-    assert len([record for record in caplog.records if "disconnected" in record.getMessage()]) >= DISCONNECTS
+    assert len([record for record in caplog.records if "disconnected" in record.getMessage()]) >= num_clients
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("live-", "denoise", "decode"))])
 
 
