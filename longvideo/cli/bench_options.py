@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
     from longvideo.infer.fit.shapes import ModelShapes
 
-PRESET_HELP = "Shapes of the model: `wan2.2-ti2v-5b` or `tiny`.  [default: wan2.2-ti2v-5b on a GPU, else tiny]"
-
-Preset: TypeAlias = Annotated[str | None, typer.Option(help=PRESET_HELP)]
+Preset: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Shapes of a model with random weights: `wan2.2-ti2v-5b` or `tiny`.  [default: wan2.2-ti2v-5b on a GPU,"
+        " else tiny]"
+    ),
+]
 Output: TypeAlias = Annotated[Path | None, typer.Option(*OUTPUT, help="Also write the results to this file, as JSON.")]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longvideo.cli.bench_options import PRESET_HELP, Output, check_outputs, named_shapes, preset_name
+from longvideo.cli.bench_options import Output, Preset, check_outputs, named_shapes, preset_name
 from longvideo.cli.model_options import AttentionFormat, DecodeDevice, DecodeShare, Device, KVCacheFormat, Precision
 from longvideo.errors import UserError
 from longvideo.files import write_json
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from longvideo.quantization.number_formats import NumberFormats
 
 MAX_SIZE_CHARACTERS = 11
-RandomPreset = Annotated[str | None, typer.Option(help=f"{PRESET_HELP} The weights are random.")]
 
 
 def stream(
     model: Annotated[
         str | None, typer.Option(help="`tiny`, a model folder or a Hugging Face id, instead of --preset.")
     ] = None,
-    preset: RandomPreset = None,
+    preset: Preset = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of solver steps for each chunk.  [default: 2, or the model's own]")
     ] = None,
@@ -119,7 +118,7 @@ def stream(
 
 
 def parallel(
-    preset: RandomPreset = None,
+    preset: Preset = None,
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
