@@ -35,7 +35,7 @@ UNEXPLAINED_SECONDS = 3 * BROKEN_SECONDS
 """Time after which a run ends whose group is broken, though no rank is lost."""
 
 
-class Progress:
+class RankProgress:
     """What the ranks wrote into the store, and for how many readings it has stayed the same.
 
     Readings are counted, not seconds: a whole run may be stopped for an hour, and continue.
@@ -91,7 +91,7 @@ class Monitor:
         self.mesh = mesh
         # a client answers one thread at a time, and the groups wait in theirs
         self.store = dist.PrefixStore("progress", store).clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self.progress = Progress(mesh.world, mesh.rank, None if _launcher_holds_store() else 0)
+        self.progress = RankProgress(mesh.world, mesh.rank, None if _launcher_holds_store() else 0)
         self.words = self.progress.words
         seconds = mesh.timeout.total_seconds()
         self.interval = min(LONGEST_INTERVAL, seconds / READINGS)

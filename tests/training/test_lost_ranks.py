@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from longvideo.errors import EXIT_USER_ERROR
-from longvideo.training.lost_ranks import Progress, word_of
+from longvideo.training.lost_ranks import RankProgress, word_of
 
 STOPPED_AFTER = 2  # steps
 TIMEOUT_MINUTES = 0.05
 READINGS = 3
 
 
-def progress_after(*readings: list[bytes], store_rank: int | None = 0) -> Progress:
+def progress_after(*readings: list[bytes], store_rank: int | None = 0) -> RankProgress:
     """Return what rank 0 knows after reading these words."""
-    progress = Progress(len(readings[0]), rank=0, store_rank=store_rank)
+    progress = RankProgress(len(readings[0]), rank=0, store_rank=store_rank)
     for words in readings:
         progress.read(words)
     return progress
