@@ -57,7 +57,7 @@ PHRASES = {
     r"for ever\b": "always, without end",
     r"beside\b": "next to, besides, in addition to",
     r"(?:anew|alike|thereof|therein|thereby|hence|whilst|meanwhile)\b": "again, both, while",
-    r"(?:laid|lain|lies|lie)\b": "is, is stored, laid out: stored",
+    r"(?:laid(?! out)|lain|lies|lie)\b": "is, is stored, laid out: stored",
     r"(?:is|are|was|were) not there\b": "does not exist, is missing",
     r"whose (?=[a-z]+ (?:is|are) kept)": "number of ... that ...",
     r"(?:colour|grey|behaviour|centre|neighbour|licence|artefact)\w*\b": "American spelling",

@@ -22,7 +22,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from safetensors import safe_open
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
-LATENTS, TEXT = "latents", "text"
+LATENTS: Final = "latents"
+TEXT: Final = "text"
+ShardKind = Literal["latents", "text"]
+EncodingPrecision = Literal["fp32", "bf16"]
 MAX_SHARDS = 10**6
 MOST = {
     "num_clips": 10**9,
@@ -93,7 +96,7 @@ class DatasetInfo:
     latent_width: int
     text_len: int
     text_dim: int
-    precision: str
+    precision: EncodingPrecision
     manifest_sha256: str
     vae_sha256: str
     text_encoder_sha256: str
@@ -149,7 +152,7 @@ class Shard:
     captions.
     """
 
-    kind: str
+    kind: ShardKind
     number: int
     total: int
     numbers: range
@@ -405,7 +408,7 @@ def _index_entry(data: dict[str, Any], stem: str) -> EncodedClip | SkippedClip:
     return EncodedClip(data["number"], captions, cuts, data["num_frames"], source, stem)
 
 
-def _plan_shards(kind: str, num_items: int, per_shard: int, shares: int) -> list[list[Shard]]:
+def _plan_shards(kind: ShardKind, num_items: int, per_shard: int, shares: int) -> list[list[Shard]]:
     of_shares = [range(share, num_items, shares) for share in range(shares)]
     parts = [[own[i : i + per_shard] for i in range(0, len(own), per_shard)] for own in of_shares]
     total = sum(len(own) for own in parts)

@@ -27,7 +27,9 @@ from longvideo.data.encoded import (
     TEXT,
     DatasetInfo,
     EncodedClip,
+    EncodingPrecision,
     Shard,
+    ShardKind,
     SkippedClip,
     index_line,
     latents_key,
@@ -82,7 +84,7 @@ def plan_encoding(
     size: tuple[int, int] | None = None,
     shard_bytes: int = 2**30,
     shares: int = 1,
-    precision: str = "fp32",
+    precision: EncodingPrecision = "fp32",
     model: str = "",
 ) -> EncodingPlan:
     """Plan the encoding of a manifest. Reads the weight files of the encoders completely, for their digests.
@@ -174,7 +176,7 @@ def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
         write_json(file, asdict(info))
 
 
-def missing_shards(plan: EncodingPlan, kind: str, share: int) -> list[Shard]:
+def missing_shards(plan: EncodingPlan, kind: ShardKind, share: int) -> list[Shard]:
     """Return the incomplete shards of a share. kind: LATENTS or TEXT. Raises UserError for a shard of another run."""
     shards = [shard for shard in _shards(plan.info, share=share) if shard.kind == kind]
     return [shard for shard in shards if not _is_complete(plan, shard)]
@@ -245,7 +247,9 @@ def encode_clips(
 
 
 @torch.no_grad()
-def encode_clip(autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames, precision: str) -> Tensor:
+def encode_clip(
+    autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames, precision: EncodingPrecision
+) -> Tensor:
     """Encode frames uint8 [T, H, W, 3] chunk by chunk, as a stream.
 
     Returns the mean latents, normalized, bf16 [T, C, H, W], on the CPU. Raises UserError if they are not finite.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from longvideo.data.manifest import ShotEntry, VideoEntry
 from longvideo.data.video import probe_video
@@ -18,8 +18,11 @@ from longvideo.files import check_text, parse_json, read_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NO_CAPTION, NO_VIDEO = "no caption", "no video"
-UNREADABLE, UNNUMBERED = "cannot be read", "not a numbered file"
+NO_CAPTION: Final = "no caption"
+NO_VIDEO: Final = "no video"
+UNREADABLE: Final = "cannot be read"
+UNNUMBERED: Final = "not a numbered file"
+LeftOutKind = Literal["no caption", "no video", "cannot be read", "not a numbered file"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class LeftOut:
     """A file that is not used. kind: NO_CAPTION, NO_VIDEO, UNREADABLE or UNNUMBERED. why: the reason in words."""
 
     file: Path
-    kind: str
+    kind: LeftOutKind
     why: str
 
 

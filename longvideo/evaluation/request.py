@@ -17,7 +17,7 @@ from longvideo.shapeworld.captions import (
     SIZE_WORDS,
     SPECIAL_PLACES,
 )
-from longvideo.shapeworld.world import COLORS, MAX_SPRITES
+from longvideo.shapeworld.world import COLORS, MAX_SPRITES, Edge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ class RequestedSprite:
     color: str
     size: str | None
     motion: str | None
-    edge: str = "bounce"
+    edge: Edge = "bounce"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ TRAVELING = ("left", "right", "up", "down", "zigzag")
 """Motions that reach the edge of the frame; only these use `Sprite.edge`."""
 ROUND_SHAPES = ("circle", "ring")
 """Shapes for which spinning is not visible."""
-EDGES = ("bounce", "wrap")
+Edge = Literal["bounce", "wrap"]
+EDGES: tuple[Edge, ...] = ("bounce", "wrap")
 BACKGROUNDS = ("black", "gray", "cream", "night", "meadow", "checkerboard")
 
 WORLD_HEIGHT = 128.0
@@ -64,7 +65,7 @@ class Sprite:
     color: str
     size: str
     motion: str
-    edge: str = "bounce"
+    edge: Edge = "bounce"
 
     def __post_init__(self) -> None:
         check_word("shape", self.shape, SHAPES)

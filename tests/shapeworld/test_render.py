@@ -15,6 +15,7 @@ from longvideo.shapeworld.world import (
     SHAPES,
     SIZES,
     TRAVELING,
+    Edge,
     Scene,
     Sprite,
     sample_scene,
@@ -23,7 +24,7 @@ from longvideo.shapeworld.world import (
 FRAME_SECONDS = 1 / 24
 
 
-def one(motion: str, *, edge: str = "bounce", shape: str = "square", size: str = "small", seed: int = 0) -> Scene:
+def one(motion: str, *, edge: Edge = "bounce", shape: str = "square", size: str = "small", seed: int = 0) -> Scene:
     return Scene((Sprite(shape, "red", size, motion, edge),), "black", seed)
 
 
