@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator
 
 import pytest
@@ -23,15 +22,6 @@ def counting(
             closed.set()
 
 
-def settle(items_so_far: list[int]) -> int:
-    """Wait until no more items are produced."""
-    count = -1
-    while count != len(items_so_far):
-        count = len(items_so_far)
-        time.sleep(0.05)
-    return count
-
-
 def test_items_come_in_order_and_end() -> None:
     with BackgroundIterator(lambda: counting([], until=50), capacity=3, name="count") as items:
         assert list(items) == list(range(50))
@@ -39,11 +29,24 @@ def test_items_come_in_order_and_end() -> None:
 
 
 def test_it_runs_ahead_by_its_capacity_and_no_further() -> None:
-    items_so_far: list[int] = []
-    with BackgroundIterator(lambda: counting(items_so_far), capacity=2, name="count") as items:
-        assert settle(items_so_far) == 2
-        assert [next(items), next(items)] == [0, 1]
-        assert settle(items_so_far) == 4
+    capacity, leads = 2, []
+    consumed: list[int] = []
+    reached = {count: threading.Event() for count in (capacity, 2 * capacity)}
+
+    def source() -> Generator[int, None, None]:
+        for number in range(100):
+            leads.append(number + 1 - len(consumed))
+            if number + 1 in reached:
+                reached[number + 1].set()
+            yield number
+
+    with BackgroundIterator(source, capacity=capacity, name="count") as items:
+        assert reached[capacity].wait(timeout=60)
+        for _ in range(capacity):
+            consumed += [next(items)]
+        assert reached[2 * capacity].wait(timeout=60)
+    assert consumed == [0, 1]
+    assert max(leads) <= capacity + 1  # an item is counted as consumed a moment after its place is free
 
 
 def test_an_error_reaches_the_caller_at_once_and_once() -> None:
