@@ -56,7 +56,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
         }
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(doctor_report, "operations", lambda _device: [])  # these touch the device
+        monkeypatch.setattr(doctor_report, "operations", lambda _device: [])  # these use the device
 
     return set_free
 
@@ -88,7 +88,7 @@ def test_without_triton_a_gpu_has_no_kernels_and_no_reference_in_their_place(mon
     assert all(row.rejected == {"triton": reason} for row in rows)
 
 
-def test_the_encoder_of_videos_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_of_videos_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     av = pytest.importorskip("av")
     row = self_test.operations(CPU)[-1]
     assert (row.name, row.backend, row.rejected) == ("H.264 of videos", f"libx264 of PyAV {av.__version__}", {})
@@ -136,14 +136,14 @@ def test_the_report_has_every_section(doctor_json: DoctorJson) -> None:
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_says_so_and_why(doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_without_a_gpu_gives_the_reason(doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]) -> None:
     graphics = doctor_json()["graphics"]
     assert graphics["gpus"] == graphics["links"] == [] and graphics["none_because"]
     assert main(["doctor"]) == 0
     assert f"none: {graphics['none_because']}\n" in capsys.readouterr().out
 
 
-def test_gpus_are_listed_with_what_is_free(
+def test_gpus_are_listed_with_their_free_memory(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(70.0)
@@ -200,7 +200,7 @@ def test_the_files_of_a_folder_are_counted(gpus: SetFree, doctor_json: DoctorJso
     assert model["formats"] == {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16"}
 
 
-def test_a_model_that_does_not_fit_names_the_option_with_which_it_would(
+def test_a_model_that_does_not_fit_names_the_option_with_which_it_fits(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(70.0)
@@ -216,7 +216,7 @@ def test_a_model_that_does_not_fit_names_the_option_with_which_it_would(
     assert f"with --precision nvfp4-weights it fits into {packed / GB:.1f} GB\n" in out
 
 
-def test_a_model_that_nothing_makes_fit_says_so(
+def test_a_model_that_fits_with_no_option_needs_more_memory(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(5.0)
@@ -225,7 +225,7 @@ def test_a_model_that_nothing_makes_fit_says_so(
     assert "it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either" in capsys.readouterr().out
 
 
-def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(
+def test_loading_and_doctor_refuse_with_the_same_numbers(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(0.5)
@@ -237,7 +237,7 @@ def test_the_refusal_of_loading_and_the_doctors_verdict_are_one(
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_says_what_one_would_need(
+def test_a_machine_without_a_gpu_gets_the_needed_memory(
     doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--preset", WAN, "--device", "cuda", "--decode-device", "cuda:1", "--decode-share", "0.1")
@@ -251,7 +251,7 @@ def test_a_machine_without_a_gpu_says_what_one_would_need(
 
 
 @without_gpu
-def test_whether_a_gpu_elsewhere_has_fp8_is_left_open(capsys: pytest.CaptureFixture[str]) -> None:
+def test_whether_a_gpu_of_another_machine_has_fp8_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--preset", WAN, "--precision", "fp8"]) == 0
     assert "whether that GPU supports fp8 is unknown here" in capsys.readouterr().out
 
@@ -291,9 +291,7 @@ def test_bad_options_are_one_line_and_code_2(
     assert out == ""
 
 
-def test_a_gpu_that_is_not_there_beside_one_that_is_is_an_error(
-    gpus: SetFree, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_gpu_that_does_not_exist_is_an_error(gpus: SetFree, capsys: pytest.CaptureFixture[str]) -> None:
     gpus(70.0)
     assert main(["doctor", "--preset", WAN, "--decode-device", "cuda:1"]) == 2
     assert "device 'cuda:1' does not exist: this machine has 1 CUDA devices" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A model folder with random weights, small enough to make a chunk in milliseconds."""
+"""A model folder with random weights, so small that a chunk takes milliseconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = "a red blue ball square bounces spins at night on grass".split()
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder; tests that damage it copy it first."""
+    """Return the folder; tests that damage it copy it first."""
     torch.manual_seed(0)
     latent_channels = 8
     transformer = CausalTransformer(

@@ -1,4 +1,4 @@
-"""`longvideo generate`: the file it makes, Ctrl-C, and every kind of bad input."""
+"""`longvideo generate`: its output file, Ctrl-C, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(folder: Path, *arguments: str) -> int:
     return main(["generate", "--model", str(folder), "--device", "cpu", *arguments])
 
 
-def test_two_prompts_make_a_file_of_the_asked_length(
+def test_two_prompts_make_a_file_of_the_requested_length(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.mp4"
@@ -69,7 +69,7 @@ def test_a_script_a_picture_and_overwriting(
     assert "warning: the model never learned 'zebra'" in printed.err
 
 
-def test_a_frame_of_real_footage_is_where_the_video_starts(
+def test_a_video_starts_with_a_frame_of_real_footage(
     pipeline: StreamingPipeline, model_folder: Path, tmp_path: Path
 ) -> None:
     picture, out = tmp_path / "first.png", tmp_path / "out.mp4"
@@ -93,7 +93,7 @@ def restore_signals() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Path, tmp_path: Path) -> None:
+def test_a_signal_leaves_the_finished_chunks(number: signal.Signals, model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
     process = subprocess.Popen(
@@ -117,7 +117,7 @@ def test_a_signal_leaves_what_was_made(number: signal.Signals, model_folder: Pat
     assert f"out.mp4: {frames} frames" in stdout and file_names(tmp_path) == [out.name]
 
 
-def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_folder: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_ends_the_command_with_a_complete_file(model_folder: Path, tmp_path: Path) -> None:
     out, (ours, theirs) = tmp_path / "out.mp4", pty.openpty()
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "3600"]
 
@@ -136,15 +136,17 @@ def test_a_terminal_that_is_closed_ends_the_command_with_a_whole_file(model_fold
     )
     os.close(theirs)
     shown = b""
-    while not re.search(rb"chunk (?:[3-9]|\d{2,})/", shown):  # a bar that is drawn ten times a second skips some
+    while not re.search(
+        rb"chunk (?:[3-9]|\d{2,})/", shown
+    ):  # the bar is drawn ten times a second, so it may skip chunks
         shown += os.read(ours, 2**16)
     os.close(ours)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert probe(out)[0] >= 93 and out.read_bytes()[-16:-12] == b"\0\0\0\x10"  # the index comes last
+    assert probe(out)[0] >= 93 and out.read_bytes()[-16:-12] == b"\0\0\0\x10"  # the index is at the end
     assert file_names(tmp_path) == [out.name]
 
 
-def test_a_pipe_whose_reader_ends_does_not_end_the_film(model_folder: Path, tmp_path: Path) -> None:
+def test_a_pipe_without_a_reader_does_not_end_the_video(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     command = [sys.executable, "-m", "longvideo.cli.main", "generate", "a red ball", "--seconds", "4"]
     process = subprocess.Popen(
@@ -199,7 +201,7 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(model_folder: Path, tmp_pa
     assert out.read_text() == "old" and file_names(tmp_path) == ["out.mp4"]
 
 
-def test_forgotten_quotes_are_shown(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_quotes_give_a_warning(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out.mp4")
     assert run(model_folder, "a", "red", "ball", "bounces", "--seconds", "6", "-o", out) == 0
     assert 'for one prompt use quotes: longvideo generate "a red ball bounces"\n' in capsys.readouterr().err

@@ -40,7 +40,7 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_chunks_have_the_frames_that_were_asked_for(pipeline: StreamingPipeline) -> None:
+def test_chunks_have_the_requested_frames(pipeline: StreamingPipeline) -> None:
     chunks = list(pipeline.stream(PROMPTS, seconds=4))
     assert [len(chunk) for chunk in chunks] == [1, 28, 32, 32, 3]
     assert all(chunk.dtype == np.uint8 and chunk.shape[1:] == (HEIGHT, WIDTH, 3) for chunk in chunks)
@@ -177,13 +177,13 @@ def test_prompt_guidance_and_steps_change_the_video(pipeline: StreamingPipeline)
         assert not np.array_equal(video(pipeline, prompt, seconds=1, **options), base)
 
 
-def test_the_second_shot_leaves_the_first_alone(pipeline: StreamingPipeline) -> None:
+def test_the_second_shot_does_not_change_the_first(pipeline: StreamingPipeline) -> None:
     one, two = video(pipeline, PROMPTS[0], seconds=4), video(pipeline, PROMPTS, seconds=4)
     changed = np.flatnonzero((one != two).any(axis=(1, 2, 3)))
     assert changed[0] in range(61, 66)  # requested at frame 48; the nearest boundary is 61
 
 
-def test_a_first_picture_is_held_as_the_first_frame(pipeline: StreamingPipeline, tmp_path: Path) -> None:
+def test_a_given_picture_is_the_first_frame(pipeline: StreamingPipeline, tmp_path: Path) -> None:
     pixels = np.zeros((HEIGHT * 3, WIDTH * 2, 3), np.uint8)
     pixels[..., 0], pixels[:, WIDTH:, 1] = 200, 90
     Image.fromarray(pixels).save(tmp_path / "first.png")

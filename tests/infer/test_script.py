@@ -37,14 +37,14 @@ def test_plan_of_two_shots_in_twenty_seconds() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.05, 1, 29 / 24, 30 / 24, 1.3, 7.77, 61 / 24, 62 / 24, 600])
-def test_a_plan_has_exactly_the_frames_asked_for(seconds: float) -> None:
+def test_a_plan_has_exactly_the_requested_frames(seconds: float) -> None:
     plan = plan_chunks(Script.from_prompts("a", seconds=seconds), TIMING)
     chunks = list(plan)
     assert plan.num_frames == sum(chunk.num_frames for chunk in chunks) == round(seconds * 24)
     assert len(chunks) == plan.num_chunks and all(chunk.num_frames > 0 for chunk in chunks)
 
 
-def test_every_shot_starts_within_half_a_chunk_of_where_it_was_asked() -> None:
+def test_every_shot_starts_within_half_a_chunk_of_its_requested_time() -> None:
     generator = random.Random(0)
     for _ in range(200):
         seconds = [generator.uniform(32 / 24 * 1.1, 9) for _ in range(generator.randint(2, 6))]

@@ -47,7 +47,7 @@ def near(result: np.ndarray, expected: np.ndarray) -> bool:
     return result.shape == expected.shape and np.abs(result.astype(int) - expected).max() <= 1
 
 
-def test_a_session_switches_prompts_at_the_chunk_it_names(pipeline: StreamingPipeline) -> None:
+def test_a_session_switches_prompts_at_the_chunk_of_its_receipt(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], seed=5) as session:
         chunks = list(islice(session, 3))
         assert session.set_prompt(PROMPTS[1], mode="keep") == Receipt(1, 2)
@@ -96,7 +96,7 @@ def test_planned_shots_are_those_of_a_script(pipeline: StreamingPipeline) -> Non
     assert np.array_equal(frames, video(pipeline, Script(shots), seed=3))
 
 
-def test_recache_changes_what_comes_and_nothing_before(pipeline: StreamingPipeline) -> None:
+def test_recache_changes_later_chunks_and_no_earlier_one(pipeline: StreamingPipeline) -> None:
     latents = {}
     for mode in ("keep", "recache"):
         with pipeline.session(PROMPTS[0], seed=3) as session:
@@ -161,7 +161,7 @@ def test_the_frames_after_a_seek_continue_those_before(pipeline: StreamingPipeli
     assert np.abs(again.frames[0] - expected[221:]).max() < 0.51
 
 
-def test_a_branch_has_another_prompt_and_drops_what_came_after(pipeline: StreamingPipeline) -> None:
+def test_a_branch_has_another_prompt_and_deletes_later_chunks(pipeline: StreamingPipeline) -> None:
     with pipeline.session(PROMPTS[0], seed=4) as session:
         session.add_shot("a red square spins", chunk=2)
         session.add_shot("a blue ball bounces", chunk=6)

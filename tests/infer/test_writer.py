@@ -1,4 +1,4 @@
-"""The growing video file: what is in it, when it appears, and what it leaves alone."""
+"""The growing video file: its content, when it appears, and which files it does not change."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_truncated_file_plays_up_to_the_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("parts", [(1,), (1, 28), (1, 28, 32)])
-def test_what_was_written_plays_after_a_kill(tmp_path: Path, suffix: str, parts: tuple[int, ...]) -> None:
+def test_written_frames_can_be_played_after_a_kill(tmp_path: Path, suffix: str, parts: tuple[int, ...]) -> None:
     path = tmp_path / f"out{suffix}"
     path.write_text("old")
     code = (
@@ -148,7 +148,7 @@ def test_a_file_that_is_being_written_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_a_finished_file_says_its_length_and_is_searched(tmp_path: Path, suffix: str) -> None:
+def test_a_finished_file_has_its_length_and_an_index(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     with VideoWriter(path, fps=24) as writer:
         for size in (1, 28, 32, 100):
@@ -165,7 +165,7 @@ def test_a_finished_file_says_its_length_and_is_searched(tmp_path: Path, suffix:
     check_whole(path)
 
 
-def test_a_finished_matroska_file_says_its_size(tmp_path: Path) -> None:
+def test_a_finished_matroska_file_has_its_size(tmp_path: Path) -> None:
     path = tmp_path / "out.mkv"
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 40, height=32, width=32))
@@ -211,7 +211,7 @@ def test_a_file_that_another_process_creates_is_not_replaced(tmp_path: Path) -> 
     assert path.read_text() == "mine" and file_names(tmp_path) == [path.name]
 
 
-def test_overwriting_replaces_the_file_only_when_the_first_frames_are_there(tmp_path: Path) -> None:
+def test_overwriting_replaces_the_file_once_the_first_frames_are_written(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_text("old")
     with VideoWriter(path, fps=24, overwrite=True):
@@ -259,7 +259,7 @@ def test_a_disk_that_fills_up_keeps_the_frames_before(frames: int, word: str, tm
     assert len(decode(path)) == frames and path.stat().st_size < 100_000 and file_names(tmp_path) == [path.name]
 
 
-def test_a_link_is_written_through(tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_written(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     film, link = tmp_path / "far" / "film.mp4", tmp_path / "link.mp4"
     film.write_text("old")

@@ -1,4 +1,4 @@
-"""Workloads of the 5B that the tests of memory share, and sums over what they take."""
+"""Workloads of the 5B that tests of memory share, and sums over the parts of an estimate."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def workload(**changes: Any) -> Workload:
 
 
 def total(parts: Iterable[MemoryPart], device: torch.device = FIRST) -> int:
-    """Return the bytes on a device."""
+    """Return the sum of the parts on a device, in bytes."""
     return sum(part.bytes for part in parts if part.device == device)
 
 
 def named(parts: Iterable[MemoryPart], device: torch.device = FIRST) -> dict[str, int]:
-    """Return the bytes of each part on a device."""
+    """Return the parts on a device, in bytes by name."""
     own = [part for part in parts if part.device == device]
     assert max(Counter(part.name for part in own).values()) == 1
     return {part.name: part.bytes for part in own}

@@ -109,7 +109,7 @@ def test_bad_options_are_one_line(options: list[str], message: str, capsys: pyte
     assert message in error and "\n" not in error.split("error:")[-1].strip()
 
 
-def test_kernels_are_known_by_their_names() -> None:
+def test_kernels_are_recognized_by_their_names() -> None:
     names = {
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
         "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",

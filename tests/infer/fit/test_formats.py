@@ -71,7 +71,9 @@ def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
     assert np.array_equal(first, quantized)
 
 
-def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_formats_that_cannot_run_are_refused(
+    packed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for precision in ("bf16", "fp8-emulated"):
         with pytest.raises(
             UserError, match=f"precision is {precision}, but the weights of .* are packed in 4 bits; use nvfp4"
@@ -86,7 +88,7 @@ def test_what_cannot_be_is_refused(packed_folder: Path, tmp_path: Path, capsys: 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_start_line_says_what_runs_and_what_is_emulated() -> None:
+def test_the_start_line_names_backends_and_what_is_emulated() -> None:
     formats = NumberFormats("nvfp4", "nvfp4")
     line = start_line(formats, FLOAT32, packed=False)
     assert line.startswith("running on cpu in float32 | products nvfp4: emulated by reference and oneDNN (FP4 products")

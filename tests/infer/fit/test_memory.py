@@ -1,4 +1,4 @@
-"""What streaming will take of each GPU, against what was measured and what is allocated."""
+"""The estimated memory of each GPU, against measured peaks and against what is allocated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from longvideo.vae.config import AutoencoderConfig
 from tests.infer.workloads import CPU, FIRST, SECOND, named, shapes, total, workload
 
 # torch.cuda.max_memory_allocated in GB from `longvideo bench stream` on H200s, random weights, 704x1280, 2 steps, a
-# window of 32 latent frames: precision, cache, attention, share, what is on the GPU that denoises and on another one
+# window of 32 latent frames: precision, cache, attention, share, GB on the GPU that denoises and on the other one
 MEASURED = [
     ("bf16", "bf16", "bf16", 0.0, (33.45,)),
     ("fp8", "bf16", "bf16", 0.0, (28.55,)),
@@ -44,7 +44,7 @@ def estimated(**changes: Any) -> list[MemoryPart]:
 
 
 def small_shapes(*, height: int, width: int) -> ModelShapes:
-    """Return the widths of tiny at another picture size."""
+    """Return the shapes of tiny at another picture size."""
     settings = replace(shapes().settings, height=height, width=width)
     return shapes(
         transformer=PRESETS["tiny"],
@@ -55,14 +55,14 @@ def small_shapes(*, height: int, width: int) -> ModelShapes:
 
 
 @pytest.mark.parametrize(("precision", "kv_cache", "attention", "share", "measured"), MEASURED)
-def test_the_estimate_meets_what_was_measured(
+def test_the_estimate_is_close_to_the_measured_peak(
     precision: str, kv_cache: str, attention: str, share: float, measured: tuple[float, ...]
 ) -> None:
     parts = estimated(
         formats=NumberFormats(precision, kv_cache, attention),
         decode_device=(FIRST, SECOND)[len(measured) - 1],
         decode_share=share,
-        shapes=shapes(packed=precision == "nvfp4-weights"),  # the peaks are without loading
+        shapes=shapes(packed=precision == "nvfp4-weights"),  # the measured peaks do not include loading
     )
     for device, peak in zip((FIRST, SECOND), measured, strict=False):
         counted = total((part for part in parts if part.name not in UNCOUNTED), device)
@@ -70,7 +70,7 @@ def test_the_estimate_meets_what_was_measured(
         assert named(parts, device).keys() >= set(UNCOUNTED)
 
 
-def test_the_decoder_takes_what_it_allocates() -> None:
+def test_the_estimate_of_the_decoder_is_what_it_allocates() -> None:
     small = small_shapes(height=64, width=96)
     coder, scale = Autoencoder(small.autoencoder), small.autoencoder.scale_factor_spatial
     decoder = StreamingDecoder(coder, batch=2, height=64 // scale, width=96 // scale)
@@ -80,7 +80,7 @@ def test_the_decoder_takes_what_it_allocates() -> None:
 
 
 def _allocated(root: object, shared: set[int]) -> int:
-    """Return the bytes of all tensors that an object of ours holds, those with shared memory left out."""
+    """Return the bytes of all tensors that an object of longvideo holds, without those in shared memory."""
     sizes, waiting, seen = {}, [root], set()
     while waiting:
         value = waiting.pop()
@@ -100,7 +100,7 @@ def _allocated(root: object, shared: set[int]) -> int:
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
-def test_the_cache_takes_what_it_allocates(kv_cache: str) -> None:
+def test_the_estimate_of_the_cache_is_what_it_allocates(kv_cache: str) -> None:
     small = small_shapes(height=64, width=64)
     config = small.transformer
     new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
@@ -132,7 +132,7 @@ def test_guidance_doubles_the_cache_and_not_the_decoder() -> None:
     assert guided["decoder"] == plain["decoder"]
 
 
-def test_a_model_that_is_quantised_on_the_way_needs_the_memory_of_the_whole_one() -> None:
+def test_a_model_that_is_quantized_while_loading_needs_the_memory_of_the_whole_one() -> None:
     formats = NumberFormats("nvfp4-weights", "nvfp4")
     whole = estimated(formats=formats, decode_device=SECOND)
     packed = estimated(formats=formats, decode_device=SECOND, shapes=shapes(packed=True))
@@ -145,7 +145,7 @@ def test_a_model_that_is_quantised_on_the_way_needs_the_memory_of_the_whole_one(
     assert "transformer while loading" not in named(estimated(formats=NumberFormats("fp8")))
 
 
-def test_the_text_encoder_is_where_the_transformer_is() -> None:
+def test_the_text_encoder_is_on_the_device_of_the_transformer() -> None:
     parts = estimated(decode_device=SECOND, shapes=shapes(text_encoder=UMT5Config.xxl()))
     assert named(parts)["text encoder"] == 2 * 5_680_910_336  # parameters of google/umt5-xxl's encoder
     assert "text encoder" not in named(parts, SECOND)

@@ -81,7 +81,7 @@ def test_the_other_gpu_alone_is_a_remedy(gpus: SetFree) -> None:
         check()
 
 
-def test_where_nothing_fits_the_refusal_says_so(gpus: SetFree) -> None:
+def test_where_no_option_helps_the_refusal_states_it(gpus: SetFree) -> None:
     gpus(5.0)
     with pytest.raises(UserError, match="it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either"):
         check()
