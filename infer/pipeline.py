@@ -351,13 +351,15 @@ class StreamingPipeline:
         size = (self.models.settings.height, self.models.settings.width)
         return encode_first_frame(self.models, as_picture(image, size=size))
 
-    def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
+    def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
+        """Return a warning that names the words of prompts that the model never learned, or None."""
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
-        if unknown:
-            words = ", ".join(repr(word) for word in unknown)
-            warnings.warn(
-                f"the model never learned {words}; the video may show something else", UserWarning, stacklevel=3
-            )
+        words = ", ".join(repr(word) for word in unknown)
+        return f"the model never learned {words}; the video may show something else" if unknown else None
+
+    def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
+        if message := self.unknown_words_warning(prompts):
+            warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:

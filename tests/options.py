@@ -23,7 +23,7 @@ OPTIONS = (
     SuiteOption("--soak", "N", int, 2, "Repetitions of each kill, stop and restart in tests/soak/."),
     SuiteOption("--hold-seconds", "S", float, 6.0, "Seconds for which unfinished connections are held."),
     SuiteOption("--api-cases", "N", int, 60, "Generated requests for each operation of the HTTP interface."),
-    SuiteOption("--stream-seconds", "S", float, 16.0, "Length of the long stream, in seconds of video."),
+    SuiteOption("--stream-seconds", "S", float, 16.0, "Length of the long stream, in seconds of video (16 or more)."),
     SuiteOption("--stream-clients", "N", int, 8, "Clients that connect to the server one after the other."),
     SuiteOption("--disconnects", "N", int, 20, "Clients that leave at random moments."),
     SuiteOption("--full-size", "FOLDER", Path, None, "Folder with 50 GB of free space, for tests of the 5B's size."),

@@ -373,9 +373,8 @@ class LiveVideo:
         self._send("end", chunks=chunks, frames=frames, seconds=seconds, download=download)
 
     def _warn_unknown_words(self, prompt: str) -> None:
-        if unknown := self._pipeline.models.text_encoder.unknown_words(prompt):
-            words = ", ".join(repr(word) for word in unknown)
-            self._send("warning", message=f"the model never learned {words}; the video may show something else")
+        if message := self._pipeline.unknown_words_warning([prompt]):
+            self._send("warning", message=message)
 
     def _send(self, kind: str, **fields: Any) -> None:
         self.outbox.put(Outgoing(message_text(kind, **fields)))
