@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 @dataclass(frozen=True)
 class SuiteOption:
@@ -29,3 +31,8 @@ OPTIONS = (
     SuiteOption("--full-size", "FOLDER", Path, None, "Folder with 50 GB of free space, for tests of the 5B's size."),
     SuiteOption("--write-pictures", "FOLDER", Path, None, "Folder for pictures of the page (docs/images)."),
 )
+
+
+def option_value(config: pytest.Config, name: str) -> Any:
+    """Return the value of an option; `Config.getoption` is typed as if every option could be None."""
+    return config.getoption(name)

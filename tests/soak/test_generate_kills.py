@@ -21,6 +21,7 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.writer import VideoWriter
 from tests.folders import file_names
 from tests.infer.conftest import model_folder  # noqa: F401
+from tests.options import option_value
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 OLD_FRAMES = 7
@@ -72,7 +73,7 @@ def test_an_older_film_or_what_was_reported_plays(
     start(model_folder, out).communicate()
     whole_run = time.monotonic() - began
     new = 0
-    for moment in range(pytestconfig.getoption("--soak") or 0):
+    for moment in range(option_value(pytestconfig, "--soak")):
         with VideoWriter(out, fps=24, overwrite=True) as writer:
             writer.write(np.zeros((OLD_FRAMES, 32, 64, 3), np.uint8))
         lines = None if moment % 2 else lottery.choice((1, 1, 2, 5))

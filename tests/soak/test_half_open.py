@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.infer.server.conftest import ServerProcess
+from tests.options import option_value
 
 NUM_CONNECTIONS = 300
 BOUND = 1.0  # for the 99th percentile, in seconds
@@ -84,7 +85,7 @@ def _is_closed(connection: socket.socket) -> bool:
 def test_requests_are_answered_while_connections_are_held(
     tmp_path: Path, pytestconfig: pytest.Config, token: str | None
 ) -> None:
-    hold_seconds = pytestconfig.getoption("--hold-seconds")
+    hold_seconds = option_value(pytestconfig, "--hold-seconds")
     server = ServerProcess(tmp_path, token=token)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     seconds: list[float] = []

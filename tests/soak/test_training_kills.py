@@ -21,6 +21,7 @@ import pytest
 from longvideo.cli.main import main
 from tests.checkpoint import small
 from tests.data import footage
+from tests.options import option_value
 
 pytest.importorskip("deepspeed")
 
@@ -144,7 +145,7 @@ def losses(folder: Path) -> dict[int, float]:
 def test_killed_and_resumed_with_other_processes_the_losses_are_equal(
     home: Path, command: str, before: int, after: int, pytestconfig: pytest.Config
 ) -> None:
-    name, moments = f"{command}_{before}_{after}", pytestconfig.getoption("--soak")
+    name, moments = f"{command}_{before}_{after}", option_value(pytestconfig, "--soak")
     whole = arguments(home, command, f"{name}_whole", "trainer.save_every=0")
     run_and_kill(whole, home / f"{name}.log", ranks=before, reports=LAST_KILL + COMPARED + 3)
     expected, lottery, worst = losses(home / f"{name}_whole"), random.Random(name), 0.0

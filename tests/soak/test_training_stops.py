@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.options import option_value
 from tests.train.small import Toy
 
 STEPS = 4000
@@ -39,7 +40,7 @@ def start(out: Path) -> subprocess.Popen[str]:
 @pytest.mark.time_limit("--soak", 60)
 def test_sigterm_loses_no_step(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     lottery, done = random.Random(0), 0
-    for _ in range(pytestconfig.getoption("--soak")):
+    for _ in range(option_value(pytestconfig, "--soak")):
         process = start(tmp_path / "run")
         assert process.stdout is not None
         left, last = lottery.randint(1, MOST_STEPS), done

@@ -25,6 +25,7 @@ from longvideo.infer.server.run import listen
 from longvideo.infer.server.security import check_listening, check_public_hosts, is_loopback
 from tests.infer.server.conftest import DEADLINE, PROMPT, Serve
 from tests.infer.server.test_stream import closed_with
+from tests.options import option_value
 
 if TYPE_CHECKING:
     from schemathesis.schemas import APIOperation
@@ -247,7 +248,7 @@ def test_the_interface_matches_its_description(serve: Serve, pytestconfig: pytes
     statuses: set[int] = set()
     for operation in schema.get_all_operations():
         assert isinstance(operation, Ok)
-        run_cases(operation.ok(), excluded, statuses, num_cases=pytestconfig.getoption("--api-cases"))
+        run_cases(operation.ok(), excluded, statuses, num_cases=option_value(pytestconfig, "--api-cases"))
     assert {200, 404, 422} <= statuses and max(statuses) < 500
 
 

@@ -19,6 +19,7 @@ from websockets.sync.client import connect
 
 from longvideo.infer.history import HISTORY_CHUNKS
 from tests.infer.server.conftest import Client, ServerProcess, wait_until
+from tests.options import option_value
 
 SETTLED_CHUNKS = 6
 SWITCH_CHUNKS = 20  # number of chunks between two prompts, and for which a peak is measured
@@ -55,7 +56,7 @@ def live_streams(server: ServerProcess) -> int:
 
 @pytest.mark.time_limit("--stream-clients", 10)
 def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    num_clients = pytestconfig.getoption("--stream-clients")
+    num_clients = option_value(pytestconfig, "--stream-clients")
     server, chance = ServerProcess(tmp_path), random.Random(0)
     memory, files = [], []
     try:
@@ -83,7 +84,7 @@ def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path, p
 
 @pytest.mark.time_limit("--stream-seconds", 3)
 def test_a_long_stream_needs_constant_memory(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    seconds = pytestconfig.getoption("--stream-seconds")
+    seconds = option_value(pytestconfig, "--stream-seconds")
     server = ServerProcess(tmp_path)
     try:
         with connect(server.url.replace("http", "ws") + "/v1/stream", max_size=None, compression=None) as socket:

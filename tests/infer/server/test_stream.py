@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.limits import Limits
 from tests.infer.server.conftest import PROMPT, Client, RunningServer, Serve, wait_until
+from tests.options import option_value
 
 FPS = 24
 FIRST, LATER = 29, 32
@@ -272,7 +273,7 @@ def test_clients_that_disconnect_at_any_moment_leave_no_threads(
     serve: Serve, caplog: pytest.LogCaptureFixture, pytestconfig: pytest.Config
 ) -> None:
     """--disconnects sets the number of clients."""
-    num_clients = pytestconfig.getoption("--disconnects")
+    num_clients = option_value(pytestconfig, "--disconnects")
     caplog.set_level(logging.INFO, "longvideo")
     server = serve(limits=Limits(sessions=num_clients))
     # one stream first, because threads of the event loop's pool remain
