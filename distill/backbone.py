@@ -45,9 +45,9 @@ def load_backbone(
 
 
 def compile_blocks(*backbones: CausalTransformer | None) -> None:
-    """Compile the blocks, but for their attention."""
-    # three roles, with and without gradients, and the first block, whose input has none: seven forms of each function
-    # for each size of batch; the default limit of eight is meant to catch mistakes
+    """Compile the blocks, except their attention."""
+    # three roles, with and without gradients, and the first block, whose input has no gradient: seven forms of each
+    # function for each size of batch, of which the default limit of torch allows eight
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     for backbone in backbones:
         for block in backbone.blocks if backbone is not None else ():
@@ -56,7 +56,7 @@ def compile_blocks(*backbones: CausalTransformer | None) -> None:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what the networks compute in: bf16 on a GPU, float32 on a CPU, unless told otherwise."""
+    """Return the dtype of the networks: bf16 on a GPU and float32 on a CPU, unless `precision` names one."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -64,9 +64,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def put(adapter: Adapter, roles: LoraRoles) -> None:
-    """Let the student start from an adapter."""
+    """Set the student's adapter to stored weights."""
     for name, weight in roles.trained(Role.STUDENT).items():
         if name not in adapter.weights:
-            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers it has")
+            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers of the adapter")
         scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
         weight.copy_(scale * adapter.weights[name])

@@ -1,4 +1,4 @@
-"""Refuse a teacher or an adapter that is not of the student's kind, before a weight is read."""
+"""Refuse a teacher or an adapter that does not fit the student, before a weight is read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,15 @@ def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
         for name, value in own.items():
             if other[name] != value:
                 raise CheckpointError(
-                    f"the student {student.path} has {name}={value!r}, the teacher {teacher.path}"
-                    f" {name}={other[name]!r}; their {kind} must be equal"
+                    f"{name} of the teacher {teacher.path} is {other[name]!r}; expected {value!r}, as the student"
+                    f" {student.path}; their {kind} must be equal"
                 )
 
 
 def check_adapter(adapter: Adapter, lora: LoraSettings, shape: TransformerConfig, model: str, name: str) -> None:
-    """Raise CheckpointError unless an adapter has the rank that is to be trained, and is of the model."""
+    """Raise CheckpointError unless an adapter has the rank of `lora` and fits the model."""
     if adapter.rank != lora.rank:
-        raise CheckpointError(
-            f"the adapter {name} has rank {adapter.rank}, lora.rank is {lora.rank}; they must be equal"
-        )
+        raise CheckpointError(f"lora.rank is {lora.rank}; expected {adapter.rank}, the rank of the adapter {name}")
     with OnMeta():
         sizes = layer_sizes(CausalTransformer(shape))
     adapter.check_fits(sizes, model, name)

@@ -1,4 +1,4 @@
-"""What a distillation is told: the keys of its configuration."""
+"""Configuration of a distillation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for name, known in (("precision", DIFFERENTIABLE_PRECISIONS), ("kv_cache", KV_CACHES)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"backbone.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+                raise ConfigError(f"backbone.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SampleConfig(Bounded):
     prompts: number of videos; 0 generates nothing.
     chunks: number of chunks of a video.
     steps: numbers of solver steps; the videos are generated once with each.
-    judge: whether the judge scores videos of ShapeWorld's prompts: the share that shows what the prompt says.
+    judge: whether the judge scores videos of ShapeWorld's prompts: the share that matches the prompt.
     """
 
     prompts: int = bounded(4, least=0)
@@ -123,16 +123,17 @@ class Distillation(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in PRESETS:
-            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+            raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
         if self.stages and self.critic_first >= sum(stage.steps for stage in self.stages) > 0:
-            raise ConfigError(f"critic_first={self.critic_first} leaves the student no step of the stages")
+            total = sum(stage.steps for stage in self.stages)
+            raise ConfigError(f"critic_first is {self.critic_first}; expected fewer than the {total} steps")
         if self.image_fraction and self.data is None:
-            raise ConfigError("image_fraction needs first frames; give data=CLIPS, a folder of encoded clips")
+            raise ConfigError("image_fraction needs first frames; set data=CLIPS, a folder of encoded clips")
         if self.parallel.sequence > 1:
             raise ConfigError(
-                f"parallel.sequence={self.parallel.sequence}: a distillation shares no video among ranks; use 1"
+                f"parallel.sequence is {self.parallel.sequence}; expected 1, as ranks share no video here"
             )
         if self.parallel.zero_stage > 2:
             raise ConfigError(
-                "parallel.zero_stage=3 shards weights that are trained, which are small here; use 0, 1 or 2"
+                "parallel.zero_stage is 3; expected 0, 1 or 2, because the trained weights are small in distillation"
             )

@@ -1,4 +1,4 @@
-"""Distil a causal model into one of few steps: configuration, and what the trainer runs."""
+"""Distill a causal model into one of few steps: the recipe that the trainer runs."""
 
 from __future__ import annotations
 
@@ -74,9 +74,13 @@ MOST_SHOWN = 8
 
 
 class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
-    """What the trainer runs for `longvideo distill`. Everything that can be wrong is found before a weight is read."""
+    """Trains a student and a critic on one frozen backbone: `longvideo distill`. All errors come before a weight is
+    read.
+    """
 
-    def __init__(self, config: Distillation, device: torch.device, mesh: Mesh | None = None, *, dry_run: bool = False):
+    def __init__(
+        self, config: Distillation, device: torch.device, mesh: Mesh | None = None, *, dry_run: bool = False
+    ) -> None:
         self.config, self.device, self.dry_run = config, device, dry_run
         self.folder = None
         self.shape = PRESETS[config.preset]
@@ -86,7 +90,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             self.shape = self.folder.transformer_config
             self.settings, self.spec = self.folder.settings, self.folder.spec
         elif not dry_run:
-            raise ConfigError("model is missing: name the folder of the causal model that is to be distilled")
+            raise ConfigError("model is not set; expected the folder of the causal model to distill")
         teacher_folder = None
         adapter = None if config.adapter is None else Adapter.load(Path(config.adapter))
         for stage in config.stages:
@@ -150,8 +154,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         changed = checkpoint.state.changed_ranks(mesh.world, mesh.sequence)
         if changed and self.config.backbone.precision == "nvfp4":
             return [
-                f"{changed}: backbone.precision=nvfp4 has one scale for what a rank computes together, so losses are"
-                " comparable, not equal"
+                f"{changed}: backbone.precision=nvfp4 uses one scale for all values that a rank computes together, so"
+                " losses are comparable, not equal"
             ]
         return []
 
@@ -161,8 +165,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         passes = self.source.passes(mesh, config.parallel.micro_batch) if launched() else 1
 
         def new(objective: RoleObjective, optimizer: OptimizerConfig, ema_decay: float) -> Engine:
-            self.roles.switch(objective.role)  # the weights of one role at a time can have gradients
-            # adapters are fp32 and compute in the dtype of what they read, so nothing is cast
+            self.roles.switch(objective.role)  # only the weights of the active role can have gradients
+            # adapters are fp32 and compute in the dtype of their input, so nothing is cast
             trainer = replace(config.trainer, precision="fp32", ema_decay=ema_decay)
             return new_engine(
                 objective, optimizer, trainer, config.parallel, mesh=mesh, device=self.device, passes=passes
@@ -177,7 +181,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         )
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """Generate as the finished student would, draw a strip of each video, and let the judge look."""
+        """Generate as the finished student does, draw a strip of each video, and let the judge score them."""
         from longvideo.evaluation.samples import record_samples
 
         config = self.config.samples
@@ -200,7 +204,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return values
 
     def export(self, folder: Path) -> None:
-        """Write the student's adapter beside the model folder, and, unless told otherwise, that folder."""
+        """Write the student's adapter next to the model folder, and that folder too unless `merge` is false."""
         assert self.folder is not None, "a dry run exports nothing"
         adapter = self.adapter()
         adapter.save(folder.parent / LORA, base=str(self.config.model))
@@ -234,7 +238,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         assert self.folder is not None
         if {"vae", "text_encoder"} <= set(self.folder.parts):
             return [f"adapter: {lora}", *describe_model(folder)]
-        return [f"adapter: {lora}", f"model: {folder / MODEL} (its transformer alone)"]
+        return [f"adapter: {lora}", f"model: {folder / MODEL} (transformer only)"]
 
     def adapter(self) -> Adapter:
         weights = {name: weight.detach().cpu() for name, weight in self.roles.trained(Role.STUDENT).items()}
@@ -250,8 +254,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             longest = max(stage.frames for stage in config.stages)
             if clips.num_chunks * clips.chunk_frames < longest:
                 raise ConfigError(
-                    f"{config.data} has clips of {clips.num_chunks * clips.chunk_frames} latent frames, a stage wants"
-                    f" {longest}"
+                    f"clips of {config.data} have {clips.num_chunks * clips.chunk_frames} latent frames; expected at"
+                    f" least {longest}, the frames of a stage"
                 )
             return ClipScripts(clips, image_fraction=config.image_fraction, seed=config.seed, device=self.device)
         encoder = self.folder.load_text_encoder(device=self.device, dtype=self.dtype)
@@ -264,7 +268,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return FileScripts(scripts, features, seed=config.seed, text_len=self.settings.text_len, device=self.device)
 
     def _check_memory(self, mesh: Mesh) -> None:
-        """Print what a step will take, before a weight is read; raise ConfigError if it cannot fit."""
+        """Print the memory of a step before a weight is read; raise ConfigError if it cannot fit."""
         config = self.config
         backbones = 1 if config.teacher is None else 2
         estimates = [self._estimate(stage, mesh, backbones) for stage in config.stages]
@@ -301,15 +305,15 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         """Raise ConfigError unless encoded clips have the model's sizes."""
         model, spec = self.shape, self.spec
         _, p, q = model.patch_size
-        for what, found, wanted in (
+        for what, got, expected in (
             ("latent channels", clips.channels, model.in_channels),
-            ("latent frames a chunk", clips.chunk_frames, spec.chunk_frames),
+            ("latent frames of a chunk", clips.chunk_frames, spec.chunk_frames),
             ("latent height and width", clips.latent_size, (spec.grid_height * p, spec.grid_width * q)),
             ("text positions", clips.text_len, self.settings.text_len),
             ("text width", clips.text_dim, model.text_dim),
         ):
-            if found != wanted:
-                raise ConfigError(f"{name} has {what} {found}, the model {self.config.model} {wanted}; encode it again")
+            if got != expected:
+                raise ConfigError(f"{what} of {name} are {got}; expected {expected}; encode it again with this model")
         clips.check_texts(self.settings.cut_prefix)
 
     def _backbone(self, folder: ModelFolder | None) -> CausalTransformer:
@@ -339,7 +343,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return model.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
 
     def _shown(self) -> tuple[list[VideoRequest], list[str], list[Scene]]:
-        """Return what is to be generated, a caption for each video, and, of ShapeWorld, the scenes to judge by."""
+        """Return what to generate, a caption for each video, and, for ShapeWorld, the scenes to judge by."""
         config = self.config.samples
         numbers = range(config.prompts)
         if not isinstance(self.scripts, ShapeWorldScripts):
@@ -353,7 +357,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return [self.source.assemble(drawn, 0, numbers)], prompts, scenes
 
     def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> list[np.ndarray]:
-        """Return uint8 [T, H, W, 3] of every sample of a clip, as the finished student makes them in so many steps."""
+        """Return uint8 [T, H, W, 3] of every sample, as the finished student generates it in `steps` steps."""
         return sample_videos(
             self.roles.switch(Role.STUDENT),
             autoencoder,
@@ -369,7 +373,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     @property
     def generation(self) -> ModelSettings:
-        """How the finished student generates."""
+        """Settings that the finished student generates with."""
         return self.config.rollout.distilled(self.settings)
 
     @property

@@ -1,7 +1,8 @@
 """Distribution matching distillation as arithmetic on latents (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
 
-Two denoisers look at one noisy sample of the student: the teacher, which knows the data, and the critic, which knows
-what the student makes. Where they differ, the student's distribution differs from the teacher's.
+Two denoisers estimate the clean latents of one noisy sample of the student: the teacher, which was trained on the data,
+and the critic, which is trained on the student's samples. Where they differ, the student's distribution differs from
+the teacher's.
 
 Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
@@ -17,12 +18,12 @@ from longvideo.flow.schedule import expand, shift_sigma
 def sample_score_sigma(
     shape: tuple[int, ...], generator: torch.Generator, *, shift: float, low: float, high: float
 ) -> Tensor:
-    """Draw the noise levels at which a sample is looked at: uniform, shifted, then held between low and high."""
+    """Draw the noise levels at which a sample is compared: uniform, shifted, then clamped between low and high."""
     return shift_sigma(torch.rand(shape, generator=generator), shift).clamp(low, high)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Apply classifier-free guidance; at a scale of 1 it changes nothing (arXiv 2207.12598)."""
+    """Return a prediction with classifier-free guidance (arXiv 2207.12598); a scale of 1 changes nothing."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -34,11 +35,11 @@ def x0_of(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_BT: Tensor) -> Tensor:
 def dmd_gradient(
     x0_BCTHW: Tensor, teacher_BCTHW: Tensor, critic_BCTHW: Tensor, weight_BT: Tensor, *, epsilon: float
 ) -> Tensor:
-    """Return the direction in which a chunk is to be moved away, (critic - teacher) / mean |x0 - teacher|.
+    """Return the gradient with respect to a chunk, (critic - teacher) / mean |x0 - teacher|.
 
-    teacher, critic: their clean estimates from one noisy copy of x0. weight_BT: 0 for frames that are given; they get
-    no gradient and do not count in the mean, which is taken for every sample on its own (DMD, equation 8). epsilon:
-    added to the mean, so that a teacher who agrees with the student asks for little, not for infinity.
+    teacher_BCTHW, critic_BCTHW: their clean estimates from one noisy copy of x0. weight_BT: 0 for given frames, which
+    get no gradient and do not count in the mean; the mean is over one sample (DMD, equation 8). epsilon: number added
+    to the mean, so that the gradient stays small where teacher and student are equal.
     """
     weight = expand(weight_BT)
     per_frame = x0_BCTHW[0, :, 0].numel()

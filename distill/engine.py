@@ -1,4 +1,4 @@
-"""Two engines in one step: the critic learns in each, the student in every so many."""
+"""Two engines in one step: the critic is trained in every step, the student in some of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ STUDENT_METRICS = ("student_loss", "dmd_gradient", "student_grad")
 
 
 class PairedEngine:
-    """An `Engine` of two: `loss` and `grad` are the critic's, who has them in every step.
+    """An `Engine` that consists of two; `loss` and `grad` are the critic's, which are there in every step.
 
-    critic_rate: its learning rate as a function of the step. student_every: steps of the critic for one of the student
-    (DMD2 has 5); the student comes first, in steps that this divides. critic_first: steps of the critic alone before.
+    critic_rate: learning rate of the critic as a function of the step. student_every: number of steps of the critic for
+    each step of the student (5 in DMD2); the student is trained in the steps that it divides. critic_first: number of
+    steps at the start that train the critic alone.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PairedEngine:
         critic_rate: Callable[[int], float],
         student_every: int,
         critic_first: int = 0,
-    ):
+    ) -> None:
         self.student_objective, self.student = student
         self.critic_objective, self.critic = critic
         self.engines: dict[str, Engine] = dict(zip(ROLES, (self.student, self.critic), strict=True))
@@ -45,10 +46,10 @@ class PairedEngine:
     def train_step(self, shares: Sequence[VideoRequest], step: int, learning_rate: float) -> dict[str, Tensor]:
         if self._trains_student(step):
             parts = self.student_objective.parts(shares)
-            found = self.student.train_step(parts, step // self.student_every, learning_rate)
-            of_student = {f"student_{name}" if name in ("loss", "grad") else name: x for name, x in found.items()}
+            metrics = self.student.train_step(parts, step // self.student_every, learning_rate)
+            of_student = {f"student_{name}" if name in ("loss", "grad") else name: x for name, x in metrics.items()}
         else:
-            # the same names, with no weight in a mean
+            # the same names, without weight in a mean
             device = self.student_objective.rollouts.roles.device
             of_student = {name: torch.zeros(2, device=device) for name in STUDENT_METRICS}
         parts = self.critic_objective.parts(shares)

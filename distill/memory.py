@@ -1,4 +1,4 @@
-"""How much memory of each GPU a distillation will take, from shapes and settings alone, before any weight is loaded."""
+"""Estimate the memory of each GPU in a distillation from shapes and settings, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def estimate_memory(
     clips: int,
     chunks: int,
 ) -> MemoryEstimate:
-    """Estimate the peak of a step on one rank: one chunk is in flight, with a gradient, beside the cache of a clip.
+    """Estimate the peak memory of a step on one rank: one chunk with a gradient, and the cache of a clip.
 
-    engines: student's and critic's. backbones: 2 where the teacher has weights of its own. packed, packed_cache:
-    whether weights of the blocks, and the cache, have 4 bits. clips: of one pass, of so many chunks each.
+    engines: memory of the student's and the critic's engine. backbones: 2 if the teacher has weights of its own, else
+    1. packed, packed_cache: whether weights of the blocks, and the cache, have 4 bits. clips: number of clips of one
+    pass. chunks: number of chunks of a clip.
     """
     tokens = clips * spec.tokens_per_chunk
     row = row_bytes(config, tokens, blocks.size)
     slots = min(spec.window_chunks, chunks)
-    prompts = clips + 1  # and the negative one
+    prompts = clips + 1  # one of them is the negative prompt
     contexts = 2 * config.num_layers * prompts * config.text_len * config.dim * blocks.size
     value = PACKED_BYTES if packed_cache else blocks.size
     return MemoryEstimate(

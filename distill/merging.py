@@ -24,9 +24,11 @@ def save_merged(
     packed: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder whose transformer has the adapter in its weights, and which generates without guidance.
+    """Write a model folder whose transformer has the adapter added to its weights, and which generates without
+    guidance.
 
-    clean_pass: see `ModelSettings`; by default the source's.
+    steps: default solver steps of the folder. clean_pass: see `ModelSettings`; by default the source's. packed: whether
+    the merged weights are packed to 4 bits.
     """
     settings = replace(source.settings, steps=steps, guidance=1.0)
     if clean_pass is not None:

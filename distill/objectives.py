@@ -1,8 +1,10 @@
-"""The two losses of distribution matching distillation, a chunk at a time.
+"""The two losses of distribution matching distillation, one chunk at a time.
 
-What needs no gradient, the roll-out and what teacher and critic say of it, is done first for a whole clip. Then every
-chunk has a pass with a gradient of its own, so memory does not grow with the clip, and the gradient of a chunk cannot
-reach another. Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
+The computations without a gradient, which are the roll-out and the estimates of teacher and critic, are done first for
+a whole clip. Then every chunk has a pass with a gradient of its own, so memory does not grow with the clip, and the
+gradient of a chunk cannot reach another.
+
+Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
 
 from __future__ import annotations
@@ -54,33 +56,34 @@ class DmdConfig(Bounded):
         super().__post_init__()
         if not 0 < self.sigma_min <= self.sigma_max < 1:
             raise ConfigError(
-                f"dmd.sigma_min={self.sigma_min} and dmd.sigma_max={self.sigma_max} must lie in order between 0 and 1"
+                f"dmd.sigma_min is {self.sigma_min} and dmd.sigma_max is {self.sigma_max}; expected increasing numbers"
+                " between 0 and 1"
             )
 
 
 @dataclass(frozen=True)
 class StudentPart:
-    """One chunk of a clip, with the gradient at what the student made of it."""
+    """One chunk of a clip, with the gradient with respect to what the student generated."""
 
     clip: VideoRequest
-    made: Rollout
+    rollout: Rollout
     gradients: list[Tensor]
     index: int
 
 
 @dataclass(frozen=True)
 class CriticPart:
-    """One chunk of a clip that the student made, to be learnt by the critic."""
+    """One chunk of a clip that the student generated, to train the critic on."""
 
     clip: VideoRequest
-    made: Rollout
+    rollout: Rollout
     noises: list[Tensor]
     sigmas: list[Tensor]
     index: int
 
 
 class Looks:
-    """Noisy looks at a clip: at which levels, and what teacher and critic see there.
+    """Noisy copies of a clip, which are called looks: their noise levels, and the estimates of teacher and critic.
 
     context: noise level at which teacher and critic, which share a backbone, see earlier chunks.
     """
@@ -94,7 +97,7 @@ class Looks:
         shift: float,
         seed: int,
         context: ContextLevel = CLEAN_CONTEXT,
-    ):
+    ) -> None:
         self.rollouts, self.config, self.seed, self.context = rollouts, config, seed, context
         self.shift = shift if config.shift is None else config.shift
         self.guidance = guidance if config.guidance is None else config.guidance
@@ -102,7 +105,7 @@ class Looks:
         self._generator = torch.Generator()
 
     def draw(self, clip: VideoRequest, purpose: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Return noise [B, C, T, H, W] and levels [B, T] for every chunk; frames that are given have level 0."""
+        """Return noise [B, C, T, H, W] and levels [B, T] for every chunk; given frames have level 0."""
         count = clip.num_chunks if self.config.sigma_per_chunk else 1
         levels = []
         for sample in clip.samples:
@@ -115,18 +118,18 @@ class Looks:
         return [self.rollouts.noise(clip, i, f"{purpose} look") for i in range(clip.num_chunks)], sigmas
 
     @torch.no_grad()
-    def gradients(self, clip: VideoRequest, made: Rollout) -> list[Tensor]:
+    def gradients(self, clip: VideoRequest, rollout: Rollout) -> list[Tensor]:
         """Return the distribution matching gradient at every chunk of a clip."""
         noises, sigmas = self.draw(clip, "student")
-        noisy = [self.schedule.add_noise(x, e, s) for x, e, s in zip(made.latents, noises, sigmas, strict=True)]
-        teacher = self._estimates(Role.TEACHER, clip, made, noisy, sigmas)
+        noisy = [self.schedule.add_noise(x, e, s) for x, e, s in zip(rollout.latents, noises, sigmas, strict=True)]
+        teacher = self._estimates(Role.TEACHER, clip, rollout, noisy, sigmas)
         if self.guidance != 1:
-            unconditional = self._estimates(Role.TEACHER, clip, made, noisy, sigmas, negative=True)
+            unconditional = self._estimates(Role.TEACHER, clip, rollout, noisy, sigmas, negative=True)
             teacher = [guided(c, u, self.guidance) for c, u in zip(teacher, unconditional, strict=True)]
-        critic = self._estimates(Role.CRITIC, clip, made, noisy, sigmas)
+        critic = self._estimates(Role.CRITIC, clip, rollout, noisy, sigmas)
         return [
             dmd_gradient(
-                made.latents[i],
+                rollout.latents[i],
                 teacher[i],
                 critic[i],
                 clip.weight(i, self.rollouts.spec.chunk_frames),
@@ -139,45 +142,45 @@ class Looks:
         self,
         role: Role,
         clip: VideoRequest,
-        made: Rollout,
+        rollout: Rollout,
         noisy: list[Tensor],
         sigmas: list[Tensor],
         *,
         negative: bool = False,
     ) -> list[Tensor]:
-        """Return a network's clean estimate of every chunk, each given the clean chunks before it."""
+        """Return a network's clean estimate of every chunk, computed with the clean chunks before it."""
         walk = self.rollouts.walk(role, clip, negative=negative)
         estimates = []
         for index in range(clip.num_chunks):
             velocity = walk.velocity(noisy[index], sigmas[index])
             estimates.append(x0_of(noisy[index], velocity, sigmas[index]))
             if index + 1 < clip.num_chunks:
-                walk.finish(*self.to_keep(clip, made, index))
+                walk.finish(*self.to_keep(clip, rollout, index))
         return estimates
 
-    def to_keep(self, clip: VideoRequest, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
+    def to_keep(self, clip: VideoRequest, rollout: Rollout, index: int) -> tuple[Tensor, Tensor]:
         """Return the latents and noise levels whose keys and values teacher and critic keep of a finished chunk."""
-        level, latents = self.context, made.latents[index]
+        level, latents = self.context, rollout.latents[index]
         weight = clip.weight(index, self.rollouts.spec.chunk_frames)
         if level.sigma:
             noise = self.rollouts.noise(clip, index, "context")
             latents = self.schedule.add_noise(latents, noise, level.sigma * weight)
-        return latents, level.told * weight
+        return latents, level.model_sigma * weight
 
 
 class RoleObjective(Objective):
-    """An objective whose parameters are those of one role; the backbone they sit in is none of its own."""
+    """An objective whose parameters are those of one role; the parameters of the backbone do not belong to it."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks, role: Role):
+    def __init__(self, rollouts: SelfForcing, looks: Looks, role: Role) -> None:
         super().__init__()
-        # the backbone is in neither as a module: an engine would take it for something to cast, shard and save
+        # the backbone must not be a submodule, because an engine would cast, shard and save it
         self.role, self.rollouts, self.looks = role, rollouts, looks
         self._walk: Walk | None = None
         for name, weight in rollouts.roles.trained(role).items():
             self.register_parameter(name.replace(".", "/"), weight)
 
     def walk(self, clip: VideoRequest, index: int) -> Walk:
-        """Return the walk through a clip, whose parts come in order; the last lets go of it and of its cache."""
+        """Return the walk through a clip, whose parts come in order; the last part releases it and its cache."""
         walk = self.rollouts.walk(self.role, clip) if index == 0 else self._walk
         assert walk is not None
         self._walk = walk if index + 1 < clip.num_chunks else None
@@ -185,58 +188,60 @@ class RoleObjective(Objective):
 
 
 class StudentObjective(RoleObjective):
-    """Move what the student makes to where the teacher thinks it more likely than the critic does."""
+    """Move the student's samples to where the teacher considers them more likely than the critic does."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks):
+    def __init__(self, rollouts: SelfForcing, looks: Looks) -> None:
         super().__init__(rollouts, looks, Role.STUDENT)
 
     def parts(self, clips: Sequence[VideoRequest]) -> list[StudentPart]:
-        """Roll clips out, have them looked at, and divide them."""
+        """Roll clips out, compute their gradients, and divide them into chunks."""
         parts = []
         for clip in clips:
-            made = self.rollouts.roll_out(clip, "student")
-            gradients = self.looks.gradients(clip, made)
-            parts += [StudentPart(clip, made, gradients, index) for index in range(clip.num_chunks)]
+            rollout = self.rollouts.roll_out(clip, "student")
+            gradients = self.looks.gradients(clip, rollout)
+            parts += [StudentPart(clip, rollout, gradients, index) for index in range(clip.num_chunks)]
         return parts
 
     def forward(self, batch: StudentPart) -> tuple[Tensor, dict[str, Tensor]]:
-        clip, made, index = batch.clip, batch.made, batch.index
+        clip, rollout, index = batch.clip, batch.rollout, batch.index
         walk = self.walk(clip, index)
         if index:
-            walk.finish(*self.rollouts.to_keep(clip, made, index - 1))
-        step, x = made.exits[index], made.inputs[index]
-        velocity = walk.velocity(x, self.rollouts.told(clip, index, step), checkpoint=self.looks.config.checkpoint)
+            walk.finish(*self.rollouts.to_keep(clip, rollout, index - 1))
+        step, x = rollout.exits[index], rollout.inputs[index]
+        velocity = walk.velocity(
+            x, self.rollouts.model_sigma(clip, index, step), checkpoint=self.looks.config.checkpoint
+        )
         x0 = self.rollouts.result(clip, index, x, velocity, step)
         gradient = batch.gradients[index]
         return student_loss(x0, gradient), {"dmd_gradient": gradient.square().mean().sqrt()}
 
 
 class CriticObjective(RoleObjective):
-    """Learn the velocity of what the student makes, by flow matching."""
+    """Learn the velocity of the student's samples by flow matching."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks):
+    def __init__(self, rollouts: SelfForcing, looks: Looks) -> None:
         super().__init__(rollouts, looks, Role.CRITIC)
 
     def parts(self, clips: Sequence[VideoRequest]) -> list[CriticPart]:
         """Roll clips out, draw looks at them, and divide them."""
         parts = []
         for clip in clips:
-            made = self.rollouts.roll_out(clip, "critic")
+            rollout = self.rollouts.roll_out(clip, "critic")
             noises, sigmas = self.looks.draw(clip, "critic")
-            parts += [CriticPart(clip, made, noises, sigmas, index) for index in range(clip.num_chunks)]
+            parts += [CriticPart(clip, rollout, noises, sigmas, index) for index in range(clip.num_chunks)]
         return parts
 
     def forward(self, batch: CriticPart) -> tuple[Tensor, dict[str, Tensor]]:
         clip, index = batch.clip, batch.index
         walk = self.walk(clip, index)
         if index:
-            walk.finish(*self.looks.to_keep(clip, batch.made, index - 1))
-        x0, noise, sigma = batch.made.latents[index], batch.noises[index], batch.sigmas[index]
+            walk.finish(*self.looks.to_keep(clip, batch.rollout, index - 1))
+        x0, noise, sigma = batch.rollout.latents[index], batch.noises[index], batch.sigmas[index]
         noisy = self.looks.schedule.add_noise(x0, noise, sigma)
         velocity = walk.velocity(noisy, sigma, checkpoint=self.looks.config.checkpoint)
         weight = clip.weight(index, x0.shape[2])
         error = critic_error(velocity, x0, noise) * weight
-        # a clip's first chunk may have fewer frames to learn from; each counts the same
+        # the first chunk of a clip may have fewer frames with a loss; each frame has the same weight
         frames = clip.num_chunks * x0.shape[2] - int(clip.first_latent is not None)
         loss = clip.num_chunks * error.sum() / (clip.batch * frames)
         return loss, _by_level(error, sigma, weight)

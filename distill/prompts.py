@@ -1,13 +1,15 @@
-"""What the student is asked to show: prompts of ShapeWorld, of a file, or of encoded clips.
+"""Prompts of the student: from ShapeWorld, from a file, or from encoded clips.
 
-A step's videos are a function of seed, step and sample alone, however they are divided. Shapes: B batch, P prompts,
-J text positions, D text width, C channels, H W latent size.
+The videos of a step are a function of seed, step and sample alone, however they are divided.
+
+Shapes: B batch, P prompts, J text positions, D text width, C channels, H W latent size.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,31 +33,36 @@ if TYPE_CHECKING:
 
 SHAPEWORLD = "shapeworld"
 ENCODED_AT_ONCE = 16
+"""Number of prompts that are encoded together."""
 
 
 @dataclass(frozen=True)
 class ChunkScript:
-    """One video: a prompt for every chunk, which chunks open a shot, and the clip whose first frame is given."""
+    """One video.
+
+    prompts: prompt of every chunk. cuts: whether each chunk opens a shot. image: number of the clip whose first frame
+    is given, or None.
+    """
 
     prompts: tuple[str, ...]
     cuts: tuple[bool, ...]
     image: int | None = None
 
 
-class Scripts(Protocol):
-    """What is asked for, and the text encoder's output for it."""
+class Scripts(ABC):
+    """A source of scripts, and the text encoder's output for them."""
 
-    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
-        """Return the script of a video of a step; number counts the videos from the beginning of the run."""
-        ...
+    @abstractmethod
+    def draw(self, step: int, number: int, num_chunks: int, /) -> ChunkScript:
+        """Return the script of a video of a step. number: count of videos from the beginning of the run."""
 
+    @abstractmethod
     def features(self, prompts: Sequence[str]) -> Tensor:
         """Return [P, J, D] on the training device."""
-        ...
 
     def first_latent(self, image: int) -> Tensor:
-        """Return the first latent frame of a clip, [C, 1, H, W]."""
-        ...
+        """Return the first latent frame of a clip, [C, 1, H, W], for scripts with an image."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,10 @@ class ShapeWorldConfig(Bounded):
     omit: float = share(0.1)
 
 
-class ShapeWorldScripts:
-    """Scenes of the training split, phrased anew each time; all videos of a step are cut at the same chunk."""
+class ShapeWorldScripts(Scripts):
+    """Scenes of the training split, with a new phrasing each time; all videos of a step are cut at the same chunk."""
 
-    def __init__(self, config: ShapeWorldConfig, encoder: TextEncoder, *, seed: int):
+    def __init__(self, config: ShapeWorldConfig, encoder: TextEncoder, *, seed: int) -> None:
         self.config, self.encoder, self.seed = config, encoder, seed
         self._generator = torch.Generator()
 
@@ -97,12 +104,9 @@ class ShapeWorldScripts:
     def features(self, prompts: Sequence[str]) -> Tensor:
         return self.encoder(*self.encoder.tokenize(prompts))
 
-    def first_latent(self, image: int) -> Tensor:
-        raise AssertionError("ShapeWorld's prompts come without images")
 
-
-class FileScripts:
-    """Scripts of a file, in an order drawn anew for each time through; features are computed once, before training."""
+class FileScripts(Scripts):
+    """Scripts of a file, in a new order for each epoch; features are computed once, before training."""
 
     def __init__(
         self,
@@ -112,30 +116,27 @@ class FileScripts:
         seed: int,
         text_len: int,
         device: torch.device,
-    ):
+    ) -> None:
         """features: [J or fewer, D] of every prompt, on the CPU."""
         self.scripts, self._features, self.text_len, self.device = scripts, features, text_len, device
         self.order = Order(len(scripts), seed)
 
-    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
+    def draw(self, _step: int, number: int, num_chunks: int) -> ChunkScript:
         shots = self.scripts[self.order.item(number)]
         shown = [index * len(shots) // num_chunks for index in range(num_chunks)]
         cuts = tuple(index == 0 or shown[index] != shown[index - 1] for index in range(num_chunks))
         return ChunkScript(tuple(shots[index] for index in shown), cuts)
 
     def features(self, prompts: Sequence[str]) -> Tensor:
-        found = [self._features[clean_prompt(prompt)] for prompt in prompts]
-        padded = [torch.nn.functional.pad(x, (0, 0, 0, self.text_len - len(x))) for x in found]
+        features = [self._features[clean_prompt(prompt)] for prompt in prompts]
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, self.text_len - len(x))) for x in features]
         return torch.stack(padded).to(self.device)
 
-    def first_latent(self, image: int) -> Tensor:
-        raise AssertionError("prompts of a file come without images")
 
-
-class ClipScripts:
+class ClipScripts(Scripts):
     """Captions and cuts of encoded clips, and, for a share of them, the first frame too."""
 
-    def __init__(self, clips: EncodedDataset, *, image_fraction: float, seed: int, device: torch.device):
+    def __init__(self, clips: EncodedDataset, *, image_fraction: float, seed: int, device: torch.device) -> None:
         self.clips, self.image_fraction, self.seed, self.device = clips, image_fraction, seed, device
         self.order = Order(len(clips), seed)
         self._generator = torch.Generator()
@@ -144,11 +145,11 @@ class ClipScripts:
         index = self.order.item(number)
         clip = self.clips.clips[index]
         generator = seeded(self._generator, self.seed, "image", step)
-        given = bool(torch.rand((), generator=generator) < self.image_fraction)
+        has_image = bool(torch.rand((), generator=generator) < self.image_fraction)
         return ChunkScript(
             clip.captions[:num_chunks],
             (True, *(bool(cut) for cut in clip.cuts[1:num_chunks])),
-            image=index if given else None,
+            image=index if has_image else None,
         )
 
     def features(self, prompts: Sequence[str]) -> Tensor:
@@ -158,27 +159,24 @@ class ClipScripts:
         return self.clips.latents(image, 0, 1).to(self.device)
 
 
-class NoiseScripts:
-    """Noise in place of text, for a dry run."""
+class NoiseScripts(Scripts):
+    """Noise instead of text, for a dry run."""
 
-    def __init__(self, text_len: int, text_dim: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, text_len: int, text_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = (text_len, text_dim), dtype, device
 
-    def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
+    def draw(self, _step: int, number: int, num_chunks: int) -> ChunkScript:
         return ChunkScript((f"video {number}",) * num_chunks, (True, *([False] * (num_chunks - 1))))
 
     def features(self, prompts: Sequence[str]) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(len(prompts), *self.shape, generator=generator).to(self.device, self.dtype)
 
-    def first_latent(self, image: int) -> Tensor:
-        raise AssertionError("noise comes without images")
-
 
 class Order:
-    """Which of `count` items comes when: all of them, in an order drawn for each time through."""
+    """Order of `count` items: all of them once in each epoch, in an order drawn for that epoch."""
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
         self._generator = torch.Generator()
         self._epoch: tuple[int, list[int]] = (-1, [])
@@ -221,7 +219,7 @@ class RolloutSource:
         cut_prefix: str,
         chunk_frames: int,
         device: torch.device,
-    ):
+    ) -> None:
         self.scripts, self.stages = scripts, stages
         self.negative_prompt, self.cut_prefix = negative_prompt, cut_prefix
         self.chunk_frames, self.device = chunk_frames, device
@@ -233,12 +231,12 @@ class RolloutSource:
         return stage.batch * stage.frames
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        """Return the backward passes of a step. Raises ConfigError unless they are as many in every stage."""
+        """Return the backward passes of a step. Raises ConfigError unless all stages have the same number."""
         counts = {divide(s.batch, mesh, micro_batch)[1] * (s.frames // self.chunk_frames) for s in self.stages}
         if len(counts) > 1:
             raise ConfigError(
-                f"stages have {', '.join(map(str, sorted(counts)))} passes a step, clips of a rank times their chunks;"
-                " with several processes they must have as many"
+                f"stages have {', '.join(map(str, sorted(counts)))} passes of a step (clips of a rank times their"
+                " chunks); expected the same number in all stages, because there are several processes"
             )
         return counts.pop()
 
@@ -285,31 +283,31 @@ class RolloutSource:
 
 
 def check_frames(frames: int, chunk_frames: int) -> None:
-    """Raise ConfigError unless a length is a number of chunks."""
+    """Raise ConfigError unless a length is a whole number of chunks."""
     if frames % chunk_frames:
         raise ConfigError(
-            f"videos of {frames} latent frames are no multiple of the model's chunks of {chunk_frames};"
-            f" use {max(frames // chunk_frames, 1) * chunk_frames}"
+            f"videos have {frames} latent frames; expected a multiple of {chunk_frames}, the model's chunk; use"
+            f" {max(frames // chunk_frames, 1) * chunk_frames}"
         )
 
 
 def read_scripts(path: Path) -> list[tuple[str, ...]]:
-    """Read prompts: one a line, or, in a `.jsonl`, objects `{"prompts": [...]}` with a prompt for each shot.
+    """Read prompts: one in each line, or, in a `.jsonl`, objects `{"prompts": [...]}` with a prompt for each shot.
 
-    Raises UserError, naming the line, for a file without prompts, an empty line, or one that cannot be read.
+    Raises UserError, with the line, for a file without prompts, an empty line, or a line that cannot be read.
     """
     lines = read_lines(path, what="file of prompts")
     if lines[-1] == "":
-        lines.pop()  # the last line ends, too
+        lines.pop()  # the last line ends with a line break
     if not lines:
-        raise UserError(f"{path} is empty; wanted a prompt a line")
-    parse = _json_shots if path.suffix == ".jsonl" else lambda line, where: (line,)
+        raise UserError(f"{path} is empty; expected a prompt in each line")
+    parse = _json_shots if path.suffix == ".jsonl" else lambda line, _where: (line,)
     scripts = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         shots = tuple(clean_prompt(shot) for shot in parse(line, where))
         if not shots or not all(shots):
-            raise UserError(f"{where} holds an empty prompt; remove the line or say what is to be seen")
+            raise UserError(f"{where} has an empty prompt; remove the line, or describe a video")
         for shot in shots:
             check_text(shot, f"{where}: the prompt")
         scripts.append(shots)
@@ -317,10 +315,10 @@ def read_scripts(path: Path) -> list[tuple[str, ...]]:
 
 
 def _json_shots(line: str, where: str) -> tuple[str, ...]:
-    found = parse_json(line, where=where)
-    shots = found.get("prompts") if isinstance(found, dict) else None
+    value = parse_json(line, where=where)
+    shots = value.get("prompts") if isinstance(value, dict) else None
     if not isinstance(shots, list) or not all(isinstance(shot, str) for shot in shots):
-        raise UserError(f'{where} is no object like {{"prompts": ["first shot", "second shot"]}}')
+        raise UserError(f'{where} is not an object of the form {{"prompts": ["first shot", "second shot"]}}')
     return tuple(shots)
 
 

@@ -1,4 +1,4 @@
-"""Three networks on one frozen backbone: the student and the critic are adapters on it, the teacher is it."""
+"""Three networks on one frozen backbone: student and critic are adapters on it, the teacher is the backbone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Role(Enum):
 
 
 class Network(Protocol):
-    """What distillation needs of a `CausalTransformer`."""
+    """The methods of a `CausalTransformer` that distillation uses."""
 
     def rope(self, layout: TokenLayout) -> Rope: ...
 
@@ -54,16 +54,16 @@ class Network(Protocol):
 
 
 class Roles(Protocol):
-    """Networks that play the three parts, one at a time."""
+    """The networks of all roles, of which one is active at a time."""
 
     device: torch.device
 
     def switch(self, role: Role) -> Network:
-        """Return the network of a role. It plays that role, its backward pass included, until the next switch."""
+        """Return the network of a role. It has that role, its backward pass included, until the next switch."""
         ...
 
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
-        """Return what is trained of the student or of the critic, by name."""
+        """Return the trained parameters of the student or of the critic, by name."""
         ...
 
     def new_cache(self, batch: int) -> ChunkCache: ...
@@ -89,8 +89,8 @@ class LoraSettings(Bounded):
 class LoraRoles:
     """Adapters on a frozen transformer, switched by peft.
 
-    student: the backbone. teacher: another one, of other weights, which then carries the critic too; by default the
-    student's, so that there is one. Adapters start at no update, in float32, from `seed`.
+    student: the backbone. teacher: another backbone with other weights, which then has the critic's adapter; by default
+    the student's backbone. Adapters start in float32 from `seed`, without an effect on the output.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LoraRoles:
         teacher: CausalTransformer | None = None,
         new_cache: Callable[[int], ChunkCache],
         seed: int = 0,
-    ):
+    ) -> None:
         self.device = student.patch_embedding.weight.device
         self.backbones = {Role.STUDENT: student, Role.CRITIC: teacher or student, Role.TEACHER: teacher or student}
         own = add_lora(student, lora.config(), adapter_name=Role.STUDENT.value)
@@ -111,7 +111,7 @@ class LoraRoles:
             own.add_adapter(Role.CRITIC.value, config)
         else:
             add_lora(teacher, lora.config(), adapter_name=Role.CRITIC.value)
-        # looking for them again at every switch takes longer than the switch
+        # searching the layers at every switch would take longer than the switch
         self._layers = {
             role: [layer for layer in backbone.modules() if isinstance(layer, LoraLinear)]
             for role, backbone in self.backbones.items()
@@ -135,12 +135,12 @@ class LoraRoles:
 
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
         """Return the low-rank weights, named `blocks.0.self_attn.q.lora_A` and so on."""
-        found = {}
+        weights = {}
         for name, layer in self.backbones[role].named_modules():
             if isinstance(layer, LoraLinear) and role.value in layer.lora_A:
-                found[f"{name}.lora_A"] = layer.lora_A[role.value].weight
-                found[f"{name}.lora_B"] = layer.lora_B[role.value].weight
-        return found
+                weights[f"{name}.lora_A"] = layer.lora_A[role.value].weight
+                weights[f"{name}.lora_B"] = layer.lora_B[role.value].weight
+        return weights
 
     def new_cache(self, batch: int) -> ChunkCache:
         return self._new_cache(batch)

@@ -1,13 +1,15 @@
-"""Roll the student out on its own chunks and remember what its last steps were given (Self Forcing, arXiv 2506.08009).
+"""Roll the student out on its own chunks and record the inputs of its last steps (Self Forcing, arXiv 2506.08009).
 
-No gradient is kept here. Which solver step a chunk ends at is drawn; the student's loss runs that step again, chunk by
-chunk, with a gradient. Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
+No gradient is kept here. The solver step that a chunk ends at is drawn; the student's loss runs that step again, chunk
+by chunk, with a gradient.
+
+Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +18,6 @@ from longvideo.config.fields import Bounded, bounded
 from longvideo.distill.dmd import x0_of
 from longvideo.distill.roles import Role, Roles
 from longvideo.distill.walk import VideoRequest, Walk
-from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.flow.unipc import UniPC
 from longvideo.training.objective import seeded
@@ -24,9 +25,6 @@ from longvideo.training.objective import seeded
 if TYPE_CHECKING:
     from longvideo.checkpoint.settings import ModelSettings
     from longvideo.model.spec import ChunkSpec
-
-EXITS = ("shared", "chunk", "last")
-CACHE_FILLS = ("clean", "last_step")
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,20 @@ class RolloutConfig(Bounded):
     """
 
     steps: int = bounded(4, least=1, most=NUM_TRAIN_TIMESTEPS)
-    exits: str = "shared"
-    cache_fill: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.exits not in EXITS:
-            raise ConfigError(f"rollout.exits={self.exits!r} is unknown; use one of {', '.join(EXITS)}")
-        if self.cache_fill not in (None, *CACHE_FILLS):
-            raise ConfigError(f"rollout.cache_fill={self.cache_fill!r} is unknown; use {' or '.join(CACHE_FILLS)}")
+    exits: Literal["shared", "chunk", "last"] = "shared"
+    cache_fill: Literal["clean", "last_step"] | None = None
 
     def distilled(self, settings: ModelSettings) -> ModelSettings:
-        """Return how the student of a model with these settings generates."""
+        """Return the settings with which the student of a model with these settings generates."""
         clean_pass = settings.clean_pass if self.cache_fill is None else self.cache_fill == "clean"
         return replace(settings, steps=self.steps, guidance=1.0, clean_pass=clean_pass)
 
 
 @dataclass
 class Rollout:
-    """What became of each chunk: `latents` [B, C, T, H, W], made by step `exits` of the solver from `inputs`."""
+    """Result of a roll-out for each chunk: `latents` [B, C, T, H, W], computed by step `exits` of the solver from
+    `inputs`.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -68,7 +61,7 @@ class Rollout:
 
 
 class SelfForcing:
-    """The student's roll-out, and its last step of every chunk again."""
+    """The student's roll-out, and the last step of every chunk again."""
 
     def __init__(
         self,
@@ -80,8 +73,10 @@ class SelfForcing:
         shift: float,
         seed: int,
         clean_pass: bool = True,
-    ):
-        """shape: [C, T, H, W] of a chunk's latents. clean_pass: of the student, see `ModelSettings`."""
+    ) -> None:
+        """shape: [C, T, H, W] of a chunk's latents. clean_pass: whether the student runs clean passes, see
+        `ModelSettings`.
+        """
         self.roles, self.config, self.spec, self.shape, self.seed = roles, config, spec, shape, seed
         self.clean_pass = clean_pass
         self.solver = UniPC(config.steps, shift)
@@ -95,7 +90,7 @@ class SelfForcing:
         return noise.to(self.roles.device)
 
     def exits(self, clip: VideoRequest, purpose: str) -> list[int]:
-        """Draw the step at which each chunk ends; all ranks draw the same, so that none waits for another."""
+        """Draw the step at which each chunk ends; all ranks draw the same one, so that none waits for another."""
         if self.config.exits == "last":
             return [self.solver.num_steps - 1] * clip.num_chunks
         count = clip.num_chunks if self.config.exits == "chunk" else 1
@@ -105,39 +100,39 @@ class SelfForcing:
 
     @torch.no_grad()
     def roll_out(self, clip: VideoRequest, purpose: str) -> Rollout:
-        """Make a clip. purpose: what for, so that critic and student are shown different ones."""
+        """Generate a clip. purpose: use of the clip, so that critic and student get different ones."""
         walk = self.walk(Role.STUDENT, clip)
-        made = Rollout(exits=self.exits(clip, purpose))
-        for index, last in enumerate(made.exits):
+        rollout = Rollout(exits=self.exits(clip, purpose))
+        for index, last in enumerate(rollout.exits):
             trajectory = self.solver.start(self.noise(clip, index, purpose))
             for step in range(last + 1):
                 x = clip.hold(index, trajectory.sample)
                 trajectory.sample = x
-                velocity = walk.velocity(x, self.told(clip, index, step))
+                velocity = walk.velocity(x, self.model_sigma(clip, index, step))
                 if step < last:
                     trajectory.step(velocity)
-            made.inputs.append(x)
-            made.latents.append(self.result(clip, index, x, velocity, last))
+            rollout.inputs.append(x)
+            rollout.latents.append(self.result(clip, index, x, velocity, last))
             if index + 1 < clip.num_chunks:
-                walk.finish(*self.to_keep(clip, made, index))
-        return made
+                walk.finish(*self.to_keep(clip, rollout, index))
+        return rollout
 
     def walk(self, role: Role, clip: VideoRequest, *, negative: bool = False) -> Walk:
         network = self.roles.switch(role)
         return Walk(network, clip, self.spec, self.roles.new_cache(clip.batch), negative=negative)
 
-    def told(self, clip: VideoRequest, index: int, step: int) -> Tensor:
-        """Return the noise levels [B, T] that the network is told at a step."""
+    def model_sigma(self, clip: VideoRequest, index: int, step: int) -> Tensor:
+        """Return the noise levels [B, T] that the network is given at a step."""
         level = self.solver.timesteps[step] / NUM_TRAIN_TIMESTEPS
         return level * clip.weight(index, self.spec.chunk_frames)
 
     def result(self, clip: VideoRequest, index: int, x_BCTHW: Tensor, velocity_BCTHW: Tensor, step: int) -> Tensor:
-        """Return the clean latents that a chunk ends with when it ends at a step."""
+        """Return the clean latents of a chunk that ends at a step."""
         sigma = self.solver.sigmas[step] * clip.weight(index, self.spec.chunk_frames)
         return clip.hold(index, x0_of(x_BCTHW, velocity_BCTHW, sigma))
 
-    def to_keep(self, clip: VideoRequest, made: Rollout, index: int) -> tuple[Tensor, Tensor]:
-        """Return the latents and noise levels whose keys and values later chunks see of a finished one."""
+    def to_keep(self, clip: VideoRequest, rollout: Rollout, index: int) -> tuple[Tensor, Tensor]:
+        """Return the latents and noise levels of a finished chunk whose keys and values later chunks see."""
         if not self.clean_pass:
-            return made.inputs[index], self.told(clip, index, made.exits[index])
-        return made.latents[index], torch.zeros(clip.batch, self.spec.chunk_frames, device=self.roles.device)
+            return rollout.inputs[index], self.model_sigma(clip, index, rollout.exits[index])
+        return rollout.latents[index], torch.zeros(clip.batch, self.spec.chunk_frames, device=self.roles.device)

@@ -1,8 +1,10 @@
-"""Go through a clip chunk by chunk, as streaming does: every chunk sees the clean ones before it through a cache.
+"""Walk through a clip chunk by chunk, as in streaming: every chunk sees the clean ones before it through a cache.
 
-Student, critic and teacher all look at a clip this way, so whatever its length, only one chunk is ever in flight, and
-what training sees is what generation computes. Shapes: N chunks, B batch, C channels, T latent frames of a chunk, H W
-latent size, P prompts, J text positions, D text width.
+Student, critic and teacher all process a clip this way. So only one chunk is processed at a time, whatever the length
+of the clip, and training sees what generation computes.
+
+Shapes: N chunks, B batch, C channels, T latent frames of a chunk, H W latent size, P prompts, J text positions, D text
+width.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What a batch of videos is asked to show.
+    """A batch of videos to generate.
 
-    features_PJD: of distinct texts, as `longvideo.model.conditioning.batch_texts` has them, the negative prompt last.
-    prompt_NB: the row of features that a sample follows in a chunk, int64. cuts: chunks that open a shot; samples of
-    one batch share them, as they share slots of the cache. first_latent: [B, C, 1, H, W], the given first frame (image
-    to video). samples: number of every sample within the step, of which its noise is a function. step: likewise.
+    features_PJD: features of the distinct texts of `longvideo.model.conditioning.batch_texts`, the negative prompt
+    last. prompt_NB: row of features that a sample follows in a chunk, int64. cuts: whether each chunk opens a shot; the
+    samples of a batch share their cuts, because they share slots of the cache. samples: number of each sample within
+    the step. step: number of the step; step and sample number determine the noise. first_latent: [B, C, 1, H, W], the
+    given first frame (image to video), or None.
     """
 
     features_PJD: Tensor
@@ -49,7 +52,7 @@ class VideoRequest:
         return len(self.samples)
 
     def weight(self, index: int, frames: int) -> Tensor:
-        """Return [B, T]: 0 for frames of a chunk that are given, 1 for those that are made."""
+        """Return [B, T]: 0 for given frames of a chunk, 1 for generated ones."""
         weight = torch.ones(self.batch, frames, device=self.features_PJD.device)
         if index == 0 and self.first_latent is not None:
             weight[:, 0] = 0
@@ -63,14 +66,15 @@ class VideoRequest:
 
 
 class Walk:
-    """One network's way through a clip. `velocity` may be asked for any number of times; `finish` goes on.
+    """One network's walk through a clip: `velocity` can be called any number of times, and `finish` moves to the next
+    chunk.
 
-    negative: follow the negative prompt instead. The network must keep its role until the walk is done.
+    negative: whether to use the negative prompt. The network must keep its role until the walk is done.
     """
 
     def __init__(
         self, network: Network, clip: VideoRequest, spec: ChunkSpec, cache: ChunkCache, *, negative: bool = False
-    ):
+    ) -> None:
         self.network, self.clip, self.spec, self.cache = network, clip, spec, cache
         self.index = 0
         self._rows_NB = torch.full_like(clip.prompt_NB, clip.features_PJD.shape[0] - 1) if negative else clip.prompt_NB
@@ -79,9 +83,9 @@ class Walk:
             self._rope = self._position()
 
     def velocity(self, x_BCTHW: Tensor, sigma_BT: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """Return the velocity of the live chunk, differentiable where gradients are enabled.
+        """Return the velocity of the live chunk, differentiable if gradients are enabled.
 
-        A gradient reaches the network through this chunk alone: what is cached is detached.
+        A gradient reaches the network through this chunk alone, because cached keys and values are detached.
         """
         rows_B = self._rows_NB[self.index]
         text = self._text.select(rows_B)
@@ -93,7 +97,7 @@ class Walk:
 
     @torch.no_grad()
     def finish(self, latents_BCTHW: Tensor, sigma_BT: Tensor) -> None:
-        """Keep the live chunk, as it is at a noise level, for the chunks after it, and go on to the next."""
+        """Cache the live chunk, at a noise level, for later chunks, and move to the next one."""
         text = self._text.select(self._rows_NB[self.index])
         self.network.fill_cache(latents_BCTHW, sigma_BT, text, rope=self._rope, attention=Filling(self.cache))
         self.cache.commit(cut=self.clip.cuts[self.index])

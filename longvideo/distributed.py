@@ -1,4 +1,4 @@
-"""Which rank is where: data-parallel replicas, each of ranks that share a video's frames (sequence parallel)."""
+"""Places of ranks: data-parallel replicas, each of ranks that share a video's frames (sequence parallel)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
-HOST_BACKEND = "gloo"  # what is agreed on by processes, not by their devices
+HOST_BACKEND = "gloo"
+"""Backend of the group through which processes, not their devices, exchange values."""
 TIMEOUT_MINUTES = 30.0
 MOST_TIMEOUT_MINUTES = 365 * 24 * 60
 
@@ -42,10 +43,10 @@ class ParallelConfig(Bounded):
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks of one replica are neighbours: rank = replica * sequence + place. Without processes, one of one.
+    """Ranks of one replica are adjacent: rank = replica * sequence + place. Without a launcher there is one rank.
 
-    host_group: all ranks, through the CPU: nothing in it waits for a device. store: where ranks leave words for each
-    other, outside all groups. timeout: of every wait for other ranks.
+    host_group: group of all ranks through the CPU; nothing in it waits for a device. store: key-value store that all
+    ranks share, outside all groups. timeout: limit of every wait for other ranks.
     """
 
     world: int = 1
@@ -66,7 +67,7 @@ class Mesh:
 
     @property
     def place(self) -> int:
-        """Which part of a video's frames this rank holds."""
+        """Number of the part of a video's frames that this rank holds."""
         return self.rank % self.sequence
 
     @property
@@ -74,7 +75,7 @@ class Mesh:
         return self.rank == 0
 
     def limit_waits(self, group: dist.ProcessGroup) -> None:
-        """Let the waits of a group that another package made end as those of this mesh do."""
+        """Give the timeout of this mesh to a group that another package created."""
         dist.distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def barrier(self) -> None:
@@ -83,15 +84,15 @@ class Mesh:
             dist.barrier(group=self.host_group)
 
     def largest(self, values: Sequence[int]) -> list[int]:
-        """Return the largest of each value over all ranks; values are the host's, and no device is waited for."""
+        """Return the largest of each value over all ranks. Values are the host's, and no device is waited for."""
         if self.world == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host_group)
-        return found.tolist()
+        result = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=self.host_group)
+        return result.tolist()
 
     def share_refusal(self, refusal: Exception | None) -> None:
-        """Raise what the main rank gives, if anything, there, and RefusedByMain on all others."""
+        """Raise the main rank's exception there, if there is one, and RefusedByMain on all other ranks."""
         if self.largest([int(refusal is not None)])[0] and refusal is None:
             raise RefusedByMain("the main rank has refused to start")
         if refusal is not None:
@@ -99,7 +100,7 @@ class Mesh:
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
-        """Leave it to the main rank to raise a UserError that all ranks come to; the others raise RefusedByMain."""
+        """Let the main rank alone report a UserError that all ranks raise; the others raise RefusedByMain."""
         try:
             yield
         except UserError as error:
@@ -116,7 +117,7 @@ class Mesh:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something on rank 0 alone and return its result on all ranks; a UserError is raised on all of them."""
+        """Call a function on rank 0 alone and return its result on all ranks; a UserError is raised on all of them."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -138,17 +139,19 @@ class Mesh:
 
 
 def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store: dist.Store | None = None) -> Mesh:
-    """Divide the ranks of the default process group; every rank calls this once. Raises ConfigError if they do not
-    divide."""
+    """Divide the ranks of the default process group into replicas; every rank calls this once.
+
+    Raises ConfigError if they do not divide.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % sequence:
         raise ConfigError(
-            f"parallel.sequence={sequence} does not divide {world} ranks;"
-            f" use one of {', '.join(map(str, divisors(world)))}"
+            f"parallel.sequence is {sequence}; expected a divisor of the {world} ranks:"
+            f" {', '.join(map(str, divisors(world)))}"
         )
     if world == 1:
         return Mesh()
-    # a new group does not have the timeout of the default one unless it is told to
+    # a new group does not inherit the timeout of the default group
     timeout = timedelta(minutes=timeout_minutes)
     groups = [list(range(first, first + sequence)) for first in range(0, world, sequence)]
     rank = dist.get_rank()
@@ -163,18 +166,18 @@ def build_mesh(sequence: int, *, timeout_minutes: float = TIMEOUT_MINUTES, store
 
 
 def check_sequence(sequence: int, *, heads: int, chunk_counts: Sequence[int]) -> None:
-    """Raise ConfigError, naming the valid sizes, unless the ranks can share heads and chunks evenly."""
+    """Raise ConfigError, with the valid sizes, unless the ranks can share heads and chunks evenly."""
     valid = [n for n in divisors(heads) if all(count % n == 0 for count in chunk_counts)]
     if sequence not in valid:
         counts = ", ".join(map(str, sorted(set(chunk_counts))))
         raise ConfigError(
-            f"parallel.sequence={sequence} must divide {heads} attention heads and videos of {counts} chunks;"
-            f" use one of {', '.join(map(str, valid))}"
+            f"parallel.sequence is {sequence}; expected a divisor of {heads} attention heads and of videos of {counts}"
+            f" chunks: {', '.join(map(str, valid))}"
         )
 
 
 def divide(batch: int, mesh: Mesh, micro_batch: int | None) -> tuple[int, int]:
-    """Return the videos of one pass and the number of passes of a replica. Raises ConfigError if they do not divide."""
+    """Return the number of videos in one pass and of passes of a replica. Raises ConfigError if they do not divide."""
     per_replica, left = divmod(batch, mesh.replicas)
     size = micro_batch or max(per_replica, 1)
     if left or not per_replica or per_replica % size:
@@ -191,8 +194,10 @@ def divisors(number: int) -> list[int]:
 
 
 def start_processes(config: ParallelConfig, device: torch.device) -> dist.Store:
-    """Join the other ranks that a launcher started; return the store they share. Raises ConfigError where some do not
-    come in time."""
+    """Join the other ranks of a launcher; return the store they share.
+
+    Raises ConfigError if some do not join in time.
+    """
     timeout = timedelta(minutes=config.timeout_minutes)
     backend = "nccl" if device.type == "cuda" else HOST_BACKEND
     try:
@@ -201,7 +206,7 @@ def start_processes(config: ParallelConfig, device: torch.device) -> dist.Store:
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         raise ConfigError(
-            f"not all {process_rank().world} ranks came together within"
-            f" parallel.timeout_minutes={config.timeout_minutes:g}: {str(error).splitlines()[0]}"
+            f"not all {process_rank().world} ranks joined within parallel.timeout_minutes={config.timeout_minutes:g}:"
+            f" {str(error).splitlines()[0]}; start all of them, or use a longer timeout"
         ) from error
     return store

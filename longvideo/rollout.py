@@ -115,10 +115,10 @@ class CachedTransformer:
 
 @dataclass(frozen=True)
 class ContextLevel:
-    """Noise level at which later chunks see a finished one: sigma in its latents, told to the model as `told`."""
+    """Noise level at which later chunks see a finished one: sigma in its latents, model_sigma as input of the model."""
 
     sigma: float = 0.0
-    told: float = 0.0
+    model_sigma: float = 0.0
 
 
 CLEAN_CONTEXT = ContextLevel()

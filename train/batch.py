@@ -1,4 +1,4 @@
-"""One rank's input of a teacher-forcing step: latents, noise, noise levels and captions.
+"""Input of one rank in a teacher-forcing step: latents, noise, noise levels and captions.
 
 Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunks of a view, S tokens.
 """
@@ -32,10 +32,11 @@ class ViewStage(Bounded):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the views of a batch come from, for what is kept of them: numbers in the step's batch and in the view.
+    """Where the views of a batch come from, which decides where their prediction errors are stored.
 
-    sigma_BQ, trained_BQ: noise level of every chunk, and whether it gets a loss, on the host. given_BT: 1 at frames
-    that are given, on the device.
+    step: number of the step. samples: numbers of the views in the batch of the step. chunks: numbers of the chunks in
+    the view. sigma_BQ: noise level of every chunk, on the host. trained_BQ: whether a chunk has a loss, on the host.
+    given_BT: 1 at given frames, on the device.
     """
 
     step: int
@@ -48,13 +49,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """A rank's share of one pass: clean, noise, context_noise [B, C, T, H, W]; sigma, context_sigma, loss_mask [B, T];
-    ids, mask [B, Q, S], or features [B, Q, J, D].
+    """A rank's share of one pass.
 
-    sigma is what the noisy copy gets and the model is told; context_sigma what the clean copy gets, told as 0.
-    mean_weight: sum of the loss mask over all shares of a step, by their number, so that the mean of all shares' losses
-    is the mean over all frames that count, however they are divided. cuts: of the whole view, if they change positions
-    or what is seen. first_view: number of the first view in the batch of the step.
+    clean, noise, context_noise: [B, C, T, H, W]. sigma: noise level of the noisy copy, which the model is given, [B,
+    T]. context_sigma: noise level of the clean copy, which the model is given as 0, [B, T]. loss_mask: weight of a
+    frame in the loss, [B, T]. ids, mask: tokens, [B, Q, S]; None if there are features. features: [B, Q, J, D]; None if
+    there are tokens. mean_weight: sum of the loss mask over all shares of a step, divided by their number, so that the
+    mean of all shares' losses is the mean over all frames that count, however they are divided. cuts: whether each
+    chunk of the whole view opens a shot, if that changes positions or what is seen. origin: see `Origin`. first_view:
+    number of the first view in the batch of the step.
     """
 
     clean: Tensor
@@ -74,12 +77,14 @@ class ViewBatch:
     def shares(self, mesh: Mesh, micro_batch: int | None, chunk_frames: int) -> list[ViewBatch]:
         """Divide the batch of a whole step; return this rank's shares, one for each pass.
 
-        Raises ConfigError when views or chunks do not divide.
+        Raises ConfigError if views or chunks do not divide.
         """
         views, frames = self.sigma.shape
         size, passes = divide(views, mesh, micro_batch)
         if frames % (mesh.sequence * chunk_frames):
-            raise ConfigError(f"{frames // chunk_frames} chunks do not divide into {mesh.sequence} ranks")
+            raise ConfigError(
+                f"{frames // chunk_frames} chunks do not divide into {mesh.sequence} ranks; use a multiple"
+            )
         own = frames // mesh.sequence
         time = slice(mesh.place * own, (mesh.place + 1) * own)
         chunks = slice(time.start // chunk_frames, time.stop // chunk_frames)

@@ -1,4 +1,4 @@
-"""What a teacher-forcing step costs: the arithmetic that it needs, and the memory that it will take."""
+"""Cost of a teacher-forcing step: its arithmetic and its memory."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from longvideo.model.config import TransformerConfig
     from longvideo.model.spec import ChunkSpec
 
-BACKWARD = 3  # times the arithmetic of a forward pass, its own included
+BACKWARD = 3
+"""Arithmetic of a forward and a backward pass, in multiples of a forward pass."""
 
 
 def clip_flops(config: TransformerConfig, spec: ChunkSpec, chunks: int, visible: Tensor | None = None) -> float:
     """Return the operations of training on one clip: forward and backward, nothing computed twice or masked away.
 
-    visible: bool [chunks, chunks], which chunks a chunk sees, itself included; by default all earlier ones. Both copies
-    of every chunk count. A multiplication and an addition are two operations.
+    visible: bool [chunks, chunks], the chunks that a chunk sees, itself included; by default all earlier ones. Both
+    copies of every chunk count. A multiplication and an addition are two operations.
     """
     if visible is None:
         visible = torch.ones(chunks, chunks, dtype=torch.bool).tril()
     dim, tokens = config.dim, spec.tokens_per_chunk
     per_token = 2 * (6 * dim * dim + 2 * dim * config.ffn_dim)  # q k v o, cross q o, feed-forward
-    text = 2 * 2 * dim * dim * config.text_len  # cross k v of a prompt, made once for each chunk
-    cross = 4 * dim * config.text_len  # a token's attention to its prompt
-    attention = 4 * dim * tokens * tokens * 2 * int(visible.sum())  # clean and noisy rows see as many chunks
+    text = 2 * 2 * dim * dim * config.text_len  # cross k v of a prompt, computed once for each chunk
+    cross = 4 * dim * config.text_len  # attention of a token to its prompt
+    attention = 4 * dim * tokens * tokens * 2 * int(visible.sum())  # clean and noisy rows see the same chunks
     block = 2 * chunks * tokens * (per_token + cross) + chunks * text + attention
     patch = config.patch_size[1] * config.patch_size[2] * (config.in_channels + config.out_channels)
     return BACKWARD * (config.num_layers * block + 2 * 2 * chunks * tokens * dim * patch)
@@ -52,10 +53,11 @@ def estimate_memory(
     sequence: int,
     autocast: bool,
 ) -> MemoryEstimate:
-    """Estimate the peak of a teacher-forcing step on one rank.
+    """Estimate the peak memory of a teacher-forcing step on one rank.
 
-    chunks: of the longest clip. clips: of one pass. sequence: ranks that share a clip. autocast: whether fp32 weights
-    are cast as they are used, of which those that no block recomputes are kept.
+    chunks: number of chunks of the longest clip. clips: number of clips of one pass. sequence: number of ranks that
+    share a clip. autocast: whether fp32 weights are cast when they are used; the casts of weights that no block
+    recomputes are kept.
     """
     runs = clips * (2 * chunks - 1 if sequence == 1 else 2 * chunks / sequence)
     tokens = runs * spec.tokens_per_chunk
@@ -71,7 +73,7 @@ def estimate_memory(
 
 
 def copied_rows(chunks: int, sequence: int) -> float:
-    """Return the rows of keys and values that attention run by run copies, those of all runs together."""
+    """Return the rows of keys and values that block-wise attention copies, for all runs of tokens together."""
     clean = chunks - 1 if sequence == 1 else chunks
     seen = sum(range(1, chunks + 1)) + sum(range(1, clean + 1))  # every run sees earlier clean ones and itself
     return 2 * seen / (chunks + clean)

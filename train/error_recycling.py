@@ -1,6 +1,7 @@
-"""Recycled prediction errors: what a model gets wrong is kept and added to later inputs, so that it learns to mend it.
+"""Recycled prediction errors: errors of the model are stored and added to later inputs, so that it learns to correct
+them.
 
-The error recycling of Stable Video Infinity (arXiv 2510.09212), chunk by chunk for a causal model. A step is:
+This is the error recycling of Stable Video Infinity (arXiv 2510.09212), chunk by chunk for a causal model. A step is:
 
     injected = bank.inject(clean, noise, sigma_BQ, step=step)
     noisy = schedule.add_noise(injected.latents, injected.noise, sigma_BT)
@@ -8,13 +9,13 @@ The error recycling of Stable Video Infinity (arXiv 2510.09212), chunk by chunk 
     errors = prediction_errors(velocity, target, noisy, clean, sigma_BT)
     bank.add(*errors, sigma_BQ, used_clean=injected.used_clean, step=step)
 
-The target holds the injected noise and the ORIGINAL latents, not the injected ones: the model is to lead back to them.
-The random numbers behind every choice depend on (seed, step, sample, chunk) alone, with their numbers in the global
-batch and the whole clip, and so not on how a batch is split over ranks. The entries chosen from are the rank's own: it
-keeps the errors of its own chunks and no others.
+The target contains the injected noise and the ORIGINAL latents, not the injected ones, so the model learns to return to
+the originals. The random numbers of every choice depend only on (seed, step, sample, chunk), with the numbers of sample
+and chunk in the global batch and the whole clip, and so not on how a batch is divided over ranks. The entries to choose
+from are the rank's own: a rank stores the errors of its own chunks only.
 
-All indices are host integers and all copies asynchronous, so a step makes the host wait for nothing. `inject`, `add`
-and what lies between them must run on one stream.
+All indices are host integers and all copies are asynchronous, so the host never waits in a step. `inject`, `add` and
+everything between them must run on one stream.
 
 Shapes: B samples, C channels, T latent frames, H W latent grid, Q chunks of F frames each, so T = Q F.
 """
@@ -22,7 +23,7 @@ Shapes: B samples, C channels, T latent frames, H W latent grid, Q chunks of F f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from longvideo.flow.schedule import FlowSchedule
 
-STORAGES = ("host", "device")
 DTYPE = torch.bfloat16
 GIB = 2**30
 
@@ -69,7 +69,7 @@ class ErrorRecyclingConfig(Bounded):
     buckets: int = bounded(50, least=1, most=NUM_TRAIN_TIMESTEPS)
     entries: int = bounded(500, least=1)
     memory_gib: float = bounded(8.0, above=0)
-    storage: str = "host"
+    storage: Literal["host", "device"] = "host"
     warmup_steps: int = bounded(50, least=0)
     clean_probability: float = share(0.2)
     clean_kept: float = share(0.1)
@@ -78,18 +78,16 @@ class ErrorRecyclingConfig(Bounded):
     noise_probability: float = share(0.01)
     modulation: float = bounded(0.3, least=0, below=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.storage not in STORAGES:
-            raise ConfigError(f"recycling.storage={self.storage!r} is unknown; use one of {', '.join(STORAGES)}")
-
     @property
     def kinds(self) -> int:
-        """Tensors of errors: latent errors, and noise errors where they are used at all."""
+        """Number of tensors of errors: latent errors, and noise errors if they are used at all."""
         return 2 if self.noise_probability > 0 else 1
 
     def entries_within_memory(self, chunk_numel: int, *, pinned: bool) -> int:
-        """Return how many entries each bucket has, of chunks of so many numbers; raises ConfigError if none fits."""
+        """Return the number of entries in each bucket. Raises ConfigError if not one entry fits.
+
+        chunk_numel: numbers of a chunk. pinned: whether the memory is pinned.
+        """
         limit = int(self.memory_gib * GIB)
         if pinned and limit:
             # torch rounds an allocation of pinned memory up to a power of two
@@ -98,15 +96,15 @@ class ErrorRecyclingConfig(Bounded):
         entries = min(self.entries, limit // one_of_each)
         if entries < 1:
             raise ConfigError(
-                f"recycling.memory_gib={self.memory_gib} holds not one entry in each of recycling.buckets="
-                f"{self.buckets}, which take {one_of_each / GIB:.3g} GiB; use more memory or fewer buckets"
+                f"recycling.memory_gib is {self.memory_gib}; expected at least {one_of_each / GIB:.3g}, for one entry"
+                f" in each of recycling.buckets={self.buckets}; use more memory or fewer buckets"
             )
         return entries
 
 
 @dataclass(frozen=True)
 class Injected:
-    """What a step trains on, [B, C, T, H, W] each; used_clean [B], on the CPU: the samples meant to get no error."""
+    """Input of a step, [B, C, T, H, W] each. used_clean: whether a sample was to get no error, [B], on the CPU."""
 
     context: Tensor
     latents: Tensor
@@ -116,7 +114,9 @@ class Injected:
 
 @dataclass(frozen=True)
 class SampleDraw:
-    """Numbers from [0, 1), one for each decision about a sample; `keep` says whether errors of a clean one stay."""
+    """Numbers from [0, 1), one for each decision about a sample. keep: decides whether errors of a clean sample are
+    stored.
+    """
 
     clean: float
     context: float
@@ -141,9 +141,9 @@ class ChunkDraw:
 class ErrorBank:
     """Errors of the model by noise bucket: bounded, filled by `add`, read by `inject`.
 
-    latent_errors, noise_errors: [buckets, entries, C, F, H, W] bfloat16, allocated once, on the host or on `device`. A
-    full bucket has a random entry replaced. noise_errors is None where the configuration never injects them. filled:
-    entries that each bucket holds.
+    latent_errors, noise_errors: [buckets, entries, C, F, H, W] bfloat16, allocated once, on the host or on `device`;
+    noise_errors is None if the configuration never injects them. A new error replaces a random entry of a full bucket.
+    filled: number of entries in each bucket.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class ErrorBank:
         chunk_shape: tuple[int, int, int, int],
         seed: int,
         device: torch.device,
-    ):
-        """chunk_shape: C, F, H, W. device: where the model is trained."""
+    ) -> None:
+        """chunk_shape: C, F, H, W. device: device that the model is trained on."""
         self.config = config
         self.schedule = schedule
         self.chunk_shape = chunk_shape
@@ -191,12 +191,12 @@ class ErrorBank:
         """Return context, latents and noise with stored errors added to those of the drawn samples.
 
         A chunk of the context gets a latent error of any bucket, a chunk of the latents a latent error of the bucket of
-        its own noise level, a chunk of the noise a noise error of that bucket; none while the bucket is empty. The
-        target is `schedule.velocity(clean, injected.noise)`, with the clean latents that came in.
+        its own noise level, a chunk of the noise a noise error of that bucket; nothing is added while the bucket is
+        empty. The target is `schedule.velocity(clean, injected.noise)`, with the clean latents that were given.
 
         sigma_BQ: noise level of every chunk, on the CPU. samples [B], chunks [Q]: their numbers in the global batch and
-        in the whole clip, counted from 0 by default. given_BT: 1 at frames that stay as they are, such as the image of
-        an image-to-video sample.
+        in the whole clip, counted from 0 by default. given_BT: 1 at frames that stay unchanged, such as the image of an
+        image-to-video sample.
         """
         buckets_BQ = self._buckets(sigma_BQ, clean_BCTHW)
         samples, chunks = _numbers(samples, chunks, sigma_BQ)
@@ -240,10 +240,11 @@ class ErrorBank:
         chunks: Sequence[int] | None = None,
         trained_BQ: Tensor | None = None,
     ) -> None:
-        """Keep the errors of a step, as `prediction_errors` gives them, with what `inject` was given and gave.
+        """Store the errors of a step.
 
-        trained_BQ: on the CPU, the chunks that get a loss; errors of the others say nothing and are left out. An error
-        that is not finite is kept as zeros, so that one bad step spoils no later one.
+        The errors are those of `prediction_errors`, the other arguments those of `inject` and its result. trained_BQ:
+        on the CPU, the chunks that have a loss; errors of other chunks mean nothing and are left out. An error that is
+        not finite is stored as zeros, so that one bad step spoils no later one.
         """
         buckets_BQ = self._buckets(sigma_BQ, latent_error_BCTHW)
         samples, chunks = _numbers(samples, chunks, sigma_BQ)
@@ -254,23 +255,26 @@ class ErrorBank:
             for q, chunk in enumerate(chunks):
                 if trained_BQ is None or trained_BQ[b, q]:
                     bucket = buckets_BQ[b][q]
-                    # two chunks may fall on one slot: the later one has it, in whatever order the copies run
+                    # if two chunks get the same slot, the later one is kept, whatever the order of the copies
                     places[bucket, self._slot(bucket, self._chunk_draw(step, sample, chunk))] = b, q
         both = (latent_error_BCTHW, noise_error_BCTHW)
         for errors, new in zip(self.errors, both[: self.config.kinds], strict=True):
             self._write(errors, new, places)
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a later run needs to go on bit for bit, uncopied. Waits for copies to the host to end."""
+        """Return everything that a later run needs to resume bit for bit, without copies. Waits for copies to the host
+        to end.
+        """
         if self.pinned:
             torch.cuda.synchronize()
         return {"errors": self.errors, "filled": torch.tensor(self.filled)}
 
     def load(self, states: Sequence[Weights], *, rank: int = 0, world: int = 1) -> None:
-        """Take back what `state` gave on each rank that wrote a checkpoint.
+        """Restore what `state` returned on each rank that wrote a checkpoint.
 
-        As many ranks as wrote it take back their own errors; among another number, errors are dealt out in turn, and
-        what a bucket has no place for is left out. Raises CheckpointError where they are of another configuration.
+        With the same number of ranks, each restores its own errors. With another number, errors are divided in turn,
+        and those that do not fit into a bucket are left out. Raises CheckpointError for errors of another
+        configuration.
         """
         states = [state for state in states if state.infos]
         for state in states:
@@ -292,26 +296,26 @@ class ErrorBank:
                     buckets[bucket, slot] = read_range(errors, place * size, size).view(self.chunk_shape)
 
     def _check(self, errors: TensorInfo) -> None:
-        """Raise CheckpointError unless stored errors are of this bank's kinds, buckets and chunks."""
+        """Raise CheckpointError unless stored errors have this bank's kinds, buckets and chunks."""
         kinds, buckets, _, *chunk = errors.shape
         if (kinds, buckets, tuple(chunk)) != (self.config.kinds, self.config.buckets, self.chunk_shape):
-            wanted = [self.config.kinds, self.config.buckets, self.entries, *self.chunk_shape]
+            expected = [self.config.kinds, self.config.buckets, self.entries, *self.chunk_shape]
             raise CheckpointError(
-                f"the checkpoint's errors have shape {list(errors.shape)}, wanted {wanted}"
+                f"the checkpoint's errors have shape {list(errors.shape)}; expected {expected}"
                 " [kinds, buckets, entries, C, F, H, W]; resume with the recycling settings that it was saved with"
             )
 
     def _buckets(self, sigma_BQ: Tensor, x_BCTHW: Tensor) -> list[list[int]]:
         batch, channels, frames, height, width = x_BCTHW.shape
-        wanted = (batch, sigma_BQ.shape[1] * self.chunk_shape[1]), self.chunk_shape
+        expected = (batch, sigma_BQ.shape[1] * self.chunk_shape[1]), self.chunk_shape
         got = (sigma_BQ.shape[0], frames), (channels, self.chunk_shape[1], height, width)
-        if got != wanted:
+        if got != expected:
             raise ValueError(
-                f"latents {list(x_BCTHW.shape)} with sigma {list(sigma_BQ.shape)} are no chunks of"
-                f" {list(self.chunk_shape)} [C, F, H, W]; give sigma [B, Q] and latents [B, C, Q F, H, W]"
+                f"latents are {list(x_BCTHW.shape)} and sigma is {list(sigma_BQ.shape)}; expected [B, C, Q F, H, W] and"
+                f" [B, Q] with chunks of {list(self.chunk_shape)} [C, F, H, W]"
             )
         if sigma_BQ.device.type != "cpu":
-            raise ValueError(f"sigma is on {sigma_BQ.device}, wanted the CPU: its buckets choose memory on the host")
+            raise ValueError(f"sigma is on {sigma_BQ.device}; expected the CPU, because its buckets are host indices")
         return noise_bucket(sigma_BQ, self.config.buckets, shift=self.schedule.shift).tolist()
 
     def _sample_draw(self, step: int, sample: int) -> SampleDraw:
@@ -337,12 +341,12 @@ class ErrorBank:
         return self.filled[bucket] - 1
 
     def _pick(self, errors: Tensor, bucket: int, entry: float, factor: float) -> Pick | None:
-        """Choose one of a bucket's entries, None where it has none yet."""
+        """Choose one of a bucket's entries, or None if it has none yet."""
         filled = self.filled[bucket]
         return (errors[bucket, int(entry * filled)], self._factor(factor)) if filled else None
 
     def _pick_any(self, entry: float, factor: float) -> Pick | None:
-        """Choose one of all latent errors, each as likely as the others."""
+        """Choose one of all latent errors, all of them equally likely."""
         number = int(entry * sum(self.filled))
         for bucket, filled in enumerate(self.filled):
             if number < filled:
@@ -355,14 +359,14 @@ class ErrorBank:
 
     def _added(self, x_BCTHW: Tensor, picks: Mapping[Place, Pick | None], given_BT: Tensor | None) -> Tensor:
         """Add the picked errors to their chunks."""
-        found = {place: pick for place, pick in picks.items() if pick is not None}
-        if not found:
+        errors = {place: pick for place, pick in picks.items() if pick is not None}
+        if not errors:
             return x_BCTHW
         batch, chunks = x_BCTHW.shape[0], x_BCTHW.shape[2] // self.chunk_shape[1]
         drawn_BQCFHW = torch.zeros((batch, chunks, *self.chunk_shape), dtype=DTYPE, device=x_BCTHW.device)
-        _copy((drawn_BQCFHW[place] for place in found), (error for error, _ in found.values()))
+        _copy((drawn_BQCFHW[place] for place in errors), (error for error, _ in errors.values()))
         factor_BQ = torch.zeros(batch, chunks, dtype=x_BCTHW.dtype)
-        for place, (_, factor) in found.items():
+        for place, (_, factor) in errors.items():
             factor_BQ[place] = factor
         error_BQCFHW = drawn_BQCFHW * _to_device(factor_BQ, x_BCTHW.device)[:, :, None, None, None, None]
         error_BCTHW = error_BQCFHW.transpose(1, 2).flatten(2, 3)
@@ -381,16 +385,18 @@ class ErrorBank:
 def _numbers(
     samples: Sequence[int] | None, chunks: Sequence[int] | None, sigma_BQ: Tensor
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Fill in the numbers of samples and chunks that were not given, and check those that were."""
+    """Fill in the numbers of samples and chunks that are None, and check the others."""
     batch, count = sigma_BQ.shape
     samples, chunks = samples or range(batch), chunks or range(count)
     if (len(samples), len(chunks)) != (batch, count):
-        raise ValueError(f"{len(samples)} samples and {len(chunks)} chunks are numbered, wanted {batch} and {count}")
+        raise ValueError(
+            f"there are {len(samples)} sample and {len(chunks)} chunk numbers; expected {batch} and {count}"
+        )
     return samples, chunks
 
 
 def _copy(to: Iterable[Tensor], source: Iterable[Tensor]) -> None:
-    """Copy each tensor into its partner, from host to device or back too, without waiting."""
+    """Copy each tensor into its partner, from host to device or back, without waiting."""
     destinations = list(to)
     if destinations:
         torch._foreach_copy_(destinations, list(source), non_blocking=True)

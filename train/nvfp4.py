@@ -1,4 +1,4 @@
-"""Training in NVFP4: what a configuration says of it, and the seeds of stochastic rounding step by step."""
+"""Training in NVFP4: its configuration, and the seeds of stochastic rounding for every step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class NVFP4Config(Bounded):
 
     enabled: whether the blocks train in NVFP4.
     keep: layers of the blocks that are not quantized, by official name, `*` for anything.
-    inputs: rule for the scales of inputs, `static6` or `adaptive`.
-    weights: rule for the scales of weights, `static6` or `adaptive`.
+    inputs: rule for the scales of inputs, such as `static6` or `adaptive`.
+    weights: rule for the scales of weights, such as `static6` or `adaptive`.
     tiles: whether a scale of the weights covers a tile of 16 x 16 values rather than 16 values of a row.
     stochastic_gradients: whether gradients are rounded stochastically.
     hadamard: whether both operands of the weight gradient get a random Hadamard transform.
@@ -51,7 +51,7 @@ class NVFP4Config(Bounded):
         rules = [rule.value for rule in Rule]
         for name in ("inputs", "weights"):
             if getattr(self, name) not in rules:
-                raise ConfigError(f"nvfp4.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(rules)}")
+                raise ConfigError(f"nvfp4.{name} is {getattr(self, name)!r}; expected one of {', '.join(rules)}")
 
     def recipe(self) -> TrainingRecipe:
         return TrainingRecipe(
@@ -63,16 +63,17 @@ class NVFP4Config(Bounded):
         )
 
 
-ONE_SCALE = "NVFP4 has one scale for what a rank computes together, so losses are comparable, not equal"
+ONE_SCALE = "NVFP4 uses one scale for all values that a rank computes together, so losses are comparable, not equal"
 
 
 class StepRounding:
-    """How a model's layers round, as a function of seed, step, the first view of a pass and the place in it.
+    """Rounding of a model's layers, as a function of seed, step, the first view of a pass and the place.
 
-    place: which part of the views' frames this rank holds. steps: that round; none after them do.
+    place: number of the part of the views' frames that this rank holds. steps: number of steps that round; later ones
+    do not.
     """
 
-    def __init__(self, layers: TrainingLayers, *, seed: int, place: int, steps: float):
+    def __init__(self, layers: TrainingLayers, *, seed: int, place: int, steps: float) -> None:
         self.layers, self.seed, self.place, self.steps = layers, seed, place, steps
         self._step = 0
         self._generator = torch.Generator()
@@ -82,15 +83,15 @@ class StepRounding:
         self.layers.set_rounding(step < self.steps)
 
     def next_pass(self, first_view: int) -> None:
-        """Take the seeds of a pass. first_view: number of its first view in the batch of the step."""
+        """Draw the seeds of a pass. first_view: number of its first view in the batch of the step."""
         if self.layers.seeds is not None:
             parts = (self.seed, "rounding", self._step, first_view, self.place)
             self.layers.seeds.draw(seeded(self._generator, *parts))
 
     def note(self, written: RunState, mesh: Mesh) -> str | None:
-        """Say why losses after a resume are not those of an uninterrupted run, where they are not."""
+        """Return why losses after a resume differ from those of an uninterrupted run, or None if they do not."""
         if self.layers.seeds is None:
-            return "TransformerEngine rounds with random numbers of its own: losses are comparable, not equal"
+            return "TransformerEngine rounds with its own random numbers: losses are comparable, not equal"
         if changed := written.changed_ranks(mesh.world, mesh.sequence):
             return f"{changed}: {ONE_SCALE}"
         return None
@@ -99,7 +100,7 @@ class StepRounding:
 def prepare(
     config: NVFP4Config, transformer: CausalTransformer, *, seed: int, place: int, total_steps: int
 ) -> StepRounding | None:
-    """Let a transformer, which is on its device, train as configured."""
+    """Prepare a transformer, which is on its device, for training as configured; None if nothing is to round."""
     if not config.enabled:
         return None
     try:

@@ -28,8 +28,8 @@ def prediction_errors(
 ) -> tuple[Tensor, Tensor]:
     """Return the latent errors x0_pred - x0 and the noise errors (v_pred - v_target) (1 - sigma), float32.
 
-    x0 are the original latents, whatever was injected, and sigma_BT is what the noisy copy got. A frame of sigma 0 is
-    given, not predicted: its noise error is 0, as its latent error is by itself.
+    x0 are the original latents, whatever was injected, and sigma_BT is the noise level of the noisy copy. A frame of
+    sigma 0 is given, not predicted: its noise error is set to 0; its latent error is 0 by definition.
     """
     sigma = expand(sigma_BT.float())
     latent_error = noisy_BCTHW.float() - sigma * velocity_BCTHW.float() - clean_BCTHW.float()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from longvideo.distributed import Mesh, ParallelConfig
-from longvideo.errors import ConfigError
 from longvideo.kernels.backends import attention_backend
 from longvideo.machine.launcher import launched
 from longvideo.model.attention import AttentionPattern, Blockwise, Masked, StaticPattern
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
     from longvideo.train.nvfp4 import StepRounding
 
 SIGMA_BUCKETS = 4
-KEPT_PASSES = 32  # masks and rotations, one for each pattern of cuts
+KEPT_PASSES = 32
+"""Number of plans that are kept: masks and rotations, one for each pattern of cuts."""
 ATTENTION = {"blockwise": Blockwise, "masked": Masked}
-CONTEXTS = ("all", "window")
 
 
 @dataclass(frozen=True)
@@ -56,32 +55,27 @@ class TeacherForcingConfig:
 
     compile: bool = True
     compile_mode: str = "default"
-    attention: str = "blockwise"
-    context: str = "all"
+    attention: Literal["blockwise", "masked"] = "blockwise"
+    context: Literal["all", "window"] = "all"
     checkpoint: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (("attention", ATTENTION), ("context", CONTEXTS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"objective.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
 
 
 def runnable(config: TeacherForcingConfig, parallel: ParallelConfig) -> TeacherForcingConfig:
-    """Return the configuration without compilation where ZeRO shards the weights, and log that.
+    """Return the configuration, without compilation if ZeRO shards the weights; that is logged.
 
     DeepSpeed gathers a layer's weights when the layer is called, which compiled code does not do.
     """
     if not (config.compile and launched() and parallel.zero_stage == 3):
         return config
-    logging.getLogger(__name__).warning("objective.compile is off: parallel.zero_stage=3 shards the weights")
+    logging.getLogger(__name__).warning("objective.compile is off because parallel.zero_stage=3 shards the weights")
     return replace(config, compile=False)
 
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What depends on the number of chunks of a view and on its cuts alone.
+    """Positions and attention of a pass; they depend only on the number of chunks of a view and on its cuts.
 
-    seen_frames: own latent frames that have a clean copy.
+    seen_frames: number of own latent frames that have a clean copy.
     """
 
     rope: Rope
@@ -90,11 +84,11 @@ class ViewPlan:
 
 
 class TeacherForcing(Objective):
-    """Trains a transformer, and its text encoder too where there is one, on views of any number of chunks.
+    """Trains a transformer, and its text encoder if there is one, on views of any number of chunks.
 
-    text_encoder: tokens to features; None where batches bring features. bank: recycles errors of batches that say where
-    they come from. rounding: of the transformer, where it trains in 4 bits. context: noise level at which generation
-    keeps finished chunks, and so at which the clean copy is shown.
+    text_encoder: tokens to features; None if batches contain features. bank: recycles errors of batches with an
+    `Origin`. rounding: rounding of a transformer that trains in 4 bits. context: noise level at which generation caches
+    finished chunks, and so at which the clean copy is shown.
     """
 
     def __init__(
@@ -110,7 +104,7 @@ class TeacherForcing(Objective):
         bank: ErrorBank | None = None,
         rounding: StepRounding | None = None,
         context: ContextLevel = CLEAN_CONTEXT,
-    ):
+    ) -> None:
         super().__init__()
         self.rounding = rounding
         self.context = context
@@ -132,7 +126,7 @@ class TeacherForcing(Objective):
                 self._run = torch.compile(self._loss, dynamic=False, mode=config.compile_mode)
 
     def facts(self) -> list[str]:
-        """Return what the start line of a run says of attention, products and compilation."""
+        """Return the parts of the start line about attention, products and compilation."""
         config = self.config
         products = "not quantized" if self.rounding is None else f"NVFP4, {self.rounding.layers.description}"
         return [
@@ -160,7 +154,7 @@ class TeacherForcing(Objective):
                 chunks=origin.chunks,
                 given_BT=origin.given_BT,
             )
-        # validation is too little to be compiled for
+        # validation is too short to be worth a compilation
         run = self._run if torch.is_grad_enabled() else self._loss
         loss, metrics, velocity = run(
             clean,
@@ -193,7 +187,9 @@ class TeacherForcing(Objective):
         return loss, metrics
 
     def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
-        """Return what a view of so many own chunks needs; cuts: of the whole view, None for none that matter."""
+        """Return the plan of a view with this number of own chunks. cuts: those of the whole view, None if they do not
+        matter.
+        """
         key = (chunks, cuts)
         if key not in self._passes:
             if len(self._passes) == KEPT_PASSES:
@@ -238,13 +234,13 @@ class TeacherForcing(Objective):
         mean_weight: Tensor,
         prepared: ViewPlan,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        # only frames that are given have no noise, and those stay clean in every pass
-        is_made = (sigma > 0).to(sigma)
-        level = torch.maximum(context_sigma, self.context.sigma * is_made)
+        # only given frames have no noise, and they stay clean in every pass
+        is_generated = (sigma > 0).to(sigma)
+        level = torch.maximum(context_sigma, self.context.sigma * is_generated)
         context = self.schedule.add_noise(context_clean, context_noise, level)
         features = self._features(ids, mask) if features is None else features
         noisy = self.schedule.add_noise(latents, noise, sigma)
-        velocity = self.velocity(context, noisy, self.context.told * is_made, sigma, features, prepared)
+        velocity = self.velocity(context, noisy, self.context.model_sigma * is_generated, sigma, features, prepared)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
         loss = (self.schedule.loss_weight(sigma) * error_BT * loss_mask).sum() / mean_weight
         return loss, _metrics(error_BT, sigma, loss_mask), velocity
@@ -263,7 +259,7 @@ class TeacherForcing(Objective):
         features_BQJD: Tensor,
         prepared: ViewPlan,
     ) -> Tensor:
-        """Return the velocity of the noisy copy, [B, C, T, H, W]. Levels are those that the model is told."""
+        """Return the velocity of the noisy copy, [B, C, T, H, W]. The levels are those that the model is given."""
         seen = prepared.seen_frames
         text = self.transformer.encode_text(features_BQJD.flatten(0, 1))
         velocity = self.transformer(
@@ -278,9 +274,9 @@ class TeacherForcing(Objective):
 
 
 def _of_runs(text: TextContext, chunks: int, seen: int) -> TextContext:
-    """Give every run of tokens its chunk's prompt: those of the clean copies, then of the noisy ones.
+    """Give every run of tokens its chunk's prompt: first the runs of clean copies, then those of noisy ones.
 
-    Slices, since the gradient of an index is a scatter with atomics.
+    It uses slices, because the gradient of an index is a scatter with atomics.
     """
 
     def runs(x: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ def keys(
     if name is None:
         print(f"commands: {', '.join(SCHEMAS)}\npresets: {', '.join(packaged_configs())}")
         return
-    found = list(keys_of(SCHEMAS[name]())) if name in SCHEMAS else list(keys_of(*_of_file(name)))
-    for key in select_keys(found, prefix) if prefix else found:
+    explained = list(keys_of(SCHEMAS[name]())) if name in SCHEMAS else list(keys_of(*_of_file(name)))
+    for key in select_keys(explained, prefix) if prefix else explained:
         print(f"{key.name}={key.value}  ({key.type})")
         if key.text:
             print(textwrap.fill(key.text, WIDTH, initial_indent="    ", subsequent_indent="    "))

@@ -27,8 +27,8 @@ def run(options: RunOptions) -> None:
     Prompts are ShapeWorld's, or `prompts=FILE` (one a line; `.jsonl` with a list of shots a line), or the captions of
     `data=CLIPS`, a folder that `longvideo data encode` made, whose first frames can be given too.
 
-    The run folder is laid out as that of `longvideo train ar`: `lora/` holds the student's adapter in peft's and in
-    diffusers' naming, `model/` whole weights.
+    The run folder has the files of `longvideo train ar`. In addition, `lora/` holds the student's adapter with the
+    names of peft and of diffusers; `model/` holds whole weights.
 
     On a GPU: `longvideo distill tiny/dmd --out runs/dmd`
 
@@ -50,7 +50,7 @@ def run(options: RunOptions) -> None:
 
         return DistillRecipe(config, device, mesh, dry_run=options.dry_run > 0)
 
-    def build_engine(config: Distillation, recipe: DistillRecipe, mesh: Mesh, device: torch.device) -> PairedEngine:
+    def build_engine(_config: Distillation, recipe: DistillRecipe, mesh: Mesh, _device: torch.device) -> PairedEngine:
         return recipe.engine(mesh)
 
     train(options, Distillation, build, default_config="tiny/dmd", build_engine=build_engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,37 +17,36 @@ def merge(
     steps: Annotated[int, typer.Option(help="Solver steps that the merged model generates with by default.")] = 4,
     clean_pass: Annotated[
         bool | None,
-        typer.Option(help="Whether it runs a clean pass after each chunk, as it was trained to; default: as MODEL."),
+        typer.Option(help="Whether the merged model runs a clean pass after each chunk.  [default: as MODEL]"),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits.")
+        Literal["bf16", "nvfp4"],
+        typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits."),
     ] = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
     """Add a LoRA adapter to the weights of a model folder.
 
-    Sums are made in fp32 and rounded once. A packed MODEL is unpacked for it; better give the folder it was packed
-    from. The result generates without guidance.
+    Sums are computed in fp32 and rounded once. A packed MODEL is unpacked first; the folder that it was packed from
+    gives better weights. The result generates without guidance.
 
     `longvideo merge tiny runs/dmd/lora merged`
     """
-    if precision not in ("bf16", "nvfp4"):
-        raise UserError(f"--precision {precision} is unknown; use bf16 or nvfp4")
     if steps < 1:
-        raise UserError(f"--steps {steps} must be at least 1")
+        raise UserError(f"--steps is {steps}; expected a number of at least 1")
     if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists; choose another place or add --overwrite")
+        raise UserError(f"{destination} exists; choose another folder or add --overwrite")
     from longvideo.checkpoint.adapters import Adapter, layer_sizes
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.modules import OnMeta
     from longvideo.distill.merging import save_merged
     from longvideo.model.transformer import CausalTransformer
 
-    folder, found = ModelFolder.open(model), Adapter.load(adapter)
+    folder, lora = ModelFolder.open(model), Adapter.load(adapter)
     with OnMeta():
         sizes = layer_sizes(CausalTransformer(folder.transformer_config))
-    found.check_fits(sizes, model, str(adapter))
+    lora.check_fits(sizes, model, str(adapter))
     save_merged(
-        folder, found, destination, steps=steps, clean_pass=clean_pass, packed=precision == "nvfp4", overwrite=overwrite
+        folder, lora, destination, steps=steps, clean_pass=clean_pass, packed=precision == "nvfp4", overwrite=overwrite
     )
-    print(f"{destination}: {len(found.layers)} layers of {model} with {adapter} in them, {steps} steps, no guidance")
+    print(f"{destination}: {model} with {adapter} added to {len(lora.layers)} layers, {steps} steps, no guidance")

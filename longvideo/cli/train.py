@@ -52,7 +52,7 @@ def ar(options: RunOptions) -> None:
     take the transformer and the text encoder from. The preset `tiny/ar_opening` trains how videos begin, `tiny/ar`
     continues from it with how they go forward.
 
-    The run folder is laid out as that of `train vae`. Its `model/` is complete: `longvideo generate --model RUN/model`.
+    The run folder has the files of `train vae`. Its `model/` is complete: `longvideo generate --model RUN/model`.
 
     On a GPU: `longvideo train ar tiny/ar_opening --out runs/ar_opening --max-minutes 9`
 
@@ -87,7 +87,7 @@ def clips(options: RunOptions) -> None:
     every epoch. `initialize` names the model folder that everything else comes from. With `--dry-run`, neither is
     needed.
 
-    The run folder is laid out as that of `train vae`. Its `model/` is complete where that of `initialize` is.
+    The run folder has the files of `train vae`. Its `model/` is complete if `initialize` is complete.
 
     On GPUs: `torchrun --nproc-per-node 8 -m longvideo train clips wan/ar data=clips initialize=wan parallel.sequence=4`
 

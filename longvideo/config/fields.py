@@ -1,4 +1,4 @@
-"""Bounds of the numbers of a configuration: declared beside their defaults, checked wherever one is made or read."""
+"""Bounds of the numbers of a configuration: declared with their defaults, checked when a value is set or read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_STEPS = 10**9
 
 @dataclass(frozen=True)
 class Bounds:
-    """least and most belong to the range, above and below do not. Nothing that is not finite does."""
+    """A range of finite numbers: least and most belong to it, above and below do not."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -34,15 +34,15 @@ class Bounds:
     def __str__(self) -> str:
         if -math.inf < self.least and self.most < math.inf:
             return f"from {self.least:g} to {self.most:.16g}"
-        low = [f"at least {self.least:g}"] if self.least > -math.inf else []
+        low = [f"of at least {self.least:g}"] if self.least > -math.inf else []
         low += [f"above {self.above:g}"] if self.above > -math.inf else []
-        high = [f"at most {self.most:.16g}"] if self.most < math.inf else []
+        high = [f"of at most {self.most:.16g}"] if self.most < math.inf else []
         high += [f"below {self.below:g}"] if self.below < math.inf else []
-        return " and ".join(low + high) or "a finite number"
+        return " and ".join(low + high)
 
 
 def bounded(default: Any, **bounds: float) -> Any:
-    """Return a dataclass field for a number, an optional one, or a list of them. bounds: of `Bounds`."""
+    """Return a dataclass field for a number, an optional one, or a list of them. bounds: arguments of `Bounds`."""
     metadata = {BOUNDS: Bounds(**bounds)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -65,7 +65,7 @@ def seed_field() -> Any:
 
 
 class Bounded:
-    """Base of a configuration whose numbers are checked when it is made; raises ConfigError naming the field."""
+    """Base class of a configuration that checks its numbers when it is created; ConfigError names the field."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -73,12 +73,12 @@ class Bounded:
 
 
 def check_field(value: Any, field: dataclasses.Field[Any], key: str) -> None:
-    """Raise ConfigError unless a value that is a number, or a list of numbers, lies in the bounds of its field."""
+    """Raise ConfigError unless a number, or every number of a list, is within the bounds of its field."""
     bounds = field.metadata.get(BOUNDS, Bounds())
     for number, place in _numbers(value, key):
         if not bounds.hold(number):
-            wanted = str(bounds) if -math.inf < number < math.inf else "a finite number"
-            raise ConfigError(f"{place}={shown(number)} must be {wanted}")
+            expected = f"a number {bounds}" if -math.inf < number < math.inf and str(bounds) else "a finite number"
+            raise ConfigError(f"{place} is {shown(number)}; expected {expected}")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[float, str]]:

@@ -72,7 +72,7 @@ def explanations(schema: type) -> dict[str, str]:
 
 
 def select_keys(keys: Sequence[Key], prefix: str) -> list[Key]:
-    """Return the keys that are at or below a prefix such as `optimizer`. Raises ConfigError where there is none."""
+    """Return the keys at or below a prefix such as `optimizer`. Raises ConfigError if there is no such key."""
     chosen = [key for key in keys if key.name == prefix or key.name.startswith((f"{prefix}.", f"{prefix}["))]
     if not chosen:
         top = dict.fromkeys(re.split(r"[.\[]", key.name)[0] for key in keys)

@@ -1,7 +1,7 @@
 """Read configuration: the defaults of a dataclass, then YAML files, then `key=value`, checked against the dataclass.
 
-A schema is a (nested) frozen dataclass; each default stands there and nowhere else. Unknown keys and wrong types raise
-ConfigError, which names the key, where it was written, and the nearest valid key.
+A schema is a (nested) frozen dataclass; each default is written there and nowhere else. Unknown keys and wrong types
+raise ConfigError, which names the key, the file, and the nearest valid key.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ MOST_SHOWN = 200
 
 
 def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
-    """Build `schema` from its defaults, then each file in turn, then each `key=value`; later ones win.
+    """Return an instance of `schema` from its defaults, then each file in turn, then each `key=value`; later ones win.
 
-    A list is replaced as a whole by a file; an override reaches into it as `stages[0].steps=100`.
+    A file replaces a list as a whole; an override can replace one item, as in `stages[0].steps=100`.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a wrong type, a value that nobody set.
+        ConfigError: for a file that cannot be read, an unknown key, a wrong type, and a key without a value.
     """
     config = cast("DictConfig", OmegaConf.structured(schema))
     for file in files:
@@ -48,7 +48,7 @@ def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Se
 
 
 def sets_key(key: str, files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> bool:
-    """Say whether a file, or a `key=value`, sets a top-level key or anything below it."""
+    """Return whether a file, or a `key=value`, sets a top-level key or anything below it."""
     names = [override.partition("=")[0].split(".")[0].split("[")[0] for override in overrides]
     return key in names or any(key in _read(Path(file)) for file in files)
 
@@ -63,7 +63,7 @@ def find_config(name: str | Path) -> Path:
     """Return the YAML file at the path `name`, or else the packaged one, such as `tiny/vae`.
 
     Raises:
-        ConfigError: neither exists; the message lists what is packaged.
+        ConfigError: if neither exists; the message lists the packaged names.
     """
     if Path(name).is_file():
         return Path(name)
@@ -77,31 +77,31 @@ def find_config(name: str | Path) -> Path:
 
 
 def to_yaml(config: Any) -> str:
-    """Write a config dataclass as YAML that `load_config` reads back to an equal one."""
+    """Return a configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
-        raise ConfigError(f"no configuration file at {file}")
+        raise ConfigError(f"there is no configuration file {file}; check the path")
     try:
         values = read_yaml(file, what="configuration").value
     except UserError as error:
         raise ConfigError(str(error)) from error
     values = {} if values is None else values
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{file}: holds a {type(values).__name__}, wanted `key: value` lines")
+        raise ConfigError(f"{file} holds a {type(values).__name__}; expected lines of the form `key: value`")
     if wrong := [key for key in values if not isinstance(key, str)]:
-        raise ConfigError(f"{file}: the key {wrong[0]!r} is not text")
+        raise ConfigError(f"{file}: the key {wrong[0]!r} is not text; write it in quotes")
     return cast("Mapping[str, Any]", values)
 
 
 def _parse_override(override: str, config: DictConfig) -> Mapping[str, Any]:
-    """Return `a.b[0].c=value` as nested data; around an index stands the whole present list."""
+    """Return `a.b[0].c=value` as nested data, with the whole present list around an index."""
     key, equals, text = override.partition("=")
     steps = key.strip().replace("[", ".").replace("]", "").split(".")
     if not equals or not all(steps):
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} is no override; write key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not a setting; write key=value")
     try:
         value = parse_yaml(text, where=COMMAND_LINE).value
     except UserError as error:
@@ -117,7 +117,7 @@ def _set_item(config: DictConfig, steps: Sequence[str], index: int, value: objec
     node = OmegaConf.select(config, ".".join(steps), throw_on_missing=False)
     items = list(cast("Sequence[Any]", OmegaConf.to_container(node))) if OmegaConf.is_config(node) else []
     if index >= len(items):
-        raise ConfigError(f"{COMMAND_LINE}: {'.'.join(steps)} has {len(items)} items, none with index {index}")
+        raise ConfigError(f"{COMMAND_LINE}: {'.'.join(steps)} has {len(items)} items, but no index {index}")
     if isinstance(value, Mapping) and isinstance(items[index], Mapping):
         value = OmegaConf.to_container(OmegaConf.merge(items[index], value))
     items[index] = value
@@ -133,7 +133,7 @@ def _merge(config: DictConfig, values: Mapping[str, Any], schema: type, *, sourc
 
 
 def _build(config: DictConfig, *, source: str) -> object:
-    """Make the dataclass, so that the checks of its own `__post_init__` run once, on the final values."""
+    """Create the dataclass, so that the checks of its own `__post_init__` run once, on the final values."""
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{source}: no value for {', '.join(missing)}; set it in a file or as {missing[0]}=VALUE")
@@ -146,9 +146,9 @@ def _build(config: DictConfig, *, source: str) -> object:
 
 
 def _check_numbers(node: DictConfig, key: str) -> None:
-    """Check the numbers of a structured node, and of those in it, before objects of its classes are made.
+    """Check the numbers of a structured node, and of the nodes in it, before instances of its classes are created.
 
-    Here, unlike in a class, the whole key is known.
+    The whole key is known here, and not in a class.
     """
     schema = OmegaConf.get_type(node)
     for field in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
@@ -169,7 +169,7 @@ class _Checker:
     source: str
 
     def check(self, value: Any, annotation: Any, key: str) -> Any:
-        """Return `value` ready to be merged, dataclasses inside tuples typed; raise ConfigError where it is wrong."""
+        """Return `value` ready to be merged, with typed dataclasses inside tuples; raise ConfigError if it is wrong."""
         annotation, optional = _strip_optional(annotation)
         if (value is None and optional) or _is_open(value):
             return value
@@ -209,13 +209,13 @@ class _Checker:
     def _check_item(self, value: Any, annotation: Any, key: str) -> Any:
         checked = self.check(value, annotation, key)
         inner, _ = _strip_optional(annotation)
-        # OmegaConf leaves a tuple of dataclasses untyped, so each item is given its type here
+        # OmegaConf leaves a tuple of dataclasses untyped, so each item gets its type here
         return OmegaConf.merge(OmegaConf.structured(inner), checked) if dataclasses.is_dataclass(inner) else checked
 
     def _wrong_type(self, value: Any, annotation: Any, key: str) -> ConfigError:
         shown = repr(value)
         shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
-        return ConfigError(f"{self.source}: {key or 'the file'} is {shown}, wanted {_describe(annotation)}")
+        return ConfigError(f"{self.source}: {key or 'the file'} is {shown}; expected {_describe(annotation)}")
 
     def _hint(self, schema: type, parent: str, name: object) -> str:
         siblings = [field.name for field in dataclasses.fields(schema)]
@@ -228,7 +228,7 @@ class _Checker:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Say whether OmegaConf would convert `value` to `annotation`."""
+    """Return whether OmegaConf would convert `value` to `annotation`."""
     probe = OmegaConf.structured(dataclasses.make_dataclass("Probe", [("value", annotation)]))
     try:
         OmegaConf.merge(probe, {"value": value})
@@ -238,7 +238,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _is_open(value: Any) -> bool:
-    """A value still to be set, or taken from another key."""
+    """Return whether a value is not set yet, or is taken from another key."""
     return isinstance(value, str) and (value == MISSING or "${" in value)
 
 

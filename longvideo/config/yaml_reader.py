@@ -1,6 +1,6 @@
-"""Read YAML with bounds: no document takes more memory or time than its size allows, and every error is one line.
+"""Read YAML within bounds: no document takes more memory or time than its size allows, and every error is one line.
 
-Numbers such as 1e-4 are floats and dates are text, as OmegaConf reads them; a key that stands twice is an error.
+Numbers such as 1e-4 are floats and dates are text, as OmegaConf reads them. A key that occurs twice is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 100
 MAX_NODES = 200_000
-"""Values of a document at most, those that aliases repeat included."""
+"""Largest number of values in a document, with those that aliases repeat."""
 MAX_DIGITS = 40
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INTEGER, FLOAT, TIMESTAMP, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "merge"))
@@ -36,14 +36,14 @@ FLOATS = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """The value of a YAML document; lines: where each item of a list begins, counted from 1."""
+    """The value of a YAML document. lines: line of each item of a list, counted from 1."""
 
     value: Any
     lines: tuple[int, ...] = ()
 
 
 def read_yaml(path: Path, *, what: str) -> Document:
-    """Read a YAML file. what: the kind of file, for errors. Raises UserError with the path and the line."""
+    """Read a YAML file. what: kind of the file, for errors. Raises UserError with the path and the line."""
     return parse_yaml(read_text(path, what=what, max_bytes=MAX_BYTES), where=str(path))
 
 
@@ -107,7 +107,7 @@ _Loader.add_implicit_resolver(FLOAT, FLOATS, list("-+0123456789."))
 
 
 def _check_events(text: str) -> None:
-    """Raise YAMLError where values are nested too deep, before anything recursive looks at them."""
+    """Raise YAMLError if values are nested too deep, before any recursive function reads them."""
     depth = count = 0
     for event in yaml.parse(text, Loader=BASE):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -122,7 +122,7 @@ def _check_events(text: str) -> None:
 
 
 def _check_expansion(root: yaml.Node) -> None:
-    """Raise YAMLError where aliases make too many values of few, or a value that holds itself."""
+    """Raise YAMLError if aliases repeat too many values, or if a value contains itself."""
     sizes: dict[int, tuple[int, int] | None] = {}
 
     def measure(node: yaml.Node, within: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ HOPPER = (9, 0)
 class AttentionPattern(Protocol):
     """Self-attention of one layer: q, k, v [B, L, N, K] before rotation -> [B, L, N, K]."""
 
-    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor: ...
+    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope, /) -> Tensor: ...
 
 
 class StaticPattern(AttentionPattern, Protocol):

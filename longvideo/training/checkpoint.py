@@ -41,11 +41,11 @@ NAME = re.compile(r"step_(\d{7,})")
 
 
 class Trained(Protocol):
-    """What an engine trains, as checkpoints see it: whole float32 tensors by the names and kinds of run_checkpoint."""
+    """What a checkpoint needs of an engine: whole float32 tensors by the names and kinds of `run_checkpoint`."""
 
     @property
     def arithmetic(self) -> str:
-        """What losses are computed in, for the record."""
+        """Description of the arithmetic that losses are computed in, for the record."""
         ...
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -53,25 +53,25 @@ class Trained(Protocol):
         ...
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """Return the weight, average, moment or step of a parameter; every rank calls it."""
+        """Return the weight, average, moment or step of a parameter. Every rank calls it."""
         ...
 
     def put(self, name: str, kind: str, stored: Lazy) -> None:
-        """Take a tensor over, of which this rank reads what it needs."""
+        """Set a tensor of a parameter from a checkpoint, of which this rank reads what it needs."""
         ...
 
     def counts(self) -> dict[str, float]:
-        """Return the numbers that belong to a checkpoint."""
+        """Return the numbers that a checkpoint stores."""
         ...
 
     def put_counts(self, counts: Mapping[str, float]) -> None:
-        """Take back what `counts` gave."""
+        """Set the numbers that `counts` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk. Batches depend on seed and step alone, so this is all that there is to a run."""
+    """A whole checkpoint on disk. Batches depend on seed and step alone, so a run needs nothing else to resume."""
 
     folder: Path
     state: RunState
@@ -81,11 +81,13 @@ class Checkpoint:
         return self.state.step
 
     def recipes(self) -> list[Weights]:
-        """Open what each rank that wrote it kept for itself."""
+        """Open the tensors that each rank stored for itself when the checkpoint was written."""
         return open_recipes(self.folder, self.state)
 
     def load(self, trained: Trained) -> None:
-        """Put everything into an engine. Raises CheckpointError, before that, where it is of another model."""
+        """Set all tensors and counts of an engine. Raises CheckpointError before that for a checkpoint of another
+        model.
+        """
         tensors = open_tensors(self.folder, self.state)
         shapes = trained.shapes()
         check_same(shapes, _weight_shapes(tensors))
@@ -95,28 +97,30 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, `step_0001200/` and so on; the newest `keep` stay. All ranks see the same folder."""
+    """The checkpoints of one run, `step_0001200/` and so on, of which the newest `keep` stay. All ranks use the same
+    folder.
+    """
 
-    def __init__(self, folder: Path, *, keep: int, mesh: Mesh | None = None):
+    def __init__(self, folder: Path, *, keep: int, mesh: Mesh | None = None) -> None:
         self.folder = folder
         self.keep = keep
         self.mesh = mesh or Mesh()
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, oldest first."""
-        found = [NAME.fullmatch(path.name) for path in self._entries() if path.is_dir()]
-        return sorted(int(name[1]) for name in found if name)
+        matches = [NAME.fullmatch(path.name) for path in self._entries() if path.is_dir()]
+        return sorted(int(name[1]) for name in matches if name)
 
     def strangers(self) -> list[str]:
-        """Return what lies in the folder and is no checkpoint, such as a copy under another name."""
+        """Return the names in the folder that are not those of checkpoints, such as a copy under another name."""
         own = {self._path(step) for step in self.steps()}
         return sorted(path.name for path in self._entries() if path not in own and not _is_temporary(path))
 
     def save(self, step: int, trained: Trained, recipe: Mapping[str, Tensor]) -> Path:
-        """Let every rank write its share under a temporary name, and rename it; then remove the oldest checkpoints.
+        """Write a checkpoint, each rank its share, under a temporary name; rename it; remove the oldest checkpoints.
 
-        recipe: what this rank keeps for itself. Raises WriteError on all ranks where the disk refuses on one of them;
-        what was written is removed then, and the checkpoints before are as they were.
+        recipe: tensors that this rank stores for itself. Raises WriteError on all ranks when writing fails on one of
+        them. The unfinished checkpoint is removed then, and older ones stay as they were.
         """
         target, mesh = self._path(step), self.mesh
         try:
@@ -135,15 +139,15 @@ class CheckpointFolder:
                 mesh.on_main(stack.close)
         except WriteError as error:
             steps = mesh.on_main(self.steps)
-            left = f"the newest whole one is {self._path(steps[-1]).name}" if steps else "there is no other one"
-            raise WriteError(f"{error}; of the checkpoints {left}") from error
+            left = f"the newest whole checkpoint is {self._path(steps[-1]).name}" if steps else "no checkpoint is left"
+            raise WriteError(f"{error}; {left}") from error
         mesh.on_main(self._remove_oldest)
         return target
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint after comparing every file with its checksum, or None where there is none.
+        """Return the newest checkpoint, or None if there is none yet, after comparing its files with their checksums.
 
-        Raises CheckpointError where it is damaged, which names the newest one that is not.
+        Raises CheckpointError for a damaged one; the message names the newest checkpoint that is whole.
         """
         steps = self.mesh.on_main(self.steps)
         if not steps:
@@ -156,9 +160,9 @@ class CheckpointFolder:
     def _write_files(
         self, target: Path, folder: Path, trained: Trained, recipe: Mapping[str, Tensor]
     ) -> dict[str, FileRecord]:
-        """Write the tensors that fall to this rank; return the files of all ranks.
+        """Write the tensors of this rank's share; return the files of all ranks.
 
-        Ranks wait for each other in `whole`, so one that the disk refuses goes through all tensors nevertheless.
+        Ranks wait for each other in `whole`, so a rank on which writing has failed still goes through all tensors.
         """
         rank, infos = self.mesh.rank, layout(trained.shapes())
         share = _shares(infos, self.mesh.world)[rank]
@@ -185,7 +189,7 @@ class CheckpointFolder:
         refusals = [f"{text} (on rank {number})" for number, (_, text) in enumerate(of_ranks) if text is not None]
         if refusals:
             raise WriteError(f"cannot write {target}: {refusals[0]}")
-        return {name: record for found, _ in of_ranks for name, record in found.items()}
+        return {name: record for files, _ in of_ranks for name, record in files.items()}
 
     def _verified(self, step: int) -> Checkpoint:
         """Open a checkpoint after comparing all files with their checksums, each on one rank. Raises DamagedError."""
@@ -212,8 +216,8 @@ class CheckpointFolder:
                 older = self._verified(step).folder
             except CheckpointError:
                 continue
-            return f"{older.name} is whole: move {self._path(steps[-1]).name} elsewhere to resume from it"
-        return "there is no older whole one; start again with another --out"
+            return f"{older.name} is whole; move {self._path(steps[-1]).name} elsewhere to resume from it"
+        return "there is no older whole checkpoint; start again with another --out"
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}"
@@ -222,7 +226,7 @@ class CheckpointFolder:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes left; the run folder is locked, so no other one writes here."""
+        """Remove what killed processes left. The run folder is locked, so no other process writes here."""
         for path in self._entries():
             if _is_temporary(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -230,7 +234,7 @@ class CheckpointFolder:
     def _remove_oldest(self) -> None:
         for step in self.steps()[: -self.keep]:
             path = self._path(step)
-            # under its own name a folder is whole at every moment
+            # a folder under its own name must be whole at every moment
             hidden = temporary_name(path)
             with _named(path, "remove"):
                 path.rename(hidden)
@@ -238,7 +242,7 @@ class CheckpointFolder:
 
 
 def layout(shapes: Mapping[str, torch.Size]) -> dict[str, TensorInfo]:
-    """Return all tensors of a checkpoint but those of the recipe, in the order in which they are written."""
+    """Return all tensors of a checkpoint except those of the recipe, in the order in which they are written."""
     return {
         f"{name}/{kind}": TensorInfo(() if kind == STEP else tuple(shape), torch.float32)
         for kinds in PARTS.values()
@@ -247,19 +251,19 @@ def layout(shapes: Mapping[str, torch.Size]) -> dict[str, TensorInfo]:
     }
 
 
-def check_same(own: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_same(own: Mapping[str, torch.Size], stored: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless a checkpoint holds the parameters that are trained."""
     shapes = {name: tuple(shape) for name, shape in own.items()}
-    different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    different = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
     if different:
         raise CheckpointError(
             f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
-            f" {', '.join(different[:3])}; use the configuration it was made with, or another --out"
+            f" {', '.join(different[:3])}; use the configuration of that run, or another --out"
         )
 
 
 def _shares(infos: Mapping[str, TensorInfo], world: int) -> list[set[str]]:
-    """Divide tensors among ranks, so that all have about as many bytes."""
+    """Divide tensors among ranks, so that all have about the same number of bytes."""
     shares: list[set[str]] = [set() for _ in range(world)]
     sizes = [0] * world
     for name, info in infos.items():
@@ -270,7 +274,7 @@ def _shares(infos: Mapping[str, TensorInfo], world: int) -> list[set[str]]:
 
 
 def _own_values(trained: Trained, names: list[str], share: set[str]) -> Iterator[Tensor]:
-    """Assemble all tensors, together with the other ranks, and yield those of this rank's share."""
+    """Assemble all tensors together with the other ranks, and yield those of this rank's share."""
     for name in names:
         value = trained.whole(*_divided(name))
         if name in share:
@@ -284,12 +288,12 @@ def _divided(name: str) -> tuple[str, str]:
 
 
 def _weight_shapes(tensors: Weights) -> dict[str, tuple[int, ...]]:
-    found = {_divided(name): info.shape for name, info in tensors.infos.items()}
-    return {parameter: shape for (parameter, kind), shape in found.items() if kind == WEIGHT}
+    shapes = {_divided(name): info.shape for name, info in tensors.infos.items()}
+    return {parameter: shape for (parameter, kind), shape in shapes.items() if kind == WEIGHT}
 
 
 def _never_updated(name: str, info: TensorInfo) -> Lazy:
-    """Return the moments or step of a parameter that had no gradient so far."""
+    """Return the moments or the step of a parameter that has had no gradient yet."""
     assert _divided(name)[1] in (*MOMENTS, STEP)
     return InMemory(torch.zeros(info.shape))
 
@@ -305,7 +309,7 @@ def _is_temporary(path: Path) -> bool:
 
 @contextmanager
 def _named(path: Path, act: str) -> Iterator[None]:
-    """Raise WriteError with the path of the checkpoint where the disk refuses something."""
+    """Raise WriteError with the path of the checkpoint for an error of the disk inside the block."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is different between the configuration of a run and the one it was started with before."""
+"""Compare the configuration of a run with the one that it was last started with."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ABSENT = "(absent)"
 
 
 def changes_line(file: Path, config_text: str) -> str | None:
-    """Describe in one line which values differ from those in the config.yaml of a run; None where none does.
+    """Return one line with the values that differ from those in the `config.yaml` of a run, or None if none does.
 
-    file: that config.yaml, as the run was last started with it. config_text: the YAML of today's configuration.
+    file: the `config.yaml`. config_text: YAML of the new configuration.
     """
     if not file.exists():
         return None
     try:
         before = read_yaml(file, what="configuration of the run").value
     except UserError as error:
-        return f"what changed in the configuration is unknown, since {file} cannot be read: {error}"
+        return f"changes of the configuration are unknown, because {file} cannot be read: {error}"
     changes = list(_changes("", before, parse_yaml(config_text, where="the configuration").value))
     if not changes:
         return None
@@ -35,7 +35,7 @@ def changes_line(file: Path, config_text: str) -> str | None:
 
 
 def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every key with its two values, from mappings and lists of equal length item by item."""
+    """Yield every key whose values differ, with both values, down to items of mappings and of lists of equal length."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys((*old, *new)):
             yield from _changes(f"{key}.{name}" if key else str(name), old.get(name, ABSENT), new.get(name, ABSENT))
@@ -43,7 +43,7 @@ def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         for index, (one, other) in enumerate(zip(old, new, strict=True)):
             yield from _changes(f"{key}[{index}]", one, other)
     elif old != new:
-        yield key or "everything", old, new
+        yield key or "the whole file", old, new
 
 
 def _shown(value: Any) -> str:

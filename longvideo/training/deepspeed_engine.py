@@ -1,7 +1,7 @@
-"""Many processes through DeepSpeed: ZeRO stages 0 to 3, bf16 weights with fp32 masters, sharded averages.
+"""An engine for many processes: DeepSpeed's ZeRO stages 0 to 3, bf16 weights with fp32 masters, sharded averages.
 
-Of a checkpoint every rank reads its own parts of the masters, moments and averages, and no more than the stage lets it
-hold of the weights.
+Each rank reads its own parts of the masters, moments and averages of a checkpoint, and no more of the weights than the
+stage lets it hold.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine:
-    """An `Engine` whose optimiser state, gradients and weights are sharded over all ranks, as far as the stage says.
+    """An `Engine` that shards optimizer states, gradients and weights over all ranks, depending on the ZeRO stage.
 
-    precision: bf16 (fp32 masters, gradients added up in fp32) or fp32. passes: shares of a step.
+    precision: bf16 (fp32 masters, gradients added up in fp32) or fp32. passes: number of shares of a step.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class DeepSpeedEngine:
         passes: int,
         ema_decay: float,
         spike_factor: float = 0.0,
-    ):
+    ) -> None:
         if precision == "bf16" and zero_stage == 0:
             raise ConfigError(
-                "parallel.zero_stage=0 keeps no fp32 masters of bf16 weights; use parallel.zero_stage=1, which does, or"
+                "parallel.zero_stage=0 keeps no fp32 masters of bf16 weights; use parallel.zero_stage=1 or"
                 " trainer.precision=fp32"
             )
         import deepspeed
 
-        # on CPUs it would compile collectives through shared memory when it first runs; gloo's serve
+        # on CPUs DeepSpeed would compile collectives through shared memory; those of gloo suffice
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.objective = objective
         self.mesh = mesh
@@ -68,9 +68,9 @@ class DeepSpeedEngine:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True,  # which skips a step on the device's own word
+            fused=True,  # the fused kernel reads on the device whether to skip a step
         )
-        # what DeepSpeed returns has no common type
+        # the classes that DeepSpeed returns have no common base
         self.engine: Any
         self.optimizer: Any
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
             config=_settings(zero_stage, precision, passes, config.gradient_clip),
             dist_init_required=False,
         )
-        # made with torch's own timeout, whatever the default group has
+        # DeepSpeed creates these groups with torch's default timeout
         for group in {self.engine.data_parallel_group, self.engine.seq_data_parallel_group}:
             mesh.limit_waits(group)
         self._start_adam()
@@ -94,26 +94,28 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
-        found_bad = torch.zeros_like(self.skipped)
+        num_bad = torch.zeros_like(self.skipped)
         for share in shares:
-            loss, found = self.engine(share)
+            loss, more = self.engine(share)
             guarded = self.guard(loss)
-            found_bad += (~torch.isfinite(guarded.detach())).float()
+            num_bad += (~torch.isfinite(guarded.detach())).float()
             self.engine.backward(guarded)
             norm = self._plain_norm()
             if self.engine.is_gradient_accumulation_boundary():
-                self._skip_where(found_bad if norm is None else found_bad + (~torch.isfinite(norm)).float())
+                self._skip_where(num_bad if norm is None else num_bad + (~torch.isfinite(norm)).float())
             self.engine.step()
-            add_metrics(metrics, {"loss": loss, **found})
+            add_metrics(metrics, {"loss": loss, **more})
         if norm is None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
-            norm = torch.where(norm < 0, torch.nan, norm)  # as DeepSpeed writes one that is not finite
+            norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for a norm that is not finite
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
 
-    def _skip_where(self, found_bad: Tensor) -> None:
-        """Let the optimizers of all ranks change nothing if one of them found what is not finite; no host waits."""
-        found_inf = self.mesh.sum(found_bad).clamp(max=1.0)
+    def _skip_where(self, num_bad: Tensor) -> None:
+        """Make the optimizers of all ranks skip the step if one rank has a value that is not finite; the host does not
+        wait.
+        """
+        found_inf = self.mesh.sum(num_bad).clamp(max=1.0)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         inner.found_inf, inner.grad_scale = found_inf, None
         self.skipped += found_inf
@@ -134,7 +136,7 @@ class DeepSpeedEngine:
             if self.stage == 3:
                 import deepspeed
 
-                # what is written into gathered weights is dropped when they are let go
+                # gathered weights drop their changes at the end of the block
                 stack.enter_context(deepspeed.zero.GatheredParameters(self.parameters))
                 stack.enter_context(self._without_hooks())
             else:
@@ -146,7 +148,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _without_hooks(self) -> Iterator[None]:
-        """Let the model run on one rank alone: the hooks of stage 3 gather and free weights, which all ranks do."""
+        """Let the model run on one rank alone: the hooks of stage 3 gather and free weights on all ranks together."""
         offload = self.optimizer.parameter_offload
         offload._remove_module_hooks()
         offload.forward_hooks.clear()
@@ -174,11 +176,11 @@ class DeepSpeedEngine:
             return self._whole(parameter, self.average[name])
         if self._is_plain(parameter):
             return parameter if kind == WEIGHT else self.optimizer.state[parameter][kind]
-        found = (
+        value = (
             safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
         )
-        assert found is not None
-        return found
+        assert value is not None
+        return value
 
     @torch.no_grad()
     def put(self, name: str, kind: str, stored: Lazy) -> None:
@@ -205,12 +207,12 @@ class DeepSpeedEngine:
         self.guard.load(counts)
 
     def _read_own(self, parameter: nn.Parameter, stored: Lazy) -> Tensor:
-        """Read the values that this rank holds of a parameter's master, flat, as long as its part is."""
+        """Read this rank's values of a parameter's master, flat and padded to the length of its part."""
         start, count, length = self._own_range(parameter)
         return nn.functional.pad(read_range(stored, start, count), (0, length - count)).to(parameter.device)
 
     def _put_weight(self, parameter: nn.Parameter, stored: Lazy, part: Tensor) -> None:
-        """Set the master, and what the rank holds of the weight that is computed with."""
+        """Set the master, and this rank's part of the weight that products are computed with."""
         if self._is_sharded(parameter):
             from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
             from deepspeed.utils import safe_set_local_fp32_param
@@ -244,24 +246,24 @@ class DeepSpeedEngine:
                 average.lerp_(own, 1.0 - decay)
 
     def _plain_norm(self) -> Tensor | None:
-        """Return the norm of the gradients where DeepSpeed clips without saying what it was."""
+        """Return the norm of the gradients if DeepSpeed clips them without recording it."""
         if not all(map(self._is_plain, self.parameters)) or not self.engine.is_gradient_accumulation_boundary():
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _is_sharded(self, parameter: nn.Parameter) -> bool:
-        """Whether DeepSpeed divided the parameter itself among ranks, as stage 3 does."""
+        """Return whether DeepSpeed divided the parameter itself among ranks, as stage 3 does."""
         return hasattr(parameter, "ds_id")
 
     def _is_plain(self, parameter: nn.Parameter) -> bool:
-        """Whether DeepSpeed left the parameter as it is: fp32 weights, nothing sharded."""
+        """Return whether DeepSpeed left the parameter unchanged: an fp32 weight, with nothing sharded."""
         return not self._is_sharded(parameter) and not hasattr(parameter, "_hp_mapping")
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     def _own_part(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the fp32 master values that this rank holds, flat, or None."""
+        """Return this rank's fp32 master values, flat, or None if it has none."""
         if self._is_plain(parameter):
             return parameter.detach()
         if self._is_sharded(parameter):
@@ -274,7 +276,9 @@ class DeepSpeedEngine:
         return None if mapping is None else mapping.hp_fragment.detach()
 
     def _own_range(self, parameter: nn.Parameter) -> tuple[int, int, int]:
-        """Return where this rank's part begins in the flat parameter, its values, and its length with padding."""
+        """Return the start of this rank's part in the flat parameter, its number of values, and its length with
+        padding.
+        """
         numel = self._shape(parameter).numel()
         if self._is_plain(parameter):
             return 0, numel, numel
@@ -305,7 +309,7 @@ class DeepSpeedEngine:
         return self.mesh.sum(whole).view(shape)
 
     def _start_adam(self) -> None:
-        """Let Adam's state exist before the first step, at step 0, as a checkpoint may have to be put into it."""
+        """Create Adam's state at step 0 before the first step, because a checkpoint may be loaded into it."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         masters = [p for group in inner.param_groups for p in group["params"]]
         if self.stage == 3:
@@ -317,7 +321,7 @@ class DeepSpeedEngine:
                 state["step"] = torch.zeros((), device=device)
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
         for state in self._adam_states():
-            state["step"].zero_()  # where DeepSpeed makes the states by a step without gradients
+            state["step"].zero_()  # DeepSpeed may create the states by a step without gradients
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -326,7 +330,7 @@ class DeepSpeedEngine:
         yield from (state for state in inner.state.values() if "step" in state)
 
     def _adam_states_of(self, parameter: nn.Parameter) -> Iterator[dict[str, Any]]:
-        """Yield the states that count the steps of a parameter: sharded ones share the counts of flat tensors."""
+        """Yield the states that count the steps of a parameter; sharded parameters share those of flat tensors."""
         if self._is_plain(parameter):
             yield self.optimizer.state[parameter]
         else:
@@ -341,7 +345,7 @@ def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": zero_stage},
         "bf16": {"enabled": precision == "bf16"},
-        # one pass has nothing to add up
+        # the gradients of a single pass are not added up
         "data_types": {"grad_accum_dtype": "bf16" if precision == "bf16" and passes == 1 else "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,

@@ -1,4 +1,4 @@
-"""An exact running average of the weights, in fp32."""
+"""A running average of the weights, exact, in fp32."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class ExponentialMovingAverage:
     """average <- decay * average + (1 - decay) * weight after every step, with the decay of `decay_at`."""
 
-    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float):
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"trainer.ema_decay={decay} must be at least 0 and below 1")
+            raise ConfigError(f"trainer.ema_decay is {decay}; expected a number from 0 to below 1")
         self.decay = decay
         self.parameters = {name: p.detach() for name, p in named_parameters.items()}
         # without a decay the average is the weights themselves
@@ -27,7 +27,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights that exist after step `step`."""
+        """Add the weights after step `step` to the average."""
         decay = decay_at(self.decay, step)
         averages, weights = list(self.average.values()), [p.float() for p in self.parameters.values()]
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
@@ -37,7 +37,7 @@ class ExponentialMovingAverage:
     def applied(self) -> Iterator[None]:
         """Put the averaged weights in place inside the block; the trained ones are back, bit for bit, after it.
 
-        Both are exchanged where they lie, so no second copy of all weights is needed.
+        Both are exchanged in place, so no second copy of all weights is needed.
         """
         self._exchange()
         try:
@@ -60,5 +60,5 @@ class ExponentialMovingAverage:
 
 
 def decay_at(decay: float, step: int) -> float:
-    """Return the decay of the update after step `step`, from 0: small at first, so that early weights are forgotten."""
+    """Return the decay of the update after step `step`, from 0: small at first, so that early weights fade soon."""
     return min(decay, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""What stands between the trainer and torch: the weights of an objective, their optimiser and their average."""
+"""The layer between trainer and torch: the weights of an objective, their optimizer and their average."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Trained, Protocol):
-    """Weights are fp32 masters. A step whose gradient is not finite changes nothing; it is counted."""
+    """Weights are fp32 masters. A step whose gradient is not finite changes nothing and is counted."""
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
         """Add up the gradients of all shares, clip, step and average. Return loss, grad and metrics, as ratios."""
@@ -34,6 +34,8 @@ class Engine(Trained, Protocol):
         """Put the averaged weights in place inside the block. Every rank enters it."""
         ...
 
+        """Return the number of steps that changed nothing."""
+
     def num_skipped(self) -> int: ...
 
     def skipped_share(self, steps: int) -> float:
@@ -41,12 +43,12 @@ class Engine(Trained, Protocol):
         ...
 
     def is_finite(self) -> bool:
-        """Say whether all weights and averages of this rank are finite; the host waits for the device."""
+        """Return whether all weights and averages of this rank are finite. The host waits for the device."""
         ...
 
 
 class LocalEngine:
-    """One process, one device: fp32 weights, forward under `train.precision.autocast`."""
+    """One process and one device: fp32 weights, a forward pass under `longvideo.training.precision.autocast`."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class LocalEngine:
         device: torch.device,
         ema_decay: float = 0.0,
         spike_factor: float = 0.0,
-    ):
+    ) -> None:
         self.objective = objective
         self.device = device
         self.precision = precision
@@ -80,10 +82,10 @@ class LocalEngine:
         self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
         for share in shares:
-            loss, found = self.loss(share)
+            loss, more = self.loss(share)
             guarded = self.guard(loss)
             self.backward(guarded / len(shares) if len(shares) > 1 else guarded)
-            add_metrics(metrics, {"loss": loss, **found})
+            add_metrics(metrics, {"loss": loss, **more})
         norm = self.clip()
         self.step(learning_rate, norm)
         self.ema.update(step)
@@ -130,7 +132,7 @@ class LocalEngine:
         elif kind == STEP:
             self.optimizer.state[parameter][kind] = value.to(parameter.device)
         else:
-            # the fused update wants moments laid out as the weights are
+            # the fused update requires moments with the strides of the weights
             self.optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
 
     def counts(self) -> dict[str, float]:
@@ -148,7 +150,7 @@ class LocalEngine:
         loss.backward()
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the norm `gradient_clip`, unless it is 0; return the norm they had."""
+        """Scale the gradients down to the norm `gradient_clip`, unless that is 0; return the norm that they had."""
         largest = self.gradient_clip or math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, largest, foreach=True)
 
@@ -156,7 +158,7 @@ class LocalEngine:
         """Update the weights unless the gradient norm is not finite, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # The fused kernel reads this flag on the device, as torch.amp.GradScaler uses it: skipping needs no host sync.
+        # the fused kernel reads this flag on the device, as for torch.amp.GradScaler: skipping needs no host sync
         found_inf = (~torch.isfinite(gradient_norm)).float()
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -167,12 +169,12 @@ class LocalEngine:
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Say whether no value is infinite or NaN; the host waits once, not for every tensor."""
+    """Return whether no value is infinite or NaN. The host waits once, not for every tensor."""
     largest = [x.detach().abs().amax().float() for x in tensors if x.numel()]
     return not largest or bool(torch.isfinite(torch.stack(largest)).all())
 
 
-def add_metrics(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def add_metrics(sums: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
     """Add metrics to sums of ratios."""
-    for name, value in found.items():
+    for name, value in metrics.items():
         sums[name] = sums[name] + as_ratio(value) if name in sums else as_ratio(value)

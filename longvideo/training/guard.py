@@ -1,4 +1,4 @@
-"""Keep steps with a senseless loss away from the weights."""
+"""Skip steps whose loss is far above those before it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DECAY = 0.98
-WARMUP = 20  # losses before any can be a spike
+"""Decay of the running mean of the loss for each step."""
+WARMUP = 20
+"""Number of losses before any can be a spike."""
 
 
 class LossGuard:
-    """Turns a loss that is far above its running mean into NaN, so that the step is skipped as one that is not finite.
+    """Replaces a loss that is far above its running mean by NaN, so that the step is skipped like one that is not
+    finite.
 
-    factor: a spike is this many times the mean; 0 lets every loss pass. The mean stays on the device and leaves spikes
-    out, so nothing waits for it.
+    factor: ratio to the mean above which a loss is a spike; 0 lets every loss pass. The mean stays on the device and
+    leaves spikes out, so the host waits for nothing.
     """
 
-    def __init__(self, factor: float, device: torch.device):
+    def __init__(self, factor: float, device: torch.device) -> None:
         self.factor = factor
         self.mean = torch.zeros((), device=device)
         self.count = torch.zeros((), device=device)

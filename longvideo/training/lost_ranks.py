@@ -42,7 +42,7 @@ class RankProgress:
     store_rank: the rank whose process holds the store, None where it is the launcher's.
     """
 
-    def __init__(self, world: int, rank: int, store_rank: int | None):
+    def __init__(self, world: int, rank: int, store_rank: int | None) -> None:
         self.rank = rank
         self.store_rank = store_rank
         self.words = [b""] * world
@@ -87,7 +87,7 @@ class Monitor:
     They are two because a store whose process is stopped never answers.
     """
 
-    def __init__(self, mesh: Mesh, store: dist.Store):
+    def __init__(self, mesh: Mesh, store: dist.Store) -> None:
         self.mesh = mesh
         # a client answers one thread at a time, and the groups wait in theirs
         self.store = dist.PrefixStore("progress", store).clone()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,8 +1,8 @@
-"""How much memory of each GPU a training step will take, from shapes and settings alone, before any weight is loaded.
+"""Estimate the memory of each GPU in a training step from shapes and settings, before any weight is loaded.
 
-Parameters and optimizer states are counted exactly. Activations are counted in rows, a row being one number a token and
-width; how many rows a block needs was fitted to measured peaks (docs/training.md has estimate and measurement side by
-side). Peaks are those of `torch.cuda.max_memory_allocated`: CUDA's context and NCCL's buffers come on top.
+Parameters and optimizer states are counted exactly. Activations are counted in rows; a row is one number for each token
+and width. The number of rows that a block needs was fitted to measured peaks (docs/training.md compares estimates and
+measurements). Peaks are those of `torch.cuda.max_memory_allocated`; CUDA's context and NCCL's buffers come on top.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 FP32 = 4
-SLACK = 1.1  # factor by which the estimate may exceed the truth
-BUCKET = 500_000_000  # gradients that DeepSpeed collects before it reduces them, its default
+SLACK = 1.1
+"""Factor by which the estimate may exceed the memory of a device before training is refused."""
+BUCKET = 500_000_000
+"""Number of gradients that DeepSpeed collects before it reduces them, by default."""
 ROWS_COMPILED, ROWS_EAGER = 9, 33  # of a block in its backward pass, besides those of the feed-forward layer
-ROWS_MASKED = 8  # of FlexAttention, in place of the copies of keys and values of attention run by run
-ROWS_NVFP4 = 6  # rounded operands of emulated 4-bit products; inputs are kept in 4 bits
+ROWS_MASKED = 8
+"""Rows of FlexAttention, instead of the copies of keys and values of block-wise attention."""
+ROWS_NVFP4 = 6
+"""Rows of the rounded operands of emulated 4-bit products; inputs are kept in 4 bits."""
 ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43  # kept of a block that is not recomputed, the feed-forward layer's apart
 
 
@@ -33,9 +37,10 @@ ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43  # kept of a block that is not reco
 class EngineMemory:
     """Bytes of one rank that do not depend on the batch.
 
-    weights: in the dtype that they compute in. optimizer: masters, moments, averages, and gradients that are added up
-    in fp32. gradients: while a step lasts. carried: those that are there when a later pass of the step begins. bucket:
-    gradients on their way to other ranks. step: copies that the optimizer makes when activations are gone.
+    weights: weights in the dtype of the products. optimizer: masters, moments, averages, and gradients that are added
+    up in fp32. gradients: gradients during a step. carried: gradients that exist when a later pass of the step begins.
+    bucket: gradients that are being exchanged between ranks. step: copies that the optimizer makes after activations
+    are freed.
     """
 
     weights: float
@@ -46,7 +51,7 @@ class EngineMemory:
     step: float = 0.0
 
     def __add__(self, other: EngineMemory) -> EngineMemory:
-        """Add an engine that takes its turns: gradients and copies exist for one of the two at a time."""
+        """Add an engine that takes turns with this one: gradients and copies exist for one of the two at a time."""
         return EngineMemory(
             self.weights + other.weights,
             self.optimizer + other.optimizer,
@@ -60,9 +65,10 @@ class EngineMemory:
 def engine_memory(
     num_parameters: int, parallel: ParallelConfig, *, ranks: int, bf16: bool, passes: int, averaged: bool
 ) -> EngineMemory:
-    """Return what the engine holds that `new_engine` would choose for this process.
+    """Return the memory of the engine that `new_engine` chooses for this process.
 
-    bf16: whether DeepSpeed's weights are. passes: backward passes of a step.
+    bf16: whether DeepSpeed's weights are bf16. passes: number of backward passes of a step. averaged: whether there is
+    an average of the weights.
     """
     if launched():
         return _deepspeed_engine(num_parameters, bf16=bf16, ranks=ranks, zero_stage=parallel.zero_stage, passes=passes)
@@ -70,7 +76,7 @@ def engine_memory(
 
 
 def _local_engine(num_parameters: int, *, passes: int, averaged: bool) -> EngineMemory:
-    """fp32 weights, two moments, and their average if there is one."""
+    """Count fp32 weights, two moments, and an average if there is one."""
     return EngineMemory(
         weights=num_parameters * FP32,
         optimizer=num_parameters * FP32 * (3 if averaged else 2),
@@ -80,9 +86,10 @@ def _local_engine(num_parameters: int, *, passes: int, averaged: bool) -> Engine
 
 
 def _deepspeed_engine(num_parameters: int, *, bf16: bool, ranks: int, zero_stage: int, passes: int) -> EngineMemory:
-    """ZeRO shares the optimizer and the average from stage 1 on, gradients from 2, weights from 3.
+    """Count what ZeRO leaves on a rank: it shards optimizer and average from stage 1 on, gradients from 2, weights from
+    3.
 
-    Gradients in bf16 of several passes are added up in fp32; those of one pass are copied, flat, in their dtype and in
+    The bf16 gradients of several passes are added up in fp32. Those of one pass are copied flat, in their dtype and in
     fp32.
     """
     size = 2 if bf16 else FP32
@@ -103,7 +110,11 @@ def _deepspeed_engine(num_parameters: int, *, bf16: bool, ranks: int, zero_stage
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """How the blocks are run. size: bytes of a number. copies: rows of keys and values that attention copies."""
+    """How the blocks run.
+
+    size: bytes of a number. checkpoint: whether blocks are recomputed. compiled: whether they are compiled. nvfp4:
+    whether their products are emulated 4-bit products. copies: rows of keys and values that attention copies.
+    """
 
     size: int
     checkpoint: bool
@@ -112,7 +123,7 @@ class BlockMemory:
     copies: float = 0.0
 
     def running(self, config: TransformerConfig) -> float:
-        """Return the rows that one block needs in its backward pass, what is computed again included."""
+        """Return the rows that one block needs in its backward pass, with what is computed again."""
         rows = _feed_forward(config) + (ROWS_NVFP4 if self.nvfp4 else 0)
         if self.checkpoint:
             rows += (ROWS_COMPILED if self.compiled else ROWS_EAGER) + 2 * self.copies
@@ -128,10 +139,10 @@ class BlockMemory:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one device, by what they are for.
+    """Bytes of one device, by their use.
 
-    text: keys and values of prompts, and their gradients. activations: what all blocks keep. block: what the block that
-    runs needs besides. cache: keys and values of the chunks before.
+    frozen: weights that are not trained. text: keys and values of prompts, and their gradients. activations: what all
+    blocks keep. block: what the running block needs besides. cache: keys and values of earlier chunks.
     """
 
     engine: EngineMemory
@@ -143,6 +154,7 @@ class MemoryEstimate:
 
     @property
     def always(self) -> float:
+        """Bytes that are in use during the whole step."""
         return self.engine.weights + self.frozen + self.engine.optimizer
 
     @property
@@ -171,16 +183,16 @@ class MemoryEstimate:
             "cache": self.cache,
         }
         listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-        return f"about {self.total / GIB:.1f} GiB a device at the peak, which the {peak} make: {listed}"
+        return f"about {self.total / GIB:.1f} GiB on each device at the peak ({peak}): {listed}"
 
 
 def text_bytes(config: TransformerConfig, *, prompts: float, uses: float, size: int) -> float:
     """Return the bytes of cross-attention's keys and values, of what their backward pass keeps, and of their gradients.
 
-    prompts: encoded. uses: runs of tokens that follow one, each of which has a copy.
+    prompts: number of encoded prompts. uses: number of runs of tokens that follow a prompt, each with a copy.
     """
     numbers = config.num_layers * config.text_len * config.dim
-    within_norm = 2 * FP32  # the norm of keys keeps its input and its result in fp32
+    within_norm = 2 * FP32  # the norm of the keys keeps its input and its result in fp32
     return numbers * (prompts * (within_norm + 2 * size) + 2 * uses * 2 * size)
 
 
@@ -195,9 +207,9 @@ def row_bytes(config: TransformerConfig, tokens: float, size: int) -> float:
 
 
 def report_estimate(estimate: MemoryEstimate, device: torch.device, mesh: Mesh, remedy: str) -> None:
-    """Print an estimate beside what the GPU has; raise ConfigError, with the remedy, where training cannot fit.
+    """Print an estimate and the memory of the GPU; raise ConfigError with the remedy if training cannot fit.
 
-    On a CPU nothing is said: what training takes there was never measured.
+    Nothing is printed on a CPU, where the memory of training was never measured.
     """
     if device.type != "cuda":
         return
@@ -205,7 +217,7 @@ def report_estimate(estimate: MemoryEstimate, device: torch.device, mesh: Mesh, 
     if mesh.is_main:
         print(f"memory: {estimate.line()}; the device has {available / GIB:.1f} GiB", flush=True)
     if estimate.total > SLACK * available:
-        raise ConfigError(f"training takes {estimate.line()}; a device has {available / GIB:.1f} GiB; {remedy}")
+        raise ConfigError(f"training needs {estimate.line()}; a device has {available / GIB:.1f} GiB; {remedy}")
 
 
 def _feed_forward(config: TransformerConfig) -> float:

@@ -1,4 +1,4 @@
-"""What a trainer can run: an objective that turns a batch into a loss, and a source that makes batches."""
+"""The interface between trainer and model: an objective, which is a loss of a batch, and a source of batches."""
 
 from __future__ import annotations
 
@@ -17,41 +17,44 @@ if TYPE_CHECKING:
 class Objective(nn.Module):
     """A module whose parameters are trained and whose forward returns the loss and its metrics.
 
-    A metric is a scalar, or `ratio(total, weight)` where the mean over steps must be weighted. Metrics stay on the
-    device until a log step.
+    A metric is a scalar, or `ratio(total, weight)` if the mean over steps is to be weighted. Metrics stay on the device
+    until a log step.
     """
 
     def begin(self, step: int) -> None:
-        """Get ready for a step; called before its first batch."""
+        """Prepare a step; called before its first batch."""
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 
 
-def compile_fact(wanted: bool, device: torch.device) -> str:
-    """Say for the start line of a run whether its objective is compiled, and why not."""
-    reason = "as configured" if not wanted else "" if device.type == "cuda" else f"nothing is on a {device.type}"
-    return f"compiled: {f'no ({reason})' if reason else 'yes'}"
+def compile_fact(configured: bool, device: torch.device) -> str:
+    """Describe for the start line of a run whether its objective is compiled, and if not, why."""
+    if configured and device.type == "cuda":
+        return "compiled: yes"
+    return f"compiled: no ({f'only on CUDA, not on {device.type}' if configured else 'as configured'})"
 
 
 class BatchSource(Protocol):
-    """Batches as a function of the step alone, so that a resumed run sees what an uninterrupted one would."""
+    """Batches as a function of the step alone, so that a resumed run gets the batches of an uninterrupted one."""
 
     @property
     def unit(self) -> str:
-        """What `size` counts, for the step line: "tok", "frame"."""
+        """Unit that `size` counts, for the step line: "tok" or "frame"."""
         ...
 
-    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> Sequence[Any]:
-        """Return this rank's share of a step's batch, one part for each pass; None: all in one pass."""
+    def shares(self, step: int, mesh: Mesh, micro_batch: int | None, /) -> Sequence[Any]:
+        """Return this rank's share of a step's batch, one part for each pass. micro_batch: size of a pass, all in one
+        by default.
+        """
         ...
 
-    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        """Return how many parts `shares` gives. Raises ConfigError when the batch does not divide."""
+    def passes(self, mesh: Mesh, micro_batch: int | None, /) -> int:
+        """Return the number of parts that `shares` returns. Raises ConfigError if the batch does not divide."""
         ...
 
     def size(self, step: int) -> int:
-        """Return how many units the batch of a step holds."""
+        """Return the number of units in the batch of a step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A few steps of every stage, timed, so that a run can be planned before it is paid for."""
+"""Time a few steps of every stage, to plan a run before starting it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LISTED = 20
+"""Number of operations in the table of a trace."""
 COMMUNICATION = "nccl"
-"""What the names of NCCL's kernels begin with."""
+"""Prefix of the names of NCCL's kernels."""
 
 
 @dataclass(frozen=True)
 class StageProfile:
-    """first_seconds: the first step, compilation included. seconds: mean of the steps after the second.
+    """Times of one stage.
 
-    tera_flops: of a device a second, counting what a step cannot do without, nothing masked away or computed twice.
+    first_seconds: duration of the first step, with compilation. seconds: mean duration of the steps after the second.
+    batch_seconds: mean time to make a batch. rate: units per second. tera_flops: operations per second of a device, in
+    10^12; operations that are masked away or computed twice do not count.
     """
 
     stage: int
@@ -40,16 +43,16 @@ class StageProfile:
         minutes = self.steps * self.seconds / 60 + self.first_seconds / 60
         return (
             f"stage {self.stage} | {self.steps} steps | first {self.first_seconds:.1f} s"
-            f" | step {self.seconds * 1000:.1f} ms, of it {self.batch_seconds * 1000:.1f} ms for the batch"
+            f" | step {self.seconds * 1000:.1f} ms, {self.batch_seconds * 1000:.1f} ms of it for the batch"
             f" | {self.rate:.3g} {self.unit}/s | {self.memory_gib:.1f} GiB | {minutes:.1f} min"
-            + ("" if self.tera_flops is None else f" | {self.tera_flops:.0f} TFLOP/s a device")
+            + ("" if self.tera_flops is None else f" | {self.tera_flops:.0f} TFLOP/s per device")
         )
 
 
 def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[str]:
-    """Run 1 or 2 steps and `steps` more of every stage in turn and yield a line on what they took. Nothing is written.
+    """Run 1 or 2 steps and then `steps` more of every stage, and yield a line with their times. Nothing is written.
 
-    trace: also yield a table of the operations that take longest.
+    trace: also yield a table of the operations that take the most time.
     """
     trainer.recipe.start(0)
     begin = 0
@@ -60,7 +63,7 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[st
             torch.cuda.reset_peak_memory_stats(trainer.device)
         first = _timed(trainer, begin, 1)
         if trainer.device.type == "cuda":
-            _timed(trainer, begin, 1)  # which may record a graph
+            _timed(trainer, begin, 1)  # may record a CUDA graph
         seconds = _timed(trainer, begin, steps)
         size, flops = trainer.recipe.source.size(begin), trainer.recipe.flops(begin)
         yield StageProfile(
@@ -80,7 +83,7 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[st
 
 
 def _timed(trainer: Trainer, step: int, count: int) -> float:
-    """Return seconds a step."""
+    """Return the seconds of one step."""
     window = Window(trainer.device)
     synchronize(trainer.device)
     began = time.monotonic()
@@ -100,7 +103,7 @@ def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
 
 
 def _operations(trainer: Trainer, step: int) -> str:
-    """Return a table of the operations of a step that take most time of their own, and what the ranks wait for."""
+    """Return a table of the operations of a step that take the most time, and the waiting time of ranks."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = trainer.device.type == "cuda"
@@ -120,17 +123,18 @@ def _operations(trainer: Trainer, step: int) -> str:
 
 
 def _balance(trainer: Trainer, busy: float, exchanging: float) -> str:
-    """Say how evenly the ranks are loaded. busy, exchanging: seconds of this rank's kernels, NCCL's apart.
+    """Describe how evenly the ranks are loaded.
 
-    A rank that waits for another does so inside NCCL's kernels, so the least time in them is what they take.
+    busy, exchanging: seconds of this rank's kernels without NCCL's, and of NCCL's. A rank that waits for another does
+    so inside NCCL's kernels, so the least time in them is the time of the exchange itself.
     """
     mesh = trainer.mesh
     per_rank = torch.zeros(mesh.world, 2, device=trainer.device)
     per_rank[mesh.rank] = torch.tensor((busy, exchanging), device=trainer.device)
-    work, talk = mesh.sum(per_rank).T.tolist()
+    work, exchange = mesh.sum(per_rank).T.tolist()
     skew = (max(work) - min(work)) / max(work)
-    whole = max(a + b for a, b in zip(work, talk, strict=True))
+    whole = max(a + b for a, b in zip(work, exchange, strict=True))
     return (
         f"kernels of a rank: {min(work):.2f} to {max(work):.2f} s of work (skew {skew:.1%}),"
-        f" {min(talk):.2f} to {max(talk):.2f} s in NCCL (at least {min(talk) / whole:.1%} of them)"
+        f" {min(exchange):.2f} to {max(exchange):.2f} s in NCCL (at least {min(exchange) / whole:.1%} of all kernels)"
     )

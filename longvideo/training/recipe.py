@@ -46,6 +46,7 @@ class Recipe(Generic[AnyObjective, AnySource]):
 
         mesh: the ranks that resume; their number may differ.
         """
+        del checkpoint, mesh
         return []
 
     def validate(self) -> dict[str, float]:
@@ -54,6 +55,7 @@ class Recipe(Generic[AnyObjective, AnySource]):
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Draw samples of the model into `folder`; return validation numbers. Only the main rank calls it."""
+        del step, folder
         return {}
 
     def export(self, folder: Path) -> None:
@@ -66,4 +68,5 @@ class Recipe(Generic[AnyObjective, AnySource]):
 
     def next_steps(self, folder: Path) -> list[str]:
         """Return lines that name what a finished run has left in its folder, and the command to run next."""
+        del folder
         return []

@@ -1,4 +1,4 @@
-"""Run a training: join the other processes, build the recipe and its engine, train."""
+"""Start a training: join the other processes, build the recipe and its engine, and train."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def _start_line(trainer: Trainer, config: Any) -> str:
     parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
     engine = "one process"
     if launched():
-        engine = f"DeepSpeed ZeRO {parallel.zero_stage}, {trainer.mesh.world} ranks, {parallel.sequence} to a video"
+        ranks = f"{trainer.mesh.world} ranks, {parallel.sequence} for each video"
+        engine = f"DeepSpeed ZeRO {parallel.zero_stage}, {ranks}"
     parts = [
         f"training on {device} in {resolved}{' (trainer.precision=auto)' if precision == 'auto' else ''}",
         f"engine: {engine}",
@@ -129,7 +130,7 @@ def _start_line(trainer: Trainer, config: Any) -> str:
     ]
     warmup = config.optimizer.warmup_steps
     if warmup > trainer.total_steps > 0:
-        parts.append(f"warm-up of {warmup} steps is longer than the run: the learning rate stays below its peak")
+        parts.append(f"the warm-up of {warmup} steps is longer than the run: the learning rate stays below its peak")
     return " | ".join(parts)
 
 
@@ -157,9 +158,9 @@ def new_engine(
     device: torch.device,
     passes: int,
 ) -> Engine:
-    """Return DeepSpeed's engine where a launcher started the processes, and a plain one otherwise.
+    """Return DeepSpeed's engine if a launcher started the processes, and a plain one otherwise.
 
-    passes: backward passes of a step.
+    passes: number of backward passes of a step.
     """
     if not launched():
         return LocalEngine(

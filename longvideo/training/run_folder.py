@@ -1,4 +1,4 @@
-"""The folder of a run: who may work in it, and what is written there when a run starts."""
+"""The folder of a run: its lock, and the files that are written when a run starts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 CHECKPOINTS, MODEL = "checkpoints", "model"
 PRIVATE = 0o700
+"""Permissions of a run folder: its owner's alone."""
 
 
 @contextmanager
 def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Iterator[None]:
-    """Hold a run folder for the processes of one run, and leave everything in it as it is.
+    """Hold a run folder for the processes of one run; its contents stay as they are.
 
-    The folder is made, for its owner alone, where there is none, and removed again if nothing was written into it.
-    Raises BusyError where another run holds it, ConfigError where it holds a run and resume is "never", on all ranks.
+    A missing folder is created, readable by its owner alone, and removed again if nothing was written into it. Raises
+    BusyError if another run holds it, and ConfigError if it holds a run and resume is "never", on all ranks.
     """
     with ExitStack() as stack:
         refusal = None
         if mesh.is_main:
             try:
                 _check_resume(folder, resume)
-                stack.enter_context(_made(folder))
-                busy = f"another run is at work in {folder}; stop it, or use another --out"
+                stack.enter_context(_created(folder))
+                busy = f"another run uses {folder}; stop it, or use another --out"
                 stack.enter_context(locked(folder / LOCK_FILE, busy=busy))
             except (UserError, OSError) as error:
                 refusal = error
@@ -49,9 +50,9 @@ def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Iterator[None]
 
 
 def write_record(folder: Path, config_text: str, device: torch.device) -> str | None:
-    """Write what a run that was accepted is made of: its configuration, and where it runs.
+    """Write the configuration of a run that was accepted, and a description of its environment.
 
-    Return a line that says which settings differ from those it was last started with, or None where none does.
+    Return a line with the settings that differ from those of the last start, or None if none does.
     """
     changes = changes_line(folder / CONFIG_FILE, config_text)
     write_text(folder / CONFIG_FILE, config_text)
@@ -60,7 +61,7 @@ def write_record(folder: Path, config_text: str, device: torch.device) -> str | 
 
 
 def describe_model(folder: Path) -> list[str]:
-    """Return lines that say where the model of a finished run is, and what makes a video with it."""
+    """Return lines with the place of a finished run's model and the command that makes a video with it."""
     model = folder / MODEL
     command = shlex.join(["longvideo", "generate", "a red ball bounces", "--model", str(model), "-o", "ball.mp4"])
     return [f"model: {model}", f"next: {command}"]
@@ -68,20 +69,20 @@ def describe_model(folder: Path) -> list[str]:
 
 def _check_resume(folder: Path, resume: ResumeChoice) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
+        raise ConfigError(f"--out {folder} is a file; expected a folder; use another name")
     holds = [name for name in (CHECKPOINTS, MODEL, METRICS_FILE) if (folder / name).exists()]
     if resume == "never" and holds:
-        raise ConfigError(f"{folder} holds a run already ({', '.join(holds)}); use --resume auto or another --out")
+        raise ConfigError(f"{folder} already holds a run ({', '.join(holds)}); use --resume auto or another --out")
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def _created(folder: Path) -> Iterator[None]:
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE, exist_ok=True)
     try:
         yield
     finally:
-        for path in made:
+        for path in created:
             with suppress(OSError):
-                path.rmdir()  # which only removes what is empty
+                path.rmdir()  # fails unless the folder is empty

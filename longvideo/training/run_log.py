@@ -1,4 +1,4 @@
-"""What a run says: a line per log step, metrics.jsonl, TensorBoard and wandb when asked, and where it ran."""
+"""The log of a run: a line for each log step, metrics.jsonl, TensorBoard and wandb on request, and the environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepReport:
-    """Means since the last log line. seconds: per step; rate: units a second; memory_gib: peak."""
+    """Means since the last log line. seconds: duration of a step. rate: units per second. memory_gib: peak memory."""
 
     step: int
     total_steps: int
@@ -69,7 +69,7 @@ class StepReport:
 
 
 class RunLog:
-    """Writes to `folder`; the file of a resumed run loses the lines after the step it resumes from."""
+    """Writes the log of a run into a folder. A resumed run first drops the records after the step it resumes from."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class RunLog:
         wandb: str | None = None,
         start_step: int = 0,
         enabled: bool = True,
-    ):
-        """wandb: project to report to. enabled: whether this rank speaks; the others are silent."""
+    ) -> None:
+        """wandb: project to report to. enabled: whether this rank writes the log; others write nothing."""
         self.enabled = enabled
         self.path = folder / METRICS_FILE
         self._board: Any = None
@@ -119,12 +119,12 @@ class RunLog:
 
     def note(self, text: str) -> None:
         if self.enabled:
-            with suppress(OSError):  # the terminal, or the reader of a pipe, may be gone; the run goes on
+            with suppress(OSError):  # the terminal, or the reader of a pipe, may be gone; the run continues
                 print(text, flush=True)
 
 
 def check_reporting(tensorboard: bool, wandb: str | None) -> None:
-    """Raise UserError, with what to install, where a package is missing that the run is to report to."""
+    """Raise UserError, with the package to install, if a package is missing that the run reports through."""
     if tensorboard:
         require("tensorboard", extra="train", purpose="trainer.tensorboard")
     if wandb is not None:
@@ -157,7 +157,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _start_wandb(folder: Path, project: str) -> Any:
-    """Begin a run, or go on with the one that the folder began."""
+    """Start a run, or resume the one whose id the folder holds."""
     import wandb
 
     name = folder / "wandb.id"
@@ -175,7 +175,7 @@ def _start_wandb(folder: Path, project: str) -> Any:
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"trainer.wandb={project}: wandb cannot start a run: {error}; log in with `wandb login`, or set"
+            f"wandb cannot start a run of trainer.wandb={project}: {error}; log in with `wandb login`, or set"
             " WANDB_MODE=offline"
         ) from error
     # a resumed run may log steps again
@@ -192,7 +192,9 @@ def _git(root: Path, command: list[str]) -> str:
 
 
 def _keep_until(path: Path, last_step: int) -> int:
-    """Keep the records of a run up to a step; return how many other lines were dropped, such as one that was cut."""
+    """Keep the records of a run up to a step; return the number of dropped lines that are not records, such as a cut
+    one.
+    """
     dropped = 0
 
     def write(target: Path) -> None:
@@ -210,7 +212,7 @@ def _keep_until(path: Path, last_step: int) -> int:
 
 
 def _step_of(line: bytes) -> int | None:
-    """Return the step of a line, None where it is not the record of one."""
+    """Return the step of a line, or None if the line is not the record of a step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

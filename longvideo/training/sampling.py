@@ -1,4 +1,4 @@
-"""Sample videos of a model while it is trained, as `generate` makes them with the model when it is exported.
+"""Generate sample videos of a model while it is trained, as `generate` makes them with the exported model.
 
 Shapes: N chunks, B samples, P texts, J text positions, D text width, C channels, T frames, H W pixels.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class SampleDecoder:
     """The autoencoder of a model folder: loaded for the first sample, and kept on the CPU between samples."""
 
-    def __init__(self, folder: ModelFolder, *, device: torch.device, dtype: torch.dtype):
+    def __init__(self, folder: ModelFolder, *, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         self._autoencoder: Autoencoder | None = None
 
@@ -62,8 +62,9 @@ def sample_videos(
 ) -> list[np.ndarray]:
     """Return uint8 frames [T, H, W, 3] of every sample.
 
-    features: what the text encoder makes of `batch_texts`, which gives rows too. cuts: chunks that open a shot.
-    first_latent: [B, C, 1, h, w], normalized, held as the first latent frame.
+    features_PJD: output of the text encoder for the texts of `batch_texts`. rows_NB: rows of `batch_texts`. cuts:
+    whether each chunk opens a shot. seeds: seed of each sample's noise. first_latent: [B, C, 1, h, w], normalized; it
+    is kept as the first latent frame. cache_type: class of the KV cache.
     """
     weight = autoencoder.post_quant_conv.weight
     state, frames = None, []

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves, and says how to resume."""
+"""Stop a run on a signal: it finishes its step, saves, and prints the command that resumes it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEATED_SECONDS = 1.0
-"""A launcher passes on a signal that the terminal, or a scheduler, has sent to its workers too."""
+"""Time within which a repeated signal under a launcher is the same one: a launcher passes on a signal that the terminal
+or a scheduler has also sent to its workers.
+"""
 
 
 class RunStopped(Exception):
-    """A signal has stopped a run, whose state is saved."""
+    """A signal has stopped a run, and its state is saved."""
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, step: int) -> None:
         super().__init__(f"{signal.Signals(number).name} has stopped the run at step {step}")
         self.number = number
 
     @property
     def exit_code(self) -> int:
-        """What shells report of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        """Exit code that shells report for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
 
 
@@ -71,7 +73,7 @@ class StopSignals:
             os.close(self._pipe)
             self._reader.join()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._came = number, time.monotonic()
         elif _is_second(self._came):
@@ -79,7 +81,7 @@ class StopSignals:
 
 
 def _answer_signals(pipe: int, numbers: frozenset[int]) -> None:
-    """Say that the first signal came, and end the process at the second one; return when the pipe is closed."""
+    """Announce the first signal, and end the process at the second one; return when the pipe is closed."""
     came: float | None = None
     with open(pipe, "rb", buffering=0) as stream:
         while byte := stream.read(1):
@@ -88,7 +90,7 @@ def _answer_signals(pipe: int, numbers: frozenset[int]) -> None:
                 continue
             if came is None:
                 came = time.monotonic()
-                # plain writing: the main thread may be in the middle of printing another line
+                # os.write, because the main thread may be in the middle of printing another line
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, b"stopping after this step; a second signal ends the run at once\n")
             elif _is_second(came):

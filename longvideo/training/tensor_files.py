@@ -1,4 +1,4 @@
-"""Write tensors into .safetensors files one after the other, with checksums taken while the disk works."""
+"""Write tensors into .safetensors files one after the other, and compute checksums while the disk writes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_BYTES = 4 * 2**30
-"""About what a file holds, so that several can be compared with their checksums at a time."""
+"""Approximate size of a file, so that several files can be compared with their checksums at a time."""
 
 
 def write_tensors(
     folder: Path, prefix: str, infos: Mapping[str, TensorInfo], values: Iterator[Tensor]
 ) -> dict[str, FileRecord]:
-    """Write tensors to PREFIX_00000.safetensors and so on; return what each file is.
+    """Write tensors to PREFIX_00000.safetensors and so on; return the records of the files.
 
-    infos: of all tensors, in the order in which `values` gives them; one is in memory at a time. Raises OSError.
+    infos: all tensors, in the order in which `values` yields them; one is in memory at a time. Raises OSError.
     """
     records = {}
     for number, names in enumerate(_files(infos)):
@@ -43,9 +43,9 @@ def write_tensors(
 
 
 class HashedFile:
-    """A new file whose SHA-256 is computed in a thread while it is written; at the end it is on the disk."""
+    """A new file whose SHA-256 is computed in a thread during writing. At the end of the block it is on the disk."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self._stream = file.open("xb")
         self._digest = hashlib.sha256()
         self._size = 0

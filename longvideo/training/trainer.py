@@ -19,7 +19,7 @@ from longvideo.files import read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.training.objective import as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
-from longvideo.training.precision import PRECISIONS
+from longvideo.training.precision import TrainingPrecision
 from longvideo.training.run_folder import CHECKPOINTS, MODEL, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
 FEWEST_STEPS = 20
-"""Steps after which that share means something; a shorter run is judged at its end."""
+"""Number of steps after which that share is compared; a shorter run is compared at its end."""
 EXPORTED_FILE = "exported.json"
 
 
@@ -57,7 +57,7 @@ class TrainerConfig(Bounded):
     wandb: project of Weights & Biases to report to.
     """
 
-    precision: str = "auto"
+    precision: TrainingPrecision = "auto"
     ema_decay: float = bounded(0.999, least=0, below=1)
     log_every: int = bounded(20, least=1)
     sample_every: int = bounded(0, least=0)
@@ -70,10 +70,8 @@ class TrainerConfig(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
         if 0 < self.spike_factor <= 1:
-            raise ConfigError(f"trainer.spike_factor={self.spike_factor} skips ordinary steps; use 0 (off) or above 1")
+            raise ConfigError(f"trainer.spike_factor is {self.spike_factor}; expected 0 (off) or a number above 1")
 
 
 class Diverged(UserError):
@@ -94,7 +92,7 @@ class Trainer:
         device: torch.device,
         mesh: Mesh | None = None,
         micro_batch: int | None = None,
-    ):
+    ) -> None:
         self.recipe = recipe
         self.engine = engine
         self.folder = folder
@@ -109,10 +107,9 @@ class Trainer:
     def run(self, *, resume: ResumeChoice = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
         """Train to the last step, or until `time.monotonic()` passes `deadline`; return whether all steps are done.
 
-        Either way a checkpoint and a model folder are left. SIGTERM, SIGINT and SIGHUP leave a
-        checkpoint, and raise RunStopped.
-        config_text: what goes into the run folder's `config.yaml`. Raises ConfigError when `resume` is "never" and the
-        run folder holds checkpoints, Diverged when the loss has no finite gradient any more.
+        Both leave a checkpoint and a model folder. SIGTERM, SIGINT and SIGHUP leave a checkpoint and raise RunStopped.
+        config_text: text for `config.yaml` of the run folder. Raises ConfigError if `resume` is "never" and the run
+        folder holds checkpoints, and Diverged if too many steps have no finite gradient.
         """
         step = self.restore(resume)
         changes = write_record(self.folder, config_text, self.device) if self.mesh.is_main else None
@@ -138,7 +135,7 @@ class Trainer:
         ending = self.ending(deadline, signals)
         while step < self.total_steps and not ending:
             if step in starts and step > saved:
-                # the first step of a stage may compile for longer than the time that is left
+                # the first step of a stage may compile for longer than the remaining time
                 with window.paused():
                     self.save(step)
                 saved = step
@@ -170,7 +167,9 @@ class Trainer:
         return done
 
     def ending(self, deadline: float, signals: StopSignals) -> Ending:
-        """Say whether to stop before the next step; all ranks come to the same answer, whichever was asked to."""
+        """Return whether and why to stop before the next step. All ranks get the same answer, whichever of them was
+        asked to.
+        """
         return Ending(*self.mesh.largest([signals.number, int(time.monotonic() >= deadline)]))
 
     def one_step(self, step: int, window: Window) -> None:
@@ -200,7 +199,7 @@ class Trainer:
         self.check_skipped(step)
 
     def check_skipped(self, step: int) -> None:
-        """Raise Diverged where more steps were skipped than allowed, or more than half of a run long enough to say."""
+        """Raise Diverged if more steps were skipped than allowed, or, in a run of enough steps, more than half."""
         skipped, share = self.engine.num_skipped(), self.engine.skipped_share(step)
         too_many = f"allowed: trainer.max_skipped_steps={self.config.max_skipped_steps}"
         if skipped <= self.config.max_skipped_steps:
@@ -213,15 +212,15 @@ class Trainer:
         )
 
     def check_finite(self, step: int) -> None:
-        """Raise Diverged on all ranks where weights or averages are not finite, before they replace good ones."""
+        """Raise Diverged on all ranks if weights or averages are not finite, before they replace good ones."""
         if self.mesh.largest([int(not self.engine.is_finite())])[0]:
             raise Diverged(
-                f"weights are not finite after step {step}, and are not written; resume from the last checkpoint with"
+                f"weights are not finite after step {step} and are not written; resume from the last checkpoint with"
                 " a lower learning rate"
             )
 
     def sample(self, step: int, log: RunLog) -> None:
-        """Export the averaged weights, and show what they make."""
+        """Export the averaged weights, and generate samples with them."""
         self.check_finite(step)
         began = time.monotonic()
         with self.engine.averaged(), torch.no_grad():
@@ -238,12 +237,12 @@ class Trainer:
         log.note(" | ".join([f"sample {step}", *numbers, f"{time.monotonic() - began:.1f} s"]))
 
     def exported_step(self) -> int:
-        """Return the step whose weights the model folder holds, or -1."""
+        """Return the step of the weights in the model folder, or -1 if there is no model."""
         file = self.folder / EXPORTED_FILE
         step = -1
         if self.mesh.is_main and file.exists() and (self.folder / MODEL).exists():
-            found = read_json(file).get("step")
-            step = found if isinstance(found, int) else -1
+            recorded = read_json(file).get("step")
+            step = recorded if isinstance(recorded, int) else -1
         return self.mesh.largest([step])[0]
 
     def save(self, step: int) -> None:
@@ -256,38 +255,38 @@ class Trainer:
         with self.mesh.one_voice():
             checkpoint = self._accepted(resume)
         if strangers := self.checkpoints.strangers():
-            self._say(f"{self.checkpoints.folder}: ignored {', '.join(strangers)}, which are not checkpoints")
+            self._print(f"{self.checkpoints.folder}: ignored {', '.join(strangers)}, which are not checkpoints")
         if checkpoint is None:
             return 0
         checkpoint.load(self.engine)
         notes = self.recipe.load(checkpoint, self.mesh)
         for note in (*_differences(checkpoint.state, self.engine.arithmetic), *notes):
-            self._say(note)
+            self._print(note)
         return checkpoint.step
 
     def _accepted(self, resume: ResumeChoice) -> Checkpoint | None:
-        """Return the checkpoint to resume from, None for a new run; raise what all ranks come to."""
+        """Return the checkpoint to resume from, or None for a new run; raise the error that all ranks get."""
         if resume == "never":
             if self.mesh.on_main(self.checkpoints.steps):
-                raise ConfigError(f"{self.folder} holds a run already; use --resume auto or another --out")
+                raise ConfigError(f"{self.folder} already holds a run; use --resume auto or another --out")
             return None
         checkpoint = self.checkpoints.newest()
         if checkpoint is not None and checkpoint.step > self.total_steps:
             raise ConfigError(
-                f"{checkpoint.folder} is of step {checkpoint.step}, and the stages have {self.total_steps} steps in"
-                f" all; give them at least {checkpoint.step}, or use another --out"
+                f"{checkpoint.folder} is of step {checkpoint.step}, but the stages have {self.total_steps} steps;"
+                f" give them at least {checkpoint.step}, or use another --out"
             )
         return checkpoint
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.mesh.is_main:
             print(text, flush=True)
 
 
 def _differences(state: RunState, arithmetic: str) -> Iterator[str]:
-    """Say what makes losses other than those of an uninterrupted run, or could not be checked."""
+    """Yield lines about what makes losses differ from those of an uninterrupted run, or could not be checked."""
     if state.format == 1:
-        yield "the checkpoint is of a version that took no checksums: its files are not compared with any"
+        yield "the checkpoint is of a version without checksums: its files are not checked"
     elif state.arithmetic != arithmetic:
         yield (
             f"the checkpoint was trained in {state.arithmetic}, this run computes in {arithmetic}: losses are"
@@ -296,7 +295,7 @@ def _differences(state: RunState, arithmetic: str) -> Iterator[str]:
 
 
 class Ending(NamedTuple):
-    """Why a run stops before its last step. number: the signal that asked for it, or 0. late: whether time is up."""
+    """Why a run stops before its last step. number: signal that caused it, or 0. late: whether its time is up."""
 
     number: int
     late: int
@@ -306,9 +305,9 @@ class Ending(NamedTuple):
 
 
 class Window:
-    """Sums of metrics since the last log line, kept on the device, and the time they took."""
+    """Sums of metrics since the last log line, kept on the device, and the time of their steps."""
 
-    def __init__(self, device: torch.device, mesh: Mesh | None = None):
+    def __init__(self, device: torch.device, mesh: Mesh | None = None) -> None:
         self.device = device
         self.mesh = mesh or Mesh()
         self.names: list[str] = []
@@ -324,7 +323,7 @@ class Window:
         self.size += size
 
     def means(self) -> dict[str, float]:
-        """Fetch the means over all ranks; this is where the host waits for the device."""
+        """Return the means over all ranks. The host waits for the device here."""
         assert self.sums is not None
         sums = self.mesh.sum(self.sums.clone()).tolist()
         return {name: total / weight for name, (total, weight) in zip(self.names, sums, strict=True) if weight > 0}
@@ -334,7 +333,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent in the block: it goes into samples or checkpoints, not into steps."""
+        """Leave out the time of the block, which belongs to samples or checkpoints and not to steps."""
         synchronize(self.device)
         paused = time.monotonic()
         yield
@@ -353,12 +352,14 @@ def segment_starts(segments: Sequence[RateSegment]) -> set[int]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
-    """Run nothing compiled inside: shapes of a roll-out change from chunk to chunk, each would be compiled for."""
-    # on a CPU nothing is compiled, and asking for this would import the compiler
+    """Disable compilation inside the block: shapes of a roll-out change from chunk to chunk, and each would be
+    compiled.
+    """
+    # on a CPU nothing is compiled, and setting a stance would import the compiler
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()

@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.Cap
     assert 0 < change < 1e-6
     capsys.readouterr()
     assert main(ar_arguments(trained, "third", initialize, "model.num_layers=3")) == 2
-    assert "model.num_layers=3, but the model in" in capsys.readouterr().err
+    assert "model.num_layers is 3; expected 2, as the model in" in capsys.readouterr().err
 
 
 def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(trained: Path) -> None:
@@ -107,7 +107,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "run"
     assert main(["train", "vae", *Toy.vae, "--out", str(out), "--device", "cpu", "--dry-run", "1"]) == 0
     started, timed = capsys.readouterr().out.splitlines()
-    assert started.startswith("training on cpu in fp32 | engine: one process | compiled: no (nothing is on a cpu)")
+    assert started.startswith("training on cpu in fp32 | engine: one process | compiled: no (only on CUDA, not on cpu)")
     assert timed.startswith("stage 0 | 4 steps | first ")
     assert not out.exists()
 
@@ -131,7 +131,7 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
     [
         (["vae", "optimiser.learning_rate=1"], "unknown key 'optimiser'; nearest is 'optimizer'"),
         (["vae", "tiny/vea"], "did you mean 'tiny/vae'?"),
-        (["vae", "trainer.precision=fp8"], "trainer.precision='fp8' is unknown; use one of auto, bf16, fp32"),
+        (["vae", "trainer.precision=fp8"], "trainer.precision is 'fp8'; expected one of 'auto', 'bf16', 'fp32'"),
         (["ar", "vae=nowhere"], "no model 'nowhere'"),
         (["vae", "--max-minutes", "0"], "--max-minutes is 0; expected a number above 0"),
         (["vae", "--resume", "maybe"], "'maybe' is not one of 'auto', 'never'"),
@@ -163,7 +163,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
     setting: str, package: str, extra: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, package, None)  # which Python takes as a package that is not there
+        patch.setitem(sys.modules, package, None)  # Python treats it as a missing package
         assert main(["train", "vae", *Toy.vae, setting, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert f"{setting.partition('=')[0]} needs" in error and f"longvideo[{extra}]" in error and error.count("\n") == 1

@@ -28,19 +28,35 @@ SCHEMAS: dict[str, type] = {
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("tiny/vae", "optimizer.beta1=1.5", "optimizer.beta1=1.5 must be at least 0 and below 1"),
-        ("tiny/vae", "model.dim_mult=[1, 0]", r"model.dim_mult\[1\]=0 must be at least 1"),
-        ("tiny/ar_opening", "trainer.ema_decay=1.5", "trainer.ema_decay=1.5 must be at least 0 and below 1"),
-        ("tiny/ar_opening", "trainer.log_every=-1", "trainer.log_every=-1 must be at least 1"),
-        ("tiny/ar_opening", "trainer.keep_checkpoints=0", "trainer.keep_checkpoints=0 must be at least 1"),
-        ("tiny/ar_opening", "stages[0].batch=0", r"stages\[0\].batch=0 must be at least 1"),
-        ("tiny/ar_opening", "stages[0].learning_rate=.nan", r"stages\[0\].learning_rate=nan must be a finite number"),
-        ("tiny/ar_opening", "trainer.spike_factor=1", "trainer.spike_factor=1.0 skips ordinary steps"),
-        ("wan/ar", "parallel.timeout_minutes=0", "parallel.timeout_minutes=0.0 must be above 0"),
-        ("wan/ar", "recycling.modulation=.inf", "recycling.modulation=inf must be a finite number"),
-        ("tiny/dmd", "critic_optimizer.gradient_clip=-1", "critic_optimizer.gradient_clip=-1.0 must be at least 0"),
-        ("tiny/dmd", "samples.steps=[4, 0]", r"samples.steps\[1\]=0 must be from 1 to 1000"),
-        ("tiny/dmd", "critic_first=640", "critic_first=640 leaves the student no step"),
+        ("tiny/vae", "optimizer.beta1=1.5", "optimizer.beta1 is 1.5; expected a number of at least 0 and below 1"),
+        ("tiny/vae", "model.dim_mult=[1, 0]", r"model.dim_mult\[1\] is 0; expected a number of at least 1"),
+        (
+            "tiny/ar_opening",
+            "trainer.ema_decay=1.5",
+            "trainer.ema_decay is 1.5; expected a number of at least 0 and below 1",
+        ),
+        ("tiny/ar_opening", "trainer.log_every=-1", "trainer.log_every is -1; expected a number of at least 1"),
+        (
+            "tiny/ar_opening",
+            "trainer.keep_checkpoints=0",
+            "trainer.keep_checkpoints is 0; expected a number of at least 1",
+        ),
+        ("tiny/ar_opening", "stages[0].batch=0", r"stages\[0\].batch is 0; expected a number of at least 1"),
+        (
+            "tiny/ar_opening",
+            "stages[0].learning_rate=.nan",
+            r"stages\[0\].learning_rate is nan; expected a finite number",
+        ),
+        ("tiny/ar_opening", "trainer.spike_factor=1", "trainer.spike_factor is 1.0; expected 0"),
+        ("wan/ar", "parallel.timeout_minutes=0", "parallel.timeout_minutes is 0.0; expected a number above 0"),
+        ("wan/ar", "recycling.modulation=.inf", "recycling.modulation is inf; expected a finite number"),
+        (
+            "tiny/dmd",
+            "critic_optimizer.gradient_clip=-1",
+            "critic_optimizer.gradient_clip is -1.0; expected a number of at least 0",
+        ),
+        ("tiny/dmd", "samples.steps=[4, 0]", r"samples.steps\[1\] is 0; expected a number from 1 to 1000"),
+        ("tiny/dmd", "critic_first=640", "critic_first is 640; expected fewer than the 640 steps"),
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_its_key(name: str, override: str, message: str) -> None:
@@ -66,7 +82,7 @@ def test_a_zero_that_means_something_is_taken(name: str, override: str) -> None:
 
 
 def test_a_class_refuses_the_same_numbers_when_it_is_made() -> None:
-    with pytest.raises(ConfigError, match="beta2=1 must be at least 0 and below 1"):
+    with pytest.raises(ConfigError, match="beta2 is 1; expected a number of at least 0 and below 1"):
         OptimizerConfig(beta2=1)
 
 

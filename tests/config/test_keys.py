@@ -17,7 +17,7 @@ class Inner:
     """One item.
 
     size, weight: numbers of the item, which
-        go on here.
+        continue here.
     """
 
     size: int = 3
@@ -37,7 +37,7 @@ class Outer:
 
 
 def test_keys_have_types_defaults_and_texts() -> None:
-    text = "numbers of the item, which go on here."
+    text = "numbers of the item, which continue here."
     assert list(keys_of(Outer)) == [
         Key("name", "str | None", "null", "what it is called."),
         Key("inner.size", "int", "4", text),

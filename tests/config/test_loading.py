@@ -130,26 +130,26 @@ def test_an_unknown_key_far_from_all_lists_the_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=abc", "seed is 'abc', wanted int"),
-        ("seed=1.5", "seed is 1.5, wanted int"),
-        ("seed=true", "seed is True, wanted int"),
-        ("seed=null", "seed is None, wanted int"),
-        ("limit=x", "limit is 'x', wanted int"),
-        ("compile=perhaps", "compile is 'perhaps', wanted bool"),
-        ("mode=movie", "mode is 'movie', wanted one of 'image', 'clip'"),
-        ("kind=OTHER", "kind is 'OTHER', wanted one of SHAPES, REAL"),
-        ("optimizer=3", "optimizer is 3, wanted the keys learning_rate, betas"),
-        ("optimizer=null", "optimizer is None, wanted the keys learning_rate, betas"),
-        ("optimizer.betas=[1,2,3]", "optimizer.betas is [1, 2, 3], wanted tuple[float, float]"),
-        ("optimizer.betas=[1,x]", "optimizer.betas[1] is 'x', wanted float"),
-        ("dims=[1,x]", "dims[1] is 'x', wanted int"),
-        ("dims=3", "dims is 3, wanted tuple[int, ...]"),
-        ("weights.a=x", "weights.a is 'x', wanted float"),
-        ("stages=[{steps: x}]", "stages[0].steps is 'x', wanted int"),
-        ("stages=3", "stages is 3, wanted list["),
-        ("stages[0].steps=3", "stages has 0 items, none with index 0"),
-        ("seed", "'seed' is no override; write key=value"),
-        ("=3", "'=3' is no override; write key=value"),
+        ("seed=abc", "seed is 'abc'; expected int"),
+        ("seed=1.5", "seed is 1.5; expected int"),
+        ("seed=true", "seed is True; expected int"),
+        ("seed=null", "seed is None; expected int"),
+        ("limit=x", "limit is 'x'; expected int"),
+        ("compile=perhaps", "compile is 'perhaps'; expected bool"),
+        ("mode=movie", "mode is 'movie'; expected one of 'image', 'clip'"),
+        ("kind=OTHER", "kind is 'OTHER'; expected one of SHAPES, REAL"),
+        ("optimizer=3", "optimizer is 3; expected the keys learning_rate, betas"),
+        ("optimizer=null", "optimizer is None; expected the keys learning_rate, betas"),
+        ("optimizer.betas=[1,2,3]", "optimizer.betas is [1, 2, 3]; expected tuple[float, float]"),
+        ("optimizer.betas=[1,x]", "optimizer.betas[1] is 'x'; expected float"),
+        ("dims=[1,x]", "dims[1] is 'x'; expected int"),
+        ("dims=3", "dims is 3; expected tuple[int, ...]"),
+        ("weights.a=x", "weights.a is 'x'; expected float"),
+        ("stages=[{steps: x}]", "stages[0].steps is 'x'; expected int"),
+        ("stages=3", "stages is 3; expected list["),
+        ("stages[0].steps=3", "stages has 0 items, but no index 0"),
+        ("seed", "'seed' is not a setting; write key=value"),
+        ("=3", "'=3' is not a setting; write key=value"),
         ("dims=[1", "value of 'dims=[1' is not valid YAML"),
         ("seed=-1", "seed is -1, wanted 0 or more"),
         ("name=${nowhere}", "Interpolation key 'nowhere' not found"),
@@ -167,7 +167,7 @@ def test_a_wrong_value_is_named_with_what_was_wanted(override: str, message: str
     [
         ("seed: 1\nseed: 2\n", "not valid YAML in line 2"),
         ("seed: [1\n", "not valid YAML in line 2"),
-        ("- 1\n- 2\n", "holds a list, wanted `key: value` lines"),
+        ("- 1\n- 2\n", "holds a list; expected lines of the form `key: value`"),
         ("\x00", "not valid YAML: .*control characters"),
         ("seed: " + "9" * 5000, "not valid YAML in line 1: a number has 5,000 digits"),
         ("seed: " + "[" * 20_000, "not valid YAML in line 1: values are nested more than 100 deep"),
@@ -187,7 +187,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no configuration file at .*absent.yaml"):
+    with pytest.raises(ConfigError, match="there is no configuration file .*absent.yaml"):
         load_config(Recipe, [tmp_path / "absent.yaml"])
 
 
@@ -204,7 +204,7 @@ def test_a_key_can_take_the_value_of_another() -> None:
 def test_find_config_prefers_a_file_and_names_the_nearest_packaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longvideo.config.loading.resources.files", lambda package: tmp_path / "packaged")
+    monkeypatch.setattr("longvideo.config.loading.resources.files", lambda _package: tmp_path / "packaged")
     (tmp_path / "packaged" / "tiny").mkdir(parents=True)
     packaged = write(tmp_path / "packaged" / "tiny", "seed: 1\n", "vae.yaml")
     own = write(tmp_path, "seed: 2\n", "own.yaml")

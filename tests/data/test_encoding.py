@@ -347,7 +347,7 @@ def test_the_reader_names_the_file_that_is_wrong(encoded: Path, tmp_path: Path) 
     other = json.dumps(info | {"num_clips": 5}).encode()
     cases = {
         "dataset.json has version 2, expected 1": ("dataset.json", json.dumps(info | {"version": 2}).encode()),
-        "dataset.json: .*fps=1000000000, wanted a whole number from 1 to 1000": (
+        "dataset.json: .*fps is 1000000000; expected a whole number from 1 to 1000": (
             "dataset.json",
             json.dumps(info | {"fps": 10**9}).encode(),
         ),

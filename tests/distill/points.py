@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from longvideo.distill.roles import Role
 from longvideo.distill.walk import VideoRequest
 from longvideo.flow.schedule import expand
 from longvideo.model.cache import KVCache
+from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import TextContext
@@ -24,7 +26,7 @@ SHAPE = (2, POINTS, 1, 1)
 class Mixture:
     """A mixture of round Gaussians: its samples, and its exact denoiser."""
 
-    def __init__(self, centres: Tensor, deviation: float):
+    def __init__(self, centres: Tensor, deviation: float) -> None:
         self.centres, self.deviation = centres, deviation
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
@@ -47,41 +49,41 @@ class Mixture:
 class PointNetwork(nn.Module):
     """The interface of a transformer around the velocity of points."""
 
-    def rope(self, layout) -> Rope:
+    def rope(self, _layout: TokenLayout) -> Rope:
         return Rope(torch.empty(0), torch.empty(0))
 
     def encode_text(self, features_PJD: Tensor) -> TextContext:
         return TextContext((features_PJD,), (features_PJD,))
 
-    def fill_cache(self, *args, **kwargs) -> None:
-        raise AssertionError("a clip of one chunk is never gone on with")
+    def fill_cache(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("a clip of one chunk has no chunk after it")
 
-    def forward(self, x: Tensor, sigma_BT: Tensor, text: TextContext, *, rope, attention, checkpoint=False) -> Tensor:
+    def forward(self, x: Tensor, sigma_BT: Tensor, _text: TextContext, **_: Any) -> Tensor:
         raise NotImplementedError
 
 
 class Exact(PointNetwork):
     """The velocity of a known density."""
 
-    def __init__(self, x0: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, x0: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.x0 = x0
 
-    def forward(self, x: Tensor, sigma_BT: Tensor, text: TextContext, *, rope, attention, checkpoint=False) -> Tensor:
+    def forward(self, x: Tensor, sigma_BT: Tensor, _text: TextContext, **_: Any) -> Tensor:
         return (x - self.x0(x, sigma_BT)) / expand(sigma_BT)
 
 
 class Learned(PointNetwork):
     """A small network of point and noise level that predicts velocities."""
 
-    def __init__(self, width: int = 96):
+    def __init__(self, width: int = 96) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(2 + 9, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.out = nn.Linear(width, 2)
 
-    def forward(self, x: Tensor, sigma_BT: Tensor, text: TextContext, *, rope, attention, checkpoint=False) -> Tensor:
+    def forward(self, x: Tensor, sigma_BT: Tensor, _text: TextContext, **_: Any) -> Tensor:
         points = x[..., 0, 0].movedim(1, -1)
         angles = sigma_BT[..., None] * torch.tensor([0.5, 1.0, 2.0, 4.0]) * torch.pi
         h = torch.cat((points, sigma_BT[..., None], angles.cos(), angles.sin()), dim=-1)
@@ -93,7 +95,7 @@ class ThreeNetworks:
 
     device = CPU
 
-    def __init__(self, student: PointNetwork, critic: PointNetwork, teacher: PointNetwork):
+    def __init__(self, student: PointNetwork, critic: PointNetwork, teacher: PointNetwork) -> None:
         self.networks = {Role.STUDENT: student, Role.CRITIC: critic, Role.TEACHER: teacher.requires_grad_(False)}
 
     def switch(self, role: Role) -> PointNetwork:
@@ -102,7 +104,7 @@ class ThreeNetworks:
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
         return dict(self.networks[role].named_parameters())
 
-    def new_cache(self, batch: int) -> KVCache:
+    def new_cache(self, _batch: int) -> KVCache:
         return KVCache(SPEC, num_layers=0, num_heads=1, head_dim=2)
 
 

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed distil as one process does, at every ZeRO stage that adapters may have."""
+"""Two ranks under DeepSpeed compute what one process does, at every ZeRO stage that adapters may have."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(mesh: Mesh, stage: int | None) -> tuple[PairedEngine, videos.LoraRoles
 
     student, critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
     both = (student, engine(student, 0.7)), (critic, engine(critic, 0.0))
-    return PairedEngine(*both, critic_rate=lambda step: 1e-3, student_every=2), roles
+    return PairedEngine(*both, critic_rate=lambda _step: 1e-3, student_every=2), roles
 
 
 def shares(mesh: Mesh, step: int) -> list[VideoRequest]:
@@ -64,32 +64,32 @@ def train(engine: PairedEngine, roles: videos.LoraRoles, mesh: Mesh, steps: rang
     for step in steps:
         engine.train_step(shares(mesh, step), step, 1e-3)
     with engine.averaged():
-        found = (Role.STUDENT, Role.CRITIC)
-        return {f"{role}/{name}": w.detach().clone() for role in found for name, w in roles.trained(role).items()}
+        results = (Role.STUDENT, Role.CRITIC)
+        return {f"{role}/{name}": w.detach().clone() for role in results for name, w in roles.trained(role).items()}
 
 
 def by_every_stage(folder: str) -> list[dict[str, Tensor]]:
-    mesh, found = build_mesh(1), []
+    mesh, results = build_mesh(1), []
     for stage in STAGES:
         engine, roles = build(mesh, stage)
         train(engine, roles, mesh, range(2))
         CheckpointFolder(Path(folder) / str(stage), keep=1, mesh=mesh).save(2, engine, {})
-        found.append(train(engine, roles, mesh, range(2, 4)))
+        results.append(train(engine, roles, mesh, range(2, 4)))
     # and on from the checkpoint of one stage at another
     engine, roles = build(mesh, 2)
     checkpoint = CheckpointFolder(Path(folder) / "1", keep=1, mesh=mesh).newest()
     assert checkpoint is not None
     checkpoint.load(engine)
-    return [*found, train(engine, roles, mesh, range(2, 4))]
+    return [*results, train(engine, roles, mesh, range(2, 4))]
 
 
 def test_two_ranks_at_every_stage_distil_as_one_process(tmp_path: Path) -> None:
     engine, roles = build(Mesh(), None)
     before = {name: weight.detach().clone() for name, weight in roles.trained(Role.STUDENT).items()}
-    wanted = train(engine, roles, Mesh(), range(4))
-    assert all(relative_error(before[name], wanted[f"{Role.STUDENT}/{name}"]) > 1e-3 for name in before)
+    expected = train(engine, roles, Mesh(), range(4))
+    assert all(relative_error(before[name], expected[f"{Role.STUDENT}/{name}"]) > 1e-3 for name in before)
     first, second = run_in_processes(2, by_every_stage, str(tmp_path))
     assert len(first) == len(second) == 4
-    for found in (*first, *second):
-        for name, weight in wanted.items():
-            assert relative_error(found[name], weight) < 2e-4, name
+    for results in (*first, *second):
+        for name, weight in expected.items():
+            assert relative_error(results[name], weight) < 2e-4, name

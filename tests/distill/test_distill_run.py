@@ -6,6 +6,7 @@ import json
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.config import BackboneConfig
+from longvideo.distill.engine import PairedEngine
 from longvideo.distill.prompts import DistillStage, read_scripts
 from longvideo.distill.roles import LoraSettings
 from longvideo.model.attention import Full
@@ -99,7 +101,7 @@ def test_in_the_precision_of_a_gpu_and_with_a_critic_that_goes_first(home: Path)
     assert len(list((home / "bf16" / "samples").iterdir())) == 2
 
 
-def test_the_merged_model_is_backbone_and_adapter(home: Path, run: Path) -> None:
+def test_the_merged_model_is_backbone_and_adapter(run: Path) -> None:
     merged = ModelFolder.open(run / "model").load_transformer(dtype=torch.float32)
     adapter, plain = Adapter.load(run / "lora"), small.transformer()
     weights = plain.state_dict()
@@ -116,11 +118,11 @@ def test_peft_and_diffusers_read_the_adapter(run: Path) -> None:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from peft import PeftModel
 
-    wanted = velocity(ModelFolder.open(run / "model").load_transformer(dtype=torch.float32))
+    expected_velocity = velocity(ModelFolder.open(run / "model").load_transformer(dtype=torch.float32))
     plain = small.transformer()
-    assert relative_error(velocity(plain), wanted) > 1e-3
+    assert relative_error(velocity(plain), expected_velocity) > 1e-3
     PeftModel.from_pretrained(plain, str(run / "lora"))
-    assert relative_error(velocity(plain), wanted) < 1e-5
+    assert relative_error(velocity(plain), expected_velocity) < 1e-5
 
     theirs, source = (
         WanTransformer3DModel.from_pretrained(run / name / "transformer") for name in ("model", "../model")
@@ -162,17 +164,15 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def distil(home: str, name: str, reports: Connection) -> None:
-    """Distil to the end, reporting every step."""
+    """Distill to the end, reporting every step."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from longvideo.distill.engine import PairedEngine
-
     one_step = PairedEngine.train_step
 
-    def reported(self, shares, step, learning_rate):
-        found = one_step(self, shares, step, learning_rate)
+    def reported(self: PairedEngine, shares: Any, step: int, learning_rate: float) -> dict[str, Tensor]:
+        metrics = one_step(self, shares, step, learning_rate)
         reports.send(step)
-        return found
+        return metrics
 
     PairedEngine.train_step = reported
     code = main(arguments(Path(home), name, "trainer.save_every=1", "samples.prompts=0"))
@@ -205,7 +205,7 @@ def test_a_dry_run_needs_no_weights(home: Path, capsys: pytest.CaptureFixture[st
     dry = arguments(home, "dry", *more, precision="nvfp4")
     assert main([*dry, "--dry-run", "1"]) == 0
     assert "stage 0 | 1 steps" in capsys.readouterr().out and not (home / "dry").exists()
-    assert "model is missing" in refusal(dry, capsys)
+    assert "model is not set" in refusal(dry, capsys)
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -216,34 +216,36 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        (["stages=[{frames: 12, batch: 2, steps: 1}]"], "12 latent frames are no multiple of the model's chunks of 8"),
-        (["rollout.exits=never"], "rollout.exits='never'"),
-        (["rollout.cache_fill=never"], "rollout.cache_fill='never'"),
-        (["dmd.sigma_min=0"], "dmd.sigma_min=0"),
-        (["lora.rank=0"], "lora.rank=0"),
-        (["dmd.shift=0"], "dmd.shift=0"),
-        (["student_every=0"], "student_every=0"),
-        (["critic_first=-1"], "critic_first=-1"),
-        (["image_fraction=0.5"], "give data=CLIPS"),
-        (["parallel.zero_stage=3"], "use 0, 1 or 2"),
-        (["backbone.precision=int8"], "backbone.precision='int8'"),
+        (["stages=[{frames: 12, batch: 2, steps: 1}]"], "videos have 12 latent frames; expected a multiple of 8"),
+        (["rollout.exits=never"], "rollout.exits is 'never'; expected one of"),
+        (["rollout.cache_fill=never"], "rollout.cache_fill is 'never'"),
+        (["dmd.sigma_min=0"], "dmd.sigma_min is 0.0; expected"),
+        (["lora.rank=0"], "lora.rank is 0; expected"),
+        (["dmd.shift=0"], "dmd.shift is 0.0; expected"),
+        (["student_every=0"], "student_every is 0; expected"),
+        (["critic_first=-1"], "critic_first is -1; expected"),
+        (["image_fraction=0.5"], "set data=CLIPS"),
+        (["parallel.zero_stage=3"], "expected 0, 1 or 2"),
+        (["backbone.precision=int8"], "backbone.precision is 'int8'"),
         (["prompts=nowhere.txt"], "cannot read the file of prompts nowhere.txt: no such file"),
     ],
 )
-def test_bad_settings_are_refused(home: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in refusal(arguments(home, "bad", *more), capsys)
+def test_bad_settings_are_refused(
+    home: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(arguments(home, "bad", *more), capsys)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("empty.txt", "", "is empty"),
-        ("gap.txt", "a ball\n\na red ball\n", "gap.txt:2 holds an empty prompt"),
+        ("gap.txt", "a ball\n\na red ball\n", "gap.txt:2 has an empty prompt"),
         ("broken.jsonl", '{"prompts": ["a ball"\n', "broken.jsonl:1 is not JSON"),
-        ("other.jsonl", '{"text": "a ball"}\n', "other.jsonl:1 is no object like"),
-        ("none.jsonl", '{"prompts": []}\n', "none.jsonl:1 holds an empty prompt"),
+        ("other.jsonl", '{"text": "a ball"}\n', "other.jsonl:1 is not an object of the form"),
+        ("none.jsonl", '{"prompts": []}\n', "none.jsonl:1 has an empty prompt"),
         (
             "half.jsonl",
             '{"prompts": ["a ball"]}\n{"prompts": ["a \\ud83d"]}\n',
@@ -253,10 +255,10 @@ def test_bad_settings_are_refused(home: Path, more: list[str], said: str, capsys
     ],
 )
 def test_bad_prompt_files_are_refused(
-    home: Path, name: str, text: str | bytes, said: str, capsys: pytest.CaptureFixture[str]
+    home: Path, name: str, text: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert said in refusal(arguments(home, "bad", f"prompts={home / name}"), capsys)
+    assert message in refusal(arguments(home, "bad", f"prompts={home / name}"), capsys)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
@@ -271,12 +273,14 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
 def test_adapters_and_teachers_that_do_not_fit_are_refused(
     home: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unread(*args, **kwargs):
+    def unread(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read before the error was found")
 
     monkeypatch.setattr(ModelFolder, "load_transformer", unread)
     lora = f"adapter={run / 'lora'}"
-    assert "has rank 4, lora.rank is 8" in refusal(arguments(home, "bad", lora, "lora.rank=8"), capsys)
+    assert "lora.rank is 8; expected 4, the rank of the adapter" in refusal(
+        arguments(home, "bad", lora, "lora.rank=8"), capsys
+    )
     # the shipped model has wider layers
     message = refusal(arguments(home, "bad", lora, "model=tiny"), capsys)
     assert "blocks.0." in message and "tiny at rank 4" in message
@@ -329,6 +333,6 @@ def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.Ca
     assert sorted(seen) == list(range(len(dataset)))
     capsys.readouterr()
     longer = arguments(home, "longer", *more, "stages=[{frames: 24, batch: 2, steps: 1}]")
-    assert "has clips of 16 latent frames, a stage wants 24" in refusal(longer, capsys)
+    assert "have 16 latent frames; expected at least 24" in refusal(longer, capsys)
     other = arguments(home, "other", *more, "model=tiny")
-    assert "latent channels 4" in refusal(other, capsys)
+    assert "latent channels of" in refusal(other, capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ TRAINED = 1300
 SHIFT = 1.0  # points need no shift towards noise
 
 
-def parts_of(roles: ThreeNetworks, *, steps: int, **config) -> tuple[SelfForcing, Looks]:
+def parts_of(roles: ThreeNetworks, *, steps: int, **config: Any) -> tuple[SelfForcing, Looks]:
     rollouts = SelfForcing(roles, RolloutConfig(steps=steps, exits="last"), spec=SPEC, shape=SHAPE, shift=SHIFT, seed=0)
     looks = Looks(rollouts, DmdConfig(checkpoint=False, **config), guidance=1.0, shift=SHIFT, seed=0)
     return rollouts, looks
@@ -31,12 +32,16 @@ def parts_of(roles: ThreeNetworks, *, steps: int, **config) -> tuple[SelfForcing
 def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
     """x0 hat = (x + sigma^2 score(x)) / (1 - sigma), so the gradient is sigma^2 / (1 - sigma) times the difference of
     scores, over the distance to the teacher's estimate. Scores by automatic differentiation of log densities."""
-    data, made = Mixture(CENTRES, 0.3), Mixture(CENTRES.roll(1, 1) * 0.7, 0.5)
-    roles = ThreeNetworks(Exact(made.x0), Exact(made.x0), Exact(data.x0))
+    data, generated = Mixture(CENTRES, 0.3), Mixture(CENTRES.roll(1, 1) * 0.7, 0.5)
+    roles = ThreeNetworks(Exact(generated.x0), Exact(generated.x0), Exact(data.x0))
     rollouts, looks = parts_of(roles, steps=2, epsilon=1e-12)
     what = clip(3, samples=4)
-    x0 = made.sample(4 * POINTS, torch.Generator().manual_seed(0)).view(4, POINTS, 2).movedim(-1, 1)[..., None, None]
-    (found,) = looks.gradients(what, Rollout([x0], [x0], [1]))
+    x0 = (
+        generated.sample(4 * POINTS, torch.Generator().manual_seed(0))
+        .view(4, POINTS, 2)
+        .movedim(-1, 1)[..., None, None]
+    )
+    (gradient,) = looks.gradients(what, Rollout([x0], [x0], [1]))
     (noise,), (sigma,) = looks.draw(what, "student")
 
     def score(mixture: Mixture, x: Tensor) -> Tensor:
@@ -51,8 +56,8 @@ def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
     level = expand(sigma).double()
     teacher = (noisy + level**2 * score(data, noisy)) / (1 - level)
     size = (x0 - teacher).abs().mean((1, 2, 3, 4), keepdim=True)
-    wanted = level**2 / (1 - level) * (score(made, noisy) - score(data, noisy)) / size
-    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    expected = level**2 / (1 - level) * (score(generated, noisy) - score(data, noisy)) / size
+    assert (gradient - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def train_teacher(data: Mixture, steps: int) -> Learned:
@@ -97,8 +102,8 @@ def quantiles(points: Tensor, count: int = 1024) -> Tensor:
 
 def distance(network: PointNetwork, steps: int, reference: Tensor, draws: int = 24) -> float:
     """Return the mean sliced Wasserstein distance of 1024 samples to a reference distribution."""
-    found = (quantiles(sample(network, steps, count=1024, seed=seed)) for seed in range(draws))
-    return sum((points - reference).square().mean().sqrt().item() for points in found) / draws
+    distances = (quantiles(sample(network, steps, count=1024, seed=seed)) for seed in range(draws))
+    return sum((points - reference).square().mean().sqrt().item() for points in distances) / draws
 
 
 def test_student_matches_the_teachers_distribution() -> None:

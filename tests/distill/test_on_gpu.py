@@ -23,11 +23,11 @@ pytestmark = pytest.mark.gpu
 def gradients(device: str, *, precision: str, checkpoint: bool, compiled: bool) -> dict[str, Tensor]:
     """Return the gradients of both adapters over a clip whose window rolls."""
     model = with_precision(small.model().to(device), precision)
-    found = videos.roles(model, stirred=0.2)
+    roles = videos.roles(model, stirred=0.2)
     if compiled:
         compile_blocks(model)
     # one step, so that no difference of the first is made larger by those after it
-    rollouts, looks = videos.parts(found, RolloutConfig(steps=1), DmdConfig(checkpoint=checkpoint))
+    rollouts, looks = videos.parts(roles, RolloutConfig(steps=1), DmdConfig(checkpoint=checkpoint))
     clip = videos.clip((True, False, True, False, False))
     clip = replace(clip, features_PJD=clip.features_PJD.to(device), prompt_NB=clip.prompt_NB.to(device))
     kept = {}
@@ -35,7 +35,7 @@ def gradients(device: str, *, precision: str, checkpoint: bool, compiled: bool) 
         for part in objective.parts([clip]):
             loss, _ = objective(part)
             loss.backward()
-        for name, weight in found.trained(objective.role).items():
+        for name, weight in roles.trained(objective.role).items():
             assert weight.grad is not None
             kept[f"{objective.role.value} {name}"] = weight.grad.cpu()
     return kept
@@ -46,9 +46,9 @@ def gradients(device: str, *, precision: str, checkpoint: bool, compiled: bool) 
     [("bf16", False, False), ("bf16", True, False), ("bf16", False, True), ("nvfp4", True, False)],
 )
 def test_gradients_are_those_of_the_cpu(precision: str, checkpoint: bool, compiled: bool) -> None:
-    wanted = gradients("cpu", precision=precision, checkpoint=checkpoint, compiled=False)
+    expected = gradients("cpu", precision=precision, checkpoint=checkpoint, compiled=False)
     got = gradients("cuda", precision=precision, checkpoint=checkpoint, compiled=compiled)
-    whole = (torch.cat([x[name].flatten() for name in wanted]) for x in (got, wanted))
+    whole = (torch.cat([x[name].flatten() for name in expected]) for x in (got, expected))
     # rounding to 4 bits turns the last bit of a sum into a whole step of an input now and then
     assert relative_error(*whole) < (5e-2 if precision == "nvfp4" else 5e-3)
-    assert {name.split()[0] for name in wanted} == {Role.STUDENT.value, Role.CRITIC.value}
+    assert {name.split()[0] for name in expected} == {Role.STUDENT.value, Role.CRITIC.value}

@@ -44,7 +44,7 @@ def roles(
     cache_type: type[ChunkCache] = KVCache,
 ) -> LoraRoles:
     """stirred: size of random updates in both adapters, which start at none."""
-    found = LoraRoles(
+    roles = LoraRoles(
         student.requires_grad_(False),
         LoraSettings(rank=4, alpha=8.0),
         teacher=None if teacher is None else teacher.requires_grad_(False),
@@ -52,16 +52,18 @@ def roles(
     )
     generator = torch.Generator().manual_seed(7)
     for role in (Role.STUDENT, Role.CRITIC):
-        for name, weight in found.trained(role).items():
+        for name, weight in roles.trained(role).items():
             if name.endswith(".lora_B"):
                 weight.data = stirred * torch.randn(weight.shape, generator=generator).to(weight.device)
-    return found
+    return roles
 
 
-def parts(found: LoraRoles, rollout: RolloutConfig | None = None, dmd: DmdConfig | None = None):
+def parts(
+    roles: LoraRoles, rollout: RolloutConfig | None = None, dmd: DmdConfig | None = None
+) -> tuple[SelfForcing, Looks]:
     rollout = rollout or RolloutConfig(steps=3)
     clean_pass = rollout.distilled(ModelSettings()).clean_pass
-    rollouts = SelfForcing(found, rollout, spec=SPEC, shape=SHAPE, shift=3.0, seed=0, clean_pass=clean_pass)
+    rollouts = SelfForcing(roles, rollout, spec=SPEC, shape=SHAPE, shift=3.0, seed=0, clean_pass=clean_pass)
     return rollouts, Looks(rollouts, dmd or DmdConfig(), guidance=2.0, shift=3.0, seed=0)
 
 

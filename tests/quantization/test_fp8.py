@@ -121,7 +121,7 @@ def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch:
 
 
 def test_fp8_is_for_generating_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="backbone.precision='fp8' is unknown; use one of bf16, nvfp4, nvfp4-weights"):
+    with pytest.raises(ConfigError, match="backbone.precision is 'fp8'; expected one of bf16, nvfp4, nvfp4-weights"):
         BackboneConfig(precision="fp8")
     assert main(["merge", "tiny", str(tmp_path), str(tmp_path / "merged"), "--precision", "fp8"]) == 2
     assert "--precision fp8 is unknown; use bf16 or nvfp4" in capsys.readouterr().err

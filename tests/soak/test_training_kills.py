@@ -95,7 +95,7 @@ def work(command: Sequence[str], log: str, ranks: Sequence[str], reports: Connec
 def run_and_kill(
     command: Sequence[str], log: Path, *, ranks: int, reports: int, moment: float = 0.0
 ) -> tuple[int, float]:
-    """Start training and kill all its processes after so many steps and a share of one; return the first step.
+    """Start training and kill all its processes after a number of steps and a share of one; return the first step.
 
     ranks: 0 starts one process without a launcher. Also returns the seconds of a step.
     """
@@ -129,9 +129,9 @@ def run_and_kill(
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def losses(folder: Path) -> dict[int, float]:

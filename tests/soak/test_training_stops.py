@@ -45,11 +45,11 @@ def test_sigterm_loses_no_step(tmp_path: Path, pytestconfig: pytest.Config) -> N
         assert process.stdout is not None
         left, last = lottery.randint(1, MOST_STEPS), done
         for line in process.stdout:
-            found = re.match(r"step (\d+)/", line)
+            match = re.match(r"step (\d+)/", line)
             if started := re.match(r"(?:starting|resuming) at step (\d+) ", line):
                 assert int(started[1]) == done
-            elif found:
-                last, left = int(found[1]), left - 1
+            elif match:
+                last, left = int(match[1]), left - 1
                 if left == 0:
                     process.send_signal(signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM

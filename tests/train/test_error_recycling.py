@@ -172,7 +172,7 @@ def test_memory_stays_within_the_limit() -> None:
             assert errors.entries == 500 or errors.nbytes + errors.nbytes // errors.entries > gib * GIB
             assert max(errors.filled) <= errors.entries
     assert ALWAYS.entries_within_memory(numel, pinned=False) == ALWAYS.entries
-    with pytest.raises(ConfigError, match=r"memory_gib=5e-07 holds not one entry in each of recycling.buckets=5"):
+    with pytest.raises(ConfigError, match=r"memory_gib is 5e-07; expected at least .* each of recycling.buckets=5"):
         bank(replace(ALWAYS, memory_gib=5e-7))
 
 
@@ -229,16 +229,16 @@ def run_steps(errors: ErrorBank, steps: Sequence[int]) -> list[Injected]:
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     config = ErrorRecyclingConfig(buckets=3, entries=5, warmup_steps=4, clean_kept=0.5, noise_probability=0.5)
     whole, first, resumed = bank(config), bank(config), bank(config)
-    wanted = run_steps(whole, range(40))
+    reference_values = run_steps(whole, range(40))
     run_steps(first, range(17))
     saved = {name: tensor.clone() for name, tensor in first.state().items()}
     run_steps(first, range(17, 20))
     run_steps(resumed, range(2))
     resumed.load([Weights.of(saved)])
     got = run_steps(resumed, range(17, 40))
-    assert all(same(a, b) for a, b in zip(got, wanted[17:], strict=True))
+    assert all(same(a, b) for a, b in zip(got, reference_values[17:], strict=True))
     assert torch.equal(resumed.errors, whole.errors) and resumed.filled == whole.filled
-    assert not same(wanted[-1], run_steps(bank(config, seed=8), range(40))[-1])
+    assert not same(reference_values[-1], run_steps(bank(config, seed=8), range(40))[-1])
 
 
 @pytest.mark.gpu
@@ -258,14 +258,14 @@ def test_on_a_gpu_the_same_without_waiting_for_it(storage: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for step, injected in enumerate(got):
-        wanted = reference.inject(zeros(), noise.cpu(), LEVELS, step=step)
+        reference_values = reference.inject(zeros(), noise.cpu(), LEVELS, step=step)
         fill(reference, [step])
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors(injected), tensors(wanted), strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors(injected), tensors(reference_values), strict=True))
     assert torch.equal(errors.state()["errors"].cpu(), reference.errors) and errors.errors.is_pinned() == errors.pinned
 
 
 def test_state_of_another_configuration_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"errors have shape \[2, 5, 4, 3, 2, 2, 4\], wanted \[2, 3, 4"):
+    with pytest.raises(CheckpointError, match=r"errors have shape \[2, 5, 4, 3, 2, 2, 4\]; expected \[2, 3, 4"):
         bank(replace(ALWAYS, buckets=3)).load([Weights.of(bank().state())])
 
 
@@ -288,10 +288,10 @@ def test_errors_are_dealt_out_in_turn_among_another_number_of_ranks(before: int,
     for rank, errors in enumerate(read):
         errors.load(states, rank=rank, world=after)
     for bucket in range(config.buckets):
-        given = sorted(entry for errors in written for entry in stored(errors)[bucket])
-        taken = [stored(errors)[bucket] for errors in read]
-        assert sorted(entry for own in taken for entry in own) == given
-        assert max(map(len, taken)) - min(map(len, taken)) <= 1
+        originals = sorted(entry for errors in written for entry in stored(errors)[bucket])
+        parts = [stored(errors)[bucket] for errors in read]
+        assert sorted(entry for own in parts for entry in own) == originals
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert sum(sum(errors.filled) for errors in read) == sum(sum(errors.filled) for errors in written) > 0
 
 
@@ -326,7 +326,7 @@ def test_decisions_and_choices_do_not_depend_on_the_split() -> None:
         part.load([Weights.of(whole.state())])
     clean, noise = latents(50), latents(51)
     for step in range(5, 25):
-        wanted = whole.inject(clean, noise, LEVELS, step=step)
+        reference_values = whole.inject(clean, noise, LEVELS, step=step)
         for sample in range(BATCH):
             for part, (begin, end) in zip(parts, ((0, 1), (1, 3), (0, 2), (2, 3)), strict=True):
                 rows, frames = slice(sample, sample + 1), slice(begin * CHUNK[1], end * CHUNK[1])
@@ -338,10 +338,10 @@ def test_decisions_and_choices_do_not_depend_on_the_split() -> None:
                     samples=[sample],
                     chunks=range(begin, end),
                 )
-                assert torch.equal(got.context, wanted.context[rows, :, frames])
-                assert torch.equal(got.latents, wanted.latents[rows, :, frames])
-                assert torch.equal(got.noise, wanted.noise[rows, :, frames])
-                assert torch.equal(got.used_clean, wanted.used_clean[rows])
+                assert torch.equal(got.context, reference_values.context[rows, :, frames])
+                assert torch.equal(got.latents, reference_values.latents[rows, :, frames])
+                assert torch.equal(got.noise, reference_values.noise[rows, :, frames])
+                assert torch.equal(got.used_clean, reference_values.used_clean[rows])
 
 
 def test_probabilities_hold() -> None:
@@ -389,15 +389,15 @@ def assert_share(count: float, total: int, probability: float) -> None:
 def test_given_frames_stay_as_they_are() -> None:
     errors = bank()
     fill(errors, range(3))
-    given = torch.zeros(BATCH, CHUNKS * CHUNK[1])
-    given[0, 0] = 1
+    originals = torch.zeros(BATCH, CHUNKS * CHUNK[1])
+    originals[0, 0] = 1
     clean, noise = latents(20), latents(21)
     free = errors.inject(clean, noise, LEVELS, step=3)
-    held = errors.inject(clean, noise, LEVELS, step=3, given_BT=given)
+    held = errors.inject(clean, noise, LEVELS, step=3, given_BT=originals)
     for name, before in (("context", clean), ("latents", clean), ("noise", noise)):
-        got, wanted = getattr(held, name), getattr(free, name).clone()
-        wanted[0, :, 0] = before[0, :, 0]
-        assert torch.equal(got, wanted) and not torch.equal(getattr(free, name), wanted)
+        got, reference_values = getattr(held, name), getattr(free, name).clone()
+        reference_values[0, :, 0] = before[0, :, 0]
+        assert torch.equal(got, reference_values) and not torch.equal(getattr(free, name), reference_values)
 
 
 def test_chunks_without_a_loss_are_not_kept() -> None:
@@ -429,9 +429,9 @@ def test_prediction_errors_are_those_of_latents_and_noise() -> None:
     latent_error, noise_error = prediction_errors(target + mistake, target, noisy, clean, sigma)
     share = expand(sigma)
     torch.testing.assert_close(latent_error, (1 - share) * injected_error - share * mistake, atol=1e-5, rtol=1e-5)
-    wanted = (1 - share) * mistake
-    wanted[0, :, 0] = 0
-    torch.testing.assert_close(noise_error, wanted, atol=1e-5, rtol=1e-5)
+    reference_values = (1 - share) * mistake
+    reference_values[0, :, 0] = 0
+    torch.testing.assert_close(noise_error, reference_values, atol=1e-5, rtol=1e-5)
     assert (latent_error[0, :, 0] == 0).all()
 
 
@@ -447,16 +447,15 @@ def test_a_bank_without_noise_errors_has_room_for_more_latent_errors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"buckets": 0}, "buckets=0 must be from 1 to 1000"),
-        ({"buckets": 1001}, "buckets=1001 must be from 1 to 1000"),
-        ({"entries": 0}, "entries=0 must be at least 1"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
-        ({"memory_gib": 0.0}, "memory_gib=0.0 must be above 0"),
-        ({"memory_gib": float("nan")}, "memory_gib=nan must be a finite number"),
-        ({"storage": "disk"}, "recycling.storage='disk' is unknown; use one of host, device"),
-        ({"clean_probability": 1.5}, "clean_probability=1.5 must be from 0 to 1"),
-        ({"noise_probability": -0.1}, "noise_probability=-0.1 must be from 0 to 1"),
-        ({"modulation": 1.0}, "modulation=1.0 must be at least 0 and below 1"),
+        ({"buckets": 0}, "buckets is 0; expected a number from 1 to 1000"),
+        ({"buckets": 1001}, "buckets is 1001; expected a number from 1 to 1000"),
+        ({"entries": 0}, "entries is 0; expected a number of at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; expected a number of at least 0"),
+        ({"memory_gib": 0.0}, "memory_gib is 0.0; expected a number above 0"),
+        ({"memory_gib": float("nan")}, "memory_gib is nan; expected a finite number"),
+        ({"clean_probability": 1.5}, "clean_probability is 1.5; expected a number from 0 to 1"),
+        ({"noise_probability": -0.1}, "noise_probability is -0.1; expected a number from 0 to 1"),
+        ({"modulation": 1.0}, "modulation is 1.0; expected a number of at least 0 and below 1"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any], message: str) -> None:
@@ -466,9 +465,9 @@ def test_impossible_settings_are_refused(change: dict[str, Any], message: str) -
 
 def test_wrong_shapes_are_refused() -> None:
     errors = bank()
-    with pytest.raises(ValueError, match=r"with sigma \[2, 2\] are no chunks of \[3, 2, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"sigma is \[2, 2\]; expected .* with chunks of \[3, 2, 2, 4\]"):
         errors.inject(zeros(), zeros(), LEVELS[:, :2], step=0)
-    with pytest.raises(ValueError, match="1 samples and 3 chunks are numbered, wanted 2 and 3"):
+    with pytest.raises(ValueError, match="there are 1 sample and 3 chunk numbers; expected 2 and 3"):
         errors.inject(zeros(), zeros(), LEVELS, step=0, samples=[4])
-    with pytest.raises(ValueError, match="sigma is on meta, wanted the CPU"):
+    with pytest.raises(ValueError, match="sigma is on meta; expected the CPU"):
         errors.inject(zeros(), zeros(), LEVELS.to("meta"), step=0)

@@ -101,7 +101,7 @@ def test_sharing_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_line_has_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     line = estimate(monkeypatch, chunks=4).line()
     assert re.fullmatch(
-        r"about 106\.5 GiB a device at the peak, which the gradients make: weights 18\.6, optimizer 55\.9,"
+        r"about 106\.5 GiB on each device at the peak \(gradients\): weights 18\.6, optimizer 55\.9,"
         r" gradients 18\.6, activations 15\.5, one block 7\.7",
         line,
     )

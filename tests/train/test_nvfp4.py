@@ -23,13 +23,13 @@ def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
 
 def seeds(mesh: Mesh, *, step: int = 5, seed: int = 0) -> dict[tuple[int, int], Tensor]:
     """Return the seeds of every pass of a rank, by its first view and the place of the rank."""
-    own, found = rounding(mesh, seed=seed), {}
+    own, seeds = rounding(mesh, seed=seed), {}
     own.begin(step)
     for share in whole_batch().shares(mesh, 1, SPEC.chunk_frames):
         own.next_pass(share.first_view)
         assert own.layers.seeds is not None
-        found[share.first_view, mesh.place] = own.layers.seeds.values.clone()
-    return found
+        seeds[share.first_view, mesh.place] = own.layers.seeds.values.clone()
+    return seeds
 
 
 def test_a_view_has_the_same_seeds_on_any_number_of_ranks() -> None:

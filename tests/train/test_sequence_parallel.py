@@ -97,11 +97,11 @@ def gradients(
         loss, _ = objective(share)
         loss.backward()
         total += loss.detach()
-    found = {}
+    results = {}
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name
-        found[name] = mesh.sum(parameter.grad.float()) / parts
-    return mesh.sum(total) / parts, found
+        results[name] = mesh.sum(parameter.grad.float()) / parts
+    return mesh.sum(total) / parts, results
 
 
 CASES = {
@@ -115,45 +115,45 @@ CASES = {
 
 def differences(sequences: list[int]) -> dict[str, float]:
     """Return the largest relative difference of any gradient, and of the loss, from those of a single process."""
-    found = {}
+    results = {}
     for sequence in sequences:
         mesh = build_mesh(sequence)
         for name, (config, micro_batch, cuts) in CASES.items():
             batch = whole_batch(cuts=cuts)
-            wanted_loss, wanted = gradients(Mesh(), config, None, batch)
+            expected_loss, expected = gradients(Mesh(), config, None, batch)
             loss, got = gradients(mesh, config, micro_batch, batch)
-            worst = max(float((got[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted)
+            worst = max(float((got[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
             key = f"{name}, {mesh.replicas} x {sequence}"
-            found[key] = max(worst, float((loss - wanted_loss).abs() / wanted_loss))
-    return found
+            results[key] = max(worst, float((loss - expected_loss).abs() / expected_loss))
+    return results
 
 
 @pytest.mark.parametrize(("world", "sequences"), [(2, [1, 2]), (4, [2, 4])])
 def test_every_gradient_equals_that_of_one_process(world: int, sequences: list[int]) -> None:
     per_rank = run_in_processes(world, differences, sequences)
-    for found in per_rank:
-        assert len(found) == len(sequences) * len(CASES)
-        assert max(found.values()) < 1e-5, found
+    for results in per_rank:
+        assert len(results) == len(sequences) * len(CASES)
+        assert max(results.values()) < 1e-5, results
 
 
 def differences_on_gpus() -> dict[str, float]:
     """Return, for each way to run, the largest relative difference of a gradient from one process in fp32."""
     device, config = torch.device("cuda", torch.cuda.current_device()), TeacherForcingConfig(compile=False)
-    _, wanted = gradients(Mesh(), config, None, whole_batch(), device=device)
-    found = {}
+    _, expected = gradients(Mesh(), config, None, whole_batch(), device=device)
+    results = {}
     for name, mesh in (("one", Mesh()), ("shared", build_mesh(2))):
         for dtype in (torch.float32, torch.bfloat16):
             _, got = gradients(mesh, config, None, whole_batch(), device=device, dtype=dtype)
-            worst = max(float((got[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted)
-            found[f"{name} {dtype}"] = worst
-    return found
+            worst = max(float((got[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
+            results[f"{name} {dtype}"] = worst
+    return results
 
 
 @pytest.mark.multigpu
 def test_gradients_of_two_gpus_are_those_of_one_and_bf16_adds_only_its_noise() -> None:
-    for found in run_in_processes(2, differences_on_gpus, backend="nccl"):
-        assert found["shared torch.float32"] < 1e-5, found
-        assert found["shared torch.bfloat16"] < 1.2 * found["one torch.bfloat16"] < 0.05, found
+    for results in run_in_processes(2, differences_on_gpus, backend="nccl"):
+        assert results["shared torch.float32"] < 1e-5, results
+        assert results["shared torch.bfloat16"] < 1.2 * results["one torch.bfloat16"] < 0.05, results
 
 
 def test_balanced_layout_is_a_permutation_that_gives_every_rank_equal_shares() -> None:
@@ -172,13 +172,13 @@ def test_windowed_run_by_run_attention_equals_the_mask() -> None:
     visible = visible_chunks(SPEC, list(CUTS))
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, layout.chunk_L.numel(), 2, 8, generator=generator) for _ in range(3))
-    got, wanted = (pattern(layout, visible).rotated(q, k, v) for pattern in (Blockwise, Masked))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    got, expected = (pattern(layout, visible).rotated(q, k, v) for pattern in (Blockwise, Masked))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match="parallel.sequence=5 must divide 24 attention heads and videos of 12 chunks; "
-                                          "use one of 1, 2, 3, 4, 6, 12"):  # fmt: skip
+    message = "a divisor of 24 attention heads and of videos of 12 chunks: 1, 2, 3, 4, 6, 12"
+    with pytest.raises(ConfigError, match=f"parallel.sequence is 5; expected {message}"):
         check_sequence(5, heads=24, chunk_counts=[12])
     with pytest.raises(ConfigError, match="such as 6"):
         divide(7, Mesh(world=4, rank=0, sequence=2), 1)

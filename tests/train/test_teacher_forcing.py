@@ -140,8 +140,8 @@ def test_views_say_what_they_hold(encoder: TextEncoder) -> None:
     later = (batch.loss_mask[:, 1] == 0).nonzero().flatten()
     assert 16 < len(opening) < 48
     assert (batch.loss_mask[later, 2:] == 1).all() and (batch.loss_mask[later, :2] == 0).all()
-    given = opening[batch.loss_mask[opening, 0] == 0]
-    assert len(given) > 4 and (batch.sigma[given, 0] == 0).all() and (batch.sigma[given, 1] > 0).all()
+    given_rows = opening[batch.loss_mask[opening, 0] == 0]
+    assert len(given_rows) > 4 and (batch.sigma[given_rows, 0] == 0).all() and (batch.sigma[given_rows, 1] > 0).all()
     firsts = bank.latents[: bank.filled, :, :6].float()
     for row in opening:
         assert (firsts == batch.clean[row]).flatten(1).all(1).any()
@@ -178,8 +178,8 @@ def test_a_chunk_after_a_cut_is_captioned_with_the_words_that_announce_it(encode
     )
     for views in (source, plain):
         views.start(0)
-    announced, told, bank = source.batch(1), plain.batch(1), source.bank
-    assert announced.ids is not None and told.ids is not None and torch.equal(announced.clean, told.clean)
+    announced, plain_batch, bank = source.batch(1), plain.batch(1), source.bank
+    assert announced.ids is not None and plain_batch.ids is not None and torch.equal(announced.clean, plain_batch.clean)
     prefix_ids, prefix_mask = encoder.tokenize(["the background moves."])
     words = int(prefix_mask.sum()) - 1  # without the end token
     clips, frames = bank.latents[: bank.filled].float(), SPEC.chunk_frames
@@ -195,8 +195,8 @@ def test_a_chunk_after_a_cut_is_captioned_with_the_words_that_announce_it(encode
         for chunk in range(3):
             cut = bool(bank.cut[clip, first + chunk])
             seen[cut] += 1
-            length = int(told.mask[row, chunk].sum())  # type: ignore[index]
-            expected = torch.cat((prefix_ids[0, : words * cut], told.ids[row, chunk, :length]))
+            length = int(plain_batch.mask[row, chunk].sum())  # type: ignore[index]
+            expected = torch.cat((prefix_ids[0, : words * cut], plain_batch.ids[row, chunk, :length]))
             assert torch.equal(announced.ids[row, chunk, : len(expected)], expected)
             assert int(announced.mask[row, chunk].sum()) == len(expected)  # type: ignore[index]
     assert min(seen.values()) > 5
@@ -213,9 +213,9 @@ def test_the_context_is_what_a_roll_out_keeps_of_finished_chunks(encoder: TextEn
     objective = small_objective(encoder, context_level(solver, clean_pass=clean_pass))
     torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
     features = objective._features(batch.ids, batch.mask)
-    schedule, made = objective.schedule, (batch.sigma > 0).float()
-    kept_sigma, told = (0.0, 0.0) if clean_pass else (solver.sigmas[2], solver.timesteps[2] / 1000)
-    context = schedule.add_noise(batch.clean, batch.context_noise, kept_sigma * made)
+    schedule, is_generated = objective.schedule, (batch.sigma > 0).float()
+    kept_sigma, model_sigma = (0.0, 0.0) if clean_pass else (solver.sigmas[2], solver.timesteps[2] / 1000)
+    context = schedule.add_noise(batch.clean, batch.context_noise, kept_sigma * is_generated)
     noisy = schedule.add_noise(batch.clean, batch.noise, batch.sigma)
     denoiser = CachedTransformer(objective.transformer, SPEC, batch=4)
     velocities = []
@@ -223,13 +223,13 @@ def test_the_context_is_what_a_roll_out_keeps_of_finished_chunks(encoder: TextEn
         frames = slice(index * SPEC.chunk_frames, (index + 1) * SPEC.chunk_frames)
         denoiser.begin(index, shot=0, text=objective.transformer.encode_text(features[:, index]))
         velocities.append(denoiser.velocity(noisy[:, :, frames], batch.sigma[:, frames]))
-        denoiser.velocity(context[:, :, frames], told * made[:, frames], keep=True)
+        denoiser.velocity(context[:, :, frames], model_sigma * is_generated[:, frames], keep=True)
         denoiser.commit()
     error = (torch.cat(velocities, dim=2) - schedule.velocity(batch.clean, batch.noise)).square().mean((1, 3, 4))
     expected = (schedule.loss_weight(batch.sigma) * error * batch.loss_mask).sum() / batch.mean_weight
     loss, _ = objective(batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    assert 0 < int((made == 0).sum()) < 4
+    assert 0 < int((is_generated == 0).sum()) < 4
 
 
 RECOLORING = replace(BANK, clips=32, initial_clips=32, group=32, cut_fraction=0.0, recolor_fraction=1.0)
@@ -273,11 +273,11 @@ def test_a_wrong_color_is_only_in_captions_of_chunks_that_go_on(encoder: TextEnc
     wrong = view_source(encoder, replace(views, wrong_color=0.5), cutting, batch=64, recolored=True)
     for source in (right, wrong):
         source.start(0)
-    as_it_is, told = right.batch(0), wrong.batch(0)
+    as_it_is, other = right.batch(0), wrong.batch(0)
     for name in ("clean", "noise", "sigma", "loss_mask"):
-        assert torch.equal(getattr(as_it_is, name), getattr(told, name))
-    assert as_it_is.ids is not None and told.ids is not None
-    words = (as_it_is.ids != told.ids).sum(-1)
+        assert torch.equal(getattr(as_it_is, name), getattr(other, name))
+    assert as_it_is.ids is not None and other.ids is not None
+    words = (as_it_is.ids != other.ids).sum(-1)
     assert set(words.unique().tolist()) == {0, 1}
     goes_on = (as_it_is.ids[:, 1:] == as_it_is.ids[:, :-1]).all(-1)
     assert (words[:, 0] == 0).all() and (words[:, 1:][~goes_on] == 0).all() and not goes_on.all()
@@ -309,13 +309,13 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         for row in range(5):
             one = slice(row, row + 1)
             inputs = (context, noisy, torch.zeros_like(batch.sigma), batch.sigma, features)
-            seen, given, seen_sigma, given_sigma, text = (x[one] for x in inputs)
-            velocity = objective.velocity(seen, given, seen_sigma, given_sigma, text, prepared)
+            seen, given_rows, seen_sigma, given_sigma, text = (x[one] for x in inputs)
+            velocity = objective.velocity(seen, given_rows, seen_sigma, given_sigma, text, prepared)
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
-                wanted = batch.noise[row, :, frame] - batch.clean[row, :, frame]
-                error = (velocity[0, :, frame] - wanted).square().mean()
+                target = batch.noise[row, :, frame] - batch.clean[row, :, frame]
+                error = (velocity[0, :, frame] - target).square().mean()
                 total += (objective.schedule.loss_weight(batch.sigma[row, frame]) * error).item()
                 plain += error.item()
                 count += 1
@@ -334,7 +334,7 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
     torch.nn.init.normal_(objective.transformer.head.head.weight, std=0.1, generator=seeded(torch.Generator(), 1))
     layout = TokenLayout.teacher_forcing(SPEC, 3)
     text = objective.transformer.encode_text(objective._features(batch.ids, batch.mask).flatten(0, 1))
-    wanted = objective.transformer(
+    target = objective.transformer(
         torch.cat((batch.context_noise, batch.noise), 2),
         torch.cat((torch.zeros_like(batch.sigma), batch.sigma), 1),
         text.select(torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])),
@@ -342,9 +342,11 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
         attention=Masked(layout),
     )[:, :, 6:]
     features = objective._features(batch.ids, batch.mask)
-    told = torch.zeros_like(batch.sigma)
-    got = objective.velocity(batch.context_noise, batch.noise, told, batch.sigma, features, objective.prepared(3, None))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    clean_sigma = torch.zeros_like(batch.sigma)
+    got = objective.velocity(
+        batch.context_noise, batch.noise, clean_sigma, batch.sigma, features, objective.prepared(3, None)
+    )
+    torch.testing.assert_close(got, target, rtol=1e-4, atol=1e-5)
 
 
 def test_views_of_one_chunk_open_their_video(encoder: TextEncoder) -> None:
@@ -401,15 +403,15 @@ def test_loss_falls_in_thirty_steps(encoder: TextEncoder) -> None:
 
 
 def test_impossible_banks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="recolor_fraction=1.5 must be from 0 to 1"):
+    with pytest.raises(ConfigError, match="recolor_fraction is 1.5; expected a number from 0 to 1"):
         BankConfig(recolor_fraction=1.5)
-    with pytest.raises(ConfigError, match="two chunks at least"):
+    with pytest.raises(ConfigError, match="bank.chunks is 1; expected at least 2"):
         BankConfig(recolor_fraction=0.5, chunks=1)
-    with pytest.raises(ConfigError, match="wrong_color=-1 must be from 0 to 1"):
+    with pytest.raises(ConfigError, match="wrong_color is -1; expected a number from 0 to 1"):
         ViewConfig(wrong_color=-1)
-    with pytest.raises(ConfigError, match="bank.clips=9 must be a multiple of bank.group=2"):
+    with pytest.raises(ConfigError, match="bank.clips is 9; expected a multiple of bank.group=2"):
         BankConfig(clips=9, initial_clips=4, group=2)
-    with pytest.raises(ConfigError, match="bank.initial_clips=8 exceeds bank.clips=4"):
+    with pytest.raises(ConfigError, match="bank.initial_clips is 8; expected at most 4"):
         BankConfig(clips=4, initial_clips=8, group=2)
 
 
@@ -422,4 +424,4 @@ def test_nothing_is_compiled_where_weights_are_sharded(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert runnable(config, ParallelConfig(zero_stage=2)) is config
     assert not runnable(config, ParallelConfig(zero_stage=3)).compile
-    assert caplog.messages == ["objective.compile is off: parallel.zero_stage=3 shards the weights"]
+    assert caplog.messages == ["objective.compile is off because parallel.zero_stage=3 shards the weights"]

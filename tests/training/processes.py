@@ -15,7 +15,7 @@ from typing import Any
 def run_in_processes(world: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """Return what `work(*arguments)` returns in each of `world` processes, in the order of their ranks.
 
-    work: a function of a module, which is imported anew in every process. backend: "nccl" gives each its GPU.
+    work: a function of a module, which every process imports itself. backend: "nccl" gives each its GPU.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, mp_context=context) as pool:

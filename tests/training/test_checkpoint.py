@@ -1,4 +1,4 @@
-"""What a checkpoint folder survives, and what it says of what it does not."""
+"""What a checkpoint folder survives, and the errors for what it does not survive."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import random
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,25 +31,25 @@ ERRORS = torch.arange(5.0)
 LIMIT = 64  # bytes, less than the header of any file
 
 
-def trainer(folder: Path, *steps: int, **config) -> Trainer:
-    made = toy_trainer(folder, *(steps or (40,)), **config)
-    made.recipe.state = lambda: {"errors": ERRORS}  # type: ignore[method-assign]
-    return made
+def trainer(folder: Path, *steps: int, **config: Any) -> Trainer:
+    run = toy_trainer(folder, *(steps or (40,)), **config)
+    run.recipe.state = lambda: {"errors": ERRORS}  # type: ignore[method-assign]
+    return run
 
 
 def trained(folder: Path, *saved_at: int) -> Trainer:
     """Train until the last of these steps, saving at each."""
-    made = trainer(folder)
-    window = Window(made.device)
+    run = trainer(folder)
+    window = Window(run.device)
     for step in range(saved_at[-1]):
-        made.one_step(step, window)
+        run.one_step(step, window)
         if step + 1 in saved_at:
-            made.save(step + 1)
-    return made
+            run.save(step + 1)
+    return run
 
 
-def tensors(made: Trainer) -> dict[str, torch.Tensor]:
-    engine = made.engine
+def tensors(run: Trainer) -> dict[str, torch.Tensor]:
+    engine = run.engine
     return {name: engine.whole(*name.rsplit("/", 1)).detach().clone() for name in layout(engine.shapes())}
 
 
@@ -81,7 +82,7 @@ def test_one_flipped_bit_in_any_file_is_noticed_and_the_older_checkpoint_is_name
             again.restore("auto")
         message = str(caught.value)
         assert message.startswith(f"{newest} is damaged: ") and str(newest / name) in message, message
-        assert message.endswith("step_0000004 is whole: move step_0000008 elsewhere to resume from it")
+        assert message.endswith("step_0000004 is whole; move step_0000008 elsewhere to resume from it")
     (newest / name).write_bytes(whole)
     assert trainer(tmp_path).restore("auto") == 8
 
@@ -131,7 +132,7 @@ def test_a_damaged_older_checkpoint_is_not_offered(tmp_path: Path) -> None:
     for step in (4, 8):
         file = tmp_path / "checkpoints" / f"step_000000{step}" / FILES[0]
         file.write_bytes(file.read_bytes()[::-1])
-    with pytest.raises(CheckpointError, match="there is no older whole one; start again with another --out"):
+    with pytest.raises(CheckpointError, match="there is no older whole checkpoint; start again with another --out"):
         trainer(tmp_path).restore("auto")
 
 
@@ -156,21 +157,21 @@ def test_a_checkpoint_in_many_files_holds_the_same_tensors(tmp_path: Path, monke
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole_and_nothing_else(tmp_path: Path) -> None:
-    made = trained(tmp_path, 4)
+    run = trained(tmp_path, 4)
     for limit in (0, LIMIT, 300, 700):
         with small_files(limit), pytest.raises(WriteError) as caught:
-            made.save(8)
+            run.save(8)
         target = tmp_path / "checkpoints" / "step_0000008"
         assert str(caught.value).startswith(f"cannot write {target}: file too large")
-        assert str(caught.value).endswith("the newest whole one is step_0000004")
+        assert str(caught.value).endswith("the newest whole checkpoint is step_0000004")
         assert [path.name for path in target.parent.iterdir()] == ["step_0000004"]
     assert trainer(tmp_path).restore("auto") == 4
-    made.save(8)
+    run.save(8)
     assert trainer(tmp_path).restore("auto") == 8
 
 
 def saved_with_a_full_disk(folder: str, rank: int) -> str:
-    """Save on two ranks, one of which the disk refuses; return what this rank says."""
+    """Save on two ranks, one of which the disk refuses; return the error of this rank."""
     mesh = build_mesh(1)
     engine = toy_trainer(Path(folder), 4).engine
     checkpoints = CheckpointFolder(Path(folder) / "checkpoints", keep=2, mesh=mesh)
@@ -185,24 +186,24 @@ def saved_with_a_full_disk(folder: str, rank: int) -> str:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, rank: int) -> None:
-    said = run_in_processes(2, saved_with_a_full_disk, str(tmp_path), rank)
-    wanted = f"cannot write {tmp_path / 'checkpoints' / 'step_0000002'}: file too large (on rank {rank})"
-    assert said == [f"{wanted}; of the checkpoints the newest whole one is step_0000001"] * 2
+    messages = run_in_processes(2, saved_with_a_full_disk, str(tmp_path), rank)
+    message = f"cannot write {tmp_path / 'checkpoints' / 'step_0000002'}: file too large (on rank {rank})"
+    assert messages == [f"{message}; the newest whole checkpoint is step_0000001"] * 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
 
 
 def test_what_killed_processes_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
-    made = trained(tmp_path, 4)
+    run = trained(tmp_path, 4)
     left = tmp_path / "checkpoints" / ".step_0000008.0123abcd.part"
     shutil.copytree(tmp_path / "checkpoints" / "step_0000004", left)
     assert trainer(tmp_path).restore("auto") == 4
-    made.save(8)
+    run.save(8)
     assert sorted(path.name for path in left.parent.iterdir()) == ["step_0000004", "step_0000008"]
 
 
 def test_stages_shorter_than_the_checkpoint_are_refused(tmp_path: Path) -> None:
     trained(tmp_path, 8)
-    with pytest.raises(ConfigError, match="is of step 8, and the stages have 5 steps in all; give them at least 8"):
+    with pytest.raises(ConfigError, match="is of step 8, but the stages have 5 steps; give them at least 8"):
         trainer(tmp_path, 3, 2).restore("auto")
     assert trainer(tmp_path, 8).restore("auto") == 8
 
@@ -229,7 +230,7 @@ def test_weights_survive_a_resume_without_an_average(tmp_path: Path) -> None:
 
 
 def as_of_one_process(folder: Path) -> None:
-    """Write a checkpoint anew as version 0.1 did in one process."""
+    """Write a checkpoint again in the format of version 0.1, as written in one process."""
     state = read_state(folder)
     stored = open_tensors(folder, state)
     everything = {name: stored.read(name) for name in stored.infos}
@@ -243,7 +244,7 @@ def as_of_one_process(folder: Path) -> None:
 
 
 def as_of_two_processes(folder: Path) -> None:
-    """Write a checkpoint anew as version 0.1 did in two processes."""
+    """Write a checkpoint again in the format of version 0.1, as written in two processes."""
     state = read_state(folder)
     stored = open_tensors(folder, state)
     whole = {name: stored.read(name) for name in stored.infos if not name.endswith("/step")}
@@ -262,14 +263,16 @@ def _finish_format_1(folder: Path, state: RunState) -> None:
 
 
 @pytest.mark.parametrize("write", [as_of_one_process, as_of_two_processes])
-def test_checkpoints_of_format_1_are_resumed(tmp_path: Path, write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_of_format_1_are_resumed(
+    tmp_path: Path, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     first = trained(tmp_path, 4)
     folder = tmp_path / "checkpoints" / "step_0000004"
     write(folder)
     assert not set(FILES) & {path.name for path in folder.iterdir()}
     resumed = trainer(tmp_path)
     assert resumed.restore("auto") == 4
-    assert "is of a version that took no checksums" in capsys.readouterr().out
+    assert "is of a version without checksums" in capsys.readouterr().out
     before, after = tensors(first), tensors(resumed)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name

@@ -1,4 +1,4 @@
-"""A run that is started again says which of its settings are other than before."""
+"""A run that is started again lists the settings that differ from those of its last start."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_nothing_is_said_of_an_equal_configuration_or_of_a_new_run(tmp_path: Pat
 
 
 def test_keys_of_another_version_and_stages_of_another_number_are_listed(tmp_path: Path) -> None:
-    said = line("seed: 0\nold: 3\nstages:\n- {steps: 1}\n", "seed: 0\nstages: []\n", tmp_path)
-    assert said is not None and said.endswith(": old 3 -> (absent), stages [{steps: 1}] -> []")
+    text = line("seed: 0\nold: 3\nstages:\n- {steps: 1}\n", "seed: 0\nstages: []\n", tmp_path)
+    assert text is not None and text.endswith(": old 3 -> (absent), stages [{steps: 1}] -> []")
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for text in ("seed: [", "a: \xff"):
         (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
-        said = changes_line(tmp_path / "config.yaml", to_yaml(CONFIG))
-        assert said is not None and f"{tmp_path / 'config.yaml'} cannot be read: " in said and "\n" not in said
+        text = changes_line(tmp_path / "config.yaml", to_yaml(CONFIG))
+        assert text is not None and f"{tmp_path / 'config.yaml'} cannot be read: " in text and "\n" not in text

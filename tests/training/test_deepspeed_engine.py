@@ -23,6 +23,8 @@ from tests.training.processes import run_in_processes
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
 DECAY = 0.7
 STAGES = (0, 1, 2, 3)
+Steps = tuple[list[dict[str, float]], dict[str, Tensor]]
+"""Metrics of every step, and the averaged weights after them."""
 
 
 def small_objective(mesh: Mesh) -> TeacherForcing:
@@ -54,12 +56,12 @@ def build(mesh: Mesh, stage: int, precision: str = "fp32") -> tuple[TeacherForci
 
 
 def train(engine: Engine, mesh: Mesh, steps: range) -> list[dict[str, float]]:
-    found = []
+    results = []
     for step in steps:
         metrics = engine.train_step(whole_batch().shares(mesh, 1, SPEC.chunk_frames), step, 1e-2)
         sums = {name: mesh.sum(value.clone()) for name, value in metrics.items()}
-        found.append({name: float(value[0] / value[1]) for name, value in sums.items()})
-    return found
+        results.append({name: float(value[0] / value[1]) for name, value in sums.items()})
+    return results
 
 
 def whole_tensors(engine: Engine) -> dict[str, Tensor]:
@@ -91,9 +93,9 @@ def trajectory(world_rows: list[tuple[int, int]], folder: str) -> dict[str, tupl
 
 
 def load(engine: Engine, mesh: Mesh, folder: Path) -> None:
-    found = CheckpointFolder(folder, keep=1, mesh=mesh).newest()
-    assert found is not None
-    found.load(engine)
+    results = CheckpointFolder(folder, keep=1, mesh=mesh).newest()
+    assert results is not None
+    results.load(engine)
 
 
 def resumed(cases: list[tuple[str, int, int]], folder: str) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
@@ -134,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def alone(folder: Path) -> Steps:
     objective = small_objective(Mesh())
     engine = LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=DECAY)
     metrics = train(engine, Mesh(), range(2))
@@ -144,18 +146,18 @@ def alone(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> dict:
+def two_ranks(folder: Path) -> dict[str, Steps]:
     rows = [(1, stage) for stage in STAGES] + [(2, 1), (2, 3)]
     return run_in_processes(2, trajectory, rows, str(folder))[0]
 
 
-def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 2e-4) -> None:
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 2e-4) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
         assert float((got[name] - value).norm()) <= bound * float(value.norm()) + 1e-6, name
 
 
-def test_every_stage_makes_the_steps_of_one_process(alone, two_ranks) -> None:
+def test_every_stage_makes_the_steps_of_one_process(alone: Steps, two_ranks: dict[str, Steps]) -> None:
     metrics, average = alone
     assert len(two_ranks) == 6
     for name, (got, got_average) in two_ranks.items():
@@ -173,14 +175,18 @@ def test_every_stage_makes_the_steps_of_one_process(alone, two_ranks) -> None:
         (2, [("alone", 1, 0), ("alone", 2, 1), ("alone", 1, 2), ("alone", 2, 3), ("2_1_0", 1, 3), ("2_2_3", 1, 2)]),
     ],
 )
-def test_any_ranks_and_stage_resume_from_a_checkpoint(alone, two_ranks, folder: Path, world: int, cases) -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_any_ranks_and_stage_resume_from_a_checkpoint(
+    alone: Steps, folder: Path, world: int, cases: list[tuple[str, int, int]]
+) -> None:
     for of_rank in run_in_processes(world, resumed, cases, str(folder)):
         for case, (metrics, average) in zip(cases, of_rank, strict=True):
             assert metrics["loss"] == pytest.approx(alone[0][2]["loss"], rel=1e-5), case
             assert_close(average, alone[1])
 
 
-def test_one_plain_process_resumes_from_a_checkpoint_of_any_ranks_and_stage(alone, two_ranks, folder: Path) -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_one_plain_process_resumes_from_a_checkpoint_of_any_ranks_and_stage(alone: Steps, folder: Path) -> None:
     for written in ("2_1_0", "2_1_1", "2_1_2", "2_1_3", "2_2_1", "2_2_3"):
         objective = small_objective(Mesh())
         engine = LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=DECAY)

@@ -7,6 +7,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from longvideo.training.trainer import Window
 from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 
@@ -23,7 +24,7 @@ def train(folder: Path, reports: Connection) -> None:
     trainer = toy_trainer(folder, STEPS, save_every=4, log_every=1)
     one_step = trainer.one_step
 
-    def reported(step, window) -> None:
+    def reported(step: int, window: Window) -> None:
         one_step(step, window)
         reports.send(step)
 

@@ -35,12 +35,12 @@ def test_a_refused_run_leaves_the_folder_of_another_as_it_is(
     capsys.readouterr()
 
     assert main(vae(out, "seed=5", "--resume", "never")) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert contents(out) == before
 
     with claimed(out, Mesh(), resume="auto"):
         assert main(vae(out, "seed=5")) == 2
-    assert "another run is at work in" in capsys.readouterr().err
+    assert "another run uses" in capsys.readouterr().err
     assert contents(out) == before
 
     assert main(vae(out, "model.base_dim=16")) == 2
@@ -57,7 +57,7 @@ def test_a_folder_is_held_by_one_run_and_removed_when_nothing_was_written(tmp_pa
     out = tmp_path / "new" / "run"
     with claimed(out, Mesh(), resume="never"):
         assert out.is_dir()
-        with pytest.raises(BusyError, match="another run is at work in"), claimed(out, Mesh(), resume="auto"):
+        with pytest.raises(BusyError, match="another run uses"), claimed(out, Mesh(), resume="auto"):
             pass
         assert out.is_dir()
     assert not (tmp_path / "new").exists()
@@ -80,5 +80,5 @@ def refused(folder: str) -> str:
 def test_every_rank_ends_when_the_main_one_refuses(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     first, second = run_in_processes(2, refused, str(tmp_path))
-    assert "holds a run already (metrics.jsonl)" in first
+    assert "already holds a run (metrics.jsonl)" in first
     assert second == "refused by the main rank"

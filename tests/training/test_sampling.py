@@ -75,7 +75,7 @@ def same(sample: np.ndarray, video: np.ndarray) -> bool:
 class TextClips(RandomClips):
     """One clip with a cut, whose captions an encoder reads."""
 
-    def __init__(self, encoder: TextEncoder):
+    def __init__(self, encoder: TextEncoder) -> None:
         super().__init__(chunks=2, chunk_frames=8, latents=(4, 4, 6), text=(32, 128))
         self.clips = [RandomClip(SHOTS, (True, True))]
         self._encoder = encoder

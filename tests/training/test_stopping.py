@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, saves it, and says how to resume."""
+"""A run that gets a signal finishes its step, saves it, and prints how to resume."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from longvideo.cli.main import main
+from longvideo.training.engine import LocalEngine
 from longvideo.training.stopping import RunStopped
+from longvideo.training.trainer import Trainer
 from tests.train.small import Toy
 from tests.training.processes import run_in_processes
 from tests.training.toy import toy_trainer
 
 
-def stopping_at(folder: Path, step: int, number: int, **config):
+def stopping_at(folder: Path, step: int, number: int, **config: Any) -> Trainer:
     """Return a trainer that gets a signal in the middle of a step."""
     trainer = toy_trainer(folder, 20, save_every=0, **config)
     train_step = trainer.engine.train_step
 
-    def signaled(shares, at: int, learning_rate: float):
+    def signaled(shares: Any, at: int, learning_rate: float) -> dict[str, Tensor]:
         if at == step:
             os.kill(os.getpid(), number)
         return train_step(shares, at, learning_rate)
@@ -118,11 +122,9 @@ def test_all_ranks_stop_at_the_step_in_which_one_was_asked_to(tmp_path: Path) ->
 def test_the_command_says_how_to_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longvideo.training.engine import LocalEngine
-
     train_step = LocalEngine.train_step
 
-    def signaled(self, shares, step: int, learning_rate: float):
+    def signaled(self: LocalEngine, shares: Any, step: int, learning_rate: float) -> dict[str, Tensor]:
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, shares, step, learning_rate)

@@ -83,7 +83,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
     toy_trainer(tmp_path, 10).run()
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         toy_trainer(tmp_path, 10).run(resume="never")
 
 

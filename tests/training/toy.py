@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,28 +38,29 @@ class Regression(Objective):
 class Numbers:
     unit = "row"
 
-    def __init__(self, bad_steps: frozenset[int] = frozenset(), factor: float = float("nan")):
+    def __init__(self, bad_steps: frozenset[int] = frozenset(), factor: float = float("nan")) -> None:
         """factor: what the inputs of bad steps are multiplied by."""
         self.bad_steps, self.factor = bad_steps, factor
 
-    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+    def passes(self, _mesh: Mesh, _micro_batch: int | None) -> int:
         return 1
 
-    def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[Tensor]:
+    def shares(self, step: int, _mesh: Mesh, _micro_batch: int | None) -> list[Tensor]:
         batch = torch.randn(16, 8, generator=seeded(torch.Generator(), 0, step))
         return [batch * self.factor if step in self.bad_steps else batch]
 
-    def size(self, step: int) -> int:
+    def size(self, _step: int) -> int:
         return 16
 
 
 class ToyRecipe(Recipe[Regression, Numbers]):
-    def __init__(self, segments: Sequence[RateSegment], source: Numbers):
+    def __init__(self, segments: Sequence[RateSegment], source: Numbers) -> None:
         self.objective = Regression()
         self.source = source
         self.segments = segments
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
+        del folder
         return {"half_step": step / 2}
 
     def next_steps(self, folder: Path) -> list[str]:
@@ -74,9 +76,9 @@ def toy_trainer(
     *steps: int,
     bad_steps: frozenset[int] = frozenset(),
     bad_factor: float = float("nan"),
-    **config,
+    **config: Any,
 ) -> Trainer:
-    """Build a trainer over segments of so many steps. bad_factor: what the inputs of bad steps are multiplied by."""
+    """Build a trainer over segments of these numbers of steps. bad_factor: factor of the inputs of bad steps."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = TrainerConfig(**({"precision": "fp32", "log_every": 5, "save_every": 10, "ema_decay": 0.9} | config))
     optimizer = OptimizerConfig(learning_rate=0.03, warmup_steps=5)

@@ -258,8 +258,8 @@ def test_config_reads_the_published_file_and_refuses_the_rest() -> None:
     for change, message in [
         ({"base_dims": 8}, r"unknown keys \['base_dims'\]"),
         ({"is_residual": False}, "is_residual=False is not the Wan2.2 form"),
-        ({"latents_mean": [0.0]}, "latents_mean has 1 values, wanted a list of 48"),
-        ({"latents_std": [0.0] * 48}, r"latents_std\[0\]=0.0, wanted a number from 1e-06"),
+        ({"latents_mean": [0.0]}, "latents_mean has 1 values; expected a list of 48"),
+        ({"latents_std": [0.0] * 48}, r"latents_std\[0\] is 0.0; expected a number from 1e-06"),
         ({"dim_mult": [1, 2, 2, 3]}, "goes from 2 to 3"),
         ({"dim_mult": [1, 2, 4]}, "wanted one entry for every level but the last"),
         ({"scale_factor_spatial": 8}, "scale_factor_spatial=8, wanted 16"),

@@ -118,13 +118,13 @@ class ClipTraining(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in PRESETS:
-            raise ConfigError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+            raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
 
 
 class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
-    """What the trainer runs for `longvideo train ar` with `data`."""
+    """Trains on encoded clips, or on the videos of a manifest: `longvideo train clips`."""
 
-    def __init__(self, config: ClipTraining, device: torch.device, mesh: Mesh, *, dry_run: bool):
+    def __init__(self, config: ClipTraining, device: torch.device, mesh: Mesh, *, dry_run: bool) -> None:
         self.config = config
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.folder = None if config.initialize is None else ModelFolder.open(config.initialize)
@@ -199,7 +199,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         if self.bank is not None:
             self.bank.load(checkpoint.recipes(), rank=mesh.rank, world=mesh.world)
             if changed := written.changed_ranks(mesh.world, mesh.sequence):
-                notes.append(f"{changed}: recycled errors are dealt out anew, so losses are comparable, not equal")
+                notes.append(f"{changed}: recycled errors are divided again, so losses are comparable, not equal")
         return [note for note in notes if note is not None]
 
     def validate(self) -> dict[str, float]:
@@ -215,7 +215,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         return {"val_loss": float(self.mesh.sum(total))}
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """Roll out the captions of some clips and draw a strip of each."""
+        """Generate videos from the captions of some clips and draw a strip of each."""
         config = self.config.validation
         if self.decoder is None or not config.prompts:
             return {}
@@ -230,7 +230,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         return record_samples(videos, captions, file, shown=len(videos), fps=self.settings.fps)
 
     def roll_out(self, clips: Clips, clip: ClipInfo, autoencoder: Autoencoder, *, seed: int) -> np.ndarray:
-        """Return uint8 frames [T, H, W, 3]. After the last chunk of a clip its last caption stays."""
+        """Return uint8 frames [T, H, W, 3]. After the last chunk of a clip its last caption is used."""
         chunks, last = self.config.validation.chunks, len(clip.captions) - 1
         prompts = [clip.captions[min(chunk, last)] for chunk in range(chunks)]
         cuts = [chunk <= last and bool(clip.cuts[chunk]) for chunk in range(chunks)]
@@ -262,7 +262,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         )
 
     def export(self, folder: Path) -> None:
-        """Write a model folder; its autoencoder and text encoder are those that the run began with."""
+        """Write a model folder; its autoencoder and text encoder are copied from the initial model."""
         ModelFolder.save(
             folder,
             settings=replace(self.settings, text_len=self.transformer.config.text_len),
@@ -279,7 +279,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         if self.folder is not None and {"vae", "text_encoder"} <= set(self.folder.parts):
             return describe_model(folder)
         model = folder / MODEL
-        return [f"model: {model} (its transformer alone)", f"next: longvideo info {shlex.quote(str(model))}"]
+        return [f"model: {model} (transformer only)", f"next: longvideo info {shlex.quote(str(model))}"]
 
     def _open_clips(self, path: str | None, *, dry_run: bool) -> Clips:
         config, settings = self.config, self.settings
@@ -287,7 +287,9 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         size = (settings.height // VAE_SCALE, settings.width // VAE_SCALE)
         if path is None:
             if not dry_run:
-                raise ConfigError("data names no folder of encoded clips; `longvideo data encode` makes one")
+                raise ConfigError(
+                    "data is not set; expected a folder of `longvideo data encode`, or a manifest of videos"
+                )
             return RandomClips(
                 chunks=max(stage.chunks for stage in config.stages),
                 chunk_frames=settings.chunk_frames,
@@ -296,7 +298,9 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             )
         if Path(path).is_file():
             if self.folder is None:
-                raise ConfigError(f"initialize names no model folder to encode the videos of {path} with")
+                raise ConfigError(
+                    f"initialize is not set; expected a model folder, to encode the videos of {path} with"
+                )
             from longvideo.train.clips.video_clips import VideoClips
 
             chunks = max(stage.chunks for stage in config.stages)
@@ -305,21 +309,23 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         from longvideo.data.encoded import EncodedDataset
 
         clips = EncodedDataset.open(path)
-        found = {
+        sizes = {
             "latent channels": (clips.channels, shape.in_channels),
             "latent size": (clips.latent_size, size),
             "chunk_frames": (clips.chunk_frames, settings.chunk_frames),
             "text_len": (clips.text_len, shape.text_len),
             "text_dim": (clips.text_dim, shape.text_dim),
         }
-        for name, (got, wanted) in found.items():
-            if got != wanted:
-                raise ConfigError(f"{path} has {name} {got}, the model wants {wanted}; encode with this model")
+        for name, (got, expected) in sizes.items():
+            if got != expected:
+                raise ConfigError(
+                    f"{name} of {path} is {got}; expected {expected}, as the model; encode with this model"
+                )
         clips.check_texts(settings.cut_prefix)
         return clips
 
     def _check_memory(self, shape: TransformerConfig, device: torch.device, mesh: Mesh) -> None:
-        """Say what training will take, before anything is loaded; raise ConfigError if it cannot fit."""
+        """Print the memory of a step before anything is loaded; raise ConfigError if it cannot fit."""
         config = self.config
         with OnMeta():
             num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())

@@ -1,4 +1,4 @@
-"""Clips encoded while training goes on, from a manifest of videos: no encoded copy on disk, but every epoch pays again.
+"""Clips that are encoded during training, from a manifest of videos: no copy on disk, but an encoding in every epoch.
 
 A rank reads and encodes its own latent frames and the raw frames that they depend on (`longvideo.vae.halo`).
 """
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 
 class VideoClips:
-    """The clips of a manifest, as `longvideo.train.clips.views.Clips` wants them. Encoders run on `device`."""
+    """The clips of a manifest, as `longvideo.train.clips.views.Clips`. Encoders run on `device`."""
 
-    def __init__(self, manifest: Path, folder: ModelFolder, *, chunks: int, device: torch.device, precision: str):
+    def __init__(
+        self, manifest: Path, folder: ModelFolder, *, chunks: int, device: torch.device, precision: str
+    ) -> None:
         missing = [part for part in ("vae", "text_encoder") if part not in folder.parts]
         if missing:
             raise ConfigError(
-                f"{folder.path} has no {' and no '.join(missing)}, which training from videos needs; give a whole model"
+                f"{folder.path} has no {' and no '.join(missing)}; training from videos needs both; use a whole model"
                 " folder, or encode the videos first"
             )
         settings = folder.settings

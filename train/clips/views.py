@@ -1,4 +1,4 @@
-"""Batches out of a folder of encoded clips: every rank reads the latent frames that it trains on, and no others.
+"""Batches from a folder of encoded clips: every rank reads the latent frames that it trains on, and no others.
 
 Shapes: B views, C channels, T latent frames of a rank, H W latent grid, Q chunks of a rank, J text positions, D width.
 """
@@ -48,7 +48,7 @@ class ClipViewConfig(Bounded):
 
 
 class ClipInfo(Protocol):
-    """What is known of a clip without reading it, for each chunk."""
+    """Description of each chunk of a clip, which is available without reading the clip."""
 
     @property
     def captions(self) -> Sequence[str]: ...
@@ -58,7 +58,7 @@ class ClipInfo(Protocol):
 
 
 class Clips(Protocol):
-    """Encoded clips, as `longvideo.data.encoded.EncodedDataset` holds them."""
+    """Encoded clips, such as a `longvideo.data.encoded.EncodedDataset`."""
 
     @property
     def clips(self) -> Sequence[ClipInfo]: ...
@@ -70,21 +70,25 @@ class Clips(Protocol):
     def chunk_frames(self) -> int: ...
 
     def latents(self, index: int, first: int, last: int) -> Tensor:
-        """Return latent frames [first, last), float32 [C, t, H, W]. Raises UserError for what cannot be read."""
+        """Return latent frames [first, last), float32 [C, t, H, W]. Raises UserError for a clip that cannot be read."""
         ...
 
     def text(self, caption: str) -> Tensor:
-        """Return features [J, D] of a clip's caption, with the words that announce a cut or without, or of none."""
+        """Return features [J, D] of a clip's caption, with or without the words that announce a cut, or of the empty
+        caption.
+        """
         ...
 
 
 _Read = tuple[Tensor, Tensor] | UserError
-"""Latents and features of a rank's frames of a view, or why they cannot be had."""
+"""Latents and features of a rank's frames of a view, or the reason why they cannot be read."""
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """What all ranks know of a step's whole batch, on the host: clip and first chunk [B]; the others [B, Q or T]."""
+    """Choices for the whole batch of a step, equal on all ranks, on the host. clip, first_chunk: [B]; others [B, Q or
+    T].
+    """
 
     clip: list[int]
     first_chunk: list[int]
@@ -97,8 +101,8 @@ class _Draw:
 class ClipViewSource:
     """Views as a function of seed and step. An epoch shows every clip once, in a new order.
 
-    cuts_matter: whether cuts change positions or what is seen; then views cannot share a pass. cut_prefix: what the
-    text encoder reads before the caption of a chunk that opens a shot after another one.
+    cuts_matter: whether cuts change positions or what is seen; views then cannot share a pass. cut_prefix: text that
+    the text encoder reads before the caption of a chunk that opens a shot after another one.
     """
 
     unit = "tok"
@@ -115,12 +119,14 @@ class ClipViewSource:
         cuts_matter: bool,
         cut_prefix: str,
         device: torch.device,
-    ):
+    ) -> None:
         if not clips.clips:
-            raise ConfigError("the data set holds no clip")
+            raise ConfigError("the data set has no clips; encode at least one")
         for stage in stages:
             if stage.chunks > clips.num_chunks:
-                raise ConfigError(f"a stage has chunks={stage.chunks}, the clips of the data set {clips.num_chunks}")
+                raise ConfigError(
+                    f"a stage has chunks={stage.chunks}; expected at most {clips.num_chunks}, the length of the clips"
+                )
         self.clips = clips
         self.stages = list(stages)
         self.config = config
@@ -141,20 +147,20 @@ class ClipViewSource:
         divided = {divide(stage.batch, mesh, micro_batch) for stage in self.stages if stage.steps}
         if self.cuts_matter and any(size > 1 for size, _ in divided):
             raise ConfigError(
-                "with settings.offset_per_shot, or pinned shots in objective.context=window, every view has positions"
-                " of its own; set parallel.micro_batch=1"
+                "with settings.offset_per_shot, or pinned shots in objective.context=window, every view has its own"
+                " positions; use parallel.micro_batch=1"
             )
         if len({passes for _, passes in divided}) > 1:
-            raise ConfigError("stages differ in the number of passes of a step; set parallel.micro_batch")
+            raise ConfigError("stages differ in the number of passes of a step; use parallel.micro_batch")
         return max((passes for _, passes in divided), default=1)
 
     def size(self, step: int) -> int:
-        """Return the clean latent tokens of a batch; the noisy copy is not counted."""
+        """Return the clean latent tokens of a batch; the noisy copy does not count."""
         stage = stage_at(self.stages, step)
         return stage.batch * stage.chunks * self.tokens_per_chunk
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ViewBatch]:
-        """Read this rank's part; the next step's is read meanwhile, in a thread."""
+        """Read this rank's part; a thread reads that of the next step at the same time."""
         stage = stage_at(self.stages, step)
         size, passes = divide(stage.batch, mesh, micro_batch)
         draw = self._draw(step)
@@ -204,14 +210,14 @@ class ClipViewSource:
     def _readable(
         self, step: int, draw: _Draw, read: list[_Read], mesh: Mesh
     ) -> tuple[_Draw, list[tuple[Tensor, Tensor]]]:
-        """Put other clips in the place of those that some rank could not read; all ranks come to the same ones."""
+        """Replace clips that some rank could not read; all ranks choose the same replacements."""
         first = mesh.replica * len(read)
         while self.config.max_bad:
             failed = torch.zeros(len(draw.clip), device=self.device)
-            for place, found in enumerate(read):
-                if isinstance(found, UserError):
+            for place, result in enumerate(read):
+                if isinstance(result, UserError):
                     failed[first + place] = 1
-                    print(f"left out: {found}", file=sys.stderr, flush=True)
+                    print(f"skipped: {result}", file=sys.stderr, flush=True)
             views = mesh.sum(failed).nonzero().flatten().tolist()
             if not views:
                 break
@@ -219,12 +225,12 @@ class ClipViewSource:
             if len(self.unreadable) > min(self.config.max_bad, len(self.clips.clips) - 1):
                 raise UserError(
                     f"{len(self.unreadable)} clips cannot be read, more than views.max_bad={self.config.max_bad}:"
-                    f" numbers {', '.join(map(str, sorted(self.unreadable)))} of the data set"
+                    f" numbers {', '.join(map(str, sorted(self.unreadable)))} of the data set; repair or remove them"
                 )
             draw = self._draw(step)
             again = self._read(step, draw, mesh, [view - first for view in views])
-            read = [again.get(place, found) for place, found in enumerate(read)]
-        return draw, [_checked(found) for found in read]
+            read = [again.get(place, result) for place, result in enumerate(read)]
+        return draw, [_checked(result) for result in read]
 
     def _origin(self, step: int, draw: _Draw, numbers: Sequence[int], chunks: range) -> Origin:
         # the first frame of a chunk may be a given image, the last one never is
@@ -256,17 +262,17 @@ class ClipViewSource:
         sigma = self.sigmas[torch.randint(len(self.sigmas), (count, chunks), generator=generator)]
         noisy_context = rand(count, chunks) < config.context_noise_fraction
         context_sigma = config.context_noise_max * rand(count, chunks) * noisy_context
-        given = opening & (rand(count) < config.image_fraction)
+        is_given = opening & (rand(count) < config.image_fraction)
         sigma, context_sigma = (x.repeat_interleave(chunk_frames, dim=1) for x in (sigma, context_sigma))
         loss_mask = torch.ones_like(sigma)
         loss_mask[:, :chunk_frames] = opening[:, None].float()
-        sigma[:, 0] = torch.where(given, 0.0, sigma[:, 0])
-        loss_mask[:, 0] = torch.where(given, 0.0, loss_mask[:, 0])
+        sigma[:, 0] = torch.where(is_given, 0.0, sigma[:, 0])
+        loss_mask[:, 0] = torch.where(is_given, 0.0, loss_mask[:, 0])
         dropped = rand(count) < config.prompt_dropout
         return _Draw(clip, first_chunk.tolist(), dropped.tolist(), sigma, context_sigma, loss_mask)
 
     def _clip(self, step: int, view: int) -> int:
-        """Return the clip of a view: all earlier steps have gone through the epochs view by view."""
+        """Return the clip of a view; all earlier steps have gone through the epochs view by view."""
         done = 0
         for stage in self.stages:
             inside = min(step, stage.steps) if stage is not self.stages[-1] else step
@@ -283,14 +289,14 @@ class ClipViewSource:
 
     def _read_all(self, step: int, draw: _Draw, mesh: Mesh) -> list[_Read]:
         places = range(len(draw.clip) // mesh.replicas)
-        found = self._read(step, draw, mesh, places)
-        return [found[place] for place in places]
+        results = self._read(step, draw, mesh, places)
+        return [results[place] for place in places]
 
     def _read(self, step: int, draw: _Draw, mesh: Mesh, places: Iterable[int]) -> dict[int, _Read]:
-        """Read latents and features of the own frames of some views, by their places in those of this replica."""
+        """Read latents and features of the own frames of some views, by their places among those of this replica."""
         stage = stage_at(self.stages, step)
         if stage.chunks % mesh.sequence:
-            raise ConfigError(f"{stage.chunks} chunks do not divide into {mesh.sequence} ranks")
+            raise ConfigError(f"{stage.chunks} chunks do not divide into {mesh.sequence} ranks; use a multiple")
         own, per_replica = stage.chunks // mesh.sequence, stage.batch // mesh.replicas
         read: dict[int, _Read] = {}
         for place in places:
@@ -314,7 +320,7 @@ class ClipViewSource:
         return read
 
     def _noise(self, kind: str, step: int, views: Sequence[int], chunks: range, shape: torch.Size) -> Tensor:
-        """Draw noise chunk by chunk, so that it does not depend on which rank draws it."""
+        """Draw noise chunk by chunk, so that it does not depend on the rank that draws it."""
         _, channels, _, height, width = shape
         size = (channels, self.clips.chunk_frames, height, width)
 
@@ -325,24 +331,24 @@ class ClipViewSource:
         return torch.stack([torch.cat([of_chunk(view, chunk) for chunk in chunks], dim=1) for view in views])
 
 
-def _checked(found: _Read) -> tuple[Tensor, Tensor]:
-    if isinstance(found, UserError):
-        raise found
-    return found
+def _checked(result: _Read) -> tuple[Tensor, Tensor]:
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 @dataclass(frozen=True)
 class RandomClip:
-    """A clip of no content; every chunk has its own caption."""
+    """A clip without content; every chunk has its own caption."""
 
     captions: tuple[str, ...]
     cuts: tuple[bool, ...]
 
 
 class RandomClips:
-    """Clips of noise in the shapes of a model, to time a run before there is data."""
+    """Clips of noise in the shapes of a model, to time a run without data."""
 
-    def __init__(self, *, chunks: int, chunk_frames: int, latents: tuple[int, int, int], text: tuple[int, int]):
+    def __init__(self, *, chunks: int, chunk_frames: int, latents: tuple[int, int, int], text: tuple[int, int]) -> None:
         """latents: C, H, W. text: J, D."""
         self.num_chunks, self.chunk_frames = chunks, chunk_frames
         self._latents, self._text = latents, text

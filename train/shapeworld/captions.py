@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """ids, mask: long [2, scenes, phrasings, tokens], without and with the words that announce a cut before them;
-    empty_ids, empty_mask: [tokens] of the empty prompt.
+    """Tokens of all captions.
+
+    ids, mask: long [2, scenes, phrasings, tokens], without and with the words that announce a cut. empty_ids,
+    empty_mask: [tokens] of the empty prompt.
     """
 
     ids: Tensor
@@ -46,22 +48,26 @@ def tokenize_captions(
     distinct: int | None = None,
     cut_prefix: str = "",
 ) -> TokenTable:
-    """Phrase and tokenize. omit: share of captions that leave out the sizes, and the background.
+    """Phrase and tokenize captions.
 
-    distinct: scenes that lie so many apart are phrased alike; all differently if None.
+    omit: share of captions that leave out the sizes, and of those that leave out the background. distinct: scenes this
+    far apart have the same phrasings; by default all scenes have different ones.
     """
     texts = [
         caption(scene, index % (distinct or len(scenes)) * phrasings + p, omit=omit)
         for index, scene in enumerate(scenes)
         for p in range(phrasings)
     ]
-    # all at once in parallel: one by one, a hundred thousand captions take half a minute
+    # all at once, in parallel: one at a time, a hundred thousand captions take half a minute
     announced = [clean_prompt(chunk_text(text, cut=True, cut_prefix=cut_prefix)) for text in texts if cut_prefix]
     rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch([*texts, *announced, ""])]
     longest = max(map(len, rows))
     num_tokens = -(-longest // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
     if num_tokens > encoder.text_len:
-        raise ConfigError(f"captions have up to {longest} tokens, the text encoder takes {encoder.text_len}")
+        raise ConfigError(
+            f"captions have up to {longest} tokens; expected at most {encoder.text_len}, as the text encoder;"
+            " use a larger model.text_len"
+        )
     ids = torch.tensor([row + [PAD_ID] * (num_tokens - len(row)) for row in rows]).to(device)
     mask = (ids != PAD_ID).long()
     shape = (len(scenes), phrasings, -1)

@@ -1,7 +1,8 @@
-"""Latents of ShapeWorld clips, kept on the training device and replaced little by little.
+"""Latents of ShapeWorld clips, kept on the training device and replaced a group at a time.
 
-Clips are encoded in groups. Content c of the bank (a group of clips with their scenes, cuts and times) is a function of
-the seed and c alone and lies in place c mod groups, so what the bank holds at a step follows from the step.
+Content c of the bank (a group of clips with their scenes, cuts and times) is a function of the seed and c alone and is
+stored in place c mod groups, so the contents of the bank at a step follow from the step.
+
 Shapes: N clips, C channels, T latent frames, H W latent grid, Q chunks of a clip.
 """
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
 
 TEMPORAL_SCALE = 4
-"""Pixel frames of a latent frame; the first latent frame of a video holds one."""
+"""Number of pixel frames in a latent frame; the first latent frame of a video holds one."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,24 @@ class BankConfig(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recolor_fraction and self.chunks < 2:
-            raise ConfigError("bank.recolor_fraction needs clips of two chunks at least; set bank.chunks")
+            raise ConfigError(f"bank.chunks is {self.chunks}; expected at least 2, because of bank.recolor_fraction")
         for name in ("clips", "initial_clips"):
             if getattr(self, name) < self.group or getattr(self, name) % self.group:
-                raise ConfigError(f"bank.{name}={getattr(self, name)} must be a multiple of bank.group={self.group}")
+                raise ConfigError(
+                    f"bank.{name} is {getattr(self, name)}; expected a multiple of bank.group={self.group}"
+                )
         if self.initial_clips > self.clips:
-            raise ConfigError(f"bank.initial_clips={self.initial_clips} exceeds bank.clips={self.clips}")
-        if self.refresh_every < 1:
-            raise ConfigError(f"bank.refresh_every={self.refresh_every} must be at least 1")
+            raise ConfigError(
+                f"bank.initial_clips is {self.initial_clips}; expected at most {self.clips}, which is bank.clips"
+            )
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """scene: what each chunk shows, cut: whether it opens a shot after another one, start_seconds: its time at the
-    clip's first frame, [N, Q]; late, recolored [N].
+    """Scenes, cuts and times of a group of clips.
+
+    scene: scene that each chunk shows, [N, Q]. cut: whether a chunk opens a shot after another one, [N, Q].
+    start_seconds: time of a chunk's scene at the clip's first frame, [N, Q]. late, recolored: [N].
     """
 
     scene: Tensor
@@ -81,8 +86,10 @@ class ClipPlan:
 
 
 class LatentBank:
-    """latents: [N, C, T, H, W] float16, normalized. scene, cut: [N, Q], rows of the pool, and chunks that open a shot
-    after another one. late, recolored: [N].
+    """Encoded clips on the device.
+
+    latents: [N, C, T, H, W] float16, normalized. scene: rows of the pool, [N, Q]. cut: whether a chunk opens a shot
+    after another one, [N, Q]. late, recolored: [N].
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class LatentBank:
         chunk_frames: int,
         seed: int,
         precision: str,
-    ):
+    ) -> None:
         self.autoencoder = autoencoder
         self.pool = pool
         self.config = config
@@ -115,7 +122,7 @@ class LatentBank:
 
     @property
     def filled(self) -> int:
-        """Clips that can be drawn."""
+        """Number of clips that can be drawn."""
         return min(self.contents, self.groups) * self.config.group
 
     def draw_opening(self, count: int, generator: torch.Generator) -> Tensor:
@@ -181,7 +188,7 @@ class LatentBank:
 
     @torch.no_grad()
     def encode(self, plan: ClipPlan) -> Tensor:
-        """Draw and encode clips chunk by chunk, as a stream: normalised mean latents [N, C, T, H, W], float32."""
+        """Render and encode clips chunk by chunk, as a stream: normalized mean latents [N, C, T, H, W], float32."""
         state, latents, begin = None, [], 0
         for chunk in range(plan.scene.shape[1]):
             frames = self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1 if chunk == 0 else 0)

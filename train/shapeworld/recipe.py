@@ -1,10 +1,10 @@
-"""Train the causal transformer and its text encoder on ShapeWorld: build, roll out, export."""
+"""Train the causal transformer and its text encoder on ShapeWorld: build, generate samples, export."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -67,20 +67,22 @@ class TransformerShape(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in PRESETS:
-            raise ConfigError(f"model.preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+            raise ConfigError(f"model.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
 
     def build(self, *, channels: int, text_dim: int) -> TransformerConfig:
         return replace(
-            PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **self._given()
+            PRESETS[self.preset], in_channels=channels, out_channels=channels, text_dim=text_dim, **self._sizes()
         )
 
-    def check(self, found: TransformerConfig, folder: str) -> None:
-        """Raise ConfigError where a size given here is not that of the model a run goes on from."""
-        for name, value in self._given().items():
-            if getattr(found, name) != value:
-                raise ConfigError(f"model.{name}={value}, but the model in {folder} has {getattr(found, name)}")
+    def check(self, stored: TransformerConfig, folder: str) -> None:
+        """Raise ConfigError if a size that is set here is not that of the model a run starts from."""
+        for name, value in self._sizes().items():
+            if getattr(stored, name) != value:
+                raise ConfigError(
+                    f"model.{name} is {value}; expected {getattr(stored, name)}, as the model in {folder}; leave it out"
+                )
 
-    def _given(self) -> dict[str, int]:
+    def _sizes(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if value is not None and name != "preset"}
 
 
@@ -91,7 +93,7 @@ class HeldOutRolloutConfig(Bounded):
     prompts: number of prompts; 0 generates nothing.
     shown: number of videos that are drawn.
     chunks: number of chunks of a video.
-    judge: whether the judge scores the videos: the share that shows what the prompt says.
+    judge: whether the judge scores the videos: the share that matches the prompt.
     """
 
     prompts: int = bounded(24, least=0)
@@ -143,7 +145,7 @@ class ArTraining(Bounded):
     vae: str = "runs/vae/model"
     initialize: str | None = None
     shipped: dict[str, str] = field(default_factory=lambda: {"vae": "tiny"})
-    export_dtype: str = "bf16"
+    export_dtype: Literal["bf16", "fp32"] = "bf16"
     model: TransformerShape = field(default_factory=TransformerShape)
     settings: ModelSettings = field(default_factory=ModelSettings)
     scenes: SceneConfig = field(default_factory=SceneConfig)
@@ -160,32 +162,31 @@ class ArTraining(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.export_dtype not in DTYPES:
-            raise ConfigError(f"export_dtype={self.export_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
             raise ConfigError(
-                f"settings.height and width are {self.settings.height}x{self.settings.width}, those of the scenes"
-                f" {self.scenes.height}x{self.scenes.width}; they must be equal"
+                f"settings.height and width are {self.settings.height}x{self.settings.width}; expected"
+                f" {self.scenes.height}x{self.scenes.width}, those of the scenes"
             )
         pins = self.settings.pin_shots and self.objective.context == "window"
         if self.bank.cut_fraction and (self.settings.offset_per_shot or pins):
             raise ConfigError(
-                f"bank.cut_fraction={self.bank.cut_fraction}: views of ShapeWorld share their positions and what they"
-                " see, so clips with cuts need settings.offset_per_shot=0, and with objective.context=window also"
+                f"bank.cut_fraction is {self.bank.cut_fraction}, but views of ShapeWorld share positions and context:"
+                " clips with cuts need settings.offset_per_shot=0, and with objective.context=window also"
                 " settings.pin_shots=false; change these or set bank.cut_fraction=0"
             )
 
 
 FEW_CLIPS = 4
+"""Number of clips that a dry run encodes; steps that are only timed need no more."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ArRecipe(Recipe[TeacherForcing, ViewSource]):
-    """What the trainer runs for `longvideo train ar`."""
+    """Trains the transformer and its text encoder on ShapeWorld: `longvideo train ar`."""
 
-    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False):
+    def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False) -> None:
         if dry_run:
-            # a few clips are enough for steps that are only timed
+            # steps that are only timed need few clips
             few = math.gcd(config.bank.group, FEW_CLIPS)
             config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
         self.config = config
@@ -281,7 +282,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         )
 
     def start(self, step: int) -> None:
-        """Encode the bank."""
+        """Encode the clips of the bank."""
         self.source.start(step)
 
     def validate(self) -> dict[str, float]:
@@ -302,7 +303,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         return [] if note is None else [note]
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """Roll out held-out prompts, draw a strip of each, and let the judge look at all of them."""
+        """Generate videos of held-out prompts, draw a strip of each, and let the judge score all of them."""
         from longvideo.evaluation.samples import record_samples
 
         config = self.config.rollout
@@ -321,7 +322,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
 
     @torch.no_grad()
     def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Generate one clip a prompt in one batch: uint8 [T, H, W, 3] each."""
+        """Generate one clip for each prompt, in one batch: uint8 [T, H, W, 3] each."""
         chunks = self.config.rollout.chunks
         cuts = (False,) * chunks
         texts = batch_texts([[prompt] * chunks for prompt in prompts], cuts, cut_prefix=self.config.settings.cut_prefix)

@@ -1,4 +1,4 @@
-"""A pool of ShapeWorld scenes on the training device, drawn from without the host.
+"""A pool of ShapeWorld scenes on the training device; frames are rendered there, without the host.
 
 B clips, T frames, S scenes of the pool.
 """
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from longvideo.shapeworld.world import Scene
 
 FPS = 24.0
-MOST_PIXELS = 4096  # of a side
+MOST_PIXELS = 4096
+"""Largest height and width of a frame."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class SceneConfig(Bounded):
 
 
 class ScenePool:
-    """Scenes as tensors on `device`; frames are drawn from them there.
+    """Scenes as tensors on `device`; frames are rendered from them there.
 
-    recolored: for each scene the same one with an object in another color, if wanted; they follow the `count` others.
+    recolored: for each scene the same one with an object in another color, or nothing; they follow the `count` others.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class ScenePool:
         width: int,
         device: torch.device,
         recolored: Sequence[Scene] = (),
-    ):
+    ) -> None:
         assert len(recolored) in (0, len(scenes)), (len(recolored), len(scenes))
         self.count = len(scenes)
         self.scenes = [*scenes, *recolored]
         self.batch = SceneBatch.from_scenes(self.scenes).to(device)
         self.height, self.width = height, width
         self.device = device
-        # compiled, a render is a few kernels; eager, it is some two hundred and waits for the host at every table
+        # a compiled render is a few kernels; an eager one is about 200 kernels and waits for the host at every table
         self._render: Callable[..., tuple[Tensor, Tensor]] = (
             torch.compile(render_with_mask, dynamic=False) if device.type == "cuda" else render_with_mask
         )
@@ -77,7 +78,7 @@ class ScenePool:
         return (scene + self.count) % len(self)
 
     def draw(self, scene_BT: Tensor, seconds_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw frame by frame, so that a clip may cut anywhere: video [B, 3, T, H, W], soft mask [B, 1, T, H, W]."""
+        """Render frame by frame, so that a clip may cut anywhere: video [B, 3, T, H, W], soft mask [B, 1, T, H, W]."""
         batch, frames = scene_BT.shape
         flat = self.batch[scene_BT.flatten()]
         video, mask = self._render(flat, seconds_BT.reshape(-1, 1), height=self.height, width=self.width)

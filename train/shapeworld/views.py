@@ -1,4 +1,4 @@
-"""Batches for the transformer: views of consecutive chunks of the bank's clips, their captions, noise levels and noise.
+"""Batches for the transformer: views of consecutive chunks of the bank's clips, captions, noise levels and noise.
 
 Shapes: B views, C channels, T latent frames of a view, H W latent grid, Q chunks of a view, S tokens.
 """
@@ -67,10 +67,12 @@ class ViewSource:
         *,
         seed: int,
         tokens_per_chunk: int,
-    ):
+    ) -> None:
         for stage in stages:
             if stage.chunks > bank.config.chunks:
-                raise ConfigError(f"a stage has chunks={stage.chunks}, more than bank.chunks={bank.config.chunks}")
+                raise ConfigError(
+                    f"a stage has chunks={stage.chunks}; expected at most {bank.config.chunks}, which is bank.chunks"
+                )
         self.bank = bank
         self.tokens = tokens
         self.stages = list(stages)
@@ -85,14 +87,14 @@ class ViewSource:
         self.bank.start(step)
 
     def size(self, step: int) -> int:
-        """Return the clean latent tokens of a batch; the noisy copy is not counted."""
+        """Return the clean latent tokens of a batch; the noisy copy does not count."""
         stage = stage_at(self.stages, step)
         return stage.batch * stage.chunks * self.tokens_per_chunk
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
         counts = {divide(stage.batch, mesh, micro_batch)[1] for stage in self.stages if stage.steps}
         if len(counts) > 1 and mesh.world > 1:
-            raise ConfigError("stages differ in the number of passes of a step; set parallel.micro_batch")
+            raise ConfigError("stages differ in the number of passes of a step; use parallel.micro_batch")
         return max(counts, default=1)
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ViewBatch]:
@@ -125,7 +127,7 @@ class ViewSource:
 
         place = clip[:, None], first_chunk[:, None] + torch.arange(chunks, device=self.device)
         shown, cut = self.bank.scene[place], self.bank.cut[place].long()
-        told = torch.where(self.bank.recolored[clip, None], shown[:, -1:], shown)
+        captioned = torch.where(self.bank.recolored[clip, None], shown[:, -1:], shown)
         phrasing = index(self.tokens.phrasings, count, 1)
         dropped = (rand(count) < config.prompt_dropout)[:, None, None]
 
@@ -134,18 +136,18 @@ class ViewSource:
         context_sigma = (config.context_noise_max * context_sigma).repeat_interleave(frames_per_chunk, dim=1)
         loss_mask = torch.ones(count, frames, device=self.device)
         loss_mask[:, :frames_per_chunk] = opening[:, None].float()
-        given = opening & (rand(count) < config.image_fraction)
-        sigma[:, 0] = torch.where(given, 0.0, sigma[:, 0])
-        loss_mask[:, 0] = torch.where(given, 0.0, loss_mask[:, 0])
-        loss_mask *= (told == shown).repeat_interleave(frames_per_chunk, dim=1)
+        is_given = opening & (rand(count) < config.image_fraction)
+        sigma[:, 0] = torch.where(is_given, 0.0, sigma[:, 0])
+        loss_mask[:, 0] = torch.where(is_given, 0.0, loss_mask[:, 0])
+        loss_mask *= (captioned == shown).repeat_interleave(frames_per_chunk, dim=1)
 
         noise, context_noise = (torch.randn(clean.shape, generator=generator, device=self.device) for _ in range(2))
         if config.wrong_color:
             wrong = (rand(count, chunks - 1) < config.wrong_color) & (shown[:, 1:] == shown[:, :-1])
             wrong &= ~self.bank.recolored[clip, None]
-            told[:, 1:] = torch.where(wrong, self.bank.pool.other_color(told[:, 1:]), told[:, 1:])
-        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[cut, told, phrasing])
-        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[cut, told, phrasing])
+            captioned[:, 1:] = torch.where(wrong, self.bank.pool.other_color(captioned[:, 1:]), captioned[:, 1:])
+        ids = torch.where(dropped, self.tokens.empty_ids, self.tokens.ids[cut, captioned, phrasing])
+        mask = torch.where(dropped, self.tokens.empty_mask, self.tokens.mask[cut, captioned, phrasing])
         return ViewBatch(
             clean, noise, context_noise, sigma, context_sigma, loss_mask, ids, mask, None, mean_weight=loss_mask.sum()
         )

@@ -44,10 +44,10 @@ class ClipStage(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frames % 4 != 1:
-            raise ConfigError(f"a stage has frames={self.frames}; use 1 + 4k, such as {self.frames // 4 * 4 + 1}")
+            raise ConfigError(f"a stage has frames={self.frames}; expected 1 + 4k, such as {self.frames // 4 * 4 + 1}")
         for name in ("height", "width"):
             if getattr(self, name) % 16:
-                raise ConfigError(f"a stage has {name}={getattr(self, name)}; use a multiple of 16")
+                raise ConfigError(f"a stage has {name}={getattr(self, name)}; expected a multiple of 16")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class ReconstructionSource:
         max_seconds: float,
         cut_fraction: float,
         latent_channels: int,
-    ):
+    ) -> None:
         for stage in stages:
             if stage.height > pool.height or stage.width > pool.width:
                 raise ConfigError(
-                    f"a stage crops {stage.height}x{stage.width} out of scenes of {pool.height}x{pool.width};"
-                    " use a crop that fits"
+                    f"a stage crops {stage.height}x{stage.width} from scenes of {pool.height}x{pool.width};"
+                    " use a smaller crop"
                 )
         self.pool = pool
         self.stages = list(stages)
@@ -92,7 +92,7 @@ class ReconstructionSource:
         stage = stage_at(self.stages, step)
         return stage.batch * stage.frames
 
-    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+    def passes(self, _mesh: Mesh, _micro_batch: int | None) -> int:
         return 1
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ClipBatch]:
@@ -137,14 +137,14 @@ class ReconstructionSource:
 def crop_near_objects(
     video: Tensor, mask: Tensor, *, height: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Crop every clip at a place of its own, which holds a random pixel of an object of its middle frame."""
+    """Crop every clip at a place of its own that contains a random pixel of an object in its middle frame."""
     batch, _, frames, full_height, full_width = mask.shape
     device = mask.device
     middle = mask[:, 0, frames // 2].flatten(1)
     lottery = torch.rand(middle.shape, generator=generator, device=device)
     pixel = ((middle + 1e-3) * lottery).argmax(1)
     jitter = torch.rand(2, batch, generator=generator, device=device)
-    # the chosen pixel lies uniformly anywhere inside the crop, as far as the border of the frame lets it
+    # the position of the chosen pixel in the crop is uniform, as far as the border of the frame allows
     top = (pixel // full_width - jitter[0] * height).round().clamp(0, full_height - height).long()
     left = (pixel % full_width - jitter[1] * width).round().clamp(0, full_width - width).long()
     rows = top[:, None] + torch.arange(height, device=device)

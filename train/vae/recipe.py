@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CHUNK_FRAMES = (29, 32)
-"""Pixel frames of a video's first chunk and of every later one."""
+"""Number of pixel frames in a video's first chunk and in every later one."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class AutoencoderShape(Bounded):
     num_res_blocks: int | None = bounded(None, least=1)
 
     def build(self) -> AutoencoderConfig:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        sizes = {name: value for name, value in vars(self).items() if value is not None}
         preset = AutoencoderConfig.tiny()
-        channels = given.get("z_dim", preset.z_dim)
-        if "dim_mult" in given:
-            given["dim_mult"] = tuple(given["dim_mult"])
-        return replace(preset, **given, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
+        channels = sizes.get("z_dim", preset.z_dim)
+        if "dim_mult" in sizes:
+            sizes["dim_mult"] = tuple(sizes["dim_mult"])
+        return replace(preset, **sizes, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ class VaeTraining(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.stages:
-            raise ConfigError("stages is empty; list at least one {frames, height, width, batch, steps}")
+            raise ConfigError("stages is empty; expected at least one {frames, height, width, batch, steps}")
 
 
 class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
-    """What the trainer runs for `longvideo train vae`."""
+    """Trains the autoencoder: `longvideo train vae`."""
 
-    def __init__(self, config: VaeTraining, device: torch.device):
+    def __init__(self, config: VaeTraining, device: torch.device) -> None:
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
@@ -139,7 +139,7 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
         )
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
-        """Measure held-out clips as the stream would show them, and draw pairs of rows: given, reconstructed."""
+        """Measure held-out clips as a stream would show them, and draw pairs of rows: given, reconstructed."""
         from longvideo.evaluation.sheet import film_strip
 
         config = self.config.validation
@@ -149,13 +149,13 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
             scenes = torch.arange(first, min(first + config.batch, config.clips), device=self.device)
             video, mask = self._clips(pool, scenes, stream="validation")
             output = self._stream(video)
-            for found, values in zip((overall, objects), psnr(output, video, mask), strict=True):
-                found.append(values)
+            for ratios, values in zip((overall, objects), psnr(output, video, mask), strict=True):
+                ratios.append(values)
             num_shown = max(0, min(config.shown - first, len(scenes)))
-            for given, made in zip(
+            for original, reconstruction in zip(
                 *(to_uint8(clips[:num_shown]).cpu().numpy() for clips in (video, output)), strict=True
             ):
-                rows += [given, made]
+                rows += [original, reconstruction]
         folder.mkdir(parents=True, exist_ok=True)
         values_overall, values_objects = torch.cat(overall), torch.cat(objects)
         captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
@@ -235,7 +235,7 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
 
 
 def build_autoencoder(config: AutoencoderConfig, *, seed: int, device: torch.device) -> Autoencoder:
-    """Build an autoencoder with fresh weights that depend on `seed` alone."""
+    """Build an autoencoder with random weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = Autoencoder(config)

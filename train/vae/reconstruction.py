@@ -1,4 +1,4 @@
-"""The autoencoder's objective: see the small moving shape, keep its outline, and leave the latents a little noisy.
+"""The objective of the autoencoder: reconstruct small moving shapes and their outlines from slightly noisy latents.
 
 Shapes: B clips, C channels, T frames, H W pixels.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 VIDEO_RANGE = 2.0
-"""Peak to peak, in [-1, 1]."""
+"""Difference of the largest and the smallest pixel value, in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ReconstructionConfig(Bounded):
 
 
 class Reconstruction(Objective):
-    """Encode, draw latents, decode, compare. On CUDA one compiled graph for each shape of batch."""
+    """Encode, draw latents, decode, compare. On CUDA there is one compiled graph for each shape of batch."""
 
-    def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig, *, device: torch.device):
+    def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig, *, device: torch.device) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.config = config
@@ -110,11 +110,12 @@ def weighted_mean(error_BCTHW: Tensor, weight_B1THW: Tensor) -> Tensor:
 
 
 def difference(x: Tensor, axis: int) -> Tensor:
-    """Return the differences between neighbours along an axis."""
+    """Return the differences between neighbors along an axis."""
     return tail(x, axis) - x.narrow(axis, 0, x.shape[axis] - 1)
 
 
 def tail(x: Tensor, axis: int) -> Tensor:
+    """Return x without its first element along an axis."""
     return x.narrow(axis, 1, x.shape[axis] - 1)
 
 

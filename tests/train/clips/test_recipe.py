@@ -38,7 +38,7 @@ FIELDS = ("clean", "noise", "context_noise", "sigma", "context_sigma", "loss_mas
 class Counted(RandomClips):
     """Several clips, and a record of what was read."""
 
-    def __init__(self, count: int = 6, chunks: int = CHUNKS):
+    def __init__(self, count: int = 6, chunks: int = CHUNKS) -> None:
         super().__init__(chunks=chunks, chunk_frames=FRAMES, latents=(3, 2, 4), text=(5, 6))
         self.clips = self.clips * count
         self.read: list[tuple[int, int, int]] = []
@@ -105,9 +105,9 @@ def test_views_that_begin_late_show_their_first_chunk_as_context_alone() -> None
     (batch,) = source(Counted(), stage=stage, start_fraction=0.5, image_fraction=0.5).shares(0, Mesh(), None)
     late = (batch.loss_mask[:, :FRAMES] == 0).all(1)
     assert 10 < int(late.sum()) < 54
-    given = batch.sigma[:, 0] == 0
-    assert given.any() and not (given & late).any()
-    assert (batch.loss_mask[given, 0] == 0).all() and (batch.loss_mask[given, 1:] == 1).all()
+    is_given = batch.sigma[:, 0] == 0
+    assert is_given.any() and not (is_given & late).any()
+    assert (batch.loss_mask[is_given, 0] == 0).all() and (batch.loss_mask[is_given, 1:] == 1).all()
 
 
 def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
@@ -139,7 +139,7 @@ VIEWS = {0: ("a", "a"), 1: ("a", "Cut. b"), 2: ("Cut. b", "b")}
 
 
 class Failing(Counted):
-    def __init__(self, *bad: int):
+    def __init__(self, *bad: int) -> None:
         super().__init__()
         self.bad = bad
 
@@ -156,7 +156,7 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(capsys: pytest.
         clips = [4 if clip in (2, 3) else clip for clip in (whole._clip(step, view) for view in range(BATCH))]
         assert [views._clip(step, view) for view in range(BATCH)] == clips
         assert torch.equal(got.sigma, plain.sigma) and torch.equal(got.noise, plain.noise)
-    assert views.unreadable == {2, 3} and "left out: clip 2 is damaged" in capsys.readouterr().err
+    assert views.unreadable == {2, 3} and "skipped: clip 2 is damaged" in capsys.readouterr().err
     late = source(Failing(2, 3), max_bad=2)
     (again,) = late.shares(5, Mesh(), None)  # as after a resumption
     assert torch.equal(again.clean, got.clean)
@@ -267,8 +267,8 @@ def test_recycled_errors_of_another_number_of_ranks_are_dealt_out_with_a_word(
     one, *two = (ClipRecipe(config, CPU, mesh, dry_run=False) for mesh in (Mesh(), Mesh(2, 0), Mesh(2, 1)))
     assert one.load(checkpoint, Mesh()) == []
     notes = [recipe.load(checkpoint, Mesh(2, rank)) for rank, recipe in enumerate(two)]
-    said = "ranks 1 -> 2: recycled errors are dealt out anew, so losses are comparable, not equal"
-    assert notes == [[said], [said]]
+    note = "ranks 1 -> 2: recycled errors are divided again, so losses are comparable, not equal"
+    assert notes == [[note], [note]]
     filled = [sum(recipe.bank.filled) for recipe in (one, *two) if recipe.bank is not None]
     assert filled[0] == filled[1] + filled[2] > 0 and min(filled) > 0
 
@@ -281,8 +281,8 @@ def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_pa
     assert [clip.captions for clip in videos.clips] == [clip.captions for clip in stored.clips]
     for index in range(len(stored)):
         for first, last in ((0, 8), (8, 16), (11, 13)):
-            got, wanted = videos.latents(index, first, last), stored.latents(index, first, last)
-            torch.testing.assert_close(got, wanted, rtol=2**-8, atol=1e-4)
+            got, expected = videos.latents(index, first, last), stored.latents(index, first, last)
+            torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-4)
     caption = stored.clips[0].captions[0]
     torch.testing.assert_close(videos.text(caption), stored.text(caption), rtol=2**-7, atol=1e-4)
     exact = ("trainer.precision=fp32", "parallel.micro_batch=1", "recycle_errors=false", "validation.prompts=0")
@@ -302,20 +302,20 @@ def test_training_goes_on_without_a_damaged_video(
     assert main([*command, "--out", str(tmp_path / "strict")]) == 2
     assert "0.mp4 is damaged" in capsys.readouterr().err
     assert main([*command, "views.max_bad=3", "--out", str(tmp_path / "run")]) == 0
-    assert "left out:" in capsys.readouterr().err and len(losses(tmp_path / "run")) == 4
+    assert "skipped:" in capsys.readouterr().err and len(losses(tmp_path / "run")) == 4
 
 
 @pytest.mark.parametrize(
-    ("setting", "wanted"),
+    ("setting", "expected"),
     [
-        ("parallel.sequence=3", "parallel.sequence=3 does not divide 1 ranks; use one of 1"),
-        ("data=nowhere", "no dataset.json in nowhere"),
-        ("stages=[{chunks: 3}]", "a stage has chunks=3, the clips of the data set 2"),
-        ("nvfp4.inputs=adaptiv", "nvfp4.inputs='adaptiv' is unknown"),
+        ("parallel.sequence=3", "parallel.sequence is 3; expected a divisor of the 1 ranks: 1"),
+        ("data=nowhere", "nowhere has no dataset.json"),
+        ("stages=[{chunks: 3}]", "a stage has chunks=3; expected at most 2"),
+        ("nvfp4.inputs=adaptiv", "nvfp4.inputs is 'adaptiv'; expected one of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
-    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, wanted: str
+    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, expected: str
 ) -> None:
     assert main(["train", "clips", *arguments(data, setting), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
-    assert wanted in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
