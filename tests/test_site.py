@@ -78,7 +78,7 @@ def test_the_reference_pages_list_commands_keys_and_names() -> None:
     reference = load("reference")
     commands, keys, names = reference.commands_page(), reference.keys_page(), reference.api_page()
     assert "\n## longvideo data encode\n" in commands and "| `--seconds <float>` |" in commands
-    assert "| `optimizer.learning_rate` | `float` |" in keys and "| `stages[i].steps` | `int` |" in keys
+    assert "| `optimizer.learning_rate` | `float` |" in keys and "| `stages[].steps` | `int` |" in keys
     for name in re.findall(r"^::: (\S+)$", names, re.MULTILINE):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
-from inspect import getdoc
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperArgument
 
+from longvideo.cli.config import SCHEMAS
 from longvideo.cli.main import command_line
-from longvideo.config.fields import BOUNDS
-from longvideo.distill.config import Distillation
-from longvideo.train.clips.recipe import ClipTraining
-from longvideo.train.shapeworld.recipe import ArTraining
-from longvideo.train.vae.recipe import VaeTraining
+from longvideo.config.keys import keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CONFIGURATIONS = (
-    ("longvideo train vae", VaeTraining),
-    ("longvideo train ar", ArTraining),
-    ("longvideo train clips", ClipTraining),
-    ("longvideo distill", Distillation),
-)
-"""Commands that read a configuration, and the dataclass of its keys."""
 
 API = {
     "Generation": (
@@ -72,16 +58,18 @@ def commands_page() -> str:
 
 
 def keys_page() -> str:
-    """Return a page in Markdown with every configuration key, its type, default and bounds."""
+    """Return a page in Markdown with every configuration key, its type, default and meaning."""
     parts = [
-        "# Configuration keys\n\nThis page is generated from the dataclasses that hold the defaults."
-        " [Configuration](../configuration.md) describes how files and `key=value` words combine.\n"
+        "# Configuration keys\n\nThis page is generated from the dataclasses that hold the defaults,"
+        " as `longvideo config keys` prints them. [Configuration](../configuration.md) describes how files"
+        " and `key=value` words combine.\n"
     ]
-    for command, cls in CONFIGURATIONS:
+    for command, schema in SCHEMAS.items():
         rows = [
-            f"| `{key}` | {_code(kind)} | {_code(default)} | {_cell(text)} |" for key, kind, default, text in _keys(cls)
+            f"| `{key.name}` | {_code(key.type)} | {_code(key.value)} | {_cell(key.text)} |"
+            for key in keys_of(schema())
         ]
-        parts.append(f"## {command}\n")
+        parts.append(f"## longvideo {command}\n")
         parts.append("\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
@@ -112,47 +100,6 @@ def _record(parameter: Any, context: typer.Context) -> tuple[str, str] | None:
         return None
     name, text = record
     return (re.sub(r"\[*(\w+)\]*.*", r"\1", name), text) if isinstance(parameter, TyperArgument) else (name, text)
-
-
-def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield key, type, default and meaning of every field, nested dataclasses included."""
-    kinds, meanings = typing.get_type_hints(cls), _meanings(cls)
-    for field in dataclasses.fields(cls):
-        kind = kinds[field.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from _keys(kind, f"{prefix}{field.name}.")
-            continue
-        items = [item for item in typing.get_args(kind) if isinstance(item, type) and dataclasses.is_dataclass(item)]
-        text = meanings.get(field.name, "")
-        if bounds := field.metadata.get(BOUNDS):
-            text = f"{text} ({bounds})".strip()
-        yield prefix + field.name, _kind_name(kind), _default(field), text
-        for item in items:
-            yield from _keys(item, f"{prefix}{field.name}[i].")
-
-
-def _meanings(cls: type) -> dict[str, str]:
-    """Return the text after each `name:` or `name, other:` of a docstring, by field."""
-    text = " ".join((getdoc(cls) or "").split())
-    names = "|".join(sorted((field.name for field in dataclasses.fields(cls)), key=len, reverse=True))
-    # the parts between the heads alternate: text, head, text, head, ..., text
-    parts = re.split(rf"(?<![\w.`])((?:{names})(?:, (?:{names}))*): ", text)
-    return {
-        name: meaning.strip()
-        for head, meaning in zip(parts[1::2], parts[2::2], strict=True)
-        for name in head.split(", ")
-    }
-
-
-def _kind_name(kind: Any) -> str:
-    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return re.sub(r"[\w.]+\.(\w+)", r"\1", name)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return "null" if field.default is None else str(field.default)
-    return str(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
 
 
 def _code(text: str) -> str:
