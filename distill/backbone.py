@@ -16,6 +16,7 @@ from longvideo.quantization.convert import with_precision
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.model.config import TransformerConfig
+    from longvideo.quantization.number_formats import NumberFormats
 
 COMPILED_FORMS = 32
 """Number of compiled forms that torch keeps of each function of a block."""
@@ -25,7 +26,7 @@ def load_backbone(
     folder: ModelFolder | None,
     shape: TransformerConfig,
     *,
-    precision: str,
+    formats: NumberFormats,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -41,7 +42,8 @@ def load_backbone(
             transformer = CausalTransformer(shape)
         transformer = transformer.to(dtype).to_empty(device=device)
         transformer.initialize(torch.Generator(device).manual_seed(seed))
-    return with_precision(transformer.requires_grad_(False), precision)
+    packed = folder is not None and folder.is_packed
+    return with_precision(transformer.requires_grad_(False), formats.precision_of(packed=packed), packed=packed)
 
 
 def compile_blocks(*backbones: CausalTransformer | None) -> None:

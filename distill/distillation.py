@@ -39,10 +39,9 @@ from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.machine.launcher import launched
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
@@ -220,8 +219,9 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     def facts(self) -> list[str]:
         backbone = self.config.backbone
+        precision = backbone.formats.precision_of(packed=False)
         return [
-            f"backbone {backbone.precision}: {product_backend(backbone.precision, self.device)}",
+            f"backbone {precision}: {product_backend(precision, self.device)}",
             f"KV cache: {backbone.kv_cache}",
             f"attention: {attention_backend('bf16', self.device)}",
             compile_fact(self.config.compile, self.device),
@@ -320,7 +320,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return load_backbone(
             folder,
             self.shape,
-            precision=self.config.backbone.precision,
+            formats=self.config.backbone.formats,
             dtype=self.dtype,
             device=self.device,
             seed=self.config.seed,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,7 +103,7 @@ class StreamingPipeline:
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
-        formats = NumberFormats(precision, kv_cache, attention)
+        formats = NumberFormats.parse(precision, kv_cache, attention)
         placement = Placement.choose(device, decode_device, decode_share, dtype)
         check_hardware(formats, device=placement.device)  # before a model is downloaded
         check_path(name, "the model")
@@ -134,14 +134,16 @@ class StreamingPipeline:
             text_encoder = pool.submit(folder.load_text_encoder, **denoising)
             transformer = pool.submit(folder.load_transformer, **denoising)
             autoencoder = pool.submit(folder.load_vae, **decoding)
+            packed = folder.is_packed
+            formats = formats.effective(packed=packed)
             models = Models(
-                transformer=with_precision(transformer.result(), formats.precision),
+                transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
                 autoencoder=autoencoder.result(),
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
                 placement=placement,
-                formats=replace(formats, precision=formats.precision_of(packed=folder.is_packed)),
+                formats=formats,
                 group=group,
             )
         return cls(models)

@@ -1,16 +1,22 @@
-"""Which implementation of an operation runs where. Chosen once, when a module is built; nothing falls back later."""
+"""Which implementation of an operation runs on a device, and why.
+
+All code that chooses or prints a backend calls this module. A backend is chosen once, when a module is built; there is
+no fallback later. An implementation is a module, or an object, that has the functions of one of the protocols below;
+type checkers compare the two.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from longvideo.kernels.attention import cudnn_fp8
+from longvideo.kernels.attention import cudnn_fp8, sdpa
 from longvideo.kernels.fp8 import scaled_mm as fp8_products
 from longvideo.kernels.nvfp4 import scaled_mm as nvfp4_products
+from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
 if TYPE_CHECKING:
@@ -18,12 +24,19 @@ if TYPE_CHECKING:
     from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
 
+TransformerPrecision = Literal["bf16", "nvfp4", "nvfp4-weights", "fp8", "fp8-emulated"]
+"""Number format of the products in the blocks of a transformer; `NumberFormats` explains each."""
+AttentionPrecision = Literal["bf16", "fp8", "fp8-emulated"]
+"""Number format of attention to the past."""
+
+
 @dataclass(frozen=True)
 class Backend:
-    """What runs an operation in a number format on a device.
+    """The implementation that runs an operation in a number format on a device.
 
-    name: of the implementation, None where the device cannot run the format. is_emulated: whether the device has no
-    units for the format and the same numbers are computed in a wider one. reason: why it is emulated or cannot run.
+    name: name of the implementation, None where the device cannot run the format.
+    is_emulated: whether the device has no units for the format, so that the same numbers are computed in a wider one.
+    reason: reason why the operation is emulated or cannot run, None where it runs on units of its own.
     """
 
     name: str | None
@@ -34,9 +47,9 @@ class Backend:
         return f"emulated by {self.name} ({self.reason})" if self.is_emulated else self.name or f"none ({self.reason})"
 
 
-def product_backend(precision: str, device: torch.device) -> Backend:
-    """Say what multiplies in the blocks of a transformer of this precision (see `NumberFormats`)."""
-    library = "cuBLAS" if device.type == "cuda" else "oneDNN"
+def product_backend(precision: TransformerPrecision, device: torch.device) -> Backend:
+    """Return what multiplies in the blocks of a transformer of this precision."""
+    library = _library(device)
     if precision == "nvfp4-weights":
         return Backend(f"{library} on weights that {kernels_on(device)} unpacks")
     if precision == "nvfp4":
@@ -49,8 +62,15 @@ def product_backend(precision: str, device: torch.device) -> Backend:
     return _fp8_reference(device) if precision == "fp8-emulated" else Backend(library)
 
 
-def attention_backend(attention: str, device: torch.device) -> Backend:
-    """Say what attends to the past in this format (`longvideo.quantization.number_formats`)."""
+def training_backend(device: torch.device) -> Backend:
+    """Return what multiplies in linear layers that train in NVFP4."""
+    if reason := te.unavailable(device):
+        return Backend(f"{kernels_on(device)} and {_library(device)}", is_emulated=True, reason=reason)
+    return Backend("TransformerEngine on FP4 units")
+
+
+def attention_backend(attention: AttentionPrecision, device: torch.device) -> Backend:
+    """Return what attends to the past in this format."""
     if attention == "fp8":
         reason = cudnn_fp8.unavailable(device)
         return Backend(None, reason=f"{reason}; or use --attention bf16") if reason else Backend("cuDNN frontend, E4M3")
@@ -59,9 +79,23 @@ def attention_backend(attention: str, device: torch.device) -> Backend:
     return Backend("torch SDPA, cuDNN first" if device.type == "cuda" else "torch SDPA")
 
 
+def torch_attention(device: torch.device, dtype: torch.dtype) -> sdpa.AttentionChoice:
+    """Return the kernel that torch chooses for attention in a dtype, and why it chooses no other."""
+    return sdpa.choice(device, dtype)
+
+
+def convolution_backend(device: torch.device) -> Backend:
+    """Return what runs the convolutions of the autoencoder."""
+    return Backend("cuDNN" if device.type == "cuda" else "oneDNN")
+
+
 def kernels_on(device: torch.device) -> str:
-    """Name what runs the operations of this module on a device."""
+    """Return the name of what runs the operations of this module on a device: "triton" or "reference"."""
     return "triton" if device.type == "cuda" else "reference"
+
+
+def _library(device: torch.device) -> str:
+    return "cuBLAS" if device.type == "cuda" else "oneDNN"
 
 
 def _fp8_reference(device: torch.device) -> Backend:
@@ -71,7 +105,7 @@ def _fp8_reference(device: torch.device) -> Backend:
 
 
 class KVOperations(Protocol):
-    """What a 4-bit KV cache needs; `longvideo.kernels.kv_dequant.reference` defines it."""
+    """Operations of a 4-bit KV cache; `longvideo.kernels.kv_dequant.reference` defines them."""
 
     def write_slot(
         self, slots: QuantizedSlots, slot: int, keys_BLNK: Tensor, values_BLNK: Tensor, rule: Rule = Rule.ADAPTIVE
@@ -89,7 +123,7 @@ class KVOperations(Protocol):
 
 
 class NVFP4Operations(Protocol):
-    """What NVFP4 products need; `longvideo.kernels.nvfp4.reference` defines it."""
+    """Operations of NVFP4 products; `longvideo.kernels.nvfp4.reference` defines them."""
 
     def quantize(self, x: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor: ...
 
@@ -147,7 +181,7 @@ class NVFP4Operations(Protocol):
 
 
 class FP8Operations(Protocol):
-    """What row-wise FP8 products need; `longvideo.kernels.fp8.reference` defines it."""
+    """Operations of row-wise FP8 products; `longvideo.kernels.fp8.reference` defines them."""
 
     def quantize_rows(self, x: Tensor) -> FP8Rows: ...
 
@@ -157,7 +191,7 @@ class FP8Operations(Protocol):
 
 
 class NormOperations(Protocol):
-    """What comes between a block's products; `longvideo.kernels.norm.reference` defines it."""
+    """Operations between the products of a block; `longvideo.kernels.norm.reference` defines them."""
 
     def add_norm(
         self,
@@ -177,7 +211,10 @@ class NormOperations(Protocol):
 
 
 class RotaryOperations(Protocol):
-    """What comes between attention's projections and the cache; `longvideo.kernels.rotary.reference` defines it."""
+    """Operations between the projections of attention and the KV cache.
+
+    `longvideo.kernels.rotary.reference` defines them.
+    """
 
     def norm_rotate_keep(
         self,
@@ -199,7 +236,7 @@ class RotaryOperations(Protocol):
 
 
 class DecoderOperations(Protocol):
-    """What the video decoder does between its convolutions; `longvideo.kernels.vae.reference` defines it."""
+    """Operations between the convolutions of the video decoder; `longvideo.kernels.vae.reference` defines them."""
 
     def add_norm_silu(
         self,
@@ -228,58 +265,58 @@ class DecoderOperations(Protocol):
 
 def norm_operations(device: torch.device) -> NormOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         from longvideo.kernels.norm import triton as operations
     else:
         from longvideo.kernels.norm import reference as operations
-    return cast("NormOperations", operations)
+    return operations
 
 
 def rotary_operations(device: torch.device) -> RotaryOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         from longvideo.kernels.rotary import triton as operations
     else:
         from longvideo.kernels.rotary import reference as operations
-    return cast("RotaryOperations", operations)
+    return operations
 
 
 def decoder_operations(device: torch.device) -> DecoderOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         from longvideo.kernels.vae import triton as operations
     else:
         from longvideo.kernels.vae import reference as operations
-    return cast("DecoderOperations", operations)
+    return operations
 
 
 def fp8_operations(device: torch.device) -> FP8Operations:
     """Return Triton and `scaled_mm` on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         if reason := fp8_products.unavailable(device):
             raise ValueError(reason)
         from longvideo.kernels.fp8 import triton as operations
     else:
         from longvideo.kernels.fp8 import reference as operations
-    return cast("FP8Operations", operations)
+    return operations
 
 
 def kv_operations(device: torch.device) -> KVOperations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         from longvideo.kernels.kv_dequant import triton as operations
     else:
         from longvideo.kernels.kv_dequant import reference as operations
-    return cast("KVOperations", operations)
+    return operations
 
 
 def nvfp4_operations(device: torch.device) -> NVFP4Operations:
     """Return the Triton kernels on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if _wants_triton(device):
+    if _uses_triton(device):
         from longvideo.kernels.nvfp4 import triton as operations
     else:
         from longvideo.kernels.nvfp4 import reference as operations
-    return cast("NVFP4Operations", operations)
+    return operations
 
 
 def triton_unavailable(device: torch.device) -> str | None:
@@ -293,7 +330,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _wants_triton(device: torch.device) -> bool:
+def _uses_triton(device: torch.device) -> bool:
     if device.type in ("cpu", "meta"):
         return False
     if reason := triton_unavailable(device):

@@ -1,4 +1,4 @@
-"""Make latents chunk by chunk: denoise against the cache, hand the result out, run the clean pass, commit, go on.
+"""Generation of latents chunk by chunk: denoise a chunk, yield it, run its clean pass, and continue with the next.
 
 Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class Denoiser(Protocol):
-    """A model with its memory of the chunks already made, at one chunk at a time, the live one.
+    """A model with its memory of the finished chunks, which works on one live chunk at a time.
 
-    latent_shape: [B, C, T, H, W] of what it takes and returns.
+    latent_shape: shape of the latents of a chunk, [B, C, T, H, W].
     """
 
     device: torch.device
@@ -38,35 +38,38 @@ class Denoiser(Protocol):
     spec: ChunkSpec
 
     def reset(self) -> None:
-        """Forget every chunk."""
+        """Remove all chunks from memory."""
         ...
 
     def begin(self, index: int, *, shot: int, text: TextContext) -> None:
-        """Turn to chunk `index`, `shot` cuts after the start. text: the prompt of every sample, in their order.
+        """Begin chunk `index`. Chunks that are skipped since the previous one are not part of the past.
 
-        Chunks left out since the one before are not part of the past.
+        shot: number of cuts before the chunk or at it. text: prompt of every sample, in their order.
         """
         ...
 
     def velocity(self, latents_BCTHW: Tensor, sigma_BT: Tensor, *, keep: bool = False) -> Tensor:
-        """Return the velocity of the live chunk. keep: later chunks shall look at what this pass saw of it."""
+        """Return the velocity of the live chunk.
+
+        keep: whether later chunks attend to the keys and values of this pass.
+        """
         ...
 
     def fill(self, latents_BCTHW: Tensor) -> None:
-        """Run the clean pass over the finished live chunk, at which later chunks then look."""
+        """Run the clean pass over the finished live chunk, to whose keys and values later chunks attend."""
         ...
 
     def commit(self, *, cut: bool = False) -> None:
-        """Make the live chunk part of the past. cut: it opened a shot."""
+        """Make the live chunk part of the past. cut: whether it opened a shot."""
         ...
 
 
 class CachedTransformer:
-    """A `Denoiser` of a model as it is trained, and any cache."""
+    """A `Denoiser` that runs the model as it is trained, with any cache."""
 
     def __init__(
         self, model: CausalTransformer, spec: ChunkSpec, *, batch: int, cache_type: type[ChunkCache] = KVCache
-    ):
+    ) -> None:
         weight, (_, p, q) = model.patch_embedding.weight, model.config.patch_size
         self.device = weight.device
         self.latent_shape = (
@@ -115,7 +118,10 @@ class CachedTransformer:
 
 @dataclass(frozen=True)
 class ContextLevel:
-    """Noise level at which later chunks see a finished one: sigma in its latents, model_sigma as input of the model."""
+    """Noise level of a finished chunk when later chunks attend to it.
+
+    sigma: noise level of its latents. model_sigma: noise level that the model receives.
+    """
 
     sigma: float = 0.0
     model_sigma: float = 0.0
@@ -125,7 +131,7 @@ CLEAN_CONTEXT = ContextLevel()
 
 
 def context_level(solver: UniPC, *, clean_pass: bool) -> ContextLevel:
-    """Return the level of the pass whose keys and values a rollout keeps of every chunk."""
+    """Return the noise level of the pass that stores the keys and values of a chunk in a rollout."""
     if clean_pass:
         return CLEAN_CONTEXT
     return ContextLevel(solver.sigmas[solver.num_steps - 1], solver.timesteps[-1] / NUM_TRAIN_TIMESTEPS)
@@ -133,9 +139,10 @@ def context_level(solver: UniPC, *, clean_pass: bool) -> ContextLevel:
 
 @dataclass(frozen=True)
 class MadeChunk:
-    """A chunk already made, the `shot`-th cut behind it or at it; it opens that shot if it is a `cut`.
+    """A finished chunk.
 
-    latents: [B, C, T, H, W], normalised and clean, where the denoiser is.
+    shot: number of cuts before it or at it. cut: whether it opens a shot.
+    latents: normalized clean latents on the device of the denoiser, [B, C, T, H, W].
     """
 
     index: int
@@ -154,18 +161,19 @@ def rollout(
     clean_pass: bool = True,
     past: Iterable[tuple[MadeChunk, Conditioning]] = (),
 ) -> Iterator[Tensor]:
-    """Yield normalised clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
+    """Yield normalized clean latents [B, C, T, H, W], float32, one chunk for each conditioning.
 
-    denoiser: fresh, for the samples of `branches(guidance)` copies of the batch.
-    chunks: read one at a time, just before a chunk is begun, so a caller can decide late; it may never end.
-    generators: one CPU generator per sample; a sample's noise does not depend on the batch it is in.
-    guidance: classifier-free guidance scale; at 1 the negative prompt is not run. Otherwise every sample runs twice in
-        one batch, each copy with its own cache.
-    clean_pass: give later chunks the keys and values of a pass over the finished one; otherwise those of its last step,
-        which saves that pass, for models that were trained so.
-    past: go on behind these: in order, those that the next chunk attends to (`longvideo.model.cache.past_chunks`), the
-        last one made among them, and what each is seen under. They go through the clean pass, each seeing those before
-        it.
+    denoiser: denoiser without a past, for `branches(guidance)` copies of the batch.
+    chunks: conditionings, read one at a time just before a chunk is begun, so that a caller can decide late. They may
+        never end.
+    generators: one CPU generator per sample; the noise of a sample does not depend on its batch.
+    guidance: scale of classifier-free guidance. At 1 the negative prompt is not used; otherwise every sample runs twice
+        in one batch, and each copy has its own cache.
+    clean_pass: whether later chunks attend to the keys and values of a clean pass over the finished chunk; otherwise to
+        those of its last step, for models that were trained so.
+    past: finished chunks after which the rollout continues, with the conditioning of each: in order, those that the
+        next chunk attends to (`longvideo.model.cache.past_chunks`), with the last finished one. They go through the
+        clean pass, in which each attends to those before it.
     """
     copies = branches(guidance)
     assert denoiser.latent_shape[0] == copies * len(generators), (denoiser.latent_shape, len(generators))
@@ -195,14 +203,14 @@ def rollout(
 
 
 def branches(guidance: float) -> int:
-    """Return how often every sample is run in a step."""
+    """Return how many times every sample is run in a step."""
     return 1 if guidance == 1.0 else 2
 
 
 class _Memory:
-    """The latents of the chunks that the next one attends to."""
+    """The chunks that the next one attends to, with their latents."""
 
-    def __init__(self, spec: ChunkSpec):
+    def __init__(self, spec: ChunkSpec) -> None:
         self._window = ChunkWindow(spec)
         self._chunks: dict[int, MadeChunk] = {}
 
@@ -227,7 +235,7 @@ def _fill(denoiser: Denoiser, chunk: MadeChunk, conditioning: Conditioning, copi
 
 
 def _commit(denoiser: Denoiser, latents: Tensor | None, cut: bool) -> None:
-    """Run the clean pass: only when another chunk is wanted, so that latents leave early and the last need none."""
+    """Run the clean pass of the previous chunk. It waits for the next chunk, so that latents are yielded early."""
     if latents is not None:
         denoiser.fill(latents)
     denoiser.commit(cut=cut)
@@ -269,5 +277,5 @@ def _prompt_rows(conditioning: Conditioning, branches: int) -> Tensor:
 def _noise(denoiser: Denoiser, generators: Sequence[torch.Generator]) -> Tensor:
     noise = torch.stack([torch.randn(denoiser.latent_shape[1:], generator=generator) for generator in generators])
     if denoiser.device.type == "cuda":
-        noise = noise.pin_memory()  # a pageable copy would wait for all work before it
+        noise = noise.pin_memory()  # a pageable copy would wait for all earlier work
     return noise.to(denoiser.device, non_blocking=True)

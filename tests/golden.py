@@ -56,5 +56,5 @@ def model() -> CausalTransformer:
     return transformer.eval()
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()

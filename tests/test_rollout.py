@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import KVCache, past_chunks, visible_chunks
 from longvideo.model.conditioning import Conditioning
 from longvideo.model.layout import TokenLayout
+from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CachedTransformer, MadeChunk, branches, rollout
 from tests.golden import relative_error
@@ -22,8 +24,8 @@ from tests.model import small
 STEPS = 3
 
 
-def conditioning(model: CausalTransformer, rows: list[int], **changes) -> Conditioning:
-    """Samples follow the prompts `rows`; the negative prompt is the last of four."""
+def conditioning(model: CausalTransformer, rows: list[int], **changes: Any) -> Conditioning:
+    """Return a conditioning whose samples follow the prompts `rows`; the negative prompt is the last of four."""
     text = model.encode_text(small.features(4))
     negative = torch.full((len(rows),), 3)
     return Conditioning(text=text, prompt_index=torch.tensor(rows), negative_index=negative, **changes)
@@ -32,8 +34,8 @@ def conditioning(model: CausalTransformer, rows: list[int], **changes) -> Condit
 def make(model: CausalTransformer, chunks: list[Conditioning], seeds: list[int], guidance: float = 1.0) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     denoiser = CachedTransformer(model, small.SPEC, batch=branches(guidance) * len(seeds))
-    made = rollout(denoiser, chunks, solver=UniPC(STEPS), generators=generators, guidance=guidance)
-    return torch.cat(list(made), 2)
+    latents = rollout(denoiser, chunks, solver=UniPC(STEPS), generators=generators, guidance=guidance)
+    return torch.cat(list(latents), 2)
 
 
 def test_one_chunk_equals_solving_without_a_cache() -> None:
@@ -73,14 +75,14 @@ def test_guidance_towards_the_negative_prompt_itself_changes_nothing() -> None:
 def test_first_latent_is_kept_and_seen_by_what_follows() -> None:
     model = small.model()
     first = small.latents(1, seed=9)[:, :, :1]
-    given = [conditioning(model, [0], first_latent=first), conditioning(model, [0])]
-    got = make(model, given, [5])
+    chunks = [conditioning(model, [0], first_latent=first), conditioning(model, [0])]
+    got = make(model, chunks, [5])
     free = make(model, [conditioning(model, [0])] * 2, [5])
     assert torch.equal(got[:, :, :1], first)
     assert relative_error(got[:, :, 1:], free[:, :, 1:]) > 0.01
 
 
-def test_chunks_are_read_one_at_a_time_and_only_when_wanted() -> None:
+def test_chunks_are_read_one_at_a_time_and_only_when_needed() -> None:
     model, read = small.model(), []
 
     def endless() -> Iterator[Conditioning]:
@@ -90,9 +92,9 @@ def test_chunks_are_read_one_at_a_time_and_only_when_wanted() -> None:
 
     generators = [torch.Generator().manual_seed(0)]
     denoiser = CachedTransformer(model, small.SPEC, batch=1)
-    made = rollout(denoiser, endless(), solver=UniPC(1), generators=generators)
+    latents = rollout(denoiser, endless(), solver=UniPC(1), generators=generators)
     for count in range(1, 4):
-        next(made)
+        next(latents)
         assert len(read) == count
 
 
@@ -101,7 +103,7 @@ def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
     spec = dataclasses.replace(small.SPEC, offset_per_shot=4)
     chunks = [conditioning(model, [0]), conditioning(model, [0], cut=True)]
 
-    def run(chosen) -> Tensor:
+    def run(chosen: ChunkSpec) -> Tensor:
         generators = [torch.Generator().manual_seed(1)]
         denoiser = CachedTransformer(model, chosen, batch=1)
         return torch.cat(list(rollout(denoiser, chunks, solver=UniPC(2), generators=generators)), 2)
@@ -113,7 +115,7 @@ def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
 
 
 def prefilled(model: CausalTransformer, text: TextContext, chunks: dict[int, Tensor]) -> KVCache:
-    """Return a cache that was given these chunks under a text, and nothing else."""
+    """Return a cache that holds only these chunks, under a text."""
     config = model.config
     cache = KVCache(
         small.SPEC,
@@ -132,29 +134,30 @@ def prefilled(model: CausalTransformer, text: TextContext, chunks: dict[int, Ten
 def test_recache_equals_a_fresh_prefill_of_the_window_under_the_new_text() -> None:
     model = small.model()
     old, new = conditioning(model, [0]), conditioning(model, [2], recache=True)
-    made = make(model, [old] * 5 + [new], [5]).split(small.SPEC.chunk_frames, 2)
+    latents = make(model, [old] * 5 + [new], [5]).split(small.SPEC.chunk_frames, 2)
     text = new.text.select(torch.tensor([2]))
-    cache = prefilled(model, text, {index: made[index] for index in (0, 3, 4)})  # the sink, and what else is in sight
+    # the sink, and the other chunks in the window
+    cache = prefilled(model, text, {index: latents[index] for index in (0, 3, 4)})
     generator = torch.Generator().manual_seed(5)
-    noise = [torch.randn(made[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
+    noise = [torch.randn(latents[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
     trajectory = UniPC(STEPS).start(noise)
     for timestep in UniPC(STEPS).timesteps:
         sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
         rope = model.rope(TokenLayout.one_chunk(small.SPEC, 5))
         trajectory.step(model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache)))
-    assert relative_error(made[5], trajectory.sample) < 1e-5
+    assert relative_error(latents[5], trajectory.sample) < 1e-5
     kept = make(model, [old] * 5 + [dataclasses.replace(new, recache=False)], [5]).split(small.SPEC.chunk_frames, 2)
-    assert relative_error(kept[5], made[5]) > 1e-3
+    assert relative_error(kept[5], latents[5]) > 1e-3
 
 
-def test_a_rollout_goes_on_behind_what_another_made() -> None:
-    model, told = small.model(), conditioning(small.model(), [1])
-    chunks = [dataclasses.replace(told, cut=index == 2) for index in range(4)]
+def test_a_rollout_continues_after_chunks_of_another() -> None:
+    model, first = small.model(), conditioning(small.model(), [1])
+    chunks = [dataclasses.replace(first, cut=index == 2) for index in range(4)]
     whole = make(model, chunks, [5]).split(small.SPEC.chunk_frames, 2)
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
         torch.randn(whole[0].shape[1:], generator=generator)
-    past = [(MadeChunk(index, int(index >= 2), index == 2, whole[index]), told) for index in range(3)]
+    past = [(MadeChunk(index, int(index >= 2), index == 2, whole[index]), first) for index in range(3)]
     denoiser = CachedTransformer(model, small.SPEC, batch=1)
     (last,) = rollout(denoiser, chunks[3:], solver=UniPC(STEPS), generators=[generator], past=past)
     assert relative_error(last, whole[3]) < 1e-5

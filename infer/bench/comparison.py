@@ -9,9 +9,8 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
 from longvideo.model.conditioning import Conditioning
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.pixels import to_uint8
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout

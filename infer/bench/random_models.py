@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberFormats) -> Models:
     """Return models of these shapes with random weights. The features of prompts are random, too."""
     config, device = shapes.transformer, placement.device
-    transformer = with_precision(random_model(config, device, placement.denoise_dtype), formats.precision)
+    transformer = random_model(config, device, placement.denoise_dtype)
+    transformer = with_precision(transformer, formats.precision_of(packed=False))
     with torch.device(placement.decode_device):
         autoencoder = Autoencoder(shapes.autoencoder)
     return Models(
@@ -33,7 +33,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
         settings=shapes.settings,
         spec=shapes.spec,
         placement=placement,
-        formats=replace(formats, precision=formats.precision_of(packed=False)),
+        formats=formats.effective(packed=False),
     )
 
 

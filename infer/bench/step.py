@@ -9,9 +9,8 @@ import torch
 
 from longvideo.infer.bench.timing import median_ms
 from longvideo.model.attention import Cached, Filling
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.products import W4A16, choose_w4a4

@@ -18,7 +18,7 @@ from longvideo.errors import UserError
 from longvideo.infer.bench import gpu_timeline
 from longvideo.infer.bench.comparison import PROMPT, compare_stages
 from longvideo.infer.bench.passes import time_decoding, time_passes, wait_for
-from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
+from longvideo.kernels.backends import attention_backend, convolution_backend, kernels_on, product_backend
 from longvideo.rollout import branches
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _backends(models: Models) -> dict[str, str]:
         "products": str(product_backend(models.formats.precision_of(packed=False), device)),
         "attention": str(attention_backend(models.formats.attention, device)),
         "norms, rotation, cache": kernels_on(device),
-        "convolutions": "cuDNN" if decode_device.type == "cuda" else "oneDNN",
+        "convolutions": str(convolution_backend(decode_device)),
         "between convolutions": kernels_on(decode_device),
         "passes": "CUDA graphs" if device.type == "cuda" else "eager",
     }

@@ -24,6 +24,8 @@ from longvideo.vae.autoencoder import Autoencoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from longvideo.kernels.backends import TransformerPrecision
+
 CONTEXT_BYTES = 10**9
 """CUDA's context, kernels and libraries, which torch's allocator does not count."""
 WORKSPACE_BYTES = 150_000_000
@@ -53,7 +55,7 @@ class Workload:
     loaded_in: torch.dtype | None = None
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> TransformerPrecision:
         """Precision of the transformer: the one of `formats`, or else that of its files."""
         return self.formats.precision_of(packed=self.shapes.packed)
 

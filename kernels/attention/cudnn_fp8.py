@@ -1,10 +1,11 @@
-"""Attention on E4M3 queries, keys and values by cuDNN's fused FP8 kernel; optional, `reference` defines it.
+"""Attention on E4M3 queries, keys and values by cuDNN's fused FP8 kernel. It is optional; `reference` defines it.
 
-The package `cudnn` is NVIDIA's frontend, imported where it is used; names and limits are those of versions 1.16 to
-1.32 (github.com/NVIDIA/cudnn-frontend, node/sdpa_support_surface.h). cuDNN's graph, with S as the name for P:
-S = scale_s softmax(descale_q q (descale_k k)^T / sqrt(K)), out = scale_o descale_s S descale_v v.
+The package `cudnn` is NVIDIA's frontend, which is imported only where it is used. Names and limits are those of
+versions 1.16 to 1.32 (github.com/NVIDIA/cudnn-frontend, node/sdpa_support_surface.h). cuDNN calls the probabilities P
+"S": S = scale_s softmax(descale_q q (descale_k k)^T / sqrt(K)), out = scale_o descale_s S descale_v v.
 
-Shapes: B samples, L queries, S keys, N heads, K head dim. cuDNN orders them B, N, L, K, the strides say the rest.
+Shapes: B samples, L queries, S keys, N heads, K head dim. cuDNN's order of dimensions is B, N, L, K; the strides give
+    the layout in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 HOPPER = (9, 0)
 MINIMUM_CUDNN, BROKEN_CUDNN = 90100, 91000
 INSTALL = "pip install 'longvideo[cudnn]'"
-ALIGNMENT = 16  # bytes, of every pointer and row
+ALIGNMENT = 16
+"""Alignment of every pointer and row, bytes."""
 OPERANDS = ("q", "k", "v", "out")
 SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 MAXIMA = ("amax_s", "amax_o")
@@ -35,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Return why this attention cannot run on a device and what would help, None if it can."""
+    """Return why this attention cannot run on a device, with a remedy; None if it can."""
     if device.type != "cuda":
         return f"FP8 attention needs a CUDA GPU, got device {str(device)!r}"
     if not torch.cuda.is_available():
-        return f"FP8 attention needs a CUDA GPU, torch {torch.__version__} finds none"
+        return f"FP8 attention needs a CUDA GPU, torch {torch.__version__} finds no GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < HOPPER:
         name = torch.cuda.get_device_name(device)
@@ -51,8 +53,8 @@ def unavailable(device: torch.device) -> str | None:
 
         version = cudnn.backend_version()
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        found = str(error).partition("\n")[0]
-        return f"nvidia-cudnn-frontend cannot be used ({type(error).__name__}: {found}); {INSTALL}"
+        message = str(error).partition("\n")[0]
+        return f"nvidia-cudnn-frontend cannot be used ({type(error).__name__}: {message}); {INSTALL}"
     if version < MINIMUM_CUDNN or version == BROKEN_CUDNN:
         return f"cuDNN {version} has no FP8 attention; use 9.1.0 ({MINIMUM_CUDNN}) or newer, but not 9.10.0"
     return None
@@ -61,15 +63,18 @@ def unavailable(device: torch.device) -> str | None:
 class CudnnFP8Attention:
     """Attention without a mask for one set of shapes, planned once.
 
-    batch to head_dim: B, L, S, N, K. q_strides, k_strides, v_strides, out_strides: of the tensors [B, L or S, N, K]
-    that calls will pass, in elements, K's being 1; None is contiguous. out_dtypes: BF16 and E4M3, in the order in which
-    to ask cuDNN for them; Hopper gives E4M3 only, Blackwell BF16 from cuDNN 9.13. scale_q, scale_k, scale_v: what was
-    multiplied in before q, k, v were rounded. scale_p: of P in [0, 1], so that small probabilities do not vanish.
-    scale_out: of an E4M3 output; a BF16 output is not scaled.
+    batch, query_tokens, key_tokens, heads, head_dim: B, L, S, N, K.
+    q_strides, k_strides, v_strides, out_strides: strides of the tensors [B, L or S, N, K] that calls will pass, in
+        elements; the last one is 1. None means contiguous.
+    out_dtypes: dtypes of the output, in the order in which they are requested of cuDNN. Hopper gives E4M3 only;
+        Blackwell gives BF16 since cuDNN 9.13.
+    scale_q, scale_k, scale_v: factors that were applied to q, k and v before they were rounded.
+    scale_p: factor of P in [0, 1] before it is rounded, so that small probabilities do not become zero.
+    scale_out: factor of an E4M3 output; a BF16 output is not scaled.
 
-    out_dtype: the accepted one. out_scale: attention is out.float() * out_scale.
-    Raises ValueError with the reason where it cannot run, for strides that 16 bytes do not divide, and with cuDNN's
-    words for shapes that it refuses.
+    Attributes: out_dtype is the dtype that cuDNN accepted; attention is out.float() * out_scale.
+    Raises ValueError with the reason where it cannot run, for strides that are not multiples of 16 bytes, and with
+    cuDNN's message for shapes that cuDNN refuses.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class CudnnFP8Attention:
         self._cudnn = cudnn
         with torch.cuda.device(device):
             self._handle = cudnn.create_handle()
-            # at exit the driver frees it; destroying it then would race with the end of the CUDA context
+            # the driver frees it at exit; destroying it then would race with the end of the CUDA context
             weakref.finalize(self, cudnn.destroy_handle, self._handle).atexit = False
             self._graph, self.out_dtype = _plan(cudnn, self._handle, self._layouts, out_dtypes)
             self._workspace = torch.empty(self._graph.get_workspace_size(), dtype=torch.uint8, device=device)
@@ -116,14 +121,14 @@ class CudnnFP8Attention:
             self._scalars = {
                 name: torch.full((1, 1, 1, 1), x, dtype=torch.float32, device=self.device) for name, x in values.items()
             }
-            # calls may come on other streams than the one that fills the scalars
+            # later calls may use other streams than the one that fills the scalars
             torch.cuda.current_stream().synchronize()
 
     def __call__(self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, out_BLNK: Tensor) -> None:
-        """Attend on the current stream; q, k, v are E4M3, out is of out_dtype and is overwritten.
+        """Attend on the current stream and write to out, which has out_dtype; q, k and v are E4M3.
 
-        Allocates nothing and waits for nothing, so that a CUDA graph can record it after one call outside of it. All
-        calls share a workspace and must not overlap; a recorded graph needs this object alive.
+        A call allocates nothing and the host does not wait, so a CUDA graph can record it after one call outside the
+        graph. All calls share a workspace and must not overlap; a recorded graph needs this object alive.
         Raises ValueError for tensors of other shapes, strides, dtypes or devices than planned.
         """
         pointers = {UIDS[name]: scalar.data_ptr() for name, scalar in self._scalars.items()}
@@ -138,15 +143,17 @@ class CudnnFP8Attention:
     def _check(self, name: str, tensor: Tensor) -> None:
         dtype = self.out_dtype if name == "out" else E4M3
         if tensor.dtype != dtype or tensor.device != self.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, not {dtype} on {self.device}; convert it")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on {self.device}; convert it"
+            )
         layout = self._layouts[name]
         if not layout.fits(tensor):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, planned were {layout.shape} "
-                f"and {layout.strides}; build another CudnnFP8Attention for it"
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected {layout.shape} "
+                f"and {layout.strides} as planned; build another CudnnFP8Attention for it"
             )
         if tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}, not at a multiple of {ALIGNMENT} bytes")
+            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}; expected a multiple of {ALIGNMENT} bytes")
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class _Layout:
     def fits(self, tensor: Tensor) -> bool:
         """Return whether a tensor has this shape, and these strides wherever there is more than one element."""
         triples = zip(self.shape, self.strides, tensor.stride(), strict=False)
-        return tensor.shape == self.shape and all(size == 1 or wanted == got for size, wanted, got in triples)
+        return tensor.shape == self.shape and all(size == 1 or expected == got for size, expected, got in triples)
 
     def described(self) -> dict[str, list[int]]:
         """Return dim and stride in cuDNN's order B, N, L or S, K."""
@@ -173,7 +180,7 @@ def _layout(name: str, shape: tuple[int, int, int, int], strides: Sequence[int] 
     layout = _Layout(shape, tuple(strides or (tokens * heads * head_dim, heads * head_dim, head_dim, 1)))
     if layout.strides[-1] != 1 or any(stride % ALIGNMENT for stride in layout.strides[:-1]):
         raise ValueError(
-            f"{name} has strides {layout.strides}; the last must be 1 and {ALIGNMENT} must divide the others, "
+            f"{name} has strides {layout.strides}; expected multiples of {ALIGNMENT}, and 1 as the last one; "
             "copy it to such a layout"
         )
     return layout
@@ -182,19 +189,19 @@ def _layout(name: str, shape: tuple[int, int, int, int], strides: Sequence[int] 
 def _plan(
     cudnn: Any, handle: Any, layouts: dict[str, _Layout], out_dtypes: Sequence[torch.dtype]
 ) -> tuple[Any, torch.dtype]:
-    """Return the finalised graph, and the first output dtype that cuDNN accepts."""
+    """Return the finalized graph, and the first output dtype that cuDNN accepts."""
     version, refused = cudnn.backend_version(), []
     for out_dtype in out_dtypes:
         try:
             graph = _build_graph(cudnn, handle, layouts, out_dtype)
-        # "not supported", and what the backend reports by another name
+        # "not supported", and errors that the backend reports under another name
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
             refused.append(f"no {out_dtype} output: {error}")
             continue
         logger.info("FP8 attention by cuDNN %d: %s", version, "; ".join((*refused, f"{out_dtype} output")))
         return graph, out_dtype
     shapes = {name: layout.shape for name, layout in layouts.items()}
-    raise ValueError(f"cuDNN {version} has no FP8 attention for {shapes}, use BF16 attention; {'; '.join(refused)}")
+    raise ValueError(f"cuDNN {version} has no FP8 attention for {shapes}; use BF16 attention; {'; '.join(refused)}")
 
 
 def _build_graph(cudnn: Any, handle: Any, layouts: dict[str, _Layout], out_dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Attention on E4M3 queries, keys and values in plain torch: the definition.
+"""Attention on E4M3 queries, keys and values in plain torch, which defines the operation.
 
 Shapes: B samples, L queries, S keys, N heads, K head dim.
 """
@@ -23,12 +23,14 @@ def attend_fp8(
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(K)) v without a mask, times scale_out, in out_dtype [B, L, N, K].
 
-    P = exp(logit - largest logit of the row), in [0, 1], is rounded to E4M3 as scale_p P before it meets the values;
-    its row sum is of the unrounded P. All else is float32. What E4M3 cannot hold becomes +-448.
+    P = exp(logit - largest logit of the row), in [0, 1], is multiplied by scale_p and rounded to E4M3 before the
+    product with the values; the row sum is that of the unrounded P. The rest is float32. Magnitudes above 448 become
+    448.
 
-    Hardware walks the keys in blocks and P is relative to the largest logit so far, so that other roundings of P are
-    rescaled later; its sums have another order, too. Neither has a preferred side: both errors are the size of the
-    distance between this function and float32 attention. The online softmax is FlashAttention-3's, arXiv:2407.08608.
+    Hardware processes the keys in blocks. There, P is relative to the largest logit so far, so P is rounded differently
+    and rescaled later, and the sums have another order. Neither result is better: both errors are as large as the
+    distance between this function and float32 attention. The online softmax is that of FlashAttention-3
+    (arXiv:2407.08608).
     """
     q_BNLK, k_BNSK, v_BNSK = (x.float().transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     logit_BNLS = q_BNLK @ k_BNSK.transpose(-1, -2) * q_BLNK.shape[-1] ** -0.5
@@ -40,5 +42,5 @@ def attend_fp8(
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """Return the nearest E4M3 values, +-448 beyond them as the hardware does; a plain cast gives NaN there."""
+    """Return the nearest E4M3 values; magnitudes above 448 become 448, as on hardware, where a plain cast gives NaN."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)

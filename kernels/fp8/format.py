@@ -1,4 +1,4 @@
-"""A tensor in FP8 with a float32 scale for each row; E4M3 as the OCP 8-bit Floating Point Specification 1.0 has it."""
+"""FP8 with a float32 scale for each row; E4M3 is defined by the OCP 8-bit Floating Point Specification 1.0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["E4M3_MAX", "SCALE_MIN", "FP8Rows"]
 
 @dataclass(frozen=True)
 class FP8Rows:
-    """Rows [..., K] with a scale each: what is meant is `values * scales[..., None]`.
+    """Rows [..., K] in E4M3 with a scale each. They represent `values * scales[..., None]`.
 
     values: float8_e4m3fn [..., K]. scales: float32 [...].
     """
@@ -27,12 +27,12 @@ class FP8Rows:
     def __post_init__(self) -> None:
         if self.scales.shape != self.values.shape[:-1]:
             raise ValueError(
-                f"values {list(self.values.shape)} need scales {list(self.values.shape[:-1])}, "
+                f"values {list(self.values.shape)} need scales {list(self.values.shape[:-1])}; "
                 f"got {list(self.scales.shape)}"
             )
         dtypes = (self.values.dtype, self.scales.dtype)
         if dtypes != (torch.float8_e4m3fn, torch.float32):
-            raise ValueError(f"values and scales are {dtypes}; wanted float8_e4m3fn and float32")
+            raise ValueError(f"values and scales are {dtypes}; expected float8_e4m3fn and float32")
 
     @property
     def shape(self) -> torch.Size:

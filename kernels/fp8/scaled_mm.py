@@ -1,7 +1,7 @@
 """Row-wise FP8 products on tensor cores through `torch.nn.functional.scaled_mm`, in torch since 2.10.
 
-Limits of `scaled_mm` (torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp): matrices only, 16 must divide K and N, and
-a bias is bfloat16 beside a bfloat16 result and refused beside a float32 one.
+Limits of `scaled_mm` (torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp): it takes matrices only, K and N must be
+multiples of 16, and a bias must be bfloat16 with a bfloat16 result and is refused with a float32 result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REMEDY = "use --precision bf16 or nvfp4-weights"
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Return the reason why FP8 products cannot run on a device and what can, None if they can."""
+    """Return why FP8 products cannot run on a device, with a remedy; None if they can."""
     if device.type != "cuda":
         return f"FP8 products need a GPU of compute capability 8.9 or newer, got device {str(device)!r}; {REMEDY}"
     if not hasattr(functional, "scaled_mm"):
@@ -37,16 +37,16 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def matmul(a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Multiply a [..., K] by the transpose of b [N, K] and add a bias [N]: [..., N]. Waits for nothing.
+    """Multiply a [..., K] by the transpose of b [N, K] and add a bias [N]: [..., N]. The host does not wait.
 
-    Sums are taken with the tensor cores' fast accumulation, which keeps fewer bits than float32. Beside a bfloat16
-    result the bias is rounded to bfloat16 and added before the result is rounded, otherwise after it.
-    Raises ValueError where K differs or 16 does not divide K and N. It has no backward.
+    Sums are taken with the tensor cores' fast accumulation, which keeps fewer bits than float32. If the result is
+    bfloat16, the bias is rounded to bfloat16 and added before the result is rounded, otherwise after it.
+    Raises ValueError where K differs, or where K or N is not a multiple of 16. There is no backward pass.
     """
-    (columns, depth), wanted = b.shape, a.shape[-1]
-    if depth != wanted or depth % SIZE_MULTIPLE or columns % SIZE_MULTIPLE:
+    (columns, depth), own_depth = b.shape, a.shape[-1]
+    if depth != own_depth or depth % SIZE_MULTIPLE or columns % SIZE_MULTIPLE:
         raise ValueError(
-            f"cannot multiply K={wanted} by K={depth} with N={columns}; wanted equal K, and K and N multiples of "
+            f"cannot multiply K={own_depth} by K={depth} with N={columns}; expected equal K, and K and N multiples of "
             f"{SIZE_MULTIPLE}"
         )
     within = bias is not None and out_dtype == torch.bfloat16

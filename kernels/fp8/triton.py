@@ -1,10 +1,10 @@
-"""Row-wise FP8 on CUDA: quantise in Triton, multiply through `scaled_mm`; `reference` defines both.
+"""Row-wise FP8 on CUDA: Triton quantizes, `scaled_mm` multiplies; `reference` defines both.
 
-A program has a whole row in registers, so that each number is read once and written once. Kernels compute in float32,
-divide once a row, as IEEE 754 has it, and are launched without FMA contraction.
+A program has a whole row in registers, so each number is read once and written once. Kernels compute in float32, divide
+once per row by the rules of IEEE 754, and are launched without FMA contraction.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ __all__ = ["gelu_tanh_quantize_rows", "matmul", "quantize_rows"]
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-# the interpreter's cast to E4M3 adds half a step without a carry into the exponent; a GPU has an instruction
+# the interpreter's cast to E4M3 adds half a step without a carry into the exponent; a GPU has an instruction for it
 _SOFTWARE_ROUNDING = tl.constexpr(knobs.runtime.interpret)
 
 
 def quantize_rows(x: Tensor) -> FP8Rows:
-    """Quantise each row of [..., K], as `reference.quantize_rows` does. Waits for nothing.
+    """Quantize each row of [..., K], as `reference.quantize_rows` does. The host does not wait.
 
-    Rows may lie apart, by one distance; the numbers of one may not. Bytes moved: E + 1 for each number, E being those
-    of an input number, and 4 for each row.
+    The numbers of a row must be contiguous, and all rows must have one stride. Bytes moved: E + 1 for each number,
+    where E is the size of an input number, and 4 for each row.
     Raises ValueError for other layouts and dtypes, and for an empty tensor.
     """
     return _quantize(x, gelu=False)
 
 
 def gelu_tanh_quantize_rows(h: Tensor) -> FP8Rows:
-    """Quantise the rows of GELU by its tanh formula: float32 inside, rounded to h's dtype first. As `quantize_rows`."""
+    """Quantize the rows of GELU (tanh formula), computed in float32 and rounded to h's dtype first.
+
+    Layouts, bytes and errors are those of `quantize_rows`.
+    """
     return _quantize(h, gelu=True)
 
 
@@ -64,17 +67,19 @@ def _quantize(x: Tensor, *, gelu: bool) -> FP8Rows:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """Return a view [R, K] of a tensor whose rows have one distance."""
+    """Return a view [R, K] of a tensor whose rows have one stride. Raises ValueError for other tensors."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"cannot quantise {x.dtype}; wanted bfloat16, float16 or float32")
+        raise ValueError(f"cannot quantize {x.dtype}; expected bfloat16, float16 or float32")
     if not x.numel():
-        raise ValueError(f"cannot quantise an empty tensor {list(x.shape)}: it has no largest magnitude")
+        raise ValueError(f"cannot quantize an empty tensor {list(x.shape)}, which has no largest magnitude")
     if x.stride(-1) == 1:
         try:
             return x.view(-1, x.shape[-1])
         except RuntimeError:
             pass
-    raise ValueError(f"rows of {list(x.shape)} with strides {x.stride()} have no one distance; call .contiguous()")
+    raise ValueError(
+        f"{list(x.shape)} has strides {x.stride()}; expected contiguous rows with one stride; call .contiguous()"
+    )
 
 
 def _warps(columns: int) -> int:
@@ -86,7 +91,7 @@ def _warps(columns: int) -> int:
 @triton.jit
 def _quantize_kernel(
     x_pointer, values_pointer, scales_pointer, columns, row_stride, GELU: tl.constexpr, BLOCK: tl.constexpr
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -95,7 +100,7 @@ def _quantize_kernel(
         # 1 + tanh(u) is 2 / (1 + exp(-2u)), without the cancellation
         u = _SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
         x = round_to(x / (1.0 + tl.exp(-2.0 * u)), x_pointer.dtype.element_ty).to(tl.float32)
-    # as integers, magnitudes are ordered as they are as numbers, and NaN is above all of them
+    # as integers, magnitudes have the order of the numbers, and NaN is above all of them
     amax = tl.max(magnitude_bits(x), axis=0).to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, _E4M3_MAX)
     scale = tl.where(scale < _SCALE_MIN, _SCALE_MIN, scale)

@@ -1,8 +1,8 @@
-"""What a 4-bit KV cache holds for one layer: quantised keys before rotation and values, slot by slot.
+"""Storage of a 4-bit KV cache for one layer: quantized keys before rotation, and quantized values, slot by slot.
 
-Keys are quantised less their mean over the tokens of their chunk, channel by channel ("K-smoothing", SageAttention,
-arXiv 2410.02367). The mean is kept and added back, so nothing is approximated by it: what is left to quantise is merely
-smaller. Shapes: S slots, B samples, L tokens of a chunk, N heads, K head dim.
+The mean of each channel over the tokens of a chunk is subtracted from the keys before they are quantized
+("K-smoothing", SageAttention, arXiv 2410.02367). The mean is stored and added again, so it causes no error; the rest is
+smaller and quantizes better. Shapes: S slots, B samples, L tokens of a chunk, N heads, K head dim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longvideo.kernels.nvfp4.format import GROUP
 
 @dataclass(frozen=True)
 class QuantizedSlots:
-    """Storage of one layer, allocated once; kernels read it, `write_slot` fills it.
+    """Storage of one layer, allocated once. `write_slot` fills it, and `rebuild` reads it.
 
     codes: uint8 [2, S, B, L, N, K/2], keys then values. scales: float8_e4m3fn [2, S, B, L, N, K/16].
     tensor_scale: float32 [2, S, B]. key_mean: bfloat16 [S, B, N, K].
@@ -32,10 +32,10 @@ class QuantizedSlots:
     def allocate(
         cls, *, slots: int, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device | str = "cpu"
     ) -> QuantizedSlots:
-        """Raise ValueError unless 16 divides the head dim."""
+        """Allocate the slots of a layer. Raises ValueError for a head dim that is not a multiple of 16."""
         if head_dim % GROUP:
             raise ValueError(
-                f"head_dim={head_dim} is not a multiple of {GROUP}, so its keys and values have no NVFP4 groups"
+                f"head_dim={head_dim} is not a multiple of {GROUP}, the size of an NVFP4 group; use a bf16 cache"
             )
         shape = (2, slots, batch, tokens, heads)
         return cls(

@@ -1,4 +1,4 @@
-"""Fill a slot of a 4-bit KV cache, and rebuild keys and values from it, in plain torch: the definition.
+"""Fill a slot of a 4-bit KV cache and rebuild keys and values from it: the definition, in plain torch.
 
 Shapes as in `format`: S slots, B samples, L tokens of a chunk, N heads, K head dim.
 """
@@ -22,7 +22,7 @@ KEYS, VALUES = 0, 1
 def write_slot(
     slots: QuantizedSlots, slot: int, keys_BLNK: Tensor, values_BLNK: Tensor, rule: Rule = Rule.ADAPTIVE
 ) -> None:
-    """Quantise a chunk's keys, before rotation, and values into a slot. Every sample gets its own tensor scale."""
+    """Quantize keys before rotation and values of a chunk into a slot. Every sample has its own tensor scale."""
     mean_BNK = keys_BLNK.float().mean(1).to(torch.bfloat16)
     slots.key_mean[slot] = mean_BNK
     smoothed_BLNK = keys_BLNK.float() - mean_BNK.float().unsqueeze(1)
@@ -45,8 +45,8 @@ def rebuild(
     """Write rotated keys and values of some slots into the same slots of a workspace.
 
     which: slot numbers, int32 [count]. cos, sin: rotation of every token of every slot, float32 [S, L, K/2].
-    keys, values: the workspace, [B, S, L, N, K]; slots not named are left as they are. Arithmetic is float32: code
-    times (scale times tensor scale), plus the mean, rotated in interleaved pairs, then rounded once.
+    keys, values: workspace, [B, S, L, N, K]; the other slots do not change. Arithmetic is in float32: code times (scale
+        times tensor scale), plus the mean, rotated in interleaved pairs, then rounded once.
     """
     for slot in which.tolist():
         key_BLNK = _dequantize(slots, KEYS, slot) + slots.key_mean[slot].float().unsqueeze(1)

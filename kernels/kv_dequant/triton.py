@@ -1,9 +1,9 @@
-"""The 4-bit KV cache in Triton: fill a slot, and rebuild keys and values of many slots in one launch.
+"""Triton kernels of the 4-bit KV cache: fill a slot, and rebuild keys and values of many slots in one launch.
 
 `reference` defines every bit. Shapes as in `format`: S slots, B samples, L tokens of a chunk, N heads, K head dim.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ def write_slot(
     *,
     block_groups: int = BLOCK_GROUPS,
 ) -> None:
-    """Quantise a chunk's keys, before rotation, and values into a slot. Every sample gets its own tensor scale.
+    """Quantize keys before rotation and values of a chunk into a slot. Every sample has its own tensor scale.
 
-    keys, values: [B, L, N, K], contiguous. Bytes moved, E being those of an element: 2 E + 9/16 each, and the keys'
-    mean, which torch takes in float32.
+    keys, values: [B, L, N, K], contiguous. Bytes moved, where E is the size of an element: 2 E + 9/16 for each element,
+        and the mean of the keys, which torch computes in float32.
     Raises ValueError for keys or values that are not contiguous or do not fit the slots.
     """
     batch, tokens, heads, head_dim = _check_slots(slots)
     for name, x in (("keys", keys_BLNK), ("values", values_BLNK)):
         if x.shape != (batch, tokens, heads, head_dim) or not x.is_contiguous():
             raise ValueError(
-                f"{name} are {list(x.shape)} with strides {x.stride()}; wanted contiguous "
-                f"{[batch, tokens, heads, head_dim]}, as the slots are"
+                f"{name} are {list(x.shape)} with strides {x.stride()}; expected contiguous "
+                f"{[batch, tokens, heads, head_dim]} like the slots"
             )
     mean_BNK = keys_BLNK.mean(1, dtype=torch.float32).to(torch.bfloat16)
     slots.key_mean[slot] = mean_BNK
@@ -117,33 +117,34 @@ def rebuild(
     block_tokens: int | None = None,
     block_heads: int = REBUILD_HEADS,
 ) -> None:
-    """Write rotated keys and values of some slots into the same slots of a workspace: one launch, no wait.
+    """Write rotated keys and values of some slots into the same slots of a workspace, in one launch.
 
-    which: slot numbers, int32 [count], read on the device; numbers outside the slots are not caught there. cos, sin:
-    rotation of every token of every slot, float32 [S, L, K/2], contiguous. keys, values: the workspace [B, S, L, N, K],
-    whose last two dimensions are contiguous; slots not named are left as they are. Arithmetic is float32: code times
-    (scale times tensor scale), plus the mean, rotated in interleaved pairs, then rounded once.
+    which: slot numbers, int32 [count], read on the device, where numbers outside the slots are not detected.
+    cos, sin: rotation of every token of every slot, float32 [S, L, K/2], contiguous.
+    keys, values: workspace [B, S, L, N, K] with contiguous last two dimensions; the other slots do not change.
+        Arithmetic is in float32: code times (scale times tensor scale), plus the mean, rotated in interleaved pairs,
+        then rounded once.
     block_tokens: tokens per program, a power of two; by default a thread has one word of 8 codes.
-    block_heads: heads per program, for which the rotation is loaded once.
-    Bytes moved: 9/16 and those of the workspace for each key and each value; 4/block_heads more for each key, its cos
-    and sin, of which 4/N come from memory and the rest from the cache.
-    Raises ValueError for shapes, dtypes and strides that do not fit.
+    block_heads: heads per program, which share one load of the rotation.
+    Bytes moved for each key and each value: 9/16 and the size of an element of the workspace. Cos and sin add
+    4/block_heads for each key, of which 4/N come from memory and the rest from the GPU's cache.
+    The host does not wait. Raises ValueError for shapes, dtypes and strides that do not fit.
     """
     batch, tokens, heads, head_dim = _check_slots(slots)
     num_slots = slots.codes.shape[1]
     if head_dim // WORD_CODES & (head_dim // WORD_CODES - 1):
         raise ValueError(f"head_dim={head_dim} is not a power of two; the Triton kernel needs one, such as 64 or 128")
     if which.dtype != torch.int32 or which.dim() != 1:
-        raise ValueError(f"which is {which.dtype} {list(which.shape)}, wanted int32 [count]")
+        raise ValueError(f"which is {which.dtype} {list(which.shape)}; expected int32 [count]")
     for name, x in (("cos", cos_SLH), ("sin", sin_SLH)):
-        wanted = (num_slots, tokens, head_dim // 2)
-        if x.shape != wanted or x.dtype != torch.float32 or not x.is_contiguous():
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, wanted contiguous float32 {list(wanted)}")
+        expected = (num_slots, tokens, head_dim // 2)
+        if x.shape != expected or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected contiguous float32 {list(expected)}")
     for name, x in (("keys", keys_BSLNK), ("values", values_BSLNK)):
-        wanted = (batch, num_slots, tokens, heads, head_dim)
-        if x.shape != wanted or x.stride()[3:] != (head_dim, 1):
+        expected = (batch, num_slots, tokens, heads, head_dim)
+        if x.shape != expected or x.stride()[3:] != (head_dim, 1):
             raise ValueError(
-                f"the workspace of {name} is {list(x.shape)} with strides {x.stride()}; wanted {list(wanted)}, "
+                f"the workspace of {name} is {list(x.shape)} with strides {x.stride()}; expected {list(expected)}, "
                 "contiguous over heads and head dim"
             )
     words = head_dim // WORD_CODES
@@ -176,7 +177,7 @@ def rebuild(
 
 
 def _check_slots(slots: QuantizedSlots) -> tuple[int, int, int, int]:
-    """Return samples, tokens, heads and head dim."""
+    """Return the numbers of samples, tokens and heads, and the head dim."""
     for part in (slots.codes, slots.scales, slots.tensor_scale, slots.key_mean):
         assert part.is_contiguous(), "slots are allocated contiguous and never replaced"
     _, _, batch, tokens, heads, half = slots.codes.shape
@@ -185,7 +186,7 @@ def _check_slots(slots: QuantizedSlots) -> tuple[int, int, int, int]:
 
 @triton.jit
 def _load_smoothed(keys_ptr, values_ptr, mean_ptr, num_groups, group, inside, CHANNELS: tl.constexpr):
-    """Load groups of this program's sample: keys less their mean where the third grid index is 0, else values."""
+    """Load groups of this program's sample: keys minus their mean if the third grid index is 0, otherwise values."""
     sample, kind = tl.program_id(1).to(tl.int64), tl.program_id(2)
     own_group = sample * num_groups + group
     if kind == 0:
@@ -198,7 +199,9 @@ def _load_smoothed(keys_ptr, values_ptr, mean_ptr, num_groups, group, inside, CH
 
 
 @triton.jit
-def _maxima_kernel(keys_ptr, values_ptr, mean_ptr, maxima_ptr, num_groups, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def _maxima_kernel(
+    keys_ptr, values_ptr, mean_ptr, maxima_ptr, num_groups, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     block = tl.program_id(0)
     group = block * BLOCK + tl.arange(0, BLOCK)
     x = _load_smoothed(keys_ptr, values_ptr, mean_ptr, num_groups, group, group < num_groups, CHANNELS)
@@ -221,7 +224,7 @@ def _write_kernel(
     ADAPTIVE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     sample, kind = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = group < num_groups
@@ -256,7 +259,7 @@ def _rebuild_kernel(
     WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-):
+) -> None:
     slot = tl.load(which_ptr + tl.program_id(2) // batch).to(tl.int64)
     sample = (tl.program_id(2) % batch).to(tl.int64)
     # one row for each word of eight codes of a head; a thread has one row, and 16 bytes of each output
@@ -271,7 +274,7 @@ def _rebuild_kernel(
     cos = tl.load(cos_ptr + rotation, mask=inside[:, None], other=0.0)
     sin = tl.load(sin_ptr + rotation, mask=inside[:, None], other=0.0)
 
-    # keys lie first, all slots of them, then values
+    # the keys of all slots are stored first, then the values
     key_sample = slot * batch + sample
     value_sample = (slot + num_slots) * batch + sample
     key_tensor_scale = tl.load(tensor_scale_ptr + key_sample)
@@ -287,7 +290,7 @@ def _rebuild_kernel(
 
     for index in range(BLOCK_HEADS):
         head = tl.program_id(1) * BLOCK_HEADS + index
-        # a division of heads without remainder needs no second condition
+        # no second condition if the block divides the heads
         here = inside if HEADS % BLOCK_HEADS == 0 else inside & (head < HEADS)
         offset = (token * HEADS + head) * WORDS + word
         scale_offset = (token * HEADS + head) * (WORDS // 2) + word // 2

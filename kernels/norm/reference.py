@@ -1,4 +1,4 @@
-"""What comes between the products of a transformer block, in plain torch; defines `triton`.
+"""Operations between the products of a transformer block: the definition, in plain torch.
 
 Shapes: B samples, L tokens, D model dim, T frames of L/T tokens each.
 """
@@ -24,12 +24,12 @@ def add_norm(
     eps: float,
     bias_D: Tensor | None = None,
 ) -> None:
-    """Add gate x (update + bias) to h, in place, and write LayerNorm(h) x multiplier + shift to out.
+    """Add gate x (update + bias) to h in place, and write LayerNorm(h) x multiplier + shift to out.
 
-    gate, multiplier, shift: float32, [B, T, D] for each frame of each sample, or [D] for all; a gate of None is 1, a
-    multiplier of None leaves only the sum. Arithmetic is in float32; the norm is that of the rounded sum.
-    out may be float8_e4m3fn: then it is divided by a scale for each token, its largest magnitude over 448 (or 1 where
-    that is zero), which goes to scales, float32.
+    gate, multiplier, shift: float32, [B, T, D] for each frame of each sample, or [D] for all. A gate of None is 1.
+    out: None writes only the sum. In float8_e4m3fn, every token is divided by its own scale.
+    scales: float32, receives those scales: the largest magnitude of each token over 448, or 1 where that is zero.
+    Arithmetic is in float32; the norm is that of the rounded sum.
     """
     total = h_BLD.float()
     if update_BLD is not None:
@@ -56,7 +56,7 @@ def rms_norm(x_BLD: Tensor, gamma_D: Tensor, out_BLD: Tensor, *, eps: float) -> 
 
 
 def _per_token(factor: Tensor, like_BLD: Tensor) -> Tensor:
-    """Give every token the factor of its frame."""
+    """Return the factor of every token, which is that of its frame."""
     if factor.ndim == 1:
         return factor
     return factor.repeat_interleave(like_BLD.shape[1] // factor.shape[1], dim=1)

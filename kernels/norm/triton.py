@@ -1,10 +1,10 @@
-"""What comes between the products of a transformer block, in Triton; `reference` defines it.
+"""Triton kernels between the products of a transformer block; `reference` defines them.
 
-A program holds a token whole, so every value is read once and written once. Shapes: B samples, L tokens, D model dim, T
+A program holds a whole token, so every value is read once and written once. Shapes: B samples, L tokens, D model dim, T
 frames of L/T tokens each.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def add_norm(
     eps: float,
     bias_D: Tensor | None = None,
 ) -> None:
-    """Add gate x (update + bias) to h, in place, and write LayerNorm(h) x multiplier + shift to out.
+    """Add gate x (update + bias) to h in place, and write LayerNorm(h) x multiplier + shift to out.
 
-    Bytes moved, E being those of an element: E for each of h, update, the new h and out that is there. Raises
-    ValueError for tensors that are not contiguous or do not agree.
+    Bytes moved, where E is the size of an element: E for each element of h, update, the new h and out, if not None.
+    Raises ValueError for tensors that are not contiguous or whose shapes do not match.
     """
     batch, length, dim = h_BLD.shape
     for name, x in (("h", h_BLD), ("update", update_BLD), ("out", out_BLD)):
         if x is not None and (x.shape != h_BLD.shape or not x.is_contiguous()):
-            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}, wanted {list(h_BLD.shape)}")
+            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}; expected {list(h_BLD.shape)}")
     frames = 1
     factors = []
     for name, factor in (("gate", gate), ("multiplier", multiplier), ("shift", shift)):
@@ -50,15 +50,17 @@ def add_norm(
             factors.append((h_BLD, 0, 0))
             continue
         if factor.shape[-1] != dim or factor.stride(-1) != 1 or factor.ndim not in (1, 3):
-            raise ValueError(f"{name} is {list(factor.shape)}, wanted [{dim}] or [{batch}, frames, {dim}]")
+            raise ValueError(f"{name} is {list(factor.shape)}; expected [{dim}] or [{batch}, frames, {dim}]")
         if factor.ndim == 3:
             if factor.shape[0] != batch or frames not in (1, factor.shape[1]) or length % factor.shape[1]:
-                raise ValueError(f"{name} is {list(factor.shape)}, which does not divide h, {list(h_BLD.shape)}")
+                raise ValueError(f"{name} is {list(factor.shape)}; expected frames that divide h {list(h_BLD.shape)}")
             frames = factor.shape[1]
         factors.append((factor, *(factor.stride()[:2] if factor.ndim == 3 else (0, 0))))
     quantizes = out_BLD is not None and out_BLD.dtype is torch.float8_e4m3fn
     if out_BLD is not None and (multiplier is None or shift is None or quantizes != (scales_BL is not None)):
-        raise ValueError("out wants a multiplier and a shift, and scales if it is float8_e4m3fn, but only then")
+        raise ValueError(
+            "out needs a multiplier and a shift; scales must be given if out is float8_e4m3fn, and only then"
+        )
     _add_norm[(length, batch)](
         h_BLD,
         h_BLD if update_BLD is None else update_BLD,
@@ -85,12 +87,12 @@ def add_norm(
 def rms_norm(x_BLD: Tensor, gamma_D: Tensor, out_BLD: Tensor, *, eps: float) -> None:
     """Write the RMS norm of every token, times gamma, to out, which may be x.
 
-    Tokens may lie apart. Bytes moved: 2 E for each of B L D. Raises ValueError for tensors that do not agree.
+    Tokens need not be adjacent. Bytes moved: 2 E for each of B L D. Raises ValueError for shapes that do not match.
     """
     batch, length, dim = x_BLD.shape
     for name, x in (("x", x_BLD), ("out", out_BLD)):
         if x.shape != x_BLD.shape or x.stride(-1) != 1:
-            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}, wanted {list(x_BLD.shape)}")
+            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}; expected {list(x_BLD.shape)}")
     _rms_norm[(length, batch)](
         x_BLD,
         gamma_D,
@@ -130,7 +132,7 @@ def _add_norm(
     HAS_OUT: tl.constexpr,
     QUANTIZES: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+) -> None:
     token, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     frame = token // tokens_per_frame
     channel = tl.arange(0, WIDTH)
@@ -176,7 +178,7 @@ def _rms_norm(
     dim,
     eps,
     WIDTH: tl.constexpr,
-):
+) -> None:
     token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside = channel < dim

@@ -13,19 +13,19 @@ SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Put two uint8 codes [..., K] into a byte [..., K/2], the first in the low nibble."""
+    """Pack uint8 codes [..., K] into bytes [..., K/2], two in each, the first in the low nibble."""
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return low | (high << 4)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return uint8 codes [..., K] of bytes [..., K/2]."""
+    """Return the uint8 codes [..., K] in bytes [..., K/2]."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
 def encode(values: Tensor) -> Tensor:
-    """Return the uint8 codes of E2M1 values; the sign of zero is kept."""
-    # NaN becomes any integer, which must not index past the table
+    """Return the uint8 codes of E2M1 values, with the sign of zero."""
+    # NaN becomes an arbitrary integer, which must not index outside the table
     index = (values.abs() * 2).to(torch.int32).clamp(0, int(E2M1_MAX * 2))
     magnitudes = _encoding_table(values.device)[index]
     return magnitudes | (torch.signbit(values).to(torch.uint8) << 3)
@@ -37,9 +37,9 @@ def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
-    """Lay E4M3 scales [R, C] out as Blackwell's tensor cores read them: flat uint8, tiles of 128 x 4 padded with zeros.
+    """Reorder E4M3 scales [R, C] as Blackwell's tensor cores read them: flat uint8, tiles of 128 x 4 padded with zeros.
 
-    Inside a tile, row r and column c lie at byte 16 (r mod 32) + 4 (r div 32) + c. Source: cuBLAS documentation, "1D
+    Inside a tile, row r and column c are at byte 16 (r mod 32) + 4 (r div 32) + c. Source: cuBLAS documentation, "1D
     block scaling factors layout".
     """
     rows, columns = scales.shape
@@ -50,18 +50,18 @@ def swizzle_scales(scales: Tensor) -> Tensor:
 
 
 def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo `swizzle_scales`: float8_e4m3fn [rows, columns]."""
+    """Return the scales [rows, columns] that `swizzle_scales` reordered, float8_e4m3fn."""
     tile_rows, tile_columns = -(-rows // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
-    wanted = tile_rows * tile_columns * SWIZZLE_ROWS * SWIZZLE_COLUMNS
-    if swizzled.numel() != wanted:
-        raise ValueError(f"{swizzled.numel()} swizzled scales, wanted {wanted} for {rows} x {columns}")
+    expected = tile_rows * tile_columns * SWIZZLE_ROWS * SWIZZLE_COLUMNS
+    if swizzled.numel() != expected:
+        raise ValueError(f"got {swizzled.numel()} swizzled scales; expected {expected} for {rows} x {columns}")
     tiles = swizzled.view(torch.uint8).view(tile_rows, tile_columns, 32, 4, 4).permute(0, 3, 2, 1, 4)
     padded = tiles.reshape(tile_rows * SWIZZLE_ROWS, tile_columns * SWIZZLE_COLUMNS)
     return padded[:rows, :columns].contiguous().view(torch.float8_e4m3fn)
 
 
 def decode_bytes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `decode(unpack(codes), dtype)`; both values of a byte are looked up at once, as one number."""
+    """Return `decode(unpack(codes), dtype)`; the two values of a byte are looked up at once, as one number."""
     pairs = torch.index_select(_pair_table(codes.device, dtype), 0, codes.flatten().int())
     return pairs.view(dtype).view(*codes.shape[:-1], -1)
 

@@ -1,8 +1,9 @@
-"""NVFP4 in plain torch: the definition that every kernel is compared with, and the way to run it on any device.
+"""NVFP4 in plain torch: the definition that every kernel is compared with; it runs on any device.
 
-static6 equals torchao's `nvfp4_quantize` bit for bit, and TransformerEngine's reference but for ties and for groups
-whose scale lies below E4M3's normal numbers. The adaptive rules equal the public four-over-six code of LongLive 2.0 in
-float32 on a CPU bit for bit; that fixes the order of every rounding and of the sums of errors, and kernels repeat it.
+static6 equals torchao's `nvfp4_quantize` bit for bit, and the reference of TransformerEngine except for ties and for
+groups with a scale below the normal numbers of E4M3. The adaptive rules equal the public four-over-six code of LongLive
+2.0 in float32 on a CPU bit for bit. This fixes the order of every rounding and of the sums of errors; kernels repeat
+it.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ def quantize(
     generator: torch.Generator | None = None,
     name: str | None = None,
 ) -> NVFP4Tensor:
-    """Quantise along the last dimension, whose size 16 must divide.
+    """Quantize along the last dimension, which must be a multiple of 16.
 
     tile_rows: 16 gives every 16 x 16 tile of a matrix one scale, so that its transpose has the same codes.
-    amax: largest magnitude that the tensor scale is made for, float32, broadcasting against [..., K/16]; by default
-        that of the whole tensor. Group scales are made with it, not with the tensor scale, its rounded quotient.
-    generator: on x's device, rounds stochastically; without it, to nearest, ties to even.
-    name: of the tensor; when given, NaN and infinity raise ValueError with it. That waits for the device. Without it
-        they turn the tensor scale, and so every value, into NaN or infinity.
-    Raises ValueError for shapes that groups do not divide, and for stochastic rounding with an adaptive rule, whose
-    choice after the rounding would be biased.
+    amax: largest magnitude from which the tensor scale is computed, float32, broadcast against [..., K/16]; by default
+        that of the whole tensor. Group scales are computed from it, not from the rounded tensor scale.
+    generator: source of stochastic rounding, on the device of x; None rounds to nearest, ties to even.
+    name: name of the tensor in the error for NaN and infinity. With it, the host waits for the device. Without it, NaN
+        and infinity make the tensor scale, and so every value, NaN or infinite.
+    Raises ValueError for shapes without whole groups, and for stochastic rounding with an adaptive rule, which would be
+    biased by the choice after the rounding.
     """
     values, scales, tensor_scale = round_to_groups(x, rule, tile_rows, amax, generator, name)
     return NVFP4Tensor(pack(encode(values)).view(*x.shape[:-1], -1), scales, tensor_scale)
@@ -60,23 +61,23 @@ def quantize_exact(
     seed: int | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ExactOperand:
-    """Quantise and write out `code x group scale` at once: `exact(quantize(x))` without packing in between.
+    """Return `exact(quantize(x))`, computed without packing.
 
-    seed: rounds stochastically, with numbers of a generator of its own.
+    seed: seed of stochastic rounding; None rounds to nearest, ties to even.
     """
     values, scales, tensor_scale = round_to_groups(x, rule, tile_rows, None, _generator(seed, x.device), None)
     return ExactOperand((values * scales.float().unsqueeze(-1)).view(x.shape).to(dtype), tensor_scale)
 
 
 def quantize_tiles_exact(x_RK: Tensor, rule: Rule, *, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
-    """Quantise a matrix in 16 x 16 tiles and write it out; its transpose has the same values."""
+    """Quantize a matrix in 16 x 16 tiles and return `code x group scale`; its transpose has the same values."""
     return quantize_exact(x_RK, rule, tile_rows=GROUP, dtype=dtype)
 
 
 def quantize_across(x_MC: Tensor, rule: Rule = Rule.ADAPTIVE, *, hadamard: bool = False) -> NVFP4Tensor:
-    """Quantise the transpose of a matrix, [C, M] with M filled up with zeros to a multiple of 16.
+    """Quantize the transpose of a matrix, [C, M], with M padded with zeros to a multiple of 16.
 
-    hadamard: apply `random_hadamard` along M first, rounded to the dtype of x.
+    hadamard: whether to apply `random_hadamard` along M first, rounded to the dtype of x.
     """
     return quantize(_across(x_MC, hadamard), rule)
 
@@ -89,12 +90,12 @@ def quantize_across_exact(
     seed: int | Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ExactOperand:
-    """As `quantize_across`, written out as `code x group scale`; seed: as in `quantize_exact`."""
+    """Return `exact(quantize_across(...))`, computed without packing. seed: as in `quantize_exact`."""
     return quantize_exact(_across(x_MC, hadamard), rule, seed=seed, dtype=dtype)
 
 
 def exact(quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> ExactOperand:
-    """Write out `code x group scale`; bfloat16 and wider dtypes hold it exactly."""
+    """Return `code x group scale`, which is exact in bfloat16 and wider dtypes."""
     values = decode_bytes(quantized.codes, dtype).unflatten(-1, (-1, GROUP))
     # both factors are exact in dtype and so is their product
     product = values * quantized.scales.to(dtype).unsqueeze(-1)
@@ -109,14 +110,17 @@ def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply a [..., M, K] by the transpose of b [N, K]: float32 products of exact operands, scaled at the end."""
+    """Multiply a [..., M, K] by the transpose of b [N, K]: the float32 product of exact operands, scaled at the end."""
     left, right = exact(a, torch.float32), exact(b, torch.float32)
     product = left.values @ right.values.t() * (left.tensor_scale * right.tensor_scale)
     return product if bias is None else product + bias.float()
 
 
 def add_scaled_bias(product: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Finish the product of exact operands [..., N]: times both tensor scales, plus a bias [N], rounded once more."""
+    """Return `product * scale + bias`, computed in float32 and rounded to the dtype of the product.
+
+    product: product of exact operands, [..., N]. scale: product of both tensor scales, float32 scalar. bias: [N].
+    """
     scaled = product.float() * scale
     return (scaled if bias is None else scaled + bias.float()).to(product.dtype)
 
@@ -124,9 +128,9 @@ def add_scaled_bias(product: Tensor, scale: Tensor, bias: Tensor | None = None) 
 def layer_norm_modulate_quantize(
     h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, rule: Rule = Rule.ADAPTIVE, *, eps: float
 ) -> NVFP4Tensor:
-    """Quantise `LayerNorm(h) * (1 + scale) + shift`: float32 inside, no weight or bias, rounded to h's dtype first.
+    """Quantize `LayerNorm(h) * (1 + scale) + shift`, computed in float32 and rounded to the dtype of h first.
 
-    shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens.
+    The norm has no weight or bias. shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens.
     """
     return quantize(_modulated(h_BLD, shift_BTSD, scale_BTSD, eps), rule)
 
@@ -140,56 +144,56 @@ def layer_norm_modulate_quantize_exact(
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ExactOperand:
-    """As `layer_norm_modulate_quantize`, written out as `code x group scale`."""
+    """Return `exact(layer_norm_modulate_quantize(...))`, computed without packing."""
     return quantize_exact(_modulated(h_BLD, shift_BTSD, scale_BTSD, eps), rule, dtype=dtype)
 
 
 def gelu_tanh_quantize(h: Tensor, rule: Rule = Rule.ADAPTIVE) -> NVFP4Tensor:
-    """Quantise GELU by its tanh formula: float32 inside, rounded to h's dtype first."""
+    """Quantize GELU (tanh formula), computed in float32 and rounded to the dtype of h first."""
     return quantize(_gelu(h), rule)
 
 
 def gelu_tanh_quantize_exact(
     h: Tensor, rule: Rule = Rule.ADAPTIVE, *, dtype: torch.dtype = torch.bfloat16
 ) -> ExactOperand:
-    """As `gelu_tanh_quantize`, written out as `code x group scale`."""
+    """Return `exact(gelu_tanh_quantize(...))`, computed without packing."""
     return quantize_exact(_gelu(h), rule, dtype=dtype)
 
 
 def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
-    """Transpose a matrix quantised in 16 x 16 tiles, without another rounding."""
+    """Transpose a matrix that is quantized in 16 x 16 tiles, without another rounding."""
     rows, columns = quantized.shape
     check_groups(torch.Size((columns, rows)), tile_rows=GROUP)
     tiles = quantized.scales.view(torch.uint8).unflatten(0, (-1, GROUP))
     if not torch.equal(tiles, tiles[:, :1].expand_as(tiles)):
-        raise ValueError("only a matrix quantised with tile_rows=16 can be transposed without another rounding")
+        raise ValueError("the rows of a tile have different scales; expected a matrix quantized with tile_rows=16")
     scales = tiles[:, 0].t().repeat_interleave(GROUP, 0).contiguous().view(torch.float8_e4m3fn)
     return NVFP4Tensor(pack(unpack(quantized.codes).t().contiguous()), scales, quantized.tensor_scale)
 
 
 def random_hadamard(x: Tensor) -> Tensor:
-    """Apply the orthogonal 16-point transform to every 16 neighbours of the last dimension, after fixed sign flips.
+    """Apply the orthogonal 16-point transform to every 16 consecutive values of the last dimension, after sign flips.
 
-    It spreads an outlier over its group. Applied to both operands of a product along the dimension that is summed, it
-    leaves the product as it was. Computed in float32 by the fast transform, whose order of sums a kernel can repeat.
+    It spreads an outlier over its group. Applied to both operands of a product along the summed dimension, it does not
+    change the product. It is computed in float32 by the fast transform, whose order of sums a kernel can repeat.
     """
     check_groups(x.shape)
     out = x.float().unflatten(-1, (-1, GROUP)) * _hadamard_signs(x.device)
     for _ in range(GROUP.bit_length() - 1):
-        # pairs of the lowest bit of the index become its highest, so that after four rounds all are in order again
+        # the lowest bit of the index becomes the highest, so that after four rounds all values are in order again
         even, odd = out[..., ::2], out[..., 1::2]
         out = torch.cat((even + odd, even - odd), dim=-1)
     return (out * GROUP**-0.5).flatten(-2).to(x.dtype)
 
 
 def quantize_dequantize_mxfp4(x: Tensor) -> Tensor:
-    """Round to MXFP4 and back, for comparison: E2M1 codes, a power of two for every 32 of them, no tensor scale.
+    """Round to MXFP4 and back, for comparison: E2M1 codes, one power of two for every 32 of them, no tensor scale.
 
-    Source: OCP Microscaling Formats specification 1.0, 6.3: the scale is 2 to the floor of log2 of the largest
-    magnitude, less 2, the exponent of the largest E2M1 number.
+    Source: OCP Microscaling Formats specification 1.0, section 6.3. The scale is 2 to the power of e - 2, where e is
+        the floor of log2 of the largest magnitude, and 2 the exponent of the largest E2M1 number.
     """
     if x.shape[-1] % MX_GROUP:
-        raise ValueError(f"the last dimension of {list(x.shape)} is not a multiple of {MX_GROUP}")
+        raise ValueError(f"the shape is {list(x.shape)}; expected a last dimension that is a multiple of {MX_GROUP}")
     groups = x.float().unflatten(-1, (-1, MX_GROUP))
     exponent = torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 1 - 2
     scale = torch.exp2(exponent.clamp(-127, 127).float())
@@ -214,7 +218,7 @@ def _gelu(h: Tensor) -> Tensor:
     return F.gelu(h.float(), approximate="tanh").to(h.dtype)
 
 
-# a tensor made and kept in inference mode could not be multiplied under autograd afterwards
+# outside inference mode: a tensor made inside it could not be multiplied under autograd later
 @functools.cache
 @torch.inference_mode(False)
 def _hadamard_signs(device: torch.device) -> Tensor:

@@ -17,10 +17,14 @@ from longvideo.kernels.nvfp4.format import (
     check_groups,
 )
 
-LANES = 8  # float32 numbers in a register of the CPU whose sums the adaptive rules repeat
-AMAX_SHIFT = 2.0**-11  # keeps code x group scale x largest magnitude below that magnitude
-EXPONENT_BITS = 0x7F800000  # of a float32
-ANCHOR = 1.5 * 2.0**22  # times a power of two: a float32 whose last bit is worth half of that power
+LANES = 8
+"""Number of float32 values in a register of the CPU, which fixes the order of the adaptive rules' sums."""
+AMAX_SHIFT = 2.0**-11
+"""Factor that keeps code x group scale x largest magnitude below the largest magnitude."""
+EXPONENT_BITS = 0x7F800000
+"""Mask of the exponent of a float32 number."""
+ANCHOR = 1.5 * 2.0**22
+"""Factor of a power of two that gives a float32 number whose last bit is worth half of that power."""
 
 
 def round_to_groups(
@@ -31,14 +35,17 @@ def round_to_groups(
     generator: torch.Generator | None,
     name: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E2M1 values [..., G, 16] in float32, E4M3 scales [..., G] and the tensor scale."""
+    """Return E2M1 values [..., G, 16] in float32, E4M3 scales [..., G] and the tensor scale.
+
+    Arguments and errors are those of `reference.quantize`.
+    """
     check_groups(x.shape, tile_rows=tile_rows)
     if generator is not None and rule.is_adaptive:
         raise ValueError(
             f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
         )
     if name is not None and not torch.isfinite(x).all():
-        raise ValueError(f"{name} {list(x.shape)} holds NaN or infinity and cannot be quantised")
+        raise ValueError(f"{name} {list(x.shape)} holds NaN or infinity; expected finite values")
     amax = (largest_magnitude(x) if amax is None else amax.float()).clamp_min(rule.smallest_amax)
     groups = x.float().unflatten(-1, (-1, GROUP))
     group_amax = groups.abs().amax(-1)
@@ -56,7 +63,7 @@ def _round_statically(
     groups: Tensor, group_amax: Tensor, tensor_scale: Tensor, rule: Rule, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     exact_scale = _divide(group_amax, 4.0 if rule is Rule.STATIC4 else E2M1_MAX) / tensor_scale
-    # torchao gives no group less than a normal number
+    # as in torchao, no group scale is below the normal numbers
     scales = _to_e4m3(exact_scale.clamp(E4M3_TINY, E4M3_MAX), round_up=generator is not None)
     values = _scaled(groups, tensor_scale.reciprocal() / scales.float())
     return to_nearest(values) if generator is None else _stochastically(values, generator), scales
@@ -65,7 +72,7 @@ def _round_statically(
 def _round_adaptively(
     groups: Tensor, group_amax: Tensor, amax: Tensor, rule: Rule, tile_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Round with the group's largest magnitude at 6 and at 4, and keep what has the lower error in every group."""
+    """Round with the largest magnitude of a group at 6 and at 4, and use the result with the lower error."""
     encoding_scale = torch.full_like(amax, rule.largest_product) / amax
     decoding_scale = encoding_scale.reciprocal()
     exact_scale = _divide(group_amax, E2M1_MAX) * encoding_scale
@@ -84,18 +91,18 @@ def _round_adaptively(
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """Return max |x| as a float32 scalar; NaN if there is one."""
+    """Return max |x| as a float32 scalar; NaN if x holds NaN."""
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high).float()
 
 
 def tensor_scale_of(amax: Tensor, rule: Rule) -> Tensor:
-    """Return the tensor scale for a largest magnitude."""
+    """Return the tensor scale of a tensor with this largest magnitude."""
     return _divide(amax.float().clamp_min(rule.smallest_amax), rule.largest_product)
 
 
 def _divide(x: Tensor, by: float) -> Tensor:
-    """Divide as IEEE 754 has it on every device; by a Python number, CUDA multiplies by a rounded reciprocal."""
+    """Divide by the rules of IEEE 754 on every device; for a Python number, CUDA multiplies by a rounded reciprocal."""
     return x / torch.full((), by, device=x.device)
 
 
@@ -104,10 +111,10 @@ def _scaled(groups: Tensor, factor: Tensor) -> Tensor:
 
 
 def _error(groups: Tensor, values: Tensor, scales: Tensor, amax: Tensor, rule: Rule, tile_rows: int) -> Tensor:
-    """Return the error of every group, summed over its tile if there are tiles.
+    """Return the error of every group, or with tiles the sum of the errors of its tile.
 
     A value is `code x scale x amax / (6 x 256)`, rounded after the second product and after the division. The power of
-    two in the divisor comes first, which changes no bit and keeps the product from overflowing.
+    two in the divisor is applied first, which changes no bit and keeps the product from overflowing.
     """
     product = values * scales.float().unsqueeze(-1) * (amax * AMAX_SHIFT).unsqueeze(-1)
     error = _divide(product, rule.largest_product * AMAX_SHIFT) - groups
@@ -119,13 +126,13 @@ def _error(groups: Tensor, values: Tensor, scales: Tensor, amax: Tensor, rule: R
 
 
 def _sum_of_groups(x: Tensor) -> Tensor:
-    """Sum 16 numbers of the last dimension as a CPU with registers of eight does: its halves, then their eight sums."""
+    """Sum 16 numbers of the last dimension as a CPU with registers of eight does: the halves, then their eight sums."""
     first, second = x.unflatten(-1, (2, LANES)).unbind(-2)
     return _sum_in_order(first + second)
 
 
 def _sum_of_tiles(x_RG16: Tensor) -> Tensor:
-    """Sum tiles of 16 x 16 as a CPU does with four registers of eight, one for each half of even and of odd rows."""
+    """Sum tiles of 16 x 16 as a CPU with four registers of eight does: one for each half of even and of odd rows."""
     halves_TNPGHL = x_RG16.unflatten(-1, (2, LANES)).unflatten(0, (-1, GROUP // 2, 2))
     total_TPGHL = halves_TNPGHL[:, 0]
     for step in range(1, GROUP // 2):
@@ -144,10 +151,10 @@ def _sum_in_order(x: Tensor) -> Tensor:
 
 
 def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:
-    """Round a scale in [0, 448] to E4M3: to nearest, ties to even, or up, so that nothing scaled exceeds 6."""
+    """Round a scale in [0, 448] to E4M3, to nearest with ties to even, or up, so that no scaled value exceeds 6."""
     rounded = scale.to(torch.float8_e4m3fn)
     if round_up:
-        # positive E4M3 numbers are ordered as their bytes are
+        # positive E4M3 numbers have the order of their bytes
         below = rounded.float() < scale
         rounded = (rounded.view(torch.uint8) + below.to(torch.uint8)).view(torch.float8_e4m3fn)
     return rounded
@@ -156,7 +163,7 @@ def _to_e4m3(scale: Tensor, *, round_up: bool) -> Tensor:
 def to_nearest(x: Tensor) -> Tensor:
     """Round to E2M1, ties to the even code.
 
-    Beside a number whose last bit is worth one step, a sum is rounded to whole steps by float32 itself.
+    Added to a number whose last bit is worth one step, a magnitude is rounded to whole steps by float32 itself.
     """
     magnitude = x.abs()
     anchor = _octave(magnitude) * ANCHOR
@@ -164,16 +171,16 @@ def to_nearest(x: Tensor) -> Tensor:
 
 
 def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round to one of the two E2M1 neighbours, to the upper with the probability that makes the mean exact."""
+    """Round to one of the two nearest E2M1 values; the probability of the upper one makes the mean exact."""
     magnitude = x.abs()
     step = _octave(magnitude) * 0.5
     steps = magnitude / step
     lower = torch.floor(steps)
-    # not floor(steps + draw): that sum may be rounded up past a number that is on the grid already
+    # not floor(steps + draw): that sum may be rounded up beyond a number that is an E2M1 value already
     up = torch.rand(x.shape, generator=generator, device=x.device) < steps - lower
     return torch.copysign((lower + up) * step, x)
 
 
 def _octave(magnitude: Tensor) -> Tensor:
-    """Return the power of two at or below a magnitude, at least 1: twice the step of the E2M1 grid there."""
+    """Return the power of two at or below a magnitude, at least 1, which is two steps of E2M1."""
     return (magnitude.view(torch.int32) & EXPONENT_BITS).view(torch.float32).clamp_min(1.0)

@@ -1,4 +1,4 @@
-"""What comes between the projections of self-attention and attention itself, in plain torch; defines `triton`.
+"""The operation between the projections of self-attention and attention itself: the definition, in plain torch.
 
 Shapes: B samples, L tokens of the live chunk, N heads, K head dim, H = K / 2 pairs, S slots of the cache.
 """
@@ -28,25 +28,27 @@ def norm_rotate_keep(
     eps: float,
     mean_NK: Tensor | None = None,
 ) -> None:
-    """Normalise queries and keys over all heads, rotate them, and put keys and values into their slot of the cache.
+    """Normalize queries and keys over all heads, rotate them, and write keys and values to their slot of the cache.
 
-    gamma: [N K], of the RMS norms. cos, sin: float32. slot: integer scalar on the device, so that one recorded launch
-    serves all slots. Queries go to rotated_BLNK. mean: float32, what is taken off the values. Arithmetic is in float32
-    and rounded where it is stored.
+    gamma: weights of the RMS norms, [N K]. cos, sin: rotation, float32. slot: slot number, an integer scalar on the
+        device, so that one recorded launch serves all slots. rotated_BLNK: output for the queries.
+    mean: value to subtract from the values, float32. Arithmetic is in float32; results are rounded when stored.
     """
     values_BLNK = v_BLNK if mean_NK is None else v_BLNK.float() - mean_NK
-    rotated_BLNK.copy_(_held(_norm_rotate(q_BLNK, gamma_q, cos_LH, sin_LH, eps), rotated_BLNK))
+    rotated_BLNK.copy_(_rounded_like(_norm_rotate(q_BLNK, gamma_q, cos_LH, sin_LH, eps), rotated_BLNK))
     for stored_BSLNK, x in (
         (keys_BSLNK, _norm_rotate(k_BLNK, gamma_k, cos_LH, sin_LH, eps)),
         (values_BSLNK, values_BLNK),
     ):
-        # as bytes: not every operation knows FP8
+        # as bytes: not every operation supports FP8
         as_bytes = stored_BSLNK.view(torch.uint8)
-        as_bytes.index_copy_(1, slot.reshape(1).long(), _held(x, stored_BSLNK).contiguous().view(torch.uint8)[:, None])
+        as_bytes.index_copy_(
+            1, slot.reshape(1).long(), _rounded_like(x, stored_BSLNK).contiguous().view(torch.uint8)[:, None]
+        )
 
 
-def _held(x: Tensor, like: Tensor) -> Tensor:
-    """Round to what `like` holds; FP8 saturates."""
+def _rounded_like(x: Tensor, like: Tensor) -> Tensor:
+    """Return x in the dtype of `like`; FP8 saturates."""
     if like.dtype is torch.float8_e4m3fn:
         x = x.float().clamp(-E4M3_MAX, E4M3_MAX)
     return x.to(like.dtype)

@@ -1,10 +1,10 @@
-"""What comes between the projections of self-attention and attention itself, in Triton; `reference` defines it.
+"""Triton kernel between the projections of self-attention and attention itself; `reference` defines it.
 
-One launch reads queries, keys and values once and writes them once, where attention reads them. Shapes: B samples, L
+One launch reads queries, keys and values once and writes them once, to where attention reads them. Shapes: B samples, L
 tokens of the live chunk, N heads, K head dim, H = K / 2 pairs, S slots of the cache.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ def norm_rotate_keep(
     eps: float,
     mean_NK: Tensor | None = None,
 ) -> None:
-    """Normalise queries and keys over all heads, rotate them, and put keys and values into their slot of the cache.
+    """Normalize queries and keys over all heads, rotate them, and write keys and values to their slot of the cache.
 
-    Queries, keys and values may be parts of one product: tokens may lie apart, the heads of one may not. Bytes moved, E
-    being those of an element: 6 E for each of B L N K, and the angles of each token twice.
-    mean: float32, contiguous, what is taken off the values.
-    Raises ValueError for shapes that do not agree, or heads that lie apart.
+    Queries, keys and values may be parts of one product: the heads of a token must be contiguous, but tokens need not
+    be adjacent. Bytes moved, where E is the size of an element: 6 E for each of B L N K, and the angles of each token
+    twice.
+    mean: value to subtract from the values, float32, contiguous.
+    Raises ValueError for shapes that do not match, and for heads that are not contiguous.
     """
     batch, tokens, heads, head_dim = q_BLNK.shape
     for name, x in (("q", q_BLNK), ("k", k_BLNK), ("v", v_BLNK), ("rotated", rotated_BLNK)):
         if x.shape != q_BLNK.shape or x.stride()[2:] != (head_dim, 1):
-            raise ValueError(f"{name} is {list(x.shape)} with strides {list(x.stride())}; q is {list(q_BLNK.shape)}")
+            raise ValueError(
+                f"{name} is {list(x.shape)} with strides {list(x.stride())}; expected {list(q_BLNK.shape)} like q, with"
+                " contiguous heads"
+            )
     for name, x in (("keys", keys_BSLNK), ("values", values_BSLNK)):
         if x.shape != (batch, x.shape[1], tokens, heads, head_dim) or not x.is_contiguous():
-            raise ValueError(f"{name} is {list(x.shape)}, wanted [{batch}, slots, {tokens}, {heads}, {head_dim}]")
+            raise ValueError(f"{name} is {list(x.shape)}; expected [{batch}, slots, {tokens}, {heads}, {head_dim}]")
     if cos_LH.shape != (tokens, head_dim // 2) or not (cos_LH.is_contiguous() and sin_LH.is_contiguous()):
-        raise ValueError(f"cos is {list(cos_LH.shape)}, wanted [{tokens}, {head_dim // 2}]")
+        raise ValueError(f"cos is {list(cos_LH.shape)}; expected [{tokens}, {head_dim // 2}]")
     _norm_rotate_keep[(tokens, batch, 3)](
         q_BLNK,
         k_BLNK,
@@ -115,7 +119,7 @@ def _norm_rotate_keep(
     HAS_MEAN: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
-):
+) -> None:
     token, sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     head = tl.arange(0, HEADS)
     inside = (head < heads)[:, None] & (tl.arange(0, 2 * PAIRS) >= 0)[None, :]
@@ -142,7 +146,7 @@ def _norm_rotate_keep(
 
 @triton.jit
 def _norm_rotate(x, gamma, cos_pointer, sin_pointer, token, heads, eps, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Return the RMS norm of a token [HEADS, 2 PAIRS] over all heads, its pairs rotated, in float32."""
+    """Return the RMS norm of a token [HEADS, 2 PAIRS] over all heads, with rotated pairs, in float32."""
     x = x.to(tl.float32)
     mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (heads * 2 * PAIRS)
     x = x * (1.0 / tl.sqrt(mean_square + eps)) * gamma.to(tl.float32)

@@ -1,8 +1,8 @@
-"""What the video decoder does between its convolutions, in plain torch; the definition of `triton`.
+"""Operations between the convolutions of the video decoder: the definition, in plain torch.
 
-Activations are [B, T, H, W, C] with C innermost: B samples, T frames, an H x W grid, C channels. Frames of a sample lie
-one after the other; samples may lie apart, as slots of a buffer do. Arithmetic is in the activations' dtype; `triton`
-computes in float32 and rounds what it stores.
+Activations are [B, T, H, W, C] with C innermost: B samples, T frames, an H x W grid, C channels. The frames of a sample
+are contiguous; samples need not be adjacent, since they may be parts of a buffer. Arithmetic is in the dtype of the
+activations; `triton` computes in float32 and rounds what it stores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_LENGTH = 1e-12
-"""Bound of the published autoencoder's norm, F.normalize's."""
+"""Lower bound of a length in the norm of the published autoencoder, which is that of `F.normalize`."""
 
 
 def add_norm_silu(
@@ -27,7 +27,8 @@ def add_norm_silu(
 ) -> None:
     """Write h + bias + x to total, which may be h or x, and SiLU(RMS norm of the unrounded sum) to out.
 
-    bias: [C], what the convolution that gave h has left out; gamma: [C], of the norm. What is None is left out.
+    bias: bias of the convolution that returned h without it, [C]. gamma: weight of the norm, [C].
+    None leaves an operand out.
     """
     if bias is not None:
         h = h + bias
@@ -50,24 +51,27 @@ def upsample_add_norm_silu(
     gamma: Tensor,
     out: Tensor,
 ) -> None:
-    """Put a folded upsampling in place, add the shortcut around it, and normalise for what follows.
+    """Reorder a folded upsampling, add the shortcut around it and the bias, and normalize the sum.
 
-    folded: [B, T, H + 1, W + 1, 4 C], see `fold_upsampling`: pixel (2 i + a, 2 j + b) is what place (i + a, j + b) has
-    for phase 2 a + b. x: [B, T', H, W, C'] with `times` frames of the result for each, of which an opening one has the
-    last alone. Channel groups of x are the pixels at these `offsets` in time, row and column; where there is one for an
-    axis, it is repeated. total, out: [B, T, 2 H, 2 W, C].
+    folded: result of the folded convolution, [B, T, H + 1, W + 1, 4 C], see `fold_upsampling`: pixel (2 i + a, 2 j + b)
+        is at position (i + a, j + b), in phase 2 a + b.
+    x: input of the shortcut, [B, T', H, W, C']. A frame of x stands for `times` frames of the result; an opening frame
+        stands for the last of them alone.
+    offsets: number of pixels in time, row and column that the channel groups of x hold; if it is 1 for an axis, the
+        pixel is repeated.
+    total, out: outputs for the sum and for SiLU of its norm, [B, T, 2 H, 2 W, C].
     """
     batch, frames, height, width, channels = total.shape
     height, width = height // 2, width // 2
     phases = folded.unflatten(-1, (2, 2, channels))
-    grown = x.unflatten(-1, (channels, *offsets)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    grown = grown.expand(batch, x.shape[1], times, height, 2, width, 2, channels)
-    grown = grown.flatten(1, 2)[:, -frames:]  # [B, T, H, 2, W, 2, C]
+    repeated = x.unflatten(-1, (channels, *offsets)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    repeated = repeated.expand(batch, x.shape[1], times, height, 2, width, 2, channels)
+    repeated = repeated.flatten(1, 2)[:, -frames:]  # [B, T, H, 2, W, 2, C]
     places = total.unflatten(3, (width, 2)).unflatten(2, (height, 2))
     for a in range(2):
         for b in range(2):
             pixels = phases[:, :, a : a + height, b : b + width, a, b]
-            torch.add(pixels, grown[:, :, :, a, :, b], out=places[:, :, :, a, :, b])
+            torch.add(pixels, repeated[:, :, :, a, :, b], out=places[:, :, :, a, :, b])
     total += bias
     _norm_silu(total, gamma, out)
 
@@ -75,7 +79,7 @@ def upsample_add_norm_silu(
 def to_pixels(packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None:
     """Write packed + bias, [B, T, H, W, 3 patch^2] in [-1, 1], as pixels, uint8 [B, T, patch H, patch W, 3].
 
-    Channels of packed are colour, column and row within a patch.
+    The channels of packed are color, column and row within a patch, in this order.
     """
     if bias is not None:
         packed = packed + bias

@@ -1,10 +1,10 @@
-"""What the video decoder does between its convolutions, in Triton; `reference` defines it.
+"""Triton kernels between the convolutions of the video decoder; `reference` defines them.
 
-Activations are [B, T, H, W, C] with C innermost and frames of a sample one after the other. Every kernel reads and
-writes each value once; the norm is over the channels of a pixel, which one program holds whole.
+Activations are [B, T, H, W, C] with C innermost; the frames of a sample are contiguous. Every kernel reads and writes
+each value once. The norm is over the channels of a pixel, all of which are in one program.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VALUES = 8192
-"""Values that a program holds: as many pixels as have so many channels."""
+"""Number of values in a program: the channels of as many pixels as fit."""
 WARPS = 8
 PIXEL_BLOCK = 1024
 
@@ -38,8 +38,8 @@ def add_norm_silu(
 ) -> None:
     """Write h + bias + x to total, which may be h or x, and SiLU(RMS norm of the unrounded sum) to out.
 
-    Bytes moved, E being those of an element: E for each of h, x, total and out that is there.
-    Raises ValueError for activations of unequal shapes, or whose pixels do not lie one after the other.
+    Bytes moved, where E is the size of an element: E for each element of h, x, total and out, if not None.
+    Raises ValueError for activations of different shapes, and for pixels that are not contiguous.
     """
     batch, rows, channels = _check("h", h, h)
     for name, other in (("x", x), ("total", total), ("out", out)):
@@ -80,21 +80,24 @@ def upsample_add_norm_silu(
     gamma: Tensor,
     out: Tensor,
 ) -> None:
-    """Put a folded upsampling in place, add the shortcut around it, and normalise for what follows.
+    """Reorder a folded upsampling, add the shortcut around it and the bias, and normalize the sum.
 
-    Raises ValueError for activations whose shapes do not agree, or whose pixels do not lie one after the other.
+    Raises ValueError for activations whose shapes do not match, and for pixels that are not contiguous.
     """
     batch, frames, height, width, channels = total.shape
     _check("total", total, total)
     _check("out", out, total)
     _check("folded", folded, folded)
     _check("x", x, x)
-    wanted = (batch, frames, height // 2 + 1, width // 2 + 1, 4 * channels)
-    if folded.shape != wanted:
-        raise ValueError(f"folded is {list(folded.shape)}, wanted {list(wanted)}")
+    expected = (batch, frames, height // 2 + 1, width // 2 + 1, 4 * channels)
+    if folded.shape != expected:
+        raise ValueError(f"folded is {list(folded.shape)}; expected {list(expected)}")
     surplus = offsets[0] * offsets[1] * offsets[2]
     if x.shape != (batch, x.shape[1], height // 2, width // 2, channels * surplus) or frames > times * x.shape[1]:
-        raise ValueError(f"x is {list(x.shape)}, which does not grow to {list(total.shape)}")
+        raise ValueError(
+            f"x is {list(x.shape)} with offsets {offsets} and {times} times the frames; expected shapes that give"
+            f" {list(total.shape)}"
+        )
     rows = frames * height * width
     block_width = triton.next_power_of_2(channels)
     block = max(1, VALUES // block_width)
@@ -127,12 +130,15 @@ def upsample_add_norm_silu(
 def to_pixels(packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None:
     """Write packed + bias, [B, T, H, W, 3 patch^2] in [-1, 1], as pixels, uint8 [B, T, patch H, patch W, 3].
 
-    Raises ValueError for shapes that do not agree, or memory that is not contiguous.
+    Raises ValueError for shapes that do not match, and for memory that is not contiguous.
     """
     batch, frames, height, width, channels = packed.shape
-    wanted = (batch, frames, patch * height, patch * width, 3)
-    if channels != 3 * patch**2 or out.shape != wanted or not (packed.is_contiguous() and out.is_contiguous()):
-        raise ValueError(f"packed {list(packed.shape)} does not make pixels {list(out.shape)} of contiguous memory")
+    expected = (batch, frames, patch * height, patch * width, 3)
+    if channels != 3 * patch**2 or out.shape != expected or not (packed.is_contiguous() and out.is_contiguous()):
+        raise ValueError(
+            f"packed is {list(packed.shape)} and out is {list(out.shape)}; expected contiguous packed"
+            f" [B, T, H, W, {3 * patch**2}] and contiguous out [B, T, {patch} H, {patch} W, 3]"
+        )
     _to_pixels[(triton.cdiv(out.numel(), PIXEL_BLOCK),)](
         packed,
         packed if bias is None else bias,
@@ -147,26 +153,28 @@ def to_pixels(packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> N
 
 
 def _check(name: str, activations: Tensor, like: Tensor) -> tuple[int, int, int]:
-    """Return samples, pixels of one, and channels. Raises ValueError unless pixels lie one after the other."""
+    """Return the numbers of samples, of pixels per sample and of channels. Raises ValueError for other layouts."""
     batch, frames, height, width, channels = activations.shape
     strides = (height * width * channels, width * channels, channels, 1)
     if activations.shape != like.shape:
-        raise ValueError(f"{name} is {list(activations.shape)}, wanted {list(like.shape)}")
+        raise ValueError(f"{name} is {list(activations.shape)}; expected {list(like.shape)}")
     dense = zip(activations.shape[1:], activations.stride()[1:], strides, strict=True)
-    if any(size > 1 and found != wanted for size, found, wanted in dense):
-        raise ValueError(f"{name} has strides {list(activations.stride())}, wanted pixels one after the other")
+    if any(size > 1 and stride != expected for size, stride, expected in dense):
+        raise ValueError(
+            f"{name} has strides {list(activations.stride())}; expected contiguous pixels; call .contiguous()"
+        )
     return batch, frames * height * width, channels
 
 
 @triton.jit
-def _store(places, x, inside):
-    """Store float32, rounded to what the places hold."""
+def _store(places, x, inside) -> None:
+    """Store float32, rounded to the dtype of the destination."""
     tl.store(places, round_to(x, places.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _norm_silu(summed, gamma_pointer, channel, channels):
-    """Return SiLU of the RMS norm over the last axis."""
+    """Return SiLU of the RMS norm over the last dimension."""
     gamma = tl.load(gamma_pointer + channel, mask=channel < channels, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(summed * summed, axis=1))
     scale = tl.sqrt(channels.to(tl.float32)) / tl.maximum(length, _SMALLEST_LENGTH)
@@ -194,7 +202,7 @@ def _add_norm_silu(
     HAS_OUT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+) -> None:
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDTH)
@@ -236,7 +244,7 @@ def _upsample_add_norm_silu(
     OFFSET_X: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+) -> None:
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDTH)
@@ -252,12 +260,12 @@ def _upsample_add_norm_silu(
         folded_pointer + sample * folded_stride + place[:, None] + channel[None, :], mask=inside, other=0.0
     ).to(tl.float32)
     summed += tl.load(bias_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    grown = frame + skipped
-    group = grown % TIMES % OFFSET_T
+    repeated = frame + skipped
+    group = repeated % TIMES % OFFSET_T
     group = group * OFFSET_Y + y_phase % OFFSET_Y
     group = group * OFFSET_X + x_phase % OFFSET_X
     groups = OFFSET_T * OFFSET_Y * OFFSET_X
-    place = ((grown // TIMES * low_height + low_line) * low_width + low_column) * (channels * groups) + group
+    place = ((repeated // TIMES * low_height + low_line) * low_width + low_column) * (channels * groups) + group
     summed += tl.load(
         x_pointer + sample * x_stride + place[:, None] + (channel * groups)[None, :], mask=inside, other=0.0
     ).to(tl.float32)
@@ -278,20 +286,20 @@ def _to_pixels(
     HAS_BIAS: tl.constexpr,
     PATCH: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    colour = index % 3
+    color = index % 3
     column = index // 3 % (width * PATCH)
     line = index // (3 * width * PATCH) % (height * PATCH)
     frame = index // (3 * width * PATCH * height * PATCH)
-    channel = (colour * PATCH + column % PATCH) * PATCH + line % PATCH
+    channel = (color * PATCH + column % PATCH) * PATCH + line % PATCH
     place = ((frame * height + line // PATCH) * width + column // PATCH) * (3 * PATCH * PATCH) + channel
     value = tl.load(packed_pointer + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_pointer + channel, mask=inside, other=0.0).to(tl.float32)
     value = (value + 1.0) * 127.5
-    # to the nearest, halves to even, as torch rounds: there is no operation for it that all versions have
+    # to nearest, halves to even, as torch rounds; not every version of Triton has an operation for it
     lower = tl.floor(value)
     above = value - lower
     is_odd = lower - 2.0 * tl.floor(lower * 0.5)

@@ -81,7 +81,7 @@ def stream(
     if model is not None and (size is not None or window is not None):
         raise UserError("--size and --window are options of a preset; a model has its own; leave them out")
     sampling = SamplingOptions(steps, guidance)
-    formats = NumberFormats(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention)
     placement = Placement.choose(device, decode_device, decode_share)
     check_outputs(out, timeline)
     if timeline is not None and (placement.device.type != "cuda" or timeline.suffix != ".png"):
@@ -142,7 +142,7 @@ def parallel(
     from longvideo.training.run_log import environment
 
     check_outputs(out)
-    formats = NumberFormats(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention)
     with launched_ranks(None) as (own_device, group):
         placement = Placement.choose(own_device)
         name, shapes = named_shapes(preset, placement.device)

@@ -72,7 +72,7 @@ def doctor(
     from longvideo.infer.fit.refusal import cuda_devices
     from longvideo.quantization.number_formats import NumberFormats
 
-    formats = NumberFormats(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention)
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other; use one of them")
     question = None

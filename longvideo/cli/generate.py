@@ -117,7 +117,7 @@ def generate(
     choice = ModelChoice(model, base, preset, entry)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
-    formats = NumberFormats(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
     from longvideo.infer.fit.placement import Placement

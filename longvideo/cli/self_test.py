@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
-from torch.nn.attention import SDPBackend
 
 from longvideo.kernels import backends
-from longvideo.kernels.nvfp4 import reference, te
+from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.model.attention import preferred_attention
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import choose_w4a4
 
 H264_ENCODER = "libx264"
-HEAD_DIM, TOKENS = 128, 256
-"""Of the attention that is asked about: its heads are as wide as those of Wan2.2."""
 
 Finding = tuple[bool, str]
 """Whether a check passed, and the measured value with the expected one."""
@@ -65,7 +59,7 @@ def self_test(device: torch.device) -> list[Check]:
 def _kernels(device: torch.device) -> list[Operation]:
     """Return the operations that use Triton's kernels on CUDA, alone or together with other backends."""
     on_cpu, no_triton = device.type == "cpu", backends.triton_unavailable(device)
-    no_te, products = te.unavailable(device), backends.product_backend("nvfp4", device)
+    no_te, products = backends.training_backend(device).reason, backends.product_backend("nvfp4", device)
     kernels = backends.kernels_on(device)
     same = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
     close = {"triton": no_triton} if no_triton else {"reference": "slower"}
@@ -102,34 +96,13 @@ def _in_fp8(name: str, backend: backends.Backend, native: str) -> Operation:
 
 
 def _attention(device: torch.device) -> Operation:
-    """Ask torch which attention it takes for a chunk, with the order that streaming prefers."""
-    names = {
-        SDPBackend.CUDNN_ATTENTION: "cuDNN",
-        SDPBackend.FLASH_ATTENTION: "torch's flash attention",
-        SDPBackend.EFFICIENT_ATTENTION: "torch's memory-efficient attention",
-        SDPBackend.MATH: "reference",
-    }
-    usable = {SDPBackend.CUDNN_ATTENTION: can_use_cudnn_attention, SDPBackend.FLASH_ATTENTION: can_use_flash_attention}
     dtype = torch.bfloat16 if _dtype(device) == "bf16" else torch.float32
-    try:
-        q_BNLK = torch.zeros(1, 1, TOKENS, HEAD_DIM, dtype=dtype, device=device)
-    except RuntimeError as error:  # the GPU is full, or in use by one process alone
-        return Operation("attention in bf16", "none", {"torch": str(error).partition("\n")[0]})
-    rejected = {}
-    with preferred_attention(device):
-        chosen = SDPBackend(torch._fused_sdp_choice(q_BNLK, q_BNLK, q_BNLK))
-        for backend, can_use in usable.items():
-            if backend == chosen:
-                continue
-            if device.type != "cuda":
-                rejected[names[backend]] = f"it needs a CUDA device, not {device.type}"
-                continue
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                can = can_use(SDPAParams(q_BNLK, q_BNLK, q_BNLK, None, 0.0, False, False), True)
-            reasons = [" ".join(str(warning.message).split()) for warning in caught]
-            rejected[names[backend]] = f"{names[chosen]} comes first" if can else "; ".join(reasons) or "torch cannot"
-    return Operation("attention in bf16", names[chosen] + ("" if dtype == torch.bfloat16 else ", in fp32"), rejected)
+    choice = backends.torch_attention(device, dtype)
+    if choice.name is None:
+        return Operation("attention in bf16", "none", choice.rejected)
+    return Operation(
+        "attention in bf16", choice.name + ("" if dtype == torch.bfloat16 else ", in fp32"), choice.rejected
+    )
 
 
 def _video_encoding() -> Operation:

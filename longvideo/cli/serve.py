@@ -89,7 +89,7 @@ def serve(
     """
     from longvideo.quantization.number_formats import NumberFormats
 
-    formats = NumberFormats(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention)
     for package in ("fastapi", "uvicorn", "httptools"):
         require(package, extra="serve", purpose="longvideo serve")
     from longvideo.infer.fit.placement import Placement

@@ -1,6 +1,7 @@
 """UniPC, the few-step solver (arXiv 2302.04867): order 2, B2(h) = expm1(h), data prediction, with corrector.
 
-Every coefficient is a host number known before the first step, so a step is a few multiply-adds and no device sync.
+Every coefficient is a number on the host, computed before the first step, so a step is a few multiply-adds, and the
+host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ SIGMA_START = 0.999
 
 @dataclass(frozen=True)
 class Terms:
-    """Factors of one linear update; `older` multiplies the data prediction before the last one."""
+    """Factors of one linear update.
+
+    sample: factor of the sample. newest, last, older: factors of the data predictions of this step, of the last step
+        and of the step before it.
+    """
 
     sample: float
     newest: float = 0.0
@@ -31,13 +36,15 @@ class Terms:
 class UniPC:
     """Integrate velocities from noise to data in `num_steps` model calls.
 
-    sigmas: `num_steps + 1` noise levels, the last one 0. timesteps: whole numbers that the model is told, as the
-    reference does. One solver serves any number of samples; the state of a trajectory is in `Trajectory`.
+    sigmas: `num_steps + 1` noise levels; the last one is 0.
+    timesteps: whole numbers that the model receives, as in the reference implementation.
+    One solver serves any number of samples; `Trajectory` holds the state of an integration.
+    Raises UserError for less than one step.
     """
 
-    def __init__(self, num_steps: int, shift: float = 5.0):
+    def __init__(self, num_steps: int, shift: float = 5.0) -> None:
         if num_steps < 1:
-            raise UserError(f"steps is {num_steps}; it must be at least 1")
+            raise UserError(f"steps is {num_steps}; expected at least 1")
         base = [SIGMA_START * (1 - i / num_steps) for i in range(num_steps)]
         self.num_steps = num_steps
         self.sigmas = [shift * s / (1 + (shift - 1) * s) for s in base] + [0.0]
@@ -47,7 +54,7 @@ class UniPC:
         self._correct = [None] + [self._corrector(i, orders[i - 1]) for i in range(1, num_steps)]
 
     def start(self, noise: Tensor) -> Trajectory:
-        """Begin at pure noise."""
+        """Return an integration that begins at pure noise."""
         return Trajectory(self, noise)
 
     def _lambda(self, step: int) -> float:
@@ -86,9 +93,9 @@ class UniPC:
 
 
 class Trajectory:
-    """One integration. `sample` is what the model sees next; after the last `step` it is the clean result."""
+    """One integration. `sample` is the next input of the model, and after the last `step` the clean result."""
 
-    def __init__(self, solver: UniPC, noise: Tensor):
+    def __init__(self, solver: UniPC, noise: Tensor) -> None:
         self.sample = noise
         self.step_index = 0
         self._solver = solver
@@ -96,7 +103,7 @@ class Trajectory:
         self._predictions: list[Tensor] = []
 
     def step(self, velocity: Tensor) -> Tensor:
-        """Take the velocity at `sample` and move to the next noise level. Returns the new `sample`."""
+        """Move to the next noise level with the velocity at `sample`, and return the new `sample`."""
         solver, i = self._solver, self.step_index
         x0 = self.sample - solver.sigmas[i] * velocity
         corrected = self.sample
@@ -110,7 +117,7 @@ class Trajectory:
         return self.sample
 
     def replace(self, frames: slice, clean_BCTHW: Tensor) -> None:
-        """Hold some latent frames at a known clean value."""
+        """Set some latent frames of `sample` to a known clean value."""
         self.sample = self.sample.clone()
         self.sample[:, :, frames] = clean_BCTHW
 

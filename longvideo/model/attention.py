@@ -1,6 +1,6 @@
-"""Who attends to whom. The caller passes one of these to the model, which knows nothing else about context.
+"""Patterns of self-attention: which tokens attend to which others. The caller passes one to the model.
 
-A pattern receives queries and keys before rotation, so that it decides in which form keys are kept. Shapes: B batch,
+A pattern receives queries and keys before rotation, so that it decides in which form keys are stored. Shapes: B batch,
 L tokens, N heads, K head dim.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from longvideo.model.layout import TokenLayout
 
 
-HOPPER = (9, 0)
-
-
 class AttentionPattern(Protocol):
     """Self-attention of one layer: q, k, v [B, L, N, K] before rotation -> [B, L, N, K]."""
 
@@ -36,32 +32,35 @@ class AttentionPattern(Protocol):
 
 
 class StaticPattern(AttentionPattern, Protocol):
-    """A pattern without a cache: rotation happens to every token on its own, so it may be done before."""
+    """A pattern without a cache, for which tokens may be rotated before."""
 
     def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
-        """Attend with queries and keys that are rotated already."""
+        """Return the result for queries and keys that are rotated already."""
         ...
 
 
 class Full:
-    """Every token attends to every token: the bidirectional Wan model."""
+    """Attention of every token to every token, as in the bidirectional Wan model."""
 
-    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, _layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
         return attend(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
 
 
 class Masked:
     """Block-causal and teacher-forcing attention over a whole video in one pass.
 
-    A clean token sees the clean tokens of its own chunk and of the earlier chunks it may see; a noisy token sees the
-    clean tokens of those earlier chunks and the noisy tokens of its own chunk. Layouts without noisy tokens are thus
-    block-causal. visible: bool [num_chunks, num_chunks], by default all earlier chunks; `visible_chunks` gives the
-    table of a rollout with a window, so that training sees exactly what streaming will.
+    A clean token attends to the clean tokens of its own chunk and of the visible earlier chunks. A noisy token attends
+    to the clean tokens of the visible earlier chunks and to the noisy tokens of its own chunk. Layouts without noisy
+    tokens are therefore block-causal.
 
-    On CUDA the mask is a FlexAttention block mask; elsewhere, where FlexAttention has no backward, a dense mask.
+    visible: whether chunk i may attend to chunk j, bool [num_chunks, num_chunks]; by default all earlier chunks are
+        visible. `visible_chunks` returns the table of a rollout with a window.
+
+    On CUDA the mask is a FlexAttention block mask; on other devices, where FlexAttention has no backward pass, it is
+    dense.
     """
 
-    def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
+    def __init__(self, layout: TokenLayout, visible: Tensor | None = None) -> None:
         runs, device = _runs(layout), layout.chunk_L.device
         lengths = torch.tensor([end - start for start, end, _, _ in runs])
         run_L = torch.arange(len(runs)).repeat_interleave(lengths).to(device)
@@ -73,7 +72,7 @@ class Masked:
         else:
             self._dense_LL = seen_RR[run_L[:, None], run_L[None, :]]
 
-    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, _layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
         return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
 
     def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
@@ -89,17 +88,18 @@ class Masked:
 
 
 class Blockwise:
-    """What `Masked` computes, run by run without a mask: every run of tokens of one chunk and one copy attends to the
-    runs it may see. No product is spent on hidden keys, whatever the size of a chunk, and the plain attention kernels
-    serve; but every run that sees several others copies their keys, so this is for a few short chunks.
+    """The attention of `Masked`, computed without a mask, for a few short chunks.
+
+    Every run of tokens of one chunk and one copy attends to its visible runs. There is no work for hidden keys,
+    whatever the size of a chunk, and plain attention kernels are used; but a run copies the keys of its visible runs.
     """
 
-    def __init__(self, layout: TokenLayout, visible: Tensor | None = None):
+    def __init__(self, layout: TokenLayout, visible: Tensor | None = None) -> None:
         runs = _runs(layout)
         self._lengths = [end - start for start, end, _, _ in runs]
         self._seen: list[list[int]] = [row.nonzero().flatten().tolist() for row in _seen(runs, visible)]
 
-    def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, _layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
         return self.rotated(rotate(q_BLNK, rope), rotate(k_BLNK, rope), v_BLNK)
 
     def rotated(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
@@ -112,13 +112,13 @@ class Blockwise:
 
 
 class Cached:
-    """The live chunk attends to itself and to the chunks in the cache.
+    """Attention of the live chunk to itself and to the chunks in a cache.
 
-    Under autograd the live keys and values are concatenated to detached copies of the past, so nothing that a gradient
-    needs is overwritten and no gradient reaches the past.
+    Under autograd the keys and values of the live chunk are concatenated to detached copies of the past, so nothing
+    that a gradient needs is overwritten, and no gradient reaches the past.
     """
 
-    def __init__(self, cache: ChunkCache):
+    def __init__(self, cache: ChunkCache) -> None:
         self.cache = cache
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
@@ -130,9 +130,9 @@ class Cached:
 
 
 class Filling:
-    """`Cached` for the clean pass: keys and values of the live chunk, which is now finished, stay in the cache."""
+    """`Cached` for the clean pass, which stores keys and values of the finished live chunk in the cache."""
 
-    def __init__(self, cache: ChunkCache):
+    def __init__(self, cache: ChunkCache) -> None:
         self.cache = cache
 
     def __call__(self, layer: int, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> Tensor:
@@ -141,33 +141,18 @@ class Filling:
         return attended
 
     def keep(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor, rope: Rope) -> None:
-        """Keep keys and values of a layer whose attention output nobody needs."""
+        """Store keys and values of a layer without computing its attention."""
         self.cache.keep(layer, k_BLNK, v_BLNK, rope)
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention in [B, L, N, K] layout."""
+    """Return scaled dot-product attention in the layout [B, L, N, K]."""
     q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask_LS).transpose(1, 2)
 
 
-def preferred_attention(device: torch.device) -> AbstractContextManager[object]:
-    """Let torch take cuDNN's attention first where it can: on Hopper it is twice as fast as its FlashAttention-2."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
-
-
 def _runs(layout: TokenLayout) -> list[tuple[int, int, int, bool]]:
-    """Return start, end, chunk and noisiness of every run of neighbouring tokens that share the last two."""
+    """Return start, end, chunk and noisiness of every run of consecutive tokens with one chunk and noisiness."""
     kinds = list(zip(layout.chunk_L.tolist(), layout.is_noisy_L.tolist(), strict=True))
     runs, start = [], 0
     for kind, group in itertools.groupby(kinds):
@@ -178,7 +163,7 @@ def _runs(layout: TokenLayout) -> list[tuple[int, int, int, bool]]:
 
 
 def _seen(runs: list[tuple[int, int, int, bool]], visible: Tensor | None) -> Tensor:
-    """Return which runs the tokens of a run see, bool [R, R]."""
+    """Return whether the tokens of run i attend to those of run j, bool [R, R]."""
     chunk, noisy = (torch.tensor([run[place] for run in runs]) for place in (2, 3))
     if visible is None:
         visible = torch.ones(int(chunk.max()) + 1, int(chunk.max()) + 1, dtype=torch.bool).tril()
@@ -188,16 +173,16 @@ def _seen(runs: list[tuple[int, int, int, bool]], visible: Tensor | None) -> Ten
 
 
 def block_mask(run_L: Tensor, seen_RR: Tensor, *, block: int = 128) -> BlockMask:
-    """Return a FlexAttention mask: a token of run r sees those of the runs in row r of seen_RR.
+    """Return a FlexAttention mask, in which a token of run r attends to those of the runs in row r of seen_RR.
 
-    Made block by block from the runs in each; from single tokens it would take eight bytes for every pair of them. A
-    block of tokens of one run needs no look at single pairs.
+    It is computed from the runs in each block of tokens; computed from single tokens, it would take eight bytes for
+    every pair of tokens. Blocks that attend completely need no mask inside.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     length, device = run_L.numel(), run_L.device
     num_blocks = -(-length // block)
-    # of floats, since matrices of booleans have no product; counts stay small
+    # floats, since matrices of booleans have no product; counts are small
     holds_GR = torch.zeros(num_blocks, seen_RR.shape[0], device=device)
     holds_GR[torch.arange(length, device=device) // block, run_L] = 1
     some_GG = holds_GR @ seen_RR.float() @ holds_GR.T > 0
@@ -213,7 +198,7 @@ def block_mask(run_L: Tensor, seen_RR: Tensor, *, block: int = 128) -> BlockMask
         *listed(some_GG & ~full_GG),
         *listed(full_GG),
         BLOCK_SIZE=block,
-        mask_mod=lambda batch, head, q, k: seen_RR[run_L[q], run_L[k]],
+        mask_mod=lambda _batch, _head, q, k: seen_RR[run_L[q], run_L[k]],
         seq_lengths=(length, length),
     )
 

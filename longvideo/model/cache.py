@@ -1,18 +1,19 @@
-"""Keys and values of the chunks already made: storage that never moves, and the rule of who stays.
+"""The window of chunks that the live chunk attends to, and the cache of their keys and values.
 
-The rule is host arithmetic on integers. When the window is full the oldest chunk goes that is neither sink nor the
-pinned first chunk of the current shot; the next chunk is written into its slot. Attention without a mask does not care
-about the order of keys, so slots are attended to where they lie.
+The window is arithmetic on integers on the host. When it is full, the oldest chunk that is neither a sink nor the pin
+is evicted, and the next chunk is written to its slot. Attention without a mask does not depend on the order of the
+keys, so nothing is moved.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.model.rope import Rope, rotate
+from longvideo.model.slots import NVFP4Slots, PlainSlots, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class ChunkWindow:
-    """Which chunk occupies which slot. `begin` gives the live chunk a slot, `commit` makes it part of the past."""
+    """The chunk in each slot. `begin` gives the live chunk a slot, `commit` makes it part of the past."""
 
-    def __init__(self, spec: ChunkSpec):
+    def __init__(self, spec: ChunkSpec) -> None:
         self.spec = spec
         self.chunks: list[int] = []
         self.next_chunk = 0
@@ -31,7 +32,7 @@ class ChunkWindow:
         self._pin: int | None = None
 
     def begin(self) -> int:
-        """Return the slot of the next chunk, evicting one if all are taken. Repeated calls return the same slot."""
+        """Return the slot of the live chunk, after evicting a chunk if all slots are in use. Repeated calls agree."""
         if self.live_slot is None:
             if len(self.chunks) < self.spec.window_chunks:
                 self.live_slot = len(self.chunks)
@@ -43,7 +44,7 @@ class ChunkWindow:
         return self.live_slot
 
     def commit(self, *, cut: bool = False) -> None:
-        """Keep the live chunk. cut: it opened a shot, so it is pinned from now on in place of the last pin."""
+        """Make the live chunk part of the past. cut: whether it opened a shot; it then replaces the pin."""
         assert self.live_slot is not None, "commit without begin"
         if cut and self.spec.pin_shots and self.next_chunk > 0:
             self._pin = self.next_chunk
@@ -51,24 +52,24 @@ class ChunkWindow:
         self.live_slot = None
 
     def skip_to(self, chunk: int) -> None:
-        """Go on with a later chunk; those between are not kept."""
+        """Continue with a later chunk; the chunks between are not in the window."""
         is_open = self.live_slot is not None
         assert chunk == self.next_chunk or (chunk > self.next_chunk and not is_open), (chunk, self.next_chunk)
         self.next_chunk = chunk
 
     def past_slots(self) -> list[int]:
-        """Return the slots that the live chunk may look back at."""
+        """Return the slots that the live chunk attends to, without its own."""
         live = self.begin()
         return [slot for slot in range(self.num_slots) if slot != live]
 
     @property
     def num_slots(self) -> int:
-        """Slots in use, the live one included; they are always the first ones."""
+        """Number of slots in use, with that of the live chunk; they are always the first ones."""
         return len(self.chunks)
 
 
 def past_chunks(spec: ChunkSpec, cuts: Sequence[bool]) -> list[int]:
-    """Return which of the chunks made so far the next one attends to, in order. cuts: whether each opened a shot."""
+    """Return the finished chunks that the next one attends to, in order. cuts: whether each chunk opened a shot."""
     window = ChunkWindow(spec)
     for cut in cuts:
         window.begin()
@@ -78,7 +79,7 @@ def past_chunks(spec: ChunkSpec, cuts: Sequence[bool]) -> list[int]:
 
 
 def visible_chunks(spec: ChunkSpec, cuts: list[bool]) -> Tensor:
-    """Return bool [num_chunks, num_chunks]: whether chunk i attends to chunk j in a rollout with these cuts."""
+    """Return whether chunk i attends to chunk j in a rollout with these cuts, bool [num_chunks, num_chunks]."""
     window = ChunkWindow(spec)
     visible = torch.zeros(len(cuts), len(cuts), dtype=torch.bool)
     for index, cut in enumerate(cuts):
@@ -88,14 +89,15 @@ def visible_chunks(spec: ChunkSpec, cuts: list[bool]) -> Tensor:
     return visible
 
 
-class ChunkCache(Protocol):
-    """What a rollout keeps of the chunks already made. Samples of one batch share their cuts and so their slots.
+class ChunkCache:
+    """Keys and values of the chunks already made, for a model that is run layer by layer, under autograd or not.
 
-    The live chunk's keys come before rotation. `attended` may be called any number of times a chunk, `keep` once a
-    layer, in the clean pass; `commit` ends the chunk.
+    It joins the window, which decides which chunk is in which slot, to the slots that store them. Keys of the live
+    chunk are given before rotation. `attended` may be called any number of times a chunk, `keep` once a layer, in the
+    clean pass; `commit` ends the chunk. Samples of a batch share their cuts, and so their slots and positions.
     """
 
-    window: ChunkWindow
+    slots_type: type[Slots] = PlainSlots
 
     def __init__(
         self,
@@ -107,81 +109,84 @@ class ChunkCache(Protocol):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> None: ...
-
-    def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Return rotated keys and values of all slots in use, [B, S * L, N, K], the live chunk's among them.
-
-        They are valid until the next call, for whatever layer.
-        """
-        ...
-
-    def past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return copies of rotated keys and values of the kept slots only, detached, for use under autograd."""
-        ...
-
-    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
-        """Make these keys and values what is attended to once the live chunk is part of the past."""
-        ...
-
-    def commit(self, *, cut: bool = False) -> None:
-        """Make the live chunk, which the clean pass has kept, part of the past."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that grow with layers and slots; not what all layers share."""
-        ...
-
-
-class KVCache:
-    """Rotated keys and values of every layer, `[B, slots * tokens_per_chunk, N, K]`, allocated once. See `ChunkCache`.
-
-    The live chunk is written into its slot, and all slots are attended to where they lie, without a copy.
-    """
-
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         self.spec = spec
         self.window = ChunkWindow(spec)
-        shape = (batch, spec.window_chunks * spec.tokens_per_chunk, num_heads, head_dim)
-        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._slots = self.slots_type(
+            spec,
+            num_layers=num_layers,
+            batch=batch,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=torch.device(device),
+        )
+        self._has_begun = False
 
     def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        self._write(layer, keys_BLNK, values_BLNK, rope)
-        end = self.window.num_slots * self.spec.tokens_per_chunk
-        return self._keys[layer][:, :end], self._values[layer][:, :end]
+        """Return rotated keys and values of all slots in use, [B, S * L, N, K], with those of the live chunk.
+
+        They are valid until the next call, for any layer.
+        """
+        keys_BSLNK, values_BSLNK = self._written(layer, keys_BLNK, values_BLNK, rope)
+        end = self.window.num_slots
+        return keys_BSLNK[:, :end].flatten(1, 2), values_BSLNK[:, :end].flatten(1, 2)
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
-        shape = (self.spec.window_chunks, self.spec.tokens_per_chunk)
-        slots = self.window.past_slots()
-        keys, values = (
-            stored[layer].unflatten(1, shape)[:, slots].flatten(1, 2).detach() for stored in (self._keys, self._values)
-        )
-        return keys, values
+        """Return copies of the rotated keys and values of the past, detached, for use under autograd."""
+        with torch.no_grad():
+            keys_BSLNK, values_BSLNK = self._opened(layer)
+            slots = self.window.past_slots()
+            return keys_BSLNK[:, slots].flatten(1, 2), values_BSLNK[:, slots].flatten(1, 2)
 
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
-        self._write(layer, keys_BLNK, values_BLNK, rope)
-
-    def _write(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
-        start = self.window.begin() * self.spec.tokens_per_chunk
-        live = slice(start, start + self.spec.tokens_per_chunk)
-        self._keys[layer][:, live] = rotate(keys_BLNK, rope).to(self._keys[layer].dtype)
-        self._values[layer][:, live] = values_BLNK.to(self._values[layer].dtype)
+        """Store the keys and values of the finished live chunk, to which later chunks attend."""
+        live = self._begin()
+        if not self._slots.copies:
+            self._written(layer, keys_BLNK, values_BLNK, rope)
+            return
+        if layer == 0:
+            assert rope.cos.shape[0] == 1, "samples of a batch share their positions, as they share the slots"
+            self._slots.set_rotation(live, rope.cos[0, :, 0], rope.sin[0, :, 0])
+        self._slots.keep(layer, keys_BLNK, values_BLNK)
 
     def commit(self, *, cut: bool = False) -> None:
+        """Make the live chunk part of the past, after the clean pass. cut: whether it opened a shot."""
         self.window.commit(cut=cut)
+        self._has_begun = False
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
+        """Bytes that grow with layers and slots, without what all layers share."""
+        return self._slots.num_bytes
+
+    def _begin(self) -> int:
+        """Give the live chunk its slot, once, and return the slot."""
+        live = self.window.begin()
+        if not self._has_begun:
+            self._slots.begin(live, self.window.past_slots())
+            self._has_begun = True
+        return live
+
+    def _opened(self, layer: int) -> tuple[Tensor, Tensor]:
+        self._begin()
+        return self._slots.open(layer, self.window.num_slots - 1)
+
+    def _written(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        keys_BSLNK, values_BSLNK = self._opened(layer)
+        live = self._begin()
+        keys_BSLNK[:, live] = rotate(keys_BLNK, rope).to(keys_BSLNK.dtype)
+        values_BSLNK[:, live] = values_BLNK.to(values_BSLNK.dtype)
+        return keys_BSLNK, values_BSLNK
+
+
+class KVCache(ChunkCache):
+    """A cache of rotated keys and values in the dtype of the model."""
+
+    slots_type = PlainSlots
+
+
+class NVFP4KVCache(ChunkCache):
+    """A cache in 4 bits."""
+
+    slots_type = NVFP4Slots

@@ -1,4 +1,4 @@
-"""What a chunk is made from: its prompt, whether it opens a shot, and a known first frame."""
+"""Conditioning of a chunk: its prompt, whether it opens a shot, and a given first frame."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Conditioning:
     """Conditioning of one chunk for a batch of samples.
 
     text: keys and values of the distinct prompts, from `CausalTransformer.encode_text`.
-    prompt_index: [B] int64, the row of `text` that each sample follows.
-    negative_index: [B] int64, the row that guidance moves away from; needed only when guidance is not 1.
-    cut: this chunk opens a shot. Samples of one batch share their cuts.
-    recache: before this chunk is begun, the past it looks at is run through the clean pass again, under this text.
-    first_latent: [B, C, 1, H, W], the normalised clean latent of the first frame (image to video, first chunk only).
+    prompt_index: row of `text` that each sample follows, [B] int64.
+    negative_index: row from which guidance moves each sample away, [B] int64; needed only if guidance is not 1.
+    cut: whether this chunk opens a shot. Samples of one batch share their cuts.
+    recache: whether the past in the window goes through the clean pass again, under this text, before this chunk.
+    first_latent: normalized clean latent of the given first frame, [B, C, 1, H, W]; first chunk only.
     """
 
     text: TextContext
@@ -36,9 +36,9 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class ChunkTexts:
-    """What the text encoder reads for a batch of videos.
+    """Texts that the text encoder reads for a batch of videos.
 
-    texts: distinct ones, the negative prompt last. rows_NB: int64, the text of every sample in each of N chunks.
+    texts: distinct texts, the negative prompt last. rows_NB: row in `texts` of every sample in each of N chunks, int64.
     """
 
     texts: tuple[str, ...]
@@ -46,12 +46,12 @@ class ChunkTexts:
 
 
 def chunk_text(prompt: str, *, cut: bool, cut_prefix: str) -> str:
-    """Return what the text encoder reads for a chunk under a prompt. cut: the chunk opens a shot after another one."""
+    """Return the text of a chunk. cut: whether the chunk opens a shot after another one."""
     return cut_prefix + prompt if cut else prompt
 
 
 def video_texts(prompts: Sequence[str], cuts: Sequence[bool], *, cut_prefix: str) -> tuple[str, ...]:
-    """Return what the text encoder reads for the chunks of a video. The first chunk opens a shot without a cut."""
+    """Return the texts of the chunks of a video. The first chunk has no cut prefix."""
     return tuple(
         chunk_text(prompt, cut=cut and index > 0, cut_prefix=cut_prefix)
         for index, (prompt, cut) in enumerate(zip(prompts, cuts, strict=True))
@@ -61,7 +61,7 @@ def video_texts(prompts: Sequence[str], cuts: Sequence[bool], *, cut_prefix: str
 def batch_texts(
     prompts: Sequence[Sequence[str]], cuts: Sequence[bool], *, cut_prefix: str, negative_prompt: str = ""
 ) -> ChunkTexts:
-    """Return what the text encoder reads for videos that share their cuts; prompts: those of each video's chunks."""
+    """Return the texts of videos that share their cuts. prompts: prompts of the chunks of each video."""
     texts = [video_texts(own, cuts, cut_prefix=cut_prefix) for own in prompts]
     rows = {text: row for row, text in enumerate(dict.fromkeys(text for own in texts for text in own))}
     rows_NB = torch.tensor([[rows[text] for text in own] for own in texts]).T

@@ -1,4 +1,4 @@
-"""Shape of the transformer, with the presets this project trains and streams."""
+"""Shape of the transformer, and presets of it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MOST = {
     "freq_dim": MAX_WIDTH,
     "text_len": MAX_TEXT_LEN,
 }
-"""Beyond these a configuration is a mistake, and building what it says would take all memory."""
+"""Upper bounds; a configuration above them is a mistake, and such a model would take all memory."""
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the diffusion transformer; names are those of diffusers' WanTransformer3DModel config.
 
-    text_len: prompt positions, zero-padded, all attended to as Wan does.
+    text_len: number of prompt positions, padded with zeros; as in Wan, tokens attend to all of them.
+    Raises ConfigError for sizes out of bounds or that do not fit together.
     """
 
     num_attention_heads: int
@@ -50,17 +51,17 @@ class TransformerConfig:
         check_number("eps", self.eps, MIN_EPS, MAX_EPS)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise ConfigError(
-                f"attention_head_dim={self.attention_head_dim} must be even and at least 6 for 3-axis RoPE"
+                f"attention_head_dim is {self.attention_head_dim}; expected an even number, 6 or more for 3-axis RoPE"
             )
         if self.dim > MAX_WIDTH:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} times attention_head_dim={self.attention_head_dim} is"
-                f" {self.dim}, wanted at most {MAX_WIDTH}"
+                f" {self.dim}; expected at most {MAX_WIDTH}"
             )
         if self.patch_size[0] != 1:
-            raise ConfigError(f"patch_size={self.patch_size} joins latent frames; the temporal patch must be 1")
+            raise ConfigError(f"patch_size is {self.patch_size}; expected 1 as the first number, the temporal patch")
         if self.freq_dim % 2:
-            raise ConfigError(f"freq_dim={self.freq_dim} must be even")
+            raise ConfigError(f"freq_dim is {self.freq_dim}; expected an even number")
 
     @property
     def dim(self) -> int:

@@ -1,7 +1,7 @@
-"""What every token is: its chunk, whether it is noisy, and where it stands in the video.
+"""Layout of tokens: the chunk of every token, whether it is noisy, and its position in the video.
 
-The attention mask, the RoPE positions and the order in which ranks hold tokens all come from here, so reordering the
-frames of a layout together with the latents changes nothing but the order of the result.
+The attention mask, the RoPE positions and the order in which ranks hold tokens are computed from a layout. If the
+frames of a layout and the latents are reordered in the same way, only the order of the result changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """chunk_L int64, is_noisy_L bool, position_BL3 int64 (time, height, width; B is 1 unless samples differ)."""
+    """Properties of tokens.
+
+    chunk_L: chunk of every token, int64. is_noisy_L: whether the token is noisy, bool. position_BL3: time, height and
+    width of the token, int64; B is 1 unless samples differ.
+    """
 
     chunk_L: Tensor
     is_noisy_L: Tensor
@@ -31,7 +35,7 @@ class TokenLayout:
     def from_frames(
         cls, spec: ChunkSpec, *, chunk: Sequence[int], is_noisy: Sequence[bool], time: Tensor | Sequence[int]
     ) -> TokenLayout:
-        """Expand per-frame facts to tokens, frame by frame, rows before columns.
+        """Return the layout of latent frames, with tokens frame by frame and row by row.
 
         time: temporal positions, [T], or [B, T] when the shots of the samples start at different chunks.
         """
@@ -57,7 +61,7 @@ class TokenLayout:
 
     @classmethod
     def block_causal(cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None) -> TokenLayout:
-        """Lay out one copy of a video, each chunk seeing itself and every earlier chunk."""
+        """Return the layout of one clean copy of a video."""
         frames = num_chunks * spec.chunk_frames
         return cls.from_frames(
             spec,
@@ -70,9 +74,9 @@ class TokenLayout:
     def teacher_forcing(
         cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None
     ) -> TokenLayout:
-        """Lay out a clean copy followed by a noisy copy of the same frames, at the same positions.
+        """Return the layout of a clean copy followed by a noisy copy of the same frames, at the same positions.
 
-        cuts: [num_chunks] or [B, num_chunks], true where a chunk starts a shot.
+        cuts: whether a chunk opens a shot, [num_chunks] or [B, num_chunks].
         """
         frames = num_chunks * spec.chunk_frames
         time = torch.as_tensor(frame_times(spec, num_chunks, cuts))
@@ -85,8 +89,7 @@ class TokenLayout:
 
     @classmethod
     def training(cls, spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None = None) -> TokenLayout:
-        """Lay out what a teacher-forcing step computes: `teacher_forcing` without the clean copy of the last chunk,
-        which nothing looks at."""
+        """Return `teacher_forcing` without the clean copy of the last chunk, to which nothing attends."""
         frames, last = num_chunks * spec.chunk_frames, (num_chunks - 1) * spec.chunk_frames
         whole = cls.teacher_forcing(spec, num_chunks, cuts)
         return whole.permute_frames([*range(last), *range(frames, 2 * frames)])
@@ -95,7 +98,7 @@ class TokenLayout:
     def balanced(
         cls, spec: ChunkSpec, num_chunks: int, *, ranks: int, cuts: Tensor | Sequence[bool] | None = None
     ) -> TokenLayout:
-        """Lay out `teacher_forcing` as ranks hold it: each the clean copy of its chunks, then their noisy copy."""
+        """Return `teacher_forcing` in the order of ranks: the clean, then the noisy copy of the chunks of each."""
         whole = cls.teacher_forcing(spec, num_chunks, cuts)
         frames = num_chunks * spec.chunk_frames
         own = frames // ranks
@@ -103,7 +106,7 @@ class TokenLayout:
         return whole.permute_frames([frame for start in starts for frame in range(start, start + own)])
 
     def part(self, rank: int, ranks: int) -> TokenLayout:
-        """Return the tokens of one of several ranks that share them in order."""
+        """Return the part of one of several ranks, which share the tokens in order."""
         length = self.chunk_L.numel() // ranks
         tokens = slice(rank * length, (rank + 1) * length)
         return TokenLayout(
@@ -112,7 +115,7 @@ class TokenLayout:
 
     @classmethod
     def one_chunk(cls, spec: ChunkSpec, index: int, *, shot: int = 0) -> TokenLayout:
-        """Lay out chunk `index` (from 0) of a rollout, `shot` cuts after the start."""
+        """Return the layout of chunk `index` (from 0) of a rollout. shot: number of cuts before it or at it."""
         start = index * spec.chunk_frames + shot * spec.offset_per_shot
         return cls.from_frames(
             spec,
@@ -141,7 +144,7 @@ class TokenLayout:
 
 
 def frame_times(spec: ChunkSpec, num_chunks: int, cuts: Tensor | Sequence[bool] | None) -> Tensor:
-    """Return the temporal position of every latent frame, [T] or [B, T], counting the offset of every cut before it."""
+    """Return the temporal position of every latent frame, [T] or [B, T], with the offsets of all cuts before it."""
     time = torch.arange(num_chunks * spec.chunk_frames)
     if cuts is None:
         return time

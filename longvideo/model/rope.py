@@ -1,7 +1,7 @@
 """Rotary position embedding over time, height and width, from integer positions.
 
-RoFormer (arXiv 2104.09864), split over three axes as Wan does (arXiv 2503.20314). Angles are computed in float64 from
-integers, so there is no table and no last position. Shapes: B batch, L tokens, N heads, K head dim.
+RoFormer (arXiv 2104.09864), divided among three axes as in Wan (arXiv 2503.20314). Angles are computed in float64 from
+integers, without a table, so there is no last position. Shapes: B batch, L tokens, N heads, K head dim.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Rope(NamedTuple):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Return the number of rotated pairs that time, height and width own."""
+    """Return the numbers of rotated pairs of time, height and width."""
     space = head_dim // 6
     return head_dim // 2 - 2 * space, space, space
 
 
 def rope_from_positions(position_BL3: Tensor, head_dim: int) -> Rope:
-    """Compute the rotation of every token from its integer (time, height, width) position."""
+    """Return the rotation of every token from its integer position (time, height, width)."""
     angles = []
     for axis, pairs in enumerate(axis_pairs(head_dim)):
         exponent = torch.arange(pairs, dtype=torch.float64, device=position_BL3.device) / pairs
@@ -38,7 +38,7 @@ def rope_from_positions(position_BL3: Tensor, head_dim: int) -> Rope:
 
 
 def rotate(x_BLNK: Tensor, rope: Rope) -> Tensor:
-    """Rotate interleaved pairs of queries or keys; the arithmetic is float32, the result has the input's dtype."""
+    """Return queries or keys with rotated interleaved pairs, computed in float32 and returned in their dtype."""
     even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos), dim=-1)
     return rotated.flatten(-2).to(x_BLNK.dtype)

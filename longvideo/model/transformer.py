@@ -1,7 +1,8 @@
 """The causal diffusion transformer, in the Wan2.2-TI2V-5B family (arXiv 2503.20314).
 
-One forward pass and one clean pass that fills a cache. What a token may attend to comes in as an AttentionPattern,
-where tokens stand as a TokenLayout, how noisy every frame is as sigma. Module names are those of the official weights.
+The model has a forward pass, and a clean pass that fills a cache. The caller passes an AttentionPattern (to which
+tokens a token attends), the rotation of a TokenLayout (the positions of tokens) and sigma (the noise of every frame).
+Module names are those of the official weights.
 
 Shapes: B batch, C channels, T latent frames, H W latent size, L tokens, D model dim, N heads, K head dim, S time
 embeddings per frame (1, or tokens per frame), P prompts, J text positions, G groups of tokens with one prompt each.
@@ -32,9 +33,9 @@ MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True)
 class TextContext:
-    """Cross-attention keys and values of P prompts, one [P, J, N, K] tensor per layer; made once per prompt.
+    """Cross-attention keys and values of P prompts, one tensor [P, J, N, K] per layer, computed once per prompt.
 
-    The model wants them in the order of use: prompt b * G + g belongs to the g-th group of tokens of sample b.
+    The model needs them in the order of use: prompt b * G + g is that of the g-th group of tokens of sample b.
     """
 
     keys: tuple[Tensor, ...]
@@ -45,15 +46,15 @@ class TextContext:
         return self.keys[0].shape[0]
 
     def select(self, rows: Tensor) -> TextContext:
-        """Return the prompts in the order of `rows` (int64, any shape), repeated where a row is."""
+        """Return the prompts of `rows` (int64, any shape), in their order."""
         rows = rows.flatten()
         return TextContext(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension, in float32."""
+    """RMS norm over the last dimension, in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -63,9 +64,9 @@ class RMSNorm(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm without weight and bias, then every frame scaled and shifted by its own modulation, in float32."""
+    """LayerNorm without weight and bias, scaled and shifted by the modulation of every frame, in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
 
@@ -76,9 +77,9 @@ class ModulatedNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections of self-attention; queries and keys are normalised over the full width before the head split."""
+    """Projections of self-attention. Queries and keys are normalized over all heads together."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float):
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
@@ -95,12 +96,12 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of every group of tokens to its own prompt, padding included as Wan does it.
+    """Attention of every group of tokens to its own prompt, and as in Wan to the padding as well.
 
-    shared_input: what is done once to the input of k and v; nothing here, rounding it in a quantised model.
+    shared_input: module that is applied once to the input of k and v; it rounds the input in a quantized model.
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float):
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.shared_input: nn.Module = nn.Identity()
@@ -122,10 +123,10 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Modulated self-attention, cross-attention and feed-forward, each with a residual.
 
-    In a quantised model norm1, norm2 and the GELU round what they hand to the linear layer after them.
+    In a quantized model norm1, norm2 and GELU round the inputs of the linear layers after them.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim, heads, eps = config.dim, config.num_attention_heads, config.eps
         self.norm1: nn.Module = ModulatedNorm(dim, eps)
@@ -160,14 +161,14 @@ class Block(nn.Module):
     def after_attention(
         self, h_BLD: Tensor, attended_BLD: Tensor, time_BTS6D: Tensor, text: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Take in what self-attention found, then the prompt, then the feed-forward layers."""
+        """Return the tokens after the result of self-attention, cross-attention and feed-forward."""
         _, _, gate1, shift2, scale2, gate2 = self._modulation(time_BTS6D)
         h_BLD = add_gated(h_BLD, self.self_attn.o(attended_BLD), gate1)
         h_BLD = h_BLD + self.cross_attn(normalize(self.norm3, h_BLD), *text)
         return add_gated(h_BLD, self.ffn(self.norm2(h_BLD, shift2, scale2)), gate2)
 
     def compile_around_attention(self) -> None:
-        """Compile what comes before and after self-attention, whose context changes from chunk to chunk."""
+        """Compile the parts before and after self-attention, which itself changes from chunk to chunk."""
         self.before_attention = torch.compile(self.before_attention, dynamic=False)
         self.after_attention = torch.compile(self.after_attention, dynamic=False)
 
@@ -181,9 +182,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated projection from tokens to the patches they stand for."""
+    """Modulated projection from tokens to patches of latents."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         _, height, width = config.patch_size
         self.norm = ModulatedNorm(config.dim, config.eps)
@@ -196,9 +197,9 @@ class Head(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """Velocity of noisy latents, given what they may attend to. See `forward`."""
+    """The diffusion transformer, which predicts the velocity of noisy latents; see `forward`."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -212,7 +213,7 @@ class CausalTransformer(nn.Module):
         self.head = Head(config)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw fresh weights for training: Xavier everywhere, and a head that starts at zero velocity."""
+        """Draw new weights for training: Xavier for all layers but the head, which starts at zero velocity."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -226,18 +227,19 @@ class CausalTransformer(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def rope(self, layout: TokenLayout) -> Rope:
-        """Compute the rotation of every token of a layout, on the layout's device; once a chunk, or once a run."""
+        """Return the rotation of every token of a layout, on the device of the layout."""
         return rope_from_positions(layout.position_BL3, self.config.attention_head_dim)
 
     def encode_text(self, features_PJD: Tensor) -> TextContext:
-        """Compute every layer's text keys and values.
+        """Return the text keys and values of all layers. Gradients reach the features.
 
-        features_PJD: output of the text encoder, zero-padded to J = config.text_len. Differentiable.
+        features_PJD: output of the text encoder, padded with zeros to J = config.text_len.
+        Raises ValueError for other shapes.
         """
         if features_PJD.shape[1:] != (self.config.text_len, self.config.text_dim):
             raise ValueError(
-                f"text features are {tuple(features_PJD.shape)},"
-                f" wanted [prompts, {self.config.text_len}, {self.config.text_dim}]"
+                f"text features are {list(features_PJD.shape)};"
+                f" expected [prompts, {self.config.text_len}, {self.config.text_dim}]"
             )
         text_PJD = self.text_embedding(features_PJD.to(self.patch_embedding.weight.dtype))
         pairs = [block.cross_attn.keys_values(text_PJD) for block in self._blocks()]
@@ -255,11 +257,11 @@ class CausalTransformer(nn.Module):
     ) -> Tensor:
         """Return the flow velocity (noise minus clean) of every latent frame, [B, C, T, H, W] float32.
 
-        sigma_BT: noise level of every frame in [0, 1]; [B, T, tokens per frame] gives every token its own.
-        text: for each sample, a prompt for each of G equal runs of tokens, in the order of the layout; a rollout has
-            G = 1, a training pass one for each chunk. See `TextContext.select`.
-        rope: rotation of every token, from `rope`; it must be of T frames.
-        checkpoint: keep only the input of each block for the backward pass, which runs the blocks once more.
+        sigma_BT: noise level of every latent frame in [0, 1], or of every token, [B, T, tokens per frame].
+        text: for each sample, a prompt for each of G equal runs of tokens, in the order of the layout. A rollout has
+            G = 1, a training pass one run for each chunk. See `TextContext.select`.
+        rope: rotation of every token of T latent frames, from `rope`.
+        checkpoint: whether to store only the inputs of blocks for the backward pass, which runs the blocks again.
         """
         h_BLD, time_BTSD, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
         assert rope.cos.shape[1] == h_BLD.shape[1], (rope.cos.shape, latents_BCTHW.shape)
@@ -278,7 +280,7 @@ class CausalTransformer(nn.Module):
         rope: Rope,
         attention: Filling,
     ) -> None:
-        """Store the keys and values of finished latents; the last block stops there, and nothing follows it."""
+        """Store the keys and values of finished latents; the pass ends with those of the last block."""
         h_BLD, _, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self._blocks()):
@@ -293,7 +295,7 @@ class CausalTransformer(nn.Module):
         weight = self.patch_embedding.weight
         _, p, q = self.config.patch_size
         patches = rearrange(latents_BCTHW.to(weight.dtype), "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=q)
-        # a convolution whose stride is its kernel is a product, for which libraries have faster kernels
+        # a convolution with the stride of its kernel is a product, for which libraries have faster kernels
         h_BLD = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
         sigma_BTS = sigma_BT if sigma_BT.ndim == 3 else sigma_BT.unsqueeze(-1)
         frequencies = timestep_frequencies(sigma_BTS * TIMESTEPS, self.config.freq_dim)
@@ -301,7 +303,7 @@ class CausalTransformer(nn.Module):
         return h_BLD, time_BTSD, self.time_projection(time_BTSD).unflatten(-1, (6, -1))
 
     def unpatch(self, patches: Tensor, shape: torch.Size) -> Tensor:
-        """Put the head's output where its tokens' pixels are: latents of `shape`, [B, C, T, H, W]."""
+        """Return the output of the head as latents of `shape`, [B, C, T, H, W]."""
         _, _, frames, height, width = shape
         _, p, q = self.config.patch_size
         return rearrange(
@@ -313,7 +315,7 @@ class CausalTransformer(nn.Module):
 
 
 def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:
-    """Embed timesteps in [0, 1000] as cosines then sines of `freq_dim / 2` frequencies; float64 inside, float32 out."""
+    """Return cosines, then sines, of timesteps in [0, 1000] at `freq_dim / 2` frequencies: float32, from float64."""
     half = freq_dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angle = timestep.double().unsqueeze(-1) * MAX_PERIOD**-exponent
@@ -321,14 +323,14 @@ def timestep_frequencies(timestep: Tensor, freq_dim: int) -> Tensor:
 
 
 def normalize(norm: nn.LayerNorm, h_BLD: Tensor) -> Tensor:
-    """Apply a LayerNorm in float32."""
+    """Return a LayerNorm of tokens, computed in float32."""
     weight = None if norm.weight is None else norm.weight.float()
     bias = None if norm.bias is None else norm.bias.float()
     return F.layer_norm(h_BLD.float(), norm.normalized_shape, weight, bias, norm.eps).to(h_BLD.dtype)
 
 
 def add_gated(h_BLD: Tensor, update_BLD: Tensor, gate_BTSD: Tensor) -> Tensor:
-    """Add an update scaled by its frame's gate, in float32."""
+    """Return h plus an update times the gate of its frame, computed in float32."""
     frames = gate_BTSD.shape[1]
     gated = update_BLD.float().unflatten(1, (frames, -1)) * gate_BTSD
     return (h_BLD.float() + gated.flatten(1, 2)).to(h_BLD.dtype)

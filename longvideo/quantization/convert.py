@@ -1,4 +1,4 @@
-"""Turn a transformer's linear layers into packed ones, all but those that are to stay as they are."""
+"""Replacement of the linear layers of a transformer by quantized ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from longvideo.errors import UserError
-from longvideo.kernels.backends import product_backend
+from longvideo.kernels.backends import product_backend, training_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.fp8 import quantize_layers_fp8
 from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, RoundedInput, RoundedModulatedNorm
-from longvideo.quantization.number_formats import FP8_FORMATS, effective_precision
+from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
@@ -22,19 +22,22 @@ from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from longvideo.kernels.backends import TransformerPrecision
+
 
 def quantize_layers(
     model: CausalTransformer,
     rule: Rule = Rule.ADAPTIVE,
     *,
     keep: Sequence[str] = (),
-    on_layer: Callable[[str, nn.Linear, NVFP4Linear], None] = lambda name, old, new: None,
+    on_layer: Callable[[str, nn.Linear, NVFP4Linear], None] = lambda _name, _old, _new: None,
 ) -> list[str]:
     """Replace linear layers by packed ones in place and return their names.
 
-    on_layer: called with the name, the layer and its packed form, for progress and for errors.
-
-    Raises UserError as `layers_to_quantize` does, and ValueError for NaN or infinity in a weight.
+    rule: rule for the scales of groups.
+    keep: patterns of layers that are not replaced, see `layers_to_quantize`.
+    on_layer: function that is called with the name, the layer and the packed layer, for progress and errors.
+    Raises the errors of `layers_to_quantize`, and ValueError for NaN or infinity in a weight.
     """
     names = layers_to_quantize(model, keep)
     for name in names:
@@ -48,10 +51,10 @@ def quantize_layers(
 
 @dataclass(frozen=True)
 class TrainingLayers:
-    """The layers of a model that train in NVFP4, by TransformerEngine or emulated.
+    """The layers of a model that train in NVFP4, with TransformerEngine or emulated.
 
-    seeds: of the emulation's stochastic rounding; TransformerEngine draws from torch's CUDA generator. description:
-    what multiplies, and why it is emulated where it is.
+    seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses torch's CUDA generator.
+    description: name of the backend, and the reason if it is emulated.
     """
 
     layers: list[nn.Module]
@@ -59,27 +62,29 @@ class TrainingLayers:
     description: str
 
     def set_rounding(self, rounds: bool) -> None:
-        """Let the layers multiply in 4 bits from now on, or in their own dtype."""
+        """Set whether the layers multiply in 4 bits or in their own dtype."""
         for layer in self.layers:
-            setattr(layer, "rounds", rounds)  # noqa: B010 - TransformerEngine's layers have no type here
+            setattr(layer, "rounds", rounds)  # noqa: B010 - the type of TransformerEngine's layers is unknown here
 
 
 def train_in_nvfp4(
     model: CausalTransformer, recipe: TrainingRecipe, *, keep: Sequence[str] = (), backend: str | None = None
 ) -> TrainingLayers:
-    """Let linear layers train with NVFP4 products, in place, on the parameters they have.
+    """Replace linear layers in place by layers with the same parameters that train with NVFP4 products.
 
-    keep: as in `layers_to_quantize`; arXiv 2509.25149 keeps the first and last blocks. The model has to be on its
-    device already. backend: "te", "emulated", or by default the former where it can run and knows the recipe. Raises
-    ValueError, listing what is missing, when the named one cannot run.
+    model: model on the device where it will train.
+    keep: patterns of layers that are not replaced, see `layers_to_quantize`; arXiv 2509.25149 keeps the first and last
+        blocks.
+    backend: "te" or "emulated"; by default "te" if it can run and supports the recipe.
+    Raises ValueError with the reason if the given backend cannot run.
     """
     names = layers_to_quantize(model, keep)
     device = model.patch_embedding.weight.device
-    reason = te.unavailable(device) or _unknown_to_te(recipe)
+    reason = training_backend(device).reason or _unsupported_by_te(recipe)
     if backend not in (None, "te", "emulated"):
-        raise ValueError(f"backend {backend!r} is unknown; use te or emulated")
+        raise ValueError(f"backend is {backend!r}; expected te or emulated")
     if backend == "te" and reason:
-        raise ValueError(f"the backend te cannot run on {device}: {reason}")
+        raise ValueError(f"the backend te cannot run on {device}: {reason}; use emulated")
     if backend == "emulated" or reason:
         description = f"emulated ({reason or 'nvfp4.backend=emulated'})"
         seeds = RoundingSeeds(len(names), device)
@@ -105,12 +110,12 @@ def _te_recipe(recipe: TrainingRecipe) -> Any:
     )
 
 
-def _unknown_to_te(recipe: TrainingRecipe) -> str | None:
-    """Return why TransformerEngine cannot follow a recipe."""
+def _unsupported_by_te(recipe: TrainingRecipe) -> str | None:
+    """Return why TransformerEngine does not support a recipe; None if it does."""
     if recipe.inputs is not recipe.weights:
         return (
             f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"
-            f" {recipe.weights.value}; it follows static6 for both"
+            f" {recipe.weights.value}; use static6 for both"
         )
     try:
         _te_recipe(recipe)
@@ -126,7 +131,7 @@ def _linear(model: CausalTransformer, name: str) -> nn.Linear:
 
 
 def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list[str]:
-    """Replace, on the meta device, the layers for which a checkpoint holds codes; return their names."""
+    """Replace the layers for which a checkpoint holds codes by packed ones on the meta device; return their names."""
     suffix = f".{CODES}"
     names = [name.removesuffix(suffix) for name in tensor_names if name.endswith(suffix)]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -139,21 +144,21 @@ def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list
 
 
 def set_product(model: CausalTransformer, product: Product) -> None:
-    """Say how the packed layers multiply. If inputs are rounded, that is done once, by what comes before the layers."""
+    """Set the product of the packed layers. If it rounds inputs, the modules before the layers do so, once."""
     for module in model.modules():
         if isinstance(module, NVFP4Linear):
             module.set_product(product)
     set_inputs(model, product if isinstance(product, W4A4) else None)
 
 
-def with_precision(transformer: CausalTransformer, precision: str | None) -> CausalTransformer:
-    """Pack a transformer's layers if need be and say how they multiply; see `longvideo.quantization.number_formats`.
+def with_precision(
+    transformer: CausalTransformer, precision: TransformerPrecision, *, packed: bool = False
+) -> CausalTransformer:
+    """Return a transformer with the products of a precision; its layers are replaced in place.
 
-    Raises UserError where the transformer's device has no FP8 products and they are asked for, or its layers are packed
-    in 4 bits already.
+    packed: whether its layers hold 4-bit weights already.
+    Raises UserError where its device has no FP8 products, and for FP8 with packed layers.
     """
-    packed = is_packed(transformer)
-    precision = effective_precision(precision, packed=packed)
     if precision == "bf16":
         return transformer
     device = transformer.patch_embedding.weight.device
@@ -170,12 +175,13 @@ def with_precision(transformer: CausalTransformer, precision: str | None) -> Cau
 
 
 def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:
-    """Let norms and GELUs round what only packed layers read, and q, k and v share one rounded input; None: let none.
+    """Set whether norms and GELUs round inputs that only packed layers read, so that q, k and v share one input.
 
-    A layer whose input is not rounded before it rounds it itself, so this changes no result.
+    product: product whose rounding is used; None removes the rounding. A layer with an unrounded input rounds it
+        itself, so no result changes.
     """
 
-    def rounds(*readers: nn.Module) -> W4A4 | None:
+    def rounding_of(*readers: nn.Module) -> W4A4 | None:
         return product if all(isinstance(reader, NVFP4Linear) for reader in readers) else None
 
     eps = model.config.eps
@@ -183,16 +189,11 @@ def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:
         if not isinstance(block, Block):
             continue
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
-        before = rounds(own.q, own.k, own.v)
+        before = rounding_of(own.q, own.k, own.v)
         block.norm1 = RoundedModulatedNorm(eps, before) if before else ModulatedNorm(model.config.dim, eps)
-        before = rounds(ffn[0])
+        before = rounding_of(ffn[0])
         block.norm2 = RoundedModulatedNorm(eps, before) if before else ModulatedNorm(model.config.dim, eps)
-        before = rounds(ffn[2])
+        before = rounding_of(ffn[2])
         ffn[1] = RoundedGELU(before) if before else nn.GELU(approximate="tanh")
-        before = rounds(cross.k, cross.v)
+        before = rounding_of(cross.k, cross.v)
         cross.shared_input = RoundedInput(before) if before else nn.Identity()
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Say whether any layer of a model is packed."""
-    return any(isinstance(module, NVFP4Linear) for module in model.modules())

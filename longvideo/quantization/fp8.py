@@ -1,4 +1,4 @@
-"""Linear layers that multiply FP8 weights and inputs, each row with a scale of its own (W8A8); for inference."""
+"""Linear layers with FP8 weights and inputs and a scale for each row (W8A8), for inference."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ VALUES, SCALES = "weight_values", "weight_scales"
 
 
 class FP8Linear(nn.Module):
-    """A frozen weight [out, in] in FP8 with a scale for each output, and a bias; built where its weight will stay.
+    """A linear layer with a frozen weight [out, in] in FP8, a scale for each output, and a bias.
 
-    Results have the dtype of the bias; without one, that of the input, and bfloat16 for an input in FP8.
+    It is built on the device of the weight. The result has the dtype of the bias; without a bias it has the dtype of
+    the input, or bfloat16 for an input in FP8.
     """
 
-    def __init__(self, weight: FP8Rows, bias: Tensor | None):
+    def __init__(self, weight: FP8Rows, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias: Tensor | None
@@ -37,10 +38,13 @@ class FP8Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str = "weight") -> FP8Linear:
-        """Quantise a layer's weight. Raises ValueError, naming it, for NaN or infinity."""
+        """Return a layer with the quantized weight of another. name: name of the weight in errors.
+
+        Raises ValueError for NaN or infinity.
+        """
         weight = linear.weight.detach()
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} {list(weight.shape)} holds NaN or infinity and cannot be quantised")
+            raise ValueError(f"{name} {list(weight.shape)} holds NaN or infinity; expected finite values")
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(reference.quantize_rows(weight), bias)
 
@@ -49,11 +53,14 @@ class FP8Linear(nn.Module):
         return FP8Rows(self.get_buffer(VALUES), self.get_buffer(SCALES))
 
     def forward(self, x: Tensor | FP8Rows) -> Tensor:
-        """Multiply [..., in] to [..., out]; a Tensor is quantised first. Raises RuntimeError if a gradient is due."""
+        """Return the product [..., out] of an input [..., in]; a Tensor is quantized first.
+
+        Raises RuntimeError for an input that requires a gradient.
+        """
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "an FP8 layer has no gradient, and its input requires one; run it under torch.no_grad(), "
-                'or take precision "nvfp4" or "bf16" to train'
+                'or use precision "nvfp4" or "bf16" for training'
             )
         dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
         if self.bias is not None:
@@ -66,18 +73,18 @@ class FP8Linear(nn.Module):
 
 
 def quantize_layers_fp8(model: CausalTransformer) -> list[str]:
-    """Replace the linear layers inside the blocks by FP8 ones in place, one after the other, and return their names.
+    """Replace the linear layers of the blocks by FP8 ones in place and return their names.
 
-    Raises UserError for a layer whose sizes 16 does not divide, before any is replaced, and ValueError for NaN or
-    infinity in a weight.
+    Raises UserError for a layer with sizes that are not multiples of 16, before any is replaced, and ValueError for NaN
+    or infinity in a weight.
     """
     names = linear_layers(model)
     for name in names:
         linear = _linear(model, name)
         if linear.in_features % SIZE_MULTIPLE or linear.out_features % SIZE_MULTIPLE:
             raise UserError(
-                f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, which {SIZE_MULTIPLE} does "
-                "not both divide; use --precision bf16"
+                f"{name} has {linear.in_features} inputs and {linear.out_features} outputs; expected multiples of "
+                f"{SIZE_MULTIPLE} for FP8; use --precision bf16"
             )
     for name in names:
         model.set_submodule(name, FP8Linear.from_linear(_linear(model, name), name=f"{name}.weight"))
@@ -87,5 +94,7 @@ def quantize_layers_fp8(model: CausalTransformer) -> list[str]:
 def _linear(model: CausalTransformer, name: str) -> nn.Linear:
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"{name} is packed in 4 bits already; FP8 needs a model that is not packed")
+        raise UserError(
+            f"{name} is packed in 4 bits; expected unpacked weights for FP8; use --precision nvfp4 or nvfp4-weights"
+        )
     return layer

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is packed NVFP4."""
+"""A linear layer with a weight in packed NVFP4, and modules that round its input."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ CODES, SCALES, TENSOR_SCALE = "weight_codes", "weight_scales", "weight_tensor_sc
 
 
 class NVFP4Linear(nn.Module):
-    """A frozen packed weight [out, in] in groups of 16 along `in`, and a bias; the input may need a gradient.
+    """A linear layer with a frozen packed weight [out, in], in groups of 16 along `in`, and a bias.
 
-    The gradient of the input is that of the dequantised weight; the rounding of inputs counts as the identity.
-    A layer cannot be run before `set_product`, which is called where its weight will stay.
+    The input may require a gradient, which is computed with the dequantized weight; the rounding of inputs counts as
+    the identity. `set_product` must be called before the layer is run, on the device where the weight will stay.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         check_groups(torch.Size((out_features, in_features)))
         self.in_features, self.out_features = in_features, out_features
@@ -39,7 +41,10 @@ class NVFP4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rule: Rule = Rule.ADAPTIVE, *, name: str = "weight") -> NVFP4Linear:
-        """Quantise a layer's weight. Raises ValueError, naming it, for NaN, infinity, or a size 16 does not divide."""
+        """Return a layer with the packed weight of another. name: name of the weight in errors.
+
+        Raises ValueError for NaN, infinity, and a number of inputs that is not a multiple of 16.
+        """
         packed = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         quantized = reference.quantize(linear.weight.detach(), rule, name=name)
         setattr(packed, CODES, quantized.codes)
@@ -50,7 +55,7 @@ class NVFP4Linear(nn.Module):
         return packed
 
     def set_product(self, product: Product) -> None:
-        """Say how the layer multiplies, and lay its weight out for that."""
+        """Set the product of the layer, and arrange its weight for it."""
         self.product, self._operand = product, product.prepare_weight(self.quantized_weight)
 
     @property
@@ -65,9 +70,9 @@ class NVFP4Linear(nn.Module):
         return self.multiply(x)
 
     def multiply(self, x: Input) -> Tensor:
-        """Compute the output without a gradient."""
+        """Return the output, without a gradient. Raises RuntimeError before `set_product`."""
         if self.product is None or self._operand is None:
-            raise RuntimeError("this NVFP4Linear does not know how to multiply; call its set_product")
+            raise RuntimeError("this NVFP4Linear has no product; call its set_product")
         return self.product(x, self._operand, self.bias)
 
     def extra_repr(self) -> str:
@@ -75,9 +80,9 @@ class NVFP4Linear(nn.Module):
 
 
 class RoundedInput(nn.Module):
-    """Round an input once for all layers that read it."""
+    """Rounding of an input, once for all layers that read it."""
 
-    def __init__(self, product: W4A4):
+    def __init__(self, product: W4A4) -> None:
         super().__init__()
         self.product = product
 
@@ -86,9 +91,9 @@ class RoundedInput(nn.Module):
 
 
 class RoundedModulatedNorm(nn.Module):
-    """`ModulatedNorm` whose result is rounded."""
+    """`ModulatedNorm` with a rounded result."""
 
-    def __init__(self, eps: float, product: W4A4):
+    def __init__(self, eps: float, product: W4A4) -> None:
         super().__init__()
         self.eps, self.product = eps, product
 
@@ -97,9 +102,9 @@ class RoundedModulatedNorm(nn.Module):
 
 
 class RoundedGELU(nn.Module):
-    """GELU whose result is rounded."""
+    """GELU with a rounded result."""
 
-    def __init__(self, product: W4A4):
+    def __init__(self, product: W4A4) -> None:
         super().__init__()
         self.product = product
 
@@ -116,6 +121,6 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        # the weight is rebuilt rather than kept: a bf16 copy of every layer is what packing is to avoid
+        # the weight is dequantized again: packing avoids a bf16 copy of every layer
         weight = nvfp4_operations(grad.device).dequantize(ctx.layer.quantized_weight, grad.dtype)
         return grad @ weight, None

@@ -17,18 +17,19 @@ from longvideo.quantization.linear import NVFP4Linear
 if TYPE_CHECKING:
     from longvideo.model.transformer import CausalTransformer
 
-TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # every linear layer of the blocks
+TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+"""Ends of the names of all linear layers of the blocks."""
 
 
 class LoraLinear(nn.Module, LoraLayer):
-    """A frozen layer plus low-rank updates (LoRA, arXiv 2106.09685; on 4-bit weights, QeRL, arXiv 2510.11696).
+    """A frozen layer with low-rank updates (LoRA, arXiv 2106.09685; on 4-bit weights, QeRL, arXiv 2510.11696).
 
-    An update is computed in the dtype of the input, whatever that of its weights: with fp32 weights and bf16 inputs the
-    weights are rounded, not the inputs widened, which are far larger. Merging here is refused, as it would round the
-    update of a packed layer away; `longvideo merge` adds it to the weights that were packed.
+    An update is computed in the dtype of the input: with fp32 weights and bf16 inputs the weights are rounded, since
+        the inputs are far larger. An update is not merged in place, since rounding would remove it from a packed layer;
+        `longvideo merge` adds it to the unpacked weights.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
@@ -53,23 +54,23 @@ class LoraLinear(nn.Module, LoraLayer):
                 output = wide.view(output.shape)
         return output
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("a LoRA update is not merged in place; use `longvideo merge`, then quantise if you like")
+    def merge(self, *_args: Any, **_kwargs: Any) -> None:
+        raise ValueError("a LoRA update is not merged in place; use `longvideo merge`, then `longvideo quantize`")
 
     def unmerge(self) -> None:
-        raise ValueError("nothing is merged")
+        raise ValueError("no LoRA update is merged, so none can be removed")
 
 
 def add_lora(model: CausalTransformer, config: LoraConfig, *, adapter_name: str = "default") -> PeftModel:
-    """Put an adapter on a transformer's layers; everything else is frozen.
+    """Add an adapter to the layers of a transformer; everything else is frozen.
 
-    Layers that read one input then round it each for itself, since the adapters want it unrounded.
+    Layers that share an input then round it separately, since the adapters need it unrounded.
     """
     config._register_custom_module({NVFP4Linear: LoraLinear, nn.Linear: LoraLinear})
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Unsupported layer type .*NVFP4Linear"
-        )  # it has the two sizes peft wants
+        )  # the layer has the two sizes that peft reads
         adapted = PeftModel(model, config, adapter_name=adapter_name)
     set_inputs(model, None)
     return adapted

@@ -1,52 +1,68 @@
-"""In how many bits a model computes and remembers."""
+"""Number formats in which a model computes and in which it keeps the chunks already made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from longvideo.errors import UserError
+from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
 
-DIFFERENTIABLE_PRECISIONS = ("bf16", "nvfp4", "nvfp4-weights")  # those a frozen backbone can have under adapters
-FP8_FORMATS = ("fp8", "fp8-emulated")  # one arithmetic: on FP8 units, and slowly in plain torch on a CPU
-PRECISIONS = (*DIFFERENTIABLE_PRECISIONS, *FP8_FORMATS)
-KV_CACHES = ("bf16", "nvfp4")
-ATTENTIONS = ("bf16", *FP8_FORMATS)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CachePrecision = Literal["bf16", "nvfp4"]
+"""Number format of the KV cache."""
+
+DIFFERENTIABLE_PRECISIONS: tuple[TransformerPrecision, ...] = ("bf16", "nvfp4", "nvfp4-weights")
+"""Precisions of a frozen backbone through which gradients reach adapters."""
+FP8_FORMATS = ("fp8", "fp8-emulated")
+"""Formats with the arithmetic of FP8: on FP8 units, and slowly in plain torch on a CPU."""
+PRECISIONS: tuple[TransformerPrecision, ...] = get_args(TransformerPrecision)
+KV_CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
+ATTENTIONS: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
 class NumberFormats:
-    """The formats of a transformer and of its cache.
+    """Number formats of a transformer and of its KV cache; `parse` checks those that users name.
 
-    precision: of the transformer. "bf16" (float32 on a CPU without bfloat16 units); "nvfp4", weights and inputs of the
-        blocks' linear layers; "nvfp4-weights", only the weights; "fp8", weights and inputs of these layers in E4M3, a
-        scale for each row, without a gradient. None is "nvfp4" for a packed folder, else "bf16".
-    kv_cache: of the chunks already made, "bf16" or "nvfp4".
-    attention: "bf16", or "fp8" with queries, keys, values and probabilities in E4M3, the cache included.
+    precision: format of the products in the blocks. "bf16" (float32 on a CPU without bfloat16 units); "nvfp4" for
+        weights and inputs; "nvfp4-weights" for the weights alone; "fp8" for weights and inputs in E4M3 with a scale for
+        each row, which has no gradient. None is "nvfp4" where the weights are stored in 4 bits, otherwise "bf16".
+    kv_cache: format of the keys and values of the chunks already made.
+    attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
 
-    "fp8" needs FP8 units and is refused where there are none. "fp8-emulated" computes the same numbers slowly in plain
-    torch on a CPU; it is for tests. NVFP4 is emulated exactly wherever FP4 units are missing.
+    "fp8" needs FP8 units and is refused on devices without them. "fp8-emulated" computes the same numbers slowly in
+    plain torch on a CPU; it is for tests. NVFP4 is emulated exactly on devices without FP4 units.
     """
 
-    precision: str | None = None
-    kv_cache: str = "bf16"
-    attention: str = "bf16"
+    precision: TransformerPrecision | None = None
+    kv_cache: CachePrecision = "bf16"
+    attention: AttentionPrecision = "bf16"
 
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("kv_cache", self.kv_cache, KV_CACHES),
-            ("attention", self.attention, ATTENTIONS),
-        ):
-            if name == "precision" and value is None:
-                continue
-            if not isinstance(value, str) or value not in known:
-                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    @classmethod
+    def parse(cls, precision: str | None = None, kv_cache: str = "bf16", attention: str = "bf16") -> NumberFormats:
+        """Return the formats with these names. Raises UserError for a name that is unknown."""
+        return cls(
+            None if precision is None else _known("precision", precision, PRECISIONS),
+            _known("kv_cache", kv_cache, KV_CACHES),
+            _known("attention", attention, ATTENTIONS),
+        )
 
-    def precision_of(self, *, packed: bool) -> str:
-        """Return the precision of a model whose weights are packed in 4 bits or not."""
-        return effective_precision(self.precision, packed=packed)
+    def precision_of(self, *, packed: bool) -> TransformerPrecision:
+        """Return the precision of a model. packed: whether its weights are stored in 4 bits."""
+        return self.precision or ("nvfp4" if packed else "bf16")
+
+    def effective(self, *, packed: bool) -> NumberFormats:
+        """Return these formats with a precision that is not None. packed: as in `precision_of`."""
+        return replace(self, precision=self.precision_of(packed=packed))
 
 
-def effective_precision(precision: str | None, *, packed: bool) -> str:
-    """Return a precision; None is what a model with packed weights or without has as it is stored."""
-    return precision or ("nvfp4" if packed else "bf16")
+def _known(option: str, name: object, names: Sequence[Name]) -> Name:
+    for known in names:
+        if isinstance(name, str) and known == name:
+            return known
+    raise UserError(f"{option} is {name!r}; expected one of {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""How a quantised linear layer multiplies: a product object is chosen once and shared by all layers of a model."""
+"""Products of quantized linear layers. A product is chosen once, and all layers of a model share it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.backends import nvfp4_operations
+from longvideo.kernels.backends import nvfp4_operations, product_backend
 from longvideo.kernels.nvfp4 import scaled_mm
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FlatOperand:
-    """A rounded input [..., in] as a matrix, and the dimensions that were flattened."""
+    """A rounded input [..., in] as a matrix. leading: the dimensions that were flattened."""
 
     matrix: scaled_mm.ScaledOperand
     leading: torch.Size
@@ -31,19 +31,19 @@ Weight = NVFP4Tensor | scaled_mm.ScaledOperand
 
 
 class Product(Protocol):
-    """x [..., in] times the transpose of a packed weight [out, in], plus a bias [out]."""
+    """Product of x [..., in] and the transpose of a packed weight [out, in], plus a bias [out]."""
 
     def prepare_weight(self, weight: NVFP4Tensor) -> Weight:
-        """Lay a weight out as the product reads it, once."""
+        """Return a weight as the product reads it."""
         ...
 
     def __call__(self, x: Input, weight: Weight, bias: Tensor | None) -> Tensor: ...
 
 
 class W4A16:
-    """4-bit weights, rounded to the input's dtype and multiplied in it."""
+    """Product of 4-bit weights, dequantized to the dtype of the input, and inputs that are not rounded."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self._operations = nvfp4_operations(device)
 
     def prepare_weight(self, weight: NVFP4Tensor) -> NVFP4Tensor:
@@ -55,14 +55,14 @@ class W4A16:
         return F.linear(x, self.unpacked(weight, x.dtype), bias)
 
     def unpacked(self, weight: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a weight as it is multiplied."""
+        """Return a dequantized weight."""
         return self._operations.dequantize(weight, dtype)
 
 
 class W4A4(ABC):
-    """4-bit weights and inputs. What comes before a layer can hand it an input that is rounded already."""
+    """Product of 4-bit weights and inputs. The module before a layer may round its input."""
 
-    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE):
+    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE) -> None:
         self._operations = nvfp4_operations(device)
         self.rule = rule
 
@@ -71,25 +71,25 @@ class W4A4(ABC):
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Input:
-        """Round an input."""
+        """Return a rounded input."""
 
     @abstractmethod
     def prepare_modulated(self, h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, *, eps: float) -> Input:
-        """Normalise and modulate as `ModulatedNorm` does, and round, in one go."""
+        """Return the rounded result of `ModulatedNorm`."""
 
     @abstractmethod
     def prepare_gelu(self, h: Tensor) -> Input:
-        """Apply GELU by its tanh formula, and round, in one go."""
+        """Return the rounded result of GELU (tanh formula)."""
 
     @abstractmethod
     def __call__(self, x: Input, weight: Weight, bias: Tensor | None) -> Tensor: ...
 
 
 class EmulatedW4A4(W4A4):
-    """4-bit weights and inputs, multiplied without FP4 units.
+    """Product of 4-bit weights and inputs without FP4 units.
 
-    Every product of code and group scale is exact in bfloat16, so this is the NVFP4 product up to the order in which
-    float32 sums are taken, and one more rounding to the input's dtype before the tensor scales are applied.
+    Every code times its group scale is exact in bfloat16, so this is the NVFP4 product up to the order of float32 sums,
+    and one more rounding to the dtype of the input before the tensor scales are applied.
     """
 
     def prepare_weight(self, weight: NVFP4Tensor) -> NVFP4Tensor:
@@ -114,11 +114,15 @@ class EmulatedW4A4(W4A4):
 
 
 class ScaledW4A4(W4A4):
-    """4-bit weights and inputs on FP4 units, through `torch.nn.functional.scaled_mm`. Results are bfloat16."""
+    """Product of 4-bit weights and inputs on FP4 units, by `torch.nn.functional.scaled_mm`. Results are bfloat16.
 
-    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE):
-        if reason := scaled_mm.unavailable(device):
-            raise ValueError(f"the backend torch cannot run on {device}: {reason}")
+    Raises ValueError with the reason on a device where it cannot run.
+    """
+
+    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE) -> None:
+        products = product_backend("nvfp4", device)
+        if products.is_emulated:
+            raise ValueError(f"the backend torch cannot run on {device}: {products.reason}; use emulated")
         super().__init__(device, rule)
 
     def prepare_weight(self, weight: NVFP4Tensor) -> scaled_mm.ScaledOperand:
@@ -144,21 +148,22 @@ def _flat(quantized: NVFP4Tensor) -> FlatOperand:
     return FlatOperand(scaled_mm.operand(matrix), quantized.shape[:-1])
 
 
-BACKENDS: dict[str, type[W4A4]] = {"torch": ScaledW4A4, "emulated": EmulatedW4A4}
+W4A4_PRODUCTS: dict[str, type[W4A4]] = {"torch": ScaledW4A4, "emulated": EmulatedW4A4}
 
 
 def choose_w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE, *, backend: str | None = None) -> W4A4:
-    """Return the fastest product of 4-bit weights and inputs that a device can run, or the named one.
+    """Return the fastest product of 4-bit weights and inputs that a device can run, or that of a backend.
 
-    backend: "torch" (FP4 units) or "emulated". Logs which was chosen and why. Raises ValueError, listing what is
-    missing, when the named one cannot run.
+    backend: "torch" (FP4 units) or "emulated". The choice is logged with its reason.
+    Raises ValueError with the reason if the given backend cannot run.
     """
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-        return BACKENDS[backend](device, rule)
-    if reason := scaled_mm.unavailable(device):
-        logger.info("NVFP4 products on %s are emulated: %s", device, reason)
+        if backend not in W4A4_PRODUCTS:
+            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(W4A4_PRODUCTS)}")
+        return W4A4_PRODUCTS[backend](device, rule)
+    products = product_backend("nvfp4", device)
+    if products.is_emulated:
+        logger.info("NVFP4 products on %s are emulated: %s", device, products.reason)
         return EmulatedW4A4(device, rule)
     logger.info("NVFP4 products on %s run on its FP4 units through torch.nn.functional.scaled_mm", device)
     return ScaledW4A4(device, rule)

@@ -21,29 +21,29 @@ BLOCKS = "blocks."
 
 
 def linear_layers(model: CausalTransformer) -> list[str]:
-    """Name the linear layers inside the blocks."""
+    """Return the names of the linear layers of the blocks."""
     return [name for name, module in model.named_modules() if name.startswith(BLOCKS) and _is_linear(module)]
 
 
 def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> list[str]:
-    """Name the linear layers inside the blocks, less those that a pattern keeps.
+    """Return the names of the linear layers of the blocks, without those that a pattern keeps.
 
-    keep: official module names, `*` standing for anything: "blocks.0.*", "*.ffn.2". Raises UserError for a pattern that
-    names no layer, and for a layer whose input 16 does not divide.
+    keep: patterns of official module names, in which `*` stands for anything: "blocks.0.*", "*.ffn.2".
+    Raises UserError for a pattern that matches no layer, and for a layer with inputs that are not a multiple of 16.
     """
     names = linear_layers(model)
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"layers are named like {names[0]!r}"
-            raise UserError(f"keep pattern {pattern!r} names no linear layer of the blocks; {hint}")
+            raise UserError(f"keep pattern {pattern!r} matches no linear layer of the blocks; {hint}")
     chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in keep)]
     for name in chosen:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | NVFP4Linear)
         if layer.in_features % GROUP:
             raise UserError(
-                f"{name} has {layer.in_features} inputs, not a multiple of {GROUP}; keep it with keep={name!r}"
+                f"{name} has {layer.in_features} inputs; expected a multiple of {GROUP}; keep it with keep={name!r}"
             )
     return chosen
 

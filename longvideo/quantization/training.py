@@ -1,8 +1,8 @@
-"""Linear layers that train in NVFP4: all three products of a step are of 4-bit operands, emulated without FP4 units.
+"""Linear layers that train in NVFP4: all three products of a step have 4-bit operands, emulated without FP4 units.
 
 Recipe of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in 16 x 16 tiles, so
 that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard transform on both
-operands of the weight gradient. The master weight stays as it is, and each operand is rounded from it.
+operands of the weight gradient. The master weight is not rounded; each operand is rounded from it.
 
 Shapes: M tokens, I inputs, O outputs.
 """
@@ -20,17 +20,19 @@ from longvideo.kernels.backends import NVFP4Operations, nvfp4_operations
 from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule, check_groups
 
 SEEDS = 2
-"""Of a layer: one for each product of its backward pass."""
+"""Number of seeds of a layer, one for each product of its backward pass."""
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How operands are rounded.
+    """Rounding of the operands.
 
-    inputs, weights: rules of rounding to nearest. Gradients are always `static6`, the rule that stochastic rounding
-    keeps unbiased. tiles: 16 x 16 for weights, so that both directions see one rounding; without them each direction
-    rounds along the dimension it sums over. stochastic_gradients, hadamard: of the backward products; without them
-    they lose their reason.
+    inputs, weights: rules for rounding to nearest. Gradients always use `static6`, which stochastic rounding keeps
+        unbiased.
+    tiles: whether weights have tiles of 16 x 16, so that both passes use one rounding; otherwise each pass rounds along
+        the dimension that it sums over.
+    stochastic_gradients: whether gradients are rounded stochastically.
+    hadamard: whether the operands of the weight gradient are transformed.
     """
 
     inputs: Rule = Rule.ADAPTIVE
@@ -41,27 +43,27 @@ class TrainingRecipe:
 
 
 class RoundingSeeds:
-    """Seeds of the stochastic rounding of all layers of a model, on its device: int64 [layers, 2].
+    """Seeds of the stochastic rounding of all layers of a model, int64 [layers, 2] on its device.
 
-    They are all the state there is: with the same seeds a step rounds as it did before.
+    Rounding has no other state: with the same seeds a step rounds in the same way.
     """
 
-    def __init__(self, layers: int, device: torch.device):
+    def __init__(self, layers: int, device: torch.device) -> None:
         self.values = torch.arange(layers * SEEDS, device=device).view(layers, SEEDS)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Take new seeds from a generator on the host."""
+        """Draw new seeds from a generator on the host."""
         drawn = torch.randint(2**62, self.values.shape, generator=generator)
         self.values.copy_(drawn, non_blocking=True)
 
 
 class NVFP4TrainingLinear(nn.Linear):
-    """`nn.Linear` whose forward product and both backward products have NVFP4 operands.
+    """`nn.Linear` with NVFP4 operands in the forward product and in both backward products.
 
-    seeds: int64 [2] on the layer's device, of the stochastic rounding; whoever made them changes them between steps.
-    Where `rounds` is set to False it is a plain `nn.Linear`.
-    Under autocast inputs are rounded to its dtype first, as those of every linear layer are, but weights are not.
-    Raises ValueError when 16 does not divide inputs and outputs, along which the products of a step sum.
+    seeds: seeds of stochastic rounding, int64 [2] on the device of the layer; their owner changes them between steps.
+    While `rounds` is False, the layer is a plain `nn.Linear`.
+    Under autocast, inputs are rounded to its dtype first, as in every linear layer, but weights are not.
+    Raises ValueError unless inputs and outputs, along which the products sum, are multiples of 16.
     """
 
     seeds: Tensor
@@ -76,17 +78,17 @@ class NVFP4TrainingLinear(nn.Linear):
         seeds: Tensor,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
         self.recipe = recipe
         self.rounds = True
-        # a buffer, since a CUDA graph reads it where it lies
+        # a buffer, since a CUDA graph reads it at its address
         self.register_buffer("seeds", seeds, persistent=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, recipe: TrainingRecipe, seeds: Tensor) -> NVFP4TrainingLinear:
-        """Take over a layer's parameters, the same objects."""
+        """Return a layer that shares the parameters of another one."""
         bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, bias, recipe=recipe, seeds=seeds, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -113,22 +115,23 @@ class NVFP4TrainingLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-# Both are operators of their own, which torch.compile takes as they are: nothing inside gains from being fused.
+# custom operators, which torch.compile does not look into: fusion would gain nothing inside
 @torch.library.custom_op("longvideo::nvfp4_product", mutates_args=())
 def _product(
     x_MI: Tensor,
     weight_OI: Tensor,
-    seeds: Tensor,
+    _seeds: Tensor,
     inputs: str,
     weights: str,
     tiles: bool,
-    stochastic: bool,
+    _stochastic: bool,
     hadamard: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the product [M, O], and the input's codes, scales and tensor scale for the weight gradient.
+    """Return the product [M, O], and the codes, scales and tensor scale of the input for the weight gradient.
 
-    That one sums over tokens, so its operand has groups of its own: rounded here and kept in 4 bits. keep: whether.
+    The weight gradient sums over tokens, so its operand has other groups, which are rounded here and kept in 4 bits.
+    keep: whether the operand is needed; otherwise it is empty.
     """
     operations, dtype = nvfp4_operations(x_MI.device), x_MI.dtype
     x_MI = x_MI.contiguous()
@@ -154,18 +157,18 @@ def _product_backward(
     stochastic: bool,
     hadamard: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the input [M, I] and of the weight [O, I]; of the latter nothing if nothing was kept."""
+    """Return the gradients of the input [M, I] and of the weight [O, I], which is empty if no operand was kept."""
     operations, dtype = nvfp4_operations(grad_MO.device), grad_MO.dtype
     grad_MO = grad_MO.contiguous()
     seed_x, seed_weight = seeds.unbind() if stochastic else (None, None)
     if tiles:
         exact = _weight(operations, weight_OI, Rule(weights), tiles, dtype)
-        # tiles of 16 x 16 have the same values the other way round, so this is a product along outputs
-        turned = ExactOperand(exact.values.t(), exact.tensor_scale)
+        # a transposed tile of 16 x 16 has the same values, so this is a product along outputs
+        transposed = ExactOperand(exact.values.t(), exact.tensor_scale)
     else:
-        turned = operations.quantize_across_exact(weight_OI, Rule(weights), dtype=dtype)
+        transposed = operations.quantize_across_exact(weight_OI, Rule(weights), dtype=dtype)
     rounded = operations.quantize_exact(grad_MO, Rule.STATIC6, seed=seed_x, dtype=dtype)
-    grad_x = _multiply(operations, rounded, turned)
+    grad_x = _multiply(operations, rounded, transposed)
     if not codes.numel():
         return grad_x, weight_OI.new_empty(0)
     across = operations.quantize_across_exact(grad_MO, Rule.STATIC6, hadamard=hadamard, seed=seed_weight, dtype=dtype)
@@ -177,12 +180,12 @@ def _product_backward(
 def _(
     x_MI: Tensor,
     weight_OI: Tensor,
-    seeds: Tensor,
-    inputs: str,
-    weights: str,
-    tiles: bool,
-    stochastic: bool,
-    hadamard: bool,
+    _seeds: Tensor,
+    _inputs: str,
+    _weights: str,
+    _tiles: bool,
+    _stochastic: bool,
+    _hadamard: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x_MI.shape
@@ -198,19 +201,19 @@ def _(
     grad_MO: Tensor,
     weight_OI: Tensor,
     codes: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor,
-    seeds: Tensor,
-    weights: str,
-    tiles: bool,
-    stochastic: bool,
-    hadamard: bool,
+    _scales: Tensor,
+    _tensor_scale: Tensor,
+    _seeds: Tensor,
+    _weights: str,
+    _tiles: bool,
+    _stochastic: bool,
+    _hadamard: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_weight = torch.empty_like(weight_OI) if codes.numel() else weight_OI.new_empty(0)
     return grad_MO.new_empty(grad_MO.shape[0], weight_OI.shape[1]), grad_weight
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight, seeds, _, *ctx.settings, _ = inputs
     ctx.save_for_backward(weight, *output[1:], seeds)
 
@@ -222,13 +225,13 @@ def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None
     return grad_x, grad_weight, *(None,) * 7
 
 
-_product.register_autograd(_differentiate, setup_context=_remember)
+_product.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _empty_operand(
     x: Tensor, codes: tuple[int, ...] = (0,), scales: tuple[int, ...] = (0,), tensor_scale: tuple[int, ...] = (0,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory with the dtypes of a packed operand."""
+    """Return empty tensors with the dtypes of a packed operand."""
     return (
         x.new_empty(codes, dtype=torch.uint8),
         x.new_empty(scales, dtype=torch.uint8),
@@ -244,6 +247,6 @@ def _weight(
 
 
 def _multiply(operations: NVFP4Operations, left: ExactOperand, right: ExactOperand) -> Tensor:
-    """Multiply [.., K] by the transpose of [.., K] and apply both tensor scales."""
+    """Return the product of [.., K] and the transpose of [.., K], with both tensor scales."""
     product = F.linear(left.values, right.values)
     return operations.add_scaled_bias(product, left.tensor_scale * right.tensor_scale)

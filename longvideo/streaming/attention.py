@@ -1,4 +1,4 @@
-"""Attention of the live chunk to the slots in use, in the model's dtype or in FP8.
+"""Attention of the live chunk to the slots in use, in the dtype of the model or in FP8.
 
 Shapes: B samples, L tokens of a chunk, N heads, K head dim, S slots.
 """
@@ -13,33 +13,34 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.kernels.attention import cudnn_fp8
 from longvideo.kernels.attention.reference import attend_fp8
-from longvideo.kernels.backends import attention_backend
+from longvideo.kernels.backends import AttentionPrecision, attention_backend
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.model.attention import attend
 from longvideo.quantization.number_formats import FP8_FORMATS
 
 E4M3 = torch.float8_e4m3fn
 OUT_SCALE = 8.0
-"""Of attention's result in E4M3: it holds up to 56, and 3 bits of mantissa down to 0.002."""
+"""Scale applied to attention's output before rounding to E4M3 (max 56, with 3 bits of mantissa down to 0.002)."""
 P_SCALE = 256.0
+"""Scale applied to the probabilities before rounding to E4M3."""
 
 
 class SlotAttention(Protocol):
-    """dtype: of the queries, and of keys and values where they are attended to."""
+    """Attention of queries to the first slots. dtype: dtype of queries, keys and values."""
 
     dtype: torch.dtype
 
     def __call__(
         self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int
     ) -> Tensor | FP8Rows:
-        """Return what the queries find in the first slots, [B, L, N K]."""
+        """Return attention to the first num_slots slots, [B, L, N K]."""
         ...
 
 
 class PlainAttention:
-    """The library's, cuDNN's where it is the fastest."""
+    """Attention of torch, with the kernel of cuDNN where it is the fastest."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def __call__(self, rotated_BLNK: Tensor, keys_BSLNK: Tensor, values_BSLNK: Tensor, num_slots: int) -> Tensor:
@@ -48,20 +49,20 @@ class PlainAttention:
 
 
 class FP8Attention:
-    """Queries, keys, values and probabilities in E4M3; queries and keys are normalised, so they need no scale.
+    """Attention with queries, keys, values and probabilities in E4M3.
 
-    The caller takes the mean off the values: see `longvideo.streaming.transformer`.
-
-    "fp8" is cuDNN's kernel, which is planned once for each number of slots; "fp8-emulated" is its definition.
+    Queries and keys are normalized, so they need no scale. The caller subtracts the mean of the values, see
+    `longvideo.streaming.transformer`. "fp8" is cuDNN's kernel, which is planned once for each number of slots;
+    "fp8-emulated" is its definition in plain torch.
     """
 
     dtype = E4M3
 
-    def __init__(self, name: str, device: torch.device):
-        """Raise UserError where it cannot run."""
+    def __init__(self, name: AttentionPrecision, device: torch.device) -> None:
+        """Raises UserError on a device where it cannot run."""
         backend = attention_backend(name, device)
         if backend.name is None:
-            raise UserError(f"attention in {name} cannot run: {backend.reason}")
+            raise UserError(f"attention {name} cannot run: {backend.reason}")
         self._device, self._is_emulated = device, backend.is_emulated
         self._planned: dict[int, cudnn_fp8.CudnnFP8Attention] = {}
         self._scales: Tensor | None = None
@@ -100,9 +101,9 @@ class FP8Attention:
                 scale_out=OUT_SCALE,
             )
         except ValueError as error:
-            raise UserError(f"attention in fp8 cannot run: {error}; use --attention bf16") from error
+            raise UserError(f"attention fp8 cannot run: {error}; use --attention bf16") from error
 
 
-def slot_attention(name: str, device: torch.device, dtype: torch.dtype) -> SlotAttention:
-    """Return attention by its name: "bf16", which is the model's dtype, "fp8" or "fp8-emulated"."""
+def slot_attention(name: AttentionPrecision, device: torch.device, dtype: torch.dtype) -> SlotAttention:
+    """Return attention in a number format; "bf16" is the dtype of the model."""
     return FP8Attention(name, device) if name in FP8_FORMATS else PlainAttention(dtype)

@@ -1,11 +1,13 @@
-"""The autoencoder's decoder for streaming: the same weights, arranged for speed, and buffers that stay where they are.
+"""The decoder of the autoencoder for streaming: the same weights, arranged for speed, with buffers at fixed addresses.
 
-Every causal convolution owns a buffer of the frames it is given, the last two of the call before in front; what comes
-before a convolution writes there, so nothing is joined and nothing is padded. Biases, norms, SiLU and shortcuts between
-convolutions are one pass over memory. A 2x upsampling and the 3x3 convolution after it are one 2x2 convolution at the
-low resolution, with four times the outputs: a result sees at most two different pixels along an axis.
+Every causal convolution has a buffer for its input frames, after the last two frames of the previous call. The
+operation before a convolution writes to the buffer, so nothing is concatenated or padded. Biases, norms, SiLU and
+shortcuts between convolutions are one pass over memory. A 2x upsampling and the 3x3 convolution after it are one 2x2
+convolution at the low resolution with four times the outputs, since a result depends on at most two different pixels
+along an axis.
 
-`decoder_stages` has the stages of this. Two devices can share them; on CUDA, what a device does in a step is one graph.
+`decoder_stages` has the stages, `decoder_plan` their list. Two devices can share them. On CUDA, the work of a device in
+a step is one graph.
 """
 
 from __future__ import annotations
@@ -28,16 +30,15 @@ if TYPE_CHECKING:
 
 
 class StreamingDecoder:
-    """Latents of a batch of videos to pixels, in order. What it remembers is allocated once.
+    """Decoder of a batch of videos, in order, with memory that is allocated once.
 
-    Agrees with `Autoencoder.decode` up to rounding. latents_per_step: later latent frames that are decoded together;
-    one bounds memory, more suit small grids. The convolutions' weights are copies, in cuDNN's order: 1.1 GB beside the
-    autoencoder's own for Wan2.2 in bf16.
+    The result equals that of `Autoencoder.decode` up to rounding. The weights of the convolutions are copies in cuDNN's
+    order, 1.1 GB in addition to those of the autoencoder for Wan2.2 in bf16.
 
-    On CUDA the first step of `latents_per_step` later frames runs as it is and is then recorded, those after it are
-    replayed; an opening frame and what is left over run as they are. cuDNN takes the fastest convolutions it measures
-    in that first step, so another process may round otherwise. It works on the current streams of its devices, and its
-    methods must not be called from two threads at a time.
+    On CUDA the first step of `latents_per_step` later latent frames runs and is then recorded; later ones are replayed.
+    An opening frame and shorter steps are not recorded. cuDNN uses the fastest convolutions that it measures in that
+    first step, so another process may round differently. The decoder works on the current streams of its devices, and
+    its methods must not be called from two threads at once.
     """
 
     def __init__(
@@ -50,12 +51,17 @@ class StreamingDecoder:
         latents_per_step: int = 1,
         devices: tuple[torch.device, torch.device] | None = None,
         first_share: float = 0.5,
-    ):
-        """height, width: of the latents.
+    ) -> None:
+        """Arrange the weights of an autoencoder and allocate the buffers.
 
-        devices: two that share the decoder, None for the autoencoder's. The first takes the leading stages, as near to
-        `first_share` of the convolutions' multiply-adds as the ends of residual blocks and upsamplings allow; pixels
-        are made on the second. Raises UserError for a share outside (0, 1).
+        batch: number of videos. height, width: size of the latents.
+        latents_per_step: number of later latent frames that are decoded together; 1 needs the least memory, more suit
+            small grids.
+        devices: two devices that share the decoder; None means the device of the autoencoder. The second one returns
+            the pixels.
+        first_share: share of the multiply-adds of the first device, as near as the ends of residual blocks and
+            upsamplings allow.
+        Raises UserError for a share outside (0, 1).
         """
         weight = autoencoder.post_quant_conv.weight
         self.config, self.shape, self.latents_per_step = autoencoder.config, (batch, height, width), latents_per_step
@@ -75,14 +81,16 @@ class StreamingDecoder:
 
     @torch.inference_mode()
     def decode(self, latents_BzTHW: Tensor) -> Tensor:
-        """Return uint8 [B, frames, H, W, 3] of the next latent frames, normalised as a transformer makes them.
+        """Return uint8 frames [B, T, H, W, 3] of the next latent frames, on the last device.
 
-        The first of a video is one frame, later ones `scale_factor_temporal`. The pixels are on the last device.
+        latents_BzTHW: normalized latents, as a transformer returns them. The first latent frame of a video is one
+            frame, a later one `scale_factor_temporal` frames.
+        Raises UserError for latents of another shape.
         """
         batch, channels, num_latents, height, width = latents_BzTHW.shape
         if (batch, height, width) != self.shape or channels != self.config.z_dim or not num_latents:
             raise UserError(
-                f"latents are {list(latents_BzTHW.shape)}, wanted [{self.shape[0]}, {self.config.z_dim}, 1 or more,"
+                f"latents are {list(latents_BzTHW.shape)}; expected [{self.shape[0]}, {self.config.z_dim}, 1 or more,"
                 f" {self.shape[1]}, {self.shape[2]}]"
             )
         x_BTHWz = latents_BzTHW.to(self.dtype).permute(0, 2, 3, 4, 1)
@@ -108,34 +116,34 @@ class StreamingDecoder:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and record what CUDA needs, which takes seconds, and begin a new video. Elsewhere only the latter."""
+        """Compile and record the work of CUDA devices, which takes seconds, and begin a new video."""
         self.begin()
         if all(device.type != "cuda" for device in self.devices):
             return
         batch, height, width = self.shape
         blank = torch.zeros(batch, self.config.z_dim, self.latents_per_step, height, width, device=self.devices[0])
-        # cuDNN keeps what a thread ran a convolution with first: the measured choice has to be it
+        # cuDNN keeps the first kernel that a thread uses for a convolution, so the measured choice must come first
         self.begin(inside=True)
         self.decode(blank)
         self.begin()
         self.decode(blank[:, :, :1])
         self.begin()
-        torch.cuda.empty_cache()  # the graphs have memory of their own
+        torch.cuda.empty_cache()  # graphs have memory of their own
 
     def state(self) -> State:
-        """Return copies of what is remembered of the frames so far; empty before the first."""
+        """Return copies of the frames that the convolutions keep; empty before the first frame of a video."""
         return tuple(conv.buffer[:, :HISTORY].clone() for conv in self._convolutions) if self.opened else ()
 
     @torch.inference_mode()
     def begin(self, *, inside: bool = False) -> None:
-        """Begin a new video. inside: later latents come first, and what was before them is zero."""
+        """Begin a new video. inside: whether later latent frames come first, after frames of zeros."""
         self.opened = inside
         for conv in self._convolutions:
             conv.buffer[:, :HISTORY] = 0
 
     @torch.inference_mode()
     def restore(self, state: State) -> None:
-        """Go on from where `state` was taken; from () with a new video."""
+        """Continue after the frames of a `state`; () begins a new video."""
         if not state:
             self.begin()
             return
@@ -144,49 +152,52 @@ class StreamingDecoder:
             conv.buffer[:, :HISTORY] = remembered
 
     def _step(self, x_BTHWz: Tensor, *, opening: bool) -> Tensor:
-        given = Activations(x_BTHWz)
+        activations = Activations(x_BTHWz)
         is_whole = not opening and x_BTHWz.shape[1] == self.latents_per_step
         for part in self._parts:
-            given = part(given, opening=opening, is_whole=is_whole)
-        return given.x
+            activations = part(activations, opening=opening, is_whole=is_whole)
+        return activations.x
 
 
 class _Part:
-    """Stages that follow one another on one device: all of them, or the first or the second of two parts."""
+    """Consecutive stages on one device: all of them, or the first or second of two parts."""
 
-    def __init__(self, plan: list[PlannedStage], device: torch.device):
+    def __init__(self, plan: list[PlannedStage], device: torch.device) -> None:
         self.device = device
         self.multiply_adds = sum(stage.multiply_adds for stage in plan)
         self.stages = [stage.build(device) for stage in plan]
         self._operations: DecoderOperations = decoder_operations(device)
         self._recording: _Recording | None = None
 
-    def __call__(self, given: Activations, *, opening: bool, is_whole: bool) -> Activations:
-        """Run on the device's current stream; given may be elsewhere. What a recording gives lasts until the next."""
+    def __call__(self, inputs: Activations, *, opening: bool, is_whole: bool) -> Activations:
+        """Run on the current stream of the device. Inputs may be on another device.
+
+        The result of a recorded step is valid until the next step.
+        """
         with _on(self.device):
             if self.device.type != "cuda" or not is_whole:
-                return self._run(given.to(self.device), opening=opening)
+                return self._run(inputs.to(self.device), opening=opening)
             if self._recording is not None:
-                return self._recording.replay(given)
-            # The recording reads where this run reads: neither the copies nor cuDNN's choices depend on the call.
-            inputs = given.room(self.device)
-            inputs.copy_(given)
+                return self._recording.replay(inputs)
+            # the recording reads the tensors of this run, so neither copies nor cuDNN's choices depend on the call
+            own = inputs.empty_like(self.device)
+            own.copy_(inputs)
             with _measured_convolutions():
-                result = self._run(inputs, opening=False)
-                self._recording = self._record(inputs)
+                result = self._run(own, opening=False)
+                self._recording = self._record(own)
             return result
 
-    def _run(self, given: Activations, *, opening: bool) -> Activations:
-        frames = given.x.shape[1]
-        hand_over(self._operations, given.x, self.stages[0].target(frames, opening=opening))
+    def _run(self, inputs: Activations, *, opening: bool) -> Activations:
+        frames = inputs.x.shape[1]
+        hand_over(self._operations, inputs.x, self.stages[0].target(frames, opening))
         for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
             frames = frames if opening else frames * stage.times
-            target = Target() if following is None else following.target(frames, opening=opening)
-            given = stage(given, target, opening=opening)
-        return given
+            target = Target() if following is None else following.target(frames, opening)
+            inputs = stage(inputs, target, opening)
+        return inputs
 
     def _record(self, inputs: Activations) -> _Recording:
-        # not torch.cuda.graph: that waits for the whole device, where another thread may be recording as well
+        # not torch.cuda.graph, which waits for the whole device, where another thread may be recording as well
         graph = torch.cuda.CUDAGraph()
         # a graph keeps the priority of the stream it was recorded on
         priority = torch.cuda.current_stream(self.device).priority
@@ -201,24 +212,24 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Recording:
-    """A CUDA graph, and the places where it reads and writes."""
+    """A CUDA graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Activations
     result: Activations
 
-    def replay(self, given: Activations) -> Activations:
-        self.inputs.copy_(given)
+    def replay(self, inputs: Activations) -> Activations:
+        self.inputs.copy_(inputs)
         self.graph.replay()
         return self.result
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    # Triton launches on the current device, whatever its arguments are on
+    # Triton launches on the current device, wherever its arguments are
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _measured_convolutions() -> AbstractContextManager[object]:
     cudnn = torch.backends.cudnn
-    # what is chosen by the clock has to give the same bits in every run of it
+    # a kernel that is chosen by its time must give the same bits in every run
     return cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=cudnn.allow_tf32)

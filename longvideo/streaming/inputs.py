@@ -1,7 +1,7 @@
-"""How the inputs of a transformer's products are made from what comes before them, in one pass over memory.
+"""Computation of the inputs of a transformer's products, in one pass over memory for each input.
 
-An input is what the layer that reads it multiplies: a tensor, or one that is rounded to 8 or 4 bits already. Shapes: B
-samples, L tokens, D model dim, T frames.
+An input has the format in which its layer multiplies: a tensor, or values that are rounded to 8 or 4 bits already.
+Shapes: B samples, L tokens, D model dim, T frames.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longvideo.quantization.products import W4A4, W4A16
 
 
 class Inputs(Protocol):
-    """Makes the inputs of one kind of layer."""
+    """Functions that return inputs in the format of their layers."""
 
     def norm(
         self,
@@ -36,18 +36,18 @@ class Inputs(Protocol):
         ...
 
     def round(self, x: Tensor | FP8Rows) -> Any:
-        """Return x as the layer reads it."""
+        """Return x in the format of the layer."""
         ...
 
     def gelu(self, layer: nn.Module, x: Any) -> Any:
-        """Return GELU, by the tanh formula, of what `layer` makes of x."""
+        """Return GELU (tanh formula) of the result of `layer` for x, in the format of the next layer."""
         ...
 
 
 class Unrounded:
-    """Inputs in the model's own dtype."""
+    """Inputs in the dtype of the model."""
 
-    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype):
+    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype) -> None:
         self._operations, self._eps, self._dtype = operations, eps, dtype
 
     def norm(
@@ -71,7 +71,7 @@ class Unrounded:
         weight = _weight(layer, x.dtype) if x.is_cuda else None
         if weight is None:
             return F.gelu(layer(x), approximate="tanh")
-        # bias and GELU in the product's epilogue: a pass over the widest activation less
+        # bias and GELU in the epilogue of the product save a pass over the widest activation
         product = torch._addmm_activation(cast("Tensor", layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)
         return product.unflatten(0, x.shape[:-1])
 
@@ -79,7 +79,7 @@ class Unrounded:
 class RoundedToFP8:
     """Inputs in E4M3 with a scale for each token."""
 
-    def __init__(self, operations: NormOperations, eps: float, device: torch.device):
+    def __init__(self, operations: NormOperations, eps: float, device: torch.device) -> None:
         self._operations, self._eps, self._fp8 = operations, eps, fp8_operations(device)
 
     def norm(
@@ -107,9 +107,9 @@ class RoundedToFP8:
 
 
 class RoundedToNVFP4:
-    """Inputs in 4 bits, as the layers' product rounds them."""
+    """Inputs in 4 bits, rounded by the product of the layers."""
 
-    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype, product: W4A4):
+    def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype, product: W4A4) -> None:
         self._operations, self._eps, self._dtype, self._product = operations, eps, dtype, product
 
     def norm(
@@ -137,7 +137,7 @@ class RoundedToNVFP4:
 
 
 def _weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """Return the weight that a layer multiplies unrounded inputs with; None where it rounds them."""
+    """Return the weight with which a layer multiplies unrounded inputs; None if it rounds them."""
     if isinstance(layer, nn.Linear):
         return layer.weight
     if isinstance(layer, NVFP4Linear) and isinstance(layer.product, W4A16):
@@ -152,7 +152,7 @@ def _unrounded(x: Tensor | FP8Rows, dtype: torch.dtype) -> Tensor:
 
 
 def inputs_of(readers: list[nn.Module], device: torch.device, dtype: torch.dtype, *, eps: float) -> Inputs:
-    """Return what makes the inputs that all of these layers read, from activations in the model's dtype."""
+    """Return the computation of an input that all of these layers read. dtype: dtype of the model."""
     operations = norm_operations(device)
     if all(isinstance(reader, FP8Linear) for reader in readers):
         return RoundedToFP8(operations, eps, device)

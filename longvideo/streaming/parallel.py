@@ -1,8 +1,8 @@
-"""One chunk made by several ranks: each holds the tokens of its frames, in self-attention all tokens of its heads.
+"""Sharing of a chunk among ranks: each holds the tokens of its frames, and in self-attention all tokens of its heads.
 
-One all-to-all carries queries, keys and values from the one division to the other, another the result back
-(DeepSpeed-Ulysses, arXiv 2309.14509; `longvideo.train.sequence_parallel` has it with gradients). Nothing waits for the
-host and nothing depends on what a tensor holds, so a CUDA graph can record it.
+One all-to-all exchanges queries, keys and values between the two divisions, another one the result (DeepSpeed-Ulysses,
+arXiv 2309.14509; `longvideo.train.sequence_parallel` is the version with gradients). The host does not wait and nothing
+depends on the contents of a tensor, so a CUDA graph can record it.
 
 Shapes: R ranks, B samples, L tokens of the chunk, O = L / R own tokens, N heads, M = N / R own heads, K head dim, H = K
 / 2 pairs, W words, S slots, D width, X tensors exchanged together.
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WORD = torch.int64
-"""As what heads are moved: no operation has to know FP8, and no kernel moves single bytes."""
+"""Dtype in which heads are exchanged, so that no operation needs to support FP8 and no kernel moves single bytes."""
 
 
 class Sharing(Protocol):
-    """What lies between the tokens that a rank holds and the heads that it attends with.
+    """The exchange between the tokens of a rank and the heads with which it attends.
 
-    ranks: R. rotary: takes own tokens of all heads, and writes all tokens of own heads where attention reads them.
+    ranks: number of ranks, R. rotary: operations that take own tokens of all heads, and write all tokens of own heads
+        to where attention reads them.
     """
 
     ranks: int
     rotary: RotaryOperations
 
-    def own(self, x: Tensor, dim: int) -> Tensor:
-        """Return the part of this rank of a dimension of frames or of tokens, as a view."""
+    def own(self, x: Tensor, dim: int, /) -> Tensor:
+        """Return the part of this rank of a dimension of frames or tokens, as a view."""
         ...
 
     def heads(self, *own_BONK: Tensor) -> tuple[Tensor, ...]:
-        """Exchange own tokens of all heads for all tokens of own heads, [B, L, M, K] each; all of one dtype."""
+        """Return all tokens of own heads, [B, L, M, K] each, from own tokens of all heads; all have one dtype."""
         ...
 
     def tokens(self, x_BLD: Tensor | FP8Rows) -> Tensor | FP8Rows:
-        """Exchange attention's result, all tokens of own heads [B, L, M K], for own tokens of all heads [B, O, N K]."""
+        """Return own tokens of all heads, [B, O, N K], from the attention of all tokens of own heads, [B, L, M K]."""
         ...
 
     def mean(self, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Sharing(Protocol):
 def sharing_of(
     group: dist.ProcessGroup | None, device: torch.device, *, chunk_frames: int, heads: int, head_dim: int
 ) -> Sharing:
-    """Return how the ranks of a group share a chunk; a group of one and None share nothing.
+    """Return the exchange of a group of ranks; None and a group of one rank exchange nothing.
 
     Raises UserError for sizes that the ranks do not divide.
     """
@@ -75,38 +76,43 @@ def sharing_of(
 
 
 def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> None:
-    """Raise UserError, naming the valid numbers, unless the ranks can share frames and heads evenly."""
+    """Raise UserError with the valid numbers unless the ranks can share frames and heads evenly."""
     if heads % ranks or chunk_frames % ranks:
         valid = ", ".join(map(str, divisors(math.gcd(heads, chunk_frames))))
         raise UserError(
-            f"{ranks} ranks must divide {heads} attention heads and chunks of {chunk_frames} latent frames;"
-            f" use one of {valid}"
+            f"there are {ranks} ranks; expected a number that divides {heads} attention heads and chunks of"
+            f" {chunk_frames} latent frames; use one of {valid}"
         )
     if head_dim % WORD.itemsize:
         raise UserError(
-            f"heads of {head_dim} cannot be exchanged between {ranks} ranks, only multiples of {WORD.itemsize};"
+            f"the head dim is {head_dim}; expected a multiple of {WORD.itemsize} for an exchange between {ranks} ranks;"
             " use one rank"
         )
 
 
 @contextmanager
 def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.ProcessGroup | None]]:
-    """Join the ranks that `torchrun` started; give the rank's device and the group, None where there is one rank.
+    """Join the ranks that `torchrun` started, and yield the device of the rank and the group, None for one rank.
 
-    device: as it was asked for. Every rank takes the GPU of its number, or the CPU where that is asked for or there is
-    no GPU. What used the group must be gone when this ends: a recorded graph would go on waiting for the others.
-    Raises UserError for a single GPU.
+    device: device option of the user. Every rank uses the GPU of its number, or the CPU if the option is cpu or there
+        is no GPU.
+    Everything that used the group must be deleted before this context ends, since a recorded graph would wait for the
+    other ranks. Raises UserError for the name of a single GPU.
     """
     place = process_rank()
     if place.world == 1:
         yield device, None
         return
     if device not in (None, "cpu", "cuda"):
-        raise UserError(f"device is {device!r}, but several ranks were started; each takes the GPU of its number")
+        raise UserError(
+            f"device is {device!r} with {place.world} ranks; expected cpu or cuda, the GPU of each rank's number"
+        )
     if device != "cpu" and torch.cuda.is_available():
         device = f"cuda:{place.local_rank}"
         if place.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {place.rank} has no GPU: {torch.cuda.device_count()} were found")
+            raise UserError(
+                f"rank {place.rank} has no GPU; this machine has {torch.cuda.device_count()}; start fewer ranks"
+            )
         torch.cuda.set_device(device)
     else:
         device = "cpu"
@@ -118,14 +124,14 @@ def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.Proces
 
 
 class Unshared:
-    """One rank, which holds everything."""
+    """One rank, which exchanges nothing."""
 
     ranks = 1
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.rotary: RotaryOperations = rotary_operations(device)
 
-    def own(self, x: Tensor, dim: int) -> Tensor:
+    def own(self, x: Tensor, _dim: int, /) -> Tensor:
         return x
 
     def heads(self, *own_BONK: Tensor) -> tuple[Tensor, ...]:
@@ -142,9 +148,12 @@ class Unshared:
 
 
 class UlyssesSharing:
-    """Rank r holds the r-th run of frames, and the r-th run of heads. See `check_ranks` for what must divide."""
+    """The exchange of a group, in which rank r has the r-th run of frames and the r-th run of heads.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+    The sizes must pass `check_ranks`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.ranks, self._rank, self._group = group.size(), group.rank(), group
         self.rotary: RotaryOperations = _ExchangingRotary(self, device)
 
@@ -153,15 +162,15 @@ class UlyssesSharing:
 
     def heads(self, *own_BONK: Tensor) -> tuple[Tensor, ...]:
         dtype = own_BONK[0].dtype
-        # tokens before what is exchanged together: for one sample, what arrives is in place already
+        # tokens come before the tensors, so that for one sample the received data needs no reordering
         parts = [x.view(WORD).unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3, 4) for x in own_BONK]
-        arrived_RBOXMW = self._exchange(torch.stack(parts, dim=3))
-        all_BLXMW = arrived_RBOXMW.transpose(0, 1).flatten(1, 2)
+        received_RBOXMW = self._exchange(torch.stack(parts, dim=3))
+        all_BLXMW = received_RBOXMW.transpose(0, 1).flatten(1, 2)
         return tuple(x.view(dtype) for x in all_BLXMW.unbind(2))
 
     def tokens(self, x_BLD: Tensor | FP8Rows) -> Tensor | FP8Rows:
         if isinstance(x_BLD, FP8Rows):
-            # the scale of attention is one constant, so it is that of the other ranks' heads, too
+            # attention has one constant scale, so the heads of other ranks have it too
             return FP8Rows(self._tokens(x_BLD.values), self.own(x_BLD.scales, 1).contiguous())
         return self._tokens(x_BLD)
 
@@ -171,26 +180,25 @@ class UlyssesSharing:
         return total / self.ranks
 
     def whole(self, x_BOD: Tensor) -> Tensor:
-        # not by an all-gather into a tensor, whose name depends on the version of torch; the same bytes travel
-        arrived_RBOD = self._exchange(x_BOD.expand(self.ranks, *x_BOD.shape).contiguous())
-        return arrived_RBOD.transpose(0, 1).flatten(1, 2)
+        # not an all-gather into a tensor, whose name depends on the version of torch; the same bytes are sent
+        received_RBOD = self._exchange(x_BOD.expand(self.ranks, *x_BOD.shape).contiguous())
+        return received_RBOD.transpose(0, 1).flatten(1, 2)
 
     def _tokens(self, x_BLD: Tensor) -> Tensor:
         words_RBOW = x_BLD.view(WORD).unflatten(1, (self.ranks, -1)).transpose(0, 1).contiguous()
         return self._exchange(words_RBOW).permute(1, 2, 0, 3).flatten(2).view(x_BLD.dtype)
 
     def _exchange(self, x_R: Tensor) -> Tensor:
-        """Send part r to rank r; part r of the result comes from rank r."""
-        arrived_R = torch.empty_like(x_R)
-        dist.all_to_all_single(arrived_R, x_R, group=self._group)
-        return arrived_R
+        """Send part r to rank r, and return the parts that were received, in the order of the ranks."""
+        received_R = torch.empty_like(x_R)
+        dist.all_to_all_single(received_R, x_R, group=self._group)
+        return received_R
 
 
 class _ExchangingRotary:
-    """`norm_rotate_keep` of own tokens, which knows all heads, and then the exchange: keys and values of own heads go
-    into the cache."""
+    """`norm_rotate_keep` of own tokens with all heads, and then the exchange, after which own heads go to the cache."""
 
-    def __init__(self, sharing: UlyssesSharing, device: torch.device):
+    def __init__(self, sharing: UlyssesSharing, device: torch.device) -> None:
         self._sharing, self._rotary = sharing, rotary_operations(device)
         self._only = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -211,8 +219,10 @@ class _ExchangingRotary:
         eps: float,
         mean_NK: Tensor | None = None,
     ) -> None:
-        """See `longvideo.kernels.rotary.reference`. q, k, v: [B, O, N, K]; cos, sin: [O, H]; mean: of all heads.
-        rotated: [B, L, M, K]; keys, values: [B, S, L, M, K].
+        """See `longvideo.kernels.rotary.reference`.
+
+        q, k, v: [B, O, N, K]. cos, sin: [O, H]. mean: mean of all heads. rotated: [B, L, M, K].
+        keys, values: [B, S, L, M, K].
         """
         shape = (3, *q_BLNK.shape)
         q, k, v = torch.empty(shape, dtype=rotated_BLNK.dtype, device=rotated_BLNK.device).unbind()

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from longvideo.config.loading import to_yaml
 from longvideo.distributed import Mesh, ParallelConfig, build_mesh, start_processes
 from longvideo.errors import ConfigError
+from longvideo.kernels.attention.sdpa import preferred_attention
 from longvideo.machine.launcher import launched, process_rank
 from longvideo.machine.packages import require
-from longvideo.model.attention import preferred_attention
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.lost_ranks import naming_lost_ranks
 from longvideo.training.precision import resolve

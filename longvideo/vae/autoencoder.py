@@ -1,8 +1,8 @@
 """Causal video autoencoder of the Wan2.2 form; parameters are named as in diffusers' AutoencoderKLWan.
 
-A call takes any number of frames and the State that the call before gave; None starts a video. A video cut into calls
-gives what one call gives, because every causal convolution remembers the last frames it saw and nothing else looks
-across frames. States are never changed: keep one per stream, or go on from the same one twice.
+A call takes any number of frames and the State that the previous call returned; None starts a video. Several calls give
+the result of one, because every causal convolution keeps its last frames, and nothing else depends on other frames. A
+State is never changed: use one per stream, or use the same one twice to continue a video in two ways.
 """
 
 import torch
@@ -24,10 +24,11 @@ from longvideo.vae.layers import (
 
 
 class Autoencoder(nn.Module):
-    """Turn video into latents and back.
+    """Encode video to latents and decode latents to video.
 
-    Frames and latents come as first 1 + 4k pixel frames with 1 + k latent frames, later 4k with k. Build on the meta
-    device and load with `assign=True`, or on the target device; `to_empty` would lose the latent statistics.
+    In a first call 1 + 4k frames correspond to 1 + k latent frames, in a later call 4k to k. Build the module on the
+    meta device and load it with `assign=True`, or build it on the target device; `to_empty` would lose the latent
+    statistics.
     """
 
     latents_mean: Tensor
@@ -42,7 +43,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
         device = self.post_quant_conv.weight.device
         for name in ("latents_mean", "latents_std"):
-            # no weight file has them, so they must not be on the meta device
+            # no weight file has these values, so they must not be on the meta device
             values = torch.tensor(
                 getattr(config, name), dtype=torch.float32, device="cpu" if device.type == "meta" else device
             )
@@ -50,14 +51,20 @@ class Autoencoder(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def encode(self, video_BCTHW: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Return the moments [B, 2 z_dim, T', H/16, W/16], mean before log variance, of video in [-1, 1]."""
+        """Return the mean and log variance, joined to [B, 2 z_dim, T', H/16, W/16], of video in [-1, 1].
+
+        Raises UserError for other numbers of frames, for sizes that are not multiples of 16, and for a wrong state.
+        """
         self._check_video(video_BCTHW, state)
         memory = Memory(state)
         h_BCTHW = self.encoder(patchify(video_BCTHW, self.config.patch_size), memory)
         return self.quant_conv(h_BCTHW), memory.state()
 
     def decode(self, latents_BCTHW: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Return video around [-1, 1], not clamped, of latents in the encoder's own scale (see `denormalize`)."""
+        """Return video, about [-1, 1] and not clamped, of latents in the encoder's own scale (see `denormalize`).
+
+        Raises UserError for no latents and for a wrong state.
+        """
         self._check_latents(latents_BCTHW, state)
         memory = Memory(state)
         latents_BCTHW = latents_BCTHW.contiguous(memory_format=torch.channels_last_3d)
@@ -65,11 +72,11 @@ class Autoencoder(nn.Module):
         return unpatchify(h_BCTHW, self.config.patch_size), memory.state()
 
     def normalize(self, latents_BCTHW: Tensor) -> Tensor:
-        """Bring latents to zero mean and unit deviation in every channel."""
+        """Return latents with zero mean and unit deviation in every channel."""
         return (latents_BCTHW - self.latents_mean) / self.latents_std
 
     def denormalize(self, latents_BCTHW: Tensor) -> Tensor:
-        """Undo `normalize`."""
+        """Return latents in the encoder's own scale, the inverse of `normalize`."""
         return latents_BCTHW * self.latents_std + self.latents_mean
 
     def _check_video(self, video_BCTHW: Tensor, state: State | None) -> None:
@@ -78,11 +85,12 @@ class Autoencoder(nn.Module):
         num_frames, (height, width) = video_BCTHW.shape[2], video_BCTHW.shape[3:]
         step = config.scale_factor_temporal
         if num_frames % step != (1 if state is None else 0) or num_frames == 0:
-            wanted = f"1 + {step}k frames in a first call" if state is None else f"{step}k frames in a later call"
-            raise UserError(f"video has {num_frames} frames, wanted {wanted}")
+            expected = f"1 + {step}k frames in a first call" if state is None else f"{step}k frames in a later call"
+            raise UserError(f"video has {num_frames} frames; expected {expected}")
         if height % config.scale_factor_spatial or width % config.scale_factor_spatial or height * width == 0:
             raise UserError(
-                f"video is {height} x {width} pixels, wanted multiples of {config.scale_factor_spatial}: crop or resize"
+                f"video is {height} x {width} pixels; expected multiples of {config.scale_factor_spatial}; crop or"
+                " resize it"
             )
         patch = config.patch_size
         _check_state(state, self.encoder, (config.in_channels, height // patch, width // patch), video_BCTHW)
@@ -90,11 +98,13 @@ class Autoencoder(nn.Module):
     def _check_latents(self, latents_BCTHW: Tensor, state: State | None) -> None:
         _check_frames(latents_BCTHW, "latents", self.config.z_dim)
         if latents_BCTHW.shape[2] == 0:
-            raise UserError("latents have 0 frames, wanted 1 or more")
+            raise UserError("latents have 0 frames; expected 1 or more")
         _check_state(state, self.decoder, (self.config.z_dim, *latents_BCTHW.shape[3:]), latents_BCTHW)
 
 
 class Encoder(nn.Module):
+    """Patches of pixels to moments of latents."""
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels = [config.base_dim * factor for factor in (1, *config.dim_mult)]
@@ -116,6 +126,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents to patches of pixels."""
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         factors = config.dim_mult[::-1]
@@ -137,20 +149,20 @@ class Decoder(nn.Module):
 
 
 def patchify(video_BCTHW: Tensor, patch: int) -> Tensor:
-    """Move each patch x patch square of pixels into channels: colour, then column, then row. Gives BTHWC memory."""
+    """Move each patch x patch square of pixels into channels: color, then column, then row. The memory is BTHWC."""
     x = video_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
     return x.permute(0, 2, 3, 5, 1, 6, 4).flatten(4).permute(0, 4, 1, 2, 3)
 
 
 def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """Undo `patchify`."""
+    """Return pixels, the inverse of `patchify`."""
     x = x_BCTHW.unflatten(1, (-1, patch, patch))
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
 def _check_frames(x: Tensor, name: str, channels: int) -> None:
     if x.dim() != 5 or x.shape[1] != channels:
-        raise UserError(f"{name} has shape {list(x.shape)}, wanted [batch, {channels}, frames, height, width]")
+        raise UserError(f"{name} has shape {list(x.shape)}; expected [batch, {channels}, frames, height, width]")
 
 
 def _check_state(state: State | None, coder: nn.Module, grid: tuple[int, ...], x: Tensor) -> None:
@@ -158,13 +170,13 @@ def _check_state(state: State | None, coder: nn.Module, grid: tuple[int, ...], x
         return
     if len(state) != num_remembering(coder):
         raise UserError(
-            f"state holds {len(state)} tensors, wanted {num_remembering(coder)}: pass what the call before this one "
-            f"of the same {type(coder).__name__.lower()} gave"
+            f"state holds {len(state)} tensors; expected {num_remembering(coder)}; pass the state that the previous"
+            f" call of the same {type(coder).__name__.lower()} returned"
         )
-    got, wanted = (state[0].shape[0], state[0].shape[1], *state[0].shape[3:]), (x.shape[0], *grid)
-    if got != wanted:
+    got, expected = (state[0].shape[0], state[0].shape[1], *state[0].shape[3:]), (x.shape[0], *grid)
+    if got != expected:
         raise UserError(
-            f"state is of a stream with batch, channels, height, width {got}, wanted {wanted}: a stream keeps its size"
+            f"state has batch, channels, height, width {got}; expected {expected}; all calls of a stream have one size"
         )
     if state[0].device != x.device:
-        raise UserError(f"state is on {state[0].device}, wanted {x.device} like the frames")
+        raise UserError(f"state is on {state[0].device}; expected {x.device} like the frames; move it there")

@@ -1,4 +1,4 @@
-"""Shape of the video autoencoder, key for key the configuration of diffusers' AutoencoderKLWan."""
+"""Shape of the video autoencoder, with the keys of the configuration of diffusers' AutoencoderKLWan."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -7,7 +7,7 @@ from typing import Any
 from longvideo.config.bounds import check_numbers, check_whole
 from longvideo.errors import ConfigError
 
-# beyond these a configuration is a mistake, and building what it says would take all memory
+# a configuration above these bounds is a mistake, and such an autoencoder would take all memory
 MOST = {
     "base_dim": 4096,
     "decoder_base_dim": 4096,
@@ -24,10 +24,10 @@ MOST_FACTOR, MOST_LEVELS, MAX_STATISTIC = 64, 8, 1e6
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Describe a Wan2.2-form autoencoder: 2x2 patches, residual shortcuts, 16 x 16 x 4 compression.
+    """Configuration of an autoencoder of the Wan2.2 form: 2x2 patches, residual shortcuts, 16 x 16 x 4 compression.
 
-    `temperal_downsample` is diffusers' spelling. Levels are those of `dim_mult`; every level but the last halves the
-    grid. Raises ConfigError where no such autoencoder exists.
+    `temperal_downsample` is the spelling of diffusers. `dim_mult` has one entry for each level; every level but the
+    last halves the grid. Raises ConfigError for values that fit no such autoencoder.
     """
 
     base_dim: int
@@ -54,77 +54,82 @@ class AutoencoderConfig:
         check_numbers("latents_std", self.latents_std, self.z_dim, 1 / MAX_STATISTIC, MAX_STATISTIC)
 
     def _check_form(self) -> None:
-        wanted = {"is_residual": True, "attn_scales": (), "dropout": 0.0}
-        for key, value in wanted.items():
+        expected = {"is_residual": True, "attn_scales": (), "dropout": 0.0}
+        for key, value in expected.items():
             if getattr(self, key) != value:
-                raise ConfigError(f"{key}={getattr(self, key)!r} is not the Wan2.2 form, wanted {value!r}")
+                raise ConfigError(f"{key} is {getattr(self, key)!r}; expected {value!r} for the Wan2.2 form")
         for key, most in MOST.items():
             check_whole(key, getattr(self, key), 1, most)
         for key in ("in_channels", "out_channels"):
             if getattr(self, key) != 3 * self.patch_size**2:
                 raise ConfigError(
-                    f"{key}={getattr(self, key)}, wanted {3 * self.patch_size**2}: 3 colours x patch_size squared"
+                    f"{key} is {getattr(self, key)}; expected {3 * self.patch_size**2}, 3 colors x patch_size squared"
                 )
 
     def _check_levels(self) -> None:
         for key, kind in (("dim_mult", int), ("temperal_downsample", bool)):
             values = getattr(self, key)
             if not isinstance(values, tuple) or len(values) > MOST_LEVELS or any(type(x) is not kind for x in values):
-                wanted = "whole numbers" if kind is int else "true and false"
-                raise ConfigError(f"{key}={str(values)[:60]}, wanted a list of at most {MOST_LEVELS}: {wanted}")
+                kinds = "whole numbers" if kind is int else "booleans"
+                raise ConfigError(f"{key} is {str(values)[:60]}; expected a list of at most {MOST_LEVELS} {kinds}")
         for factor in self.dim_mult:
             check_whole("dim_mult", factor, 1, MOST_FACTOR)
         num_downsamples = len(self.dim_mult) - 1
         if num_downsamples < 1 or len(self.temperal_downsample) != num_downsamples:
             raise ConfigError(
                 f"dim_mult has {len(self.dim_mult)} levels and temperal_downsample {len(self.temperal_downsample)} "
-                "entries, wanted one entry for every level but the last"
+                "entries; expected one entry for every level but the last"
             )
         if self.scale_factor_spatial != self.patch_size * 2**num_downsamples:
             raise ConfigError(
-                f"scale_factor_spatial={self.scale_factor_spatial}, wanted {self.patch_size * 2**num_downsamples}: "
-                f"patch_size x 2 for each of {num_downsamples} downsamples"
+                f"scale_factor_spatial is {self.scale_factor_spatial}; expected"
+                f" {self.patch_size * 2**num_downsamples}, patch_size x 2 for each of {num_downsamples} downsamples"
             )
         if self.scale_factor_temporal != 2 ** sum(self.temperal_downsample):
             raise ConfigError(
-                f"scale_factor_temporal={self.scale_factor_temporal}, wanted {2 ** sum(self.temperal_downsample)}: "
-                "2 for each True in temperal_downsample"
+                f"scale_factor_temporal is {self.scale_factor_temporal}; expected"
+                f" {2 ** sum(self.temperal_downsample)}, 2 for each True in temperal_downsample"
             )
-        # The parameter-free shortcuts trade halved axes for channels, so a level can widen by no more than it shrinks.
+        # the shortcuts have no parameters: halved axes become channels, which limits how much a level widens
         narrow_to_wide = zip((1, *self.dim_mult[:-1]), self.dim_mult, strict=True)
         for (narrow, wide), halves_time in zip(narrow_to_wide, (*self.temperal_downsample, None), strict=True):
             most = 1 if halves_time is None else 8 if halves_time else 4
             if wide % narrow or most % (wide // narrow):
                 raise ConfigError(
-                    f"dim_mult={list(self.dim_mult)} goes from {narrow} to {wide}; wanted a factor that divides {most}"
+                    f"dim_mult {list(self.dim_mult)} goes from {narrow} to {wide}; expected a divisor of {most}"
                 )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AutoencoderConfig":
-        """Read a diffusers config.json. Keys starting with "_" are metadata; any other unknown key is an error."""
-        given: dict[str, Any] = {key: values[key] for key in values if not key.startswith("_")}
-        # Wan2.2's published file carries this key, which the class it names never reads.
-        given.pop("clip_output", None)
+        """Return the configuration in a diffusers config.json. Keys that start with "_" are metadata and are ignored.
+
+        Raises ConfigError for other unknown keys, for missing keys and for values that fit no such autoencoder.
+        """
+        settings: dict[str, Any] = {key: values[key] for key in values if not key.startswith("_")}
+        # the published file of Wan2.2 has this key, but the class that it names does not read it
+        settings.pop("clip_output", None)
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(given.keys() - known):
-            raise ConfigError(f"autoencoder config has unknown keys {unknown}; known are {sorted(known)}")
+        if unknown := sorted(settings.keys() - known):
+            raise ConfigError(
+                f"the autoencoder config has the unknown keys {unknown}; expected some of {sorted(known)}"
+            )
         required = {field.name for field in fields(cls) if field.default is MISSING} - {"decoder_base_dim"}
-        if missing := sorted(required - given.keys()):
-            raise ConfigError(f"autoencoder config lacks the keys {missing}")
-        if given.get("decoder_base_dim") is None:
-            given["decoder_base_dim"] = given["base_dim"]
-        for key, value in given.items():
-            given[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        if missing := sorted(required - settings.keys()):
+            raise ConfigError(f"the autoencoder config has no keys {missing}; add them")
+        if settings.get("decoder_base_dim") is None:
+            settings["decoder_base_dim"] = settings["base_dim"]
+        for key, value in settings.items():
+            settings[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
+        """Return the config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"_class_name": "AutoencoderKLWan", **values}
 
     @classmethod
     def wan22(cls) -> "AutoencoderConfig":
-        """Return the shape and the latent statistics of Wan2.2-TI2V-5B's autoencoder."""
+        """Return the configuration of the autoencoder of Wan2.2-TI2V-5B, with its latent statistics."""
         return cls(
             base_dim=160,
             decoder_base_dim=256,
@@ -138,7 +143,7 @@ class AutoencoderConfig:
 
     @classmethod
     def tiny(cls) -> "AutoencoderConfig":
-        """Return the shape of the shipped autoencoder, before its latent statistics are measured."""
+        """Return the configuration of the shipped autoencoder, before its latent statistics are measured."""
         return cls(
             base_dim=24,
             decoder_base_dim=32,

@@ -1,8 +1,9 @@
-"""Encode some latent frames of a video, reading only the pixel frames that they depend on.
+"""Encode some latent frames of a video, and read only the frames that they depend on.
 
-Latent 0 holds pixel frame 0, latent j >= 1 the S frames S(j - 1) + 1 .. Sj, where S = 4 is the temporal scale. Every
-layer of the encoder looks back only, so latents [first, last) need no frame behind theirs, and a bounded halo of frames
-before them. A process that owns a part of a long clip's latents reads and encodes that window alone.
+Latent frame 0 stands for frame 0, latent frame j >= 1 for the S frames S(j - 1) + 1 .. Sj, where S = 4 is the temporal
+scale. Every layer of the encoder depends on earlier frames only, so latent frames [first, last) need no frame after
+theirs, and a bounded number of frames before them, the halo. A process with a part of the latent frames of a long clip
+reads and encodes that window alone.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
 
 HISTORY = 2
-"""Frames that a temporal convolution sees before the newest: all kernels have length 3."""
+"""Number of earlier frames that a temporal convolution depends on; all kernels have length 3."""
 CONVOLUTIONS_PER_BLOCK = 2
 MIDDLE_BLOCKS = 2
 
 
 @dataclass(frozen=True)
 class EncodeWindow:
-    """The pixel frames [first_frame, first_frame + num_frames) of a video, and how to encode them as one of their own.
+    """Frames of a video that are encoded as a video of their own, of which the first frame is the opening frame.
 
-    Their first frame opens that video, whether it opens the real one or not; their first `drop` latents are left out.
+    first_frame: number of the first frame. num_frames: number of frames. drop: number of leading latent frames of the
+    result that are left out.
     """
 
     first_frame: int
@@ -40,15 +42,15 @@ class EncodeWindow:
 
     @property
     def end_frame(self) -> int:
-        """The pixel frame behind the last one."""
+        """Number of the frame after the last one."""
         return self.first_frame + self.num_frames
 
 
 def lookback_frames(config: AutoencoderConfig) -> int:
-    """Return how many pixel frames before its own last one a latent depends on: 112 for Wan2.2's autoencoder.
+    """Return the number of frames before its last one that a latent frame depends on: 112 for Wan2.2's autoencoder.
 
-    A causal convolution at a rate of one frame in `stride` looks back HISTORY * stride pixel frames; along the path of
-    the encoder these add up.
+    A causal convolution at a rate of one frame in `stride` depends on HISTORY * stride earlier frames; the numbers of
+    all layers of the encoder add up.
     """
     block = CONVOLUTIONS_PER_BLOCK * HISTORY
     frames, stride = HISTORY, 1
@@ -61,14 +63,14 @@ def lookback_frames(config: AutoencoderConfig) -> int:
 
 
 def temporal_lookback(config: AutoencoderConfig) -> int:
-    """Return the halo, in latents, with which a window equals the whole video: 28 for Wan2.2's autoencoder."""
+    """Return the halo with which a window is encoded exactly, in latent frames: 28 for Wan2.2's autoencoder."""
     return -(-lookback_frames(config) // config.scale_factor_temporal)
 
 
 def decode_lookback(config: AutoencoderConfig) -> int:
-    """Return how many latents before its own a decoded frame depends on at most: 38 for Wan2.2's autoencoder.
+    """Return the largest number of earlier latent frames that a frame depends on: 38 for Wan2.2's autoencoder.
 
-    In units of latents, a causal convolution at a rate of `rate` frames a latent looks back HISTORY / rate.
+    A causal convolution at a rate of `rate` frames per latent frame depends on HISTORY / rate earlier latent frames.
     """
     block = CONVOLUTIONS_PER_BLOCK * HISTORY
     latents, rate = Fraction(HISTORY + MIDDLE_BLOCKS * block), 1
@@ -83,16 +85,19 @@ def decode_lookback(config: AutoencoderConfig) -> int:
 def encode_window(
     first: int, last: int, lookback: int, *, temporal_scale: int = AutoencoderConfig.scale_factor_temporal
 ) -> EncodeWindow:
-    """Return what to read for the latents [first, last) of a video, with a halo of `lookback` latents before them.
+    """Return the frames to read for the latent frames [first, last) of a video.
 
-    Where the halo does not reach the start of the video, one more pixel frame is read before it: an opening frame is a
-    latent by itself, so it stands in for the latent before the halo and the frames of the others stay together.
-    `temporal_lookback` gives the halo for exact latents; a shorter one reads less and gives them nearly.
+    lookback: number of latent frames of the halo. `temporal_lookback` gives exact latents; a shorter halo reads less
+        and gives approximate ones.
+    Where the halo does not reach the start of the video, one more frame is read before it: the opening frame is a
+        latent frame by itself, so it takes the place of the latent frame before the halo, and the other frames stay in
+        groups.
+    Raises UserError for an empty range and a negative lookback.
     """
     if not 0 <= first < last:
-        raise UserError(f"latents [{first}, {last}) are no range of a video, wanted 0 <= first < last")
+        raise UserError(f"the range of latents is [{first}, {last}); expected 0 <= first < last")
     if lookback < 0:
-        raise UserError(f"lookback={lookback} latents, wanted 0 or more")
+        raise UserError(f"lookback is {lookback} latents; expected 0 or more")
     halo_start = max(0, first - lookback)
     num_openings = int(halo_start > 0)
     first_frame = temporal_scale * (halo_start - num_openings)
@@ -107,24 +112,25 @@ def encode_window(
 def encode_latents(
     autoencoder: Autoencoder, frames_BCTHW: Tensor, window: EncodeWindow, *, latents_per_piece: int = 4
 ) -> Tensor:
-    """Return the normalised mean latents [B, z_dim, last - first, H/16, W/16] of a window, in float32.
+    """Return the normalized mean latents [B, z_dim, last - first, H/16, W/16] of a window, in float32.
 
-    frames_BCTHW: the window's frames in [-1, 1], of any dtype, on any device. They go to the autoencoder in pieces of
-    `latents_per_piece` latents, so activations take the memory of one piece however long the window is.
+    frames_BCTHW: frames of the window in [-1, 1], of any dtype, on any device.
+    latents_per_piece: number of latent frames that are encoded at once, which bounds the memory of activations.
+    Raises UserError for frames that do not fit the window, and for a window that does not fit the autoencoder.
     """
     scale = autoencoder.config.scale_factor_temporal
     if frames_BCTHW.dim() != 5 or frames_BCTHW.shape[2] != window.num_frames:
         raise UserError(
-            f"frames have shape {list(frames_BCTHW.shape)}, wanted [batch, 3, {window.num_frames}, height, width]: the"
-            f" frames [{window.first_frame}, {window.end_frame}) of the video"
+            f"frames have shape {list(frames_BCTHW.shape)}; expected [batch, 3, {window.num_frames}, height, width],"
+            f" the frames [{window.first_frame}, {window.end_frame}) of the video"
         )
     if window.num_frames % scale != 1 or not 0 <= window.drop <= window.num_frames // scale:
         raise UserError(
-            f"{window} holds no whole latents at {scale} frames a latent; make it with encode_window(...,"
+            f"{window} has no whole latent frames of {scale} frames; make it with encode_window(...,"
             f" temporal_scale={scale})"
         )
     if latents_per_piece < 1:
-        raise UserError(f"latents_per_piece={latents_per_piece}, wanted 1 or more")
+        raise UserError(f"latents_per_piece is {latents_per_piece}; expected 1 or more")
     weight = autoencoder.quant_conv.weight
     ends = range(1 + scale * (latents_per_piece - 1), window.num_frames, scale * latents_per_piece)
     state, means = None, []

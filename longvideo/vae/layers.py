@@ -1,9 +1,11 @@
-"""Layers of the causal video autoencoder: each takes any number of frames and the few it remembers from before.
+"""Layers of the causal video autoencoder: each takes any number of frames, and keeps the few that later calls need.
 
-Shapes: B batch, C channels, T frames, H W grid. A first call holds the frame that opens the video, which the layers
-that change the frame rate treat apart: it stands alone, where later frames come in pairs.
-Activations lie in memory as BTHWC (torch.channels_last_3d): bf16 convolutions and norms are several times quicker so,
-and folding frames into the batch costs nothing. Where values are reordered anyway, they are reordered to that layout.
+A first call holds the opening frame of the video, which the layers that change the frame rate treat differently: it is
+alone, whereas later frames form pairs.
+Activations are stored as BTHWC (torch.channels_last_3d): bf16 convolutions and norms are several times faster in this
+layout, and folding frames into the batch needs no copy. Wherever values are reordered, the result has this layout.
+
+Shapes: B batch, C channels, T frames, H W grid.
 """
 
 from itertools import pairwise
@@ -16,12 +18,12 @@ from torch import Tensor, nn
 State: TypeAlias = tuple[Tensor, ...]
 
 
-# F.normalize's bound, which the published autoencoder uses.
+# the lower bound of F.normalize, which the published autoencoder uses
 SMALLEST_LENGTH = 1e-12
 
 
 class Memory:
-    """Hand the causal layers, in module order, the frames they kept, and collect what they keep for the next call."""
+    """The frames that causal layers keep from one call to the next, in the order of the modules."""
 
     def __init__(self, state: State | None) -> None:
         self.is_first = state is None
@@ -29,19 +31,20 @@ class Memory:
         self._kept: list[Tensor] = []
 
     def recall(self) -> Tensor | None:
-        """Return what the layer whose turn it is kept in the call before, None in a first call."""
+        """Return the frames that the current layer kept in the previous call, None in a first call."""
         return None if self.is_first else self._past[len(self._kept)]
 
     def keep(self, frames_BCTHW: Tensor) -> None:
-        """Store a copy of the frames, so that neither the activations nor their gradient graph stay alive."""
+        """Store a copy of the frames for the next call, so that no activation or gradient stays in memory."""
         self._kept.append(frames_BCTHW.detach().clone(memory_format=torch.channels_last_3d))
 
     def state(self) -> State:
+        """Return the frames that all layers kept in this call."""
         return tuple(self._kept)
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolve in space and time, seeing for each frame that frame and those before it."""
+    """Convolution in space and time, of which a frame depends on itself and earlier frames only."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int]) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=(0, kernel_size[1] // 2, kernel_size[2] // 2))
@@ -58,7 +61,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelRMSNorm(nn.Module):
-    """Scale the channels of every pixel to unit mean square, then by a learned gain."""
+    """RMS norm over the channels of every pixel, times a learned gain."""
 
     def __init__(self, channels: int, num_axes: int) -> None:
         super().__init__()
@@ -66,11 +69,13 @@ class ChannelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST_LENGTH)
-        # Under autocast the gain is fp32; what is kept for the backward pass stays as narrow as what came in.
+        # under autocast the gain is float32; the cast keeps what the backward pass stores in the dtype of the input
         return (x * (self.gamma.shape[0] ** 0.5 / length) * self.gamma).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
+    """Two causal convolutions after norm and SiLU, with a shortcut."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = ChannelRMSNorm(in_channels, num_axes=3)
@@ -86,7 +91,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Attend with one head among the pixels of each frame."""
+    """Attention with one head among the pixels of each frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,6 +109,8 @@ class FrameAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The blocks at the lowest resolution: residual, attention, residual."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
@@ -115,11 +122,11 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid, and the frame rate if asked; the frame that opens the video keeps its own latent."""
+    """Halve the grid, and the frame rate if halves_time; the opening frame remains a frame of its own."""
 
     def __init__(self, channels: int, halves_time: bool) -> None:
         super().__init__()
-        # Index 1 in a Sequential is where the published weights have this convolution.
+        # the published weights have this convolution at index 1 of a Sequential
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if halves_time else None
 
@@ -137,7 +144,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid, and the frame rate if asked; the frame that opens the video stays one frame."""
+    """Double the grid, and the frame rate if doubles_time; the opening frame of the video stays one frame."""
 
     def __init__(self, channels: int, doubles_time: bool) -> None:
         super().__init__()
@@ -155,7 +162,7 @@ class Upsample(nn.Module):
     def _double_time(time_conv: CausalConv3d, x_BCTHW: Tensor, memory: Memory) -> Tensor:
         opening, later = x_BCTHW.split([1, x_BCTHW.shape[2] - 1], dim=2) if memory.is_first else (None, x_BCTHW)
         if later.shape[2] == 0:
-            # The second frame sees zeros where the opening one was: that one never enters the history.
+            # the second frame sees zeros in place of the opening one, which is never part of the history
             memory.keep(torch.zeros_like(x_BCTHW).expand(-1, -1, time_conv.history, -1, -1))
             return x_BCTHW
         pairs_BTHWC = time_conv(later, memory).permute(0, 2, 3, 4, 1)
@@ -165,8 +172,10 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """A level of the encoder."""
+
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, halves_time: bool | None) -> None:
-        """`halves_time` is None in the last level, which keeps grid and frame rate."""
+        """halves_time: whether the level halves the frame rate; None for the last level, which changes no size."""
         super().__init__()
         channels = [in_channels] + [out_channels] * num_res_blocks
         self.out_channels = out_channels
@@ -184,8 +193,13 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """A level of the decoder."""
+
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, doubles_time: bool | None) -> None:
-        """`doubles_time` is None in the last level, which keeps grid and frame rate and has no outer shortcut."""
+        """doubles_time: whether the level doubles the frame rate; None for the last level, which changes no size.
+
+        The last level has no outer shortcut.
+        """
         super().__init__()
         channels = [in_channels] + [out_channels] * (num_res_blocks + 1)
         self.out_channels = out_channels
@@ -206,22 +220,22 @@ class UpBlock(nn.Module):
 
 
 def num_remembering(module: nn.Module) -> int:
-    """Count the layers that keep frames from one call to the next, which is the length of a State."""
+    """Return the number of layers that keep frames from one call to the next, which is the length of a State."""
     layers = list(module.modules())
     causal = sum(isinstance(layer, CausalConv3d) for layer in layers)
     return causal + sum(isinstance(layer, Downsample) and layer.time_conv is not None for layer in layers)
 
 
 def per_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
-    """Apply a layer of images to every frame."""
+    """Apply a layer for images to every frame."""
     x_NCHW = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
     return x_NCHW.unflatten(0, (-1, x_BCTHW.shape[2])).transpose(1, 2)
 
 
 def fold_into_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int, int, int]) -> Tensor:
-    """Shrink time, height and width by the factors: pixel offsets become channels, averaged down to `out_channels`.
+    """Divide time, height and width by the factors; pixel offsets become channels, averaged to `out_channels`.
 
-    Frames are completed in front with zeros to a multiple of the time factor, which only an opening frame needs.
+    Zeros are added in front to a multiple of the time factor, which only an opening frame needs.
     """
     time, height, width = factors
     if missing := -x_BCTHW.shape[2] % time:
@@ -232,7 +246,7 @@ def fold_into_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int, i
 
 
 def unfold_from_channels(x_BCTHW: Tensor, out_channels: int, factors: tuple[int, int, int]) -> Tensor:
-    """Grow time, height and width by the factors: surplus channels become pixel offsets, the rest is repeated."""
+    """Multiply time, height and width by the factors: surplus channels become pixel offsets, the rest is repeated."""
     surplus = x_BCTHW.shape[1] // out_channels
     offsets = []
     for factor in factors:

@@ -12,6 +12,7 @@ from longvideo.distill.backbone import compile_blocks
 from longvideo.distill.objectives import CriticObjective, DmdConfig, StudentObjective
 from longvideo.distill.roles import Role
 from longvideo.distill.self_forcing import RolloutConfig
+from longvideo.kernels.backends import TransformerPrecision
 from longvideo.quantization.convert import with_precision
 from tests.distill import videos
 from tests.golden import relative_error
@@ -20,7 +21,7 @@ from tests.quantization import small
 pytestmark = pytest.mark.gpu
 
 
-def gradients(device: str, *, precision: str, checkpoint: bool, compiled: bool) -> dict[str, Tensor]:
+def gradients(device: str, *, precision: TransformerPrecision, checkpoint: bool, compiled: bool) -> dict[str, Tensor]:
     """Return the gradients of both adapters over a clip whose window rolls."""
     model = with_precision(small.model().to(device), precision)
     roles = videos.roles(model, stirred=0.2)
@@ -45,7 +46,7 @@ def gradients(device: str, *, precision: str, checkpoint: bool, compiled: bool) 
     ("precision", "checkpoint", "compiled"),
     [("bf16", False, False), ("bf16", True, False), ("bf16", False, True), ("nvfp4", True, False)],
 )
-def test_gradients_are_those_of_the_cpu(precision: str, checkpoint: bool, compiled: bool) -> None:
+def test_gradients_are_those_of_the_cpu(precision: TransformerPrecision, checkpoint: bool, compiled: bool) -> None:
     expected = gradients("cpu", precision=precision, checkpoint=checkpoint, compiled=False)
     got = gradients("cuda", precision=precision, checkpoint=checkpoint, compiled=compiled)
     whole = (torch.cat([x[name].flatten() for name in expected]) for x in (got, expected))

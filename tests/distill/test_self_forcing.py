@@ -13,8 +13,9 @@ from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
 from longvideo.flow.unipc import UniPC
+from longvideo.kernels.backends import TransformerPrecision
+from longvideo.model.cache import NVFP4KVCache
 from longvideo.model.conditioning import Conditioning
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import CachedTransformer, context_level, rollout
 from tests.distill import videos
@@ -65,7 +66,9 @@ def test_a_roll_out_to_the_last_step_is_what_generation_makes(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
-def test_a_cache_in_four_bits_is_that_of_generation(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_in_four_bits_is_that_of_generation(
+    precision: TransformerPrecision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     roles = videos.roles(with_precision(packable.model(), precision), stirred=0.2, cache_type=NVFP4KVCache)
     rollouts, looks = videos.parts(roles, RolloutConfig(steps=2, exits="last"))
     clip = videos.clip(CUTS)
@@ -162,7 +165,7 @@ def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: str, checkpoin
 
 @pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_no_gradient_reaches_the_backbone_or_the_other_adapter(precision: str, shared: bool) -> None:
+def test_no_gradient_reaches_the_backbone_or_the_other_adapter(precision: TransformerPrecision, shared: bool) -> None:
     student = with_precision(packable.model(), precision)
     teacher = None if shared else with_precision(packable.model(seed=1), precision)
     roles = videos.roles(student, teacher, stirred=0.1)

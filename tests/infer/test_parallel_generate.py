@@ -42,4 +42,4 @@ def test_a_gpu_cannot_be_chosen_for_several_ranks(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["generate", PROMPTS[0], "--device", "cuda:1", "-o", str(tmp_path / "a.mp4")]) == 2
-    assert "several ranks were started; each takes the GPU of its number" in capsys.readouterr().err
+    assert "expected cpu or cuda, the GPU of each rank's number" in capsys.readouterr().err

@@ -31,7 +31,7 @@ DIM, HEADS = 3072, 24  # of the 5B model
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile. arguments: types by name, or a number or None that the compiler is to know; in order."""
+    """A kernel to compile. arguments: names of types, or constants for the compiler, in order."""
 
     name: str
     kernel: Any
@@ -42,7 +42,7 @@ class Job:
 
 
 def jobs() -> Iterator[Job]:
-    yield from quantising()
+    yield from quantization()
     yield from layer_norms()
     yield from writing_out()
     yield from for_training()
@@ -55,7 +55,7 @@ def jobs() -> Iterator[Job]:
         yield Job(name, products._scaled_bias_kernel, arguments, {"BLOCK": 4096}, HOPPER, num_warps=8)
 
 
-def quantising() -> Iterator[Job]:
+def quantization() -> Iterator[Job]:
     block = {"BLOCK": quantizing.BLOCK_GROUPS}
     plain = {"STOCHASTIC": False, "GELU": False, "EXACT": False, "PER_GROUP": False} | block
     packed = [BF16, FP32, None, I32, U8, "i32"]
@@ -200,11 +200,11 @@ def describe(ptx: str) -> dict[str, int]:
 
 
 def main() -> None:
-    wanted = sys.argv[1:]
+    expected = sys.argv[1:]
     report = {}
     for job in jobs():
         for capability in job.capabilities:
-            if not wanted or job.name in wanted:
+            if not expected or job.name in expected:
                 report[f"{job.name} @ {capability}"] = describe(compile_job(job, capability))
     print(json.dumps(report))
 

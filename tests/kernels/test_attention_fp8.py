@@ -53,10 +53,10 @@ def test_the_scale_keeps_probabilities_below_the_smallest_e4m3() -> None:
     q = torch.ones(1, 1, 1, HEAD_DIM).to(E4M3)
     k = torch.stack((torch.zeros(HEAD_DIM), torch.full((HEAD_DIM,), -0.6875)))[None, :, None].to(E4M3)
     v = torch.stack((torch.zeros(HEAD_DIM), torch.ones(HEAD_DIM)))[None, :, None].to(E4M3)
-    wanted = attend_float32(q, k, v)
-    assert 0 < wanted.max() < torch.finfo(E4M3).smallest_normal / 16
+    expected = attend_float32(q, k, v)
+    assert 0 < expected.max() < torch.finfo(E4M3).smallest_normal / 16
     assert attend_fp8(q, k, v, scale_p=1.0, out_dtype=torch.float32).count_nonzero() == 0
-    assert relative_error(attend_fp8(q, k, v, out_dtype=torch.float32), wanted) < 2**-4
+    assert relative_error(attend_fp8(q, k, v, out_dtype=torch.float32), expected) < 2**-4
 
 
 def test_an_output_beyond_e4m3_saturates() -> None:
@@ -149,21 +149,21 @@ def test_a_call_refuses_other_tensors(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("centred", "least", "most"), [(False, 0.02, 1.0), (True, 0.0, 0.01)])
+@pytest.mark.parametrize(("centered", "least", "most"), [(False, 0.02, 1.0), (True, 0.0, 0.01)])
 def test_what_many_values_have_in_common_has_to_be_taken_off(
-    cuda: torch.device, centred: bool, least: float, most: float
+    cuda: torch.device, centered: bool, least: float, most: float
 ) -> None:
     generator = torch.Generator(cuda).manual_seed(0)
     keys, scale_out = 28160, 16.0
     q, k = (torch.randn(1, tokens, 8, HEAD_DIM, generator=generator, device=cuda) for tokens in (1024, keys))
     v = torch.randn(1, keys, 8, HEAD_DIM, generator=generator, device=cuda)
     v += torch.randn(1, 1, 8, HEAD_DIM, generator=generator, device=cuda)
-    mean = v.mean(1, keepdim=True) if centred else torch.zeros_like(v[:, :1])
+    mean = v.mean(1, keepdim=True) if centered else torch.zeros_like(v[:, :1])
     attention = CudnnFP8Attention(
         batch=1, query_tokens=1024, key_tokens=keys, heads=8, head_dim=HEAD_DIM, device=cuda, scale_out=scale_out
     )
     out = torch.empty_like(q, dtype=attention.out_dtype)
     attention(to_e4m3(q), to_e4m3(k), to_e4m3(v - mean), out)
-    found = out.float() * attention.out_scale + mean
+    got = out.float() * attention.out_scale + mean
     # 0.31 and 0.002 on an H200, whose FP8 products add with 13 bits of mantissa
-    assert least < relative_error(found, attend_float32(q, k, v)) < most
+    assert least < relative_error(got, attend_float32(q, k, v)) < most

@@ -33,10 +33,10 @@ def meant(rows: FP8Rows) -> Tensor:
     return rows.values.double() * rows.scales.double().unsqueeze(-1)
 
 
-def assert_same_bits(got: FP8Rows, wanted: FP8Rows) -> None:
-    assert got.shape == wanted.shape
-    assert torch.equal(got.scales.cpu(), wanted.scales)
-    assert torch.equal(got.values.cpu().view(torch.uint8), wanted.values.view(torch.uint8))
+def assert_same_bits(got: FP8Rows, expected: FP8Rows) -> None:
+    assert got.shape == expected.shape
+    assert torch.equal(got.scales.cpu(), expected.scales)
+    assert torch.equal(got.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
 
 
 # the definition
@@ -86,15 +86,15 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(bad: float) -> None:
 def test_product_is_that_of_float64_up_to_one_rounding(out_dtype: torch.dtype, biased: bool) -> None:
     a, b = reference.quantize_rows(random(2, 5, 96) * 3), reference.quantize_rows(random(48, 96, seed=1))
     bias = random(48, seed=2) if biased else None
-    wanted = meant(a) @ meant(b).t() + (0 if bias is None else bias.double())
+    expected = meant(a) @ meant(b).t() + (0 if bias is None else bias.double())
     got = reference.matmul(a, b, bias, out_dtype)
     assert got.dtype == out_dtype and got.shape == (2, 5, 48)
     sums = meant(a).abs() @ meant(b).abs().t() + 1
     rounding = 2.0**-8 if out_dtype == torch.bfloat16 else 0.0
-    assert ((got.double() - wanted).abs() <= rounding * wanted.abs() + 96 * 2.0**-24 * sums).all()
+    assert ((got.double() - expected).abs() <= rounding * expected.abs() + 96 * 2.0**-24 * sums).all()
 
 
-def test_product_is_near_that_of_what_was_quantised() -> None:
+def test_product_is_near_that_of_what_was_quantized() -> None:
     x, weight = random(64, 256), random(32, 256, seed=1)
     got = reference.matmul(reference.quantize_rows(x), reference.quantize_rows(weight), None, torch.float32)
     assert 0.01 < relative_error(got, x @ weight.t()) < 0.04
@@ -102,10 +102,10 @@ def test_product_is_near_that_of_what_was_quantised() -> None:
 
 def test_rows_that_are_none_are_refused() -> None:
     values = torch.zeros(2, 3, 8).to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"values \[2, 3, 8\] need scales \[2, 3\], got \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"values \[2, 3, 8\] need scales \[2, 3\]; got \[2, 1\]"):
         FP8Rows(values, torch.ones(2, 1))
     # what `module.to(torch.bfloat16)` makes of them
-    with pytest.raises(ValueError, match="wanted float8_e4m3fn and float32"):
+    with pytest.raises(ValueError, match="expected float8_e4m3fn and float32"):
         FP8Rows(values.bfloat16(), torch.ones(2, 3).bfloat16())
 
 
@@ -132,9 +132,9 @@ def test_kernel_rounds_every_step_and_tie_as_the_definition(device: str) -> None
     ties = (steps[1:] + steps[:-1]) / 2
     both = torch.cat((steps, ties, ties.nextafter(torch.tensor(INFINITY)), ties.nextafter(torch.tensor(0.0))))
     x = torch.cat((both, -both))[None]
-    wanted = reference.quantize_rows(x)
-    assert wanted.scales.item() == 1.0
-    assert_same_bits(kernels.quantize_rows(x.to(device)), wanted)
+    expected = reference.quantize_rows(x)
+    assert expected.scales.item() == 1.0
+    assert_same_bits(kernels.quantize_rows(x.to(device)), expected)
 
 
 def test_kernel_keeps_the_extremes_of_the_definition(device: str) -> None:
@@ -149,15 +149,15 @@ def test_kernel_keeps_the_extremes_of_the_definition(device: str) -> None:
     assert not values[:2].isfinite().any() and values[2].isfinite().all()
 
 
-def test_kernel_reads_rows_that_lie_apart_and_writes_all_of_its_outputs(
+def test_kernel_reads_rows_with_a_stride_and_writes_all_of_its_outputs(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.fp8 import triton as kernels
 
     def filled(*args: Any, **options: Any) -> Tensor:
-        made = allocate(*args, **options)
-        return made.copy_(torch.full(made.shape, NAN, device=made.device).to(made.dtype))
+        result = allocate(*args, **options)
+        return result.copy_(torch.full(result.shape, NAN, device=result.device).to(result.dtype))
 
     allocate = torch.empty
     x = torch.full((2, 5, 3, 24), NAN)
@@ -173,12 +173,12 @@ def test_gelu_is_quantised_as_torch_computes_it(dtype: torch.dtype, device: str)
     from longvideo.kernels.fp8 import triton as kernels
 
     h = (random(6, 300) * 4).to(dtype)
-    wanted = reference.quantize_rows(F.gelu(h.float(), approximate="tanh").to(dtype))
-    assert_same_bits(reference.gelu_tanh_quantize_rows(h), wanted)
+    expected = reference.quantize_rows(F.gelu(h.float(), approximate="tanh").to(dtype))
+    assert_same_bits(reference.gelu_tanh_quantize_rows(h), expected)
     got = kernels.gelu_tanh_quantize_rows(h.to(device))
-    torch.testing.assert_close(got.scales.cpu(), wanted.scales, rtol=2.0**-7, atol=0)
+    torch.testing.assert_close(got.scales.cpu(), expected.scales, rtol=2.0**-7, atol=0)
     # another order of float32 arithmetic may move a number past a tie
-    moved = got.values.cpu().view(torch.uint8).int() - wanted.values.view(torch.uint8).int()
+    moved = got.values.cpu().view(torch.uint8).int() - expected.values.view(torch.uint8).int()
     assert moved.abs().max() <= 1 and (moved != 0).float().mean() < 0.005
 
 
@@ -196,11 +196,11 @@ def test_tensors_the_kernels_cannot_read_are_refused() -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.fp8 import triton as kernels
 
-    with pytest.raises(ValueError, match=r"rows of \[8, 4\] with strides \(1, 8\) have no one distance"):
+    with pytest.raises(ValueError, match=r"\[8, 4\] has strides \(1, 8\); expected contiguous rows"):
         kernels.quantize_rows(random(4, 8).t())
-    with pytest.raises(ValueError, match="have no one distance"):
+    with pytest.raises(ValueError, match="expected contiguous rows"):
         kernels.quantize_rows(random(4, 8, 16)[:, :6])
-    with pytest.raises(ValueError, match="wanted bfloat16, float16 or float32"):
+    with pytest.raises(ValueError, match="expected bfloat16, float16 or float32"):
         kernels.quantize_rows(random(4, 8).double())
     with pytest.raises(ValueError, match="empty tensor"):
         kernels.gelu_tanh_quantize_rows(random(0, 8))
@@ -213,7 +213,7 @@ def test_products_of_unfit_sizes_raise() -> None:
     a, b, c = (reference.quantize_rows(random(*shape)) for shape in ((4, 32), (16, 64), (24, 32)))
     with pytest.raises(ValueError, match="cannot multiply K=32 by K=64 with N=16"):
         scaled_mm.matmul(a, b, None, torch.bfloat16)
-    with pytest.raises(ValueError, match="with N=24; wanted equal K, and K and N multiples of 16"):
+    with pytest.raises(ValueError, match="with N=24; expected equal K, and K and N multiples of 16"):
         scaled_mm.matmul(a, c, None, torch.bfloat16)
 
 
@@ -237,14 +237,14 @@ def test_what_is_missing_is_said_with_what_would_work(monkeypatch: pytest.Monkey
     )
     assert fp8_operations(CPU).quantize_rows is reference.quantize_rows
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     assert scaled_mm.unavailable(CUDA) == (
         "NVIDIA A100 has compute capability 8.0 < 8.9 and so no FP8 units; use --precision bf16 or nvfp4-weights"
     )
     with pytest.raises(ValueError, match="no FP8 units|no kernels for device"):
         fp8_operations(CUDA)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
     assert scaled_mm.unavailable(CUDA) is None
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
     reason = scaled_mm.unavailable(CUDA)
@@ -275,10 +275,10 @@ def test_product_on_a_gpu_is_that_of_the_definition(
     )
     bias = random(columns, seed=2, dtype=torch.bfloat16).cuda() if biased else None
     got = operations.matmul(a, b, bias, out_dtype)
-    wanted = reference.matmul(a, b, bias, torch.float32)
+    expected = reference.matmul(a, b, bias, torch.float32)
     assert got.dtype == out_dtype
     # fast accumulation keeps about 14 bits of a sum
-    assert relative_error(got.float(), wanted) < 4e-3
+    assert relative_error(got.float(), expected) < 4e-3
 
 
 @pytest.mark.gpu

@@ -60,9 +60,9 @@ def on(slots: QuantizedSlots, device: str) -> QuantizedSlots:
     return QuantizedSlots(*(getattr(slots, name).to(device) for name in slots.__dataclass_fields__))
 
 
-def assert_same_numbers(got: Tensor, wanted: Tensor) -> None:
+def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
     """NaN is equal to NaN here."""
-    torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -74,10 +74,10 @@ def test_rebuilt_slots_have_the_bits_of_the_definition(
     slots, turns = filled_slots(batch, tokens, heads, head_dim), rotation(tokens, head_dim)
     which = torch.tensor([2, 0], dtype=torch.int32)
     shape = (batch, SLOTS, tokens, heads, head_dim)
-    wanted, got = workspace(*shape, dtype=dtype), workspace(*shape, dtype=dtype, device=device)
-    reference.rebuild(slots, which, *turns, *wanted)
+    expected, got = workspace(*shape, dtype=dtype), workspace(*shape, dtype=dtype, device=device)
+    reference.rebuild(slots, which, *turns, *expected)
     kernels.rebuild(on(slots, device), which.to(device), *pair_on(turns, device), *got, block_tokens=8, block_heads=2)
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert_same_numbers(a, b)
         assert a[:, [2, 0]].isfinite().all() and a[:, [1, 3]].isnan().all()
 
@@ -86,23 +86,23 @@ def test_a_launch_as_on_the_gpu_fills_all_slots(device: str) -> None:
     """Default blocks: 8 heads and 16 tokens a program, more than there are of either."""
     slots, turns = filled_slots(1, 3, 2, 64), rotation(3, 64)
     which = torch.arange(SLOTS, dtype=torch.int32)
-    wanted, got = (workspace(1, SLOTS, 3, 2, 64, dtype=torch.bfloat16, device=d) for d in ("cpu", device))
-    reference.rebuild(slots, which, *turns, *wanted)
+    expected, got = (workspace(1, SLOTS, 3, 2, 64, dtype=torch.bfloat16, device=d) for d in ("cpu", device))
+    reference.rebuild(slots, which, *turns, *expected)
     kernels.rebuild(on(slots, device), which.to(device), *pair_on(turns, device), *got)
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert_same_numbers(a, b)
 
 
 def test_a_workspace_may_be_part_of_a_larger_one(device: str) -> None:
     slots, turns = filled_slots(2, 5, 2, 32), rotation(5, 32)
     which = torch.tensor([1, 3], dtype=torch.int32)
-    wanted = workspace(2, SLOTS, 5, 2, 32, dtype=torch.bfloat16)
-    reference.rebuild(slots, which, *turns, *wanted)
+    expected = workspace(2, SLOTS, 5, 2, 32, dtype=torch.bfloat16)
+    reference.rebuild(slots, which, *turns, *expected)
     larger = torch.full((2, SLOTS + 1, 2, 7, 2, 32), NAN, dtype=torch.bfloat16, device=device)
     keys, values = larger[:, :SLOTS, :, :5].unbind(2)
     kernels.rebuild(on(slots, device), which.to(device), *pair_on(turns, device), keys, values, block_tokens=8)
-    assert_same_numbers(keys, wanted[0])
-    assert_same_numbers(values, wanted[1])
+    assert_same_numbers(keys, expected[0])
+    assert_same_numbers(values, expected[1])
     assert larger[:, :, :, 5:].isnan().all() and larger[:, SLOTS].isnan().all()
 
 
@@ -130,10 +130,10 @@ def test_written_slots_have_the_bits_of_the_definition(
     torch.testing.assert_close(slots.key_mean[2].float(), mean, rtol=2**-8, atol=1e-6)
     smoothed = keys.float() - slots.key_mean[2].float().unsqueeze(1)
     for kind, x in ((reference.KEYS, smoothed), (reference.VALUES, values.float())):
-        wanted = nvfp4.quantize(x, rule, amax=x.abs().amax((1, 2, 3), keepdim=True))
-        assert torch.equal(slots.tensor_scale[kind, 2], wanted.tensor_scale.flatten())
-        assert torch.equal(slots.scales.view(torch.uint8)[kind, 2], wanted.scales.view(torch.uint8))
-        assert torch.equal(slots.codes[kind, 2], wanted.codes)
+        expected = nvfp4.quantize(x, rule, amax=x.abs().amax((1, 2, 3), keepdim=True))
+        assert torch.equal(slots.tensor_scale[kind, 2], expected.tensor_scale.flatten())
+        assert torch.equal(slots.scales.view(torch.uint8)[kind, 2], expected.scales.view(torch.uint8))
+        assert torch.equal(slots.codes[kind, 2], expected.codes)
     others = [0, 1, 3]
     assert torch.equal(slots.codes[:, others], before.codes[:, others])
     assert torch.equal(slots.scales.view(torch.uint8)[:, others], before.scales.view(torch.uint8)[:, others])
@@ -144,14 +144,14 @@ def test_written_slots_have_the_bits_of_the_definition(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes the mean in another order than the CPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_slot_written_on_the_same_device_is_the_same(dtype: torch.dtype) -> None:
-    wanted = filled_slots(2, 6, 2, 64)
-    got = clone(wanted)
+    expected = filled_slots(2, 6, 2, 64)
+    got = clone(expected)
     chunk = keys_and_values(2, 6, 2, 64, seed=20, dtype=dtype)
-    reference.write_slot(wanted, 1, *chunk)
+    reference.write_slot(expected, 1, *chunk)
     kernels.write_slot(got, 1, *chunk, block_groups=GROUPS)
     for name in ("codes", "tensor_scale", "key_mean"):
-        assert torch.equal(getattr(got, name), getattr(wanted, name))
-    assert torch.equal(got.scales.view(torch.uint8), wanted.scales.view(torch.uint8))
+        assert torch.equal(getattr(got, name), getattr(expected, name))
+    assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
 
 
 def test_nan_spoils_one_sample_only(device: str) -> None:
@@ -163,7 +163,7 @@ def test_nan_spoils_one_sample_only(device: str) -> None:
 
 
 def test_a_slot_says_what_was_written_into_it(device: str) -> None:
-    """Quantised and rebuilt without rotation, keys and values are near what they were."""
+    """Quantized and rebuilt without rotation, keys and values are near what they were."""
     shape = (1, 6, 2, 64)
     keys, values = (x.to(device) for x in keys_and_values(*shape))
     slots = on(filled_slots(*shape), device)
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     cos, sin = (x.to(device) for x in rotation(4, 32))
     space = workspace(1, SLOTS, 4, 2, 32, dtype=torch.bfloat16, device=device)
     which = torch.tensor([0], device=device)
-    with pytest.raises(ValueError, match="wanted int32"):
+    with pytest.raises(ValueError, match="expected int32"):
         kernels.rebuild(slots, which, cos, sin, *space)
     with pytest.raises(ValueError, match="cos is"):
         kernels.rebuild(slots, which.int(), cos[:, :3], sin, *space)
@@ -200,16 +200,16 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
 
 
 def test_codes_rebuilt_by_the_kernel_are_those_of_nvfp4(device: str) -> None:
-    """Values need nothing but dequantising, so both modules have to agree on them."""
+    """Values need nothing but dequantizing, so both modules have to agree on them."""
     slots = filled_slots(1, 3, 2, 32)
     got = workspace(1, SLOTS, 3, 2, 32, dtype=torch.float32, device=device)
     which = torch.tensor([1], dtype=torch.int32, device=device)
     kernels.rebuild(on(slots, device), which, *pair_on(rotation(3, 32), device), *got, block_tokens=4)
     tensor_scale = slots.tensor_scale[reference.VALUES, 1][:, None, None, None]
-    wanted = nvfp4.dequantize(
+    expected = nvfp4.dequantize(
         NVFP4Tensor(slots.codes[reference.VALUES, 1], slots.scales[reference.VALUES, 1], tensor_scale)
     )
-    assert_same_numbers(got[1][:, 1], wanted)
+    assert_same_numbers(got[1][:, 1], expected)
 
 
 def clone(slots: QuantizedSlots) -> QuantizedSlots:

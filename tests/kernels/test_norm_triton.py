@@ -36,20 +36,20 @@ def test_kernel_and_definition_agree(dim: int, modulated: bool, device: str) -> 
 
     h, update, gate, multiplier, shift = inputs(dim, device, torch.bfloat16)
     factors = (gate, multiplier, shift) if modulated else (None, multiplier[0, 0], shift[0, 0])
-    found = []
+    results = []
     for operations in (kernels, reference):
         total, out = h.clone(), torch.full_like(h, NAN)
         operations.add_norm(total, update, *factors, out, eps=EPS)
-        found.append((total, out))
-    assert torch.equal(found[0][0], found[1][0])
-    assert relative_error(found[0][1].float(), found[1][1].float()) < 2e-3
+        results.append((total, out))
+    assert torch.equal(results[0][0], results[1][0])
+    assert relative_error(results[0][1].float(), results[1][1].float()) < 2e-3
     total = h.clone()
     kernels.add_norm(total, update, factors[0], None, None, None, eps=EPS)
-    assert torch.equal(total, found[1][0])
-    with_bias, wanted = h.clone(), h.clone()
+    assert torch.equal(total, results[1][0])
+    with_bias, expected = h.clone(), h.clone()
     kernels.add_norm(with_bias, update, factors[0], None, None, None, eps=EPS, bias_D=shift[0, 0])
-    reference.add_norm(wanted, update, factors[0], None, None, None, eps=EPS, bias_D=shift[0, 0])
-    assert relative_error(with_bias.float(), wanted.float()) < 2e-3 and not torch.equal(with_bias, total)
+    reference.add_norm(expected, update, factors[0], None, None, None, eps=EPS, bias_D=shift[0, 0])
+    assert relative_error(with_bias.float(), expected.float()) < 2e-3 and not torch.equal(with_bias, total)
 
 
 @pytest.mark.parametrize("dim", [64, 48])
@@ -58,16 +58,16 @@ def test_rounded_rows_agree(dim: int, device: str) -> None:
     from longvideo.kernels.norm import triton as kernels
 
     h, update, gate, multiplier, shift = inputs(dim, device, torch.bfloat16)
-    wanted = torch.empty_like(h, dtype=torch.float32)
-    reference.add_norm(h.clone(), update, gate, multiplier, shift, wanted, eps=EPS)
+    expected = torch.empty_like(h, dtype=torch.float32)
+    reference.add_norm(h.clone(), update, gate, multiplier, shift, expected, eps=EPS)
     for operations in (kernels, reference):
         out = torch.zeros_like(h, dtype=torch.float8_e4m3fn)
         scales = torch.full((BATCH, LENGTH), NAN, device=device)
         operations.add_norm(h.clone(), update, gate, multiplier, shift, out, scales, eps=EPS)
-        assert torch.allclose(scales, wanted.abs().amax(-1) / 448, rtol=1e-4)
+        assert torch.allclose(scales, expected.abs().amax(-1) / 448, rtol=1e-4)
         # half a step of three bits of mantissa, and half the smallest step
-        error = (out.float() * scales[..., None] - wanted).abs()
-        assert (error <= wanted.abs() / 16 * 1.001 + scales[..., None] * 2**-10).all()
+        error = (out.float() * scales[..., None] - expected).abs()
+        assert (error <= expected.abs() / 16 * 1.001 + scales[..., None] * 2**-10).all()
 
 
 def test_a_token_of_zeros_has_scale_one(device: str) -> None:
@@ -88,19 +88,19 @@ def test_rms_norm_agrees_with_strided_tokens(device: str) -> None:
 
     h, update, _, multiplier, _ = inputs(48, device, torch.bfloat16)
     x = torch.cat((h, update), dim=-1)[..., :48]
-    got, wanted = torch.full_like(h, NAN), torch.empty_like(h, dtype=torch.float32)
+    got, expected = torch.full_like(h, NAN), torch.empty_like(h, dtype=torch.float32)
     kernels.rms_norm(x, multiplier[0, 0], got, eps=EPS)
-    reference.rms_norm(x, multiplier[0, 0], wanted, eps=EPS)
-    assert relative_error(got.float(), wanted) < 3e-3
+    reference.rms_norm(x, multiplier[0, 0], expected, eps=EPS)
+    assert relative_error(got.float(), expected) < 3e-3
 
 
 def test_definition_is_what_the_model_does() -> None:
     h, update, gate, multiplier, shift = inputs(48, "cpu", torch.float32)
-    wanted = add_gated(h, update, gate[:, :, None])
-    normed = ModulatedNorm(48, EPS)(wanted, shift[:, :, None], multiplier[:, :, None] - 1)
+    expected = add_gated(h, update, gate[:, :, None])
+    normed = ModulatedNorm(48, EPS)(expected, shift[:, :, None], multiplier[:, :, None] - 1)
     out = torch.empty_like(h)
     reference.add_norm(h, update, gate, multiplier, shift, out, eps=EPS)
-    assert relative_error(h, wanted) < 1e-6 and relative_error(out, normed) < 1e-6
+    assert relative_error(h, expected) < 1e-6 and relative_error(out, normed) < 1e-6
     norm = RMSNorm(48, EPS)
     norm.weight.data = multiplier[0, 0]
     reference.rms_norm(h, multiplier[0, 0], out, eps=EPS)

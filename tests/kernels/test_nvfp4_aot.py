@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs it is meant for, on a machine without one."""
+"""Every kernel compiles for the GPUs that it supports, on a machine without one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SCRIPT = Path(__file__).with_name("compile_ahead.py")
 
 @pytest.fixture(scope="module")
 def machine_code() -> dict[str, dict[str, int]]:
-    """What `compile_ahead.py` says of each kernel and compute capability."""
+    """Return the report of `compile_ahead.py` on each kernel and compute capability."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def test_every_kernel_compiles_for_hopper_and_blackwell(machine_code: dict[str, dict[str, int]]) -> None:
@@ -36,20 +36,20 @@ def test_scaled_product_runs_on_fp4_units(machine_code: dict[str, dict[str, int]
 
 
 def test_no_multiplication_is_contracted_with_an_addition(machine_code: dict[str, dict[str, int]]) -> None:
-    """It would round once where the definition rounds twice."""
-    assert not [name for name, found in machine_code.items() if found["fused_multiply_add"]]
+    """A contraction would round once where the definition rounds twice."""
+    assert not [name for name, code in machine_code.items() if code["fused_multiply_add"]]
 
 
 def test_denormal_numbers_are_kept_where_bits_matter(machine_code: dict[str, dict[str, int]]) -> None:
-    # rsqrt and floor flush them, whose results they do not change
-    flushed = {name for name, found in machine_code.items() if found["flush_to_zero"]}
+    # rsqrt and floor flush denormal numbers, which does not change their results
+    flushed = {name for name, code in machine_code.items() if code["flush_to_zero"]}
     assert all(name.startswith(("layer norm maxima", "quantize stochastic", "across stochastic")) for name in flushed)
 
 
 def test_rebuilding_and_writing_out_store_vectors(machine_code: dict[str, dict[str, int]]) -> None:
-    for name, found in machine_code.items():
+    for name, code in machine_code.items():
         if name.startswith(("rebuild", "exact", "dequantize")):
-            assert found["vector_stores"] and not found["scalar_stores"], name
+            assert code["vector_stores"] and not code["scalar_stores"], name
     for capability in (90, 100):
         for name in ("rebuild 32", "rebuild 64", "rebuild 128", "exact", "dequantize"):
             assert not machine_code[f"{name} @ {capability}"]["shared_memory"]

@@ -1,7 +1,7 @@
-"""The adaptive rules have the bits of the public four-over-six code: the definition, and the kernels that repeat it.
+"""The adaptive rules give the bits of the public four-over-six code, both the definition and the kernels.
 
 `nvfp4_c.safetensors` holds six tensors and, in its header, the SHA-256 of the codes and swizzled scales that the public
-code of LongLive 2.0 makes of them in float32 on a CPU. Many of their group scales lie on exact ties.
+code of LongLive 2.0 computes for them in float32 on a CPU. Many of their group scales are exact ties.
 """
 
 from __future__ import annotations

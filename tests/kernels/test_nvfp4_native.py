@@ -51,17 +51,17 @@ def test_an_operand_equals_the_bytes_of_the_public_code(tile: str) -> None:
     quantized = reference.quantize(PUBLIC["input"], Rule.ADAPTIVE, tile_rows=int(tile.partition("x")[0]))
     operand = scaled_mm.operand(quantized)
     assert torch.equal(operand.packed.view(torch.uint8), PUBLIC[f"mse.{tile}.packed"].view(torch.uint8))
-    wanted = PUBLIC[f"mse.{tile}.scales_swizzled_e4m3"].view(torch.uint8).flatten()
-    assert torch.equal(operand.scales.view(torch.uint8), wanted)
+    expected = PUBLIC[f"mse.{tile}.scales_swizzled_e4m3"].view(torch.uint8).flatten()
+    assert torch.equal(operand.scales.view(torch.uint8), expected)
 
 
 def test_operands_that_scaled_mm_cannot_read_raise() -> None:
-    with pytest.raises(ValueError, match=r"matrices whose K 32 divides, got \[4, 48\]"):
+    with pytest.raises(ValueError, match=r"\[4, 48\]; expected a matrix with K in multiples of 32"):
         scaled_mm.operand(reference.quantize(gaussian(4, 48)))
-    with pytest.raises(ValueError, match=r"matrices whose K 32 divides, got \[2, 4, 32\]"):
+    with pytest.raises(ValueError, match=r"\[2, 4, 32\]; expected a matrix with K in multiples of 32"):
         scaled_mm.operand(reference.quantize(gaussian(2, 4, 32)))
     rows = reference.quantize(gaussian(4, 32), amax=torch.full((4, 1), 10.0))
-    with pytest.raises(ValueError, match=r"one tensor scale a matrix, got \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"tensor scale is \[4, 1\]; expected one scale"):
         scaled_mm.operand(rows)
 
 
@@ -69,7 +69,7 @@ def test_products_of_unfit_sizes_raise() -> None:
     a, b, c = (scaled_mm.operand(reference.quantize(gaussian(*shape))) for shape in ((4, 32), (16, 64), (24, 32)))
     with pytest.raises(ValueError, match="cannot multiply K=32 by K=64 with N=16"):
         scaled_mm.matmul(a, b)
-    with pytest.raises(ValueError, match="with N=24; wanted equal K and N a multiple of 16"):
+    with pytest.raises(ValueError, match="with N=24; expected equal K and N a multiple of 16"):
         scaled_mm.matmul(a, c)
 
 
@@ -101,16 +101,16 @@ def test_a_product_on_the_cpu_raises_and_does_not_fall_back() -> None:
 def test_scaled_mm_says_what_it_lacks() -> None:
     assert scaled_mm.unavailable(CPU) == "FP4 products need a CUDA GPU, got device 'cpu'"
     reason = scaled_mm.unavailable(CUDA)
-    wanted = "< 10.0 and so no FP4 units" if torch.cuda.is_available() else "finds none"
-    assert reason is not None and wanted in reason
+    expected = "< 10.0 and so no FP4 units" if torch.cuda.is_available() else "finds no GPU"
+    assert reason is not None and expected in reason
 
 
 def test_an_older_gpu_is_named_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200")
     assert scaled_mm.missing_hardware(CUDA) == "NVIDIA H200 has compute capability 9.0 < 10.0 and so no FP4 units"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (10, 0))
     assert scaled_mm.missing_hardware(CUDA) is None
 
 
@@ -135,7 +135,7 @@ def test_a_half_installed_te_is_a_reason_and_not_a_crash(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
-        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        def find_spec(self, name: str, _path: Any, _target: Any = None) -> None:
             if name.startswith("transformer_engine"):
                 raise error("Found empty `transformer-engine` meta package\nand more")
 
@@ -148,7 +148,7 @@ def test_a_half_installed_te_is_a_reason_and_not_a_crash(
 
 
 def test_te_wants_sizes_that_sixteen_divides() -> None:
-    with pytest.raises(ValueError, match="NVFP4 needs sizes that 16 divides, got 24 x 32"):
+    with pytest.raises(ValueError, match="the layer is 24 x 32; expected multiples of 16"):
         te.build_linear(32, 24, bias=False, device=CUDA)
 
 
@@ -176,8 +176,9 @@ def test_the_default_recipe_is_the_pretraining_recipe(recipe_class: Any) -> None
     assert getattr(recipe, "nvfp4_4over6", "none") == "none"
 
 
+@pytest.mark.usefixtures("recipe_class")
 @pytest.mark.parametrize("setting", ["stochastic_gradients", "hadamard", "tiled_weights"])
-def test_each_setting_switches_one_thing(setting: str, recipe_class: Any) -> None:
+def test_each_setting_switches_one_thing(setting: str) -> None:
     names = {
         "stochastic_gradients": "disable_stochastic_rounding",
         "hadamard": "disable_rht",
@@ -193,7 +194,7 @@ def test_each_setting_switches_one_thing(setting: str, recipe_class: Any) -> Non
 @pytest.mark.parametrize(("rule", "mode"), [(Rule.ADAPTIVE, "MSE"), (Rule.ADAPTIVE_ABS, "MAE")])
 def test_adaptive_rules_become_4over6(rule: Rule, mode: str, recipe_class: Any) -> None:
     if not hasattr(recipe_class, "nvfp4_4over6"):
-        with pytest.raises(ValueError, match="needs 2.20 or newer"):
+        with pytest.raises(ValueError, match="install 2.20 or newer"):
             te.recipe(rule, hadamard=False)
         return
     recipe = te.recipe(rule, hadamard=False)
@@ -203,7 +204,7 @@ def test_adaptive_rules_become_4over6(rule: Rule, mode: str, recipe_class: Any) 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC4, Rule.ADAPTIVE_MAX])
 def test_rules_that_te_does_not_know_raise(rule: Rule) -> None:
-    with pytest.raises(ValueError, match=f"no rule '{rule.value}'; choose one of .*static6.*adaptive.*adaptive-abs"):
+    with pytest.raises(ValueError, match=f"no rule '{rule.value}'; use one of .*static6.*adaptive.*adaptive-abs"):
         te.recipe(rule, hadamard=False)
 
 
@@ -226,10 +227,10 @@ def test_the_native_product_equals_the_reference(rule: Rule, shape: tuple[int, i
     left, right = reference.exact(a, torch.float64), reference.exact(b, torch.float64)
     tensor_scale = left.tensor_scale.double() * right.tensor_scale.double()
     bound = (depth + 1) * FLOAT32_ROUNDING * (left.values.abs() @ right.values.abs().t()) * tensor_scale
-    wanted = reference.matmul(a, b).double()
-    tolerance = 2 * bound + BFLOAT16_ROUNDING * (wanted.abs() + bound)
+    expected = reference.matmul(a, b).double()
+    tolerance = 2 * bound + BFLOAT16_ROUNDING * (expected.abs() + bound)
     product = scaled_mm.matmul(scaled_mm.operand(a), scaled_mm.operand(b))
-    assert ((product.double() - wanted).abs() <= tolerance).all()
+    assert ((product.double() - expected).abs() <= tolerance).all()
     biased = scaled_mm.matmul(scaled_mm.operand(a), scaled_mm.operand(b), bias)
     assert torch.equal(biased, product + bias)
 
@@ -246,9 +247,9 @@ def test_a_te_layer_equals_the_reference_and_has_gradients(rule: Rule, hadamard:
         y = layer(x)
     y.float().square().sum().backward()
     weight = reference.quantize(layer.weight.detach(), rule, tile_rows=16)
-    wanted = reference.matmul(reference.quantize(x.detach(), rule), weight, layer.bias.detach())
+    expected = reference.matmul(reference.quantize(x.detach(), rule), weight, layer.bias.detach())
     # a few groups may choose the other scale, and ties the other code
-    assert (y.detach().float() - wanted).norm() < 0.02 * wanted.norm()
+    assert (y.detach().float() - expected).norm() < 0.02 * expected.norm()
     for gradient in (x.grad, layer.weight.grad):
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.norm() > 0
 
@@ -262,7 +263,7 @@ def test_a_te_layer_for_training_takes_over_the_parameters_and_rounds_when_told_
     layer: Any = te.training_linear(linear, te.recipe(Rule.STATIC6))
     assert layer.weight is linear.weight and layer.bias is linear.bias
     x = gaussian(64, 256).to(CUDA)
-    wanted = linear(x)
-    assert 0.01 < (layer(x) - wanted).norm() / wanted.norm() < 0.2
+    expected = linear(x)
+    assert 0.01 < (layer(x) - expected).norm() / expected.norm() < 0.2
     layer.rounds = False
-    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer(x), expected)

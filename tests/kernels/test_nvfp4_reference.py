@@ -59,7 +59,7 @@ def test_static6_differs_from_transformer_engine_only_at_ties_and_below_normal_s
     theirs = ORACLES[f"{name}.te.{tile}.scales"].view(torch.float8_e4m3fn).float()
     normal = theirs >= E4M3_TINY
     assert torch.equal(quantized.scales.float(), theirs.clamp_min(E4M3_TINY))
-    # the reciprocals are multiplied in another order, which shows where a value lies within a rounding of a tie
+    # reciprocals are multiplied in another order, which matters for values that are within a rounding of a tie
     differs = unpack(quantized.codes) != unpack(ORACLES[f"{name}.te.{tile}.codes"])
     differs &= normal.repeat_interleave(GROUP, -1)
     scale = (quantized.scales.double() * quantized.tensor_scale.double()).repeat_interleave(GROUP, -1)
@@ -141,7 +141,7 @@ def test_swizzling_follows_the_cublas_layout_and_is_undone(rows: int, columns: i
 
 
 def test_unswizzling_the_wrong_number_of_scales_raises() -> None:
-    with pytest.raises(ValueError, match="511 swizzled scales, wanted 512 for 3 x 2"):
+    with pytest.raises(ValueError, match="511 swizzled scales; expected 512 for 3 x 2"):
         unswizzle_scales(torch.zeros(511, dtype=torch.uint8), 3, 2)
 
 
@@ -198,7 +198,7 @@ def test_the_transpose_of_a_tiled_matrix_equals_the_quantised_transpose(rule: Ru
 
 
 def test_transposing_a_matrix_without_tiles_raises() -> None:
-    with pytest.raises(ValueError, match="only a matrix quantised with tile_rows=16"):
+    with pytest.raises(ValueError, match="expected a matrix quantized with tile_rows=16"):
         reference.transpose(reference.quantize(gaussian(32, 32), Rule.STATIC6))
 
 
@@ -268,11 +268,11 @@ def test_nan_and_infinity_raise_with_the_name_and_spread_without_it(rule: Rule, 
 
 
 def test_sizes_that_groups_do_not_divide_raise() -> None:
-    with pytest.raises(ValueError, match=r"the last dimension of \[2, 24\] is not a multiple of 16"):
+    with pytest.raises(ValueError, match=r"\[2, 24\]; expected a last dimension that is a multiple of 16"):
         reference.quantize(torch.zeros(2, 24))
-    with pytest.raises(ValueError, match=r"rows 16 divides, got \[24, 32\]"):
+    with pytest.raises(ValueError, match=r"\[24, 32\]; expected a matrix with rows in multiples of 16"):
         reference.quantize(torch.zeros(24, 32), tile_rows=GROUP)
-    with pytest.raises(ValueError, match="tile_rows=4, wanted 1 or 16"):
+    with pytest.raises(ValueError, match="tile_rows=4; expected 1 or 16"):
         reference.quantize(torch.zeros(16, 32), tile_rows=4)
 
 
@@ -304,7 +304,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
     assert values.std(0)[1:-1].min() > 0.1
 
 
-def test_stochastic_rounding_rounds_only_to_neighbours_and_never_clips() -> None:
+def test_stochastic_rounding_rounds_only_to_neighbors_and_never_clips() -> None:
     x = gaussian(256, 64)
     quantized = reference.quantize(x, Rule.STATIC6, generator=torch.Generator().manual_seed(0))
     scale = (quantized.scales.double() * quantized.tensor_scale.double()).repeat_interleave(GROUP, -1)
@@ -360,14 +360,14 @@ def test_products_lie_within_the_accumulation_error_of_float32(shape: tuple[int,
     b = reference.quantize(gaussian(columns, depth, seed=1), Rule.STATIC6)
     left, right = reference.exact(a, torch.float64), reference.exact(b, torch.float64)
     tensor_scale = left.tensor_scale.double() * right.tensor_scale.double()
-    wanted = left.values @ right.values.t() * tensor_scale
+    expected = left.values @ right.values.t() * tensor_scale
     # products of six-bit numbers are exact; depth - 1 additions and two scalings round: K 2^-24 sum |a| |b|, plus one
     bound = (depth + 1) * FLOAT32_ROUNDING * (left.values.abs() @ right.values.abs().t()) * tensor_scale
-    assert ((reference.matmul(a, b).double() - wanted).abs() <= bound).all()
+    assert ((reference.matmul(a, b).double() - expected).abs() <= bound).all()
     product = reference.exact(a).values @ reference.exact(b).values.t()
-    error = (product.double() * tensor_scale - wanted).abs()
+    error = (product.double() * tensor_scale - expected).abs()
     assert product.dtype == torch.bfloat16
-    assert (error <= bound + BFLOAT16_ROUNDING * (wanted.abs() + bound)).all()
+    assert (error <= bound + BFLOAT16_ROUNDING * (expected.abs() + bound)).all()
 
 
 def test_the_bias_is_added_after_the_scales() -> None:
@@ -391,7 +391,7 @@ def test_mxfp4_is_idempotent_and_coarser_than_nvfp4() -> None:
 
 def test_mxfp4_keeps_zeros_and_wants_groups_of_thirty_two() -> None:
     assert torch.equal(reference.quantize_dequantize_mxfp4(torch.zeros(2, 32)), torch.zeros(2, 32))
-    with pytest.raises(ValueError, match=r"the last dimension of \[2, 48\] is not a multiple of 32"):
+    with pytest.raises(ValueError, match=r"\[2, 48\]; expected a last dimension that is a multiple of 32"):
         reference.quantize_dequantize_mxfp4(torch.zeros(2, 48))
 
 

@@ -102,15 +102,15 @@ KINDS = (
 )
 
 
-def assert_same_bits(got: NVFP4Tensor, wanted: NVFP4Tensor) -> None:
-    assert torch.equal(got.tensor_scale.cpu(), wanted.tensor_scale)
-    assert torch.equal(got.scales.cpu().view(torch.uint8), wanted.scales.view(torch.uint8))
-    assert torch.equal(got.codes.cpu(), wanted.codes)
+def assert_same_bits(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
+    assert torch.equal(got.tensor_scale.cpu(), expected.tensor_scale)
+    assert torch.equal(got.scales.cpu().view(torch.uint8), expected.scales.view(torch.uint8))
+    assert torch.equal(got.codes.cpu(), expected.codes)
 
 
-def assert_same_numbers(got: Tensor, wanted: Tensor) -> None:
+def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
     """NaN is equal to NaN here."""
-    torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rule", Rule)
@@ -135,9 +135,9 @@ def test_a_given_largest_magnitude_is_used(scale_shape: tuple[int, ...], device:
     x = normal()
     amax = random_tensor(*scale_shape, seed=3).abs()
     got = kernels.quantize(x.to(device), amax=amax.to(device), block_groups=GROUPS)
-    wanted = reference.quantize(x, amax=amax)
-    assert_same_bits(got, wanted)
-    assert_same_numbers(kernels.dequantize(got), reference.dequantize(wanted))
+    expected = reference.quantize(x, amax=amax)
+    assert_same_bits(got, expected)
+    assert_same_numbers(kernels.dequantize(got), reference.dequantize(expected))
 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
@@ -174,15 +174,17 @@ def test_infinity_leaves_nothing_finite(device: str) -> None:
 def test_exact_operand_is_code_times_group_scale(rule: Rule, dtype: torch.dtype, device: str) -> None:
     x = zeros_among_numbers()
     got = kernels.quantize_exact(x.to(device), rule, dtype=dtype, block_groups=GROUPS)
-    wanted = reference.exact(reference.quantize(x, rule), torch.float32)
-    assert torch.equal(got.values.cpu().float().view(torch.int32), wanted.values.view(torch.int32))  # zeros have signs
-    assert torch.equal(got.tensor_scale.cpu(), wanted.tensor_scale)
+    expected = reference.exact(reference.quantize(x, rule), torch.float32)
+    assert torch.equal(
+        got.values.cpu().float().view(torch.int32), expected.values.view(torch.int32)
+    )  # zeros have signs
+    assert torch.equal(got.tensor_scale.cpu(), expected.tensor_scale)
     assert got.values.dtype is dtype
 
 
-def assert_same_operand(got: ExactOperand, wanted: ExactOperand) -> None:
-    assert torch.equal(got.tensor_scale.cpu(), wanted.tensor_scale)
-    assert torch.equal(got.values.cpu().float().view(torch.int32), wanted.values.float().view(torch.int32))
+def assert_same_operand(got: ExactOperand, expected: ExactOperand) -> None:
+    assert torch.equal(got.tensor_scale.cpu(), expected.tensor_scale)
+    assert torch.equal(got.values.cpu().float().view(torch.int32), expected.values.float().view(torch.int32))
 
 
 @pytest.mark.parametrize("rule", Rule)
@@ -195,7 +197,7 @@ def test_tiles_have_the_bits_of_the_definition(rule: Rule, device: str) -> None:
 
 
 def test_a_matrix_that_tiles_do_not_divide_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="rows 16 divides"):
+    with pytest.raises(ValueError, match="rows in multiples of 16"):
         kernels.quantize_tiles_exact(normal().to(device), Rule.STATIC6)
 
 
@@ -204,9 +206,9 @@ def test_a_matrix_that_tiles_do_not_divide_is_refused(device: str) -> None:
 def test_groups_across_rows_have_the_bits_of_the_definition(rule: Rule, hadamard: bool, device: str) -> None:
     """Of 37 rows the last group has five, and of 96 columns the last program 32."""
     x = heavy_tailed()
-    wanted = reference.quantize_across(x, rule, hadamard=hadamard)
-    assert wanted.shape == (COLUMNS, 48)
-    assert_same_bits(kernels.quantize_across(x.to(device), rule, hadamard=hadamard), wanted)
+    expected = reference.quantize_across(x, rule, hadamard=hadamard)
+    assert expected.shape == (COLUMNS, 48)
+    assert_same_bits(kernels.quantize_across(x.to(device), rule, hadamard=hadamard), expected)
     x = rows_of_all_sizes().bfloat16()
     exact = kernels.quantize_across_exact(x.to(device), rule, hadamard=hadamard, block_columns=128)
     assert_same_operand(exact, reference.quantize_across_exact(x, rule, hadamard=hadamard))
@@ -229,9 +231,9 @@ def test_stochastic_rounding_across_rows_is_unbiased(device: str) -> None:
         x, Rule.STATIC6, hadamard=True, seed=3, dtype=torch.float32, block_columns=1024
     )
     values = (operand.values.double() * operand.tensor_scale).cpu()
-    wanted = reference.random_hadamard(column.t().contiguous())[0]
+    expected = reference.random_hadamard(column.t().contiguous())[0]
     assert values.unique(dim=0).shape[0] > count / 4
-    z = (values.mean(0) - wanted) / (values.std(0) / count**0.5 + 1e-6)
+    z = (values.mean(0) - expected) / (values.std(0) / count**0.5 + 1e-6)
     assert z.abs().max() < 4
 
 
@@ -247,10 +249,10 @@ def test_every_byte_under_every_scale_is_written_out_as_defined(dtype: torch.dty
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_last_program_writes_out_what_is_left(rows: int, device: str) -> None:
-    wanted = reference.quantize(random_tensor(rows, 48))
-    placed = NVFP4Tensor(wanted.codes.to(device), wanted.scales.to(device), wanted.tensor_scale.to(device))
+    expected = reference.quantize(random_tensor(rows, 48))
+    placed = NVFP4Tensor(expected.codes.to(device), expected.scales.to(device), expected.tensor_scale.to(device))
     got = kernels.dequantize(placed, torch.bfloat16, block_words=16)
-    assert_same_numbers(got, reference.dequantize(wanted, torch.bfloat16))
+    assert_same_numbers(got, reference.dequantize(expected, torch.bfloat16))
 
 
 def test_stochastic_rounding_is_unbiased(device: str) -> None:
@@ -264,11 +266,11 @@ def test_stochastic_rounding_is_unbiased(device: str) -> None:
     error, variance = drawn.mean(0) - row, drawn.var(0) / count
     assert variance.count_nonzero() > row.numel() // 2
     assert abs(error.sum()) < 3 * variance.sum().sqrt()
-    # of 64 numbers one is expected to lie beyond 2.4 standard errors, none beyond 4
+    # of 64 numbers one is expected above 2.4 standard errors, none above 4
     assert (error.abs() <= 4 * variance.sqrt() + 1e-6 * row.abs()).all()
 
 
-def test_stochastic_rounding_picks_a_neighbour(device: str) -> None:
+def test_stochastic_rounding_picks_a_neighbor(device: str) -> None:
     x = normal()
     quantized = kernels.quantize(x.to(device), Rule.STATIC6, seed=1, block_groups=GROUPS)
     group_scale = quantized.scales.cpu().float() * quantized.tensor_scale.cpu()
@@ -308,9 +310,9 @@ def test_random_bits_belong_to_elements_and_seeds(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gelu_is_quantised_as_torch_computes_it(rule: Rule, dtype: torch.dtype, device: str) -> None:
     h = (random_tensor(ROWS, 160) * 4).to(dtype)
-    wanted = reference.quantize(F.gelu(h.float(), approximate="tanh").to(dtype), rule)
+    expected = reference.quantize(F.gelu(h.float(), approximate="tanh").to(dtype), rule)
     got = kernels.gelu_tanh_quantize(h.to(device), rule, block_groups=GROUPS)
-    assert_nearly_the_same(got, wanted)
+    assert_nearly_the_same(got, expected)
     assert_exact_of(kernels.gelu_tanh_quantize_exact(h.to(device), rule, block_groups=GROUPS), got)
 
 
@@ -328,7 +330,7 @@ def test_modulated_layer_norm_is_quantised_as_torch_computes_it(
 ) -> None:
     batch, frames, tokens = 2, 2, 5
     h = (random_tensor(batch, frames * tokens, dim) * 3 + 1).to(dtype)
-    # as the transformer has them: two of six modulations that lie side by side
+    # as in the transformer: two of six modulations, which are stored side by side
     modulation = random_tensor(batch, frames, tokens if per_token else 1, 6, dim, seed=1)
     shift, scale = modulation.unbind(-2)[:2]
     normed = F.layer_norm(h.float(), (dim,), eps=EPS).unflatten(1, (frames, tokens))
@@ -365,12 +367,12 @@ def test_scaled_bias_is_rounded_once_and_in_place(dtype: torch.dtype, with_bias:
     product = (random_tensor(7, 33) * 100).to(dtype)
     product[0, :4] = torch.tensor([float("nan"), float("inf"), -torch.finfo(dtype).max, torch.finfo(dtype).max])
     scale, bias = torch.tensor(1.0037), random_tensor(33, seed=1).to(dtype) if with_bias else None
-    wanted = product.float() * scale
-    wanted = (wanted if bias is None else wanted + bias.float()).to(dtype)
+    expected = product.float() * scale
+    expected = (expected if bias is None else expected + bias.float()).to(dtype)
     placed = product.to(device)
     got = kernels.add_scaled_bias(placed, scale.to(device), None if bias is None else bias.to(device), block=128)
     assert got is placed
-    assert_same_numbers(got, wanted)
+    assert_same_numbers(got, expected)
 
 
 @pytest.mark.sm100
@@ -384,7 +386,7 @@ def test_product_on_fp4_units_is_the_defined_one(shape: tuple[int, int, int]) ->
 
 def test_what_cannot_be_quantised_is_refused(device: str) -> None:
     x = normal().to(device)
-    with pytest.raises(ValueError, match="groups of 16"):
+    with pytest.raises(ValueError, match="a multiple of 16"):
         kernels.quantize(x[:, :-1].contiguous())
     with pytest.raises(ValueError, match="contiguous"):
         kernels.quantize(x[:, :48])
@@ -401,30 +403,30 @@ def test_what_cannot_be_quantised_is_refused(device: str) -> None:
 def test_operands_that_do_not_fit_are_refused(device: str) -> None:
     a = _on(reference.quantize(normal()), device)
     b = _on(reference.quantize(normal()[:, :48].contiguous()), device)
-    with pytest.raises(ValueError, match="wanted \\[N, 96\\]"):
+    with pytest.raises(ValueError, match="expected \\[N, 96\\]"):
         kernels.scaled_product(a, b)
     with pytest.raises(ValueError, match="float32 scalar"):
         kernels.add_scaled_bias(normal().to(device), torch.ones(2, device=device))
-    with pytest.raises(ValueError, match="wanted \\[96\\]"):
+    with pytest.raises(ValueError, match="expected \\[96\\]"):
         kernels.add_scaled_bias(normal().to(device), torch.ones((), device=device), torch.ones(95, device=device))
     modulation = torch.zeros(1, 2, 1, COLUMNS, device=device)
-    with pytest.raises(ValueError, match="multiple of 2 frames"):
+    with pytest.raises(ValueError, match="a multiple of 2, the number of frames"):
         kernels.layer_norm_modulate_quantize(normal()[None].to(device), modulation, modulation, eps=EPS)
 
 
-def assert_nearly_the_same(got: NVFP4Tensor, wanted: NVFP4Tensor) -> None:
-    """Sums are taken in another order, so now and then a number is rounded to its other neighbour."""
-    torch.testing.assert_close(got.tensor_scale.cpu(), wanted.tensor_scale, rtol=1e-5, atol=0)
-    codes = (unpack(part.cpu()) for part in (got.codes, wanted.codes))
+def assert_nearly_the_same(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
+    """Sums are taken in another order, so now and then a number is rounded to its other neighbor."""
+    torch.testing.assert_close(got.tensor_scale.cpu(), expected.tensor_scale, rtol=1e-5, atol=0)
+    codes = (unpack(part.cpu()) for part in (got.codes, expected.codes))
     assert torch.ne(*codes).float().mean() < 0.01
-    numbers, wanted_numbers = reference.dequantize(_on_cpu(got)), reference.dequantize(wanted)
+    numbers, wanted_numbers = reference.dequantize(_on_cpu(got)), reference.dequantize(expected)
     assert (numbers - wanted_numbers).norm() < 0.01 * wanted_numbers.norm()
 
 
 def assert_exact_of(got: ExactOperand, quantized: NVFP4Tensor) -> None:
-    wanted = reference.exact(_on_cpu(quantized))
-    assert torch.equal(got.values.cpu().view(torch.int16), wanted.values.view(torch.int16))
-    assert torch.equal(got.tensor_scale.cpu(), wanted.tensor_scale)
+    expected = reference.exact(_on_cpu(quantized))
+    assert torch.equal(got.values.cpu().view(torch.int16), expected.values.view(torch.int16))
+    assert torch.equal(got.tensor_scale.cpu(), expected.tensor_scale)
 
 
 def _on(quantized: NVFP4Tensor, device: str) -> NVFP4Tensor:

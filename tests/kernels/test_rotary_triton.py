@@ -48,19 +48,19 @@ def test_kernel_and_definition_agree(heads: int, head_dim: int, slot: int, devic
     pytest.importorskip("triton")
     from longvideo.kernels.rotary import triton as kernels
 
-    given, where = inputs(heads, head_dim, device), torch.tensor(slot, device=device)
-    got, wanted = outputs(heads, head_dim, device, torch.bfloat16), outputs(heads, head_dim, device, torch.float32)
-    kernels.norm_rotate_keep(*given, where, *got, eps=EPS)
-    reference.norm_rotate_keep(*given, where, *wanted, eps=EPS)
-    assert relative_error(got[0].float(), wanted[0]) < 3e-3
-    for mine, theirs in zip(got[1:], wanted[1:], strict=True):
+    operands, where = inputs(heads, head_dim, device), torch.tensor(slot, device=device)
+    got, expected = outputs(heads, head_dim, device, torch.bfloat16), outputs(heads, head_dim, device, torch.float32)
+    kernels.norm_rotate_keep(*operands, where, *got, eps=EPS)
+    reference.norm_rotate_keep(*operands, where, *expected, eps=EPS)
+    assert relative_error(got[0].float(), expected[0]) < 3e-3
+    for mine, theirs in zip(got[1:], expected[1:], strict=True):
         assert relative_error(mine[:, slot].float(), theirs[:, slot]) < 3e-3
         others = [index for index in range(SLOTS) if index != slot]
         assert mine[:, others].isnan().all()
-    assert torch.equal(got[2][:, slot], given[2])
-    mean = given[2].float().mean((0, 1)).contiguous()
-    kernels.norm_rotate_keep(*given, where, *got, eps=EPS, mean_NK=mean)
-    assert relative_error(got[2][:, slot].float(), given[2].float() - mean) < 3e-3
+    assert torch.equal(got[2][:, slot], operands[2])
+    mean = operands[2].float().mean((0, 1)).contiguous()
+    kernels.norm_rotate_keep(*operands, where, *got, eps=EPS, mean_NK=mean)
+    assert relative_error(got[2][:, slot].float(), operands[2].float() - mean) < 3e-3
 
 
 def test_definition_is_what_the_model_does() -> None:
@@ -68,12 +68,12 @@ def test_definition_is_what_the_model_does() -> None:
     q, k, v, gamma_q, gamma_k, cos, sin = inputs(heads, head_dim, "cpu")
     rotated, keys, values = outputs(heads, head_dim, "cpu", torch.float32)
     reference.norm_rotate_keep(q, k, v, gamma_q, gamma_k, cos, sin, torch.tensor(1), rotated, keys, values, eps=EPS)
-    for x, gamma, found in ((q, gamma_q, rotated), (k, gamma_k, keys[:, 1])):
+    for x, gamma, got in ((q, gamma_q, rotated), (k, gamma_k, keys[:, 1])):
         norm = RMSNorm(heads * head_dim, EPS)
         norm.weight.data = gamma
         normed = norm(x.float().flatten(-2)).unflatten(-1, (heads, -1))
-        wanted = rotate(normed, Rope(cos[None, :, None], sin[None, :, None]))
-        assert relative_error(found, wanted.detach()) < 1e-6
+        expected = rotate(normed, Rope(cos[None, :, None], sin[None, :, None]))
+        assert relative_error(got, expected.detach()) < 1e-6
     assert torch.equal(values[:, 1], v.float())
 
 

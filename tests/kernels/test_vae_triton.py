@@ -25,43 +25,45 @@ def random(*shape: int, seed: int = 0, device: str, dtype: torch.dtype = torch.b
 
 
 def slots(batch: int, frames: int, *rest: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a buffer of two frames more than asked for, and the place of the others in it."""
+    """Return a buffer with two more frames in front, and the part after them."""
     buffer = torch.full((batch, frames + 2, *rest), NAN, device=device, dtype=dtype)
     return buffer, buffer[:, 2:]
 
 
-def agrees(got: Tensor, wanted: Tensor) -> bool:
-    """Say whether a result is that of float32, rounded."""
-    return relative_error(got.float(), wanted) < (1e-6 if got.dtype == torch.float32 else 2e-3)
+def agrees(got: Tensor, expected: Tensor) -> bool:
+    """Return whether a result is the rounded one of float32."""
+    return relative_error(got.float(), expected) < (1e-6 if got.dtype == torch.float32 else 2e-3)
 
 
 # 40 channels fill no power of two, and 600 pixels no program
 @pytest.mark.parametrize(("grid", "channels"), [((2, 10, 30), 40), ((1, 3, 5), 256)])
-@pytest.mark.parametrize("given", ["bias", "x", "bias x", "x in place", "total alone"])
+@pytest.mark.parametrize("operands", ["bias", "x", "bias x", "x in place", "total alone"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sum_and_norm(grid: tuple[int, int, int], channels: int, given: str, dtype: torch.dtype, device: str) -> None:
+def test_sum_and_norm(
+    grid: tuple[int, int, int], channels: int, operands: str, dtype: torch.dtype, device: str
+) -> None:
     shape = (2, *grid, channels)
     h, x = (random(*shape, seed=seed, device=device, dtype=dtype) for seed in range(2))
     bias, gamma = (random(channels, seed=seed, device=device, dtype=dtype) for seed in (2, 3))
     h[0, 0, 0, 0], x[0, 0, 0, 0] = 0, 0  # a pixel of length 0 stays 0, but for its bias
-    found = []
+    results = []
     for operations, kept in ((kernels, dtype), (reference, torch.float32)):
         (buffer, out), (_, total) = (slots(*shape, device=device, dtype=kept) for _ in range(2))
         mine = h.to(kept, copy=True)
-        total = mine if given == "x in place" else total
+        total = mine if operands == "x in place" else total
         operations.add_norm_silu(
             mine,
-            bias.to(kept) if "bias" in given or given == "total alone" else None,
-            x.to(kept) if "x" in given else None,
+            bias.to(kept) if "bias" in operands or operands == "total alone" else None,
+            x.to(kept) if "x" in operands else None,
             total,
-            None if given == "total alone" else gamma.to(kept),
-            None if given == "total alone" else out,
+            None if operands == "total alone" else gamma.to(kept),
+            None if operands == "total alone" else out,
         )
         assert buffer[:, :2].isnan().all()
-        found.append((total, out))
-    (total, out), (wanted_total, wanted_out) = found
+        results.append((total, out))
+    (total, out), (wanted_total, wanted_out) = results
     assert torch.equal(total, wanted_total.to(dtype))
-    assert out.isnan().all() if given == "total alone" else agrees(out, wanted_out)
+    assert out.isnan().all() if operands == "total alone" else agrees(out, wanted_out)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +77,16 @@ def test_upsampling(frames: int, times: int, offsets: tuple[int, int, int], devi
     folded = random(batch, frames, height + 1, width + 1, 4 * channels, device=device)
     x = random(batch, sources, height, width, surplus * channels, seed=1, device=device)
     bias, gamma = random(channels, seed=2, device=device), random(channels, seed=3, device=device)
-    found = []
+    results = []
     for operations, dtype in ((kernels, torch.bfloat16), (reference, torch.float32)):
         buffer, out = slots(batch, frames, 2 * height, 2 * width, channels, device=device, dtype=dtype)
         total = torch.full_like(out, NAN).contiguous()
-        given = (folded.to(dtype), bias.to(dtype), x.to(dtype), offsets, times, total, gamma.to(dtype), out)
-        operations.upsample_add_norm_silu(*given)
+        operands = (folded.to(dtype), bias.to(dtype), x.to(dtype), offsets, times, total, gamma.to(dtype), out)
+        operations.upsample_add_norm_silu(*operands)
         assert buffer[:, :2].isnan().all()
-        found.append((total, out))
-    assert relative_error(found[0][0].float(), found[1][0]) < 2e-3
-    assert agrees(found[0][1], found[1][1])
+        results.append((total, out))
+    assert relative_error(results[0][0].float(), results[1][0]) < 2e-3
+    assert agrees(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -92,18 +94,18 @@ def test_pixels(patch: int, device: str) -> None:
     packed = random(2, 3, 4, 5, 3 * patch**2, device=device)
     packed[0, 0, 0, 0] = 1 / 255  # half way between two steps
     bias = torch.zeros(3 * patch**2, device=device, dtype=torch.bfloat16)
-    found = []
+    results = []
     for operations in (kernels, reference):
         out = torch.empty(2, 3, patch * 4, patch * 5, 3, dtype=torch.uint8, device=device)
         operations.to_pixels(packed, bias, patch, out)
-        found.append(out)
-    assert torch.equal(found[0], found[1])
-    assert 0 in found[0] and 255 in found[0]
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert 0 in results[0] and 255 in results[0]
 
 
 def test_activations_that_do_not_fit_are_refused(device: str) -> None:
     h = random(1, 2, 3, 4, 8, device=device)
-    with pytest.raises(ValueError, match=r"x is \[1, 2, 3, 4, 4\], wanted \[1, 2, 3, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"x is \[1, 2, 3, 4, 4\]; expected \[1, 2, 3, 4, 8\]"):
         kernels.add_norm_silu(h, None, h[..., :4], None)
-    with pytest.raises(ValueError, match="pixels one after the other"):
+    with pytest.raises(ValueError, match="expected contiguous pixels"):
         kernels.add_norm_silu(h, None, None, h.transpose(2, 3).contiguous().transpose(2, 3))

@@ -1,4 +1,4 @@
-"""What runs differently on a GPU agrees with what the CPU defines."""
+"""Attention and its gradients on a GPU equal those of the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from longvideo.model.attention import HOPPER, Blockwise, Masked, preferred_attention
+from longvideo.kernels.attention.sdpa import HOPPER, preferred_attention
+from longvideo.model.attention import Blockwise, Masked
 from longvideo.model.cache import visible_chunks
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
@@ -35,8 +36,8 @@ def test_training_attention_and_its_gradient_equal_the_dense_mask(pattern: type)
         assert len(gradients) == 3
         return out.detach().cpu(), torch.stack(gradients).cpu()
 
-    for got, wanted in zip(run("cuda", pattern), run("cpu", Masked), strict=True):
-        assert relative_error(got, wanted) < 2e-3  # fp32 products may run in tf32 there
+    for got, expected in zip(run("cuda", pattern), run("cpu", Masked), strict=True):
+        assert relative_error(got, expected) < 2e-3  # fp32 products may run in tf32 there
 
 
 @pytest.mark.skipif(
@@ -57,11 +58,11 @@ def test_preferred_attention_runs_on_cudnn_and_has_the_gradients_of_the_cpu() ->
         (Blockwise(layout)(0, q, k, v, rope) * upstream).sum().backward()
         return torch.stack([x.grad.cpu().float() for x in (q, k, v) if x.grad is not None])
 
-    wanted = run("cpu", torch.float32)
+    expected = run("cpu", torch.float32)
     with preferred_attention(torch.device("cuda")), profile(activities=[ProfilerActivity.CUDA]) as recorded:
         got = run("cuda", torch.bfloat16)
     assert any("cudnn" in event.name for event in recorded.events() or [])
-    assert relative_error(got, wanted) < 0.02
+    assert relative_error(got, expected) < 0.02
 
 
 @torch.no_grad()
@@ -76,5 +77,5 @@ def test_forward_in_fp32_equals_the_cpu() -> None:
         attention = Blockwise(placed)
         return on_device(latents.to(device), sigma.to(device), context, rope=rope, attention=attention).cpu()
 
-    wanted = run("cpu")
-    assert relative_error(run("cuda"), wanted) < 1e-3
+    expected = run("cpu")
+    assert relative_error(run("cuda"), expected) < 1e-3

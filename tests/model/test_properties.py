@@ -69,8 +69,8 @@ def test_cached_rollout_equals_masked_pass(changes: dict, cut_chunks: tuple[int,
     clean, noisy = small.latents(num_chunks, seed=3), small.latents(num_chunks, seed=4)
     sigma = torch.rand(1, num_chunks).repeat_interleave(spec.chunk_frames, 1)
     model = small.model()
-    got, wanted = (f(model, clean, noisy, sigma, spec, cuts) for f in (cached_rollout, masked_pass))
-    assert relative_error(got, wanted) < 1e-5
+    got, expected = (f(model, clean, noisy, sigma, spec, cuts) for f in (cached_rollout, masked_pass))
+    assert relative_error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("frame_prompts", [False, True])
@@ -83,7 +83,7 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
     sigma = torch.cat((torch.zeros(1, frames), torch.rand(1, frames)), 1)
     text = model.encode_text(small.features(num_chunks))
     index = layout.chunk_L[:: layout.tokens_per_frame]
-    wanted = model(x, sigma, text.select(index), rope=model.rope(layout), attention=Masked(layout))
+    expected = model(x, sigma, text.select(index), rope=model.rope(layout), attention=Masked(layout))
     # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
     half = frames // 2
     balanced = [f + copy for start in (0, half) for copy in (0, frames) for f in range(start, start + half)]
@@ -96,7 +96,7 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
         rope=model.rope(permuted),
         attention=Masked(permuted),
     )
-    assert relative_error(got, wanted[:, :, order]) < 1e-6
+    assert relative_error(got, expected[:, :, order]) < 1e-6
 
 
 @pytest.mark.parametrize("window_frames", [6, 18])
@@ -110,8 +110,8 @@ def test_blockwise_attention_equals_masked(window_frames: int) -> None:
     for layout in (natural, natural.permute_frames(interleaved), TokenLayout.block_causal(spec, 10)):
         rope = rope_from_positions(layout.position_BL3, 12)
         table = visible if layout.is_noisy_L.any() else None
-        wanted, got = (pattern(layout, table)(0, q, k, v, rope) for pattern in (Masked, Blockwise))
-        assert relative_error(got, wanted) < 1e-6
+        expected, got = (pattern(layout, table)(0, q, k, v, rope) for pattern in (Masked, Blockwise))
+        assert relative_error(got, expected) < 1e-6
 
 
 def test_window_and_sink_equal_their_definition() -> None:
@@ -119,8 +119,8 @@ def test_window_and_sink_equal_their_definition() -> None:
     visible = visible_chunks(spec, [False] * 30)
     for live in range(30):
         recent = range(max(0, live - (5 - 2) + 1), live + 1)
-        wanted = {0, 1} & set(range(live + 1)) | set(recent) if live >= 5 else set(range(live + 1))
-        assert set(visible[live].nonzero().flatten().tolist()) == wanted
+        expected = {0, 1} & set(range(live + 1)) | set(recent) if live >= 5 else set(range(live + 1))
+        assert set(visible[live].nonzero().flatten().tolist()) == expected
 
 
 def test_pin_equals_the_reference_trace() -> None:
@@ -139,8 +139,8 @@ def test_pin_equals_the_reference_trace() -> None:
         11: [0, 9, 10, 11],
         12: [0, 9, 11, 12],
     }
-    for chunk, wanted in trace.items():
-        assert visible[chunk].nonzero().flatten().tolist() == wanted, chunk
+    for chunk, expected in trace.items():
+        assert visible[chunk].nonzero().flatten().tolist() == expected, chunk
 
 
 def test_nothing_is_moved_when_the_window_slides() -> None:
@@ -214,9 +214,9 @@ def test_no_gradient_through_the_cache() -> None:
     with torch.no_grad():
         model.fill_cache(first, 0 * sigma, text, rope=model.rope(layouts[0]), attention=Filling(cache))
         cache.commit()
-        wanted = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
+        expected = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
     got = model(second, sigma, text, rope=model.rope(layouts[1]), attention=Cached(cache))
-    assert relative_error(got.detach(), wanted) < 1e-6
+    assert relative_error(got.detach(), expected) < 1e-6
     got.sum().backward()
     assert first.grad is None and second.grad is not None and second.grad.norm() > 0
 
@@ -257,9 +257,9 @@ def test_agrees_with_diffusers(per_token: bool) -> None:
     else:
         timestep = torch.tensor([311.0, 987.0])
         sigma = (timestep / 1000).unsqueeze(1).expand(2, frames)
-    wanted = theirs(x, timestep, text, return_dict=False)[0]
+    expected = theirs(x, timestep, text, return_dict=False)[0]
     got = ours(x, sigma, ours.encode_text(text), rope=ours.rope(layout), attention=Full())
-    assert relative_error(got, wanted) < 1e-5
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_5b_preset_has_the_published_size() -> None:
@@ -274,7 +274,7 @@ def test_5b_preset_has_the_published_size() -> None:
     ("changes", "message"),
     [
         ({"window_frames": 12}, "multiple of chunk_frames"),
-        ({"window_frames": 8, "sink_frames": 8}, "no room"),
+        ({"window_frames": 8, "sink_frames": 8}, "expected the live chunk in addition to"),
         ({"chunk_frames": 0}, "at least 1"),
     ],
 )
@@ -285,7 +285,7 @@ def test_impossible_sizes_are_refused(changes: dict, message: str) -> None:
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_a_block_mask_made_of_runs_is_the_one_made_of_pairs(grid: tuple[int, int]) -> None:
-    """In the first layout blocks of 16 lie within a run, in the second they do not and the last one is part empty."""
+    """In the first layout blocks of 16 are within a run; in the second they are not, and the last is partly empty."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     spec = dataclasses.replace(small.SPEC, grid_height=grid[0], grid_width=grid[1], window_frames=6, sink_frames=2)
@@ -297,23 +297,23 @@ def test_a_block_mask_made_of_runs_is_the_one_made_of_pairs(grid: tuple[int, int
     order = kind.unique_consecutive()
     run_L = (kind[:, None] == order[None, :]).int().argmax(1)
     first = (run_L[:, None] == torch.arange(len(order))).int().argmax(0)
-    made = block_mask(run_L, dense[first][:, first], block=block)
-    wanted = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, length, length, "cpu", BLOCK_SIZE=block)
+    mask = block_mask(run_L, dense[first][:, first], block=block)
+    expected = create_block_mask(lambda _b, _h, q, k: dense[q, k], None, None, length, length, "cpu", BLOCK_SIZE=block)
 
-    def tables(mask: BlockMask) -> list[set[tuple[int, int]]]:
+    def tables(block_mask: BlockMask) -> list[set[tuple[int, int]]]:
         pairs = []
         for count, index in (
-            (mask.kv_num_blocks, mask.kv_indices),
-            (mask.full_kv_num_blocks, mask.full_kv_indices),
-            (mask.q_num_blocks, mask.q_indices),
-            (mask.full_q_num_blocks, mask.full_q_indices),
+            (block_mask.kv_num_blocks, block_mask.kv_indices),
+            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+            (block_mask.q_num_blocks, block_mask.q_indices),
+            (block_mask.full_q_num_blocks, block_mask.full_q_indices),
         ):
             assert count is not None and index is not None
             rows = enumerate(zip(count[0, 0].tolist(), index[0, 0].tolist(), strict=True))
             pairs.append({(row, column) for row, (many, columns) in rows for column in columns[:many]})
         return pairs
 
-    assert tables(made) == tables(wanted)
-    assert made.shape == wanted.shape and bool(tables(made)[0]) == (length % block > 0)
+    assert tables(mask) == tables(expected)
+    assert mask.shape == expected.shape and bool(tables(mask)[0]) == (length % block > 0)
     query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    assert torch.equal(made.mask_mod(torch.tensor(0), torch.tensor(0), query, key), dense)
+    assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key), dense)

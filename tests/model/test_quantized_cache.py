@@ -11,10 +11,9 @@ from torch import Tensor
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import NVFP4Tensor
 from longvideo.model.attention import Cached, Filling
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.rope import Rope, rope_from_positions, rotate
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -55,8 +54,8 @@ def test_the_past_is_what_four_bits_hold_and_the_present_is_exact() -> None:
             attended = cache.attended(0, keys, values, rope)
         slots = [x.unflatten(1, (-1, SPEC.tokens_per_chunk)) for x in attended]
         for slot, owner in enumerate(cache.window.chunks):
-            wanted = held[owner] if owner != number else (rotate(keys, rope), values)
-            for got, want in zip(slots, wanted, strict=True):
+            expected = held[owner] if owner != number else (rotate(keys, rope), values)
+            for got, want in zip(slots, expected, strict=True):
                 torch.testing.assert_close(got[:, slot], want, rtol=0, atol=1e-4 if owner != number else 0)
         past = cache.past(0)
         past_slots = cache.window.past_slots()
@@ -78,7 +77,7 @@ def test_eviction_is_that_of_the_other_cache() -> None:
             cache.commit(cut=number in cuts)
 
 
-def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     keys, values, rope = chunk(0)
     both, alone = new_cache(NVFP4KVCache), NVFP4KVCache(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM)
     for cache, rows in ((both, slice(None)), (alone, slice(1))):

@@ -46,7 +46,7 @@ def test_all_linear_layers_of_the_blocks_and_nothing_else() -> None:
 def test_patterns_keep_layers() -> None:
     names = layers_to_quantize(small.model(), ["blocks.0.*", "*.ffn.2"])
     assert len(names) == 9 * (small.CONFIG.num_layers - 1)
-    with pytest.raises(UserError, match=r"'blocks.0.selfattn.q' names no linear layer .* 'blocks.0.self_attn.q'"):
+    with pytest.raises(UserError, match=r"'blocks.0.selfattn.q' matches no linear layer .* 'blocks.0.self_attn.q'"):
         layers_to_quantize(small.model(), ["blocks.0.selfattn.q"])
 
 
@@ -92,11 +92,11 @@ def test_a_packed_folder_reads_back_bit_for_bit(tmp_path: Path, shard_bytes: int
     model, loaded = small.model(), folder.load_transformer()
     quantize_layers(model, keep=["blocks.1.ffn.*"])
     assert folder.is_packed
-    for name, wanted in model.state_dict().items():
+    for name, expected in model.state_dict().items():
         got = loaded.state_dict()[name]
         packed = name.rpartition(".")[2].startswith("weight_")
-        assert got.dtype == (wanted.dtype if packed else torch.bfloat16), name
-        assert torch.equal(got.float(), (wanted if packed else wanted.bfloat16()).float()), name
+        assert got.dtype == (expected.dtype if packed else torch.bfloat16), name
+        assert torch.equal(got.float(), (expected if packed else expected.bfloat16()).float()), name
     assert isinstance(loaded.get_submodule("blocks.0.ffn.0"), NVFP4Linear)
     assert isinstance(loaded.get_submodule("blocks.1.ffn.0"), torch.nn.Linear)
     set_product(loaded, choose_w4a4(CPU))
@@ -156,7 +156,7 @@ def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["quantize", "tiny", str(target)], "exists"),
         (["quantize", str(target), str(tmp_path / "twice")], "packed already"),
         (["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"], "unknown"),
-        (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "names no linear layer"),
+        (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "matches no linear layer"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_says_what_is_missing()
     assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
     with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
         choose_w4a4(CPU, backend="torch")
-    with pytest.raises(ValueError, match="use one of torch, emulated"):
+    with pytest.raises(ValueError, match="expected one of torch, emulated"):
         choose_w4a4(CPU, backend="cutlass")
 
 
@@ -193,9 +193,9 @@ def test_training_layers_take_over_the_parameters() -> None:
 def test_a_training_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the backend te cannot run on cpu: "):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
-    with pytest.raises(ValueError, match="use te or emulated"):
+    with pytest.raises(ValueError, match="expected te or emulated"):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="cutlass")
-    monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda device: None)
+    monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda _device: None)
     with pytest.raises(ValueError, match="one rule, not adaptive and static6"):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
 

@@ -13,6 +13,7 @@ from longvideo.cli.main import main
 from longvideo.distill.config import BackboneConfig
 from longvideo.errors import ConfigError, UserError
 from longvideo.infer.fit.formats import check_formats
+from longvideo.kernels.backends import TransformerPrecision
 from longvideo.kernels.fp8 import reference, scaled_mm
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, with_precision
@@ -75,7 +76,7 @@ def test_velocity_is_near_the_exact_one(dtype: torch.dtype) -> None:
 
 def test_sizes_that_16_does_not_divide_are_refused_before_anything_is_replaced() -> None:
     model = CausalTransformer(dataclasses.replace(small.CONFIG, ffn_dim=40))
-    with pytest.raises(UserError, match="blocks.0.ffn.0 has 32 inputs and 40 outputs, which 16 does not both divide"):
+    with pytest.raises(UserError, match="blocks.0.ffn.0 has 32 inputs and 40 outputs; expected multiples of 16"):
         quantize_layers_fp8(model)
     assert not any(isinstance(module, FP8Linear) for module in model.modules())
 
@@ -94,8 +95,8 @@ def test_tiny_runs_in_fp8_on_a_cpu() -> None:
 def test_a_packed_model_is_refused() -> None:
     packed = small.model()
     quantize_layers(packed)
-    with pytest.raises(UserError, match="blocks.0.self_attn.q is packed in 4 bits already"):
-        with_precision(packed, "fp8-emulated")
+    with pytest.raises(UserError, match="blocks.0.self_attn.q is packed in 4 bits; expected unpacked"):
+        with_precision(packed, "fp8-emulated", packed=True)
 
 
 def test_a_cpu_runs_fp8_only_under_the_name_of_its_emulation() -> None:
@@ -110,8 +111,8 @@ def test_a_cpu_runs_fp8_only_under_the_name_of_its_emulation() -> None:
 
 
 def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
     folder, formats = ModelFolder.open("tiny"), NumberFormats("fp8")
     with pytest.raises(
@@ -133,9 +134,10 @@ def test_fp8_is_for_generating_only(tmp_path: Path, capsys: pytest.CaptureFixtur
     reason="needs a GPU of compute capability 8.9 or newer",
 )
 def test_velocity_on_a_gpu_is_that_of_the_cpu() -> None:
+    cases: dict[str, TransformerPrecision] = {"cuda": "fp8", "cpu": "fp8-emulated"}
     on_cuda, on_cpu = (
         small.velocity(with_precision(small.model().bfloat16().to(device), precision)).cpu()
-        for device, precision in (("cuda", "fp8"), ("cpu", "fp8-emulated"))
+        for device, precision in cases.items()
     )
     # inputs that differ in their last bit may round to another of E4M3's numbers
     assert relative_error(on_cuda, on_cpu) < 0.05

@@ -10,9 +10,8 @@ import torch
 
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Cached, Filling, Full
-from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
@@ -72,8 +71,8 @@ def roll_out(
 @pytest.mark.parametrize("cache_type", [KVCache, NVFP4KVCache])
 @pytest.mark.parametrize("inputs", [False, True])
 def test_velocities_are_those_of_the_cpu(cache_type: type[ChunkCache], inputs: bool) -> None:
-    wanted, got = (roll_out(packed(device, inputs=inputs), cache_type, device) for device in ("cpu", "cuda"))
-    for mine, theirs in zip(got, wanted, strict=True):
+    expected, got = (roll_out(packed(device, inputs=inputs), cache_type, device) for device in ("cpu", "cuda"))
+    for mine, theirs in zip(got, expected, strict=True):
         # inputs that differ in their last bit may round to another of 16 numbers
         assert relative_error(mine, theirs) < (0.05 if inputs else 0.01)
 
@@ -95,7 +94,7 @@ def test_a_layer_is_rebuilt_in_one_launch() -> None:
         cache.commit()
     cache.attended(0, x, x, rope)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        cache._rebuild(0)
+        cache._opened(0)
     events = recorded.events() or []
     kernels = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     assert kernels == ["_rebuild_kernel"]
@@ -114,11 +113,11 @@ def test_adapters_train_on_a_packed_backbone() -> None:
         sigma = torch.full((1, small.SPEC.chunk_frames), 0.5, device=device)
         with torch.no_grad():
             text = backbone.encode_text(small.features(1).to(device))
-        rope, clean, wanted = backbone.rope(layout), small.latents(1).to(device), small.latents(1, seed=9).to(device)
+        rope, clean, expected = backbone.rope(layout), small.latents(1).to(device), small.latents(1, seed=9).to(device)
         history = []
         for _ in range(10):
             flow = backbone(clean, sigma, text, rope=rope, attention=Full())
-            loss = (flow.float() - wanted).square().mean()
+            loss = (flow.float() - expected).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

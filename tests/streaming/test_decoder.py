@@ -48,7 +48,7 @@ def latents(num_frames: int, seed: int = 0, batch: int = 2) -> Tensor:
 
 
 @cache
-def expected(num_frames: int, seed: int) -> Tensor:
+def decoded(num_frames: int, seed: int) -> Tensor:
     with torch.no_grad():
         video, _ = ours().decode(ours().denormalize(latents(num_frames, seed=seed)), None)
     return to_uint8(video)
@@ -58,10 +58,10 @@ def decoder(latents_per_step: int = 1) -> StreamingDecoder:
     return StreamingDecoder(ours(), batch=2, height=2, width=3, latents_per_step=latents_per_step)
 
 
-def differing(got: Tensor, wanted: Tensor) -> float:
+def differing(got: Tensor, expected: Tensor) -> float:
     """Return the share of values that differ; none may by more than one step of 255."""
-    assert got.shape == wanted.shape and got.dtype == torch.uint8
-    difference = (got.int() - wanted.int()).abs()
+    assert got.shape == expected.shape and got.dtype == torch.uint8
+    difference = (got.int() - expected.int()).abs()
     assert difference.max() <= 1
     return (difference > 0).float().mean().item()
 
@@ -69,25 +69,25 @@ def differing(got: Tensor, wanted: Tensor) -> float:
 def test_an_upsampling_and_its_convolution_are_one_small_convolution() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(7, 5, 3, 3, generator=generator)
-    wanted = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2), weight, padding=1)
+    expected = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2), weight, padding=1)
     folded = torch.nn.functional.conv2d(x, fold_upsampling(weight), padding=1).unflatten(1, (2, 2, 7))
-    got = torch.empty_like(wanted)
+    got = torch.empty_like(expected)
     for a in range(2):
         for b in range(2):
             got[:, :, a::2, b::2] = folded[:, a, b, :, a : a + 4, b : b + 3]
-    assert (got - wanted).abs().max() < 1e-5
+    assert (got - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("pieces", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("latents_per_step", [1, 3])
 def test_it_makes_the_pixels_of_the_autoencoder(pieces: list[int], latents_per_step: int) -> None:
-    wanted, streaming = expected(5, 0), decoder(latents_per_step)
+    expected, streaming = decoded(5, 0), decoder(latents_per_step)
     got = torch.cat([streaming.decode(part) for part in latents(5).split(pieces, dim=2)], dim=1)
-    # rounding differs where a value lies half way between two steps
-    assert differing(got, wanted) < 1e-3
+    # rounding differs for values half way between two steps
+    assert differing(got, expected) < 1e-3
 
 
-def test_a_state_can_be_gone_on_from_twice_and_a_video_begun_anew() -> None:
+def test_a_state_can_be_continued_twice_and_a_new_video_begun() -> None:
     streaming = decoder()
     first, second, other = latents(3), latents(2, seed=1), latents(2, seed=2)
     streaming.decode(first)
@@ -96,7 +96,7 @@ def test_a_state_can_be_gone_on_from_twice_and_a_video_begun_anew() -> None:
     streaming.restore(state)
     assert torch.equal(streaming.decode(second), once)
     streaming.restore(())
-    assert differing(streaming.decode(latents(5)), expected(5, 0)) < 1e-3
+    assert differing(streaming.decode(latents(5)), decoded(5, 0)) < 1e-3
 
 
 def test_the_shipped_autoencoder_in_bf16() -> None:
@@ -104,11 +104,11 @@ def test_the_shipped_autoencoder_in_bf16() -> None:
     z = torch.randn(1, autoencoder.config.z_dim, 3, 8, 14, generator=torch.Generator().manual_seed(0))
     exact = ModelFolder.open("tiny").load_vae(dtype=torch.float32)
     with torch.no_grad():
-        wanted = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
+        expected = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
         plain = to_uint8(autoencoder.decode(autoencoder.denormalize(z).bfloat16(), None)[0]).float()
     got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
     # folded weights are rounded once more
-    assert (got - wanted).norm() < 1.2 * (plain - wanted).norm() < 1e-2 * wanted.norm()
+    assert (got - expected).norm() < 1.2 * (plain - expected).norm() < 1e-2 * expected.norm()
 
 
 def shared(first_share: float, latents_per_step: int = 1) -> StreamingDecoder:
@@ -124,7 +124,7 @@ def shared(first_share: float, latents_per_step: int = 1) -> StreamingDecoder:
 
 
 def test_two_devices_make_the_same_pixels_at_every_boundary() -> None:
-    wanted = torch.cat([decoder(2).decode(latents(4)), decoder(2).decode(latents(1, seed=1))], dim=1)
+    expected = torch.cat([decoder(2).decode(latents(4)), decoder(2).decode(latents(1, seed=1))], dim=1)
     seen = set()
     for percent in range(1, 100, 3):
         split = shared(percent / 100, latents_per_step=2)
@@ -134,7 +134,7 @@ def test_two_devices_make_the_same_pixels_at_every_boundary() -> None:
         got = split.decode(latents(4))
         state = split.state()
         split.restore(())
-        assert torch.equal(torch.cat([got, split.decode(latents(1, seed=1))], dim=1), wanted)
+        assert torch.equal(torch.cat([got, split.decode(latents(1, seed=1))], dim=1), expected)
         split.restore(state)
         assert split.decode(latents(2, seed=2)).shape[1] == 8
     assert len(seen) > 8
@@ -182,7 +182,7 @@ def test_a_recorded_step_makes_the_same_bits_as_the_first_one(split: float | Non
     streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3, **options)
     z = latents(5).cuda()
     first = streaming.decode(z).cpu()  # the second latent frame runs as it is, the third is replayed
-    assert (first.float() - expected(5, 0).float()).norm() < 2e-3 * expected(5, 0).float().norm()
+    assert (first.float() - decoded(5, 0).float()).norm() < 2e-3 * decoded(5, 0).float().norm()
     for begin in (lambda: streaming.restore(()), streaming.warm_up):
         begin()
         pieces = [streaming.decode(part).cpu() for part in z.split([2, 1, 2], dim=2)]
@@ -202,10 +202,10 @@ def test_on_cuda_it_makes_the_pixels_of_the_cpu(dtype: torch.dtype) -> None:
     autoencoder = deepcopy(ours()).to("cuda", dtype)
     streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3)
     got = torch.cat([streaming.decode(part.cuda()).cpu() for part in latents(5).split([2, 3], dim=2)], dim=1)
-    wanted = expected(5, 0).float()
-    assert (got.float() - wanted).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * wanted.norm()
+    expected = decoded(5, 0).float()
+    assert (got.float() - expected).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
 
 
 def test_latents_of_another_shape_are_refused() -> None:
-    with pytest.raises(UserError, match=r"latents are \[1, 6, 2, 2, 3\], wanted \[2, 6, 1 or more, 2, 3\]"):
+    with pytest.raises(UserError, match=r"latents are \[1, 6, 2, 2, 3\]; expected \[2, 6, 1 or more, 2, 3\]"):
         decoder().decode(latents(2, batch=1))

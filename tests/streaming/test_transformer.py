@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from longvideo.flow.unipc import UniPC
-from longvideo.model.cache import KVCache
+from longvideo.kernels.backends import TransformerPrecision
+from longvideo.model.cache import KVCache, NVFP4KVCache
 from longvideo.model.conditioning import Conditioning
 from longvideo.model.config import TransformerConfig
-from longvideo.model.quantized_cache import NVFP4KVCache
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import with_precision
+from longvideo.quantization.number_formats import CachePrecision
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
 from longvideo.streaming.transformer import StreamingTransformer
 from tests.golden import relative_error
@@ -47,7 +49,7 @@ def _weights() -> CausalTransformer:
     return model.eval().requires_grad_(False)
 
 
-def transformer(precision: str, device: str, dtype: torch.dtype) -> CausalTransformer:
+def transformer(precision: TransformerPrecision, device: str, dtype: torch.dtype) -> CausalTransformer:
     return with_precision(deepcopy(_weights()).to(device, dtype), precision)
 
 
@@ -64,47 +66,51 @@ def roll_out(
         for index, cut in enumerate(CUTS)
     ]
     generators = [torch.Generator().manual_seed(seed) for seed in range(samples)]
-    made = rollout(denoiser, chunks, solver=UniPC(2), generators=generators, guidance=guidance, clean_pass=clean_pass)
-    return torch.cat(list(made), dim=2)
+    chunks_of_latents = rollout(
+        denoiser, chunks, solver=UniPC(2), generators=generators, guidance=guidance, clean_pass=clean_pass
+    )
+    return torch.cat(list(chunks_of_latents), dim=2)
 
 
-def both(precision: str, kv_cache: str, device: str, dtype: torch.dtype, **options) -> tuple[Tensor, Tensor]:
-    """Return what the streaming transformer makes, and what the model does."""
+def both(
+    precision: TransformerPrecision, kv_cache: CachePrecision, device: str, dtype: torch.dtype, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the latents of the streaming transformer, and those of the model."""
     batch = branches(options.get("guidance", 1.0)) * options.get("samples", 1)
     attention = options.pop("attention", "bf16")
     model = transformer(precision, device, dtype)
-    wanted = roll_out(CachedTransformer(model, SPEC, batch=batch, cache_type=CACHES[kv_cache]), model, **options)
+    expected = roll_out(CachedTransformer(model, SPEC, batch=batch, cache_type=CACHES[kv_cache]), model, **options)
     streaming = StreamingTransformer(model, SPEC, batch=batch, kv_cache=kv_cache, attention=attention)
-    return roll_out(streaming, model, **options), wanted
+    return roll_out(streaming, model, **options), expected
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("clean_pass", [True, False])
-def test_it_makes_the_latents_of_the_model(kv_cache: str, clean_pass: bool) -> None:
-    got, wanted = both("bf16", kv_cache, "cpu", torch.float32, clean_pass=clean_pass)
-    # four bits: a rounding that falls the other way
-    assert relative_error(got, wanted) < (1e-5 if kv_cache == "bf16" else 1e-3)
+def test_it_makes_the_latents_of_the_model(kv_cache: CachePrecision, clean_pass: bool) -> None:
+    got, expected = both("bf16", kv_cache, "cpu", torch.float32, clean_pass=clean_pass)
+    # in four bits a value may be rounded the other way
+    assert relative_error(got, expected) < (1e-5 if kv_cache == "bf16" else 1e-3)
 
 
 def test_samples_and_guidance() -> None:
-    got, wanted = both("bf16", "bf16", "cpu", torch.float32, samples=2, guidance=3.0)
-    assert relative_error(got, wanted) < 1e-5
+    got, expected = both("bf16", "bf16", "cpu", torch.float32, samples=2, guidance=3.0)
+    assert relative_error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["nvfp4-weights", "nvfp4", "fp8-emulated"])
-def test_it_multiplies_as_the_model_does(precision: str) -> None:
-    got, wanted = both(precision, "bf16", "cpu", torch.float32)
+def test_it_multiplies_as_the_model_does(precision: TransformerPrecision) -> None:
+    got, expected = both(precision, "bf16", "cpu", torch.float32)
     plain = roll_out(CachedTransformer(_weights(), SPEC, batch=1), _weights())
-    # where an input is rounded, one that lies between two numbers may fall the other way; far below the rounding itself
-    bound = 1e-5 if precision == "nvfp4-weights" else 0.3 * relative_error(wanted, plain)
-    assert relative_error(got, wanted) < bound
+    # an input near the middle of two numbers may be rounded the other way, which is far below the rounding itself
+    bound = 1e-5 if precision == "nvfp4-weights" else 0.3 * relative_error(expected, plain)
+    assert relative_error(got, expected) < bound
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8-emulated"])
-def test_attention_in_fp8_is_near(precision: str, kv_cache: str) -> None:
-    got, wanted = both(precision, kv_cache, "cpu", torch.float32, attention="fp8-emulated")
-    assert 1e-3 < relative_error(got, wanted) < 0.1
+def test_attention_in_fp8_is_near(precision: TransformerPrecision, kv_cache: CachePrecision) -> None:
+    got, expected = both(precision, kv_cache, "cpu", torch.float32, attention="fp8-emulated")
+    assert 1e-3 < relative_error(got, expected) < 0.1
 
 
 def test_what_values_have_in_common_survives_attention_in_fp8() -> None:
@@ -112,9 +118,9 @@ def test_what_values_have_in_common_survives_attention_in_fp8() -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("self_attn.v.bias"):
             parameter += 20.0
-    wanted = roll_out(CachedTransformer(model, SPEC, batch=1), model)
+    expected = roll_out(CachedTransformer(model, SPEC, batch=1), model)
     got = roll_out(StreamingTransformer(model, SPEC, batch=1, attention="fp8-emulated"), model)
-    assert relative_error(got, wanted) < 2e-3
+    assert relative_error(got, expected) < 2e-3
 
 
 def test_a_second_video_knows_nothing_of_the_first() -> None:
@@ -127,7 +133,7 @@ def test_a_second_video_knows_nothing_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8-emulated"])
-def test_two_of_them_share_the_weights_of_a_model(precision: str) -> None:
+def test_two_of_them_share_the_weights_of_a_model(precision: TransformerPrecision) -> None:
     model = transformer(precision, "cpu", torch.float32)
     first = roll_out(StreamingTransformer(model, SPEC, batch=1), model)
     name = "weight" if precision == "bf16" else "quantized_weight"
@@ -145,16 +151,16 @@ def _places(model: CausalTransformer, name: str) -> list[int]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("precision", ["bf16", "nvfp4-weights", "nvfp4", "fp8"])
-def test_graphs_make_the_latents_of_the_model(precision: str, kv_cache: str) -> None:
+def test_graphs_make_the_latents_of_the_model(precision: TransformerPrecision, kv_cache: CachePrecision) -> None:
     model = transformer(precision, "cuda", torch.bfloat16)
-    wanted = roll_out(CachedTransformer(model, SPEC, batch=1, cache_type=CACHES[kv_cache]), model)
+    expected = roll_out(CachedTransformer(model, SPEC, batch=1, cache_type=CACHES[kv_cache]), model)
     plain = transformer("bf16", "cuda", torch.bfloat16)
     unrounded = roll_out(CachedTransformer(plain, SPEC, batch=1), plain)
     streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache=kv_cache)
     streaming.warm_up()
     got = roll_out(streaming, model)
     # a last bit of bfloat16 that differs lets numbers be rounded the other way: less than all rounding does
-    assert relative_error(got, wanted) < max(1e-2, 0.75 * relative_error(wanted, unrounded))
+    assert relative_error(got, expected) < max(1e-2, 0.75 * relative_error(expected, unrounded))
     streaming.reset()
     assert torch.equal(roll_out(streaming, model), got)
 

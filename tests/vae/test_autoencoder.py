@@ -59,9 +59,9 @@ def latents(num_frames: int, seed: int = 0, batch: int = 2) -> Tensor:
     return torch.randn(batch, SMALL.z_dim, num_frames, 2, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape
-    return ((got - wanted).norm() / wanted.norm()).item()
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def stream(code: Callable[[Tensor, State | None], tuple[Tensor, State]], pieces: list[Tensor]) -> Tensor:
@@ -119,8 +119,8 @@ def test_interleaved_and_branching_streams_do_not_touch_each_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, state_1, strict=True))
     assert relative_error(rest_1.clamp(-1, 1), wanted_video(first)[:, :, 5:]) < TOLERANCE
     assert relative_error(rest_2.clamp(-1, 1), wanted_video(second)[:, :, 9:]) < TOLERANCE
-    wanted = wanted_video(torch.cat([first[:, :, :2], other], dim=2))[:, :, 5:]
-    assert relative_error(branch.clamp(-1, 1), wanted) < TOLERANCE
+    expected = wanted_video(torch.cat([first[:, :, :2], other], dim=2))[:, :, 5:]
+    assert relative_error(branch.clamp(-1, 1), expected) < TOLERANCE
 
 
 @torch.no_grad()
@@ -189,10 +189,10 @@ def test_states_lie_channels_last_from_the_first_frame_on() -> None:
 def test_bfloat16_stays_near_and_keeps_its_dtype() -> None:
     model = deepcopy(ours()).to(torch.bfloat16)
     z = latents(3)
-    wanted, _ = ours().decode(z)
+    expected, _ = ours().decode(z)
     got, state = model.decode(z.to(torch.bfloat16))
     assert {tensor.dtype for tensor in (got, *state)} == {torch.bfloat16}
-    assert relative_error(got.float(), wanted) < 0.03
+    assert relative_error(got.float(), expected) < 0.03
 
 
 def test_training_pass_is_one_graph() -> None:
@@ -209,9 +209,9 @@ def test_training_pass_is_one_graph() -> None:
 def test_channels_last_gives_the_same() -> None:
     x = video(3)
     with torch.no_grad():
-        wanted, _ = ours().encode(x)
+        expected, _ = ours().encode(x)
         got, _ = ours().encode(x.to(memory_format=torch.channels_last_3d))
-    assert relative_error(got, wanted) < TOLERANCE
+    assert relative_error(got, expected) < TOLERANCE
 
 
 def test_normalize_uses_the_statistics_and_is_undone() -> None:
@@ -224,10 +224,10 @@ def test_normalize_uses_the_statistics_and_is_undone() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 4, 32, 32), "video has 4 frames, wanted 1 \\+ 4k frames in a first call"),
+        ((1, 3, 4, 32, 32), "video has 4 frames; expected 1 \\+ 4k frames in a first call"),
         ((1, 3, 0, 32, 32), "video has 0 frames"),
-        ((1, 3, 5, 32, 40), "video is 32 x 40 pixels, wanted multiples of 16"),
-        ((1, 4, 5, 32, 32), r"video has shape \[1, 4, 5, 32, 32\], wanted \[batch, 3"),
+        ((1, 3, 5, 32, 40), "video is 32 x 40 pixels; expected multiples of 16"),
+        ((1, 4, 5, 32, 32), r"video has shape \[1, 4, 5, 32, 32\]; expected \[batch, 3"),
         ((3, 5, 32, 32), r"video has shape \[3, 5, 32, 32\]"),
     ],
 )
@@ -240,11 +240,11 @@ def test_wrong_video_is_refused(shape: tuple[int, ...], message: str) -> None:
 def test_wrong_state_is_refused() -> None:
     _, encoder_state = ours().encode(video(1))
     _, decoder_state = ours().decode(latents(1))
-    with pytest.raises(UserError, match="video has 5 frames, wanted 4k frames in a later call"):
+    with pytest.raises(UserError, match="video has 5 frames; expected 4k frames in a later call"):
         ours().encode(video(2), encoder_state)
     with pytest.raises(UserError, match="state holds .* of the same encoder"):
         ours().encode(video(2)[:, :, 1:], decoder_state)
-    with pytest.raises(UserError, match="a stream keeps its size"):
+    with pytest.raises(UserError, match="all calls of a stream have one size"):
         ours().decode(latents(1, batch=1), decoder_state)
     with pytest.raises(UserError, match="latents have 0 frames"):
         ours().decode(latents(0), decoder_state)
@@ -257,16 +257,16 @@ def test_config_reads_the_published_file_and_refuses_the_rest() -> None:
     assert AutoencoderConfig.from_dict(values | {"decoder_base_dim": None}).decoder_base_dim == wan22.base_dim
     for change, message in [
         ({"base_dims": 8}, r"unknown keys \['base_dims'\]"),
-        ({"is_residual": False}, "is_residual=False is not the Wan2.2 form"),
+        ({"is_residual": False}, "is_residual is False; expected True"),
         ({"latents_mean": [0.0]}, "latents_mean has 1 values; expected a list of 48"),
         ({"latents_std": [0.0] * 48}, r"latents_std\[0\] is 0.0; expected a number from 1e-06"),
         ({"dim_mult": [1, 2, 2, 3]}, "goes from 2 to 3"),
-        ({"dim_mult": [1, 2, 4]}, "wanted one entry for every level but the last"),
-        ({"scale_factor_spatial": 8}, "scale_factor_spatial=8, wanted 16"),
-        ({"in_channels": 3}, "in_channels=3, wanted 12"),
+        ({"dim_mult": [1, 2, 4]}, "expected one entry for every level but the last"),
+        ({"scale_factor_spatial": 8}, "scale_factor_spatial is 8; expected 16"),
+        ({"in_channels": 3}, "in_channels is 3; expected 12"),
     ]:
         with pytest.raises(ConfigError, match=message):
             AutoencoderConfig.from_dict(values | change)
     del values["z_dim"]
-    with pytest.raises(ConfigError, match=r"lacks the keys \['z_dim'\]"):
+    with pytest.raises(ConfigError, match=r"has no keys \['z_dim'\]"):
         AutoencoderConfig.from_dict(values)

@@ -98,8 +98,8 @@ def test_any_range_is_exact(first: int, last: int) -> None:
 
 def test_opening_frame_counts_as_a_latent_of_the_halo() -> None:
     """A halo shorter by one latent is exact too: the opening frame read before it is the last one that is seen."""
-    lookback, wanted = temporal_lookback(shipped().config), whole()[:, :, 40:]
-    assert (encoded(40, 48, lookback - 1) - wanted).abs().max() < TOLERANCE
+    lookback, expected = temporal_lookback(shipped().config), whole()[:, :, 40:]
+    assert (encoded(40, 48, lookback - 1) - expected).abs().max() < TOLERANCE
     torch.manual_seed(0)
     autoencoder, video = Autoencoder(SMALL).double(), torch.rand(1, 3, 97, 16, 16, dtype=torch.float64)
     errors = []
@@ -158,18 +158,18 @@ def test_a_longer_halo_is_nearer() -> None:
 def test_frames_of_other_dtypes_become_the_weights() -> None:
     window = encode_window(2, 3, 20)
     frames = clip()[:, :, window.first_frame : window.end_frame]
-    wanted = encode_latents(shipped(), frames, window)
-    assert torch.equal(encode_latents(shipped(), frames.double(), window), wanted)
-    assert wanted.dtype == torch.float32 and not wanted.requires_grad
+    expected = encode_latents(shipped(), frames, window)
+    assert torch.equal(encode_latents(shipped(), frames.double(), window), expected)
+    assert expected.dtype == torch.float32 and not expected.requires_grad
 
 
 @pytest.mark.parametrize(
     ("first", "last", "lookback", "message"),
     [
-        (-1, 3, 20, r"latents \[-1, 3\) are no range"),
-        (3, 3, 20, r"latents \[3, 3\) are no range of a video, wanted 0 <= first < last"),
-        (5, 3, 20, r"latents \[5, 3\) are no range"),
-        (0, 3, -1, "lookback=-1 latents, wanted 0 or more"),
+        (-1, 3, 20, r"the range of latents is \[-1, 3\)"),
+        (3, 3, 20, r"the range of latents is \[3, 3\); expected 0 <= first < last"),
+        (5, 3, 20, r"the range of latents is \[5, 3\)"),
+        (0, 3, -1, "lookback is -1 latents; expected 0 or more"),
     ],
 )
 def test_wrong_ranges_are_refused(first: int, last: int, lookback: int, message: str) -> None:
@@ -179,11 +179,13 @@ def test_wrong_ranges_are_refused(first: int, last: int, lookback: int, message:
 
 def test_frames_that_are_not_the_window_are_refused() -> None:
     window = encode_window(30, 32, 20)
-    with pytest.raises(UserError, match=r"wanted \[batch, 3, 89, height, width\]: the frames \[36, 125\) of the video"):
+    with pytest.raises(
+        UserError, match=r"expected \[batch, 3, 89, height, width\], the frames \[36, 125\) of the video"
+    ):
         encode_latents(shipped(), clip(), window)
-    with pytest.raises(UserError, match=r"holds no whole latents at 4 frames a latent; make it with encode_window"):
+    with pytest.raises(UserError, match=r"has no whole latent frames of 4 frames; make it with encode_window"):
         encode_latents(shipped(), clip()[:, :, :3], EncodeWindow(first_frame=0, num_frames=3, drop=0))
-    with pytest.raises(UserError, match="holds no whole latents"):
+    with pytest.raises(UserError, match="has no whole latent frames"):
         encode_latents(shipped(), clip()[:, :, :5], EncodeWindow(first_frame=0, num_frames=5, drop=2))
-    with pytest.raises(UserError, match="latents_per_piece=0, wanted 1 or more"):
+    with pytest.raises(UserError, match="latents_per_piece is 0; expected 1 or more"):
         encode_latents(shipped(), clip()[:, :, :5], encode_window(0, 2, 20), latents_per_piece=0)

@@ -1,8 +1,8 @@
-"""NVFP4 in Triton: quantise, write out and multiply. `reference` defines every bit; only stochastic rounding differs.
+"""Triton kernels for NVFP4. `reference` defines every bit; only the numbers of stochastic rounding differ.
 
-Kernels compute in float32, divide as IEEE 754 has it and are launched without FMA contraction. Bytes moved are given
-per element of the quantised tensor, E being the bytes of an input element; a packed output takes 9/16 of a byte, an
-exact one 2 bytes.
+Kernels compute in float32, divide by the rules of IEEE 754 and are launched without FMA contraction. Docstrings give
+the bytes moved per element of the quantized tensor, where E is the size of an input element; a packed output takes 9/16
+of a byte, an exact one 2 bytes.
 """
 
 from longvideo.kernels.nvfp4.triton.layer_norm import layer_norm_modulate_quantize, layer_norm_modulate_quantize_exact

@@ -1,11 +1,11 @@
 """Rounding, packing and unpacking of groups of 16, as functions for Triton kernels.
 
-To round to E2M1 or E4M3 takes one addition: beside a power of two whose last bit is worth one step, a sum is rounded to
-a whole number of steps, ties to even. A row of a block is a group; one thread has all of it, so that neither its
-maximum nor its errors cross threads.
+Rounding to E2M1 or E4M3 takes one addition: the sum with a power of two whose last bit is worth one step is rounded to
+    a whole number of steps, ties to even. A row of a block is a group. One thread has the whole group, so neither its
+    maximum nor its errors are exchanged between threads.
 """
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STATIC6_PRODUCT = tl.constexpr(Rule.STATIC6.largest_product)
 _ADAPTIVE_PRODUCT = tl.constexpr(Rule.ADAPTIVE.largest_product)
 _AMAX_SHIFT = tl.constexpr(AMAX_SHIFT)
 _ERROR_DIVISOR = tl.constexpr(Rule.ADAPTIVE.largest_product * AMAX_SHIFT)
-# rounded to float32, which a correct division by a constant needs of its reciprocal
+# rounded to float32: a correct division by a constant needs a correctly rounded reciprocal
 _ERROR_RECIPROCAL = tl.constexpr(torch.tensor(1.0 / (Rule.ADAPTIVE.largest_product * AMAX_SHIFT)).item())
 _ADAPTIVE_SQUARED = tl.constexpr(Rule.ADAPTIVE.value)
 _ADAPTIVE_MAX = tl.constexpr(Rule.ADAPTIVE_MAX.value)
@@ -51,23 +51,23 @@ _SIGN = tl.constexpr(0x80000000)
 _EXPONENT = tl.constexpr(0x7F800000)
 _E4M3_NAN = tl.constexpr(0x7F)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
-# times a power of two between 1 and 4, float32 whose last bit is worth a step of E2M1
+# times a power of two between 1 and 4: a float32 number whose last bit is worth a step of E2M1
 _E2M1_ANCHOR = tl.constexpr(2.0**22)
-# E2M1 numbers times this, in float32: their codes begin at bit 22, even that of 0.5, which becomes denormal
+# factor of E2M1 numbers in float32 that moves their codes to bit 22, even that of 0.5, which becomes denormal
 _FLOAT32_TO_E2M1 = tl.constexpr(2.0**-126)
 _E2M1_TO_FLOAT32 = tl.constexpr(2.0**126)
-# bits of an E4M3 number moved to where float32 has exponent and mantissa, less the difference of the biases
+# factor for the bits of an E4M3 number at the exponent and mantissa of float32: the difference of the biases
 _E4M3_TO_FLOAT32 = tl.constexpr(2.0**120)
-# the interpreter's casts truncate, so it rounds by arithmetic of its own; a GPU has instructions
+# the interpreter's casts truncate, so it needs arithmetic to round; a GPU has instructions
 _SOFTWARE_ROUNDING = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """Round float32 to dtype, to nearest, ties to even, in the interpreter too."""
+    """Round float32 to dtype, to nearest, ties to even; also in the interpreter."""
     if _SOFTWARE_ROUNDING and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        # half a unit, less one bit where the number below is even; NaN must not be carried into the sign
+        # half a unit, minus one bit if the number below is even; NaN must not carry into the sign
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         rounded = tl.where(x != x, bits | 0x400000, rounded)
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -81,7 +81,7 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(x):
-    """Return |x| as int32 bits: in the order of the magnitudes, NaN last."""
+    """Return the bits of |x| as int32, which have the order of the magnitudes, with NaN last."""
     return x.to(tl.int32, bitcast=True) & _MAGNITUDE
 
 
@@ -95,7 +95,7 @@ def decode_words(words, lane):
 
 @triton.jit
 def decode_scale(byte):
-    """Return E4M3 numbers, given as uint8, in float32."""
+    """Return in float32 the E4M3 numbers with these bytes, uint8."""
     bits = byte.to(tl.uint32)
     value = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * _E4M3_TO_FLOAT32
     signed = value.to(tl.uint32, bitcast=True) | ((bits & 0x80) << 24)
@@ -105,7 +105,7 @@ def decode_scale(byte):
 @triton.jit
 def encode_scale(scale, ROUND_UP: tl.constexpr):
     """Round numbers in [0, 448] to E4M3: return the bytes as int32 and the values."""
-    # 2^(20 + e) for a number with exponent e: its last bit is worth 2^(e - 3), a step of E4M3
+    # for a number with exponent e this is 2^(20 + e), whose last bit is worth 2^(e - 3), a step of E4M3
     anchor_bits = tl.maximum(scale.to(tl.int32, bitcast=True) & _EXPONENT, (127 - 6) << 23) + (20 << 23)
     anchor = anchor_bits.to(tl.float32, bitcast=True)
     total = scale + anchor
@@ -121,7 +121,7 @@ def encode_scale(scale, ROUND_UP: tl.constexpr):
 
 @triton.jit
 def _power(magnitude):
-    """Return the power of two below a number, at least 1: two steps of E2M1."""
+    """Return the power of two at or below a number, at least 1, which is two steps of E2M1."""
     bits = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _EXPONENT, 127 << 23)
     return bits.to(tl.float32, bitcast=True)
 
@@ -129,7 +129,7 @@ def _power(magnitude):
 @triton.jit
 def _to_nearest(magnitude):
     power = _power(magnitude)
-    # the products are exact, so that each line rounds once
+    # the products are exact, so each line rounds once
     total = tl.fma(power, _E2M1_ANCHOR, magnitude)
     return tl.fma(power, -_E2M1_ANCHOR, total)
 
@@ -137,10 +137,10 @@ def _to_nearest(magnitude):
 @triton.jit
 def _stochastically(magnitude, draw):
     step = _power(magnitude) * 0.5
-    # a power of two, whose reciprocal has the exponent of the other sign
+    # the reciprocal of a power of two has the negated exponent
     steps = magnitude * ((254 << 23) - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     lower = tl.floor(steps)
-    # adding the draw to the steps instead would round their sum, up to a number beyond 6 among others
+    # not floor(steps + draw): the sum would be rounded, for instance up to a number above 6
     return (lower + (draw < steps - lower).to(tl.float32)) * step
 
 
@@ -193,7 +193,7 @@ def _sum_of_tiles(x, TILES: tl.constexpr):
 
 @triton.jit
 def _rounded(value, scale, shifted_amax):
-    """Return `value x scale x amax / (6 x 256)`, each operation rounded as the reference has it."""
+    """Return `value x scale x amax / (6 x 256)`, with the roundings of the reference."""
     product = (value * scale[:, None]) * shifted_amax[:, None]
     if _SOFTWARE_ROUNDING:
         return tl.div_rn(product, _ERROR_DIVISOR)
@@ -219,13 +219,13 @@ def _error(value, scale, shifted_amax, magnitude, RULE: tl.constexpr, TILES: tl.
 
 @triton.jit
 def _rows_of_tiles(x, TILES: tl.constexpr):
-    """Turn a number for each group, [16 rows x TILES], into [TILES, 16]."""
+    """Reorder a number for each group, [16 rows x TILES], to [TILES, 16]."""
     return tl.permute(tl.reshape(x, (GROUP_SIZE, TILES)), (1, 0))
 
 
 @triton.jit
 def _of_rows(x, TILES: tl.constexpr):
-    """Give the number of a tile, [TILES], to each of its groups, [16 rows x TILES]."""
+    """Return for each group, [16 rows x TILES], the number of its tile, [TILES]."""
     return tl.reshape(tl.broadcast_to(x[None, :], (GROUP_SIZE, TILES)), (GROUP_SIZE * TILES,))
 
 
@@ -244,10 +244,11 @@ def quantize_groups(
     STOCHASTIC: tl.constexpr,
     TILES: tl.constexpr = 0,
 ):
-    """Quantise float32 [G, 16] by the tensor's largest magnitude, scalar or [G], not below the rule's smallest one.
+    """Return E2M1 magnitudes, and scales as bytes and as values, of groups x, float32 [G, 16].
 
-    TILES: the groups are 16 rows of so many, and those below each other share a scale.
-    Return E2M1 magnitudes, scales as bytes and values.
+    amax: largest magnitude of the tensor, scalar or [G], not below the lower bound of the rule.
+    draw: random numbers in [0, 1), [G, 16]; used only if STOCHASTIC.
+    TILES: number of tiles, if not 0; the groups are then 16 rows of TILES groups, and those of a column share a scale.
     """
     magnitude = tl.abs(x)
     group_amax = tl.reduce(magnitude, 1, _larger)
@@ -276,7 +277,7 @@ def _round_statically(magnitude, group_amax, amax, draw, RULE: tl.constexpr, STO
 
 @triton.jit
 def _round_adaptively(magnitude, group_amax, amax, RULE: tl.constexpr, TILES: tl.constexpr):
-    """Round with the group's largest magnitude at 6 and at 4, and keep what has the lower error in every group."""
+    """Round with the largest magnitude of a group at 6 and at 4, and use the result with the lower error."""
     encoding_scale = tl.div_rn(_ADAPTIVE_PRODUCT, amax)
     decoding_scale = tl.div_rn(1.0, encoding_scale)
     exact_scale = tl.div_rn(group_amax, _E2M1_MAX) * encoding_scale
@@ -307,21 +308,21 @@ def _clamp(scale, smallest):
 
 @triton.jit
 def load_groups(ptr, group, inside):
-    """Load groups as float32 [G, 16], zeros where not inside. Each thread loads rows of one, 16 bytes at a time."""
+    """Load groups as float32 [G, 16], zeros where not inside. A thread loads a whole group, 16 bytes at a time."""
     start = group[:, None] * GROUP_SIZE
     if ptr.dtype.element_ty.primitive_bitwidth == 32:
         ptr += start + tl.arange(0, _QUARTER)[None, :]
-        first = _beside(_load(ptr, inside), _load(ptr + _QUARTER, inside))
-        second = _beside(_load(ptr + 2 * _QUARTER, inside), _load(ptr + 3 * _QUARTER, inside))
-        return _beside(first, second)
+        first = _side_by_side(_load(ptr, inside), _load(ptr + _QUARTER, inside))
+        second = _side_by_side(_load(ptr + 2 * _QUARTER, inside), _load(ptr + 3 * _QUARTER, inside))
+        return _side_by_side(first, second)
     else:
         ptr += start + tl.arange(0, _HALF)[None, :]
-        return _beside(_load(ptr, inside), _load(ptr + _HALF, inside)).to(tl.float32)
+        return _side_by_side(_load(ptr, inside), _load(ptr + _HALF, inside)).to(tl.float32)
 
 
 @triton.jit
 def load_columns(ptr, row, num_rows, num_columns, column, inside):
-    """Load 16 rows of some columns as float32 [G, 16], a column each; zeros past the last row and where not inside."""
+    """Load 16 rows of columns as float32 [G, 16], one column per row; zeros after the last row and where not inside."""
     x0 = _two_rows(ptr, row, num_rows, num_columns, column, inside)
     x1 = _two_rows(ptr, row + 2, num_rows, num_columns, column, inside)
     x2 = _two_rows(ptr, row + 4, num_rows, num_columns, column, inside)
@@ -330,8 +331,8 @@ def load_columns(ptr, row, num_rows, num_columns, column, inside):
     x5 = _two_rows(ptr, row + 10, num_rows, num_columns, column, inside)
     x6 = _two_rows(ptr, row + 12, num_rows, num_columns, column, inside)
     x7 = _two_rows(ptr, row + 14, num_rows, num_columns, column, inside)
-    first = _beside(_beside(x0, x1), _beside(x2, x3))
-    return _beside(first, _beside(_beside(x4, x5), _beside(x6, x7))).to(tl.float32)
+    first = _side_by_side(_side_by_side(x0, x1), _side_by_side(x2, x3))
+    return _side_by_side(first, _side_by_side(_side_by_side(x4, x5), _side_by_side(x6, x7))).to(tl.float32)
 
 
 @triton.jit
@@ -349,16 +350,16 @@ def random_hadamard(x, dtype: tl.constexpr):
     x = (x.to(tl.uint32, bitcast=True) ^ flipped[None, :]).to(tl.float32, bitcast=True)
     for _ in tl.static_range(4):
         even, odd = tl.split(tl.reshape(x, (x.shape[0], _HALF, 2)))
-        x = _beside(even + odd, even - odd)
+        x = _side_by_side(even + odd, even - odd)
     return round_to(x * 0.25, dtype).to(tl.float32)
 
 
 @triton.jit
 def uniform(seed, group):
-    """Return a number in [0, 1) for each element of groups: [G, 16] of four Philox blocks with the group's number."""
+    """Return random numbers in [0, 1), [G, 16], from four Philox blocks for each group."""
     block = group[:, None] * _QUARTER + tl.arange(0, _QUARTER)[None, :]
     first, second, third, fourth = tl.rand4x(seed, block)
-    return _beside(_beside(first, second), _beside(third, fourth))
+    return _side_by_side(_side_by_side(first, second), _side_by_side(third, fourth))
 
 
 @triton.jit
@@ -367,14 +368,14 @@ def _load(ptr, inside):
 
 
 @triton.jit
-def _beside(left, right):
+def _side_by_side(left, right):
     joined = tl.permute(tl.join(left, right), (0, 2, 1))
     return tl.reshape(joined, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
-def store_codes(words_ptr, scales_ptr, x, value, byte, group, inside):
-    """Store the codes of groups, two words each, with the signs of x, and their scales."""
+def store_codes(words_ptr, scales_ptr, x, value, byte, group, inside) -> None:
+    """Store the codes of groups with the signs of x, two words for each group, and their scales."""
     code = (value * _FLOAT32_TO_E2M1).to(tl.uint32, bitcast=True) << 6
     code += x.to(tl.uint32, bitcast=True) & _SIGN  # shift and addition are one instruction
     code = code >> (28 - 4 * (tl.arange(0, GROUP_SIZE) % _WORD_CODES)).to(tl.uint32)[None, :]
@@ -385,8 +386,8 @@ def store_codes(words_ptr, scales_ptr, x, value, byte, group, inside):
 
 
 @triton.jit
-def store_exact(values_ptr, x, value, scale, group, inside):
-    """Store code x group scale, with the signs of x, in a dtype that holds it."""
+def store_exact(values_ptr, x, value, scale, group, inside) -> None:
+    """Store code x group scale with the signs of x, in a dtype in which it is exact."""
     signed = (value * scale[:, None]).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & _SIGN)
     # exact, so it does not matter how the cast rounds
     exact_value = signed.to(tl.float32, bitcast=True).to(values_ptr.dtype.element_ty)

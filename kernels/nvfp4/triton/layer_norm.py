@@ -1,6 +1,6 @@
-"""Quantise the result of a modulated LayerNorm."""
+"""Quantization of the result of a modulated LayerNorm."""
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
 )
 from longvideo.kernels.nvfp4.triton.quantizing import amax_and_scales, block_warps, check_input, empty_outputs
 
-BLOCK_ROWS = 4  # rows per program, which share their frame's modulation
+BLOCK_ROWS = 4
+"""Rows per program, which share the modulation of their frame."""
 
 
 def layer_norm_modulate_quantize(
@@ -35,11 +36,11 @@ def layer_norm_modulate_quantize(
     eps: float,
     block_rows: int = BLOCK_ROWS,
 ) -> NVFP4Tensor:
-    """Quantise `LayerNorm(h) * (1 + scale) + shift`: float32 inside, no weight or bias, rounded to h's dtype first.
+    """Quantize `LayerNorm(h) * (1 + scale) + shift`, computed in float32 and rounded to the dtype of h first.
 
-    h: contiguous [B, L, D]. shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens, D
-    contiguous. It is computed twice, once for the largest magnitude and the mean and deviation of each row: to store it
-    in between would move 2 E more bytes. Bytes moved: 2 E + 9/16, and 16/D for the rows' statistics.
+    h: contiguous [B, L, D]. shift, scale: float32 [B or 1, T, S or 1, D] for T latent frames of S = L/T tokens, with
+    contiguous D. The result is computed twice, the first time for the largest magnitude and for the mean and deviation
+    of each row; storing it in between would move 2 E more bytes. Bytes moved: 2 E + 9/16, and 16/D for the statistics.
     Raises ValueError for shapes that do not fit and for h that is not contiguous.
     """
     codes, scales, tensor_scale = _layer_norm_quantize(
@@ -58,7 +59,7 @@ def layer_norm_modulate_quantize_exact(
     dtype: torch.dtype = torch.bfloat16,
     block_rows: int = BLOCK_ROWS,
 ) -> ExactOperand:
-    """As `layer_norm_modulate_quantize`, written out as `code x group scale`. Bytes moved: 2 E + 2, and 16/D."""
+    """Return `exact(layer_norm_modulate_quantize(...))`, computed without packing. Bytes moved: 2 E + 2, and 16/D."""
     values, _, tensor_scale = _layer_norm_quantize(
         h_BLD, shift_BTSD, scale_BTSD, rule, eps, block_rows, exact_dtype=dtype
     )
@@ -77,19 +78,21 @@ def _layer_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_input(h_BLD)
     if h_BLD.dim() != 3:
-        raise ValueError(f"h is {list(h_BLD.shape)}, wanted [B, L, D]")
+        raise ValueError(f"h is {list(h_BLD.shape)}; expected [B, L, D]")
     batch, length, dim = h_BLD.shape
     frames = shift_BTSD.shape[1]
     if length % frames:
-        raise ValueError(f"{length} tokens are not a multiple of {frames} frames, which shift and scale are given for")
+        raise ValueError(
+            f"h has {length} tokens; expected a multiple of {frames}, the number of frames of shift and scale"
+        )
     tokens = length // frames
     shifts, scales_ = (m.expand(batch, frames, tokens, dim) for m in (shift_BTSD, scale_BTSD))
     for m in (shifts, scales_):
         if m.dtype != torch.float32 or m.stride(-1) != 1:
             raise ValueError(
-                f"shift and scale are {m.dtype} with a last stride of {m.stride(-1)}, wanted float32 and 1"
+                f"shift and scale are {m.dtype} with a last stride of {m.stride(-1)}; expected float32 and 1"
             )
-    # a modulation that is the same for all tokens of a frame is loaded once for all rows of a program
+    # a modulation that all tokens of a frame share is loaded once for all rows of a program
     per_token = bool(shifts.stride(2) or scales_.stride(2)) and tokens > 1
     grid = (batch * frames, triton.cdiv(tokens, block_rows))
     statistics = torch.empty(batch * length, 2, dtype=torch.float32, device=h_BLD.device)
@@ -148,7 +151,7 @@ def _layer_norm_maxima_kernel(
     PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     frame, block = tl.program_id(0), tl.program_id(1)
     group = tl.arange(0, BLOCK)
     inside = group < DIM // GROUP_SIZE
@@ -164,8 +167,8 @@ def _layer_norm_maxima_kernel(
             row = (frame * tokens + token).to(tl.int64)
             x = load_groups(h_ptr + row * DIM, group, inside)
             mean = tl.sum(tl.sum(x, axis=1), axis=0) / DIM
-            centred = tl.where(inside[:, None], x - mean, 0.0)
-            variance = tl.sum(tl.sum(centred * centred, axis=1), axis=0) / DIM
+            centered = tl.where(inside[:, None], x - mean, 0.0)
+            variance = tl.sum(tl.sum(centered * centered, axis=1), axis=0) / DIM
             reciprocal = tl.rsqrt(variance + eps)
             tl.store(statistics_ptr + row * 2, mean)
             tl.store(statistics_ptr + row * 2 + 1, reciprocal)
@@ -202,7 +205,7 @@ def _layer_norm_quantize_kernel(
     PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     frame, block = tl.program_id(0), tl.program_id(1)
     group = tl.arange(0, BLOCK)
     inside = group < DIM // GROUP_SIZE

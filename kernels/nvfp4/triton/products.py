@@ -1,6 +1,6 @@
-"""Write quantised tensors out, and multiply them."""
+"""Dequantization of NVFP4 tensors, and their products."""
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor
 from longvideo.kernels.nvfp4.triton.arithmetic import GROUP_SIZE, WORD_CODES, decode_scale, decode_words, round_to
 from longvideo.kernels.nvfp4.triton.quantizing import check_contiguous
 
-BLOCK_WORDS = 128  # words of 8 codes when writing out: one for each thread, so that it stores 16 bytes of bfloat16
-BLOCK_TILES = 4  # times that in one program
+BLOCK_WORDS = 128
+"""Words of 8 codes that are dequantized at once: one for each thread, which then stores 16 bytes of bfloat16."""
+BLOCK_TILES = 4
+"""Number of such blocks in a program."""
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 256
 
 _WORD_CODES = tl.constexpr(WORD_CODES)
@@ -24,14 +26,14 @@ _WORD_CODES = tl.constexpr(WORD_CODES)
 def exact(
     quantized: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, block_words: int = BLOCK_WORDS
 ) -> ExactOperand:
-    """Write out `code x group scale`, exact in bfloat16 and wider dtypes. Bytes moved: 9/16 + those of dtype."""
+    """Return `code x group scale`, exact in bfloat16 and wider dtypes. Bytes moved: 9/16 and the size of dtype."""
     return ExactOperand(_write_out(quantized, None, dtype, block_words), quantized.tensor_scale)
 
 
 def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, block_words: int = BLOCK_WORDS) -> Tensor:
     """Return the represented values: code x (group scale x tensor scale) in float32, rounded once to dtype.
 
-    Bytes moved: 9/16 + those of dtype. Raises ValueError for codes or scales that are not contiguous.
+    Bytes moved: 9/16 and the size of dtype. Raises ValueError for codes or scales that are not contiguous.
     """
     return _write_out(quantized, quantized.tensor_scale, dtype, block_words)
 
@@ -39,14 +41,17 @@ def dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, bl
 def scaled_product(a: NVFP4Tensor, b: NVFP4Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Multiply a [..., M, K] by the transpose of b [N, K] on FP4 tensor cores: dtype [..., M, N].
 
-    Only for GPUs of compute capability 10.0 or newer; elsewhere Triton refuses to compile it. Both tensor scales are
+    Only for GPUs of compute capability 10.0 or newer; Triton does not compile it for others. Both tensor scales are
     scalars. Raises ValueError for shapes that do not fit.
     """
     inner = a.shape[-1]
     if len(b.shape) != 2 or b.shape[1] != inner:
-        raise ValueError(f"cannot multiply {list(a.shape)} by the transpose of {list(b.shape)}; wanted [N, {inner}]")
+        raise ValueError(f"cannot multiply {list(a.shape)} by the transpose of {list(b.shape)}; expected [N, {inner}]")
     if a.tensor_scale.numel() != 1 or b.tensor_scale.numel() != 1:
-        raise ValueError("the product needs scalar tensor scales: they are applied to its sums")
+        raise ValueError(
+            f"tensor scales are {list(a.tensor_scale.shape)} and {list(b.tensor_scale.shape)}; expected"
+            " scalars, since they are applied to the sums"
+        )
     for part in (a.codes, a.scales, b.codes, b.scales):
         check_contiguous(part, "an operand of the product")
     rows, columns = a.codes.numel() * 2 // inner, b.shape[0]
@@ -73,17 +78,17 @@ def scaled_product(a: NVFP4Tensor, b: NVFP4Tensor, *, dtype: torch.dtype = torch
 def add_scaled_bias(product: Tensor, scale: Tensor, bias: Tensor | None = None, *, block: int = 4096) -> Tensor:
     """Replace a product of exact operands [..., N] by `product * scale + bias`, rounded once from float32; return it.
 
-    scale: float32 scalar on the device, both tensor scales multiplied. bias: [N]. Bytes moved: twice the product's.
+    scale: product of both tensor scales, a float32 scalar on the device. bias: [N]. Bytes moved: twice the product.
     Raises ValueError for shapes that do not fit and for a product that is not contiguous.
     """
     check_contiguous(product, "the product")
     if scale.numel() != 1 or scale.dtype != torch.float32:
-        raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}, wanted a float32 scalar")
+        raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}; expected a float32 scalar")
     columns = product.shape[-1]
     if bias is not None:
         check_contiguous(bias, "the bias")
         if bias.shape != (columns,):
-            raise ValueError(f"bias is {list(bias.shape)}, wanted [{columns}] for a product {list(product.shape)}")
+            raise ValueError(f"bias is {list(bias.shape)}; expected [{columns}] for a product {list(product.shape)}")
     if product.numel():
         grid = (triton.cdiv(product.numel(), block),)
         _scaled_bias_kernel[grid](
@@ -128,7 +133,7 @@ def _write_out_kernel(
     PER_GROUP: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     word = tl.arange(0, BLOCK)
     lane = tl.arange(0, _WORD_CODES)
     offset = word[:, None] * _WORD_CODES + lane[None, :]
@@ -164,7 +169,7 @@ def _scaled_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, BLOCK_K // 2)
@@ -198,7 +203,7 @@ def _scaled_product_kernel(
 
 
 @triton.jit
-def _scaled_bias_kernel(product_ptr, scale_ptr, bias_ptr, count, columns, BLOCK: tl.constexpr):
+def _scaled_bias_kernel(product_ptr, scale_ptr, bias_ptr, count, columns, BLOCK: tl.constexpr) -> None:
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     product = tl.load(product_ptr + offset, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)

@@ -1,6 +1,6 @@
-"""Quantise a tensor, or GELU of it."""
+"""Quantization of a tensor, or of its GELU."""
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from longvideo.kernels.nvfp4.triton.arithmetic import (
 )
 
 BLOCK_GROUPS = 64  # groups per program
-MAXIMA_BLOCKS = 16  # times the groups in a program that only looks for their largest magnitude
+MAXIMA_BLOCKS = 16  # factor of the groups in a program that only computes their largest magnitude
 MAXIMA_WARPS = 8
-BLOCK_MAXIMA = 4096  # results of such programs that are reduced at a time
+BLOCK_MAXIMA = 4096  # number of results of such programs that are reduced at once
 
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
@@ -40,16 +40,17 @@ def quantize(
     seed: int | Tensor | None = None,
     block_groups: int = BLOCK_GROUPS,
 ) -> NVFP4Tensor:
-    """Quantise a contiguous [..., K] tensor along its last dimension, as `reference.quantize` does. Waits for nothing.
+    """Quantize a contiguous [..., K] tensor along its last dimension, as `reference.quantize` does.
 
-    amax: largest magnitude that the tensor scale is made for, float32, broadcasting against [..., K/16]; by default
+    The host does not wait.
+    amax: largest magnitude from which the tensor scale is computed, float32, broadcast against [..., K/16]; by default
         that of the whole tensor.
-    seed: an integer or int64 scalar on the device, rounds stochastically: scales up, codes to one of both neighbours.
-        Group i of the tensor draws from blocks 4 i to 4 i + 3 of the seed's Philox stream.
-    NaN and infinity turn the tensor scale, and so every value, into NaN or infinity.
-    Bytes moved: 2 E + 9/16, or E + 9/16 with a given amax.
-    Raises ValueError for shapes that groups do not divide, memory that is not contiguous, and a seed with an adaptive
-    rule, whose choice after the rounding would be biased.
+    seed: seed of stochastic rounding, an integer or an int64 scalar on the device: scales are rounded up, codes to one
+        of the two nearest. Group i of the tensor uses blocks 4 i to 4 i + 3 of the Philox stream of the seed.
+    NaN and infinity make the tensor scale, and so every value, NaN or infinite.
+    Bytes moved: 2 E + 9/16, or E + 9/16 if amax is given.
+    Raises ValueError for shapes without whole groups, for memory that is not contiguous, and for a seed with an
+    adaptive rule, which would be biased by the choice after the rounding.
     """
     codes, scales, tensor_scale = _quantize(x, rule, amax, seed, block_groups, exact_dtype=None, gelu=False)
     return NVFP4Tensor(codes, scales, tensor_scale)
@@ -63,16 +64,16 @@ def quantize_exact(
     dtype: torch.dtype = torch.bfloat16,
     block_groups: int = BLOCK_GROUPS,
 ) -> ExactOperand:
-    """Quantise and write out `code x group scale` at once. As `quantize` otherwise; bytes moved: 2 E + 2."""
+    """Return `exact(quantize(...))`, computed without packing; errors as there. Bytes moved: 2 E + 2."""
     values, _, tensor_scale = _quantize(x, rule, None, seed, block_groups, exact_dtype=dtype, gelu=False)
     return ExactOperand(values, tensor_scale)
 
 
 def gelu_tanh_quantize(h: Tensor, rule: Rule = Rule.ADAPTIVE, *, block_groups: int = BLOCK_GROUPS) -> NVFP4Tensor:
-    """Quantise GELU, by its tanh formula, of a contiguous [..., K] tensor; float32 inside, rounded to h's dtype first.
+    """Quantize GELU (tanh formula) of a contiguous [..., K] tensor, computed in float32 and rounded to its dtype first.
 
-    It is computed twice, once for the largest magnitude: to store it in between would move 2 E more bytes. Bytes moved:
-    2 E + 9/16. Raises as `quantize`.
+    GELU is computed twice, the first time for the largest magnitude; storing it in between would move 2 E more bytes.
+    Bytes moved: 2 E + 9/16. Raises the errors of `quantize`.
     """
     return NVFP4Tensor(*_quantize(h, rule, None, None, block_groups, exact_dtype=None, gelu=True))
 
@@ -84,13 +85,13 @@ def gelu_tanh_quantize_exact(
     dtype: torch.dtype = torch.bfloat16,
     block_groups: int = BLOCK_GROUPS,
 ) -> ExactOperand:
-    """As `gelu_tanh_quantize`, written out as `code x group scale`. Bytes moved: 2 E + 2."""
+    """Return `exact(gelu_tanh_quantize(...))`, computed without packing. Bytes moved: 2 E + 2."""
     values, _, tensor_scale = _quantize(h, rule, None, None, block_groups, exact_dtype=dtype, gelu=True)
     return ExactOperand(values, tensor_scale)
 
 
 def largest_magnitudes(x: Tensor, *, gelu: bool = False, block_groups: int = BLOCK_GROUPS) -> Tensor:
-    """Return the bits of the largest magnitudes that each of P programs found in a contiguous tensor: int32 [1, P]."""
+    """Return the bits of the largest magnitude that each of P programs computes, int32 [1, P]. x: contiguous."""
     num_groups, block = x.numel() // GROUP, block_groups * MAXIMA_BLOCKS
     maxima = torch.empty(1, triton.cdiv(num_groups, block), dtype=torch.int32, device=x.device)
     _maxima_kernel[(maxima.numel(),)](
@@ -100,7 +101,7 @@ def largest_magnitudes(x: Tensor, *, gelu: bool = False, block_groups: int = BLO
 
 
 def seed_on(device: torch.device, seed: int | Tensor | None, rule: Rule) -> Tensor | None:
-    """Return a seed as a scalar on the device. Raises ValueError where a rule would bias stochastic rounding."""
+    """Return a seed as a scalar on the device. Raises ValueError for a rule that would bias stochastic rounding."""
     if seed is not None and rule.is_adaptive:
         raise ValueError(
             f"rule {rule.value!r} chooses a scale after rounding, which biases stochastic rounding; use static6"
@@ -109,13 +110,13 @@ def seed_on(device: torch.device, seed: int | Tensor | None, rule: Rule) -> Tens
 
 
 def amax_and_scales(maxima: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Return the largest magnitude, not below the rule's smallest one, and the tensor scale of each row of maxima.
+    """Return the largest magnitude, with the lower bound of the rule, and the tensor scale of each row of maxima.
 
-    maxima: int32 [R, P], bits of the largest magnitudes P programs found. As integers, magnitudes are ordered as they
-    are as numbers, and NaN is above all of them.
+    maxima: bits of the largest magnitudes of P programs, int32 [R, P]. As integers, magnitudes have the order of the
+        numbers, and NaN is above all of them.
     """
     rows, count = maxima.shape
-    # each in memory of its own: what an operator returns must be aligned for compiled code
+    # two allocations: the results of an operator must be aligned for compiled code
     amax, scale = (torch.empty(rows, dtype=torch.float32, device=maxima.device) for _ in range(2))
     block = min(BLOCK_MAXIMA, triton.next_power_of_2(count))
     _tensor_scale_kernel[(rows,)](
@@ -176,12 +177,12 @@ def _quantize(
 
 
 def block_warps(block_groups: int) -> int:
-    """Return the warps that give each group a thread, within bounds."""
+    """Return the number of warps that gives each group a thread, between 1 and 8."""
     return min(max(block_groups // 32, 1), 8)
 
 
 def empty_outputs(x: Tensor, exact_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Return memory for codes, or for exact values of a dtype, and for scales as bytes."""
+    """Return empty tensors for codes, or for exact values in a dtype, and for scales as bytes."""
     scales = torch.empty(*x.shape[:-1], x.shape[-1] // GROUP, dtype=torch.uint8, device=x.device)
     if exact_dtype is not None:
         return torch.empty(x.shape, dtype=exact_dtype, device=x.device), scales
@@ -190,11 +191,11 @@ def empty_outputs(x: Tensor, exact_dtype: torch.dtype | None) -> tuple[Tensor, T
 
 def check_input(x: Tensor) -> None:
     check_groups(x.shape)
-    check_contiguous(x, "the tensor to quantise")
+    check_contiguous(x, "the tensor to quantize")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"cannot quantise {x.dtype}; wanted bfloat16, float16 or float32")
+        raise ValueError(f"cannot quantize {x.dtype}; expected bfloat16, float16 or float32")
     if not x.numel():
-        raise ValueError(f"cannot quantise an empty tensor {list(x.shape)}: it has no largest magnitude")
+        raise ValueError(f"cannot quantize an empty tensor {list(x.shape)}, which has no largest magnitude")
 
 
 def check_contiguous(x: Tensor, name: str) -> None:
@@ -213,7 +214,7 @@ def _load_input(x_ptr, group, inside, GELU: tl.constexpr):
 
 
 @triton.jit
-def _maxima_kernel(x_ptr, maxima_ptr, num_groups, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _maxima_kernel(x_ptr, maxima_ptr, num_groups, GELU: tl.constexpr, BLOCK: tl.constexpr) -> None:
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK
     group = tl.arange(0, BLOCK)
@@ -231,7 +232,7 @@ def _tensor_scale_kernel(
     LARGEST_PRODUCT: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], dtype=tl.int32)
@@ -259,7 +260,7 @@ def _quantize_kernel(
     EXACT: tl.constexpr,
     PER_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first = tl.program_id(0).to(tl.int64) * BLOCK
     group = tl.arange(0, BLOCK)
     inside = group < num_groups - first

@@ -1,6 +1,6 @@
-"""What training needs besides: 16 x 16 tiles of a weight, and groups across the rows of a matrix, transformed."""
+"""Quantization for training: 16 x 16 tiles of a weight, and groups across the rows of a matrix, transformed."""
 
-# a launch takes more than its function is declared with: options, and constants as plain values
+# a kernel is launched with options and plain constants, which its function does not declare
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from longvideo.kernels.nvfp4.triton.quantizing import (
     seed_on,
 )
 
-BLOCK_COLUMNS = 64  # of a program that groups rows
-BLOCK_TILES = 8  # of 16 x 16 in a program
+BLOCK_COLUMNS = 64  # columns of a program that forms groups of rows
+BLOCK_TILES = 8  # tiles of 16 x 16 in a program
 
 
 def quantize_tiles_exact(
     x_RK: Tensor, rule: Rule, *, dtype: torch.dtype = torch.bfloat16, block_tiles: int = BLOCK_TILES
 ) -> ExactOperand:
-    """Quantise a contiguous matrix in 16 x 16 tiles and write it out, as `reference.quantize_exact` does.
+    """Quantize a contiguous matrix in 16 x 16 tiles and return `code x group scale`, as the reference does.
 
-    Bytes moved: 2 E + 2. Raises ValueError for a matrix that tiles do not divide, or that is not contiguous.
+    Bytes moved: 2 E + 2. Raises ValueError for a matrix without whole tiles, or that is not contiguous.
     """
     check_input(x_RK)
     check_groups(x_RK.shape, tile_rows=GROUP)
@@ -64,10 +64,10 @@ def quantize_tiles_exact(
 def quantize_across(
     x_MC: Tensor, rule: Rule = Rule.ADAPTIVE, *, hadamard: bool = False, block_columns: int = BLOCK_COLUMNS
 ) -> NVFP4Tensor:
-    """Quantise the transpose of a contiguous matrix, [C, M] with M filled up with zeros, as the reference does.
+    """Quantize the transpose of a contiguous matrix, [C, M], with M padded with zeros, as the reference does.
 
-    The transform is computed twice, once for the largest magnitude. Bytes moved: 2 E + 9/16. Raises ValueError for a
-    matrix that is empty or not contiguous.
+    The transform is computed twice, the first time for the largest magnitude. Bytes moved: 2 E + 9/16. Raises
+    ValueError for a matrix that is empty or not contiguous.
     """
     codes, scales, tensor_scale = _quantize_across(x_MC, rule, hadamard, None, block_columns, exact_dtype=None)
     return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), tensor_scale)
@@ -82,7 +82,7 @@ def quantize_across_exact(
     dtype: torch.dtype = torch.bfloat16,
     block_columns: int = BLOCK_COLUMNS,
 ) -> ExactOperand:
-    """As `quantize_across`, written out as `code x group scale`; seed: as in `quantize`. Bytes moved: 2 E + 2."""
+    """Return `exact(quantize_across(...))`, computed without packing. seed: as in `quantize`. Bytes moved: 2 E + 2."""
     values, _, tensor_scale = _quantize_across(x_MC, rule, hadamard, seed, block_columns, exact_dtype=dtype)
     return ExactOperand(values, tensor_scale)
 
@@ -97,8 +97,8 @@ def _quantize_across(
     exact_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x_MC.ndim != 2 or not x_MC.numel():
-        raise ValueError(f"cannot quantise {list(x_MC.shape)} across its rows, wanted a matrix that is not empty")
-    check_contiguous(x_MC, "the matrix to quantise")
+        raise ValueError(f"cannot quantize {list(x_MC.shape)} across its rows; expected a matrix that is not empty")
+    check_contiguous(x_MC, "the matrix to quantize")
     rows, columns = x_MC.shape
     groups = triton.cdiv(rows, GROUP)
     grid = (triton.cdiv(columns, block_columns), groups)
@@ -129,7 +129,7 @@ def _quantize_across(
 
 
 def _column_warps(block_columns: int) -> int:
-    """Return the warps that give a thread two columns, which it loads at once."""
+    """Return the number of warps with which a thread has two columns, which it loads at once."""
     return max(block_columns // 64, 1)
 
 
@@ -142,7 +142,7 @@ def _tiles_kernel(
     RULE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     TILES: tl.constexpr,
-):
+) -> None:
     first = tl.program_id(0).to(tl.int64) * row_groups * (GROUP_SIZE * GROUP_SIZE)
     index = tl.arange(0, GROUP_SIZE * TILES)
     tile = tl.program_id(1) * TILES + index % TILES
@@ -162,7 +162,7 @@ def _load_across(x_ptr, rows, columns, column, HADAMARD: tl.constexpr):
 
 
 @triton.jit
-def _maxima_across_kernel(x_ptr, maxima_ptr, rows, columns, HADAMARD: tl.constexpr, BLOCK: tl.constexpr):
+def _maxima_across_kernel(x_ptr, maxima_ptr, rows, columns, HADAMARD: tl.constexpr, BLOCK: tl.constexpr) -> None:
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = _load_across(x_ptr, rows, columns, column, HADAMARD)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -185,7 +185,7 @@ def _across_kernel(
     EXACT: tl.constexpr,
     HADAMARD: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = _load_across(x_ptr, rows, columns, column, HADAMARD)
     group = column.to(tl.int64) * groups + tl.program_id(1)

@@ -23,7 +23,9 @@ FLOAT32 = Placement.choose("cpu", dtype=torch.float32)
 
 def load(folder: Path, **formats: str) -> StreamingPipeline:
     # the folder holds float32; a cast before packing would round twice
-    return StreamingPipeline.load(ModelFolder.open(folder), FLOAT32, formats=NumberFormats(**formats))
+    return StreamingPipeline.load(
+        ModelFolder.open(folder), FLOAT32, formats=NumberFormats.parse(formats.pop("precision", None), **formats)
+    )
 
 
 def video(pipeline: StreamingPipeline) -> np.ndarray:

@@ -13,10 +13,10 @@ from longvideo.checkpoint.settings import chunk_spec
 from longvideo.infer.fit.memory import CONTEXT, GRAPHS, MemoryPart, estimate
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.model.config import PRESETS
+from longvideo.model.slots import NVFP4Slots, PlainSlots
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder import StreamingDecoder
-from longvideo.streaming.slots import NVFP4Slots, PlainSlots
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -59,7 +59,7 @@ def test_the_estimate_is_close_to_the_measured_peak(
     precision: str, kv_cache: str, attention: str, share: float, measured: tuple[float, ...]
 ) -> None:
     parts = estimated(
-        formats=NumberFormats(precision, kv_cache, attention),
+        formats=NumberFormats.parse(precision, kv_cache, attention),
         decode_device=(FIRST, SECOND)[len(measured) - 1],
         decode_share=share,
         shapes=shapes(packed=precision == "nvfp4-weights"),  # the measured peaks do not include loading
@@ -103,12 +103,12 @@ def _allocated(root: object, shared: set[int]) -> int:
 def test_the_estimate_of_the_cache_is_what_it_allocates(kv_cache: str) -> None:
     small = small_shapes(height=64, width=64)
     config = small.transformer
-    new_slots = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
-    slots = new_slots(
+    slots_type = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
+    slots = slots_type(
         small.spec,
-        layers=config.num_layers,
+        num_layers=config.num_layers,
         batch=2,
-        heads=config.num_attention_heads,
+        num_heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
         dtype=torch.bfloat16,
         device=CPU,
@@ -122,7 +122,7 @@ def test_the_estimate_of_the_cache_is_what_it_allocates(kv_cache: str) -> None:
             waiting += value
         elif hasattr(value, "key_mean"):
             waiting += vars(value).values()
-    parts = estimated(formats=NumberFormats("bf16", kv_cache), shapes=small, batch=2)
+    parts = estimated(formats=NumberFormats.parse("bf16", kv_cache), shapes=small, batch=2)
     assert named(parts)["KV cache"] == pytest.approx(sum(tensors.values()), rel=0.01)
 
 

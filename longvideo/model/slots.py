@@ -1,0 +1,174 @@
+"""Storage of the keys and values of the chunks already made, in slots that never move.
+
+`ChunkWindow` decides which chunk is in which slot. The number of the live chunk's slot is read on the device, so that
+one recorded sequence of kernels serves every chunk with the same number of slots in use.
+
+Shapes: B samples, S slots, L tokens of a chunk, N heads, K head dim, H = K / 2 rotated pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from longvideo.kernels.backends import kv_operations
+from longvideo.kernels.kv_dequant.format import QuantizedSlots
+
+if TYPE_CHECKING:
+    from longvideo.model.spec import ChunkSpec
+
+
+class Slots(Protocol):
+    """Storage of all layers. A pass opens one layer after the other, and may then keep it.
+
+    copies: whether `keep` stores anything. Otherwise the live chunk stays as it was written into its slot.
+    live: slot of the live chunk, an int64 scalar on the device.
+    """
+
+    copies: bool
+    live: Tensor
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None: ...
+
+    def begin(self, live: int, past: list[int], /) -> None:
+        """Set the slot of the live chunk and the slots that it attends to, without waiting for the device."""
+        ...
+
+    def set_rotation(self, live: int, cos_LH: Tensor, sin_LH: Tensor, /) -> None:
+        """Set the rotation of the live chunk's keys, which is needed once the chunk is part of the past."""
+        ...
+
+    def open(self, layer: int, num_past: int, /) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, S, L, N, K] of a layer, in which the live slot is still to be written.
+
+        num_past: number of slots set by `begin`. The tensors are valid until the next call.
+        """
+        ...
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, /) -> None:
+        """Keep the live chunk for later chunks. keys: normalized, before rotation."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that grow with layers and slots, without what all layers share."""
+        ...
+
+
+class PlainSlots:
+    """Rotated keys and values, attended to where they are stored."""
+
+    copies = False
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch, spec.window_chunks, spec.tokens_per_chunk, num_heads, head_dim)
+        self._stored = [tuple(torch.empty(2, *shape, dtype=dtype, device=device).unbind()) for _ in range(num_layers)]
+        self.live = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self, live: int, _past: list[int], /) -> None:
+        self.live.fill_(live)
+
+    def set_rotation(self, live: int, cos_LH: Tensor, sin_LH: Tensor) -> None:
+        """Do nothing: keys are stored after rotation."""
+
+    def open(self, layer: int, _num_past: int, /) -> tuple[Tensor, Tensor]:
+        keys, values = self._stored[layer]
+        return keys, values
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        """Do nothing: the live chunk stays where it was written."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for stored in self._stored for part in stored)
+
+
+class NVFP4Slots:
+    """Keys and values in 4 bits (0.28 of the bytes of bfloat16), and a workspace in which a layer's past is rebuilt.
+
+    Keys are stored before rotation, minus their mean over the chunk, because they quantize better so (KVQuant, arXiv
+    2401.18079); values as they are. Both are quantized once a chunk, in `keep`; until then the live chunk's keys and
+    values are in the workspace at full precision. See `longvideo.kernels.kv_dequant`.
+
+    A layer is rebuilt when it is opened: rebuilding the next layer at the same time, on another stream, made a step no
+    faster, and a recorded pass with two branches delayed the work of other streams (docs/performance.md).
+    """
+
+    copies = True
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        slots, tokens = spec.window_chunks, spec.tokens_per_chunk
+
+        def allocate(count: int) -> QuantizedSlots:
+            return QuantizedSlots.allocate(
+                slots=count, batch=batch, tokens=tokens, heads=num_heads, head_dim=head_dim, device=device
+            )
+
+        self._operations = kv_operations(device)
+        self._layers, self._fresh = [allocate(slots) for _ in range(num_layers)], allocate(1)
+        shape = (batch, slots, tokens, num_heads, head_dim)
+        # zeros: the workspace may be attended to before all of its slots have been written
+        self._keys, self._values = torch.zeros(2, *shape, dtype=dtype, device=device).unbind()
+        self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, head_dim // 2, device=device).unbind()
+        self.live = torch.zeros((), dtype=torch.int64, device=device)
+        self._past = torch.zeros(slots, dtype=torch.int32, device=device)
+
+    def begin(self, live: int, past: list[int]) -> None:
+        self.live.fill_(live)
+        for place, slot in enumerate(past):
+            self._past[place].fill_(slot)
+
+    def set_rotation(self, live: int, cos_LH: Tensor, sin_LH: Tensor) -> None:
+        self._cos_SLH[live].copy_(cos_LH)
+        self._sin_SLH[live].copy_(sin_LH)
+
+    def open(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
+        if num_past:
+            self._operations.rebuild(
+                self._layers[layer], self._past[:num_past], self._cos_SLH, self._sin_SLH, self._keys, self._values
+            )
+        return self._keys, self._values
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        fresh, kept, where = self._fresh, self._layers[layer], self.live.reshape(1)
+        self._operations.write_slot(fresh, 0, keys_BLNK.contiguous(), values_BLNK.contiguous())
+        kept.codes.index_copy_(1, where, fresh.codes)
+        kept.scales.view(torch.uint8).index_copy_(1, where, fresh.scales.view(torch.uint8))
+        kept.tensor_scale.index_copy_(1, where, fresh.tensor_scale)
+        kept.key_mean.index_copy_(0, where, fresh.key_mean)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self._layers)
