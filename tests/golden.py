@@ -1,4 +1,4 @@
-"""The reference's inputs, weights and outputs (small sizes, fp32, CPU), as this project's objects."""
+"""Inputs, weights and outputs of the reference (small sizes, fp32, CPU), as objects of this project."""
 
 from __future__ import annotations
 

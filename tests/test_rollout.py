@@ -1,4 +1,4 @@
-"""The chunk-by-chunk rollout: what it holds fixed, what it depends on, and what it reads when."""
+"""The rollout: given frames, independence of samples, the order of reads, recache and continuation."""
 
 from __future__ import annotations
 

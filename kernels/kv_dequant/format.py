@@ -35,7 +35,7 @@ class QuantizedSlots:
         """Allocate the slots of a layer. Raises ValueError for a head dim that is not a multiple of 16."""
         if head_dim % GROUP:
             raise ValueError(
-                f"head_dim={head_dim} is not a multiple of {GROUP}, the size of an NVFP4 group; use a bf16 cache"
+                f"head_dim is {head_dim}; expected a multiple of {GROUP}, the size of an NVFP4 group; use a bf16 cache"
             )
         shape = (2, slots, batch, tokens, heads)
         return cls(

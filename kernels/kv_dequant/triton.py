@@ -133,7 +133,7 @@ def rebuild(
     batch, tokens, heads, head_dim = _check_slots(slots)
     num_slots = slots.codes.shape[1]
     if head_dim // WORD_CODES & (head_dim // WORD_CODES - 1):
-        raise ValueError(f"head_dim={head_dim} is not a power of two; the Triton kernel needs one, such as 64 or 128")
+        raise ValueError(f"head_dim is {head_dim}; expected a power of two for the Triton kernel, such as 64 or 128")
     if which.dtype != torch.int32 or which.dim() != 1:
         raise ValueError(f"which is {which.dtype} {list(which.shape)}; expected int32 [count]")
     for name, x in (("cos", cos_SLH), ("sin", sin_SLH)):

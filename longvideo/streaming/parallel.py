@@ -94,8 +94,8 @@ def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> 
 def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.ProcessGroup | None]]:
     """Join the ranks that `torchrun` started, and yield the device of the rank and the group, None for one rank.
 
-    device: device option of the user. Every rank uses the GPU of its number, or the CPU if the option is cpu or there
-        is no GPU.
+    device: device option of the user. Every rank uses the GPU of its number, or the CPU with the option cpu or
+        without GPUs.
     Everything that used the group must be deleted before this context ends, since a recorded graph would wait for the
     other ranks. Raises UserError for the name of a single GPU.
     """

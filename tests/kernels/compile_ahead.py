@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not here and print, as JSON, what is in the machine code.
+"""Compile every kernel for GPUs that this machine need not have, and print the contents of the machine code as JSON.
 
 A script, since the Triton interpreter of the tests' process and Triton's compiler exclude each other. The interpreter
 accepts what the compiler rejects: types, layouts, arguments that happen to be 1. Names of kernels select some.
@@ -26,7 +26,7 @@ BF16, FP16, FP32, U8, I32, I64 = "*bf16", "*fp16", "*fp32", "*u8", "*i32", "*i64
 ADAPTIVE = {"RULE": Rule.ADAPTIVE.value, "ADAPTIVE": True}
 STATIC = {"RULE": Rule.STATIC6.value, "ADAPTIVE": False}
 WARPS = quantizing.block_warps(quantizing.BLOCK_GROUPS)
-DIM, HEADS = 3072, 24  # of the 5B model
+DIM, HEADS = 3072, 24  # sizes of the 5B model
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def slots() -> Iterator[Job]:
 
 
 def compile_job(job: Job, capability: int) -> str:
-    """Return the PTX. Pointers and integers are taken as divisible by 16, as in a launch with real shapes."""
+    """Return the PTX. Pointers and integers are declared as multiples of 16, as in a launch with real shapes."""
     names = job.kernel.arg_names
     assert set(names[len(job.arguments) :]) == set(job.constants), f"{job.name}: the kernel has {names}"
     values = dict(zip(names, job.arguments, strict=False)) | job.constants
@@ -185,11 +185,11 @@ def compile_job(job: Job, capability: int) -> str:
 
 
 def describe(ptx: str) -> dict[str, int]:
-    """Count instructions."""
+    """Return the numbers of instructions of each kind."""
     patterns = {
         "block_scaled": r"mxf4nvf4",
-        # fused on purpose: those that round to E2M1 multiply by 2^22, exactly; those that divide by 0.75 take an exact
-        # remainder and correct the quotient by it
+        # fused on purpose: rounding to E2M1 multiplies by 2^22, exactly; the division by 0.75 computes an exact
+        # remainder and corrects the quotient by it
         "fused_multiply_add": r"\bfma\.rn\.f32 (?!.*0f(?:[4C]A800000|BF400000|3FAAAAAB))",
         "flush_to_zero": r"\.ftz\.",
         "shared_memory": r"\bst\.shared",

@@ -1,4 +1,4 @@
-"""Attention on E4M3 operands: how far its definition is from float32, and that cuDNN's kernel computes it."""
+"""Attention on E4M3 operands: the error of its definition against float32, and of cuDNN's kernel against both."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from longvideo.kernels.attention.reference import E4M3, E4M3_MAX, attend_fp8, to
 from tests.golden import relative_error
 
 BATCH, QUERIES, KEYS, HEADS, HEAD_DIM = 2, 256, 512, 4, 128
-# keeps the outputs of `operands`, up to 5, in E4M3's range
+# scale that keeps the outputs of `operands`, up to 5, in the range of E4M3
 SCALE_OUT = 32.0
 
 
 def operands(*, spread: float = 1.0, mean: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Gaussian float32 q, k, v; spread is the standard deviation of the logits, mean that of v's channels."""
+    """Return Gaussian float32 q, k, v. spread: standard deviation of the logits. mean: mean of the channels of v."""
     generator = torch.Generator().manual_seed(seed)
     q = spread * torch.randn(BATCH, QUERIES, HEADS, HEAD_DIM, generator=generator)
     k, v = torch.randn(2, BATCH, KEYS, HEADS, HEAD_DIM, generator=generator)
@@ -80,7 +80,7 @@ def cuda() -> torch.device:
 
 
 def on(device: torch.device, *, capacity: int = KEYS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E4M3 q, k, v on a device; k and v are views of storages of more tokens, NaN beyond them."""
+    """Return E4M3 q, k, v on a device; k and v are views of storages with more tokens, which are NaN."""
     q, k, v = (to_e4m3(x).to(device) for x in operands(spread=2.0, mean=0.5, seed=seed))
     storage_k, storage_v = torch.full((2, BATCH, capacity, HEADS, HEAD_DIM), float("nan")).to(device, E4M3)
     storage_k[:, :KEYS].copy_(k)
@@ -89,7 +89,7 @@ def on(device: torch.device, *, capacity: int = KEYS, seed: int = 0) -> tuple[Te
 
 
 def planned(q: Tensor, k: Tensor, v: Tensor) -> tuple[CudnnFP8Attention, Tensor]:
-    """Return attention for these tensors, and an output that is NaN."""
+    """Return attention for these tensors, and an output filled with NaN."""
     attention = CudnnFP8Attention(
         batch=BATCH,
         query_tokens=QUERIES,
@@ -115,7 +115,7 @@ def test_cudnn_computes_the_definition(cuda: torch.device, capacity: int) -> Non
     q, k, v = on(cuda, capacity=capacity)
     attention, out = planned(q, k, v)
     attention(q, k, v, out)
-    # blockwise maxima give 1.6e-2 with an E4M3 output; a softmax that does nothing gives 0.38
+    # blockwise maxima give 1.6e-2 with an E4M3 output; a uniform softmax gives 0.38
     assert relative_error(out.float(), defined(attention, q, k, v).float()) < 3e-2
     assert relative_error(out.float() * attention.out_scale, attend_float32(q, k, v)) < 5e-2
 

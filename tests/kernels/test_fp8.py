@@ -1,4 +1,4 @@
-"""Row-wise FP8: what the definition promises, the kernels against it, and the products of a GPU."""
+"""Row-wise FP8: properties of the definition, the kernels against it, and the products of a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.golden import relative_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAN, INFINITY = float("nan"), float("inf")
-HALF_STEP, SMALLEST_STEP = 2.0**-4, 2.0**-9  # of E4M3: relative for normal numbers, and below them
+HALF_STEP, SMALLEST_STEP = 2.0**-4, 2.0**-9  # steps of E4M3: relative for normal numbers, absolute below them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -104,7 +104,7 @@ def test_rows_that_are_none_are_refused() -> None:
     values = torch.zeros(2, 3, 8).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"values \[2, 3, 8\] need scales \[2, 3\]; got \[2, 1\]"):
         FP8Rows(values, torch.ones(2, 1))
-    # what `module.to(torch.bfloat16)` makes of them
+    # the result of `module.to(torch.bfloat16)`
     with pytest.raises(ValueError, match="expected float8_e4m3fn and float32"):
         FP8Rows(values.bfloat16(), torch.ones(2, 3).bfloat16())
 
@@ -177,7 +177,7 @@ def test_gelu_is_quantised_as_torch_computes_it(dtype: torch.dtype, device: str)
     assert_same_bits(reference.gelu_tanh_quantize_rows(h), expected)
     got = kernels.gelu_tanh_quantize_rows(h.to(device))
     torch.testing.assert_close(got.scales.cpu(), expected.scales, rtol=2.0**-7, atol=0)
-    # another order of float32 arithmetic may move a number past a tie
+    # another order of float32 arithmetic may move a number across a tie
     moved = got.values.cpu().view(torch.uint8).int() - expected.values.view(torch.uint8).int()
     assert moved.abs().max() <= 1 and (moved != 0).float().mean() < 0.005
 

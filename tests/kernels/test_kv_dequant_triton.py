@@ -1,4 +1,4 @@
-"""The Triton kernels of the 4-bit KV cache have the bits of the definition, in the interpreter or on the GPU."""
+"""The Triton kernels of the 4-bit KV cache give the bits of the definition, in the interpreter or on the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longvideo.kernels.kv_dequant import triton as kernels
 
 SLOTS = 4
 NAN = float("nan")
-# few and large programs, since each takes the interpreter milliseconds
+# few and large programs, since the interpreter needs milliseconds for each
 GROUPS = 256
 
 
@@ -28,7 +28,7 @@ def device() -> str:
 def keys_and_values(
     batch: int, tokens: int, heads: int, head_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor]:
-    """Return keys whose channels have large means, and values of quite another size."""
+    """Return keys with large means of their channels, and values of another magnitude."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, batch, tokens, heads, head_dim, generator=generator)
     means = 5 * torch.randn(heads, head_dim, generator=generator)
@@ -61,7 +61,7 @@ def on(slots: QuantizedSlots, device: str) -> QuantizedSlots:
 
 
 def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
-    """NaN is equal to NaN here."""
+    """Assert equality, in which NaN equals NaN."""
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -83,7 +83,7 @@ def test_rebuilt_slots_have_the_bits_of_the_definition(
 
 
 def test_a_launch_as_on_the_gpu_fills_all_slots(device: str) -> None:
-    """Default blocks: 8 heads and 16 tokens a program, more than there are of either."""
+    """The default blocks have 8 heads and 16 tokens per program, more than the tensors."""
     slots, turns = filled_slots(1, 3, 2, 64), rotation(3, 64)
     which = torch.arange(SLOTS, dtype=torch.int32)
     expected, got = (workspace(1, SLOTS, 3, 2, 64, dtype=torch.bfloat16, device=d) for d in ("cpu", device))
@@ -163,7 +163,7 @@ def test_nan_spoils_one_sample_only(device: str) -> None:
 
 
 def test_a_slot_says_what_was_written_into_it(device: str) -> None:
-    """Quantized and rebuilt without rotation, keys and values are near what they were."""
+    """Without rotation, quantized and rebuilt keys and values are near the originals."""
     shape = (1, 6, 2, 64)
     keys, values = (x.to(device) for x in keys_and_values(*shape))
     slots = on(filled_slots(*shape), device)
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
 
 
 def test_codes_rebuilt_by_the_kernel_are_those_of_nvfp4(device: str) -> None:
-    """Values need nothing but dequantizing, so both modules have to agree on them."""
+    """Values are only dequantized, so both modules must give the same bits."""
     slots = filled_slots(1, 3, 2, 32)
     got = workspace(1, SLOTS, 3, 2, 32, dtype=torch.float32, device=device)
     which = torch.tensor([1], dtype=torch.int32, device=device)

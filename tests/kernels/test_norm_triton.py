@@ -1,4 +1,4 @@
-"""Sum, norm and modulation in one pass: the kernel against its definition, and that against the model's parts."""
+"""Sum, norm and modulation in one pass: the kernel against its definition, and the definition against the model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_rounded_rows_agree(dim: int, device: str) -> None:
         scales = torch.full((BATCH, LENGTH), NAN, device=device)
         operations.add_norm(h.clone(), update, gate, multiplier, shift, out, scales, eps=EPS)
         assert torch.allclose(scales, expected.abs().amax(-1) / 448, rtol=1e-4)
-        # half a step of three bits of mantissa, and half the smallest step
+        # half a step with three bits of mantissa, or half the smallest step
         error = (out.float() * scales[..., None] - expected).abs()
         assert (error <= expected.abs() / 16 * 1.001 + scales[..., None] * 2**-10).all()
 

@@ -27,9 +27,9 @@ with safe_open(FIXTURE, "pt") as file:
     DIGESTS = json.loads(file.metadata()["sha256"])
 RULES = {"mse": Rule.ADAPTIVE, "mae": Rule.ADAPTIVE_ABS, "abs_max": Rule.ADAPTIVE_MAX}
 TILES = {"1x16": 1, "16x16": GROUP}
-# a program a tensor in the interpreter, whose programs take long; of the usual size on a GPU
+# one program per tensor in the interpreter, which is slow; the usual size on a GPU
 BLOCK_GROUPS = 64 if torch.cuda.is_available() else 2048
-# the interpreter and the compiler exclude each other, so the kernels run here or there
+# the interpreter and the compiler exclude each other, so the kernels run in one of them
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here")),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -57,7 +57,7 @@ def test_the_definition_has_the_codes_and_scales_of_the_public_code(
     assert digest(quantized) == DIGESTS[f"{name}.{rule}.{grid}"]
 
 
-# the interpreter computes with numpy, which warns of overflow
+# the interpreter computes with numpy, which warns about overflow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", RULES)
@@ -73,7 +73,7 @@ def test_the_kernel_has_the_codes_and_scales_of_the_public_code(name: str, rule:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", sorted(INPUTS))
 def test_the_kernel_of_tiles_writes_out_the_values_of_the_public_code(name: str, rule: str, device: str) -> None:
-    """It writes values out, which the definition's codes and scales, compared above, determine."""
+    """The codes and scales of the definition, compared above, determine the values."""
     kernels = pytest.importorskip("longvideo.kernels.nvfp4.triton")
     operand = kernels.quantize_tiles_exact(INPUTS[name].to(device), RULES[rule])
     expected = reference.exact(reference.quantize(INPUTS[name], RULES[rule], tile_rows=GROUP))
@@ -85,7 +85,7 @@ def test_the_kernel_of_tiles_writes_out_the_values_of_the_public_code(name: str,
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gpu_rounds_every_largest_magnitude_as_the_definition_does(rule: str) -> None:
-    """Each row has its own largest magnitude, so that quotients are rounded in every way."""
+    """Each row has its own largest magnitude, so quotients are rounded in every way."""
     kernels = pytest.importorskip("longvideo.kernels.nvfp4.triton")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1024, 16 * GROUP, generator=generator)
@@ -97,7 +97,7 @@ def test_a_gpu_rounds_every_largest_magnitude_as_the_definition_does(rule: str) 
 
 
 def test_one_correction_by_the_remainder_divides_every_number_correctly() -> None:
-    """What the compiled kernel does instead of dividing by 0.75, for all mantissas of float32."""
+    """The compiled kernel replaces the division by 0.75; the result is exact for all mantissas of float32."""
     divisor = torch.tensor(Rule.ADAPTIVE.largest_product * AMAX_SHIFT)
     number = torch.arange(2**23, 2**24, dtype=torch.int64).float()
     reciprocal = 1 / divisor
@@ -109,5 +109,5 @@ def test_one_correction_by_the_remainder_divides_every_number_correctly() -> Non
 
 
 def fused(left: Tensor, right: Tensor, addend: Tensor) -> Tensor:
-    """Multiply and add without rounding the product, which float64 holds."""
+    """Return a x b + c with an exact product, which float64 holds."""
     return left.double() * right.double() + addend.double()

@@ -1,4 +1,4 @@
-"""The native NVFP4 backends: their layouts bit for bit anywhere, their products on a Blackwell GPU."""
+"""The native NVFP4 backends: the bits of their layouts on any machine, their products on a Blackwell GPU."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_te_layer_equals_the_reference_and_has_gradients(rule: Rule, hadamard:
     y.float().square().sum().backward()
     weight = reference.quantize(layer.weight.detach(), rule, tile_rows=16)
     expected = reference.matmul(reference.quantize(x.detach(), rule), weight, layer.bias.detach())
-    # a few groups may choose the other scale, and ties the other code
+    # a few groups may use the other scale, and ties the other code
     assert (y.detach().float() - expected).norm() < 0.02 * expected.norm()
     for gradient in (x.grad, layer.weight.grad):
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.norm() > 0

@@ -1,4 +1,4 @@
-"""NVFP4 in plain torch: equal to torchao, TransformerEngine and the public four-over-six code, true to the format."""
+"""NVFP4 in plain torch equals torchao, TransformerEngine and the public four-over-six code, and follows the format."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_adaptive_rules_choose_as_transformer_engine_in_all_but_a_hundredth(
 ) -> None:
     quantized = reference.quantize(ORACLES[name], rule, tile_rows=TILES[tile])
     codes = unpack(quantized.codes) != unpack(ORACLES[f"{name}.te.{error}.{tile}.codes"])
-    # codes under a scale of zero mean nothing
+    # codes with a scale of zero have no meaning
     codes &= (quantized.scales.float() > 0).repeat_interleave(GROUP, -1)
     assert codes.float().mean() < 0.01
     assert (scale_bytes(quantized) != ORACLES[f"{name}.te.{error}.{tile}.scales"]).float().mean() < 0.01
@@ -97,7 +97,7 @@ def test_adaptive_rules_choose_as_transformer_engine_in_all_but_a_hundredth(
 def test_random_hadamard_equals_transformer_engine(name: str) -> None:
     x, theirs = ORACLES[name], ORACLES[f"{name}.te.hadamard"]
     assert torch.tensor(HADAMARD_SIGNS).float().equal(ORACLES["te.hadamard_signs"])
-    # the order of 16 additions is the matrix product's own, then one rounding to x's dtype
+    # the matrix product has its own order of 16 additions; one rounding to the dtype of x follows
     sums = x.float().abs().unflatten(-1, (-1, GROUP)).sum(-1).repeat_interleave(GROUP, -1) / math.sqrt(GROUP)
     rounding = BFLOAT16_ROUNDING if x.dtype == torch.bfloat16 else FLOAT32_ROUNDING
     error = (reference.random_hadamard(x).float() - theirs.float()).abs()
@@ -243,7 +243,7 @@ def test_extremes_round_trip_without_nan(name: str, rule: Rule, tile_rows: int) 
     error = (reference.dequantize(quantized).double() - x.double()).abs()
     amax = x.double().abs().unflatten(-1, (-1, GROUP)).unflatten(0, (-1, tile_rows)).amax((1, -1))
     amax = amax.repeat_interleave(tile_rows, 0).repeat_interleave(GROUP, -1)
-    # a third of a group's largest at the coarsest scales; all of it below the smallest scale, 2^-9
+    # a third of the largest value of a group at the coarsest scales; the whole value below the smallest scale, 2^-9
     assert (error <= torch.maximum(amax / 3, 6 * 2.0**-10 * quantized.tensor_scale.double())).all()
     if not rule.is_adaptive:
         drawn = reference.quantize(x, rule, tile_rows=tile_rows, generator=torch.Generator().manual_seed(0))
@@ -288,7 +288,7 @@ def test_stochastic_rounding_with_an_adaptive_rule_raises(rule: Rule) -> None:
 def test_stochastic_rounding_is_unbiased() -> None:
     magnitudes = torch.tensor([0.0, 0.1, 0.3, 0.7, 0.9, 1.2, 1.9, 2.3, 2.5, 3.3, 3.9, 4.1, 5.0, 5.7, 5.9, 6.0])
     group = torch.where(torch.arange(GROUP) % 2 == 0, magnitudes, -magnitudes)
-    draws = 2**16  # times 16 values: a million
+    draws = 2**16  # with 16 values: a million
     quantized = reference.quantize(
         group.expand(draws, -1),
         Rule.STATIC6,
@@ -334,7 +334,7 @@ def test_a_seed_fixes_the_draws_and_equal_tiles_draw_differently() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_written_out_operands_are_exactly_code_times_scale(dtype: torch.dtype) -> None:
-    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(1)  # 126 positive ones and zero
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(1)  # 126 positive scales and zero
     codes = pack(torch.arange(16, dtype=torch.uint8)).expand(127, -1)
     operand = reference.exact(NVFP4Tensor(codes, scales, torch.tensor(0.3)), dtype)
     product = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64) * scales.double()

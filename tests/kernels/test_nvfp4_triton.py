@@ -1,4 +1,4 @@
-"""The Triton kernels of NVFP4 have the bits of the definition: in the interpreter, or on the GPU if there is one.
+"""The Triton kernels of NVFP4 give the bits of the definition: in the interpreter, or on the GPU if there is one.
 
 The definition always runs on the CPU: on a GPU torch divides by a number by multiplying with its reciprocal.
 """
@@ -30,9 +30,9 @@ from longvideo.kernels.nvfp4.triton.quantizing import BLOCK_GROUPS, BLOCK_MAXIMA
 
 ROWS, COLUMNS = 37, 96
 EPS = 1e-6
-# the interpreter computes with numpy, which warns of overflow
+# the interpreter computes with numpy, which warns about overflow
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-# few and large programs, since each takes the interpreter milliseconds; 37 x 6 groups leave the last one part empty
+# few and large programs, since the interpreter needs milliseconds for each; with 37 x 6 groups the last is not full
 GROUPS = 128
 
 
@@ -74,7 +74,7 @@ def huge() -> Tensor:
 
 
 def ties() -> Tensor:
-    """Groups scaled by powers of two, with everything halfway between two codes."""
+    """Return groups scaled by powers of two, with values halfway between two codes."""
     quarters = torch.randint(-24, 25, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(0)) / 4
     quarters[:, ::GROUP] = E2M1_MAX
     quarters[0, 0] = E2M1_MAX * E4M3_MAX
@@ -82,7 +82,7 @@ def ties() -> Tensor:
 
 
 def scales_at_every_boundary() -> Tensor:
-    """Groups whose scales are E4M3 numbers, halfway between two, or next to that."""
+    """Return groups with scales that are E4M3 numbers, halfway between two, or next to that."""
     numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     halfway = (numbers[1:] + numbers[:-1]) / 2
     around = torch.cat((numbers, halfway, halfway * (1 + 2e-7), halfway * (1 - 2e-7)))
@@ -109,7 +109,7 @@ def assert_same_bits(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
 
 
 def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
-    """NaN is equal to NaN here."""
+    """Assert equality, in which NaN equals NaN."""
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -152,7 +152,7 @@ def test_nan_anywhere_makes_everything_nan(rule: Rule, position: tuple[int, int]
 
 
 def test_the_largest_magnitude_is_found_in_any_program(device: str) -> None:
-    """More programs than are reduced at a time."""
+    """There are more programs than are reduced at once."""
     maxima = torch.arange(1, 1 + 2 * (BLOCK_MAXIMA + 3), dtype=torch.float32).view(2, -1)
     for position in (0, BLOCK_MAXIMA - 1, BLOCK_MAXIMA + 2):
         maxima[1, position] = 3e4 + position
@@ -191,7 +191,7 @@ def assert_same_operand(got: ExactOperand, expected: ExactOperand) -> None:
 def test_tiles_have_the_bits_of_the_definition(rule: Rule, device: str) -> None:
     for x in (heavy_tailed(), rows_of_all_sizes().bfloat16()):
         x = x[:32].contiguous()
-        # four tiles a program leave the last of six columns in one that is half empty
+        # with four tiles per program, the last program of six columns is half full
         got = kernels.quantize_tiles_exact(x.to(device), rule, block_tiles=4)
         assert_same_operand(got, reference.quantize_tiles_exact(x, rule))
 
@@ -204,7 +204,7 @@ def test_a_matrix_that_tiles_do_not_divide_is_refused(device: str) -> None:
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
 def test_groups_across_rows_have_the_bits_of_the_definition(rule: Rule, hadamard: bool, device: str) -> None:
-    """Of 37 rows the last group has five, and of 96 columns the last program 32."""
+    """With 37 rows the last group has five, and with 96 columns the last program has 32."""
     x = heavy_tailed()
     expected = reference.quantize_across(x, rule, hadamard=hadamard)
     assert expected.shape == (COLUMNS, 48)
@@ -223,7 +223,7 @@ def test_nan_in_a_row_makes_everything_nan_across_rows(device: str) -> None:
 
 
 def test_stochastic_rounding_across_rows_is_unbiased(device: str) -> None:
-    """Columns that are all the same are rounded by other numbers each."""
+    """Equal columns are rounded with different random numbers."""
     count = 4096
     column = random_tensor(GROUP, 1)
     x = column.expand(GROUP, count).contiguous().to(device)
@@ -259,7 +259,7 @@ def test_stochastic_rounding_is_unbiased(device: str) -> None:
     count = 4096
     row = random_tensor(4 * GROUP, seed=5)
     x = row.repeat(count, 1)
-    # large programs suit the interpreter, but a GPU's compiler unrolls them
+    # the interpreter is faster with large programs, which the compiler for a GPU unrolls
     block_groups = 4096 if device == "cpu" else BLOCK_GROUPS
     quantized = kernels.quantize(x.to(device), Rule.STATIC6, seed=7, block_groups=block_groups)
     drawn = kernels.dequantize(quantized).cpu().double()
@@ -283,7 +283,7 @@ def test_stochastic_rounding_picks_a_neighbor(device: str) -> None:
 
 
 def test_no_two_programs_share_random_bits(device: str) -> None:
-    """Halfway between two codes every bit shows; each row is one program."""
+    """Halfway between two codes every bit matters; each row is one program."""
     programs, groups = 8, 16
     x = torch.full((programs, groups * GROUP), 0.25, device=device)
     x[:, ::GROUP] = E2M1_MAX
@@ -336,7 +336,7 @@ def test_modulated_layer_norm_is_quantised_as_torch_computes_it(
     normed = F.layer_norm(h.float(), (dim,), eps=EPS).unflatten(1, (frames, tokens))
     modulated = (normed * (1 + scale) + shift).flatten(1, 2).to(dtype)
     placed_shift, placed_scale = modulation.to(device).unbind(-2)[:2]
-    rows = 3  # of a program, which leaves one row of the last empty
+    rows = 3  # rows per program; the last program has one row less
     got = kernels.layer_norm_modulate_quantize(h.to(device), placed_shift, placed_scale, eps=EPS, block_rows=rows)
     assert_nearly_the_same(got, reference.quantize(modulated))
     assert_exact_of(
@@ -415,7 +415,7 @@ def test_operands_that_do_not_fit_are_refused(device: str) -> None:
 
 
 def assert_nearly_the_same(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
-    """Sums are taken in another order, so now and then a number is rounded to its other neighbor."""
+    """Sums have another order, so a few numbers are rounded the other way."""
     torch.testing.assert_close(got.tensor_scale.cpu(), expected.tensor_scale, rtol=1e-5, atol=0)
     codes = (unpack(part.cpu()) for part in (got.codes, expected.codes))
     assert torch.ne(*codes).float().mean() < 0.01
@@ -438,7 +438,7 @@ def _on_cpu(quantized: NVFP4Tensor) -> NVFP4Tensor:
 
 
 def test_scales_lie_in_memory_of_their_own(device: str) -> None:
-    """Compiled code takes it for granted that what an operator returns is aligned."""
+    """Compiled code assumes that the results of an operator are aligned."""
     x = normal().to(device)
     for result in (kernels.quantize(x), kernels.quantize_across(x, Rule.ADAPTIVE)):
         assert result.tensor_scale.storage_offset() == 0

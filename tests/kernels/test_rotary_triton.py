@@ -1,4 +1,4 @@
-"""Norm, rotation and the way into the cache: the kernel against its definition, and that against the model's parts."""
+"""Norm, rotation and the write to the cache: the kernel against its definition, which equals the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 def inputs(heads: int, head_dim: int, device: str) -> Inputs:
-    """Return q, k, v that are parts of one product, gains, and angles."""
+    """Return q, k and v as parts of one product, the weights of the norms, and cosines and sines."""
     generator = torch.Generator().manual_seed(0)
     product = 3 * torch.randn(BATCH, TOKENS, 3, heads, head_dim, generator=generator)
     gains = 1 + torch.randn(2, heads * head_dim, generator=generator)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the video decoder compute what the definition does, in the interpreter or on the GPU."""
+"""The Triton kernels of the video decoder equal their definition, in the interpreter or on the GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def agrees(got: Tensor, expected: Tensor) -> bool:
     return relative_error(got.float(), expected) < (1e-6 if got.dtype == torch.float32 else 2e-3)
 
 
-# 40 channels fill no power of two, and 600 pixels no program
+# 40 channels are not a power of two, and 600 pixels do not fill a program
 @pytest.mark.parametrize(("grid", "channels"), [((2, 10, 30), 40), ((1, 3, 5), 256)])
 @pytest.mark.parametrize("operands", ["bias", "x", "bias x", "x in place", "total alone"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -45,7 +45,7 @@ def test_sum_and_norm(
     shape = (2, *grid, channels)
     h, x = (random(*shape, seed=seed, device=device, dtype=dtype) for seed in range(2))
     bias, gamma = (random(channels, seed=seed, device=device, dtype=dtype) for seed in (2, 3))
-    h[0, 0, 0, 0], x[0, 0, 0, 0] = 0, 0  # a pixel of length 0 stays 0, but for its bias
+    h[0, 0, 0, 0], x[0, 0, 0, 0] = 0, 0  # a pixel of length 0 stays 0, without its bias
     results = []
     for operations, kept in ((kernels, dtype), (reference, torch.float32)):
         (buffer, out), (_, total) = (slots(*shape, device=device, dtype=kept) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Agreement with the public reference's numbers to 1e-5 relative, in fp32."""
+"""The model equals the public reference to 1e-5 relative, in fp32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rollout_agrees_with_the_reference(name: str) -> None:
             flow = model(latents, sigma, text, rope=model.rope(layout), attention=attention)
             error = golden.relative_error(flow[0], case[f"{chunk}.{call}.flow"])
             assert error < golden.TOLERANCE, (chunk, call, error)
-        # the clean pass once more, in the truncated form that streaming uses, must leave the same cache
+        # a second clean pass, which ends with the last keys and values, must not change the cache
         model.fill_cache(latents, sigma, text, rope=model.rope(layout), attention=Filling(cache))
         cache.commit(cut=cut)
 

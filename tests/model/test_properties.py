@@ -23,7 +23,7 @@ from tests.model import small
 def cached_rollout(
     model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
 ) -> Tensor:
-    """Velocity of every noisy chunk given the clean chunks that the cache still holds."""
+    """Return the velocity of every noisy chunk after the clean chunks that the cache still holds."""
     config = model.config
     cache = KVCache(
         spec, num_layers=config.num_layers, num_heads=config.num_attention_heads, head_dim=config.attention_head_dim
@@ -44,7 +44,7 @@ def cached_rollout(
 def masked_pass(
     model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
 ) -> Tensor:
-    """The same velocities from one teacher-forcing pass."""
+    """Return the same velocities from one teacher-forcing pass."""
     layout = TokenLayout.teacher_forcing(spec, len(cuts), [cut and i > 0 for i, cut in enumerate(cuts)])
     text = model.encode_text(small.features(len(cuts))).select(torch.arange(len(cuts)).repeat(2))
     attention = Masked(layout, visible_chunks(spec, cuts))
@@ -84,7 +84,7 @@ def test_permuted_layout_changes_nothing(frame_prompts: bool) -> None:
     text = model.encode_text(small.features(num_chunks))
     index = layout.chunk_L[:: layout.tokens_per_frame]
     expected = model(x, sigma, text.select(index), rope=model.rope(layout), attention=Masked(layout))
-    # the order of balanced ranks (clean and noisy copy of the same frames together), then any order at all
+    # the order of balanced ranks (clean and noisy copy of the same frames together), then an arbitrary order
     half = frames // 2
     balanced = [f + copy for start in (0, half) for copy in (0, frames) for f in range(start, start + half)]
     order = torch.randperm(2 * frames).tolist() if frame_prompts else balanced
@@ -124,7 +124,7 @@ def test_window_and_sink_equal_their_definition() -> None:
 
 
 def test_pin_equals_the_reference_trace() -> None:
-    """Window 32, sink 8, chunk 8, cuts at chunks 4 and 9: the published rule, traced by hand from the reference."""
+    """Window 32, sink 8, chunk 8, cuts at chunks 4 and 9: the published rule, derived by hand from the reference."""
     spec = ChunkSpec(1, 1)
     visible = visible_chunks(spec, [chunk in (4, 9) for chunk in range(13)])
     trace = {
@@ -203,7 +203,7 @@ def test_gradient_flows_to_every_parameter() -> None:
 
 
 def test_no_gradient_through_the_cache() -> None:
-    """Under autograd a chunk sees the same context, and nothing of an earlier chunk's graph."""
+    """Under autograd a chunk has the same context, and no gradient reaches an earlier chunk."""
     model, spec, config = small.model(), small.SPEC, small.CONFIG
     cache = KVCache(spec, num_layers=config.num_layers, num_heads=2, head_dim=config.attention_head_dim)
     text = model.encode_text(small.features(1))

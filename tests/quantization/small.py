@@ -1,4 +1,4 @@
-"""A small transformer whose sizes 16 divides."""
+"""A small transformer with sizes that are multiples of 16."""
 
 from __future__ import annotations
 

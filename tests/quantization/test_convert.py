@@ -1,4 +1,4 @@
-"""Which layers are packed, and what a packed model on disk is."""
+"""The layers that are packed, and packed models on disk."""
 
 from __future__ import annotations
 

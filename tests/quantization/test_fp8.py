@@ -1,4 +1,4 @@
-"""Layers in FP8: near the exact model, only for inference, and refused where they cannot run."""
+"""Layers in FP8 are near the exact model, have no gradient, and are refused where they cannot run."""
 
 from __future__ import annotations
 
@@ -139,5 +139,5 @@ def test_velocity_on_a_gpu_is_that_of_the_cpu() -> None:
         small.velocity(with_precision(small.model().bfloat16().to(device), precision)).cpu()
         for device, precision in cases.items()
     )
-    # inputs that differ in their last bit may round to another of E4M3's numbers
+    # inputs that differ in their last bit may be rounded to another E4M3 number
     assert relative_error(on_cuda, on_cpu) < 0.05

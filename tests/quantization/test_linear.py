@@ -1,4 +1,4 @@
-"""Packed layers: what they compute, what gradient they give, and LoRA on top of them."""
+"""Packed layers: their results, their gradients, and LoRA on them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) ->
     expected = exact_x @ exact_w.t() + layer.bias.double()
     bound = 48 * 2.0**-24 * (exact_x.abs() @ exact_w.abs().t())
     if dtype == torch.bfloat16:
-        # one rounding of the unscaled product, one of the result
+        # one rounding of the unscaled product and one of the result
         bound += 2.0**-8 * ((exact_x @ exact_w.t()).abs() + expected.abs()) + 1e-6
     assert ((packed(x).double() - expected).abs() <= bound + 1e-6).all()
     if dtype == torch.float32:
@@ -85,7 +85,7 @@ def training_layer(recipe: TrainingRecipe, seed: int = 0) -> NVFP4TrainingLinear
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_training_products_are_those_of_rounded_operands(tiles: bool) -> None:
-    """Without anything random, forward and both backward products equal the slow definition."""
+    """Without randomness, the forward and both backward products equal the slow definition."""
     recipe = TrainingRecipe(tiles=tiles, stochastic_gradients=False, hadamard=False)
     layer, x, grad = (
         training_layer(recipe),
@@ -114,7 +114,7 @@ def test_training_products_are_those_of_rounded_operands(tiles: bool) -> None:
 
 
 def test_stochastic_gradients_are_unbiased() -> None:
-    """Averaged over many draws both gradients approach those of the same rounded forward operands."""
+    """The mean of both gradients over many draws approaches that of the same rounded forward operands."""
     layer, x = training_layer(TrainingRecipe()), inputs()
     grad = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2))
     draws = []

@@ -1,4 +1,4 @@
-"""LoRA through peft on a transformer whose layers are packed."""
+"""LoRA through peft on a transformer with packed layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_adapters_train_on_a_packed_backbone_and_switch_off() -> None:
     before = small.velocity(model)
     adapted = add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"]))
     assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 10 * small.CONFIG.num_layers
-    torch.testing.assert_close(small.velocity(model), before, rtol=0, atol=0)  # a fresh adapter adds nothing
+    torch.testing.assert_close(small.velocity(model), before, rtol=0, atol=0)  # a new adapter adds zero
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
     optimizer = torch.optim.Adam(trained, lr=0.01)

@@ -1,4 +1,4 @@
-"""Four bits on a GPU: the same velocities as on a CPU, and a step that never waits for the host."""
+"""Four bits on a GPU give the velocities of a CPU, and the host never waits within a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def packed(device: str, *, inputs: bool) -> CausalTransformer:
 def roll_out(
     model: CausalTransformer, cache_type: type[ChunkCache], device: str, *, watch: bool = False
 ) -> list[torch.Tensor]:
-    """Velocities of five chunks. watch: let anything that waits for the device raise, within a step."""
+    """Return the velocities of five chunks. watch: whether waiting for the device raises within a step."""
     config = model.config
     cache = cache_type(
         SPEC,
@@ -73,7 +73,7 @@ def roll_out(
 def test_velocities_are_those_of_the_cpu(cache_type: type[ChunkCache], inputs: bool) -> None:
     expected, got = (roll_out(packed(device, inputs=inputs), cache_type, device) for device in ("cpu", "cuda"))
     for mine, theirs in zip(got, expected, strict=True):
-        # inputs that differ in their last bit may round to another of 16 numbers
+        # inputs that differ in their last bit may be rounded to another code
         assert relative_error(mine, theirs) < (0.05 if inputs else 0.01)
 
 

@@ -1,4 +1,4 @@
-"""The streaming decoder against the autoencoder's own, in pieces of any length, and what it remembers."""
+"""The streaming decoder equals that of the autoencoder, in pieces of any length, and its state can be restored."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 def ours() -> Autoencoder:
     torch.manual_seed(0)
     model = Autoencoder(SMALL)
-    # gains of one and small random biases would hide a norm or a bias that is left out
+    # weights of one and small random biases would hide a missing norm or bias
     for name, parameter in model.named_parameters():
         if name.endswith(("gamma", "bias")):
             torch.nn.init.normal_(parameter, mean=float(name.endswith("gamma")), std=0.3)
@@ -59,7 +59,7 @@ def decoder(latents_per_step: int = 1) -> StreamingDecoder:
 
 
 def differing(got: Tensor, expected: Tensor) -> float:
-    """Return the share of values that differ; none may by more than one step of 255."""
+    """Return the share of values that differ, each by at most one step of 255."""
     assert got.shape == expected.shape and got.dtype == torch.uint8
     difference = (got.int() - expected.int()).abs()
     assert difference.max() <= 1
@@ -107,7 +107,7 @@ def test_the_shipped_autoencoder_in_bf16() -> None:
         expected = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
         plain = to_uint8(autoencoder.decode(autoencoder.denormalize(z).bfloat16(), None)[0]).float()
     got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
-    # folded weights are rounded once more
+    # folded weights are rounded one more time
     assert (got - expected).norm() < 1.2 * (plain - expected).norm() < 1e-2 * expected.norm()
 
 
@@ -161,7 +161,7 @@ def test_multiply_adds_are_those_of_the_convolutions_that_run() -> None:
     with FlopCounterMode(display=False) as counter:
         streaming.decode(latents(2))
     flops = counter.get_flop_counts()["Global"]
-    # what is not a convolution, attention and the matrix of the latents, are batched products
+    # attention and the matrix of the latents are not convolutions but batched products
     convolutions = sum(count for name, count in flops.items() if "conv" in str(name))
     shortcuts = sum(count for name, count in flops.items() if "mm" in str(name) and "bmm" not in str(name))
     assert 2 * sum(stage.multiply_adds for stage in plan) == convolutions + shortcuts
@@ -181,7 +181,7 @@ def test_a_recorded_step_makes_the_same_bits_as_the_first_one(split: float | Non
     options = {} if split is None else {"devices": (gpu, gpu), "first_share": split}
     streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3, **options)
     z = latents(5).cuda()
-    first = streaming.decode(z).cpu()  # the second latent frame runs as it is, the third is replayed
+    first = streaming.decode(z).cpu()  # the second latent frame runs directly, the third is replayed
     assert (first.float() - decoded(5, 0).float()).norm() < 2e-3 * decoded(5, 0).float().norm()
     for begin in (lambda: streaming.restore(()), streaming.warm_up):
         begin()

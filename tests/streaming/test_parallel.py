@@ -1,4 +1,4 @@
-"""Ranks that share every chunk make what one process makes, each with its part of the cache."""
+"""Ranks that share every chunk give the latents of one process, each with its part of the cache."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.streaming.test_transformer import roll_out
 from tests.training.processes import run_in_processes
 
 CONFIG = replace(SMALLER, num_attention_heads=4)
-# the rollout has 5 chunks and a cut: the window rolls over a sink and a pinned chunk
+# the rollout has 5 chunks and a cut, so chunks leave the window, which has a sink and a pin
 SPEC = ChunkSpec(2, 2, chunk_frames=4, window_frames=16, sink_frames=4, pin_shots=True, offset_per_shot=4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """bound: of the relative error of the latents."""
+    """A case. bound: upper bound of the relative error of the latents."""
 
     bound: float
     precision: TransformerPrecision = "bf16"
@@ -45,9 +45,9 @@ CASES = {
     "plain": Case(1e-5),
     "the last step keeps": Case(1e-5, options={"clean_pass": False}),
     "samples and guidance": Case(1e-5, options={"samples": 2, "guidance": 3.0}),
-    # a tensor scale in 4 bits is that of all heads in one process, of N / R heads on a rank
+    # a 4-bit tensor scale is that of all heads in one process, and of N / R heads on a rank
     "nvfp4 cache": Case(1e-2, kv_cache="nvfp4", options={"samples": 2}),
-    # sums in another order let numbers be rounded the other way: as far off as one process with weights changed by 1e-7
+    # sums in another order change roundings as much as weights that are changed by 1e-7 in one process
     "fp8 attention": Case(5e-3, attention="fp8-emulated", options={"samples": 2}),
     "fp8 attention, nvfp4 cache": Case(1e-2, kv_cache="nvfp4", attention="fp8-emulated", options={"clean_pass": False}),
     "fp8 products and attention": Case(2e-2, precision="fp8-emulated", attention="fp8-emulated"),
@@ -109,7 +109,7 @@ def test_ranks_make_the_latents_of_one_process_and_divide_its_cache(world: int, 
         first = of_ranks[0][name]
         assert all(results[name] == first for results in of_ranks), name
         assert first.error < CASES[name].bound, (name, first.error)
-        # of an NVFP4 cache every rank has all tensor scales: for each layer, slot and sample two of 4 bytes
+        # every rank has all tensor scales of an NVFP4 cache: two of 4 bytes for each layer, slot and sample
         scales = 8 * CONFIG.num_layers * SPEC.window_chunks * CASES[name].options.get("samples", 1)
         more = (world - 1) * scales if CASES[name].kv_cache == "nvfp4" else 0
         assert first.bytes_of_ranks == first.bytes_of_one + more
@@ -139,8 +139,8 @@ def test_ranks_that_do_not_divide_are_refused_with_those_that_do() -> None:
 
 
 def shared_on_gpus(precision: TransformerPrecision, kv_cache: CachePrecision) -> tuple[float, float, bool, str]:
-    """Return how far the recorded ranks are from one GPU, how far that is from float32, whether a second video is the
-    same, and a digest of its bits."""
+    """Return the error of the recorded ranks against one GPU, the error of one GPU against float32, whether a second
+    video is the same, and a hash of its bits."""
     options: dict[str, Any] = {"samples": 2}
     exact = roll_out(streaming(Case(0.0, options=options), None), _weights(), **options)
     case, device = Case(0.0, precision, kv_cache, options=options), f"cuda:{torch.cuda.current_device()}"
@@ -161,6 +161,6 @@ def test_recorded_ranks_make_the_latents_of_one_gpu(precision: TransformerPrecis
     of_ranks = run_in_processes(2, shared_on_gpus, precision, kv_cache, backend="nccl")
     assert len({digest for *_, digest in of_ranks}) == 1
     for error, rounding, same, _ in of_ranks:
-        # two that round each in their own way are that far apart at most
+        # the largest distance of two results that round differently
         assert error < 2**0.5 * rounding, (error, rounding)
         assert same

@@ -1,4 +1,4 @@
-"""The transformer arranged for streaming against the model it was made from, rolled out over a rolling window."""
+"""The streaming transformer against its model, in rollouts that are longer than the window."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_graphs_make_the_latents_of_the_model(precision: TransformerPrecision, k
     streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache=kv_cache)
     streaming.warm_up()
     got = roll_out(streaming, model)
-    # a last bit of bfloat16 that differs lets numbers be rounded the other way: less than all rounding does
+    # bits of bfloat16 differ, so numbers may be rounded the other way, which is less than the error of all rounding
     assert relative_error(got, expected) < max(1e-2, 0.75 * relative_error(expected, unrounded))
     streaming.reset()
     assert torch.equal(roll_out(streaming, model), got)

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKLWan, whole and streamed, and its own contracts."""
+"""The autoencoder against diffusers' AutoencoderKLWan, in one call and in several, and its checks."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -36,7 +36,7 @@ def diffusers_class() -> Any:
 def reference() -> Any:
     torch.manual_seed(0)
     model = diffusers_class().from_config(SMALL.to_dict()).eval()
-    # Gains of one and small random biases would hide a norm or a bias that is left out.
+    # weights of one and small random biases would hide a missing norm or bias
     for name, parameter in model.named_parameters():
         if name.endswith(("gamma", "bias")):
             torch.nn.init.normal_(parameter, mean=float(name.endswith("gamma")), std=0.3)
@@ -73,7 +73,7 @@ def stream(code: Callable[[Tensor, State | None], tuple[Tensor, State]], pieces:
 
 
 def in_chunks(x: Tensor, chunk: int, rate: int) -> list[Tensor]:
-    """Cut after `chunk` latent frames each time; the opening latent frame is one frame, later ones `rate`."""
+    """Return pieces of `chunk` latent frames; the opening latent frame is one frame, later ones are `rate`."""
     total = 1 + (x.shape[2] - 1) // rate
     ends = [1 + rate * (end - 1) for end in range(chunk, total + chunk, chunk)]
     return list(x.tensor_split([end for end in ends if end < x.shape[2]], dim=2))
@@ -202,7 +202,7 @@ def test_training_pass_is_one_graph() -> None:
         moments, _ = model.encode(x)
         return model.decode(moments.chunk(2, dim=1)[0])[0]
 
-    # The "eager" backend only traces: what breaks a graph breaks it here too, in seconds.
+    # the "eager" backend only traces, so it detects graph breaks in seconds
     assert torch.equal(torch.compile(reconstruct, fullgraph=True, backend="eager")(x), reconstruct(x))
 
 

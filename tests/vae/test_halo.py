@@ -1,4 +1,4 @@
-"""Windows of a video: what they read, and that their latents are those of the whole video."""
+"""Windows of a video: the frames that they read, and their latents against those of the whole video."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shipped() -> Autoencoder:
 
 @cache
 def clip() -> Tensor:
-    """Two ShapeWorld scenes: [2, 3, 189, 32, 48]."""
+    """Return two ShapeWorld scenes, [2, 3, 189, 32, 48]."""
     scenes = SceneBatch.from_scenes([sample_scene(seed, split="train") for seed in (1, 2)])
     times = torch.arange(4 * NUM_LATENTS - 3, dtype=torch.float64) / FPS
     return render(scenes, times.expand(2, -1), height=32, width=48)
@@ -50,7 +50,7 @@ def encoded(first: int, last: int, lookback: int, **options: int) -> Tensor:
 
 
 def seen_frames(config: AutoencoderConfig, latent: int) -> list[int]:
-    """Return the pixel frames that the gradient of a latent reaches, in float64."""
+    """Return the frames that the gradient of a latent frame reaches, in float64."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(config).double()
     frames = config.scale_factor_temporal * (latent + 1) + 1
@@ -97,7 +97,7 @@ def test_any_range_is_exact(first: int, last: int) -> None:
 
 
 def test_opening_frame_counts_as_a_latent_of_the_halo() -> None:
-    """A halo shorter by one latent is exact too: the opening frame read before it is the last one that is seen."""
+    """A halo that is shorter by one latent frame is exact too: the opening frame before it is the last one needed."""
     lookback, expected = temporal_lookback(shipped().config), whole()[:, :, 40:]
     assert (encoded(40, 48, lookback - 1) - expected).abs().max() < TOLERANCE
     torch.manual_seed(0)
@@ -117,8 +117,8 @@ def test_opening_frame_counts_as_a_latent_of_the_halo() -> None:
 def test_frames_read_are_those_owned_and_a_halo_for_each_rank(ranks: int, lookback: int) -> None:
     owned = NUM_LATENTS // ranks
     windows = [encode_window(rank * owned, (rank + 1) * owned, lookback) for rank in range(ranks)]
-    # Past the first rank a whole halo costs 4 frames a latent and the opening frame; one cut off by the start of the
-    # video is all there is before the owned frames.
+    # after the first rank a whole halo costs 4 frames per latent frame and the opening frame; a halo that is cut off by
+    # the start of the video has all earlier frames
     halos = [4 * lookback + 1 if owned * rank > lookback else 4 * owned * rank - 3 for rank in range(1, ranks)]
     assert sum(window.num_frames for window in windows) == 4 * NUM_LATENTS - 3 + sum(halos)
     assert [window.end_frame for window in windows] == [4 * owned * (rank + 1) - 3 for rank in range(ranks)]

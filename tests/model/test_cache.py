@@ -1,4 +1,4 @@
-"""The 4-bit cache against a slow definition, and against the cache that keeps everything."""
+"""The 4-bit cache against a slow definition, and against the plain cache."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def chunk(number: int) -> tuple[Tensor, Tensor, Rope]:
     generator = torch.Generator().manual_seed(number)
     shape = (2, BATCH, SPEC.tokens_per_chunk, HEADS, HEAD_DIM)
     keys, values = torch.randn(shape, generator=generator)
-    # a channel with an offset is what smoothing is for; one sample is larger than the other
+    # channels have offsets, which smoothing removes; one sample is larger than the other
     keys = (keys + 5 * torch.randn(HEAD_DIM, generator=generator)) * torch.tensor([1.0, 30.0])[:, None, None, None]
     layout = TokenLayout.one_chunk(SPEC, number, shot=0)
     return keys, values, rope_from_positions(layout.position_BL3, HEAD_DIM)
 
 
 def kept_as(keys: Tensor, values: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """What four bits make of a chunk, sample by sample."""
+    """Return the keys and values of a chunk after quantization to four bits, sample by sample."""
     mean = keys.mean(1, keepdim=True).bfloat16().float()
     rounded = [torch.stack([reference.dequantize(reference.quantize(s)) for s in x]) for x in (keys - mean, values)]
     return rotate(rounded[0] + mean, rope), rounded[1]
@@ -131,7 +131,7 @@ def test_five_billion_parameters_keep_their_past_in_at_most_029_of_the_bytes() -
 
 
 def test_a_head_dim_without_groups_is_refused() -> None:
-    with pytest.raises(ValueError, match="head_dim=24 is not a multiple of 16"):
+    with pytest.raises(ValueError, match="head_dim is 24; expected a multiple of 16"):
         NVFP4KVCache(SPEC, num_layers=1, num_heads=1, head_dim=24)
 
 
