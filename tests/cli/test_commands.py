@@ -42,7 +42,7 @@ def test_help_has_a_short_option_and_flags_without_a_type(
     assert options(command)["-h"] is options(command)["--help"]
 
 
-NOTHING_TO_NAME = {"serve", "merge", "convert", "quantize", "info", "doctor", "data validate"}
+NOTHING_TO_NAME = {"config keys", "serve", "merge", "convert", "quantize", "info", "doctor", "data validate"}
 """Commands that write nothing, or whose target is an argument."""
 
 
