@@ -114,7 +114,7 @@ def test_everything_declared_is_imported() -> None:
     everything = set().union(*needed.values())
     assert set(CORE) - everything == NOT_IMPORTED_YET
     for extra in sorted(set(OWNED.values())):
-        own = set().union(*(found for module, found in needed.items() if extra in owners(module)))
+        own = set().union(*(packages for module, packages in needed.items() if extra in owners(module)))
         assert not set(EXTRAS[extra]) - own, extra
 
 
@@ -138,7 +138,7 @@ def test_generation_conversion_and_merging_import_the_core_alone(entry: str) -> 
     trees = dict(modules())
     reached: set[str] = set()
     waiting = [entry, *(name for name in trees if name.startswith(("longvideo.cli.", "longvideo.checkpoint.")))]
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     while waiting:
         module = waiting.pop()
         if module in reached or module not in trees:
@@ -148,9 +148,9 @@ def test_generation_conversion_and_merging_import_the_core_alone(entry: str) -> 
             if imported.startswith("longvideo"):
                 waiting.append(imported)
             elif name := distribution(imported):
-                found[name] = module
+                packages[name] = module
     assert len(reached) > 30
-    assert not {name: module for name, module in found.items() if name not in CORE}
+    assert not {name: module for name, module in packages.items() if name not in CORE}
 
 
 def test_messages_about_a_missing_package_name_the_extra_that_brings_it() -> None:
@@ -175,7 +175,7 @@ def test_messages_about_a_missing_package_name_the_extra_that_brings_it() -> Non
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree, since a build leaves files beside it."""
+    """A copy of the tree, because a build leaves files next to it."""
     copy = tmp_path_factory.mktemp("source") / "longvideo"
     unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests", "docs", "runs")
     shutil.copytree(ROOT, copy, ignore=unwanted)
@@ -183,13 +183,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment_with(source: Path, folder: Path, extra: str | None) -> Path:
-    """Make a virtual environment that holds longvideo with one extra and nothing else; return its `bin`."""
+    """Create a virtual environment with longvideo and only one extra; return its `bin`."""
     venv.create(folder, with_pip=True, system_site_packages=False)
-    wanted = str(source) if extra is None else f"{source}[{extra}]"
+    requirement = str(source) if extra is None else f"{source}[{extra}]"
     torch_version = torch.__version__.partition("+")[0]
     command = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     constraints = [] if f"torch=={torch_version}\n" not in CONSTRAINTS else ["-c", str(ROOT / "constraints.txt")]
-    ran = subprocess.run([*command, *constraints, f"torch=={torch_version}", wanted], capture_output=True, text=True)
+    ran = subprocess.run(
+        [*command, *constraints, f"torch=={torch_version}", requirement], capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder / "bin"
 

@@ -46,7 +46,7 @@ def _contents(wheel: zipfile.ZipFile) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, because setuptools reuses what an older build left beside it."""
+    """A copy of what a build reads, because setuptools reuses the files of an older build."""
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in FOLDERS:
@@ -74,7 +74,7 @@ def test_the_links_of_the_tree_name_the_folders_at_the_root() -> None:
 
 
 def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    # the build writes beside the sources, which the other tests read
+    # the build writes files next to the sources, which the other tests read
     shutil.copytree(source, tmp_path / "source", symlinks=True)
     code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -114,20 +114,20 @@ def test_the_presets_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 def test_the_shipped_models_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     weights = "longvideo/weights"
-    wanted = {
+    expected = {
         *(f"{weights}/{name}/model_index.json" for name in ("tiny", "tiny-teacher")),
         *(f"{weights}/{name}/longvideo.json" for name in ("tiny", "tiny-teacher")),
         *(f"{weights}/{name}/transformer/diffusion_pytorch_model.safetensors" for name in ("tiny", "tiny-teacher")),
         f"{weights}/tiny/vae/diffusion_pytorch_model.safetensors",
         f"{weights}/tiny/text_encoder/model.safetensors",
     }
-    assert wanted <= set(wheel.namelist())
+    assert expected <= set(wheel.namelist())
 
 
 def test_the_tracked_files_are_small() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:
-        pytest.skip("this is no git repository, so nothing is tracked")
+        pytest.skip("this is not a git repository, so no files are tracked")
     files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     sizes = {file: file.stat().st_size for file in files if file.is_file()}
     largest = sorted(sizes, key=lambda file: -sizes[file])[:5]

@@ -39,7 +39,7 @@ def named_shapes(preset: str | None, device: torch.device) -> tuple[str, ModelSh
 
 
 def check_outputs(*files: Path | None) -> None:
-    """Raise UserError for a file that cannot be written, before anything is measured. None is no file."""
+    """Raise UserError for a file that cannot be written, before anything is measured. files: None is skipped."""
     for file in files:
         if file is not None:
             check_target(file)

@@ -103,7 +103,7 @@ def generate(
 
     `- {prompt: a small red ball bounces at night, seconds: 6, cut: false}`
 
-    A shot starts at the chunk boundary nearest to its requested time; a chunk has 1.33 s at 24 frames a second. With
+    A shot starts at the chunk boundary nearest to its requested time; a chunk has 1.33 s at 24 frames per second. With
     `cut: false` the scene continues, and only the text changes.
 
     Several GPUs share the denoising of every chunk:
@@ -228,7 +228,7 @@ class VideoTally:
 
     @property
     def frames_a_second(self) -> float | None:
-        """Frames a second after the first part; None before the second part."""
+        """Frames per second after the first part; None before the second part."""
         return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.parts > 1 else None
 
     def line(self) -> str:

@@ -21,7 +21,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 def show_messages(*, is_main: bool = True) -> None:
     """Let a command show what its loggers say on standard error: INFO of longvideo, WARNING of other packages.
 
-    is_main: whether this process speaks for all ranks; the others show warnings alone.
+    is_main: whether this process prints for all ranks; the others show only warnings.
     """
     logger = logging.getLogger("longvideo")
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
