@@ -28,6 +28,10 @@ TransformerPrecision = Literal["bf16", "nvfp4", "nvfp4-weights", "fp8", "fp8-emu
 """Number format of the products in the blocks of a transformer; `NumberFormats` explains each."""
 AttentionPrecision = Literal["bf16", "fp8", "fp8-emulated"]
 """Number format of attention to the past."""
+FP4_PRODUCTS = "torch scaled_mm on FP4 units"
+FP4_TRAINING = "TransformerEngine on FP4 units, for the recipes that it supports"
+FP8_PRODUCTS = "torch scaled_mm on FP8 units, rows of E4M3"
+FP8_ATTENTION = "cuDNN frontend, E4M3"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Backend:
     name: name of the implementation, None where the device cannot run the format.
     is_emulated: whether the device has no units for the format, so that the same numbers are computed in a wider one.
     reason: reason why the operation is emulated or cannot run, None where it runs on units of its own.
+    native: name of the implementation on units for the format, which does not run for that reason.
     """
 
     name: str | None
     is_emulated: bool = False
     reason: str | None = None
+    native: str | None = None
 
     def __str__(self) -> str:
         return f"emulated by {self.name} ({self.reason})" if self.is_emulated else self.name or f"none ({self.reason})"
@@ -54,26 +60,30 @@ def product_backend(precision: TransformerPrecision, device: torch.device) -> Ba
         return Backend(f"{library} on weights that {kernels_on(device)} unpacks")
     if precision == "nvfp4":
         if reason := nvfp4_products.unavailable(device):
-            return Backend(f"{kernels_on(device)} and {library}", is_emulated=True, reason=reason)
-        return Backend("torch scaled_mm on FP4 units")
+            return Backend(f"{kernels_on(device)} and {library}", is_emulated=True, reason=reason, native=FP4_PRODUCTS)
+        return Backend(FP4_PRODUCTS)
     if precision == "fp8":
         reason = fp8_products.unavailable(device)
-        return Backend(None if reason else "torch scaled_mm on FP8 units, rows of E4M3", reason=reason)
+        return Backend(None, reason=reason, native=FP8_PRODUCTS) if reason else Backend(FP8_PRODUCTS)
     return _fp8_reference(device) if precision == "fp8-emulated" else Backend(library)
 
 
 def training_backend(device: torch.device) -> Backend:
     """Return what multiplies in linear layers that train in NVFP4."""
     if reason := te.unavailable(device):
-        return Backend(f"{kernels_on(device)} and {_library(device)}", is_emulated=True, reason=reason)
-    return Backend("TransformerEngine on FP4 units")
+        return Backend(
+            f"{kernels_on(device)} and {_library(device)}", is_emulated=True, reason=reason, native=FP4_TRAINING
+        )
+    return Backend(FP4_TRAINING)
 
 
 def attention_backend(attention: AttentionPrecision, device: torch.device) -> Backend:
     """Return what attends to the past in this format."""
     if attention == "fp8":
         reason = cudnn_fp8.unavailable(device)
-        return Backend(None, reason=f"{reason}; or use --attention bf16") if reason else Backend("cuDNN frontend, E4M3")
+        if reason is None:
+            return Backend(FP8_ATTENTION)
+        return Backend(None, reason=f"{reason}; or use --attention bf16", native=FP8_ATTENTION)
     if attention == "fp8-emulated":
         return _fp8_reference(device)
     return Backend("torch SDPA, cuDNN first" if device.type == "cuda" else "torch SDPA")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from longvideo.infer.fit.placement import pick_dtype
 from longvideo.kernels import backends
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
@@ -14,6 +15,17 @@ from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import choose_w4a4
 
 H264_ENCODER = "libx264"
+KERNEL_OPERATIONS = (
+    "norms and rotation between a transformer's products",
+    "norms and pixels between a decoder's convolutions",
+    "product of fp8 weights and inputs",
+    "quantize, dequantize",
+    "rebuild keys and values of a 4-bit cache",
+    "product of 4-bit weights",
+    "product of 4-bit weights and inputs",
+    "training in NVFP4",
+)
+EMULATED_FP8 = {"reference": "it is slow, and only for tests on a CPU: fp8-emulated"}
 
 Finding = tuple[bool, str]
 """Whether a check passed, and the measured value with the expected one."""
@@ -43,9 +55,10 @@ class Check:
 
 def operations(device: torch.device) -> list[Operation]:
     """Return every operation with its backend on a device."""
+    attention = backends.attention_backend("fp8", device)
     return [
         _attention(device),
-        _in_fp8("attention in fp8", backends.attention_backend("fp8", device), "cuDNN frontend"),
+        _operation("attention in fp8", attention, EMULATED_FP8),
         *_kernels(device),
         _video_encoding(),
     ]
@@ -58,51 +71,43 @@ def self_test(device: torch.device) -> list[Check]:
 
 def _kernels(device: torch.device) -> list[Operation]:
     """Return the operations that use Triton's kernels on CUDA, alone or together with other backends."""
-    on_cpu, no_triton = device.type == "cpu", backends.triton_unavailable(device)
-    no_te, products = backends.training_backend(device).reason, backends.product_backend("nvfp4", device)
-    kernels = backends.kernels_on(device)
+    no_triton = backends.triton_unavailable(device)
+    if device.type == "cuda" and no_triton is not None:
+        return [Operation(name, "none", {"triton": no_triton}) for name in KERNEL_OPERATIONS]
+    kernels = backends.Backend(backends.kernels_on(device))
     same = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
-    close = {"triton": no_triton} if no_triton else {"reference": "slower"}
+    similar = {"triton": no_triton} if no_triton else {"reference": "slower"}
     emulated = {"emulated": "the FP4 units are faster"}
-    rows = [
-        Operation("norms and rotation between a transformer's products", kernels, close),
-        Operation("norms and pixels between a decoder's convolutions", kernels, close),
-        _in_fp8("product of fp8 weights and inputs", backends.product_backend("fp8", device), "torch scaled_mm"),
-        Operation("quantize, dequantize", kernels, same),
-        Operation("rebuild keys and values of a 4-bit cache", kernels, same),
-        Operation("product of 4-bit weights", str(backends.product_backend("nvfp4-weights", device)), same),
-        Operation(
-            "product of 4-bit weights and inputs",
-            f"emulated by {products.name}" if products.is_emulated else str(products),
-            {"torch scaled_mm on FP4 units": str(products.reason)} if products.is_emulated else emulated,
-        ),
-        Operation(
-            "training in NVFP4",
-            "emulated" if no_te else "te, for the recipes that it supports",
-            {"te": no_te} if no_te else emulated,
-        ),
-    ]
-    if on_cpu or no_triton is None:
-        return rows
-    return [replace(row, backend="none", rejected={"triton": no_triton}) for row in rows]
+    answers = (
+        (kernels, similar),
+        (kernels, similar),
+        (backends.product_backend("fp8", device), EMULATED_FP8),
+        (kernels, same),
+        (kernels, same),
+        (backends.product_backend("nvfp4-weights", device), same),
+        (backends.product_backend("nvfp4", device), emulated),
+        (backends.training_backend(device), emulated),
+    )
+    return [_operation(name, *answer) for name, answer in zip(KERNEL_OPERATIONS, answers, strict=True)]
 
 
-def _in_fp8(name: str, backend: backends.Backend, native: str) -> Operation:
-    """Return an operation in FP8, which is refused on a device without FP8 units. native: name of its backend."""
-    slow = {"reference": "it is slow, and only for tests on a CPU: fp8-emulated"}
-    if backend.name is None:
-        return Operation(name, "none", {native: str(backend.reason), **slow})
-    return Operation(name, backend.name, slow)
+def _operation(name: str, backend: backends.Backend, others: dict[str, str]) -> Operation:
+    """Return an operation. others: backends that run only if the device has no units, and why they do not run."""
+    if backend.reason is None:
+        return Operation(name, str(backend.name), others)
+    rejected = {str(backend.native): backend.reason}
+    if backend.is_emulated:
+        return Operation(name, f"emulated by {backend.name}", rejected)
+    return Operation(name, "none", rejected | others)
 
 
 def _attention(device: torch.device) -> Operation:
-    dtype = torch.bfloat16 if _dtype(device) == "bf16" else torch.float32
+    dtype = pick_dtype(device)
     choice = backends.torch_attention(device, dtype)
     if choice.name is None:
         return Operation("attention in bf16", "none", choice.rejected)
-    return Operation(
-        "attention in bf16", choice.name + ("" if dtype == torch.bfloat16 else ", in fp32"), choice.rejected
-    )
+    suffix = "" if dtype == torch.bfloat16 else ", in fp32"
+    return Operation("attention in bf16", choice.name + suffix, choice.rejected)
 
 
 def _video_encoding() -> Operation:
@@ -195,8 +200,3 @@ CHECKS: dict[str, Callable[[torch.device], Finding]] = {
 
 def _gaussian(device: torch.device, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def _dtype(device: torch.device) -> str:
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
