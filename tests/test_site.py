@@ -57,7 +57,15 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert {page.name for page in PAGES if page.parent.name == "docs"} == set(
         re.findall(r"\b(?<!/)([\w-]+\.md)$", navigation, re.MULTILINE)
-    ) - {"contributing.md", "changelog.md"}
+    ) - (set(load("reference").ROOT_PAGES.values()) - {"index.md"})
+
+
+def test_pages_of_the_root_link_to_pages_of_the_site() -> None:
+    reference = load("reference")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} | set(reference.ROOT_PAGES.values())
+    for name in reference.ROOT_PAGES.keys() - {"README.md"}:
+        links = LINK.findall(reference.linked_inside(reference.root_page(name)))
+        assert not [link for link in links if "://" not in link and link.partition("#")[0] not in {"", *pages}], name
 
 
 def test_the_diagram_is_that_of_the_layers_in_pyproject() -> None:
@@ -79,6 +87,7 @@ def test_the_reference_pages_list_commands_keys_and_names() -> None:
     commands, keys, names = reference.commands_page(), reference.keys_page(), reference.api_page()
     assert "\n## longvideo data encode\n" in commands and "| `--seconds <float>` |" in commands
     assert "| `optimizer.learning_rate` | `float` |" in keys and "| `stages[].steps` | `int` |" in keys
+    assert "\n### Messages of the server\n" in reference.protocol_page()
     for name in re.findall(r"^::: (\S+)$", names, re.MULTILINE):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name

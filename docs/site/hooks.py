@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagram import PICTURE, draw
 from mkdocs.structure.files import File
-from reference import api_page, commands_page, keys_page
+from reference import ROOT_PAGES, api_page, commands_page, keys_page, linked_inside, protocol_page, root_page
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
-    from mkdocs.structure.pages import Page
-
-ROOT = Path(__file__).parents[2]
-OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
-"""Pages of the repository's root, and the pages of the site that hold them."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages, and replace the diagram by one drawn now."""
-    pages = {
+    """Add the generated pages and the pages of the root, and replace the diagram by one drawn now."""
+    picture = PICTURE.relative_to(Path(config.docs_dir)).as_posix()
+    contents = {
         "reference/commands.md": commands_page(),
         "reference/keys.md": keys_page(),
         "reference/python.md": api_page(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "reference/protocol.md": protocol_page(),
+        picture: draw(),
     }
-    for path, content in pages.items():
+    contents |= {inside: root_page(outside) for outside, inside in ROOT_PAGES.items() if inside != "index.md"}
+    for path, content in contents.items():
+        if (committed := files.get_file_from_path(path)) is not None:
+            files.remove(committed)
         files.append(File.generated(config, path, content=content))
-    picture = PICTURE.relative_to(Path(config.docs_dir)).as_posix()
-    committed = files.get_file_from_path(picture)
-    if committed is not None:
-        files.remove(committed)
-    files.append(File.generated(config, picture, content=draw()))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Point links to the root's pages at their copies in the site, and give indented code its language."""
-    for outside, inside in OUTSIDE.items():
-        markdown = re.sub(rf"\]\((?:\.\./)?{re.escape(outside)}(?=[#)])", f"]({inside}", markdown)
-    return markdown
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Point links to pages of the root at their copies in the site."""
+    return linked_inside(markdown)

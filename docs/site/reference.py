@@ -1,8 +1,9 @@
-"""Write the reference pages of the site from the code: commands, configuration keys, and the Python API."""
+"""Write the pages of the site that are not in `docs/`: references from the code, and pages of the root."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,6 +15,17 @@ from longvideo.config.keys import keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+
+ROOT_PAGES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "code_of_conduct.md",
+    "README.md": "index.md",
+}
+"""Pages of the repository's root, and the pages of the site that hold them or take their place."""
 
 API = {
     "Generation": (
@@ -81,6 +93,26 @@ def api_page() -> str:
         parts.append(f"## {section}\n")
         parts += [f"::: {name}\n" for name in names]
     return "\n".join(parts)
+
+
+def protocol_page() -> str:
+    """Return a page in Markdown with the part of the server's page that programs need."""
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    start, end = text.index("\n## Live streams"), text.index("\n## Measurements")
+    part = re.sub(r"\]\((?=[\w-]+\.md)", "](../", text[start:end])
+    return f"# Protocol\n\nThis is a part of [the server's page](../server.md), for programs as clients.\n{part}\n"
+
+
+def linked_inside(markdown: str) -> str:
+    """Return a page whose links to pages of the root are links to pages of the site."""
+    for outside, inside in ROOT_PAGES.items():
+        markdown = re.sub(rf"\]\((?:\.\./)?{re.escape(outside)}(?=[#)])", f"]({inside}", markdown)
+    return markdown
+
+
+def root_page(name: str) -> str:
+    """Return a page of the root as it is in the site."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
