@@ -73,8 +73,9 @@ MOST_SHOWN = 8
 
 
 class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
-    """Trains a student and a critic on one frozen backbone: `longvideo distill`. All errors come before a weight is
-    read.
+    """Trains a student and a critic on one frozen backbone: `longvideo distill`.
+
+    All errors of the configuration are raised before a weight is read.
     """
 
     def __init__(

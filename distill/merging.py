@@ -24,8 +24,7 @@ def save_merged(
     packed: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder whose transformer has the adapter added to its weights, and which generates without
-    guidance.
+    """Write a model folder with the adapter added to the transformer's weights, which generates without guidance.
 
     steps: default solver steps of the folder. clean_pass: see `ModelSettings`; by default the source's. packed: whether
     the merged weights are packed to 4 bits.

@@ -51,8 +51,10 @@ class RolloutConfig(Bounded):
 
 @dataclass
 class Rollout:
-    """Result of a roll-out for each chunk: `latents` [B, C, T, H, W], computed by step `exits` of the solver from
-    `inputs`.
+    """Result of a roll-out, for each chunk.
+
+    latents: [B, C, T, H, W], the clean latents. inputs: [B, C, T, H, W], input of the chunk's last solver step. exits:
+    number of that step.
     """
 
     latents: list[Tensor] = field(default_factory=list)
@@ -74,9 +76,7 @@ class SelfForcing:
         seed: int,
         clean_pass: bool = True,
     ) -> None:
-        """shape: [C, T, H, W] of a chunk's latents. clean_pass: whether the student runs clean passes, see
-        `ModelSettings`.
-        """
+        """shape: [C, T, H, W] of a chunk's latents. clean_pass: whether the student runs clean passes."""
         self.roles, self.config, self.spec, self.shape, self.seed = roles, config, spec, shape, seed
         self.clean_pass = clean_pass
         self.solver = UniPC(config.steps, shift)

@@ -66,10 +66,10 @@ class VideoRequest:
 
 
 class Walk:
-    """One network's walk through a clip: `velocity` can be called any number of times, and `finish` moves to the next
-    chunk.
+    """One network's walk through a clip.
 
-    negative: whether to use the negative prompt. The network must keep its role until the walk is done.
+    `velocity` can be called any number of times; `finish` moves to the next chunk. negative: whether to use the
+    negative prompt. The network must keep its role until the walk is done.
     """
 
     def __init__(

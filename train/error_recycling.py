@@ -1,5 +1,4 @@
-"""Recycled prediction errors: errors of the model are stored and added to later inputs, so that it learns to correct
-them.
+"""Recycled prediction errors: errors of the model are stored and added to later inputs, to learn to correct them.
 
 This is the error recycling of Stable Video Infinity (arXiv 2510.09212), chunk by chunk for a causal model. A step is:
 
@@ -114,8 +113,9 @@ class Injected:
 
 @dataclass(frozen=True)
 class SampleDraw:
-    """Numbers from [0, 1), one for each decision about a sample. keep: decides whether errors of a clean sample are
-    stored.
+    """Numbers from [0, 1), one for each decision about a sample.
+
+    keep: decides whether the errors of a sample without injected errors are stored.
     """
 
     clean: float
@@ -262,8 +262,9 @@ class ErrorBank:
             self._write(errors, new, places)
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that a later run needs to resume bit for bit, without copies. Waits for copies to the host
-        to end.
+        """Return everything that a later run needs to resume bit for bit, uncopied.
+
+        Waits for copies to the host to end.
         """
         if self.pinned:
             torch.cuda.synchronize()

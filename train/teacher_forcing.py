@@ -187,8 +187,9 @@ class TeacherForcing(Objective):
         return loss, metrics
 
     def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
-        """Return the plan of a view with this number of own chunks. cuts: those of the whole view, None if they do not
-        matter.
+        """Return the plan of a view with this number of own chunks.
+
+        cuts: whether each chunk of the whole view opens a shot; None if cuts do not matter.
         """
         key = (chunks, cuts)
         if key not in self._passes:

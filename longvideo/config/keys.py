@@ -58,7 +58,7 @@ def _keys_of(schema: type, values: dict[str, Any], parent: str) -> Iterator[Key]
 def explanations(schema: type) -> dict[str, str]:
     """Return the texts of a docstring that follow `name:` or `name, other:`, by the names of fields."""
     text = inspect.getdoc(schema) or ""
-    if text.startswith(f"{schema.__name__}("):  # the signature, which dataclasses put in the place of a docstring
+    if text.startswith(f"{schema.__name__}("):  # a dataclass without a docstring has its signature there
         return {}
     name = rf"(?:{'|'.join(field.name for field in dataclasses.fields(schema))})"
     entries = list(re.finditer(rf"(?:^|(?<=[.;]\s))({name}(?:,\s{name})*):\s", text, re.MULTILINE))

@@ -79,7 +79,7 @@ class _Loader(BASE):
             KeyError,
             AttributeError,
             OverflowError,
-        ) as error:  # of a tag that its value does not fit
+        ) as error:  # raised for a tag that does not fit its value
             kind = node.tag.rpartition(":")[2]
             raise _problem(f"this is not a value of the type {kind}", node) from error
 

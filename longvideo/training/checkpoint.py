@@ -85,9 +85,7 @@ class Checkpoint:
         return open_recipes(self.folder, self.state)
 
     def load(self, trained: Trained) -> None:
-        """Set all tensors and counts of an engine. Raises CheckpointError before that for a checkpoint of another
-        model.
-        """
+        """Set all tensors and counts of an engine. Raises CheckpointError first if they belong to another model."""
         tensors = open_tensors(self.folder, self.state)
         shapes = trained.shapes()
         check_same(shapes, _weight_shapes(tensors))
@@ -97,8 +95,9 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, `step_0001200/` and so on, of which the newest `keep` stay. All ranks use the same
-    folder.
+    """The checkpoints of one run, `step_0001200/` and so on, of which the newest `keep` stay.
+
+    All ranks use the same folder.
     """
 
     def __init__(self, folder: Path, *, keep: int, mesh: Mesh | None = None) -> None:
@@ -145,7 +144,7 @@ class CheckpointFolder:
         return target
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, or None if there is none yet, after comparing its files with their checksums.
+        """Return the newest checkpoint after comparing every file with its checksum; None in an empty folder.
 
         Raises CheckpointError for a damaged one; the message names the newest checkpoint that is whole.
         """

@@ -112,8 +112,9 @@ class DeepSpeedEngine:
         return metrics | {"grad": as_ratio(norm)}
 
     def _skip_where(self, num_bad: Tensor) -> None:
-        """Make the optimizers of all ranks skip the step if one rank has a value that is not finite; the host does not
-        wait.
+        """Make the optimizers of all ranks skip the step if one rank has a value that is not finite.
+
+        The host does not wait for the device.
         """
         found_inf = self.mesh.sum(num_bad).clamp(max=1.0)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -276,9 +277,7 @@ class DeepSpeedEngine:
         return None if mapping is None else mapping.hp_fragment.detach()
 
     def _own_range(self, parameter: nn.Parameter) -> tuple[int, int, int]:
-        """Return the start of this rank's part in the flat parameter, its number of values, and its length with
-        padding.
-        """
+        """Return the start, the number of values and the padded length of this rank's part of the flat parameter."""
         numel = self._shape(parameter).numel()
         if self._is_plain(parameter):
             return 0, numel, numel

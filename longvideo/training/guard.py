@@ -17,8 +17,7 @@ WARMUP = 20
 
 
 class LossGuard:
-    """Replaces a loss that is far above its running mean by NaN, so that the step is skipped like one that is not
-    finite.
+    """Replaces a loss far above its running mean by NaN, so that the step is skipped like one that is not finite.
 
     factor: ratio to the mean above which a loss is a spike; 0 lets every loss pass. The mean stays on the device and
     leaves spikes out, so the host waits for nothing.

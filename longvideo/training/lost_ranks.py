@@ -1,9 +1,9 @@
-"""End a run whose ranks wait in vain for one of them, and name that rank, whatever backend they wait in.
+"""End a run whose ranks wait for a lost rank, and name that rank, whatever backend they wait in.
 
 A thread of every rank writes into the store how many collectives the rank has issued in each of its groups, and reads
-what the others wrote. This needs neither the main thread, which may wait for a device, nor a group that still works. A
-rank that writes no more was stopped or has ended; one that still writes, but has issued fewer collectives than the
-others, does something else.
+what the other ranks wrote. This needs neither the main thread, which may wait for a device, nor a group that still
+works. A rank that stops writing was stopped or has ended. A rank that still writes, but has issued fewer collectives
+than the others, does something else.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 LONGEST_INTERVAL = 1.0
-"""Seconds between two readings of the store, at most."""
+"""Largest time between two readings of the store, seconds."""
 READINGS = 20
-"""Readings within `parallel.timeout_minutes`, at least."""
+"""Smallest number of readings within `parallel.timeout_minutes`."""
 BROKEN_SECONDS = 5.0
-"""Time after which a rank that writes nothing is lost, where a group is known to be broken."""
+"""Time without writing after which a rank is lost if a group is known to be broken, seconds."""
 UNEXPLAINED_SECONDS = 3 * BROKEN_SECONDS
-"""Time after which a run ends whose group is broken, though no rank is lost."""
+"""Time after which a run with a broken group ends though no rank is lost, seconds."""
 
 
 class RankProgress:
@@ -53,7 +53,7 @@ class RankProgress:
         """Readings since any rank issued a collective."""
 
     def read(self, words: Sequence[bytes]) -> None:
-        """Take in what the store holds now. words: of every rank, see `word_of`."""
+        """Read the current values of the store. words: the bytes of every rank, see `word_of`."""
         calls = [json.loads(word)["calls"] if word else {} for word in words]
         self.silent = [
             readings + 1 if word == before else 0
@@ -63,33 +63,34 @@ class RankProgress:
         self.words, self.calls = list(words), calls
 
     def lost(self, readings: int) -> set[int]:
-        """Return the ranks that the others have waited for since so many readings.
+        """Return the ranks that the others have waited for during this number of readings.
 
-        While all ranks have issued the same collectives, as where all of them compile, none waits for another.
+        While all ranks have issued the same collectives, for example while all of them compile, no rank waits for
+        another.
         """
         if self.idle < readings:
             return set()
         silent = {rank for rank, count in enumerate(self.silent) if count >= readings}
-        if self.rank in silent:  # not even this rank's own words come back: the store is silent
+        if self.rank in silent:  # this rank's own words do not come back either: the store does not answer
             return set() if self.store_rank is None else {self.store_rank}
         return silent or self._behind()
 
     def _behind(self) -> set[int]:
-        """Return the ranks that others wait for, but those that wait themselves."""
+        """Return the ranks that others wait for, without those that wait themselves."""
         ranks = range(len(self.calls))
         waits_for = {(a, b) for a in ranks for b in ranks if _is_ahead(self.calls[a], self.calls[b])}
         return {b for _, b in waits_for} - {a for a, _ in waits_for}
 
 
 class Monitor:
-    """Two threads: one exchanges words through the store, the other ends the process where a rank is lost.
+    """Two threads: one exchanges words through the store, the other ends the process if a rank is lost.
 
-    They are two because a store whose process is stopped never answers.
+    There are two because a store whose process is stopped never answers.
     """
 
     def __init__(self, mesh: Mesh, store: dist.Store) -> None:
         self.mesh = mesh
-        # a client answers one thread at a time, and the groups wait in theirs
+        # a client serves one thread at a time, and the groups wait in their own threads
         self.store = dist.PrefixStore("progress", store).clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.progress = RankProgress(mesh.world, mesh.rank, None if _launcher_holds_store() else 0)
         self.words = self.progress.words
@@ -110,7 +111,7 @@ class Monitor:
         self.exchanger.join(BROKEN_SECONDS)
 
     def end_broken(self) -> None:
-        """End the process, because a group of ranks is broken, as soon as it is known which of them is lost."""
+        """End the process because a group of ranks is broken, as soon as the lost rank is known."""
         self.is_broken.set()
         self.watcher.join()
 
@@ -119,7 +120,7 @@ class Monitor:
         beat = 0
         try:
             for key in keys:
-                self.store.append(key, "")  # reading one that does not exist would wait for it
+                self.store.append(key, "")  # reading a key that does not exist would wait for it
             while not self.is_over.wait(self.interval):
                 beat += 1
                 self.store.set(keys[self.mesh.rank], word_of(beat, _issued()))
@@ -139,20 +140,20 @@ class Monitor:
                 self._end(lost)
 
     def _end(self, lost: set[int]) -> NoReturn:
-        """Let one rank print why the run ends, and end this process."""
+        """Print why the run ends, on one rank, and end this process."""
         if self.mesh.rank == min(set(range(self.mesh.world)) - lost):
             sys.stdout.flush()
             print(f"error: {_describe(sorted(lost), self.mesh)}", file=sys.stderr, flush=True)
         else:
-            # a launcher ends all ranks as soon as one has ended, and the line must be printed before
+            # a launcher ends all ranks when one has ended, and the line must be printed before that
             time.sleep(BROKEN_SECONDS)
-        # an ordinary end would wait for what a device still exchanges with the lost rank
+        # an ordinary exit would wait for the exchange of a device with the lost rank
         os._exit(EXIT_USER_ERROR)
 
 
 @contextmanager
 def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
-    """End the process where a rank waits in the block in vain for another; one line on stderr names the lost rank.
+    """End the process if a rank waits inside the block for a lost rank; one line on stderr names the lost rank.
 
     A rank is lost when the others have waited for it for `mesh.timeout`, or when it has ended.
     """
@@ -172,7 +173,7 @@ def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
 
 
 def word_of(beat: int, calls: Mapping[str, int]) -> bytes:
-    """Return what a rank writes. beat: a number that grows. calls: collectives it issued, by the names of groups."""
+    """Return the bytes that a rank writes. beat: a growing number. calls: issued collectives by the names of groups."""
     return json.dumps({"beat": beat, "calls": calls}).encode()
 
 
@@ -189,14 +190,14 @@ def _is_ahead(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
 
 
 def _launcher_holds_store() -> bool:
-    """Say whether the store is torchrun's own, and not in the process of rank 0."""
+    """Return whether the store belongs to torchrun, and not to the process of rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _describe(lost: Sequence[int], mesh: Mesh) -> str:
     again = "start the run again: it resumes from its newest checkpoint"
     if not lost:
-        return f"the connection of the ranks broke, though none of them is known to have ended; {again}"
+        return f"the connection between the ranks broke, but no rank is known to have ended; {again}"
     who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
     minutes = mesh.timeout.total_seconds() / 60
     return (

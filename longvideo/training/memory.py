@@ -25,12 +25,14 @@ SLACK = 1.1
 """Factor by which the estimate may exceed the memory of a device before training is refused."""
 BUCKET = 500_000_000
 """Number of gradients that DeepSpeed collects before it reduces them, by default."""
-ROWS_COMPILED, ROWS_EAGER = 9, 33  # of a block in its backward pass, besides those of the feed-forward layer
+ROWS_COMPILED, ROWS_EAGER = 9, 33
+"""Rows of a block in its backward pass, without those of the feed-forward layer."""
 ROWS_MASKED = 8
 """Rows of FlexAttention, instead of the copies of keys and values of block-wise attention."""
 ROWS_NVFP4 = 6
 """Rows of the rounded operands of emulated 4-bit products; inputs are kept in 4 bits."""
-ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43  # kept of a block that is not recomputed, the feed-forward layer's apart
+ROWS_KEPT_COMPILED, ROWS_KEPT_EAGER = 18, 43
+"""Rows that a block keeps if it is not recomputed, without those of the feed-forward layer."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,10 @@ def _local_engine(num_parameters: int, *, passes: int, averaged: bool) -> Engine
 
 
 def _deepspeed_engine(num_parameters: int, *, bf16: bool, ranks: int, zero_stage: int, passes: int) -> EngineMemory:
-    """Count what ZeRO leaves on a rank: it shards optimizer and average from stage 1 on, gradients from 2, weights from
-    3.
+    """Count what ZeRO leaves on a rank.
 
-    The bf16 gradients of several passes are added up in fp32. Those of one pass are copied flat, in their dtype and in
-    fp32.
+    Optimizer states and averages are sharded from stage 1 on, gradients from stage 2, weights from stage 3. The bf16
+    gradients of several passes are added up in fp32. Those of one pass are copied flat, in their dtype and in fp32.
     """
     size = 2 if bf16 else FP32
     has_masters = bf16 or zero_stage > 0

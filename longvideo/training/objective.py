@@ -44,8 +44,9 @@ class BatchSource(Protocol):
         ...
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None, /) -> Sequence[Any]:
-        """Return this rank's share of a step's batch, one part for each pass. micro_batch: size of a pass, all in one
-        by default.
+        """Return this rank's share of a step's batch, one part for each pass.
+
+        micro_batch: number of videos of a pass; by default one pass has all of them.
         """
         ...
 

@@ -93,7 +93,7 @@ def choose_device(name: str | None) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError(f"--device is {name}, but torch finds no CUDA device; use --device cpu")
         if launched():
-            # the optimizer needs one piece of memory as large as all weights, which a divided heap does not have
+            # the optimizer needs one piece of memory as large as all weights, which a fragmented heap does not have
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

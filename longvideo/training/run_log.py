@@ -192,9 +192,7 @@ def _git(root: Path, command: list[str]) -> str:
 
 
 def _keep_until(path: Path, last_step: int) -> int:
-    """Keep the records of a run up to a step; return the number of dropped lines that are not records, such as a cut
-    one.
-    """
+    """Keep the records of a run up to a step; return the number of dropped lines that are not records."""
     dropped = 0
 
     def write(target: Path) -> None:

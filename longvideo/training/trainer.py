@@ -167,9 +167,7 @@ class Trainer:
         return done
 
     def ending(self, deadline: float, signals: StopSignals) -> Ending:
-        """Return whether and why to stop before the next step. All ranks get the same answer, whichever of them was
-        asked to.
-        """
+        """Return whether and why to stop before the next step. All ranks get the same answer."""
         return Ending(*self.mesh.largest([signals.number, int(time.monotonic() >= deadline)]))
 
     def one_step(self, step: int, window: Window) -> None:
@@ -358,8 +356,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
-    """Disable compilation inside the block: shapes of a roll-out change from chunk to chunk, and each would be
-    compiled.
-    """
+    """Disable compilation inside the block, because a roll-out has chunks of many shapes and each would be compiled."""
     # on a CPU nothing is compiled, and setting a stance would import the compiler
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()

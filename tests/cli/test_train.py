@@ -129,7 +129,7 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vae", "optimiser.learning_rate=1"], "unknown key 'optimiser'; nearest is 'optimizer'"),
+        (["vae", "optimzer.learning_rate=1"], "unknown key 'optimzer'; nearest is 'optimizer'"),
         (["vae", "tiny/vea"], "did you mean 'tiny/vae'?"),
         (["vae", "trainer.precision=fp8"], "trainer.precision is 'fp8'; expected one of 'auto', 'bf16', 'fp32'"),
         (["ar", "vae=nowhere"], "no model 'nowhere'"),

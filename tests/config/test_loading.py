@@ -43,7 +43,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, wanted 0 or more")
+            raise ValueError(f"seed is {self.seed}; expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def test_an_unknown_key_far_from_all_lists_the_valid_ones() -> None:
         ("seed", "'seed' is not a setting; write key=value"),
         ("=3", "'=3' is not a setting; write key=value"),
         ("dims=[1", "value of 'dims=[1' is not valid YAML"),
-        ("seed=-1", "seed is -1, wanted 0 or more"),
+        ("seed=-1", "seed is -1; expected at least 0"),
         ("name=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
 )

@@ -20,7 +20,7 @@ READINGS = 3
 
 
 def progress_after(*readings: list[bytes], store_rank: int | None = 0) -> RankProgress:
-    """Return what rank 0 knows after reading these words."""
+    """Return the progress that rank 0 has read from these words."""
     progress = RankProgress(len(readings[0]), rank=0, store_rank=store_rank)
     for words in readings:
         progress.read(words)

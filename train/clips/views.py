@@ -74,9 +74,7 @@ class Clips(Protocol):
         ...
 
     def text(self, caption: str) -> Tensor:
-        """Return features [J, D] of a clip's caption, with or without the words that announce a cut, or of the empty
-        caption.
-        """
+        """Return features [J, D] of a caption, which may follow the words that announce a cut, or may be empty."""
         ...
 
 
@@ -86,8 +84,9 @@ _Read = tuple[Tensor, Tensor] | UserError
 
 @dataclass(frozen=True)
 class _Draw:
-    """Choices for the whole batch of a step, equal on all ranks, on the host. clip, first_chunk: [B]; others [B, Q or
-    T].
+    """Choices for the whole batch of a step, equal on all ranks, on the host.
+
+    clip, first_chunk, dropped: [B]. sigma, context_sigma, loss_mask: [B, T].
     """
 
     clip: list[int]
