@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.settings import ModelSettings
     from longvideo.model.spec import ChunkSpec
 
+CacheFill = Literal["clean", "last_step"]
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Bounded):
@@ -41,7 +43,7 @@ class RolloutConfig(Bounded):
 
     steps: int = bounded(4, least=1, most=NUM_TRAIN_TIMESTEPS)
     exits: Literal["shared", "chunk", "last"] = "shared"
-    cache_fill: Literal["clean", "last_step"] | None = None
+    cache_fill: CacheFill | None = None
 
     def distilled(self, settings: ModelSettings) -> ModelSettings:
         """Return the settings with which the student of a model with these settings generates."""

@@ -14,7 +14,7 @@ from longvideo.training.checkpoint import Trained
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
-from longvideo.training.precision import autocast, resolve
+from longvideo.training.precision import TrainingPrecision, autocast, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class LocalEngine:
         objective: Objective,
         config: OptimizerConfig,
         *,
-        precision: str,
+        precision: TrainingPrecision,
         device: torch.device,
         ema_decay: float = 0.0,
         spike_factor: float = 0.0,

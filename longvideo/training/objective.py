@@ -54,7 +54,7 @@ class BatchSource(Protocol):
         """Return the number of parts that `shares` returns. Raises ConfigError if the batch does not divide."""
         ...
 
-    def size(self, step: int) -> int:
+    def size(self, step: int, /) -> int:
         """Return the number of units in the batch of a step."""
         ...
 

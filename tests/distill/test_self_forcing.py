@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
 from longvideo.distill.roles import LoraRoles, Role
-from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
+from longvideo.distill.self_forcing import CacheFill, RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import TransformerPrecision
@@ -52,7 +52,7 @@ def generated(
 @pytest.mark.parametrize("cache_fill", ["clean", "last_step"])
 @pytest.mark.parametrize("image", [False, True])
 def test_a_roll_out_to_the_last_step_is_what_generation_makes(
-    cache_fill: str, image: bool, monkeypatch: pytest.MonkeyPatch
+    cache_fill: CacheFill, image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a window that rolls, shots that are pinned and moved apart, prompts of their own, and a given image."""
     roles = videos.roles(small.model(), stirred=0.2)
@@ -123,7 +123,7 @@ def test_noise_does_not_depend_on_how_a_batch_is_divided() -> None:
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("cache_fill", ["clean", "last_step"])
-def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: str, checkpoint: bool) -> None:
+def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: CacheFill, checkpoint: bool) -> None:
     """Against finite differences of the loss of one chunk, its context held as it was: whatever flowed through cached
     keys and values would be too much."""
     roles = videos.roles(small.model().double(), stirred=0.2)

@@ -13,13 +13,9 @@ from torch import Tensor
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.flow.schedule import FlowSchedule, expand
-from longvideo.train.error_recycling import (
-    GIB,
-    ErrorBank,
-    ErrorRecyclingConfig,
-    Injected,
-)
+from longvideo.train.error_recycling import ErrorBank, Injected
 from longvideo.train.prediction_errors import noise_bucket, prediction_errors
+from longvideo.train.recycling_config import GIB, ErrorRecyclingConfig
 
 from .small import CPU
 

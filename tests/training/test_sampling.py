@@ -17,6 +17,7 @@ from longvideo.distill.config import BackboneConfig, Distillation, SampleConfig
 from longvideo.distill.distillation import DistillRecipe
 from longvideo.distill.prompts import ChunkScript, DistillStage
 from longvideo.distill.roles import LoraSettings, Role
+from longvideo.distill.self_forcing import CacheFill
 from longvideo.distill.self_forcing import RolloutConfig as DistilledRollout
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
@@ -130,7 +131,9 @@ def test_a_sample_of_shapeworld_is_what_the_exported_model_generates(tmp_path: P
 
 
 @pytest.mark.parametrize("cache_fill", [None, "clean", "last_step"])
-def test_a_sample_of_the_student_is_what_the_exported_model_generates(tmp_path: Path, cache_fill: str | None) -> None:
+def test_a_sample_of_the_student_is_what_the_exported_model_generates(
+    tmp_path: Path, cache_fill: CacheFill | None
+) -> None:
     """With no cache_fill given, the student's cache is filled as that of the model it is distilled from."""
     model = save(tmp_path / "model", clean_pass=False, cut_prefix=PREFIX)
     (tmp_path / "prompts.jsonl").write_text('{"prompts": ["a red ball", "a blue ball moves"]}\n')

@@ -27,8 +27,9 @@ from longvideo.rollout import context_level
 from longvideo.train.batch import ViewStage
 from longvideo.train.clips.views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
-from longvideo.train.error_recycling import ErrorBank, ErrorRecyclingConfig
+from longvideo.train.error_recycling import ErrorBank
 from longvideo.train.nvfp4 import NVFP4Config, prepare
+from longvideo.train.recycling_config import ErrorRecyclingConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.training.memory import (
     FP32,

@@ -13,7 +13,7 @@ from torch import Tensor
 from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import ConfigError
-from longvideo.training.precision import autocast
+from longvideo.training.precision import TrainingPrecision, autocast
 from longvideo.vae.halo import encode_latents, encode_window, temporal_lookback
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class VideoClips:
     """The clips of a manifest, as `longvideo.train.clips.views.Clips`. Encoders run on `device`."""
 
     def __init__(
-        self, manifest: Path, folder: ModelFolder, *, chunks: int, device: torch.device, precision: str
+        self, manifest: Path, folder: ModelFolder, *, chunks: int, device: torch.device, precision: TrainingPrecision
     ) -> None:
         missing = [part for part in ("vae", "text_encoder") if part not in folder.parts]
         if missing:

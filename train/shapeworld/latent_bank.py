@@ -20,7 +20,7 @@ from longvideo.errors import ConfigError
 from longvideo.machine.launcher import is_main_process
 from longvideo.train.shapeworld.scenes import FPS, ScenePool
 from longvideo.training.objective import seeded
-from longvideo.training.precision import autocast
+from longvideo.training.precision import TrainingPrecision, autocast
 
 if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
@@ -100,7 +100,7 @@ class LatentBank:
         *,
         chunk_frames: int,
         seed: int,
-        precision: str,
+        precision: TrainingPrecision,
     ) -> None:
         self.autoencoder = autoencoder
         self.pool = pool
