@@ -7,7 +7,7 @@ stage lets it hold.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
         *,
         mesh: Mesh,
         zero_stage: int,
-        precision: str,
+        precision: Literal["bf16", "fp32"],
         passes: int,
         ema_decay: float,
         spike_factor: float = 0.0,

@@ -62,7 +62,7 @@ class LocalEngine:
     ) -> None:
         self.objective = objective
         self.device = device
-        self.precision = precision
+        self.precision: TrainingPrecision = precision
         self.gradient_clip = config.gradient_clip
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())

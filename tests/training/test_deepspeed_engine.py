@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def small_objective(mesh: Mesh) -> TeacherForcing:
     )
 
 
-def build(mesh: Mesh, stage: int, precision: str = "fp32") -> tuple[TeacherForcing, Engine]:
+def build(mesh: Mesh, stage: int, precision: Literal["bf16", "fp32"] = "fp32") -> tuple[TeacherForcing, Engine]:
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
     objective = small_objective(mesh)

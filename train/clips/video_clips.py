@@ -43,7 +43,8 @@ class VideoClips:
         self.autoencoder = folder.load_vae(device=device, dtype=torch.float32).requires_grad_(False)
         self.text_encoder = folder.load_text_encoder(device=device).requires_grad_(False)
         self.lookback = temporal_lookback(folder.vae_config)
-        self.device, self.precision = device, precision
+        self.device = device
+        self.precision: TrainingPrecision = precision
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()

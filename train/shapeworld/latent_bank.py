@@ -107,7 +107,7 @@ class LatentBank:
         self.config = config
         self.chunk_frames = chunk_frames
         self.seed = seed
-        self.precision = precision
+        self.precision: TrainingPrecision = precision
         scale = autoencoder.config.scale_factor_spatial
         frames = config.chunks * chunk_frames
         shape = (config.clips, autoencoder.config.z_dim, frames, pool.height // scale, pool.width // scale)
