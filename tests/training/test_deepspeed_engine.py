@@ -24,6 +24,7 @@ from tests.training.processes import run_in_processes
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
 DECAY = 0.7
 STAGES = (0, 1, 2, 3)
+EnginePrecision = Literal["bf16", "fp32"]
 Steps = tuple[list[dict[str, float]], dict[str, Tensor]]
 """Metrics of every step, and the averaged weights after them."""
 
@@ -40,7 +41,7 @@ def small_objective(mesh: Mesh) -> TeacherForcing:
     )
 
 
-def build(mesh: Mesh, stage: int, precision: Literal["bf16", "fp32"] = "fp32") -> tuple[TeacherForcing, Engine]:
+def build(mesh: Mesh, stage: int, precision: EnginePrecision = "fp32") -> tuple[TeacherForcing, Engine]:
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
 
     objective = small_objective(mesh)
@@ -114,7 +115,8 @@ def resumed(cases: list[tuple[str, int, int]], folder: str) -> list[tuple[dict[s
 def carried(folder: str) -> list[str]:
     """Train at every stage, resume at the next one; return what is not the same there, to the last bit."""
     mesh, wrong = build_mesh(1), []
-    for precision, stages in (("bf16", STAGES[1:]), ("fp32", STAGES)):
+    cases: list[tuple[EnginePrecision, tuple[int, ...]]] = [("bf16", STAGES[1:]), ("fp32", STAGES)]
+    for precision, stages in cases:
         for stage, following in zip(stages, stages[1:] + stages[:1], strict=True):
             _, engine = build(mesh, stage, precision)
             train(engine, mesh, range(2))
