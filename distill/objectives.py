@@ -1,6 +1,6 @@
 """The two losses of distribution matching distillation, one chunk at a time.
 
-The computations without a gradient, which are the roll-out and the estimates of teacher and critic, are done first for
+The computations without a gradient, which are the rollout and the estimates of teacher and critic, are done first for
 a whole clip. Then every chunk has a pass with a gradient of its own, so memory does not grow with the clip, and the
 gradient of a chunk cannot reach another.
 

@@ -53,7 +53,7 @@ class RolloutConfig(Bounded):
 
 @dataclass
 class Rollout:
-    """Result of a roll-out, for each chunk.
+    """Result of a rollout, for each chunk.
 
     latents: [B, C, T, H, W], the clean latents. inputs: [B, C, T, H, W], input of the chunk's last solver step. exits:
     number of that step.
@@ -65,7 +65,7 @@ class Rollout:
 
 
 class SelfForcing:
-    """The student's roll-out, and the last step of every chunk again."""
+    """The student's rollout, and the last step of every chunk again."""
 
     def __init__(
         self,

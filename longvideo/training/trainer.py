@@ -356,6 +356,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
-    """Disable compilation inside the block, because a roll-out has chunks of many shapes and each would be compiled."""
+    """Disable compilation inside the block, because a rollout has chunks of many shapes and each would be compiled."""
     # on a CPU nothing is compiled, and setting a stance would import the compiler
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()

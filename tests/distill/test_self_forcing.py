@@ -1,4 +1,4 @@
-"""The student's roll-out is generation; its gradient stays in one chunk and in one adapter."""
+"""The student's rollout is generation; its gradient stays in one chunk and in one adapter."""
 
 from __future__ import annotations
 
