@@ -11,7 +11,7 @@ from tests import golden
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 50])
-def test_trajectory_agrees_with_the_reference(num_steps: int) -> None:
+def test_a_trajectory_equals_the_reference(num_steps: int) -> None:
     case = {k.split(".", 1)[1]: v for k, v in golden.load("unipc_a").items() if k.split(".", 1)[0] == str(num_steps)}
     solver = UniPC(num_steps)
     assert solver.timesteps == case["timesteps"].int().tolist()

@@ -65,7 +65,7 @@ def test_an_output_beyond_e4m3_saturates() -> None:
     assert torch.equal(got.float(), torch.full(got.shape, E4M3_MAX))
 
 
-def test_a_cpu_is_told_what_it_needs() -> None:
+def test_a_cpu_gets_the_reason() -> None:
     assert unavailable(torch.device("cpu")) == "FP8 attention needs a CUDA GPU, got device 'cpu'"
     with pytest.raises(ValueError, match="no FP8 attention on device 'cpu'.*needs a CUDA GPU"):
         CudnnFP8Attention(batch=1, query_tokens=1, key_tokens=1, heads=1, head_dim=HEAD_DIM, device=torch.device("cpu"))

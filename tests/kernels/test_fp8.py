@@ -100,7 +100,7 @@ def test_product_is_near_that_of_what_was_quantized() -> None:
     assert 0.01 < relative_error(got, x @ weight.t()) < 0.04
 
 
-def test_rows_that_are_none_are_refused() -> None:
+def test_wrong_rows_are_refused() -> None:
     values = torch.zeros(2, 3, 8).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"values \[2, 3, 8\] need scales \[2, 3\]; got \[2, 1\]"):
         FP8Rows(values, torch.ones(2, 1))
@@ -168,7 +168,7 @@ def test_kernel_reads_rows_with_a_stride_and_writes_all_of_its_outputs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_is_quantised_as_torch_computes_it(dtype: torch.dtype, device: str) -> None:
+def test_gelu_is_quantized_as_torch_computes_it(dtype: torch.dtype, device: str) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.fp8 import triton as kernels
 

@@ -162,7 +162,7 @@ def test_nan_spoils_one_sample_only(device: str) -> None:
     assert slots.tensor_scale[:, 0].isnan().tolist() == [[False, False], [False, True]]
 
 
-def test_a_slot_says_what_was_written_into_it(device: str) -> None:
+def test_a_slot_returns_what_was_written_to_it(device: str) -> None:
     """Without rotation, quantized and rebuilt keys and values are near the originals."""
     shape = (1, 6, 2, 64)
     keys, values = (x.to(device) for x in keys_and_values(*shape))

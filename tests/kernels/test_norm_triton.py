@@ -30,7 +30,7 @@ def inputs(dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 @pytest.mark.parametrize("dim", [64, 48])
 @pytest.mark.parametrize("modulated", [True, False])
-def test_kernel_and_definition_agree(dim: int, modulated: bool, device: str) -> None:
+def test_the_kernel_equals_the_definition(dim: int, modulated: bool, device: str) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.norm import triton as kernels
 
@@ -53,7 +53,7 @@ def test_kernel_and_definition_agree(dim: int, modulated: bool, device: str) -> 
 
 
 @pytest.mark.parametrize("dim", [64, 48])
-def test_rounded_rows_agree(dim: int, device: str) -> None:
+def test_rounded_rows_equal_the_definition(dim: int, device: str) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.norm import triton as kernels
 
@@ -82,7 +82,7 @@ def test_a_token_of_zeros_has_scale_one(device: str) -> None:
         assert (scales == 1).all() and (out.float() == 0).all()
 
 
-def test_rms_norm_agrees_with_strided_tokens(device: str) -> None:
+def test_rms_norm_of_strided_tokens_equals_the_definition(device: str) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.norm import triton as kernels
 
@@ -107,7 +107,7 @@ def test_definition_is_what_the_model_does() -> None:
     assert relative_error(out, norm(h).detach()) < 1e-6
 
 
-def test_shapes_that_do_not_agree_are_refused() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.norm import triton as kernels
 

@@ -98,7 +98,7 @@ def test_a_product_on_the_cpu_raises_and_does_not_fall_back() -> None:
 
 @has_scaled_mm
 @without_blackwell
-def test_scaled_mm_says_what_it_lacks() -> None:
+def test_scaled_mm_names_what_is_missing() -> None:
     assert scaled_mm.unavailable(CPU) == "FP4 products need a CUDA GPU, got device 'cpu'"
     reason = scaled_mm.unavailable(CUDA)
     expected = "< 10.0 and so no FP4 units" if torch.cuda.is_available() else "finds no GPU"
@@ -122,7 +122,7 @@ def test_a_torch_without_scaled_mm_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @without_blackwell
-def test_te_says_what_it_lacks_and_building_a_layer_raises_with_it() -> None:
+def test_te_names_what_is_missing_and_building_a_layer_raises_with_it() -> None:
     reason = te.unavailable(CUDA)
     assert reason is not None
     assert "transformer_engine cannot be imported" in reason or "FP4" in reason
@@ -147,7 +147,7 @@ def test_a_half_installed_te_is_a_reason_and_not_a_crash(
     assert f"({error.__name__}: Found empty `transformer-engine` meta package); pip install" in reason
 
 
-def test_te_wants_sizes_that_sixteen_divides() -> None:
+def test_te_needs_sizes_that_are_multiples_of_sixteen() -> None:
     with pytest.raises(ValueError, match="the layer is 24 x 32; expected multiples of 16"):
         te.build_linear(32, 24, bias=False, device=CUDA)
 
@@ -203,7 +203,7 @@ def test_adaptive_rules_become_4over6(rule: Rule, mode: str, recipe_class: Any) 
 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC4, Rule.ADAPTIVE_MAX])
-def test_rules_that_te_does_not_know_raise(rule: Rule) -> None:
+def test_rules_that_te_does_not_have_raise(rule: Rule) -> None:
     with pytest.raises(ValueError, match=f"no rule '{rule.value}'; use one of .*static6.*adaptive.*adaptive-abs"):
         te.recipe(rule, hadamard=False)
 
@@ -255,7 +255,7 @@ def test_a_te_layer_equals_the_reference_and_has_gradients(rule: Rule, hadamard:
 
 
 @pytest.mark.sm100
-def test_a_te_layer_for_training_takes_over_the_parameters_and_rounds_when_told_to() -> None:
+def test_a_te_layer_for_training_shares_the_parameters_and_rounds_on_demand() -> None:
     reason = te.unavailable(CUDA)
     if reason is not None:
         pytest.skip(reason)

@@ -187,7 +187,7 @@ def test_adaptive_error_of_a_group_never_exceeds_that_of_its_own_scaling_to_six(
 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.STATIC4, Rule.ADAPTIVE])
-def test_the_transpose_of_a_tiled_matrix_equals_the_quantised_transpose(rule: Rule) -> None:
+def test_the_transpose_of_a_tiled_matrix_equals_the_quantized_transpose(rule: Rule) -> None:
     x = gaussian(32, 80)
     quantized = reference.quantize(x, rule, tile_rows=GROUP)
     transposed = reference.transpose(quantized)
@@ -345,7 +345,7 @@ def test_written_out_operands_are_exactly_code_times_scale(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("rule", Rule)
 @pytest.mark.parametrize("tile_rows", [1, GROUP])
-def test_quantising_and_writing_out_at_once_changes_no_bit(rule: Rule, tile_rows: int) -> None:
+def test_quantizing_and_writing_out_at_once_changes_no_bit(rule: Rule, tile_rows: int) -> None:
     x = gaussian(32, 48)
     once = reference.quantize_exact(x, rule, tile_rows=tile_rows)
     twice = reference.exact(reference.quantize(x, rule, tile_rows=tile_rows))
@@ -354,7 +354,7 @@ def test_quantising_and_writing_out_at_once_changes_no_bit(rule: Rule, tile_rows
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (37, 21, 192), (8, 48, 1024)])
-def test_products_lie_within_the_accumulation_error_of_float32(shape: tuple[int, int, int]) -> None:
+def test_products_are_within_the_accumulation_error_of_float32(shape: tuple[int, int, int]) -> None:
     rows, columns, depth = shape
     a = reference.quantize(gaussian(rows, depth), Rule.ADAPTIVE)
     b = reference.quantize(gaussian(columns, depth, seed=1), Rule.STATIC6)
@@ -389,7 +389,7 @@ def test_mxfp4_is_idempotent_and_coarser_than_nvfp4() -> None:
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
 
 
-def test_mxfp4_keeps_zeros_and_wants_groups_of_thirty_two() -> None:
+def test_mxfp4_keeps_zeros_and_needs_groups_of_thirty_two() -> None:
     assert torch.equal(reference.quantize_dequantize_mxfp4(torch.zeros(2, 32)), torch.zeros(2, 32))
     with pytest.raises(ValueError, match=r"\[2, 48\]; expected a last dimension that is a multiple of 32"):
         reference.quantize_dequantize_mxfp4(torch.zeros(2, 48))

@@ -308,7 +308,7 @@ def test_random_bits_belong_to_elements_and_seeds(device: str) -> None:
 
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gelu_is_quantised_as_torch_computes_it(rule: Rule, dtype: torch.dtype, device: str) -> None:
+def test_gelu_is_quantized_as_torch_computes_it(rule: Rule, dtype: torch.dtype, device: str) -> None:
     h = (random_tensor(ROWS, 160) * 4).to(dtype)
     expected = reference.quantize(F.gelu(h.float(), approximate="tanh").to(dtype), rule)
     got = kernels.gelu_tanh_quantize(h.to(device), rule, block_groups=GROUPS)
@@ -325,7 +325,7 @@ def test_gelu_of_large_numbers_is_finite(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dim", [64, 176])
-def test_modulated_layer_norm_is_quantised_as_torch_computes_it(
+def test_modulated_layer_norm_is_quantized_as_torch_computes_it(
     dtype: torch.dtype, per_token: bool, dim: int, device: str
 ) -> None:
     batch, frames, tokens = 2, 2, 5
@@ -384,7 +384,7 @@ def test_product_on_fp4_units_is_the_defined_one(shape: tuple[int, int, int]) ->
     torch.testing.assert_close(got, reference.matmul(a, b), rtol=1e-5, atol=1e-4)
 
 
-def test_what_cannot_be_quantised_is_refused(device: str) -> None:
+def test_what_cannot_be_quantized_is_refused(device: str) -> None:
     x = normal().to(device)
     with pytest.raises(ValueError, match="a multiple of 16"):
         kernels.quantize(x[:, :-1].contiguous())
@@ -437,7 +437,7 @@ def _on_cpu(quantized: NVFP4Tensor) -> NVFP4Tensor:
     return _on(quantized, "cpu")
 
 
-def test_scales_lie_in_memory_of_their_own(device: str) -> None:
+def test_scales_have_memory_of_their_own(device: str) -> None:
     """Compiled code assumes that the results of an operator are aligned."""
     x = normal().to(device)
     for result in (kernels.quantize(x), kernels.quantize_across(x, Rule.ADAPTIVE)):

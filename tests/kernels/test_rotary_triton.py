@@ -44,7 +44,7 @@ def outputs(heads: int, head_dim: int, device: str, dtype: torch.dtype) -> tuple
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 32), (3, 16)])
 @pytest.mark.parametrize("slot", [0, 2])
-def test_kernel_and_definition_agree(heads: int, head_dim: int, slot: int, device: str) -> None:
+def test_the_kernel_equals_the_definition(heads: int, head_dim: int, slot: int, device: str) -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.rotary import triton as kernels
 
@@ -77,7 +77,7 @@ def test_definition_is_what_the_model_does() -> None:
     assert torch.equal(values[:, 1], v.float())
 
 
-def test_shapes_that_do_not_agree_are_refused() -> None:
+def test_shapes_that_do_not_match_are_refused() -> None:
     pytest.importorskip("triton")
     from longvideo.kernels.rotary import triton as kernels
 

@@ -13,7 +13,7 @@ from tests import golden
 
 @pytest.mark.parametrize("name", ["window", "multishot"])
 @torch.no_grad()
-def test_rollout_agrees_with_the_reference(name: str) -> None:
+def test_a_rollout_equals_the_reference(name: str) -> None:
     facts, case, model = golden.sizes()["rollouts"][name], golden.load(f"rollout_a_{name}"), golden.model()
     spec = golden.spec(multi_shot=facts["multi_shot"])
     config = model.config
@@ -39,7 +39,7 @@ def test_rollout_agrees_with_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["teacher_forcing", "block_causal"])
 @torch.no_grad()
-def test_training_pass_agrees_with_the_reference(name: str) -> None:
+def test_a_training_pass_equals_the_reference(name: str) -> None:
     case, model, spec = golden.load("training_a"), golden.model(), golden.spec()
     clean, noisy = case["clean"].unsqueeze(0), case["noisy"].unsqueeze(0)
     sigma = case["timestep"].unsqueeze(0) / 1000

@@ -223,7 +223,7 @@ def test_no_gradient_through_the_cache() -> None:
 
 @pytest.mark.parametrize("per_token", [False, True])
 @torch.no_grad()
-def test_agrees_with_diffusers(per_token: bool) -> None:
+def test_the_model_equals_that_of_diffusers(per_token: bool) -> None:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     from longvideo.checkpoint.names import to_official

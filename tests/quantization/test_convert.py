@@ -66,7 +66,7 @@ def test_inputs_are_rounded_once_by_what_comes_before_and_only_for_packed_layers
 
 
 @pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
-def test_quantised_velocity_is_near_the_exact_one(rule: Rule) -> None:
+def test_quantized_velocity_is_near_the_exact_one(rule: Rule) -> None:
     model = small.model()
     exact = small.velocity(model)
     quantize_layers(model, rule)
@@ -163,7 +163,7 @@ def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert not (tmp_path / "x").exists()
 
 
-def test_the_backend_that_can_run_is_chosen_and_the_other_says_what_is_missing() -> None:
+def test_the_backend_that_can_run_is_chosen_and_the_other_gives_the_reason() -> None:
     assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
     with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
         choose_w4a4(CPU, backend="torch")
@@ -190,7 +190,7 @@ def test_training_layers_take_over_the_parameters() -> None:
     assert relative_error(small.velocity(model), exact) > 1e-3
 
 
-def test_a_training_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_backend_that_cannot_run_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the backend te cannot run on cpu: "):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
     with pytest.raises(ValueError, match="expected te or emulated"):

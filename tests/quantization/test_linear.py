@@ -26,7 +26,7 @@ def inputs(rows: int = 20, width: int = 48) -> Tensor:
     return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(1))
 
 
-def test_w4a16_multiplies_by_the_dequantised_weight() -> None:
+def test_w4a16_multiplies_by_the_dequantized_weight() -> None:
     layer = linear()
     packed = NVFP4Linear.from_linear(layer)
     packed.set_product(W4A16(CPU))
@@ -35,7 +35,7 @@ def test_w4a16_multiplies_by_the_dequantised_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) -> None:
+def test_w4a4_is_the_product_of_both_dequantized_operands(dtype: torch.dtype) -> None:
     layer, x = linear(dtype=dtype), inputs().to(dtype)
     packed = NVFP4Linear.from_linear(layer)
     packed.set_product(EmulatedW4A4(CPU))
@@ -52,7 +52,7 @@ def test_w4a4_is_the_product_of_both_dequantised_operands(dtype: torch.dtype) ->
         torch.testing.assert_close(reference.matmul(quantized_x, quantized_w, layer.bias), packed(x))
 
 
-def test_the_gradient_of_the_input_is_that_of_the_dequantised_weight() -> None:
+def test_the_gradient_of_the_input_is_that_of_the_dequantized_weight() -> None:
     packed = NVFP4Linear.from_linear(linear())
     for product in (W4A16(CPU), EmulatedW4A4(CPU)):
         packed.set_product(product)

@@ -123,7 +123,7 @@ def test_what_values_have_in_common_survives_attention_in_fp8() -> None:
     assert relative_error(got, expected) < 2e-3
 
 
-def test_a_second_video_knows_nothing_of_the_first() -> None:
+def test_a_second_video_does_not_depend_on_the_first() -> None:
     model = transformer("bf16", "cpu", torch.float32)
     streaming = StreamingTransformer(model, SPEC, batch=1, kv_cache="nvfp4")
     streaming.warm_up()

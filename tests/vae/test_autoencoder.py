@@ -178,7 +178,7 @@ def test_gradients_equal_diffusers() -> None:
 
 
 @torch.no_grad()
-def test_states_lie_channels_last_from_the_first_frame_on() -> None:
+def test_states_are_channels_last_from_the_first_frame_on() -> None:
     _, encoder_state = ours().encode(video(1, batch=1))
     _, decoder_state = ours().decode(latents(1, batch=1))
     for tensor in (*encoder_state, *decoder_state):
