@@ -154,8 +154,8 @@ def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert transformer["num_bytes"] < 7 * 2**20
     for arguments, message in (
         (["quantize", "tiny", str(target)], "exists"),
-        (["quantize", str(target), str(tmp_path / "twice")], "packed already"),
-        (["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"], "unknown"),
+        (["quantize", str(target), str(tmp_path / "twice")], "has packed 4-bit weights"),
+        (["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"], "'adaptiv' is not a scaling rule"),
         (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "matches no linear layer"),
     ):
         assert main(arguments) == 2

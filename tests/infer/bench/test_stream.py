@@ -97,7 +97,7 @@ def test_the_command_writes_what_it_shows(
         (["--preset", "wan", "--device", "cpu"], "--preset is 'wan'; expected one of"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "700x1280", "--device", "cpu"],
-            "do not divide into 32-pixel patches",
+            "height=700, width=1280; expected multiples of 32",
         ),
         (["--device", "cpu", "--decode-share", "0.5"], "cpu both denoises and decodes"),
         (["--device", "cuda:9"], "device 'cuda:9' does not exist: this machine has"),
