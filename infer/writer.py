@@ -38,7 +38,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
         raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(CONTAINERS)}")
-    check_target(path, overwrite=overwrite, remedy="pass --overwrite")
+    check_target(path, overwrite=overwrite)
     if path.exists():
         with path.open("r+b") as file:
             _lock(file.fileno(), path)

@@ -131,11 +131,11 @@ def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) ->
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --overwrite") -> None:
+def check_target(path: Path, *, overwrite: bool = True) -> None:
     """Raise WriteError for a target that `write_file` could not write, before the work; nothing on the disk changes.
 
     Refused are a name that is too long, a missing or read-only folder, a link to a missing file, a folder, a device, a
-    pipe, and an existing file unless `overwrite`. remedy: for an existing file, how to replace it.
+    pipe, and an existing file unless `overwrite`.
     """
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise WriteError(f"cannot write {path}: its name has more than {MAX_NAME_BYTES} bytes; choose a shorter name")
@@ -149,7 +149,7 @@ def check_target(path: Path, *, overwrite: bool = True, remedy: str = "add --ove
             kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
             raise WriteError(f"cannot write {path}: it is {kind}; choose another name")
         if path.exists() and not overwrite:
-            raise WriteError(f"{path} exists; choose another name or {remedy}")
+            raise WriteError(f"{path} exists; choose another name or add --overwrite")
         with tempfile.TemporaryFile(dir=folder):
             pass
         if path.exists():

@@ -9,6 +9,7 @@ import torch
 
 from longvideo.errors import UserError
 from longvideo.infer.options import shown
+from longvideo.machine.devices import pick_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,34 +68,6 @@ class Placement:
     def decode_dtype(self) -> torch.dtype:
         """Data type of the autoencoder."""
         return self.dtype or pick_dtype(self.decode_device)
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return a device of this machine; None chooses CUDA if there is a GPU, else the CPU.
-
-    Raises UserError for a device that does not exist.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = named_device(device)
-    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        remedy = f"use cpu or one of cuda:0 to cuda:{count - 1}" if count else "use cpu"
-        raise UserError(f"device {str(device)!r} does not exist: this machine has {count} CUDA devices; {remedy}")
-    return result
-
-
-def named_device(device: str | torch.device) -> torch.device:
-    """Return a CPU or CUDA device by its name, whether or not it exists. Raises UserError for any other name."""
-    if not isinstance(device, str | torch.device):
-        raise UserError(f"device is {shown(device)}; use cpu, cuda or cuda:N")
-    try:
-        result = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"{shown(str(device))} is not a device; use cpu, cuda or cuda:N") from error
-    if result.type not in ("cpu", "cuda"):
-        raise UserError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
-    return result
 
 
 def numbered(device: torch.device) -> torch.device:

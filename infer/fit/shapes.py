@@ -58,7 +58,7 @@ def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_fram
     do not divide.
     """
     if name not in PRESETS:
-        raise UserError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
+        raise UserError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
     if name == "tiny":
         folder = ModelFolder.open("tiny")
         own = folder.settings

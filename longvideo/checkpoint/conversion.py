@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NVFP4, LORA = "nvfp4", "lora"
-REMEDY = "choose another destination"
+REMEDY = "choose another name"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ConversionOptions:
         if self.target not in TARGETS:
             raise UserError(f"target {self.target!r} is not a format; use one of {', '.join((*TARGETS, LORA))}")
         if self.precision not in (None, *DTYPES, NVFP4):
-            raise UserError(f"precision {self.precision!r} is not supported; use one of {', '.join((*DTYPES, NVFP4))}")
+            raise UserError(f"precision is {self.precision!r}; expected one of {', '.join((*DTYPES, NVFP4))}")
         if self.rule not in [rule.value for rule in Rule]:
             raise UserError(f"rule {self.rule!r} is not a scaling rule; use one of {', '.join(x.value for x in Rule)}")
 
@@ -176,7 +176,7 @@ def _check_destination(path: Path, suffixes: tuple[str, ...], *, overwrite: bool
     if not path.exists():
         return path
     if not overwrite:
-        raise UserError(f"{path} exists; choose another destination or add --overwrite")
+        raise UserError(f"{path} exists; choose another name or add --overwrite")
     if path.is_file() != bool(suffixes):
         expected = "file" if suffixes else "folder"
         raise UserError(f"{path} is not a {expected}, as this format is, and is not replaced; {REMEDY}")

@@ -300,7 +300,7 @@ class ModelFolder:
 def _settings(stored: StoredModel, base_model: ModelFolder | None, preset: str | None) -> ModelSettings:
     if preset is not None:
         if preset not in PRESETS:
-            raise ConfigError(f"preset {preset!r} does not exist; use one of {', '.join(PRESETS)}")
+            raise ConfigError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[preset]
     if stored.settings is not None:
         return stored.settings

@@ -36,7 +36,7 @@ def kernels(preset: Preset = None, device: Device = None, out: Output = None) ->
     from rich.table import Table
 
     from longvideo.infer.bench.kernels import time_kernels
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.devices import pick_device
     from longvideo.machine.host import machine
 
     check_outputs(out)
@@ -80,7 +80,7 @@ def step(preset: Preset = None, device: Device = None, out: Output = None) -> No
     from rich.table import Table
 
     from longvideo.infer.bench.step import time_steps
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.devices import pick_device
     from longvideo.machine.host import machine
 
     check_outputs(out)
@@ -118,7 +118,7 @@ def load(preset: Preset = None, device: Device = None, out: Output = None) -> No
     from dataclasses import asdict
 
     from longvideo.infer.bench.loading import time_loading
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.devices import pick_device
     from longvideo.machine.host import machine
 
     check_outputs(out)
@@ -158,7 +158,7 @@ def encode(
     import torch
 
     from longvideo.infer.bench.encoding import time_encoding
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.devices import pick_device
     from longvideo.machine.host import machine
 
     check_outputs(out)

@@ -27,7 +27,6 @@ HELP = "Create, check, import and encode data sets, which are videos with a mani
 
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
-MAX_SECONDS = 3600.0
 SIZE_STEP = 16
 BAD_CLIPS, BAD_SHARE = 10, 0.01
 """Default of --max-bad: this number of clips, or this share of all clips if it is larger."""
@@ -65,10 +64,12 @@ def shapeworld(
 
     Example: `longvideo data shapeworld --out shapes --clips 100 --seconds 8 --shots 2`
     """
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.script import check_seconds
     from longvideo.shapeworld.dataset import chunks_for
 
-    if not 0 < seconds <= MAX_SECONDS:
-        raise UserError(f"--seconds is {seconds:g}; use more than 0 and at most {MAX_SECONDS:g}")
+    SamplingOptions(seed=seed)
+    check_seconds(seconds, "each video")
     for name, value in (("--height", height), ("--width", width)):
         if value % SIZE_STEP:
             nearest = value // SIZE_STEP * SIZE_STEP
@@ -218,7 +219,7 @@ def encode(
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.encoding import open_output, plan_encoding
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.machine.devices import pick_device
 
     share, shares = _parse_share(shard_of)
     where = pick_device(device)
@@ -352,4 +353,4 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; use a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output {folder} is not empty; use another folder or add --overwrite")
+        raise UserError(f"--output {folder} is not empty; choose another name or add --overwrite")

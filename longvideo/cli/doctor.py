@@ -68,8 +68,8 @@ def doctor(
 
     The exit code is 1 if a check fails or a model does not fit into the GPUs of this machine, else 0.
     """
-    from longvideo.infer.fit.placement import pick_device
     from longvideo.infer.fit.refusal import cuda_devices
+    from longvideo.machine.devices import pick_device
     from longvideo.quantization.number_formats import NumberFormats
 
     formats = NumberFormats.parse(precision, kv_cache, attention)
@@ -126,14 +126,17 @@ def _open(choice: ModelChoice) -> ModelFolder:
     """Open a model without downloading it. Raises UserError for one that is not on this machine."""
     for name in (choice.name, choice.base or ""):
         if "/" in name and not Path(name).expanduser().exists():
-            raise UserError(f"no model at {name}; doctor downloads nothing; use a local model, or --preset for shapes")
+            raise UserError(
+                f"there is no folder or file {name!r}; use a local model (doctor downloads nothing) or --preset"
+            )
     return choice.open()
 
 
 def _placement(device: str | None, decode_device: str | None, decode_share: float | None) -> Placement:
     """Return a placement on devices of this machine; if it has no GPU, on devices of a machine with GPUs."""
-    from longvideo.infer.fit.placement import Placement, named_device
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.refusal import cuda_devices
+    from longvideo.machine.devices import named_device
 
     if cuda_devices():
         return Placement.choose(device, decode_device, decode_share)

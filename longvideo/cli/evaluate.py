@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that the measurements use.")
 
-MAX_SECONDS = 3600.0
 LEAST_SHOT_SECONDS = 1.5
 SHOWN_SWITCHES = 6
 """Switches of each mode that `switches.png` shows."""
@@ -42,7 +41,7 @@ def judge(
     num: Annotated[
         int, typer.Option(min=1, help="Number of scenes, alternately of the training and the held-out split.")
     ] = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
     out: Annotated[
         Path | None, typer.Option(*OUTPUT, help="Write the JSON to this file instead of standard output.")
     ] = None,
@@ -57,7 +56,9 @@ def judge(
     from rich.console import Console
 
     from longvideo.evaluation.accuracy import measure_judge
+    from longvideo.infer.options import SamplingOptions
 
+    SamplingOptions(seed=seed)
     if out is not None:
         check_target(out)
     console = Console(stderr=True)
@@ -92,7 +93,7 @@ def shapeworld(
     shots: Annotated[
         int, typer.Option(min=1, help="Shots in each video; each has its own prompt and begins with a cut.")
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and the noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's own]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's own]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos generated together; more is faster on a GPU.")] = 1,
@@ -119,13 +120,12 @@ def shapeworld(
     from rich.console import Console
 
     from longvideo.evaluation.shapeworld import build_tasks, evaluate_videos
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.script import check_seconds
 
     check_results_folder(out, overwrite=overwrite)
-    if not 0 < seconds * shots <= MAX_SECONDS:
-        raise UserError(
-            f"--shots {shots} of --seconds {seconds:g} are {seconds * shots:g} s in all; use more than 0 s and at most"
-            f" {MAX_SECONDS:g} s"
-        )
+    SamplingOptions(steps, guidance, seed)
+    check_seconds(seconds * shots, "each video")
     if seconds < LEAST_SHOT_SECONDS and shots > 1:
         raise UserError(
             f"--seconds {seconds:g} is too short for a shot between cuts; use at least {LEAST_SHOT_SECONDS:g}"
@@ -168,7 +168,7 @@ def switches(
         typer.Option(help="`keep`, `recache` or `cut`; repeat the option for more.  [default: all three]"),
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Number of prompt switches in each mode.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes and the noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's own]")] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and pictures.")] = Path("runs/switches"),
@@ -188,9 +188,11 @@ def switches(
 
     from longvideo.evaluation.sheet import film_strip, spaced_indices, write_picture
     from longvideo.evaluation.switches import build_switches, summarize_switches
+    from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import MODES
 
+    SamplingOptions(steps, seed=seed)
     names = mode or list(MODES)
     modes: list[SwitchMode] = [known for known in MODES if known in names]
     if change not in ("color", "scene"):
@@ -251,7 +253,7 @@ def quantization(
         str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id. It must not be packed.")
     ] = "tiny",
     device: Device = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic tensors and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic tensors and the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(*OUTPUT, help="Also write the numbers to this JSON file.")] = None,
 ) -> None:
     """Measure the error of 4-bit formats, and the noise that they add to each layer's output.
@@ -269,8 +271,10 @@ def quantization(
     from longvideo.evaluation.quantization import as_markdown, measure_quantization
     from longvideo.evaluation.showcase import PROMPTS
     from longvideo.flow.unipc import UniPC
-    from longvideo.infer.fit.placement import pick_device
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.machine.devices import pick_device
 
+    SamplingOptions(seed=seed)
     if out is not None:
         check_target(out)
     folder, where = ModelFolder.open(model), pick_device(device)

@@ -37,7 +37,7 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output {folder} is a file; use a folder")
     results = folder / "results.json"
     if results.exists() and not overwrite:
-        raise UserError(f"--output {folder} already contains results.json; use another folder or add --overwrite")
+        raise UserError(f"--output {folder} already contains results.json; choose another name or add --overwrite")
     check_target_below(results, overwrite=overwrite)
 
 

@@ -23,7 +23,7 @@ def sheet(
     seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 5.0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's own]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's own]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every clip.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, the same for every clip.")] = 0,
     device: Device = None,
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
@@ -46,9 +46,12 @@ def sheet(
     from rich.console import Console
 
     from longvideo.evaluation.showcase import PROMPTS, write_showcase
+    from longvideo.infer.options import SamplingOptions
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.script import check_prompt
+    from longvideo.infer.script import check_prompt, check_seconds
 
+    SamplingOptions(steps, guidance, seed)
+    check_seconds(seconds, "each video")
     warn_of_missing_quotes(prompts or [], command="longvideo eval sheet")
     shown = list(prompts or PROMPTS)
     for prompt in shown:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from longvideo.errors import UserError
+
+PRECISIONS = ("bf16", "nvfp4")
 
 
 def merge(
@@ -20,8 +22,7 @@ def merge(
         typer.Option(help="Whether the merged model runs a clean pass after each chunk.  [default: as MODEL]"),
     ] = None,
     precision: Annotated[
-        Literal["bf16", "nvfp4"],
-        typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits."),
+        str, typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits.")
     ] = "bf16",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
@@ -32,10 +33,13 @@ def merge(
 
     `longvideo merge tiny runs/dmd/lora merged`
     """
-    if steps < 1:
-        raise UserError(f"--steps is {steps}; expected a number of at least 1")
+    from longvideo.infer.options import SamplingOptions
+
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    SamplingOptions(steps)
     if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists; choose another folder or add --overwrite")
+        raise UserError(f"{destination} exists; choose another name or add --overwrite")
     from longvideo.checkpoint.adapters import Adapter, layer_sizes
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.modules import OnMeta

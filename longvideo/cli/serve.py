@@ -25,6 +25,7 @@ from longvideo.cli.model_options import (
 from longvideo.machine.packages import require
 
 if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.quantization.number_formats import NumberFormats
@@ -108,18 +109,20 @@ def serve(
         public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
-    with listen(host, port) as socket, served_folder(folder):
+    placement = Placement.choose(device, decode_device, decode_share)
+    with listen(host, port) as socket:
         print("loading", file=sys.stderr)
-        placement = Placement.choose(device, decode_device, decode_share)
-        pipeline = _load(ModelChoice(model, base, preset, entry), placement, formats)
-        print(pipeline.start_line(), file=sys.stderr)
-        server = VideoServer(pipeline, settings)
-        url_host = f"[{host}]" if ":" in host else host
-        print(f"longvideo serves {settings.model} on http://{url_host}:{socket.getsockname()[1]}", flush=True)
-        server.run([socket])
+        model_folder = ModelChoice(model, base, preset, entry).open()
+        with served_folder(folder):
+            pipeline = _load(model_folder, placement, formats)
+            print(pipeline.start_line(), file=sys.stderr)
+            server = VideoServer(pipeline, settings)
+            url_host = f"[{host}]" if ":" in host else host
+            print(f"longvideo serves {settings.model} on http://{url_host}:{socket.getsockname()[1]}", flush=True)
+            server.run([socket])
 
 
-def _load(choice: ModelChoice, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
+def _load(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
     import warnings
 
     from longvideo.infer.host_memory import release_large_blocks
@@ -128,6 +131,6 @@ def _load(choice: ModelChoice, placement: Placement, formats: NumberFormats) -> 
     # clients receive the warning about unknown words; the log of the server does not need it
     warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
     release_large_blocks()
-    pipeline = StreamingPipeline.load(choice.open(), placement, formats=formats)
+    pipeline = StreamingPipeline.load(folder, placement, formats=formats)
     pipeline.warm_up()
     return pipeline

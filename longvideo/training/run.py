@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from longvideo.config.loading import to_yaml
 from longvideo.distributed import Mesh, ParallelConfig, build_mesh, start_processes
-from longvideo.errors import ConfigError
 from longvideo.kernels.attention.sdpa import preferred_attention
+from longvideo.machine.devices import pick_device
 from longvideo.machine.launcher import launched, process_rank
 from longvideo.machine.packages import require
 from longvideo.training.engine import Engine, LocalEngine
@@ -81,17 +81,12 @@ def run(config: Any, options: RunOptions, build: BuildRecipe, *, build_engine: B
 def choose_device(name: str | None) -> torch.device:
     """Return the device of this process and set it up in torch.
 
-    name: a torch device; by default the GPU of this process if there is one. Raises ConfigError for another name, and
-    where torch finds no CUDA device.
+    name: a torch device; by default the GPU of this process if there is one. Raises UserError for a device that does
+    not exist.
     """
-    try:
-        own = f"cuda:{process_rank().local_rank}"
-        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is not a device; use cuda, cuda:N or cpu") from error
+    own = f"cuda:{process_rank().local_rank}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(name or own)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"--device is {name}, but torch finds no CUDA device; use --device cpu")
         if launched():
             # the optimizer needs one piece of memory as large as all weights, which a fragmented heap does not have
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

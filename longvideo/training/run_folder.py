@@ -69,7 +69,7 @@ def describe_model(folder: Path) -> list[str]:
 
 def _check_resume(folder: Path, resume: ResumeChoice) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; expected a folder; use another name")
+        raise ConfigError(f"--output {folder} is a file; expected a folder; use another name")
     holds = [name for name in (CHECKPOINTS, MODEL, METRICS_FILE) if (folder / name).exists()]
     if resume == "never" and holds:
         raise ConfigError(f"{folder} already holds a run ({', '.join(holds)}); use --resume auto or another --out")

@@ -128,7 +128,7 @@ def test_what_a_format_cannot_store_is_refused(tmp_path: Path) -> None:
         convert_model(model, tmp_path / "wan", ConversionOptions("official"))
     with pytest.raises(UserError, match="is not a format; use one of longvideo, diffusers"):
         ConversionOptions("wan")
-    with pytest.raises(UserError, match="precision 'fp4' is not supported"):
+    with pytest.raises(UserError, match="precision is 'fp4'; expected one of"):
         ConversionOptions(precision="fp4")
     vae_only = ModelFolder.save(tmp_path / "vae", settings=small.SETTINGS, vae=small.vae())
     with pytest.raises(CheckpointError, match="has no transformer"):
@@ -157,7 +157,7 @@ def test_what_killed_conversions_left_is_removed(ours: ModelFolder, tmp_path: Pa
 
 def test_a_destination_that_exists_is_only_replaced_with_overwrite(ours: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
-    with pytest.raises(UserError, match="exists; choose another destination or add --overwrite"):
+    with pytest.raises(UserError, match="exists; choose another name or add --overwrite"):
         convert_model(ours, tmp_path / "result", ConversionOptions())
     convert_model(ours, tmp_path / "result", ConversionOptions(), overwrite=True)
     assert ModelFolder.open(tmp_path / "result").parts == ours.parts

@@ -84,3 +84,170 @@ def completions(line: str) -> list[str]:
 )
 def test_bash_completes_commands_options_and_their_values(line: str, expected: list[str]) -> None:
     assert completions(line) == expected
+
+
+MISTAKES: dict[str, tuple[str, list[str]]] = {
+    "a model that does not exist": (
+        "there is no folder or file 'runs/none'; for a model on the Hugging Face hub use hf:runs/none",
+        [
+            "generate a --model runs/none",
+            "serve --model runs/none --port 0",
+            "info runs/none",
+            "convert runs/none new",
+            "quantize runs/none new",
+            "merge runs/none lora new",
+            "convert tiny new --base runs/none",
+            "eval shapeworld --model runs/none",
+            "eval switches --model runs/none",
+            "eval sheet --model runs/none",
+            "data encode old.jsonl --model runs/none -o new",
+            "bench stream --model runs/none",
+            "train ar cpu/ar initialize=runs/none -o new",
+            "distill cpu/dmd model=runs/none -o new",
+        ],
+    ),
+    "a target that exists": (
+        "choose another name or add --overwrite",
+        [
+            "generate a -o old.mp4",
+            "convert tiny old",
+            "quantize tiny old",
+            "merge tiny lora old",
+            "data shapeworld --clips 1 -o old",
+            "data import-longlive old -o old.jsonl",
+            "eval shapeworld -o old",
+            "eval switches -o old",
+            "eval sheet -o old --name old",
+        ],
+    ),
+    "a name that is not a device": (
+        "'foo' is not a device; use cpu, cuda or cuda:N",
+        [
+            "generate a --device foo -o new.mp4",
+            "generate a --decode-device foo -o new.mp4",
+            "serve --device foo --port 0",
+            "doctor --device foo",
+            "doctor --model tiny --decode-device foo",
+            "eval shapeworld --device foo",
+            "eval switches --device foo",
+            "eval sheet --device foo",
+            "eval quantization --device foo",
+            "data encode old.jsonl --model tiny -o new --device foo",
+            "bench kernels --device foo",
+            "bench step --device foo",
+            "bench load --device foo",
+            "bench encode --device foo",
+            "bench stream --device foo",
+            "train vae cpu/vae -o new --device foo",
+            "train ar cpu/ar -o new --device foo",
+            "distill cpu/dmd -o new --device foo",
+        ],
+    ),
+    "a device that does not exist": (
+        "device 'cuda:63' does not exist: this machine has",
+        [
+            "generate a --device cuda:63 -o new.mp4",
+            "serve --device cuda:63 --port 0",
+            "doctor --device cuda:63",
+            "eval switches --device cuda:63",
+            "data encode old.jsonl --model tiny -o new --device cuda:63",
+            "bench kernels --device cuda:63",
+            "train vae cpu/vae -o new --device cuda:63",
+            "distill cpu/dmd -o new --device cuda:63",
+        ],
+    ),
+    "an unknown precision": (
+        "precision is 'int4'; expected one of bf16, ",
+        [
+            "generate a --precision int4 -o new.mp4",
+            "serve --precision int4 --port 0",
+            "doctor --precision int4",
+            "eval shapeworld --precision int4",
+            "eval sheet --precision int4",
+            "bench stream --precision int4",
+            "bench parallel --precision int4",
+            "convert tiny new --precision int4",
+            "merge tiny lora new --precision int4",
+        ],
+    ),
+    "an unknown preset": (
+        "preset is 'foo'; expected one of wan2.2-ti2v-5b, ",
+        [
+            "generate a --preset foo -o new.mp4",
+            "serve --preset foo --port 0",
+            "info tiny --preset foo",
+            "convert tiny new --preset foo",
+            "doctor --preset foo",
+            "bench kernels --preset foo",
+            "bench stream --preset foo",
+        ],
+    ),
+    "a negative seed": (
+        "seed is -1; expected a whole number from 0 to 9223372036854775807",
+        [
+            "generate a --seed -1 -o new.mp4",
+            "eval judge --seed -1",
+            "eval shapeworld --seed -1",
+            "eval switches --seed -1",
+            "eval sheet --seed -1",
+            "eval quantization --seed -1",
+            "data shapeworld --seed -1 --clips 1 -o new",
+        ],
+    ),
+    "no solver steps": (
+        "steps is 0; expected a whole number from 1 to 1000",
+        [
+            "generate a --steps 0 -o new.mp4",
+            "eval shapeworld --steps 0",
+            "eval switches --steps 0",
+            "eval sheet --steps 0",
+            "bench stream --steps 0",
+            "merge tiny lora new --steps 0",
+        ],
+    ),
+    "a video without length": (
+        "seconds is 0; expected a number above 0 and at most 86400 (24 h)",
+        [
+            "generate a --seconds 0 -o new.mp4",
+            "eval shapeworld --seconds 0",
+            "eval sheet --seconds 0",
+            "data shapeworld --seconds 0 --clips 1 -o new",
+        ],
+    ),
+    "negative guidance": (
+        "guidance is -1; expected a number from 0 to 50",
+        [
+            "generate a --guidance -1 -o new.mp4",
+            "eval shapeworld --guidance -1",
+            "eval sheet --guidance -1",
+            "bench stream --guidance -1",
+            "doctor --model tiny --guidance -1",
+        ],
+    ),
+}
+"""What a user does wrong, the part of the message that must be the same, and commands in which it can be done."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder, with an older target of every command and an empty adapter."""
+    for name in ("old", "lora"):
+        (tmp_path / name).mkdir()
+    for name in ("old.mp4", "old.jsonl", "old/results.json", "old/old.png"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("remedy", "line"),
+    [pytest.param(text, line, id=f"{name}: {line}") for name, (text, lines) in MISTAKES.items() for line in lines],
+)
+def test_the_same_mistake_has_the_same_remedy_in_every_command(
+    folder: Path, remedy: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and remedy in error
+    assert sorted(folder.rglob("*")) == before, "a refused command left files"

@@ -41,9 +41,9 @@ def test_videos_and_manifest_equal_the_scripts(folder: Path) -> None:
     ("options", "message"),
     [
         (["--clips", "0"], "--clips"),
-        (["--clips", "1", "--seconds", "0"], "--seconds is 0; use more than 0"),
-        (["--clips", "1", "--seconds", "nan"], "--seconds is nan"),
-        (["--clips", "1", "--seconds", "1e9"], "at most 3600"),
+        (["--clips", "1", "--seconds", "0"], "seconds is 0; expected a number above 0"),
+        (["--clips", "1", "--seconds", "nan"], "seconds is nan"),
+        (["--clips", "1", "--seconds", "1e9"], "at most 86400"),
         (["--clips", "1", "--shots", "9"], "--shots 9 is more than the"),
         (["--clips", "1", "--height", "100"], "--height is 100, expected a multiple of 16; use 96"),
         (["--clips", "1", "--width", "96"], "less than --height"),
@@ -63,7 +63,7 @@ def test_an_existing_folder_is_kept_without_overwrite(folder: Path, capsys: pyte
     before = (folder / "manifest.jsonl").read_bytes()
     options = ["--clips", "1", "--seconds", "1", "--height", "32", "--width", "64"]
     assert main(["data", "shapeworld", "--out", str(folder), *options]) == 2
-    assert "not empty; use another folder or add --overwrite" in capsys.readouterr().err
+    assert "not empty; choose another name or add --overwrite" in capsys.readouterr().err
     assert (folder / "manifest.jsonl").read_bytes() == before
     other = folder.parent / "other"
     for _ in range(2):

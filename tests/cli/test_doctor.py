@@ -267,9 +267,12 @@ def test_a_cpu_is_not_estimated(doctor_json: DoctorJson, capsys: pytest.CaptureF
     ("options", "message"),
     [
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
-        (["--preset", "wan"], "--preset is 'wan'; expected one of wan2.2-ti2v-5b, tiny"),
+        (["--preset", "wan"], "preset is 'wan'; expected one of wan2.2-ti2v-5b, tiny"),
         (["--model", "tin"], "no model 'tin'"),
-        (["--model", "Wan-AI/Wan2.2"], "no model at Wan-AI/Wan2.2; doctor downloads nothing"),
+        (
+            ["--model", "Wan-AI/Wan2.2"],
+            "there is no folder or file 'Wan-AI/Wan2.2'; use a local model (doctor downloads nothing)",
+        ),
         (["--model", "tiny", "--precision", "fp4"], "precision is 'fp4'; expected one of"),
         (["--model", "tiny", "--kv-cache", "fp8"], "kv_cache is 'fp8'; expected one of"),
         (["--model", "tiny", "--attention", "fp4"], "attention is 'fp4'; expected one of"),

@@ -136,7 +136,7 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
         (["vae", "--max-minutes", "0"], "--max-minutes is 0; expected a number above 0"),
         (["vae", "--resume", "maybe"], "'maybe' is not one of 'auto', 'never'"),
         (["clips", "tiny/ar"], "unknown key 'vae'"),
-        (["vae", "--device", "abacus"], "--device 'abacus' is not a device; use cuda, cuda:N or cpu"),
+        (["vae", "--device", "abacus"], "'abacus' is not a device; use cpu, cuda or cuda:N"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -288,7 +288,7 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
         ("out", "expected a name that ends in .mp4 or .mkv"),
         ("nowhere/out.mp4", "is not a folder; create it first"),
         ("folder.mp4", "it is a folder"),
-        ("old.mp4", "exists; choose another name or pass --overwrite"),
+        ("old.mp4", "exists; choose another name or add --overwrite"),
     ],
 )
 def test_bad_outputs_are_refused_before_anything_is_written(tmp_path: Path, name: str, message: str) -> None:

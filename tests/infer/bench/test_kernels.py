@@ -54,7 +54,7 @@ def test_nothing_is_timed_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--preset", "huge"]) == 2
-    assert "--preset is 'huge'; expected one of wan2.2-ti2v-5b, tiny" in capsys.readouterr().err
+    assert "preset is 'huge'; expected one of wan2.2-ti2v-5b, tiny" in capsys.readouterr().err
 
 
 def test_loading_holds_the_packed_weights_and_no_more(tmp_path: Path) -> None:
