@@ -1,1 +1,1 @@
-"""The command line: one module a command, each importing what is heavy only when it runs."""
+"""The command line: one module per command, which imports large packages only when the command runs."""

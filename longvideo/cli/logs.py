@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is when a message comes."""
+    """Writes to the standard error of the moment at which a message is logged, which tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -19,7 +19,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 def show_messages(*, is_main: bool = True) -> None:
-    """Let a command show what its loggers say on standard error: INFO of longvideo, WARNING of other packages.
+    """Print messages of loggers on standard error: from INFO for longvideo, from WARNING for other packages.
 
     is_main: whether this process prints for all ranks; the others show only warnings.
     """

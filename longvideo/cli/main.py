@@ -52,7 +52,7 @@ class Group(TyperGroup):
 
 
 class LazyGroup(Group):
-    """Imports the module of a sub-command when it is used, so that each starts without the others."""
+    """Imports the module of a sub-command when it is used, so that no command loads the others."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
