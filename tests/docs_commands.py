@@ -24,7 +24,7 @@ OTHER_PROGRAMS = frozenset({"git", "cd", "python3", "pre-commit", "gh", "source"
 
 
 def check_command(ranks: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail unless a command, which would run on so many ranks, could be run as it is written."""
+    """Fail unless a command, which would run on the given number of ranks, could be run as it is written."""
     program, *arguments = Path(words[0]).name, *words[1:]
     if program == "longvideo" and arguments[0] in ("train", "distill"):
         check_training(ranks, arguments, monkeypatch)

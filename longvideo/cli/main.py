@@ -54,10 +54,10 @@ class Group(TyperGroup):
 class LazyGroup(Group):
     """Imports the module of a sub-command when it is used, so that no command loads the others."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # noqa: ARG002 (overrides)
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # noqa: ARG002 (overrides)
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
@@ -77,7 +77,9 @@ app = typer.Typer(
 def longvideo(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")] = False,
+    debug: Annotated[  # noqa: ARG001 (`main` reads it before typer does)
+        bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")
+    ] = False,
 ) -> None:
     """Generate long videos chunk by chunk, train and distill the models that make them, and measure both."""
     if version:

@@ -26,7 +26,7 @@ RAISED = {
 }
 
 
-def make(what: str, steps: Annotated[int, typer.Option(min=1)] = 1) -> None:
+def make(what: str, steps: Annotated[int, typer.Option(min=1)] = 1) -> None:  # noqa: ARG001 (only parsed)
     """Make it."""
     if what == "full":
         with Path("/dev/full").open("w") as file:  # every write fails, as on a full disk
