@@ -18,6 +18,7 @@ from tests.docs_blocks import read_blocks
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SOURCE_FILE = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|yaml|sh))`")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -51,6 +52,12 @@ def test_links_name_files_and_headings_that_exist(page: Path) -> None:
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_source_files_that_are_named_exist(page: Path) -> None:
+    names = set(SOURCE_FILE.findall(page.read_text(encoding="utf-8")))
+    assert not [name for name in names if not ((ROOT / name).exists() or (ROOT / "longvideo" / name).exists())]
 
 
 def test_every_page_is_in_the_navigation() -> None:
