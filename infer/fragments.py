@@ -35,8 +35,8 @@ START_CODE = re.compile(b"\x00\x00\x00?\x01")
 class VideoFormat:
     """Size, rate and quality of an H.264 video.
 
-    width, height: pixels, both even. fps: frames a second. crf: quality, 0 to 51; lower values give better pictures and
-    larger files. profile: profile of H.264.
+    width, height: pixels, both even. fps: frames per second. crf: quality, 0 to 51; lower values give better pictures
+    and larger files. profile: profile of H.264.
     """
 
     width: int

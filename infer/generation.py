@@ -171,7 +171,7 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
         yield from _decode(stages.decoder, inputs.past, denoise())
         return
     # On two cores, one thread each for denoising and decoding is faster than two threads for one after the other (86
-    # against 58 frames a second). It also has no barriers, where every small operation waits for the scheduler of a
+    # against 58 frames per second). It also has no barriers, where every small operation waits for the scheduler of a
     # busy machine.
     share = max(1, cpu_threads // 2)
     latents = BackgroundIterator(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")

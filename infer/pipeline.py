@@ -159,7 +159,7 @@ class StreamingPipeline:
 
     @property
     def fps(self) -> int:
-        """Frames a second of every video."""
+        """Frames per second of every video."""
         return self.models.settings.fps
 
     @property

@@ -91,7 +91,7 @@ class ChunkTiming:
     """How the pixel frames of a video are divided into chunks.
 
     first_frames, later_frames: pixel frames of the first chunk and of every later one. The first has fewer, because the
-    first latent frame of a video is decoded to a single pixel frame. fps: pixel frames a second.
+    first latent frame of a video is decoded to a single pixel frame. fps: pixel frames per second.
     """
 
     first_frames: int
@@ -126,7 +126,7 @@ class PlannedChunk:
     """A chunk of a plan.
 
     index: its number in the video. shot: number of the shot it belongs to. cut: whether it starts a new scene.
-    num_frames: pixel frames that are kept; the last chunk of a video is cut short.
+    num_frames: pixel frames that are kept; the last chunk of a video may have fewer than the others.
     """
 
     index: int
@@ -172,7 +172,7 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
     num_frames = round(script.seconds * timing.fps)
     if num_frames < 1:
         raise UserError(
-            f"{script.seconds:g} s is shorter than one frame at {timing.fps:g} frames a second; use"
+            f"{script.seconds:g} s is shorter than one frame at {timing.fps:g} frames per second; use"
             f" {1 / timing.fps:.2f} s or more"
         )
     first_chunks: list[int] = []

@@ -26,7 +26,7 @@ FORMAT = "longvideo session 1"
 FIRST_LATENT = "first_latent"
 JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false"}
 MAX_COUNT = 2**31
-"""Largest number of frames or chunks in a snapshot; 2.8 years at 24 frames a second."""
+"""Largest number of frames or chunks in a snapshot; 2.8 years at 24 frames per second."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _read_tensors(
         expected[_latents(index)] = ([1, *latent_shape], torch.float32)
         expected[_noise(index)] = ([1, *state.shape], state.dtype)
     tensors = {}
-    for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+    for name in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
         shape, dtype = expected.get(name, (None, None))
         if file.get_slice(name).get_shape() != shape:
             own_shape = file.get_slice(name).get_shape()

@@ -55,7 +55,7 @@ class VideoWriter:
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False, crf: int = 16) -> None:
         """Check the path and the options; nothing is written yet.
 
-        path: file with the suffix .mp4 or .mkv. fps: frames a second. overwrite: whether a file that exists is
+        path: file with the suffix .mp4 or .mkv. fps: frames per second. overwrite: whether a file that exists is
         replaced. crf: quality of H.264, 0 to 51; lower values give better pictures and larger files.
         Raises UserError for a value that cannot be used.
         """

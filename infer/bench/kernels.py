@@ -65,7 +65,7 @@ class _Case:
 def time_kernels(
     config: TransformerConfig, spec: ChunkSpec, *, device: torch.device
 ) -> tuple[float, list[KernelTiming]]:
-    """Return the copy bandwidth in bytes a second, and the time of each kernel at the shapes of a model.
+    """Return the copy bandwidth in bytes per second, and the time of each kernel at the shapes of a model.
 
     Raises KernelMismatch, before timing it, for a kernel whose bits differ from its definition; for kernels that first
     normalize or apply GELU, up to 1 % of the codes may differ.

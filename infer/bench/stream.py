@@ -64,12 +64,12 @@ class StreamReport:
 
     @property
     def denoise_fps(self) -> float:
-        """Frames a second of the steps and the clean pass alone."""
+        """Frames per second of the steps and the clean pass alone."""
         return 1000 * self.frames_per_chunk / (self.steps * self.step_ms + self.clean_pass_ms)
 
     @property
     def decode_fps(self) -> float:
-        """Frames a second of the decoder alone."""
+        """Frames per second of the decoder alone."""
         return 1000 * self.frames_per_chunk / self.decode_ms
 
     def chunk_percentile(self, percent: float) -> float:

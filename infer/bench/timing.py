@@ -70,7 +70,7 @@ def _median_gpu_ms(work: Callable[[], object], device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return the bandwidth of a copy on the device: bytes a second, read and written together."""
+    """Return the bandwidth of a copy on the device: bytes per second, read and written together."""
     size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)

@@ -227,13 +227,13 @@ class VideoTally:
         return self.first_at - self.start
 
     @property
-    def frames_a_second(self) -> float | None:
+    def frames_per_second(self) -> float | None:
         """Frames per second after the first part; None before the second part."""
         return (self.frames - self.first_frames) / (self.last_at - self.first_at) if self.parts > 1 else None
 
     def line(self) -> str:
         """Return the state of the run as text."""
-        rate = self.frames_a_second
+        rate = self.frames_per_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
         chunk = max(1, self.parts - 1)
         return f"chunk {chunk}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
@@ -350,7 +350,7 @@ def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Ge
 def _summary(output: Path, num_frames: int, tally: VideoTally, fps: float) -> str:
     if num_frames == 0:
         return "no frame was generated; nothing was written"
-    rate = tally.frames_a_second
+    rate = tally.frames_per_second
     speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
     first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""
     return (

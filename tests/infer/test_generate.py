@@ -216,7 +216,7 @@ BAD = {
     "zero seconds": (["a", "--seconds", "0"], "seconds is 0;"),
     "negative seconds": (["a", "--seconds", "-4"], "seconds is -4;"),
     "absurd seconds": (["a", "--seconds", "1e12"], "at most 86400"),
-    "seconds that are no number": (["a", "--seconds", "long"], "long"),
+    "seconds that are not a number": (["a", "--seconds", "long"], "long"),
     "byte that is not UTF-8": (["a r\udce9d ball"], "the prompt is not valid text: the byte 0xe9 follows 'a r'"),
     "half an emoji": (["a ball", "\ud83d"], "prompt 2 is not valid text: half a character (U+D83D)"),
     "script without end": (["--script", "/dev/zero"], "has more than 4,194,304 bytes"),

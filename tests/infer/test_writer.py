@@ -303,7 +303,7 @@ def test_bad_outputs_are_refused_before_anything_is_written(tmp_path: Path, name
     assert file_names(tmp_path) == before and (tmp_path / "old.mp4").read_text() == "old"
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write: /proc")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no process may write: /proc")
 def test_an_unwritable_folder_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write /proc/self/out.mp4"):
         check_output("/proc/self/out.mp4", overwrite=False)
