@@ -94,7 +94,7 @@ def test_the_command_writes_what_it_shows(
         (["--preset", "tiny", "--steps", "0"], "steps is 0; expected a whole number from 1 to 1000"),
         (["--preset", "tiny", "--out", "nowhere/a.json"], "nowhere is not a folder; create it first"),
         (["--preset", "tiny", "--out", "/dev/null"], "it is a device, a pipe or a socket"),
-        (["--preset", "wan", "--device", "cpu"], "--preset is 'wan'; expected one of"),
+        (["--preset", "wan", "--device", "cpu"], "preset is 'wan'; expected one of"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "700x1280", "--device", "cpu"],
             "height=700, width=1280; expected multiples of 32",
