@@ -1,6 +1,7 @@
 """Generate the same video with 16-bit and 4-bit numbers, and measure how far the pictures are apart."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ arguments = parser.parse_args()
 # precision: number format of the transformer's weights and of the inputs of its products.
 # kv_cache: number format of the keys and values of earlier chunks, which grow with the window.
 # Without FP4 units NVFP4 products are emulated: the values are the same, and only memory is saved, not time.
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "4-bit weights": {"precision": "nvfp4-weights"},
     "4-bit weights and inputs": {"precision": "nvfp4"},

@@ -15,7 +15,7 @@ from longvideo.errors import ConfigError, RefusedByMain, UserError
 from longvideo.machine.launcher import process_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
 T = TypeVar("T")
 HOST_BACKEND = "gloo"
@@ -76,7 +76,7 @@ class Mesh:
 
     def limit_waits(self, group: dist.ProcessGroup) -> None:
         """Give the timeout of this mesh to a group that another package created."""
-        dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        dist.distributed_c10d._set_pg_timeout(self.timeout, group)  # pyright: ignore[reportPrivateUsage]
 
     def barrier(self) -> None:
         """Wait for the processes of all ranks, not for their devices."""
@@ -99,7 +99,7 @@ class Mesh:
             raise refusal
 
     @contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def one_voice(self) -> Generator[None]:
         """Let the main rank alone report a UserError that all ranks raise; the others raise RefusedByMain."""
         try:
             yield

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from longvideo.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 TEMPORARY_SUFFIX, LOCK_SUFFIX = ".part", ".lock"
 PLAN_FILE = "plan.json"
@@ -100,7 +100,7 @@ def write_json(path: Path, value: object, *, indent: int = 2) -> None:
 
 
 @contextmanager
-def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) -> Iterator[Path]:
+def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) -> Generator[Path]:
     """Write a folder atomically: yield a temporary folder, which is flushed and renamed at the end of the block.
 
     overwrite: replace an existing folder. plan: description of the contents, for JSON. The temporary folder is empty,
@@ -197,7 +197,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def locked_target(path: Path) -> Iterator[None]:
+def locked_target(path: Path) -> Generator[None]:
     """Hold the lock of a file or folder to write, and remove the temporary files of killed processes.
 
     The parent folder is created. Raises BusyError if another process writes the target.
@@ -213,7 +213,7 @@ def locked_target(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(file: Path, *, busy: str) -> Iterator[None]:
+def locked(file: Path, *, busy: str) -> Generator[None]:
     """Hold a lock until the block or the process ends, for any reason.
 
     file: the lock file, in an existing folder; it is removed afterwards. busy: message of the BusyError that is raised
@@ -317,7 +317,7 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def _as_write_error(path: Path, temporary: Path) -> Iterator[None]:
+def _as_write_error(path: Path, temporary: Path) -> Generator[None]:
     """Turn errors of the disk into WriteError with the path; errors of other files than `temporary` pass."""
     try:
         yield

@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from longvideo.files import (
 
 
 @contextmanager
-def no_file_longer_than(size: int) -> Iterator[None]:
+def no_file_longer_than(size: int) -> Generator[None]:
     """Limit the size of files in the block, so that longer ones fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

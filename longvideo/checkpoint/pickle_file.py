@@ -27,7 +27,7 @@ from longvideo.errors import CheckpointError
 from longvideo.files import write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping
     from pathlib import Path
 
 DAMAGE = (
@@ -180,7 +180,7 @@ def _check_archive(file: Path) -> None:
 
 
 @contextmanager
-def _silent_torch() -> Iterator[None]:
+def _silent_torch() -> Generator[None]:
     """Suppress torch's warnings and logged tracebacks, because the raised error has the reason."""
     own = logging.getLogger("torch._subclasses.fake_tensor")
     before, own.disabled = own.disabled, True

@@ -42,7 +42,7 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 class Group(TyperGroup):
     """A group of commands that names the nearest one when an unknown one is given."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
             names = self.list_commands(ctx)
             nearest = get_close_matches(args[0], names, n=1)
@@ -54,10 +54,10 @@ class Group(TyperGroup):
 class LazyGroup(Group):
     """Imports the module of a sub-command when it is used, so that no command loads the others."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # noqa: ARG002 (overrides)
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (overrides)
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # noqa: ARG002 (overrides)
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 (overrides)
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:

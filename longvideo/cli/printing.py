@@ -1,7 +1,7 @@
 """Print text from files safely, and continue when the terminal is closed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 STDOUT, STDERR = 1, 2  # file descriptors
@@ -25,7 +25,7 @@ def shown_size(num_bytes: int) -> str:
 
 
 @contextmanager
-def without_reader(*descriptors: int) -> Iterator[None]:
+def without_reader(*descriptors: int) -> Generator[None]:
     """Continue if the output of the block has no reader: the terminal was closed, or the reader of a pipe has ended.
 
     Later output to these descriptors is discarded, so the exit code is that of the command.

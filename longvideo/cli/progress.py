@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ MIN_BYTES_FOR_LINES = 10**9
 
 
 @contextmanager
-def bytes_progress(label: str) -> Iterator[Progress]:
+def bytes_progress(label: str) -> Generator[Progress]:
     """Show the number of finished bytes, the total, the speed and the remaining time. label: name of the work."""
     from longvideo.checkpoint.conversion import Progress
 

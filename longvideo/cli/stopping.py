@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
+def stop_signals() -> Generator[None]:
     """Raise Stopped in the main thread for SIGINT, SIGTERM and SIGHUP while the block runs.
 
     Ignored signals stay ignored, as `nohup` requires. In another thread than the main one nothing changes.

@@ -45,7 +45,7 @@ from longvideo.files import locked, temporary_names, write_file, write_json, wri
 from longvideo.model.conditioning import video_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.text.encoder import TextEncoder
@@ -135,7 +135,7 @@ def plan_encoding(
 
 
 @contextmanager
-def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Iterator[None]:
+def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Generator[None]:
     """Hold the lock of a share while it is written; write dataset.json, or check that it equals the plan's.
 
     overwrite: delete the files of this share, and those of another number of shares.

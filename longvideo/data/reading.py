@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -31,15 +32,15 @@ def read_in_order(
     size: height and width in pixels. workers: processes, each of which reads one clip ahead; 0 reads in this process.
     Frames are sent through pipes, so no shared memory is needed.
     """
-    arguments = {"size": size, "fps": fps, "chunks": chunks}
+    read = partial(_read_frames, size=size, fps=fps, chunks=chunks)
     if workers == 0:
-        yield from (_to_tensor(_read_frames(clip, **arguments)) for clip in clips)
+        yield from (_to_tensor(read(clip)) for clip in clips)
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
     pending: deque[Future[np.ndarray | str]] = deque()
     try:
         for clip in clips:
-            pending.append(pool.submit(_read_frames, clip, **arguments))
+            pending.append(pool.submit(read, clip))
             if len(pending) > workers:
                 yield _to_tensor(pending.popleft().result())
         while pending:

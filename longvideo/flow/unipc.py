@@ -50,8 +50,8 @@ class UniPC:
         self.sigmas = [shift * s / (1 + (shift - 1) * s) for s in base] + [0.0]
         self.timesteps = [int(s * NUM_TRAIN_TIMESTEPS) for s in self.sigmas[:-1]]
         orders = [min(2, i + 1, num_steps - i) for i in range(num_steps)]
-        self._predict = [self._predictor(i, orders[i]) for i in range(num_steps)]
-        self._correct = [None] + [self._corrector(i, orders[i - 1]) for i in range(1, num_steps)]
+        self.predictions = [self._predictor(i, orders[i]) for i in range(num_steps)]
+        self.corrections = [None] + [self._corrector(i, orders[i - 1]) for i in range(1, num_steps)]
 
     def start(self, noise: Tensor) -> Trajectory:
         """Return an integration that begins at pure noise."""
@@ -107,12 +107,12 @@ class Trajectory:
         solver, i = self._solver, self.step_index
         x0 = self.sample - solver.sigmas[i] * velocity
         corrected = self.sample
-        correct = solver._correct[i]
+        correct = solver.corrections[i]
         if correct is not None:
             corrected = self._combine(correct, self._corrected) + correct.newest * x0
         self._predictions = [*self._predictions[-1:], x0]
         self._corrected = corrected
-        self.sample = self._combine(solver._predict[i], corrected)
+        self.sample = self._combine(solver.predictions[i], corrected)
         self.step_index += 1
         return self.sample
 

@@ -66,7 +66,7 @@ def add_lora(model: CausalTransformer, config: LoraConfig, *, adapter_name: str 
 
     Layers that share an input then round it separately, since the adapters need it unrounded.
     """
-    config._register_custom_module({NVFP4Linear: LoraLinear, nn.Linear: LoraLinear})
+    config._register_custom_module({NVFP4Linear: LoraLinear, nn.Linear: LoraLinear})  # pyright: ignore[reportPrivateUsage]
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Unsupported layer type .*NVFP4Linear"

@@ -72,7 +72,7 @@ class Unrounded:
         if weight is None:
             return F.gelu(layer(x), approximate="tanh")
         # bias and GELU in the epilogue of the product save a pass over the widest activation
-        product = torch._addmm_activation(cast("Tensor", layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)
+        product = torch._addmm_activation(cast("Tensor", layer.bias), x.flatten(0, -2), weight.t(), use_gelu=True)  # pyright: ignore[reportPrivateUsage]
         return product.unflatten(0, x.shape[:-1])
 
 

@@ -25,7 +25,7 @@ from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.machine.launcher import process_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 WORD = torch.int64
 """Dtype in which heads are exchanged, so that no operation needs to support FP8 and no kernel moves single bytes."""
@@ -91,7 +91,7 @@ def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> 
 
 
 @contextmanager
-def launched_ranks(device: str | None) -> Iterator[tuple[str | None, dist.ProcessGroup | None]]:
+def launched_ranks(device: str | None) -> Generator[tuple[str | None, dist.ProcessGroup | None]]:
     """Join the ranks that `torchrun` started, and yield the device of the rank and the group, None for one rank.
 
     device: device option of the user. Every rank uses the GPU of its number, or the CPU with the option cpu or

@@ -35,7 +35,7 @@ from longvideo.files import TEMPORARY_SUFFIX, WriteError, reason, temporary_name
 from longvideo.training.tensor_files import write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
 NAME = re.compile(r"step_(\d{7,})")
 
@@ -307,7 +307,7 @@ def _is_temporary(path: Path) -> bool:
 
 
 @contextmanager
-def _named(path: Path, act: str) -> Iterator[None]:
+def _named(path: Path, act: str) -> Generator[None]:
     """Raise WriteError with the path of the checkpoint for an error of the disk inside the block."""
     try:
         yield

@@ -22,7 +22,7 @@ from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from longvideo.distributed import Mesh
     from longvideo.training.optimizer import OptimizerConfig
@@ -95,6 +95,7 @@ class DeepSpeedEngine:
         self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
         num_bad = torch.zeros_like(self.skipped)
+        norm: Tensor | None = None
         for share in shares:
             loss, more = self.engine(share)
             guarded = self.guard(loss)
@@ -106,7 +107,7 @@ class DeepSpeedEngine:
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **more})
         if norm is None:
-            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=num_bad.device)
             norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for a norm that is not finite
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
@@ -132,7 +133,7 @@ class DeepSpeedEngine:
         return all_finite(own)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         with torch.no_grad(), ExitStack() as stack:
             if self.stage == 3:
                 import deepspeed
@@ -142,13 +143,13 @@ class DeepSpeedEngine:
                 stack.enter_context(self._without_hooks())
             else:
                 before = [p.detach().clone() for p in self.parameters]
-                stack.callback(torch._foreach_copy_, [p.data for p in self.parameters], before)
+                stack.callback(torch._foreach_copy_, [p.data for p in self.parameters], before)  # pyright: ignore
             for parameter, own in zip(self.parameters, self.average.values(), strict=True):
                 parameter.data.copy_(self._whole(parameter, own))
             yield
 
     @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
+    def _without_hooks(self) -> Generator[None]:
         """Let the model run on one rank alone: the hooks of stage 3 gather and free weights on all ranks together."""
         offload = self.optimizer.parameter_offload
         offload._remove_module_hooks()
@@ -299,7 +300,7 @@ class DeepSpeedEngine:
         if self._is_sharded(parameter):
             assert own is not None
             parts = torch.empty(self.mesh.world * own.numel(), dtype=own.dtype, device=own.device)
-            dist.all_gather_into_tensor(parts, own.contiguous())
+            dist.all_gather_into_tensor(parts, own.contiguous())  # pyright: ignore[reportDeprecated]
             return parts[: shape.numel()].view(shape)
         whole = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         if own is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longvideo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
 
 
 class ExponentialMovingAverage:
@@ -30,11 +30,11 @@ class ExponentialMovingAverage:
         """Add the weights after step `step` to the average."""
         decay = decay_at(self.decay, step)
         averages, weights = list(self.average.values()), [p.float() for p in self.parameters.values()]
-        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)  # pyright: ignore[reportPrivateUsage]
 
     @contextmanager
     @torch.no_grad()
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """Put the averaged weights in place inside the block; the trained ones are back, bit for bit, after it.
 
         Both are exchanged in place, so no second copy of all weights is needed.

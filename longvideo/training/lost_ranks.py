@@ -23,7 +23,7 @@ from longvideo.distributed import HOST_BACKEND, Mesh
 from longvideo.errors import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
 LONGEST_INTERVAL = 1.0
 """Largest time between two readings of the store, seconds."""
@@ -152,7 +152,7 @@ class Monitor:
 
 
 @contextmanager
-def naming_lost_ranks(mesh: Mesh) -> Iterator[None]:
+def naming_lost_ranks(mesh: Mesh) -> Generator[None]:
     """End the process if a rank waits inside the block for a lost rank; one line on stderr names the lost rank.
 
     A rank is lost when the others have waited for it for `mesh.timeout`, or when it has ended.
@@ -181,7 +181,7 @@ def _issued() -> dict[str, int]:
     """Return the number of collectives that this process issued in each of its groups."""
     return {
         group.group_name: group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
-        for group in list(dist.distributed_c10d._world.pg_map)
+        for group in list(dist.distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]
     }
 
 

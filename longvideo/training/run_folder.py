@@ -12,7 +12,7 @@ from longvideo.training.config_changes import changes_line
 from longvideo.training.run_log import METRICS_FILE, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from pathlib import Path
 
     import torch
@@ -29,7 +29,7 @@ PRIVATE = 0o700
 
 
 @contextmanager
-def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Iterator[None]:
+def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Generator[None]:
     """Hold a run folder for the processes of one run; its contents stay as they are.
 
     A missing folder is created, readable by its owner alone, and removed again if nothing was written into it. Raises
@@ -76,7 +76,7 @@ def _check_resume(folder: Path, resume: ResumeChoice) -> None:
 
 
 @contextmanager
-def _created(folder: Path) -> Iterator[None]:
+def _created(folder: Path) -> Generator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE, exist_ok=True)

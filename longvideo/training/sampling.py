@@ -19,7 +19,7 @@ from longvideo.pixels import to_uint8
 from longvideo.rollout import CachedTransformer, branches, rollout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings
@@ -36,7 +36,7 @@ class SampleDecoder:
         self._autoencoder: Autoencoder | None = None
 
     @contextmanager
-    def on_device(self) -> Iterator[Autoencoder]:
+    def on_device(self) -> Generator[Autoencoder]:
         """Yield the autoencoder on its device."""
         if self._autoencoder is None:
             self._autoencoder = self.folder.load_vae(dtype=self.dtype)

@@ -25,7 +25,7 @@ from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
     from longvideo.checkpoint.run_checkpoint import RunState
@@ -330,7 +330,7 @@ class Window:
         return time.monotonic() - self.began
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leave out the time of the block, which belongs to samples or checkpoints and not to steps."""
         synchronize(self.device)
         paused = time.monotonic()

@@ -6,7 +6,7 @@ import json
 import random
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def tensors(run: Trainer) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def small_files(limit: int) -> Iterator[None]:
+def small_files(limit: int) -> Generator[None]:
     """Let no file of this process grow beyond a number of bytes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))

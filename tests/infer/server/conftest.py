@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +194,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serve_process(model_folder: Path, cwd: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def serve_process(
+    model_folder: Path, cwd: Path, *options: str
+) -> Generator[tuple[subprocess.Popen[str], httpx.Client]]:
     """Run `longvideo serve` on a free port in a process of its own, with the working folder `cwd`."""
     command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--device", "cpu"]
     process = subprocess.Popen(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -21,7 +21,7 @@ MANY = 40
 
 
 @contextmanager
-def raw(server: RunningServer, data: bytes = b"") -> Iterator[socket.socket]:
+def raw(server: RunningServer, data: bytes = b"") -> Generator[socket.socket]:
     host, _, port = server.address.partition(":")
     with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
         connection.sendall(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def free_disk(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def stream(http: httpx.Client) -> Iterator[Client]:
+def stream(http: httpx.Client) -> Generator[Client]:
     address = str(http.base_url).replace("http", "ws").rstrip("/") + "/v1/stream"
     with connect(address, max_size=None, compression=None) as socket:
         yield Client(socket)

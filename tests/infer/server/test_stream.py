@@ -10,7 +10,7 @@ import shutil
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -303,7 +303,7 @@ def frame(**message: Any) -> bytes:
 
 
 @contextmanager
-def reader_of_nothing(server: RunningServer) -> Iterator[socket.socket]:
+def reader_of_nothing(server: RunningServer) -> Generator[socket.socket]:
     """Yield the connection of a stream whose client reads nothing and whose sender is blocked.
 
     When it is closed, it answers every packet with a reset.
