@@ -354,10 +354,12 @@ class StreamingPipeline:
         return encode_first_frame(self.models, as_picture(image, size=size))
 
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
-        """Return a warning that names the words of prompts that the model never learned, or None."""
+        """Return a warning that names the words of prompts that the model's vocabulary does not contain, or None."""
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
+        if not unknown:
+            return None
         words = ", ".join(repr(word) for word in unknown)
-        return f"the model never learned {words}; the video may show something else" if unknown else None
+        return f"the model's vocabulary does not contain {words}; the video may show something else"
 
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
         if message := self.unknown_words_warning(prompts):

@@ -129,7 +129,7 @@ def _load(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> 
     from longvideo.infer.pipeline import StreamingPipeline
 
     # clients receive the warning about unknown words; the log of the server does not need it
-    warnings.filterwarnings("ignore", message="the model never learned", category=UserWarning)
+    warnings.filterwarnings("ignore", message="the model's vocabulary does not contain", category=UserWarning)
     release_large_blocks()
     pipeline = StreamingPipeline.load(folder, placement, formats=formats)
     pipeline.warm_up()

@@ -66,7 +66,7 @@ def test_a_script_a_picture_and_overwriting(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert probe(out)[0] == 108
-    assert "warning: the model never learned 'zebra'" in printed.err
+    assert "warning: the model's vocabulary does not contain 'zebra'" in printed.err
 
 
 def test_a_video_starts_with_a_frame_of_real_footage(

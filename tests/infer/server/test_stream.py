@@ -361,7 +361,7 @@ def test_segments_are_dropped_for_a_slow_client_but_not_in_the_file(serve: Serve
     assert len(indices) < 480 and indices == sorted(set(indices))
 
 
-@pytest.mark.filterwarnings("ignore:the model never learned")
+@pytest.mark.filterwarnings("ignore:the model's vocabulary does not contain")
 def test_unknown_words_are_named(serve: Serve) -> None:
     client = serve().connect()
     client.start("a red zeppelin bounces", seconds=2)
