@@ -62,7 +62,7 @@ def shapeworld(
     video, its frame rate and length, and its shots with start frame, end frame and caption. Equal options give equal
     files.
 
-    Example: `longvideo data shapeworld --out shapes --clips 100 --seconds 8 --shots 2`
+    Example: `longvideo data shapeworld --output shapes --clips 100 --seconds 8 --shots 2`
     """
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.script import check_seconds
@@ -148,7 +148,7 @@ def import_longlive(
     the next, with a cut between them. The caption of `video/SAMPLE/3.mp4` is in `caption/SAMPLE/3.json` as
     `{"caption": "..."}`. Shots without a caption or a readable video are left out and listed.
 
-    Example: `longvideo data import-longlive longlive-data --out longlive-data/manifest.jsonl`
+    Example: `longvideo data import-longlive longlive-data --output longlive-data/manifest.jsonl`
     """
     import os
     from collections import Counter
@@ -211,7 +211,7 @@ def encode(
     files, and the result is the same to the byte. Unreadable clips are skipped and listed, and more than `--max-bad` of
     them are an error.
 
-    Example: `longvideo data encode footage/manifest.jsonl --model tiny --out encoded --chunks 4`
+    Example: `longvideo data encode footage/manifest.jsonl --model tiny --output encoded --chunks 4`
 
     On four machines with a shared folder: `longvideo data encode ... --shard-of 0/4`, `1/4`, `2/4` and `3/4`.
     """

@@ -30,11 +30,11 @@ def run(options: RunOptions) -> None:
     The run folder has the files of `longvideo train ar`. In addition, `lora/` holds the student's adapter with the
     names of peft and of diffusers; `model/` holds whole weights.
 
-    On a GPU: `longvideo distill tiny/dmd --out runs/dmd`
+    On a GPU: `longvideo distill tiny/dmd --output runs/dmd`
 
-    On a CPU, in a minute or two: `longvideo distill cpu/dmd --out runs/try_dmd`
+    On a CPU, in a minute or two: `longvideo distill cpu/dmd --output runs/try_dmd`
 
-    `torchrun --nproc-per-node 8 -m longvideo distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --out runs/dmd`
+    `torchrun --nproc-per-node 8 -m longvideo distill wan/dmd model=CAUSAL_5B prompts=prompts.txt --output runs/dmd`
 
     Presets: `tiny/dmd` (the default), `wan/dmd`, `cpu/dmd`.
 

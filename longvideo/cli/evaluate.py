@@ -115,7 +115,7 @@ def shapeworld(
     shots, "shown" is the share of shots with every object of the prompt in its color and shape, and "cut" the share
     that begin within one chunk of the requested time.
 
-    Example: `longvideo eval shapeworld --num 20 --seconds 20 --out runs/eval20`
+    Example: `longvideo eval shapeworld --num 20 --seconds 20 --output runs/eval20`
     """
     from rich.console import Console
 
@@ -180,7 +180,7 @@ def switches(
     `results.json` and `switches.png`, which shows the first switches in every mode. Prints the largest number of chunks
     between the one in progress when the prompt changed and the first that shows the new prompt.
 
-    Example: `longvideo eval switches --change scene --mode cut --out runs/cuts`
+    Example: `longvideo eval switches --change scene --mode cut --output runs/cuts`
     """
     from dataclasses import asdict
 
@@ -263,7 +263,7 @@ def quantization(
     signal-to-quantization-noise ratio of every kind of layer in decibels, with 4-bit weights (W4A16) and with 4-bit
     weights and inputs (W4A4).
 
-    Example: `longvideo eval quantization --model tiny --out errors.json`
+    Example: `longvideo eval quantization --model tiny --output errors.json`
     """
     from dataclasses import asdict
 

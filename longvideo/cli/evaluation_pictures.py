@@ -40,7 +40,7 @@ def sheet(
 
     Writes `NAME.png`, a row of frames for each clip, and `NAME.gif`, all clips side by side.
 
-    Example: `longvideo eval sheet --model tiny --out docs/images --overwrite`
+    Example: `longvideo eval sheet --model tiny --output docs/images --overwrite`
     """
     import numpy as np
     from rich.console import Console
@@ -95,7 +95,7 @@ def curves(
 ) -> None:
     """Draw metrics of training runs as curves over the steps.
 
-    Example: `longvideo eval curves runs/vae/metrics.jsonl --metric psnr --metric object --out vae.png`
+    Example: `longvideo eval curves runs/vae/metrics.jsonl --metric psnr --metric object --output vae.png`
     """
     from longvideo.evaluation.curves import draw_curves, read_metrics
     from longvideo.evaluation.sheet import write_picture

@@ -26,9 +26,9 @@ def vae(options: RunOptions) -> None:
     The run folder holds `config.yaml`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `samples/` (given and
     reconstructed clips) and `model/` (the averaged weights in diffusers' layout, with latent statistics).
 
-    On a GPU: `longvideo train vae tiny/vae --out runs/vae --max-minutes 9`
+    On a GPU: `longvideo train vae tiny/vae --output runs/vae --max-minutes 9`
 
-    On a CPU, in a minute or two: `longvideo train vae cpu/vae --out runs/try_vae`
+    On a CPU, in a minute or two: `longvideo train vae cpu/vae --output runs/try_vae`
 
     Presets: `tiny/vae` (the default), `tiny/vae_refine`, `cpu/vae`.
 
@@ -54,11 +54,11 @@ def ar(options: RunOptions) -> None:
 
     The run folder has the files of `train vae`. Its `model/` is complete: `longvideo generate --model RUN/model`.
 
-    On a GPU: `longvideo train ar tiny/ar_opening --out runs/ar_opening --max-minutes 9`
+    On a GPU: `longvideo train ar tiny/ar_opening --output runs/ar_opening --max-minutes 9`
 
-    On a CPU, in a minute or two: `longvideo train ar cpu/ar --out runs/try_ar`
+    On a CPU, in a minute or two: `longvideo train ar cpu/ar --output runs/try_ar`
 
-    On several GPUs: `torchrun --nproc-per-node 8 -m longvideo train ar tiny/ar_opening --out runs/ar_opening`
+    On several GPUs: `torchrun --nproc-per-node 8 -m longvideo train ar tiny/ar_opening --output runs/ar_opening`
 
     Presets: `tiny/ar_opening` (the default), `tiny/ar`, `tiny/recolor`, `cpu/ar`.
 
@@ -91,7 +91,7 @@ def clips(options: RunOptions) -> None:
 
     On GPUs: `torchrun --nproc-per-node 8 -m longvideo train clips wan/ar data=clips initialize=wan parallel.sequence=4`
 
-    On a CPU, in a minute or two: `longvideo train clips cpu/clips data=MANIFEST --out runs/try_clips`
+    On a CPU, in a minute or two: `longvideo train clips cpu/clips data=MANIFEST --output runs/try_clips`
 
     Presets: `wan/ar` (the default), `cpu/clips`.
 

@@ -216,7 +216,7 @@ class CheckpointFolder:
             except CheckpointError:
                 continue
             return f"{older.name} is whole; move {self._path(steps[-1]).name} elsewhere to resume from it"
-        return "there is no older whole checkpoint; start again with another --out"
+        return "there is no older whole checkpoint; start again with another --output"
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}"
@@ -257,7 +257,7 @@ def check_same(own: Mapping[str, torch.Size], stored: Mapping[str, tuple[int, ..
     if different:
         raise CheckpointError(
             f"the checkpoint belongs to another model: {len(different)} tensors differ, among them"
-            f" {', '.join(different[:3])}; use the configuration of that run, or another --out"
+            f" {', '.join(different[:3])}; use the configuration of that run, or another --output"
         )
 
 

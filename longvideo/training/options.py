@@ -62,7 +62,7 @@ class RunOptions:
     @property
     def resume_command(self) -> str:
         """The command that resumes the run, with the launcher that this process was started by."""
-        words = [*self.arguments, "--out", str(self.folder)]
+        words = [*self.arguments, "--output", str(self.folder)]
         if self.device is not None:
             words += ["--device", self.device]
         if self.max_minutes is not None:

@@ -41,7 +41,7 @@ def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Generator[None
             try:
                 _check_resume(folder, resume)
                 stack.enter_context(_created(folder))
-                busy = f"another run uses {folder}; stop it, or use another --out"
+                busy = f"another run uses {folder}; stop it, or use another --output"
                 stack.enter_context(locked(folder / LOCK_FILE, busy=busy))
             except (UserError, OSError) as error:
                 refusal = error
@@ -72,7 +72,7 @@ def _check_resume(folder: Path, resume: ResumeChoice) -> None:
         raise ConfigError(f"--output {folder} is a file; expected a folder; use another name")
     holds = [name for name in (CHECKPOINTS, MODEL, METRICS_FILE) if (folder / name).exists()]
     if resume == "never" and holds:
-        raise ConfigError(f"{folder} already holds a run ({', '.join(holds)}); use --resume auto or another --out")
+        raise ConfigError(f"{folder} already holds a run ({', '.join(holds)}); use --resume auto or another --output")
 
 
 @contextmanager

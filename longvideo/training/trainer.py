@@ -264,15 +264,17 @@ class Trainer:
 
     def _accepted(self, resume: ResumeChoice) -> Checkpoint | None:
         """Return the checkpoint to resume from, or None for a new run; raise the error that all ranks get."""
+        if self.total_steps == 0:
+            raise ConfigError("the stages have 0 steps in all; expected at least 1")
         if resume == "never":
             if self.mesh.on_main(self.checkpoints.steps):
-                raise ConfigError(f"{self.folder} already holds a run; use --resume auto or another --out")
+                raise ConfigError(f"{self.folder} already holds a run; use --resume auto or another --output")
             return None
         checkpoint = self.checkpoints.newest()
         if checkpoint is not None and checkpoint.step > self.total_steps:
             raise ConfigError(
                 f"{checkpoint.folder} is of step {checkpoint.step}, but the stages have {self.total_steps} steps;"
-                f" give them at least {checkpoint.step}, or use another --out"
+                f" give them at least {checkpoint.step}, or use another --output"
             )
         return checkpoint
 

@@ -170,6 +170,20 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_stages_without_a_step_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        *Toy.vae,
+        "stages=[{frames: 5, height: 32, width: 32, batch: 2, steps: 0}]",
+        "--output",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    assert main(["train", "vae", *arguments]) == 2
+    assert "the stages have 0 steps in all; expected at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_model_that_no_earlier_run_made_is_the_packaged_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

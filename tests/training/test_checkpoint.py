@@ -132,7 +132,7 @@ def test_a_damaged_older_checkpoint_is_not_offered(tmp_path: Path) -> None:
     for step in (4, 8):
         file = tmp_path / "checkpoints" / f"step_000000{step}" / FILES[0]
         file.write_bytes(file.read_bytes()[::-1])
-    with pytest.raises(CheckpointError, match="there is no older whole checkpoint; start again with another --out"):
+    with pytest.raises(CheckpointError, match="there is no older whole checkpoint; start again with another --output"):
         trainer(tmp_path).restore("auto")
 
 

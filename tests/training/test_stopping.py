@@ -136,9 +136,9 @@ def test_the_command_says_how_to_resume(
     lines = capsys.readouterr().out.splitlines()
     assert "stopped by SIGTERM at step 2 of 4, saved" in lines
     assert lines[-1].startswith("resume with: longvideo train vae tiny/vae 'stages=[")
-    assert lines[-1].endswith(f"--out '{out}' --device cpu")
+    assert lines[-1].endswith(f"--output '{out}' --device cpu")
     monkeypatch.undo()
     assert main([argument for argument in command if argument not in ("--resume", "never")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == f"model: {out / 'model'}"
-    assert lines[-1].startswith(f"next: longvideo train ar tiny/ar_opening 'vae={out / 'model'}' --out")
+    assert lines[-1].startswith(f"next: longvideo train ar tiny/ar_opening 'vae={out / 'model'}' --output")

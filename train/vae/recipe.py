@@ -181,11 +181,9 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
 
     def next_steps(self, folder: Path) -> list[str]:
         model = folder / MODEL
-        out = folder.with_name(f"{folder.name}_ar")
-        return [
-            f"model: {model}",
-            f"next: {shlex.join(['longvideo', 'train', 'ar', 'tiny/ar_opening', f'vae={model}', '--out', str(out)])}",
-        ]
+        command = ["longvideo", "train", "ar", "tiny/ar_opening", f"vae={model}"]
+        command += ["--output", str(folder.with_name(f"{folder.name}_ar"))]
+        return [f"model: {model}", f"next: {shlex.join(command)}"]
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation of every latent channel over training clips."""
