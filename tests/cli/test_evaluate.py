@@ -95,8 +95,8 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path: Path, capsys: py
     ("options", "named"),
     [
         (["--num", "0"], "--num"),
-        (["--seconds", "-1"], "more than 0"),
-        (["--seconds", "nan"], "more than 0"),
+        (["--seconds", "-1"], "number above 0"),
+        (["--seconds", "nan"], "number above 0"),
         (["--seconds", "1", "--shots", "3"], "at least 1.5"),
         (["--videos", "nowhere"], "nowhere"),
         (["--model", "no/such/model"], "no/such/model"),
