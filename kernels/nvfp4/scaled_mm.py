@@ -1,9 +1,9 @@
 """NVFP4 products on Blackwell's FP4 units through `torch.nn.functional.scaled_mm`, in torch since 2.10.
 
 The operands have the same bytes as in the reference: codes viewed as float4_e2m1fn_x2, group scales in the 128 x 4
-    layout of the tensor cores, and the tensor scale as the second level, which cuBLAS applies. Limits of `scaled_mm`
-    (torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp): it takes matrices only, with K in multiples of 32 and N in
-    multiples of 16.
+layout of the tensor cores, and the tensor scale as the second level, which cuBLAS applies. Limits of `scaled_mm`
+(torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp): it takes matrices only, with K in multiples of 32 and N in
+multiples of 16.
 """
 
 from __future__ import annotations

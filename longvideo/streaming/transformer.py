@@ -1,11 +1,11 @@
 """The causal transformer for streaming: the same weights, arranged for speed.
 
 Between two products there is one pass over memory: sum, norm, modulation and rounding, or norm, rotation and the write
-    to the cache. Everything that changes from step to step is a tensor at a fixed address, so on CUDA a step is one
-    recorded graph for each fill level. The host reads nothing back.
+to the cache. Everything that changes from step to step is a tensor at a fixed address, so on CUDA a step is one
+recorded graph for each fill level. The host reads nothing back.
 
-Several ranks may share a chunk: frames and tokens of a pass are then those of the rank, and in self-attention heads
-    are; see `longvideo.streaming.parallel`.
+Several ranks may share a chunk. A pass then has the rank's share of the frames and tokens, and in self-attention its
+share of the heads; see `longvideo.streaming.parallel`.
 
 Shapes: B samples, C channels, T latent frames, L tokens, D model dim, N heads, K head dim, S slots, P prompts.
 """

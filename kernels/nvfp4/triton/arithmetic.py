@@ -1,8 +1,8 @@
 """Rounding, packing and unpacking of groups of 16, as functions for Triton kernels.
 
 Rounding to E2M1 or E4M3 takes one addition: the sum with a power of two whose last bit is worth one step is rounded to
-    a whole number of steps, ties to even. A row of a block is a group. One thread has the whole group, so neither its
-    maximum nor its errors are exchanged between threads.
+a whole number of steps, ties to even. A row of a block is a group. One thread has the whole group, so neither its
+maximum nor its errors are exchanged between threads.
 """
 
 # a kernel is launched with options and plain constants, which its function does not declare
