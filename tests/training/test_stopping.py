@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def stopping_at(folder: Path, step: int, number: int, **config: Any) -> Trainer:
     return trainer
 
 
+@pytest.fixture
+def unignored() -> Iterator[None]:
+    """Give signals their default handlers, since a process that nohup starts ignores SIGHUP."""
+    handlers = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("unignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_step_is_finished_and_saved(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)

@@ -121,9 +121,9 @@ def test_loss_falls_in_thirty_steps() -> None:
 
 
 def test_impossible_stages_are_refused() -> None:
-    with pytest.raises(ConfigError, match="frames=6; use 1 \\+ 4k, such as 5"):
+    with pytest.raises(ConfigError, match="frames=6; expected 1 \\+ 4k, such as 5"):
         ClipStage(frames=6)
-    with pytest.raises(ConfigError, match="height=40; use a multiple of 16"):
+    with pytest.raises(ConfigError, match="height=40; expected a multiple of 16"):
         ClipStage(height=40)
-    with pytest.raises(ConfigError, match="crops 48x64 out of scenes of 32x64"):
+    with pytest.raises(ConfigError, match="crops 48x64 from scenes of 32x64"):
         clip_source(ClipStage(1, 48, 64))
