@@ -14,7 +14,7 @@ from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.config import PRESETS
-from longvideo.quantization.number_formats import DIFFERENTIABLE_PRECISIONS, KV_CACHES, NumberFormats
+from longvideo.quantization.number_formats import CachePrecision, DifferentiablePrecision, NumberFormats
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.trainer import TrainerConfig
 
@@ -27,18 +27,13 @@ class BackboneConfig:
     kv_cache: number format of the cached keys and values of finished chunks.
     """
 
-    precision: str = "nvfp4"
-    kv_cache: str = "bf16"
-
-    def __post_init__(self) -> None:
-        for name, known in (("precision", DIFFERENTIABLE_PRECISIONS), ("kv_cache", KV_CACHES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"backbone.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+    precision: DifferentiablePrecision = "nvfp4"
+    kv_cache: CachePrecision = "bf16"
 
     @property
     def formats(self) -> NumberFormats:
         """Return the number formats of the backbone."""
-        return NumberFormats.parse(self.precision, self.kv_cache)
+        return NumberFormats(self.precision, self.kv_cache)
 
 
 @dataclass(frozen=True)

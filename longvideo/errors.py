@@ -1,5 +1,14 @@
 """Errors that a user can cause and correct. The command line prints them as one line and exits with code 2."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Name = TypeVar("Name", bound=str)
+
 EXIT_USER_ERROR = 2
 """Exit code of a command that ends in a UserError."""
 
@@ -18,3 +27,11 @@ class CheckpointError(UserError):
 
 class RefusedByMain(UserError):
     """The main rank of a launcher has refused to continue and prints the reason; other ranks print nothing."""
+
+
+def known(option: str, name: object, names: Sequence[Name]) -> Name:
+    """Return the name of a choice. option: what it is of, for the error. Raises UserError for another name."""
+    for choice in names:
+        if isinstance(name, str) and choice == name:
+            return choice
+    raise UserError(f"{option} is {name!r}; expected one of {', '.join(names)}")

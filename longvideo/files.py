@@ -80,6 +80,11 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     write_file(path, lambda target: _write_bytes(target, data), mode=mode)
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copy the contents of a file. Raises WriteError as `write_file` does."""
+    write_file(path, lambda target: _copy_bytes(source, target))
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line of UTF-8 text to a file. Raises WriteError for errors of the disk; the file is then unchanged."""
     length = path.stat().st_size if path.exists() else 0
@@ -378,6 +383,10 @@ def _temporary_stem(path: Path) -> str:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def _copy_bytes(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def _take_lock(file: Path, busy: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from longvideo.config.fields import Bounded, share
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.quantization.convert import TrainingLayers, train_in_nvfp4
+from longvideo.quantization.convert import TrainingBackend, TrainingLayers, train_in_nvfp4
 from longvideo.quantization.training import TrainingRecipe
 from longvideo.training.objective import seeded
 
@@ -38,25 +38,18 @@ class NVFP4Config(Bounded):
 
     enabled: bool = False
     keep: list[str] = field(default_factory=list)
-    inputs: str = Rule.ADAPTIVE.value
-    weights: str = Rule.STATIC6.value
+    inputs: Rule = Rule.ADAPTIVE
+    weights: Rule = Rule.STATIC6
     tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
     until: float = share(1.0)
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules = [rule.value for rule in Rule]
-        for name in ("inputs", "weights"):
-            if getattr(self, name) not in rules:
-                raise ConfigError(f"nvfp4.{name} is {getattr(self, name)!r}; expected one of {', '.join(rules)}")
+    backend: TrainingBackend | None = None
 
     def recipe(self) -> TrainingRecipe:
         return TrainingRecipe(
-            inputs=Rule(self.inputs),
-            weights=Rule(self.weights),
+            inputs=self.inputs,
+            weights=self.weights,
             tiles=self.tiles,
             stochastic_gradients=self.stochastic_gradients,
             hadamard=self.hadamard,

@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from longvideo.checkpoint import packed
+from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
@@ -46,19 +47,17 @@ class ConversionOptions:
     largest file of a folder, bytes.
     """
 
-    target: str = "longvideo"
-    precision: str | None = None
-    rule: str = Rule.ADAPTIVE.value
+    target: TargetName = "longvideo"
+    precision: StoredPrecision | None = None
+    rule: Rule = Rule.ADAPTIVE
     keep: tuple[str, ...] = ()
     max_shard_bytes: int = MAX_SHARD_BYTES
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(f"target {self.target!r} is not a format; use one of {', '.join((*TARGETS, LORA))}")
-        if self.precision not in (None, *DTYPES, NVFP4):
-            raise UserError(f"precision is {self.precision!r}; expected one of {', '.join((*DTYPES, NVFP4))}")
-        if self.rule not in [rule.value for rule in Rule]:
-            raise UserError(f"rule {self.rule!r} is not a scaling rule; use one of {', '.join(x.value for x in Rule)}")
+        if self.precision not in (None, *get_args(StoredPrecision)):
+            raise UserError(f"precision is {self.precision!r}; expected one of {', '.join(get_args(StoredPrecision))}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: pa
         assert isinstance(model, CausalTransformer)
         own = own.cast(torch.bfloat16, keep=lambda name: not _is_fp8(own, name))
         layers = [name for name in layers_to_quantize(model, options.keep) if f"{name}.weight" in own.tensors]
-        return packed.pack(own, layers, Rule(options.rule), on_packed=on_packed)
+        return packed.pack(own, layers, options.rule, on_packed=on_packed)
     return own.cast(DTYPES[options.precision])
 
 

@@ -15,13 +15,13 @@ from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.loading import load_config
 from longvideo.errors import CheckpointError, UserError
-from longvideo.files import read_json, write_json
+from longvideo.files import copy_file, read_json, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from longvideo.checkpoint.tensors import Weights
 
@@ -153,11 +153,27 @@ def write_part(
         resume=resume,
         on_bytes=on_bytes,
     )
+    _write_config(folder / part, config, metadata)
+
+
+def copy_part(folder: Path, part: str, source: ModelPart, *, max_shard_bytes: int) -> None:
+    """Copy a part of another model unchanged: the files of its weights, or its tensors where it has another layout."""
+    if source.folder is None:
+        write_part(folder, part, source.weights, source.config, max_shard_bytes=max_shard_bytes)
+        return
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    files = {*source.weights.files, *source.folder.glob(f"{WEIGHT_STEMS[part]}.safetensors.index.json")}
+    for file in sorted(files):
+        copy_file(file, folder / part / file.name)
+    _write_config(folder / part, source.config, packed.header_metadata(source.weights))
+
+
+def _write_config(folder: Path, config: PartConfig, metadata: Mapping[str, str]) -> None:
     if isinstance(config, TransformerConfig):
         values = {**diffusers_json.transformer_json(config), **packed.config_entry(metadata)}
     else:
         values = config.to_dict()
-    write_json(folder / part / "config.json", values)
+    write_json(folder / "config.json", values)
 
 
 def write_index(folder: Path, parts: Iterable[str], settings: ModelSettings) -> None:
@@ -201,7 +217,8 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> ModelPar
 
     config = read_config(folder / "config.json", parse)
     weights = open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers)
-    return ModelPart(kind, official_transformer(weights) if part == TRANSFORMER else weights, config)
+    weights = official_transformer(weights) if part == TRANSFORMER else weights
+    return ModelPart(kind, weights, config, folder)
 
 
 def _listed_class(entry: object) -> str:

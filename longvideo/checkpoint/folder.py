@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import StoredAdapter, merged
-from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
+from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, copy_part, write_index, write_part
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
@@ -97,7 +97,7 @@ class ModelFolder:
             if TRANSFORMER not in parts:
                 raise MissingBase(f"{path} is a LoRA; use --base with the model that it belongs to", stored.adapter)
             part = parts[TRANSFORMER]
-            parts[TRANSFORMER] = replace(part, weights=merged(part.weights, stored.adapter))
+            parts[TRANSFORMER] = part.with_weights(merged(part.weights, stored.adapter))
         if TRANSFORMER in parts:
             config = parts[TRANSFORMER].config
             assert isinstance(config, TransformerConfig)
@@ -111,7 +111,7 @@ class ModelFolder:
     def with_adapter(self, adapter: StoredAdapter, settings: ModelSettings) -> ModelFolder:
         """Return the model with an adapter added to its transformer (see `adapters.merged`) and other settings."""
         part = self._part(TRANSFORMER)
-        changed = {TRANSFORMER: replace(part, weights=merged(part.weights, adapter))}
+        changed = {TRANSFORMER: part.with_weights(merged(part.weights, adapter))}
         return replace(self, settings=settings, stored={**self.stored, **changed})
 
     @property
@@ -236,31 +236,36 @@ class ModelFolder:
     ) -> ModelFolder:
         """Write parts as a folder that this class and diffusers' classes open.
 
-        other_parts: a model with the parts that are copied, tensor by tensor, where none is given here.
+        other_parts: a model with the parts that are copied unchanged where none is given here: as files from a folder
+        in this layout, otherwise tensor by tensor.
 
-        dtype: of floating weights; None keeps their own. max_shard_bytes: largest weight file, bytes. overwrite:
-        replace an existing folder. The folder appears complete or not at all.
+        dtype: of the floating weights of the modules; None keeps their own. max_shard_bytes: largest weight file that
+        is written, bytes. overwrite: replace an existing folder. The folder appears complete or not at all.
         """
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists; choose another name or pass overwrite=True")
         _check_text_len(settings, transformer, text_encoder)
-        copied = {} if other_parts is None else other_parts.stored
-        parts: dict[str, tuple[Weights, PartConfig]] = {name: (own.weights, own.config) for name, own in copied.items()}
-        tokenizer = other_parts._load_tokenizer() if other_parts is not None and TEXT_ENCODER in parts else None
+        parts: dict[str, tuple[Weights, PartConfig]] = {}
         if transformer is not None:
             parts[TRANSFORMER] = Weights.of(own_tensors(transformer)), transformer.config
         if vae is not None:
             parts[VAE] = Weights.of(own_tensors(vae)), vae.config
         if text_encoder is not None:
             parts[TEXT_ENCODER] = Weights.of(own_tensors(text_encoder.model)), text_encoder.model.config
-            tokenizer = text_encoder.tokenizer
+        others = {} if other_parts is None else other_parts.stored
+        copied = {name: part for name, part in others.items() if name not in parts}
+        tokenizer = None if text_encoder is None else text_encoder.tokenizer
+        if other_parts is not None and TEXT_ENCODER in copied:
+            tokenizer = other_parts._load_tokenizer()
         with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
-            for part, (weights, config) in parts.items():
+            for name, (weights, config) in parts.items():
                 cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
-                write_part(temporary, part, cast, config, max_shard_bytes=max_shard_bytes)
+                write_part(temporary, name, cast, config, max_shard_bytes=max_shard_bytes)
+            for name, part in copied.items():
+                copy_part(temporary, name, part, max_shard_bytes=max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary / "tokenizer", text_len=settings.text_len)
-            write_index(temporary, parts, settings)
+            write_index(temporary, [*parts, *copied], settings)
             write_json(temporary / SETTINGS_FILE, asdict(settings))
             cls.open(temporary)
         return cls.open(folder)

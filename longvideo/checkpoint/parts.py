@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,12 +22,18 @@ PartConfig: TypeAlias = TransformerConfig | AutoencoderConfig | UMT5Config
 class ModelPart:
     """A part of a model.
 
-    kind: name of the class in the part's files, or of the naming that its tensors follow.
+    kind: name of the class in the part's files, or of the naming that its tensors follow. folder: folder in diffusers'
+    layout whose files contain exactly these weights; None for weights that are read or changed in another way.
     """
 
     kind: str
     weights: Weights
     config: PartConfig
+    folder: Path | None = None
+
+    def with_weights(self, weights: Weights) -> ModelPart:
+        """Return the part with other weights."""
+        return replace(self, weights=weights, folder=None)
 
 
 @dataclass(frozen=True)

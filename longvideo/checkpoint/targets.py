@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file, safetensors_file
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
@@ -15,8 +14,11 @@ from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
-from longvideo.files import write_file, write_json
+from longvideo.files import copy_file, write_json
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.choices import TargetName
 
 OFFICIAL_STEM = "diffusion_pytorch_model"
 OFFICIAL_VAE, OFFICIAL_TEXT_ENCODER = "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
@@ -53,7 +55,7 @@ class ConversionTask:
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (file := self.model.tokenizer / name).is_file():
-                write_file(self.path / folder / name, partial(_copy, file))
+                copy_file(file, self.path / folder / name)
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,6 @@ def _write_safetensors(task: ConversionTask) -> None:
     safetensors_file.write_weights(task.path, own, metadata=header, on_bytes=task.on_bytes)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-
-
 def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     pass
 
@@ -155,7 +153,7 @@ def _wan_itself(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
             )
 
 
-TARGETS = {
+TARGETS: dict[TargetName, TargetFormat] = {
     "longvideo": TargetFormat(PARTS, (), _anything, _write_longvideo),
     "diffusers": TargetFormat(PARTS, (), _not_packed, _write_diffusers),
     "official": TargetFormat(PARTS, (), _wan_itself, _write_official),

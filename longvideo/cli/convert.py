@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
+from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.cli.model_options import Entry, ModelChoice
 from longvideo.cli.printing import shown_size
 from longvideo.cli.progress import bytes_progress
-from longvideo.errors import UserError
+from longvideo.errors import UserError, known
 
 
 def convert(
@@ -22,10 +23,7 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder or file to write.")],
     target: Annotated[
-        str,
-        typer.Option(
-            "--to", help="`longvideo`, `diffusers`, `official`, `longlive`, `safetensors` or `lora`; see above."
-        ),
+        Literal[TargetName, "lora"], typer.Option("--to", help="Format of the result; see above.")
     ] = "longvideo",
     base: Annotated[
         str | None,
@@ -76,7 +74,8 @@ def convert(
         convert_adapter(source, destination, base=base, entry=entry, overwrite=overwrite)
         print(f"{destination}: LoRA for peft and for diffusers")
         return
-    options = ConversionOptions(target, precision, max_shard_bytes=int(shard_gb * 1e9))
+    stored = None if precision is None else known("precision", precision, get_args(StoredPrecision))
+    options = ConversionOptions(target, stored, max_shard_bytes=int(shard_gb * 1e9))
     model = ModelChoice(source, base, preset, entry).open()
     with bytes_progress("writing") as progress:
         convert_model(model, destination, options, overwrite=overwrite, progress=progress)

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longvideo.errors import UserError
-
-PRECISIONS = ("bf16", "nvfp4")
+from longvideo.errors import UserError, known
 
 
 def merge(
@@ -35,8 +33,7 @@ def merge(
     """
     from longvideo.infer.options import SamplingOptions
 
-    if precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    packed = known("precision", precision, ("bf16", "nvfp4")) == "nvfp4"
     SamplingOptions(steps)
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists; choose another name or add --overwrite")
@@ -50,7 +47,5 @@ def merge(
     with OnMeta():
         sizes = layer_sizes(CausalTransformer(folder.transformer_config))
     lora.check_fits(sizes, model, str(adapter))
-    save_merged(
-        folder, lora, destination, steps=steps, clean_pass=clean_pass, packed=precision == "nvfp4", overwrite=overwrite
-    )
+    save_merged(folder, lora, destination, steps=steps, clean_pass=clean_pass, packed=packed, overwrite=overwrite)
     print(f"{destination}: {model} with {adapter} added to {len(lora.layers)} layers, {steps} steps, no guidance")

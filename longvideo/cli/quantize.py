@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from longvideo.kernels.nvfp4.format import NVFP4Tensor
 
-RULES = ("adaptive", "static6", "static4", "adaptive-abs", "adaptive-max")
+RuleName = Literal["adaptive", "static6", "static4", "adaptive-abs", "adaptive-max"]
+"""A name of `Rule`, which is defined where torch is imported."""
 
 
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="`tiny`, a model folder, or a Hugging Face id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    rule: Annotated[str, typer.Option(help=f"Rule for the scale of a group: {', '.join(RULES)}.")] = "adaptive",
+    rule: Annotated[RuleName, typer.Option(help="Rule for the scale of a group of 16 weights.")] = "adaptive",
     keep: Annotated[
         list[str] | None,
         typer.Option(help="Official names of layers that are not packed; `*` matches any text. Can be repeated."),
@@ -44,10 +45,9 @@ def quantize(
     from longvideo.checkpoint.conversion import ConversionOptions, convert_model
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.kernels.nvfp4 import reference
+    from longvideo.kernels.nvfp4.format import Rule
     from longvideo.quantization.linear import CODES
 
-    if rule not in RULES:
-        raise UserError(f"--rule {rule!r} is not a scaling rule; use one of {', '.join(RULES)}")
     folder = ModelFolder.open(source)
     if folder.is_packed:
         raise UserError(f"{folder.path} has packed 4-bit weights; quantize the model that they were made from")
@@ -57,7 +57,7 @@ def quantize(
         error = (reference.dequantize(packed) - weight).norm() / weight.float().norm()
         errors.setdefault(layer.split(".", 2)[2], []).append(float(error))
 
-    options = ConversionOptions(precision="nvfp4", rule=rule, keep=tuple(keep or ()))
+    options = ConversionOptions(precision="nvfp4", rule=Rule(rule), keep=tuple(keep or ()))
     with bytes_progress("packing") as progress:
         convert_model(
             folder, destination, options, overwrite=overwrite, progress=replace(progress, on_packed=on_packed)

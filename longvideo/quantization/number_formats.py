@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-from longvideo.errors import UserError
+from longvideo.errors import known
 from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 CachePrecision = Literal["bf16", "nvfp4"]
 """Number format of the KV cache."""
 
-DIFFERENTIABLE_PRECISIONS: tuple[TransformerPrecision, ...] = ("bf16", "nvfp4", "nvfp4-weights")
-"""Precisions of a frozen backbone through which gradients reach adapters."""
+DifferentiablePrecision = Literal["bf16", "nvfp4", "nvfp4-weights"]
+"""Precision of a frozen backbone through which gradients reach adapters."""
 FP8_FORMATS = ("fp8", "fp8-emulated")
 """Formats with the arithmetic of FP8: on FP8 units, and slowly in plain torch on a CPU."""
 PRECISIONS: tuple[TransformerPrecision, ...] = get_args(TransformerPrecision)
 KV_CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
 ATTENTIONS: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
-
-Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,9 @@ class NumberFormats:
     def parse(cls, precision: str | None = None, kv_cache: str = "bf16", attention: str = "bf16") -> NumberFormats:
         """Return the formats with these names. Raises UserError for a name that is unknown."""
         return cls(
-            None if precision is None else _known("precision", precision, PRECISIONS),
-            _known("kv_cache", kv_cache, KV_CACHES),
-            _known("attention", attention, ATTENTIONS),
+            None if precision is None else known("precision", precision, PRECISIONS),
+            known("kv_cache", kv_cache, KV_CACHES),
+            known("attention", attention, ATTENTIONS),
         )
 
     def precision_of(self, *, packed: bool) -> TransformerPrecision:
@@ -59,10 +54,3 @@ class NumberFormats:
     def effective(self, *, packed: bool) -> NumberFormats:
         """Return these formats with a precision that is not None. packed: as in `precision_of`."""
         return replace(self, precision=self.precision_of(packed=packed))
-
-
-def _known(option: str, name: object, names: Sequence[Name]) -> Name:
-    for known in names:
-        if isinstance(name, str) and known == name:
-            return known
-    raise UserError(f"{option} is {name!r}; expected one of {', '.join(names)}")

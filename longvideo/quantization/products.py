@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +148,17 @@ def _flat(quantized: NVFP4Tensor) -> FlatOperand:
     return FlatOperand(scaled_mm.operand(matrix), quantized.shape[:-1])
 
 
-W4A4_PRODUCTS: dict[str, type[W4A4]] = {"torch": ScaledW4A4, "emulated": EmulatedW4A4}
+ProductBackend = Literal["torch", "emulated"]
+W4A4_PRODUCTS: dict[ProductBackend, type[W4A4]] = {"torch": ScaledW4A4, "emulated": EmulatedW4A4}
 
 
-def choose_w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE, *, backend: str | None = None) -> W4A4:
+def choose_w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE, *, backend: ProductBackend | None = None) -> W4A4:
     """Return the fastest product of 4-bit weights and inputs that a device can run, or that of a backend.
 
     backend: "torch" (FP4 units) or "emulated". The choice is logged with its reason.
     Raises ValueError with the reason if the given backend cannot run.
     """
     if backend is not None:
-        if backend not in W4A4_PRODUCTS:
-            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(W4A4_PRODUCTS)}")
         return W4A4_PRODUCTS[backend](device, rule)
     products = product_backend("nvfp4", device)
     if products.is_emulated:

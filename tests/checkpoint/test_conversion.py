@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longvideo.checkpoint import conversion
+from longvideo.checkpoint.choices import TargetName
 from longvideo.checkpoint.conversion import ConversionOptions, Progress, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import Weights
@@ -43,7 +44,7 @@ def cut_after(num_bytes: int) -> Progress:
 
 
 @pytest.mark.parametrize("target", ["longvideo", "official"])
-def test_a_conversion_that_was_interrupted_continues(target: str, ours: ModelFolder, tmp_path: Path) -> None:
+def test_a_conversion_that_was_interrupted_continues(target: TargetName, ours: ModelFolder, tmp_path: Path) -> None:
     options = ConversionOptions(target, max_shard_bytes=SHARD_BYTES)
     total = sum(ours.weights(part).num_bytes for part in ours.parts)
     destination, temporary = tmp_path / "result", tmp_path / ".result.part"
@@ -85,7 +86,9 @@ def test_a_conversion_starts_again_if_source_or_options_differ(tmp_path: Path) -
 def test_precision_is_of_the_transformer_and_packing_equals_quantizing_in_memory(
     ours: ModelFolder, tmp_path: Path
 ) -> None:
-    convert_model(ours, tmp_path / "packed", ConversionOptions(precision="nvfp4", rule="static6", keep=("blocks.0.*",)))
+    convert_model(
+        ours, tmp_path / "packed", ConversionOptions(precision="nvfp4", rule=Rule.STATIC6, keep=("blocks.0.*",))
+    )
     packed = ModelFolder.open(tmp_path / "packed")
     expected = ours.load_transformer()
     quantize_layers(expected, Rule.STATIC6, keep=("blocks.0.*",))
@@ -108,8 +111,14 @@ def test_any_floating_dtype_goes_to_every_target_and_back(
 ) -> None:
     part = ours.stored["transformer"]
     values = {name: part.weights.read(name).to(dtype) for name in part.weights.infos}
-    own = replace(ours, stored={**ours.stored, "transformer": replace(part, weights=Weights.of(values))})
-    for target, name in (("longvideo", "a"), ("official", "b"), ("longlive", "c.pt"), ("safetensors", "d.safetensors")):
+    own = replace(ours, stored={**ours.stored, "transformer": part.with_weights(Weights.of(values))})
+    files: dict[TargetName, str] = {
+        "longvideo": "a",
+        "official": "b",
+        "longlive": "c.pt",
+        "safetensors": "d.safetensors",
+    }
+    for target, name in files.items():
         convert_model(own, tmp_path / name, ConversionOptions(target))
         again = ModelFolder.open(tmp_path / name, base=ours.path).weights("transformer")
         for tensor, value in values.items():
@@ -127,9 +136,9 @@ def test_what_a_format_cannot_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot store the statistics of its latents"):
         convert_model(model, tmp_path / "wan", ConversionOptions("official"))
     with pytest.raises(UserError, match="is not a format; use one of longvideo, diffusers"):
-        ConversionOptions("wan")
+        ConversionOptions("wan")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="precision is 'fp4'; expected one of"):
-        ConversionOptions(precision="fp4")
+        ConversionOptions(precision="fp4")  # type: ignore[arg-type]
     vae_only = ModelFolder.save(tmp_path / "vae", settings=small.SETTINGS, vae=small.vae())
     with pytest.raises(CheckpointError, match="has no transformer"):
         convert_model(vae_only, tmp_path / "x.pt", ConversionOptions("longlive"))
@@ -205,11 +214,12 @@ def test_overwriting_replaces_a_model_and_nothing_else(ours: ModelFolder, tmp_pa
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    for destination, target, says in (
+    refusals: list[tuple[str, TargetName, str]] = [
         ("notes", "longvideo", "is not a model in a known format"),
         ("own", "safetensors", "does not end in .safetensors"),
         ("model.pt", "safetensors", "does not end in .safetensors"),
-    ):
+    ]
+    for destination, target, says in refusals:
         with pytest.raises(UserError, match=says):
             convert_model(ours, tmp_path / destination, ConversionOptions(target), overwrite=True)
     with pytest.raises(UserError, match="of the source and is not replaced"):

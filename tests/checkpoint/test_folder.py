@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint import diffusers_json
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.names import strip_wrappers, to_diffusers
 from longvideo.checkpoint.settings import ModelSettings
@@ -219,6 +220,44 @@ def test_saving_never_harms_an_existing_folder(copy: Path) -> None:
     ModelFolder.save(copy, settings=small.SETTINGS, vae=small.vae(), overwrite=True)
     assert ModelFolder.open(copy).parts == ("vae",)
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_unchanged_parts_are_copied_as_files(saved: ModelFolder, tmp_path: Path) -> None:
+    transformer = small.transformer(seed=5)
+    export = ModelFolder.save(
+        tmp_path / "export",
+        settings=saved.settings,
+        transformer=transformer,
+        other_parts=saved,
+        dtype=torch.bfloat16,
+    )
+    assert export.parts == saved.parts
+    for part in ("vae", "text_encoder"):
+        for file in (saved.path / part).iterdir():
+            assert (export.path / part / file.name).read_bytes() == file.read_bytes(), file
+    state = export.load_transformer().state_dict()
+    assert all(torch.equal(state[name], value.bfloat16()) for name, value in transformer.state_dict().items())
+
+
+def test_parts_with_another_layout_are_copied_tensor_by_tensor(saved: ModelFolder, tmp_path: Path) -> None:
+    convert_model(saved, tmp_path / "one.safetensors", ConversionOptions("safetensors"))
+    other = ModelFolder.open(tmp_path / "one.safetensors", base=saved.path)
+    export = ModelFolder.save(
+        tmp_path / "export",
+        settings=saved.settings,
+        vae=small.vae(seed=5),
+        other_parts=other,
+        max_shard_bytes=20_000,
+    )
+    assert export.parts == saved.parts and len(export.weights("transformer").files) > 1
+    for part in ("transformer", "text_encoder"):
+        original = saved.weights(part)
+        assert export.weights(part).infos == original.infos
+        assert all(torch.equal(export.weights(part).read(name), original.read(name)) for name in original.infos)
+    again = ModelFolder.save(tmp_path / "again", settings=saved.settings, vae=small.vae(seed=6), other_parts=export)
+    files = sorted(file.relative_to(export.path) for file in (export.path / "transformer").iterdir())
+    assert files == sorted(file.relative_to(again.path) for file in (again.path / "transformer").iterdir())
+    assert all((export.path / file).read_bytes() == (again.path / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("longest", [50, 1000, 50_000])

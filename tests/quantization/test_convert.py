@@ -155,7 +155,10 @@ def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixtu
     for arguments, message in (
         (["quantize", "tiny", str(target)], "exists"),
         (["quantize", str(target), str(tmp_path / "twice")], "has packed 4-bit weights"),
-        (["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"], "'adaptiv' is not a scaling rule"),
+        (
+            ["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"],
+            "'adaptiv' is not one of 'adaptive'",
+        ),
         (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "matches no linear layer"),
     ):
         assert main(arguments) == 2
@@ -167,8 +170,6 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_gives_the_reason() -> 
     assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
     with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
         choose_w4a4(CPU, backend="torch")
-    with pytest.raises(ValueError, match="expected one of torch, emulated"):
-        choose_w4a4(CPU, backend="cutlass")
 
 
 def test_training_layers_take_over_the_parameters() -> None:
@@ -193,8 +194,6 @@ def test_training_layers_take_over_the_parameters() -> None:
 def test_a_training_backend_that_cannot_run_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the backend te cannot run on cpu: "):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
-    with pytest.raises(ValueError, match="expected te or emulated"):
-        train_in_nvfp4(small.model(), TrainingRecipe(), backend="cutlass")
     monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda _device: None)
     with pytest.raises(ValueError, match="one rule, not adaptive and static6"):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")

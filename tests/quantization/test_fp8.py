@@ -10,6 +10,7 @@ import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
+from longvideo.config.loading import load_config
 from longvideo.distill.config import BackboneConfig
 from longvideo.errors import ConfigError, UserError
 from longvideo.infer.fit.formats import check_formats
@@ -122,8 +123,8 @@ def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch:
 
 
 def test_fp8_is_for_generating_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="backbone.precision is 'fp8'; expected one of bf16, nvfp4, nvfp4-weights"):
-        BackboneConfig(precision="fp8")
+    with pytest.raises(ConfigError, match="precision is 'fp8'; expected one of 'bf16', 'nvfp4', 'nvfp4-weights'"):
+        load_config(BackboneConfig, overrides=["precision=fp8"])
     assert main(["merge", "tiny", str(tmp_path), str(tmp_path / "merged"), "--precision", "fp8"]) == 2
     assert "precision is 'fp8'; expected one of bf16, nvfp4" in capsys.readouterr().err
 
