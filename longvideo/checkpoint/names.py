@@ -8,13 +8,15 @@ rest of a name (weight, bias, lora_A.weight, ...).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from longvideo.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
 Rules: TypeAlias = list[tuple[re.Pattern[str], str]]
 
@@ -124,6 +126,47 @@ def autoencoder_official(num_res_blocks: int) -> NameTable:
             table[f"{ours_level}.resnets.{{}}.{ours}"] = f"{their_level}.{{}}.{theirs}"
     return NameTable(table)
 
+
+@dataclass(frozen=True)
+class FlatLayers:
+    """Places of layers in a network of TAEHV, whose files name each layer by its number in one list.
+
+    stem, head: the first and last convolution, by our name. start, length: of the first stage, and of every stage.
+    blocks: first memory block of a stage. layers: other layers of a stage, counted from its start, by our name.
+    """
+
+    stem: tuple[str, int]
+    head: tuple[str, int]
+    start: int
+    length: int
+    blocks: int
+    layers: Mapping[str, tuple[int, str]]
+
+    def table(self, coder: str) -> NameTable:
+        """Return the table of names. coder: "encoder" or "decoder"."""
+        table = {f"{coder}.{ours}.*": f"{coder}.{theirs}.*" for ours, theirs in (self.stem, self.head)}
+        for stage in range(TINY_STAGES):
+            start, ours = self.start + stage * self.length, f"{coder}.stages.{stage}"
+            for block in range(TINY_BLOCKS):
+                table[f"{ours}.blocks.{block}.*"] = f"{coder}.{start + self.blocks + block}.*"
+            for name, (place, inner) in self.layers.items():
+                table[f"{ours}.{name}.*"] = f"{coder}.{start + place}.{inner}*"
+        return NameTable(table)
+
+
+TINY_STAGES = TINY_BLOCKS = 3
+TINY_ENCODER = FlatLayers(("stem.0", 0), ("head", 17), 2, 5, 2, {"pool": (0, "conv."), "conv": (1, "")}).table(
+    "encoder"
+)
+TINY_DECODERS = {
+    "base": FlatLayers(("stem.1", 1), ("head.1", 22), 3, 6, 0, {"grow": (4, "conv."), "conv": (5, "")}).table(
+        "decoder"
+    ),
+    "super": FlatLayers(("stem.0", 0), ("head.0", 22), 1, 7, 0, {"conv": (3, ""), "grow": (6, "conv.")}).table(
+        "decoder"
+    ),
+}
+"""Names of the two forms of TAEHV's decoder."""
 
 # names outside of the blocks that occur only in one naming, and names that occur in both
 OFFICIAL_MARKS = ("text_embedding.0.weight", "time_projection.1.weight", "head.head.weight", "head.modulation")
