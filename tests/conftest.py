@@ -1,7 +1,10 @@
 """Set the process up before anything heavy is imported: threads, the Triton interpreter, marks that need a GPU."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # each worker has one core; more threads than cores slow all of them down
@@ -11,6 +14,9 @@ import pytest
 import torch
 
 from tests.options import OPTIONS
+
+if TYPE_CHECKING:
+    from longvideo.infer.pipeline import StreamingPipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -42,6 +48,24 @@ def picture_folder(request: pytest.FixtureRequest) -> Path:
         pytest.skip("writes pictures for the documentation; use --write-pictures FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a small model folder with random weights; tests that damage it copy it first."""
+    # imported here: after the environment is set, and only for tests that need it
+    from tests.infer import small
+
+    folder = tmp_path_factory.mktemp("model") / "small"
+    small.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder: Path) -> StreamingPipeline:
+    from longvideo.infer.pipeline import StreamingPipeline
+
+    return StreamingPipeline.from_pretrained(model_folder, device="cpu", dtype=torch.float32)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from longvideo.errors import CheckpointError, UserError
 from longvideo.infer import generation
 from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
-from tests.infer.conftest import HEIGHT, WIDTH
+from tests.infer.small import HEIGHT, WIDTH
 
 PROMPTS = ["a red ball bounces", "a blue square spins"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Full
@@ -140,30 +138,6 @@ def test_a_packed_layer_without_one_of_its_tensors_is_refused(tmp_path: Path, le
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(CheckpointError, match="blocks.0.self_attn.q.weight"):
         ModelFolder.open(folder.path).load_transformer()
-
-
-def test_quantize_command_packs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "packed"
-    assert main(["quantize", "tiny", str(target), "--keep", "blocks.0.*"]) == 0
-    printed = capsys.readouterr().out
-    assert "70 layers packed" in printed and "ffn.2: relative error 8." in printed
-    assert main(["info", str(target), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    (transformer,) = [part for part in report["parts"] if part["name"] == "transformer"]
-    assert transformer["problem"] is None and abs(transformer["num_parameters"] - 8.06e6) < 0.01e6
-    assert transformer["num_bytes"] < 7 * 2**20
-    for arguments, message in (
-        (["quantize", "tiny", str(target)], "exists"),
-        (["quantize", str(target), str(tmp_path / "twice")], "has packed 4-bit weights"),
-        (
-            ["quantize", "tiny", str(tmp_path / "x"), "--rule", "adaptiv"],
-            "'adaptiv' is not one of 'adaptive'",
-        ),
-        (["quantize", "tiny", str(tmp_path / "x"), "--keep", "head.*"], "matches no linear layer"),
-    ):
-        assert main(arguments) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "x").exists()
 
 
 def test_the_backend_that_can_run_is_chosen_and_the_other_gives_the_reason() -> None:

@@ -20,7 +20,6 @@ import pytest
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.writer import VideoWriter
 from tests.folders import file_names
-from tests.infer.conftest import model_folder  # noqa: F401
 from tests.options import option_value
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
@@ -63,7 +62,7 @@ def end(process: subprocess.Popen[str], number: int, *, lines: int | None, delay
 @pytest.mark.slow
 @pytest.mark.time_limit("--soak", 60)
 def test_an_older_film_or_what_was_reported_plays(
-    model_folder: Path,  # noqa: F811
+    model_folder: Path,
     tmp_path: Path,
     pytestconfig: pytest.Config,
 ) -> None:

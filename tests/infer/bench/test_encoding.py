@@ -1,14 +1,9 @@
-"""`longvideo bench encode`: parts that are equal to the whole, and the time that ranks save."""
+"""The measurement of encoding: parts that are equal to the whole, and the time that ranks save."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import pytest
 import torch
 
-from longvideo.cli.main import main
 from longvideo.infer.bench.encoding import time_encoding
 from longvideo.vae.config import AutoencoderConfig
 
@@ -20,12 +15,3 @@ def test_parts_make_up_the_whole() -> None:
     # latents 24 to 47, 20 latents before them, and one frame before those, which the encoder takes as the first
     assert timing.part_frames == [4 * 23 + 1, 4 * 44 + 1]
     assert timing.saved_seconds == timing.whole_seconds - max(timing.part_seconds)
-
-
-def test_ranks_that_do_not_divide_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "encode", "--preset", "tiny", "--device", "cpu", "--chunks", "1"]
-    assert main([*arguments, "--ranks", "3"]) == 2
-    assert "--ranks is 3; expected a divisor of 8" in capsys.readouterr().err
-    out = tmp_path / "encode.json"
-    assert main([*arguments, "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["part_frames"] == [13, 29] and "saved" in capsys.readouterr().out

@@ -16,12 +16,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from longvideo.cli.main import main
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.app import PAGE, TINY_EXAMPLES
 from longvideo.infer.server.limits import Limits
-from longvideo.infer.server.run import listen
 from longvideo.infer.server.security import check_listening, check_public_hosts, is_loopback
 from tests.infer.server.conftest import DEADLINE, PROMPT, Serve
 from tests.infer.server.test_stream import closed_with
@@ -201,18 +199,6 @@ def test_listening_for_other_machines_needs_a_token() -> None:
     for host, token in (("0.0.0.0", None), ("::", None), ("0.0.0.0", "short"), ("127.0.0.1", "with a space in it")):
         with pytest.raises(UserError):
             check_listening(host, token)
-
-
-def test_the_command_refuses_an_open_address_and_a_used_port(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("LONGVIDEO_TOKEN", raising=False)
-    assert main(["serve", "--host", "0.0.0.0"]) == 2
-    assert "--token" in capsys.readouterr().err
-    listening = listen("127.0.0.1", 0)
-    assert main(["serve", "--port", str(listening.getsockname()[1])]) == 2
-    listening.close()
-    assert "cannot listen" in capsys.readouterr().err
 
 
 def test_counters_count(serve: Serve) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from longvideo.errors import UserError
 from longvideo.files import BusyError
 from longvideo.infer.server.served_folder import served_folder
-from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
+from tests.infer.server.conftest import PROMPT, Serve, wait_until
 
 
 def modes(folder: Path) -> set[int]:
@@ -21,22 +19,6 @@ def modes(folder: Path) -> set[int]:
     allowed = {True: 0o700, False: 0o600}
     permissions = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
     return {mode for path, mode in permissions.items() if mode != allowed[path.is_dir()]}
-
-
-@pytest.mark.parametrize("folder", ["served", "link"])
-def test_a_second_process_is_refused_and_changes_nothing(model_folder: Path, tmp_path: Path, folder: str) -> None:
-    """The folder is the default one, or a link to it."""
-    (tmp_path / "served").mkdir()
-    (tmp_path / "link").symlink_to("served")
-    with serve_process(model_folder, tmp_path, "--folder", "served") as (_, http):
-        running = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 300}).json()["id"]
-        wait_until(lambda: http.get(f"/v1/videos/{running}").json()["frames"] > 0)
-        command = [sys.executable, "-m", "longvideo.cli.main", "serve", "--model", str(model_folder), "--port", "0"]
-        more = [] if folder == "served" else ["--folder", folder]
-        second = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert second.returncode == 2 and second.stdout == ""
-        assert f"another process serves {folder}" in second.stderr and "--folder" in second.stderr
-        assert http.get(f"/v1/videos/{running}").json()["status"] == "in_progress"
 
 
 def test_a_folder_is_unlocked_after_its_process(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`longvideo generate`: its output file, Ctrl-C, and every kind of bad input."""
+"""`longvideo generate`: its output file, Ctrl-C, every kind of bad input, and ranks that share the denoising."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
@@ -296,3 +297,50 @@ def test_a_damaged_folder_is_one_line_and_code_two(
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert ("model_index.json" if damage == "no index" else part) in printed.err
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--precision", "int8"], "one of bf16, nvfp4, nvfp4-weights, fp8"),
+        (["--kv-cache", "int4"], "one of bf16, nvfp4"),
+    ],
+)
+def test_an_unknown_number_format_is_refused(
+    option: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a red ball bounces", *option, "-o", str(tmp_path / "out.mp4")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+PROMPTS = ["a red ball bounces", "a blue square spins"]
+OPTIONS = ["--device", "cpu", "--seconds", "3", "--steps", "1"]
+
+
+def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "longvideo.cli.main", "generate", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_two_ranks_write_the_video_of_one(tmp_path: Path) -> None:
+    both, alone = tmp_path / "both.mp4", tmp_path / "alone.mp4"
+    run = torchrun([*PROMPTS, *OPTIONS, "-o", str(both)])
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("both.mp4: 72 frames") == 1
+    assert main(["generate", *PROMPTS, *OPTIONS, "-o", str(alone)]) == 0
+    result, expected = (iio.imread(path).astype(int) for path in (both, alone))
+    assert result.shape == expected.shape
+    # products of other shapes are rounded differently
+    assert np.abs(result - expected).mean() < 2
+
+
+def test_a_gpu_cannot_be_chosen_for_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["generate", PROMPTS[0], "--device", "cuda:1", "-o", str(tmp_path / "a.mp4")]) == 2
+    assert "expected cpu or cuda, the GPU of each rank's number" in capsys.readouterr().err

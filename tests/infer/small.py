@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.text.encoder import TextEncoder
@@ -21,9 +19,8 @@ HEIGHT, WIDTH = 32, 64
 WORDS = "a red blue ball square bounces spins at night on grass".split()
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder; tests that damage it copy it first."""
+def save(folder: Path) -> None:
+    """Write the folder."""
     torch.manual_seed(0)
     latent_channels = 8
     transformer = CausalTransformer(
@@ -61,7 +58,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=2,
         guidance=1.0,
     )
-    folder = tmp_path_factory.mktemp("model") / "small"
     ModelFolder.save(
         folder,
         settings=settings,
@@ -69,9 +65,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=autoencoder,
         text_encoder=TextEncoder.build_tiny(WORDS, text_len=32),
     )
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pipeline(model_folder: Path) -> StreamingPipeline:
-    return StreamingPipeline.from_pretrained(model_folder, device="cpu", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`longvideo distill` and `longvideo merge`, on a small random model."""
+"""`longvideo distill` on a small random model: its run folder, interrupted runs, and bad settings."""
 
 from __future__ import annotations
 
@@ -19,53 +19,18 @@ from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.config import BackboneConfig
 from longvideo.distill.engine import PairedEngine
-from longvideo.distill.prompts import DistillStage, read_scripts
+from longvideo.distill.prompts import DistillStage
 from longvideo.distill.roles import LoraSettings
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.checkpoint import small
+from tests.cli.distillation import arguments
 from tests.golden import relative_error
 from tests.training.killing import run_killed
 
 PRELOADED = ["torch", "longvideo.distill.distillation", "longvideo.training.run"]
-PROMPTS = "a red ball moves left\na blue ball\na ball moves\n"
-SMALL = (
-    "lora.rank=4",
-    "lora.alpha=8",
-    "student_every=2",
-    "dmd.guidance=3",
-    "optimizer.learning_rate=1e-3",
-    "optimizer.schedule=constant",
-    "critic_optimizer.learning_rate=1e-3",
-    "critic_optimizer.schedule=constant",
-    "trainer.log_every=1",
-    "trainer.sample_every=0",
-    "samples.prompts=2",
-    "samples.chunks=2",
-    "samples.judge=false",
-)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distill")
-    small.save(folder / "model")
-    (folder / "prompts.txt").write_text(PROMPTS)
-    return folder
-
-
-def arguments(home: Path, name: str, *more: str, steps: int = 4, precision: str = "bf16") -> list[str]:
-    own = [f"model={home / 'model'}", f"prompts={home / 'prompts.txt'}", f"backbone.precision={precision}"]
-    stages = f"stages=[{{frames: 16, batch: 2, steps: {steps}}}]"
-    return ["distill", "tiny/dmd", *own, *SMALL, stages, *more, "--out", str(home / name), "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def run(home: Path) -> Path:
-    assert main(arguments(home, "run")) == 0
-    return home / "run"
 
 
 def velocity(model: CausalTransformer) -> Tensor:
@@ -80,30 +45,30 @@ def velocity(model: CausalTransformer) -> Tensor:
         return model(latents, torch.full((1, 2), 0.5), text, rope=rope, attention=Full())
 
 
-def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(distill_run: Path) -> None:
+    lines = [json.loads(line) for line in (distill_run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [("student_loss" in line) for line in steps] == [True, False, True, False]
     assert all(line["grad"] > 0 for line in steps) and all(line["dmd_gradient"] > 0 for line in steps[::2])
     assert any(name.startswith("critic_") for name in steps[0])
-    folder = ModelFolder.open(run / "model")
+    folder = ModelFolder.open(distill_run / "model")
     assert (folder.settings.steps, folder.settings.guidance, folder.settings.clean_pass) == (4, 1.0, True)
-    assert {path.name for path in (run / "samples").iterdir()} == {
+    assert {path.name for path in (distill_run / "samples").iterdir()} == {
         "student_0000004_4_steps.png",
         "student_0000004_2_steps.png",
     }
 
 
-def test_in_the_precision_of_a_gpu_and_with_a_critic_that_goes_first(home: Path) -> None:
-    assert main(arguments(home, "bf16", "trainer.precision=bf16", "critic_first=1", "dmd.shift=2")) == 0
-    lines = [json.loads(line) for line in (home / "bf16" / "metrics.jsonl").read_text().splitlines()]
+def test_in_the_precision_of_a_gpu_and_with_a_critic_that_goes_first(distill_folder: Path) -> None:
+    assert main(arguments(distill_folder, "bf16", "trainer.precision=bf16", "critic_first=1", "dmd.shift=2")) == 0
+    lines = [json.loads(line) for line in (distill_folder / "bf16" / "metrics.jsonl").read_text().splitlines()]
     assert ["student_loss" in line for line in lines if "loss" in line] == [False, False, True, False]
-    assert len(list((home / "bf16" / "samples").iterdir())) == 2
+    assert len(list((distill_folder / "bf16" / "samples").iterdir())) == 2
 
 
-def test_the_merged_model_is_backbone_and_adapter(run: Path) -> None:
-    merged = ModelFolder.open(run / "model").load_transformer(dtype=torch.float32)
-    adapter, plain = Adapter.load(run / "lora"), small.transformer()
+def test_the_merged_model_is_backbone_and_adapter(distill_run: Path) -> None:
+    merged = ModelFolder.open(distill_run / "model").load_transformer(dtype=torch.float32)
+    adapter, plain = Adapter.load(distill_run / "lora"), small.transformer()
     weights = plain.state_dict()
     for layer in adapter.layers:
         update = adapter.weights[f"{layer}.lora_B"] @ adapter.weights[f"{layer}.lora_A"]
@@ -114,42 +79,24 @@ def test_the_merged_model_is_backbone_and_adapter(run: Path) -> None:
         assert relative_error(tensor, weights[name]) < 1e-6, name
 
 
-def test_peft_and_diffusers_read_the_adapter(run: Path) -> None:
+def test_peft_and_diffusers_read_the_adapter(distill_run: Path) -> None:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from peft import PeftModel
 
-    expected_velocity = velocity(ModelFolder.open(run / "model").load_transformer(dtype=torch.float32))
+    expected_velocity = velocity(ModelFolder.open(distill_run / "model").load_transformer(dtype=torch.float32))
     plain = small.transformer()
     assert relative_error(velocity(plain), expected_velocity) > 1e-3
-    PeftModel.from_pretrained(plain, str(run / "lora"))
+    PeftModel.from_pretrained(plain, str(distill_run / "lora"))
     assert relative_error(velocity(plain), expected_velocity) < 1e-5
 
     theirs, source = (
-        WanTransformer3DModel.from_pretrained(run / name / "transformer") for name in ("model", "../model")
+        WanTransformer3DModel.from_pretrained(distill_run / name / "transformer") for name in ("model", "../model")
     )
-    source.load_lora_adapter(load_file(run / "lora" / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    source.load_lora_adapter(load_file(distill_run / "lora" / "pytorch_lora_weights.safetensors"), prefix="transformer")
     source.fuse_lora()
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
     for name, tensor in theirs.state_dict().items():
         assert relative_error(weights[name], tensor) < 1e-5, name
-
-
-@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
-def test_merge_command(home: Path, run: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
-    target = home / f"merged_{precision}"
-    command = ["merge", str(home / "model"), str(run / "lora"), str(target), "--steps", "2", "--precision", precision]
-    if precision == "nvfp4":
-        # 24 wide layers do not divide into groups of 16
-        assert main(command) == 2
-        assert "16" in capsys.readouterr().err and not target.exists()
-        return
-    assert main(command) == 0
-    folder = ModelFolder.open(target)
-    assert folder.settings.steps == 2
-    for name, tensor in folder.load_transformer().state_dict().items():
-        assert torch.equal(tensor, ModelFolder.open(run / "model").load_transformer().state_dict()[name])
-    assert main(command) == 2
-    assert "exists" in capsys.readouterr().err
 
 
 def state(folder: Path, step: int = 4) -> dict[str, Tensor]:
@@ -180,31 +127,33 @@ def distil(home: str, name: str, reports: Connection) -> None:
     os._exit(code)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(home: Path) -> None:
-    run_killed(distil, str(home), "killed", kills=4, most_steps=2, preloaded=PRELOADED)
-    run_killed(distil, str(home), "whole", kills=0, most_steps=1, preloaded=PRELOADED)
-    assert_same_bits(state(home / "killed"), state(home / "whole"))
-    adapters = [(home / name / "lora" / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
+def test_killed_at_any_moment_it_ends_with_the_same_bits(distill_folder: Path) -> None:
+    run_killed(distil, str(distill_folder), "killed", kills=4, most_steps=2, preloaded=PRELOADED)
+    run_killed(distil, str(distill_folder), "whole", kills=0, most_steps=1, preloaded=PRELOADED)
+    assert_same_bits(state(distill_folder / "killed"), state(distill_folder / "whole"))
+    adapters = [
+        (distill_folder / name / "lora" / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")
+    ]
     assert adapters[0] == adapters[1]
 
 
-def test_two_step_training_goes_on_from_an_adapter(home: Path, run: Path) -> None:
-    more = (f"adapter={run / 'lora'}", "rollout.steps=2", "optimizer.learning_rate=1e-12", "lora.alpha=4")
-    assert main(arguments(home, "two", *more, "samples.prompts=0", "merge=false", steps=2)) == 0
-    assert not (home / "two" / "model").exists()
-    before, after = Adapter.load(run / "lora"), Adapter.load(home / "two" / "lora")
+def test_two_step_training_goes_on_from_an_adapter(distill_folder: Path, distill_run: Path) -> None:
+    more = (f"adapter={distill_run / 'lora'}", "rollout.steps=2", "optimizer.learning_rate=1e-12", "lora.alpha=4")
+    assert main(arguments(distill_folder, "two", *more, "samples.prompts=0", "merge=false", steps=2)) == 0
+    assert not (distill_folder / "two" / "model").exists()
+    before, after = Adapter.load(distill_run / "lora"), Adapter.load(distill_folder / "two" / "lora")
     assert (before.scaling, after.scaling) == (2.0, 1.0)
     for layer in before.layers:
         updates = [x.scaling * x.weights[f"{layer}.lora_B"] @ x.weights[f"{layer}.lora_A"] for x in (before, after)]
         assert relative_error(updates[1], updates[0]) < 1e-4
 
 
-def test_a_dry_run_needs_no_weights(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_needs_no_weights(distill_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["preset=tiny", "settings.height=64", "settings.width=64"]
     more = [*sizes, "model=null", "teacher=another", "stages=[{frames: 16, batch: 1, steps: 1}]"]
-    dry = arguments(home, "dry", *more, precision="nvfp4")
+    dry = arguments(distill_folder, "dry", *more, precision="nvfp4")
     assert main([*dry, "--dry-run", "1"]) == 0
-    assert "stage 0 | 1 steps" in capsys.readouterr().out and not (home / "dry").exists()
+    assert "stage 0 | 1 steps" in capsys.readouterr().out and not (distill_folder / "dry").exists()
     assert "model is not set" in refusal(dry, capsys)
 
 
@@ -233,9 +182,9 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_bad_settings_are_refused(
-    home: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    distill_folder: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refusal(arguments(home, "bad", *more), capsys)
+    assert message in refusal(arguments(distill_folder, "bad", *more), capsys)
 
 
 @pytest.mark.parametrize(
@@ -255,71 +204,71 @@ def test_bad_settings_are_refused(
     ],
 )
 def test_bad_prompt_files_are_refused(
-    home: Path, name: str, text: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
+    distill_folder: Path, name: str, text: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (home / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert message in refusal(arguments(home, "bad", f"prompts={home / name}"), capsys)
-
-
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
-    for name, text in (
-        ("a.txt", "a ball\r\na cube\u2028b\n"),
-        ("a.jsonl", '{"prompts": ["a ball"]}\n{"prompts": ["a cube b"]}'),
-    ):
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
-        assert read_scripts(tmp_path / name) == [("a ball",), ("a cube b",)]
+    (distill_folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refusal(arguments(distill_folder, "bad", f"prompts={distill_folder / name}"), capsys)
 
 
 def test_adapters_and_teachers_that_do_not_fit_are_refused(
-    home: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    distill_folder: Path, distill_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unread(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read before the error was found")
 
     monkeypatch.setattr(ModelFolder, "load_transformer", unread)
-    lora = f"adapter={run / 'lora'}"
+    lora = f"adapter={distill_run / 'lora'}"
     assert "lora.rank is 8; expected 4, the rank of the adapter" in refusal(
-        arguments(home, "bad", lora, "lora.rank=8"), capsys
+        arguments(distill_folder, "bad", lora, "lora.rank=8"), capsys
     )
     # the shipped model has wider layers
-    message = refusal(arguments(home, "bad", lora, "model=tiny"), capsys)
+    message = refusal(arguments(distill_folder, "bad", lora, "model=tiny"), capsys)
     assert "blocks.0." in message and "tiny at rank 4" in message
-    message = refusal(arguments(home, "bad", "teacher=tiny"), capsys)
+    message = refusal(arguments(distill_folder, "bad", "teacher=tiny"), capsys)
     assert "the student" in message and "the teacher" in message and "must be equal" in message
-    assert "for tiny at rank 4" in refusal(["merge", "tiny", str(run / "lora"), str(home / "never")], capsys)
-    assert not (home / "never").exists()
 
 
-def test_scripts_of_several_shots_are_computed_one_by_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (home / "shots.jsonl").write_text('{"prompts": ["a ball", "a red ball"]}\n{"prompts": ["a blue ball"]}\n')
-    more = (f"prompts={home / 'shots.jsonl'}", "samples.prompts=0", "merge=false")
-    assert "use parallel.micro_batch=1" in refusal(arguments(home, "shots", *more, steps=1), capsys)
-    assert main(arguments(home, "shots", *more, "parallel.micro_batch=1", steps=1)) == 0
+def test_scripts_of_several_shots_are_computed_one_by_one(
+    distill_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (distill_folder / "shots.jsonl").write_text('{"prompts": ["a ball", "a red ball"]}\n{"prompts": ["a blue ball"]}\n')
+    more = (f"prompts={distill_folder / 'shots.jsonl'}", "samples.prompts=0", "merge=false")
+    assert "use parallel.micro_batch=1" in refusal(arguments(distill_folder, "shots", *more, steps=1), capsys)
+    assert main(arguments(distill_folder, "shots", *more, "parallel.micro_batch=1", steps=1)) == 0
 
 
-def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_give_captions_cuts_and_first_frames(distill_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from longvideo.distill.config import Distillation
     from longvideo.distill.distillation import DistillRecipe
     from longvideo.distributed import Mesh
     from tests.data import footage
 
-    manifest = footage.footage(home / "footage")
-    encode = ["--model", str(home / "model"), "--out", str(home / "clips"), "--chunks", "2", "--workers", "0"]
+    manifest = footage.footage(distill_folder / "footage")
+    encode = [
+        "--model",
+        str(distill_folder / "model"),
+        "--out",
+        str(distill_folder / "clips"),
+        "--chunks",
+        "2",
+        "--workers",
+        "0",
+    ]
     assert main(["data", "encode", str(manifest), *encode, "--device", "cpu"]) == 0
-    more = (f"data={home / 'clips'}", "image_fraction=1", "parallel.micro_batch=1", "merge=false")
-    assert main(arguments(home, "images", *more, steps=2)) == 0
-    assert (home / "images" / "samples" / "student_0000002_2_steps.png").is_file()
+    more = (f"data={distill_folder / 'clips'}", "image_fraction=1", "parallel.micro_batch=1", "merge=false")
+    assert main(arguments(distill_folder, "images", *more, steps=2)) == 0
+    assert (distill_folder / "images" / "samples" / "student_0000002_2_steps.png").is_file()
     stages = [DistillStage(frames=16, batch=3, steps=1)]
     config = Distillation(
-        model=str(home / "model"),
-        data=str(home / "clips"),
+        model=str(distill_folder / "model"),
+        data=str(distill_folder / "clips"),
         image_fraction=1.0,
         stages=stages,
         lora=LoraSettings(rank=4),
         backbone=BackboneConfig(precision="bf16"),
     )
     recipe = DistillRecipe(config, torch.device("cpu"))
-    dataset = EncodedDataset.open(home / "clips")
+    dataset = EncodedDataset.open(distill_folder / "clips")
     seen = []
     for step in range(2):
         for clip in recipe.source.shares(step, Mesh(), 1):
@@ -332,7 +281,7 @@ def test_clips_give_captions_cuts_and_first_frames(home: Path, capsys: pytest.Ca
                 assert torch.equal(clip.features_PJD[rows[0]], dataset.text(caption))
     assert sorted(seen) == list(range(len(dataset)))
     capsys.readouterr()
-    longer = arguments(home, "longer", *more, "stages=[{frames: 24, batch: 2, steps: 1}]")
+    longer = arguments(distill_folder, "longer", *more, "stages=[{frames: 24, batch: 2, steps: 1}]")
     assert "have 16 latent frames; expected at least 24" in refusal(longer, capsys)
-    other = arguments(home, "other", *more, "model=tiny")
+    other = arguments(distill_folder, "other", *more, "model=tiny")
     assert "latent channels of" in refusal(other, capsys)
