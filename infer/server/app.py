@@ -54,8 +54,9 @@ TINY_EXAMPLES = [
 def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     """Build the application for a folder that this process has locked (`served_folder`).
 
-    `app.state` holds `streams` and `worker`, which must be closed before the application, and `waiting`, the waiting
-    connections.
+    `app.state` holds `streams` and `worker`, which must be closed before the application, and what `HttpConnection`
+    uses: `settings`, and `waiting`, the waiting connections. The application must be served with `HttpConnection`,
+    which refuses WebSockets of other hosts and pages.
     """
     metrics = ServerMetrics()
     streams = Streams(pipeline, settings, metrics)
@@ -77,7 +78,8 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         responses=errors(*EVERYWHERE),
     )
-    app.state.streams, app.state.worker, app.state.waiting = streams, worker, WaitingConnections(settings.limits)
+    app.state.settings, app.state.waiting = settings, WaitingConnections(settings.limits)
+    app.state.streams, app.state.worker = streams, worker
     app.add_middleware(Guard, settings=settings)
     _add_error_handlers(app)
     _add_routes(app, pipeline, settings, streams, store, metrics)

@@ -8,20 +8,24 @@ request at once. There is no limit for each address, so a reverse proxy is treat
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from starlette.datastructures import Headers
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from longvideo.infer.server.limits import Limits
-from longvideo.infer.server.security import error_answer
+from longvideo.infer.server.limits import Limits, ServerSettings
+from longvideo.infer.server.security import error_answer, handshake_refusal
 
 HEAD_BYTES = 64 * 1024
 FAST_BODY = 16 * 1024  # bytes per second; a body at this speed is read to its end before it is refused for its size
 LINGER_SECONDS = 2.0  # time to deliver the last answer to a client that may still be sending
+
+log = logging.getLogger(__name__)
 
 
 class WaitingConnections:
@@ -54,7 +58,10 @@ class WaitingConnections:
 
 
 class HttpConnection(HttpToolsProtocol):
-    """uvicorn's HTTP connection with limits, and with errors in the same form as all others."""
+    """uvicorn's HTTP connection with limits, and with errors in the same form as all others.
+
+    It refuses WebSockets of other hosts and pages itself, because uvicorn logs an error if the application does.
+    """
 
     def __init__(
         self,
@@ -66,7 +73,8 @@ class HttpConnection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         app: Any = config.app
         self._waiting: WaitingConnections = app.state.waiting
-        self._limits = self._waiting.limits
+        self._settings: ServerSettings = app.state.settings
+        self._limits = self._settings.limits
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._in_head = False
@@ -134,6 +142,13 @@ class HttpConnection(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._expect_nothing()  # the WebSocket has its own limits
+        headers = Headers(raw=self.headers)
+        if (refusal := handshake_refusal(headers, self._settings)) is not None:
+            code, message = refusal
+            host, origin = headers.get("host", ""), headers.get("origin", "")
+            log.info("refused a WebSocket with Host %.100r and Origin %.100r: %s", host, origin, message)
+            self._refuse(HTTPStatus.FORBIDDEN, code, message)
+            return
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:

@@ -23,13 +23,11 @@ ID_BYTES = 16
 ID_PATTERN = "^[A-Za-z0-9_-]{22}$"
 OPEN_PATHS = frozenset({"/", "/healthz", "/v1/server", "/openapi.json"})
 OPEN_FOLDER = "/page/"
-STREAM_PATH = "/v1/stream"  # checks the token after the handshake, because browsers cannot read a refused handshake
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 SUBPROTOCOL = "longvideo.v1"
 BEARER_SUBPROTOCOL = "bearer."
-POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
 PAGE_POLICY = (
     "default-src 'self'; media-src 'self' blob:; connect-src 'self' ws: wss:; img-src 'self' data:; style-src 'self'; "
     "script-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -110,11 +108,18 @@ def error_answer(status: HTTPStatus, code: str, message: str) -> JSONResponse:
     return JSONResponse({"error": {"code": code, "message": text}}, status)
 
 
+def handshake_refusal(headers: Headers, settings: ServerSettings) -> tuple[str, str] | None:
+    """Return the code and message of the error for a WebSocket of another host or page, or None to accept it."""
+    return _host_refusal(headers, settings) or _origin_refusal(headers, settings)
+
+
 class Guard:
     """ASGI middleware that refuses other hosts, pages of other servers, large bodies and requests without the token.
 
     A request arrives here when its head is complete. Its body is read to the end before any answer is sent, because a
-    client that is still sending when the connection is closed cannot read the answer.
+    client that is still sending when the connection is closed cannot read the answer. WebSockets pass: `HttpConnection`
+    has refused those of other hosts and pages, and the token is checked after the handshake, because browsers cannot
+    read a refused handshake.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -123,28 +128,20 @@ class Guard:
         self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._http(scope, receive, _with_headers(send))
-        elif (refusal := self._refusal(scope, Headers(scope=scope))) is not None:
-            await _deny(refusal, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
-        token, public_hosts = self._settings.token, self._settings.public_hosts
-        if token is None and not all(is_loopback(name) or name in public_hosts for name in _host_names(headers)):
-            message = "the header Host is not a loopback name; start the server with --public-host or --token"
-            return error_answer(HTTPStatus.FORBIDDEN, "bad_host", message)
-        is_websocket = scope["type"] == "websocket"
-        is_safe = not is_websocket and scope["method"] in SAFE_METHODS
-        if not is_safe and is_cross_origin(headers, public_hosts):
-            message = "the header Origin names another server; use the page of this server"
-            return error_answer(HTTPStatus.FORBIDDEN, "bad_origin", message)
+        refusal = _host_refusal(headers, self._settings)
+        if refusal is None and scope["method"] not in SAFE_METHODS:
+            refusal = _origin_refusal(headers, self._settings)
+        if refusal is not None:
+            return error_answer(HTTPStatus.FORBIDDEN, *refusal)
         path = scope["path"]
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or (is_websocket and path == STREAM_PATH)
-        if not is_open and not has_token(token, headers):
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        if not is_open and not has_token(self._settings.token, headers):
             message = "the token is missing or wrong; send the header Authorization: Bearer TOKEN"
             refusal = error_answer(HTTPStatus.UNAUTHORIZED, "unauthorized", message)
             refusal.headers["WWW-Authenticate"] = "Bearer"
@@ -219,12 +216,18 @@ def _too_large(limit: int) -> JSONResponse:
     return error_answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", message)
 
 
-async def _deny(refusal: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
-    """Refuse the handshake of a WebSocket. Browsers show this as a failed connection."""
-    if "websocket.http.response" in scope.get("extensions", {}):
-        await refusal(scope, receive, send)
-    else:
-        await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # before accepting: HTTP 403
+def _host_refusal(headers: Headers, settings: ServerSettings) -> tuple[str, str] | None:
+    if settings.token is None and not all(
+        is_loopback(name) or name in settings.public_hosts for name in _host_names(headers)
+    ):
+        return "bad_host", "the header Host is not a loopback name; start the server with --public-host or --token"
+    return None
+
+
+def _origin_refusal(headers: Headers, settings: ServerSettings) -> tuple[str, str] | None:
+    if is_cross_origin(headers, settings.public_hosts):
+        return "bad_origin", "the header Origin names another server; use the page of this server"
+    return None
 
 
 def _host_names(headers: Headers) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,8 +99,6 @@ def serve(
     from longvideo.infer.server.served_folder import served_folder
 
     check_listening(host, token)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("longvideo").setLevel(logging.INFO)
     settings = ServerSettings(
         folder=folder,
         model=model if model == "tiny" else Path(model).resolve().name,

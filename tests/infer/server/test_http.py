@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,13 +17,14 @@ from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from longvideo.errors import UserError
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.app import PAGE, TINY_EXAMPLES
 from longvideo.infer.server.limits import Limits
 from longvideo.infer.server.security import check_listening, check_public_hosts, is_loopback
-from tests.infer.server.conftest import DEADLINE, PROMPT, Serve
+from tests.infer.server.conftest import DEADLINE, PROMPT, Serve, serve_process
 from tests.infer.server.test_stream import closed_with
 from tests.options import option_value
 
@@ -252,3 +255,18 @@ def run_cases(operation: APIOperation, excluded: list[Any], statuses: set[int], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_case()
+
+
+def test_a_refused_websocket_is_one_line_of_the_log(model_folder: Path, tmp_path: Path) -> None:
+    with serve_process(model_folder, tmp_path) as (process, http):
+        host = http.base_url.netloc.decode()
+        with pytest.raises(InvalidStatus) as refusal, connect(f"ws://{host}/v1/stream", origin=Origin("null")):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert refusal.value.response.status_code == 403
+    lines = [line for line in errors.splitlines() if "INFO" in line or "ERROR" in line]
+    assert lines == [
+        f"INFO longvideo.infer.server.connections: refused a WebSocket with Host '{host}' and Origin 'null': "
+        "the header Origin names another server; use the page of this server"
+    ]
