@@ -41,6 +41,9 @@ LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
 HEADER_KEYS = ("format", CONVENTION_KEY)
 """Keys of safetensors metadata that describe the format; they are not notes."""
+OFFICIAL_VAE = "Wan VAE (official)"
+TRAINING_HEADS = "dynamic_feature_projection_heads."
+"""Prefix of layers in the files of MG-LightVAE that only its distillation uses."""
 FOREIGN = "belong to no part of a Wan model"
 FOREIGN_STATE = "longlive_generator_te_nvfp4"
 MARKS = {
@@ -102,7 +105,7 @@ def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
     unused: dict[Path, str] = {}
     for file in files:
         weights = _open_one_of_several(file, entry)
-        if _part_of(weights) is None and not is_adapter(weights.infos):
+        if part_of(weights) is None and not is_adapter(weights.infos):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue
         stored.append((file, _stored_model(weights, config, like, "")))
@@ -163,7 +166,7 @@ def _stored_model(weights: Weights, config: Path | None, like: Like, label: str)
         return StoredModel(
             "LongLive 2.0 LoRA" if longlive else "LoRA file", {}, adapter=open_adapter(weights), notes=notes
         )
-    part = _part_of(weights)
+    part = part_of(weights)
     if part is None:
         shown = listing(list(weights.infos)[:3])
         raise CheckpointError(f"{weights.label}: its tensors ({shown}, ...) {FOREIGN}")
@@ -179,7 +182,8 @@ def _stored_model(weights: Weights, config: Path | None, like: Like, label: str)
     return StoredModel(label or own.kind, {part: own}, notes=notes)
 
 
-def _part_of(weights: Weights) -> str | None:
+def part_of(weights: Weights) -> str | None:
+    """Return the part of a model that weights belong to, None if they belong to none."""
     bare = {names.strip_wrappers(name) for name in weights.infos}
     return next((part for mark, part in MARKS.items() if mark in bare), None)
 
@@ -203,18 +207,34 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
 
 
 def _autoencoder(weights: Weights, config: Path | None, like: Like) -> ModelPart:
+    weights, kind = autoencoder_weights(weights)
+    if kind == OFFICIAL_VAE:
+        return ModelPart(kind, weights, shapes.autoencoder_config(weights))
+    values = _json_of(config, "AutoencoderKLWan")
+    other = like[VAE].config if VAE in like else None
+    if values is None and isinstance(other, AutoencoderConfig):
+        return ModelPart(kind, weights, other)
+    own = shapes.autoencoder_config(weights) if values is None else AutoencoderConfig.from_dict(values)
+    return ModelPart(kind, weights, own)
+
+
+def autoencoder_weights(weights: Weights) -> tuple[Weights, str]:
+    """Return the weights of an autoencoder under this project's names, and the naming of their file.
+
+    Layers that only the training of a pruned autoencoder uses are left out.
+    """
     weights = weights.renamed(names.strip_wrappers)
+    weights = weights.replaced({name: None for name in weights.infos if name.startswith(TRAINING_HEADS)})
     if "decoder.head.0.gamma" not in weights.infos:
-        values = _json_of(config, "AutoencoderKLWan")
-        other = like[VAE].config if VAE in like else None
-        if values is None and isinstance(other, AutoencoderConfig):
-            return ModelPart("AutoencoderKLWan", weights, other)
-        own = shapes.autoencoder_config(weights) if values is None else AutoencoderConfig.from_dict(values)
-        return ModelPart("AutoencoderKLWan", weights, own)
-    first = "encoder.downsamples.0.downsamples."
-    num_res_blocks = sum(name.startswith(first) and name.endswith(".residual.0.gamma") for name in weights.infos)
-    weights = weights.renamed(names.autoencoder_official(num_res_blocks).ours)
-    return ModelPart("Wan VAE (official)", weights, shapes.autoencoder_config(weights))
+        return weights, "AutoencoderKLWan"
+    blocks = {
+        first: sum(name.startswith(first) and name.endswith(".residual.0.gamma") for name in weights.infos)
+        for first in ("encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples.")
+    }
+    encoder_blocks, decoder_blocks = blocks.values()
+    # a level of the decoder has one block more; weights of a decoder alone have only those
+    table = names.autoencoder_official(encoder_blocks or decoder_blocks - 1)
+    return weights.renamed(table.ours), OFFICIAL_VAE
 
 
 def _text_encoder(weights: Weights, config: Path | None) -> ModelPart:

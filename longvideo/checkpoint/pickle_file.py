@@ -51,6 +51,8 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # dicts of public training checkpoints, in the order of preference
 ENTRIES = ("generator", "generator_ema", "model")
 LORA_ENTRIES = ("generator_lora",)
+# dicts around the weights of other trainers, outermost first
+ENCLOSING = ("state_dict", "gen_model")
 
 
 class MissingEntry(CheckpointError):
@@ -60,10 +62,10 @@ class MissingEntry(CheckpointError):
 def open_file(file: Path, entry: str | None = None) -> Weights:
     """Open the tensors of a file, or of one of its dicts.
 
-    entry: name of the dict; None uses the first of ENTRIES and LORA_ENTRIES that exists, or the file itself. The
-    metadata of the result has the numbers and texts of the file, such as "step", and under "entry" the name of the
-    dict. Raises CheckpointError, naming the file, if it is truncated, in the format before torch 1.6, or contains
-    anything but tensors, numbers and texts.
+    entry: name of the dict; None uses the first of ENTRIES and LORA_ENTRIES that exists, or else the file itself or
+    the innermost of ENCLOSING. The metadata of the result has the numbers and texts of the file, such as "step", and
+    under "entry" the name of the dict. Raises CheckpointError, naming the file, if it is truncated, in the format
+    before torch 1.6, or contains anything but tensors, numbers and texts.
     """
     _check_archive(file)
     try:
@@ -211,6 +213,12 @@ def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, s
     metadata = {str(key): _shown(value) for key, value in content.items() if isinstance(value, int | float | str)}
     if entry is not None:
         return {**metadata, "entry": entry}, _tensors(file, nested[entry])
+    enclosed = content
+    for key in ENCLOSING:
+        if isinstance(inner := enclosed.get(key), dict):
+            enclosed = inner
+    if enclosed is not content:
+        return metadata, _tensors(file, enclosed)
     return metadata, _tensors(file, {key: content[key] for key in content if str(key) not in metadata})
 
 

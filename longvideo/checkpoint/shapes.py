@@ -10,6 +10,7 @@ from longvideo.model.config import TransformerConfig
 from longvideo.quantization.linear import CODES
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD, AutoencoderConfig
+from longvideo.vae.tae import TinyAutoencoderConfig, TinyForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 HEAD_DIM = 128
 """Head dimension of every published Wan transformer; it cannot be derived from shapes."""
 COLORS = 3
+STAGE_INPUT: dict[TinyForm, str] = {"base": "grow", "super": "conv"}
+"""Layer of a stage of the tiny decoder whose inputs have the stage's width."""
 
 
 def transformer_config(weights: Weights, *, text_len: int, head_dim: int = HEAD_DIM) -> TransformerConfig:
@@ -54,39 +57,72 @@ def text_dim(weights: Weights) -> int:
     return _Shapes(weights).of("text_embedding.0.weight", 2)[1]
 
 
-def autoencoder_config(weights: Weights) -> AutoencoderConfig:
-    """Derive the configuration of an autoencoder.
+def autoencoder_config(weights: Weights, like: AutoencoderConfig | None = None) -> AutoencoderConfig:
+    """Derive the configuration of an autoencoder, or of its decoder if the weights have no encoder.
 
-    weights: under diffusers' names. Weight files do not store the mean and deviation of latents, so only the 48
-    channels of Wan2.2 are supported. Raises CheckpointError.
+    weights: under diffusers' names. like: an autoencoder of the same latents, which provides their mean and deviation;
+    weight files do not store these, so without it only the 48 channels of Wan2.2 are supported. Without an encoder,
+    base_dim is that of the decoder. Raises CheckpointError.
     """
     shapes = _Shapes(weights)
-    base, in_channels = shapes.of("encoder.conv_in.weight", 5)[:2]
     z_dim = shapes.of("post_quant_conv.weight", 5)[0]
-    if z_dim != len(WAN22_LATENTS_MEAN):
+    mean, std = (WAN22_LATENTS_MEAN, WAN22_LATENTS_STD) if like is None else (like.latents_mean, like.latents_std)
+    if z_dim != len(mean):
         raise CheckpointError(
             f"{weights.label} has {z_dim} latent channels, and a weight file does not store the statistics of latents;"
-            f" expected the {len(WAN22_LATENTS_MEAN)} channels of Wan2.2; use a model folder with a config.json"
+            f" expected {len(mean)} channels; use a model folder with a config.json"
         )
-    levels = range(shapes.count("encoder.down_blocks.", 2))
-    widths = [shapes.of(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 5)[0] for i in levels]
+    out_channels = shapes.of("decoder.conv_out.weight", 5)[0]
+    if any(name.startswith("encoder.") for name in weights.infos):
+        blocks, resampler, more_blocks = "encoder.down_blocks", "downsampler", 0
+        levels = range(shapes.count(f"{blocks}.", 2))
+        base, in_channels = shapes.of("encoder.conv_in.weight", 5)[:2]
+        resampled = levels[:-1]
+    else:
+        # the decoder lists the levels from the lowest resolution, and has one block more in each
+        blocks, resampler, more_blocks = "decoder.up_blocks", "upsampler", 1
+        levels = range(shapes.count(f"{blocks}.", 2))[::-1]
+        base, in_channels = shapes.of(f"{blocks}.{levels[0]}.resnets.0.conv1.weight", 5)[0], out_channels
+        resampled = levels[1:]
+    widths = [shapes.of(f"{blocks}.{i}.resnets.0.conv1.weight", 5)[0] for i in levels]
     patch = math.isqrt(in_channels // COLORS)
-    halves_time = tuple(f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in weights.infos for i in levels[:-1])
+    halves_time = tuple(f"{blocks}.{i}.{resampler}.time_conv.weight" in weights.infos for i in resampled)
     return AutoencoderConfig(
         base_dim=base,
         decoder_base_dim=shapes.of("decoder.conv_in.weight", 5)[0] * base // widths[-1],
         z_dim=z_dim,
         dim_mult=tuple(width // base for width in widths),
-        num_res_blocks=shapes.count("encoder.down_blocks.0.resnets.", 4),
+        num_res_blocks=shapes.count(f"{blocks}.0.resnets.", 4) - more_blocks,
         temperal_downsample=halves_time,
-        latents_mean=WAN22_LATENTS_MEAN,
-        latents_std=WAN22_LATENTS_STD,
+        latents_mean=mean,
+        latents_std=std,
         is_residual=True,
         in_channels=in_channels,
-        out_channels=shapes.of("decoder.conv_out.weight", 5)[0],
+        out_channels=out_channels,
         patch_size=patch,
         scale_factor_spatial=patch * 2 ** (len(levels) - 1),
         scale_factor_temporal=2 ** sum(halves_time),
+    )
+
+
+def tiny_autoencoder_config(weights: Weights) -> TinyAutoencoderConfig:
+    """Derive the configuration of a tiny autoencoder of normalized latents.
+
+    weights: under this project's names, "decoder.*" and, if there is an encoder, "encoder.*". Raises CheckpointError.
+    """
+    shapes = _Shapes(weights)
+    form: TinyForm = "base" if "decoder.stem.1.weight" in weights.infos else "super"
+    stem = shapes.of("decoder.stem.1.weight" if form == "base" else "decoder.stem.0.weight", 4)
+    head = shapes.of("decoder.head.1.weight" if form == "base" else "decoder.head.0.weight", 4)
+    middle = [shapes.of(f"decoder.stages.{stage}.{STAGE_INPUT[form]}.weight", 4)[1] for stage in (1, 2)]
+    has_encoder = any(name.startswith("encoder.") for name in weights.infos)
+    encoder_width = shapes.of("encoder.stem.0.weight", 4)[0] if has_encoder else TinyAutoencoderConfig.encoder_width
+    return TinyAutoencoderConfig(
+        form,
+        z_dim=stem[1],
+        decoder_widths=(stem[0], middle[0], middle[1], head[1]),
+        patch_size=math.isqrt(head[0] // COLORS),
+        encoder_width=encoder_width,
     )
 
 

@@ -102,6 +102,22 @@ class Autoencoder(nn.Module):
         _check_state(state, self.decoder, (self.config.z_dim, *latents_BCTHW.shape[3:]), latents_BCTHW)
 
 
+class DecodingAutoencoder(Autoencoder):
+    """An autoencoder without its encoder, for weights that are used only to decode."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config)
+        del self.encoder, self.quant_conv
+
+    def encode(self, video_BCTHW: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Raise UserError."""
+        del state
+        raise UserError(
+            f"video of {video_BCTHW.shape[2]} frames cannot be encoded: only the decoder of this autoencoder is loaded;"
+            " use the autoencoder of the model"
+        )
+
+
 class Encoder(nn.Module):
     """Patches of pixels to moments of latents."""
 

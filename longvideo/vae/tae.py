@@ -134,7 +134,9 @@ class TinyDecoder(nn.Module):
         _check_memory(state, num_kept, (batch, self.config.decoder_widths[0], 1, height, width), latents_BCTHW)
         memory = Memory(state)
         if not self.config.takes_normalized:
-            latents_BCTHW = (latents_BCTHW * self.latents_std + self.latents_mean).to(latents_BCTHW.dtype)
+            latents_BCTHW = (latents_BCTHW * _per_channel(self.latents_std) + _per_channel(self.latents_mean)).to(
+                latents_BCTHW.dtype
+            )
         x_NCHW = self.stem(fold_frames(latents_BCTHW))
         for stage in self.stages:
             x_NCHW = stage(x_NCHW, batch, memory)
@@ -219,7 +221,9 @@ class TinyEncoder(nn.Module):
             x_NCHW = stage(x_NCHW, batch, memory)
         latents_BzTHW = self.head(x_NCHW).unflatten(0, (batch, -1)).transpose(1, 2)
         if not self.config.takes_normalized:
-            latents_BzTHW = ((latents_BzTHW - self.latents_mean) / self.latents_std).to(latents_BzTHW.dtype)
+            latents_BzTHW = ((latents_BzTHW - _per_channel(self.latents_mean)) / _per_channel(self.latents_std)).to(
+                latents_BzTHW.dtype
+            )
         return latents_BzTHW, memory.state()
 
     @staticmethod
@@ -240,7 +244,11 @@ def _add_statistics(module: nn.Module, config: TinyAutoencoderConfig, device: to
         values = torch.tensor(
             getattr(config, name), dtype=torch.float32, device="cpu" if device.type == "meta" else device
         )
-        module.register_buffer(name, values.view(1, -1, 1, 1, 1), persistent=False)
+        module.register_buffer(name, values, persistent=False)
+
+
+def _per_channel(values_z: Tensor) -> Tensor:
+    return values_z.view(-1, 1, 1, 1)
 
 
 def _shape(x: Tensor, name: str, channels: int) -> tuple[int, int, int, int, int]:
