@@ -1,6 +1,7 @@
 """Weights, inputs and outputs of the public TAEHV module for Wan2.2 latents, computed in fp32 on a CPU.
 
-The weights are not stored, because a formula of their places gives them.
+The weights are not stored, because a formula of their places gives them; neither are the frames, because torch's
+generator does, and of the decoded frames only a corner at the right border of the picture is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from longvideo.checkpoint.tensors import Weights
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyEncoder, TinyForm
 from tests import golden
 
+SEED = 11
 CONFIGS: dict[TinyForm, TinyAutoencoderConfig] = {
     "base": TinyAutoencoderConfig("base", z_dim=48, decoder_widths=(256, 128, 64, 64)),
     "super": TinyAutoencoderConfig("super", z_dim=48, decoder_widths=(512, 256, 128, 64)),
@@ -28,6 +30,16 @@ CONFIGS: dict[TinyForm, TinyAutoencoderConfig] = {
 @cache
 def tensors() -> dict[str, Tensor]:
     return golden.load("taew_a")
+
+
+def frames() -> Tensor:
+    """Return the encoded frames, in [0, 1]. The generator gave the latents first."""
+    generator = torch.Generator().manual_seed(SEED)
+    latents_NTCHW = torch.randn(1, 5, 48, 4, 6, generator=generator)
+    frames_NTCHW = torch.rand(1, 9, 3, 64, 96, generator=generator)
+    assert torch.equal(latents_NTCHW, tensors()["latents_NTCHW"])
+    assert torch.equal(frames_NTCHW[..., 0, :], tensors()["frames_first_row_NTCW"])
+    return frames_NTCHW
 
 
 def names(form: TinyForm) -> dict[str, tuple[int, ...]]:
