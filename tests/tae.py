@@ -37,7 +37,8 @@ def frames() -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     latents_NTCHW = torch.randn(1, 5, 48, 4, 6, generator=generator)
     frames_NTCHW = torch.rand(1, 9, 3, 64, 96, generator=generator)
-    assert torch.equal(latents_NTCHW, tensors()["latents_NTCHW"])
+    # processors may round normally distributed values differently
+    assert torch.allclose(latents_NTCHW, tensors()["latents_NTCHW"], atol=1e-5)
     assert torch.equal(frames_NTCHW[..., 0, :], tensors()["frames_first_row_NTCW"])
     return frames_NTCHW
 
