@@ -50,7 +50,7 @@ from longvideo.training.objective import compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.recipe import Recipe
 from longvideo.training.run import new_engine
-from longvideo.training.run_folder import MODEL, describe_model
+from longvideo.training.run_folder import LORA, MODEL, describe_model
 from longvideo.training.sampling import SampleDecoder, sample_videos
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from longvideo.training.engine import Engine
     from longvideo.vae.autoencoder import Autoencoder
 
-LORA = "lora"
 """Folder of the student's adapter in a run folder."""
 MOST_SHOWN = 8
 """Number of sample videos that are drawn."""

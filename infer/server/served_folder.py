@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from longvideo.errors import UserError
 from longvideo.files import locked, reason
+from longvideo.permissions import make_private, private_umask
 
 STREAMS, VIDEOS, DATABASE, LOCK = "streams", "videos", "jobs.sqlite", "lock"
 OWN_NAMES = frozenset({STREAMS, VIDEOS, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK})
-PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
-PRIVATE_UMASK = 0o077
 
 
 @contextmanager
@@ -24,19 +22,15 @@ def served_folder(folder: Path) -> Iterator[None]:
     BusyError where another process has the lock, before anything is changed, and UserError where the folder cannot be
     used.
     """
-    previous_mask = os.umask(PRIVATE_UMASK)
-    try:
-        with ExitStack() as stack:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                busy = f"another process serves {folder}; stop it, or use another folder with --folder"
-                stack.enter_context(locked(folder / LOCK, busy=busy))
-                _make_private(folder)
-            except OSError as error:
-                raise UserError(f"cannot use the folder {folder}: {reason(error)}") from error
-            yield
-    finally:
-        os.umask(previous_mask)
+    with private_umask(), ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            busy = f"another process serves {folder}; stop it, or use another folder with --folder"
+            stack.enter_context(locked(folder / LOCK, busy=busy))
+            _make_private(folder)
+        except OSError as error:
+            raise UserError(f"cannot use the folder {folder}: {reason(error)}") from error
+        yield
 
 
 def _make_private(folder: Path) -> None:
@@ -44,8 +38,8 @@ def _make_private(folder: Path) -> None:
         (folder / name).mkdir(exist_ok=True)
     entries = sorted(folder.iterdir())
     if all(entry.name in OWN_NAMES for entry in entries):
-        folder.chmod(PRIVATE_FOLDER)
+        make_private(folder)
     own = [entry for entry in entries if entry.name in OWN_NAMES]
     for entry in (*own, *(folder / STREAMS).iterdir(), *(folder / VIDEOS).iterdir()):
         if not entry.is_symlink():
-            entry.chmod(PRIVATE_FOLDER if entry.is_dir() else PRIVATE_FILE)
+            make_private(entry)

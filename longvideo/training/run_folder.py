@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from longvideo.errors import ConfigError, UserError
-from longvideo.files import locked, write_json, write_text
+from longvideo.files import LOCK_SUFFIX, TEMPORARY_SUFFIX, locked, write_json, write_text
+from longvideo.permissions import PRIVATE_FOLDER, make_private, private_umask
 from longvideo.training.config_changes import changes_line
-from longvideo.training.run_log import METRICS_FILE, environment
+from longvideo.training.run_log import METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID_FILE, environment
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
 LOCK_FILE = "run.lock"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
-CHECKPOINTS, MODEL = "checkpoints", "model"
-PRIVATE = 0o700
-"""Permissions of a run folder: its owner's alone."""
+EXPORTED_FILE = "exported.json"
+CHECKPOINTS, MODEL, LORA, SAMPLES = "checkpoints", "model", "lora", "samples"
+OWN_NAMES = frozenset(
+    {LOCK_FILE, CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, EXPORTED_FILE, CHECKPOINTS, MODEL, LORA, SAMPLES}
+    | {TENSORBOARD, WANDB, WANDB_ID_FILE}
+)
+"""Names of everything that a run writes into its folder."""
 
 
 @contextmanager
@@ -46,6 +52,26 @@ def claimed(folder: Path, mesh: Mesh, *, resume: ResumeChoice) -> Generator[None
             except (UserError, OSError) as error:
                 refusal = error
         mesh.share_refusal(refusal)
+        yield
+
+
+@contextmanager
+def private(folder: Path, mesh: Mesh) -> Generator[None]:
+    """Make the folder of a run that was accepted private to its user, and what the process writes in the block.
+
+    Existing files and folders of a run become private as well. Other files in the folder are not changed; if there are
+    any, neither is the folder itself. Links, and files and folders of other users, are not changed.
+    """
+    with private_umask():
+        if mesh.is_main:
+            entries = list(folder.iterdir())
+            own = [path for path in entries if _is_own(path.name)]
+            paths = [path for path in own if not path.is_symlink()]
+            if len(own) == len(entries):
+                paths.append(folder)
+            for path in paths:
+                if path.stat().st_uid == os.geteuid():
+                    make_private(path)
         yield
 
 
@@ -75,11 +101,15 @@ def _check_resume(folder: Path, resume: ResumeChoice) -> None:
         raise ConfigError(f"{folder} already holds a run ({', '.join(holds)}); use --resume auto or another --output")
 
 
+def _is_own(name: str) -> bool:
+    return name in OWN_NAMES or (name.startswith(".") and name.endswith((TEMPORARY_SUFFIX, LOCK_SUFFIX)))
+
+
 @contextmanager
 def _created(folder: Path) -> Generator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=PRIVATE, exist_ok=True)
+    folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from longvideo.files import append_line, read_text, write_file, write_text
 from longvideo.machine.packages import require
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD, WANDB, WANDB_ID_FILE = "tensorboard", "wandb", "wandb.id"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start_step + 1)
         if wandb is not None:
             self._wandb = _start_wandb(folder, wandb)
 
@@ -160,7 +161,7 @@ def _start_wandb(folder: Path, project: str) -> Any:
     """Start a run, or resume the one whose id the folder holds."""
     import wandb
 
-    name = folder / "wandb.id"
+    name = folder / WANDB_ID_FILE
     if not name.exists():
         write_text(name, secrets.token_hex(4))
     config = folder / "config.yaml"

@@ -20,7 +20,7 @@ from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.training.objective import as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import TrainingPrecision
-from longvideo.training.run_folder import CHECKPOINTS, MODEL, write_record
+from longvideo.training.run_folder import CHECKPOINTS, EXPORTED_FILE, MODEL, SAMPLES, private, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
 
@@ -37,7 +37,6 @@ MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
 FEWEST_STEPS = 20
 """Number of steps after which that share is compared; a shorter run is compared at its end."""
-EXPORTED_FILE = "exported.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,10 @@ class Trainer:
         folder holds checkpoints, and Diverged if too many steps have no finite gradient.
         """
         step = self.restore(resume)
+        with private(self.folder, self.mesh):
+            return self._begin(step, deadline, config_text)
+
+    def _begin(self, step: int, deadline: float, config_text: str) -> bool:
         changes = write_record(self.folder, config_text, self.device) if self.mesh.is_main else None
         log = RunLog(
             self.folder,
@@ -227,7 +230,7 @@ class Trainer:
                 self.recipe.export(self.folder / MODEL)
                 write_json(self.folder / EXPORTED_FILE, {"step": step})
                 with as_written(self.device):
-                    values |= self.recipe.sample(step, self.folder / "samples")
+                    values |= self.recipe.sample(step, self.folder / SAMPLES)
             self.mesh.barrier()
         if values:
             log.record({"step": step, **values})
