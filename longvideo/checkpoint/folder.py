@@ -31,7 +31,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import expect_packed
 from longvideo.text.encoder import TextEncoder
-from longvideo.text.tokenizer import load_tokenizer, save_tokenizer
+from longvideo.text.tokenizer import TOKENIZER_FILE, load_tokenizer, save_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -215,10 +215,16 @@ class ModelFolder:
     def load_text_encoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
         """Load the tokenizer and the text encoder. dtype: of the weights; None keeps the stored one."""
         tokenizer = self._load_tokenizer()
+        assert self.tokenizer is not None
         module = self.build(TEXT_ENCODER)
         assert isinstance(module, UMT5Encoder)
         load_weights(module, self.weights(TEXT_ENCODER), device=device, dtype=dtype)
-        return TextEncoder(module, tokenizer, text_len=self.settings.text_len).eval()
+        return TextEncoder(
+            module,
+            tokenizer,
+            text_len=self.settings.text_len,
+            tokenizer_file=self.tokenizer / TOKENIZER_FILE,
+        ).eval()
 
     @classmethod
     def save(

@@ -12,34 +12,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from longvideo.errors import CheckpointError
 from longvideo.files import check_text
+from longvideo.text.panics import TokenizerError
 from longvideo.text.tokenizer import PAD_ID, UNKNOWN, encode, word_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 TOKENS_MULTIPLE = 16
 MAX_CACHED_PROMPTS = 64
+MAX_SHOWN = 40
+"""Number of characters of a prompt that messages show."""
 TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2}
 
 
 class TextEncoder(nn.Module):
     """Tokenizer and UMT5 encoder. Features have text_len positions and are zero at padded ones.
 
-    tokenizer: must end each prompt with </s> and pad with id 0. text_len: text positions, tokens.
+    tokenizer: must end each prompt with </s> and pad with id 0. text_len: text positions, tokens. tokenizer_file: file
+    that the tokenizer was read from, for errors.
     """
 
     model: UMT5Encoder
     tokenizer: Tokenizer
 
-    def __init__(self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512) -> None:
+    def __init__(
+        self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512, tokenizer_file: Path | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self._tokenizer_file = tokenizer_file
         self._features: dict[str, Tensor] = {}
         self._features_version = 0
 
@@ -97,7 +106,7 @@ class TextEncoder(nn.Module):
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
         text = clean_prompt(prompt)
-        encoding = encode(self.tokenizer, text)
+        encoding = self._encoding(text)
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
         return list(dict.fromkeys(text[start:end] for start, end in spans))
@@ -121,14 +130,26 @@ class TextEncoder(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         check_text(text, "the prompt")
-        ids = encode(self.tokenizer, text).ids
+        ids = self._encoding(text).ids
         if len(ids) > self.text_len:
-            start = text if len(text) <= 40 else text[:40] + "..."
             warnings.warn(
-                f"prompt {start!r} has {len(ids)} tokens; only the first {self.text_len} are used", stacklevel=3
+                f"prompt {_shown(text)} has {len(ids)} tokens; only the first {self.text_len} are used", stacklevel=3
             )
             ids = ids[: self.text_len - 1] + ids[-1:]
         return ids
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return encode(self.tokenizer, text)
+        except TokenizerError as error:
+            raise CheckpointError(
+                f"{self._tokenizer_file or 'the tokenizer'} cannot encode the prompt {_shown(text)}: {error}; change"
+                " the prompt, or use the tokenizer of google/umt5-xxl"
+            ) from error
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 
 def clean_prompt(prompt: str) -> str:

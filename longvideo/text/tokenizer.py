@@ -15,11 +15,13 @@ from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers,
 from longvideo.errors import CheckpointError
 from longvideo.files import read_text, write_json, write_text
 from longvideo.text import charsmap
+from longvideo.text.panics import TokenizerError, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+TOKENIZER_FILE = "tokenizer.json"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 PUNCTUATION = ".,;:!?'\"-()"
@@ -34,7 +36,6 @@ PLAIN_GROWTH = {
     "Lowercase": 2,
     "BertNormalizer": 3,
 }
-PANIC = "PanicException"
 
 
 def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
@@ -43,7 +44,7 @@ def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
     rows: number of embeddings of the text encoder. Raises CheckpointError, naming the file, if it is not a tokenizer,
     does not end prompts as UMT5's tokenizer does, or is not within bounds.
     """
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json; save the tokenizer with save_pretrained of transformers"
@@ -53,16 +54,16 @@ def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
         values = json.loads(text)
         _check(values, rows)
         text = json.dumps(values)  # of repeated keys, only the value that was checked
-    except _Unusable as error:
+    except TokenizerError as error:
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a tokenizer: it is not JSON, or nested too deep") from error
     try:
-        tokenizer = _guarded(Tokenizer.from_str, text)
+        tokenizer = guarded(Tokenizer.from_str, text)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         ids_of_probes = [encode(tokenizer, probe).ids for probe in PROBES]
-    except _Unusable as error:
+    except TokenizerError as error:
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from error
     last = max((tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()))
     if last >= rows:
@@ -83,7 +84,7 @@ def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None:
     """Write tokenizer.json and the configuration with which transformers' AutoTokenizer opens the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_text(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": text_len,
@@ -95,8 +96,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, text_len: int) -> None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Return the tokens of a text. Raises CheckpointError if the tokenizer cannot encode it."""
-    return _guarded(tokenizer.encode, text)
+    """Return the tokens of a text. Raises TokenizerError if the tokenizer cannot encode it."""
+    return guarded(tokenizer.encode, text)
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
@@ -115,35 +116,23 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-class _Unusable(CheckpointError):
-    """The reason why a tokenizer cannot be used; the caller adds the name of its file."""
-
-
-def _guarded(call: Any, text: str) -> Any:
-    try:
-        return call(text)
-    except BaseException as error:
-        # the library raises a plain Exception for invalid input; its panics do not derive from Exception
-        if type(error) is not Exception and type(error).__name__ != PANIC:
-            raise
-        raise _Unusable(" ".join(str(error).split())[:200]) from error
-
-
 def _check(values: object, rows: int) -> None:
-    """Raise _Unusable for ids of `rows` or more, and for components that make a text too long."""
+    """Raise TokenizerError for ids of `rows` or more, and for components that make a text too long."""
     values = _mapping(values, "the file")
     _check_model(_mapping(values.get("model"), "model"), rows)
     added = values.get("added_tokens") or []
     if not isinstance(added, list):
-        raise _Unusable("added_tokens is not a list")
+        raise TokenizerError("added_tokens is not a list")
     for token in added:
         _check_id(_mapping(token, "an added token").get("id"), rows)
     growth = _growth(values.get("normalizer"))
     if growth > MAX_GROWTH:
-        raise _Unusable(f"its normalizer may make a text {growth:.0f} times as long; expected at most {MAX_GROWTH}")
+        raise TokenizerError(
+            f"its normalizer may make a text {growth:.0f} times as long; expected at most {MAX_GROWTH}"
+        )
     pieces = _pieces(values.get("post_processor"), rows)
     if pieces > MAX_PIECES:
-        raise _Unusable(f"its post-processor joins {pieces} pieces; expected at most {MAX_PIECES}")
+        raise TokenizerError(f"its post-processor joins {pieces} pieces; expected at most {MAX_PIECES}")
 
 
 def _check_model(model: Mapping[str, Any], rows: int) -> None:
@@ -153,19 +142,19 @@ def _check_model(model: Mapping[str, Any], rows: int) -> None:
             _check_id(index, rows)
     elif not isinstance(vocabulary, list) or len(vocabulary) > rows:
         size = len(vocabulary) if isinstance(vocabulary, list) else "no"
-        raise _Unusable(
+        raise TokenizerError(
             f"its vocabulary has {size} tokens; expected at most {rows}, as the text encoder has {rows} tokens"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_PREFIX:
-            raise _Unusable(f"its {key} has more than {MAX_PREFIX} characters")
+            raise TokenizerError(f"its {key} has more than {MAX_PREFIX} characters")
     if model.get("dropout"):
-        raise _Unusable("its model has a dropout, so the tokens of a prompt would be random")
+        raise TokenizerError("its model has a dropout, so the tokens of a prompt would be random")
 
 
 def _check_id(index: object, rows: int) -> None:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < rows:
-        raise _Unusable(
+        raise TokenizerError(
             f"it has the id {str(index)[:40]}; expected 0 to {rows - 1}, as the text encoder has {rows} tokens"
         )
 
@@ -194,9 +183,9 @@ def _growth(normalizer: object) -> float:
         return max(1.0, content / length) if length else 1.0 + content
     if kind == "Precompiled":
         if (problem := charsmap.problem(values.get("precompiled_charsmap"))) is not None:
-            raise _Unusable(f"its precompiled_charsmap {problem}")
+            raise TokenizerError(f"its precompiled_charsmap {problem}")
         return COMPATIBILITY_GROWTH
-    raise _Unusable(f"its normalizer is of the type {str(kind)[:40]!r}, which is not supported")
+    raise TokenizerError(f"its normalizer is of the type {str(kind)[:40]!r}, which is not supported")
 
 
 def _pieces(processor: object, rows: int) -> int:
@@ -213,23 +202,23 @@ def _pieces(processor: object, rows: int) -> int:
     if kind == "ByteLevel":
         return 1
     if kind != "TemplateProcessing":
-        raise _Unusable(f"its post-processor is of the type {str(kind)[:40]!r}; expected TemplateProcessing")
+        raise TokenizerError(f"its post-processor is of the type {str(kind)[:40]!r}; expected TemplateProcessing")
     template = values.get("single")
     if not isinstance(template, list) or len(template) > MAX_PIECES:
-        raise _Unusable(f"its template is not a list of at most {MAX_PIECES} pieces")
+        raise TokenizerError(f"its template is not a list of at most {MAX_PIECES} pieces")
     special = _mapping(values.get("special_tokens") or {}, "special_tokens")
     count = 0
     for piece in template:
         piece = _mapping(piece, "a piece of its template")
         if "Sequence" in piece:
             if _mapping(piece["Sequence"], "a piece of its template").get("id") != "A":
-                raise _Unusable("its template for a single text refers to another text")
+                raise TokenizerError("its template for a single text refers to another text")
             count += 1
             continue
         name = _mapping(piece.get("SpecialToken"), "a piece of its template").get("id")
         ids = _mapping(special.get(name) if isinstance(name, str) else None, "a special token").get("ids")
         if not isinstance(ids, list) or len(ids) > MAX_PIECES:
-            raise _Unusable(f"its special token {str(name)[:40]!r} has no list of at most {MAX_PIECES} ids")
+            raise TokenizerError(f"its special token {str(name)[:40]!r} has no list of at most {MAX_PIECES} ids")
         for index in ids:
             _check_id(index, rows)
         count += len(ids)
@@ -239,11 +228,11 @@ def _pieces(processor: object, rows: int) -> int:
 def _members(values: Mapping[str, Any], key: str) -> list[Any]:
     members = values.get(key)
     if not isinstance(members, list) or len(members) > MAX_COMPONENTS:
-        raise _Unusable(f"{key} is not a list of at most {MAX_COMPONENTS}")
+        raise TokenizerError(f"{key} is not a list of at most {MAX_COMPONENTS}")
     return members
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise _Unusable(f"{what} is not a JSON object")
+        raise TokenizerError(f"{what} is not a JSON object")
     return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import pytest
 
 from longvideo.errors import CheckpointError, UserError
 from longvideo.text import charsmap
+from longvideo.text.panics import guarded
 from longvideo.text.tokenizer import encode, load_tokenizer, save_tokenizer, word_tokenizer
+from tests.checkpoint import small
 
 WORDS = ("a", "red", "ball")
 ROWS = 64
@@ -160,11 +164,44 @@ def test_a_table_of_replacements_that_is_sound_is_used(values: dict[str, Any], t
     assert encode(tokenizer, "a").ids == encode(tokenizer, "b").ids == [known["b"], 1]
 
 
-@pytest.mark.usefixtures("capfd")
-def test_a_library_that_panics_is_one_error() -> None:
+def test_a_library_that_panics_is_one_error(capfd: pytest.CaptureFixture[str]) -> None:
     from tokenizers import processors
 
     tokenizer = word_tokenizer(WORDS)
     tokenizer.post_processor = processors.TemplateProcessing(single="$B </s>", special_tokens=[("</s>", 1)])
     with pytest.raises(CheckpointError, match="index out of bounds"):
         encode(tokenizer, "a red ball")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pattern_that_backtracks_is_one_error_with_its_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small.save(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), replace_by("b", {"Regex": "^(a|aa|aaa)+$"}))))
+    encoder = small.ModelFolder.open(tmp_path / "model").load_text_encoder()
+    prompt = "a" * 60 + "b"
+    message = f"{file} cannot encode the prompt '{'a' * 40}...': Onig: Regex search error: retry-limit-in-match over; "
+    for use in (encoder.unknown_words, lambda prompt: encoder.encode([prompt])):
+        with pytest.raises(CheckpointError, match=re.escape(message + "change the prompt, or use the tokenizer of")):
+            use(prompt)
+    assert capfd.readouterr().err == ""
+    assert encoder.encode(["a red ball"])[0].isfinite().all()
+
+
+def test_what_others_print_while_the_library_runs_is_printed_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda text: os.write(2, text.encode()), "of another thread\n") == 18
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "of another thread\nlater\n"
+
+
+def test_a_process_without_standard_error_can_encode(capfd: pytest.CaptureFixture[str]) -> None:
+    stderr = os.dup(2)
+    os.close(2)
+    try:
+        ids = guarded(word_tokenizer(WORDS).encode, "a red ball").ids
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    assert len(ids) == 4 and capfd.readouterr().err == ""
