@@ -34,9 +34,9 @@ class Engine(Trained, Protocol):
         """Put the averaged weights in place inside the block. Every rank enters it."""
         ...
 
+    def num_skipped(self) -> int:
         """Return the number of steps that changed nothing."""
-
-    def num_skipped(self) -> int: ...
+        ...
 
     def skipped_share(self, steps: int) -> float:
         """Return the share of the first `steps` steps that changed nothing; of several optimizers, the largest."""

@@ -25,7 +25,7 @@ from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from longvideo.checkpoint.run_checkpoint import RunState
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MOST_SKIPPED = 0.5
 """Share of the steps of a run that may change nothing, whatever `max_skipped_steps` allows."""
 FEWEST_STEPS = 20
-"""Number of steps after which that share is compared; a shorter run is compared at its end."""
+"""Number of steps after which a report compares that share; a checkpoint or an export compares it after any step."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TrainerConfig(Bounded):
 
 
 class Diverged(UserError):
-    """Too many steps had a gradient that is not finite, or weights are not."""
+    """Too many steps had a gradient that is not finite, or the weights or their validation loss are not."""
 
 
 class Trainer:
@@ -144,7 +144,7 @@ class Trainer:
                 saved = step
             self.one_step(step, window)
             step += 1
-            if step % self.config.log_every == 0:
+            if step % self.config.log_every == 0 or step == self.total_steps:
                 self.report(step, window, log)
             if self.config.save_every and step % self.config.save_every == 0:
                 with window.paused():
@@ -197,35 +197,52 @@ class Trainer:
             )
         )
         window.clear()
-        self.check_skipped(step)
+        self.check_skipped(step, fewest_steps=FEWEST_STEPS)
 
-    def check_skipped(self, step: int) -> None:
-        """Raise Diverged if more steps were skipped than allowed, or, in a run of enough steps, more than half."""
+    def check_skipped(self, step: int, *, fewest_steps: int = 0) -> None:
+        """Raise Diverged if more steps were skipped than allowed, or, after `fewest_steps` steps, more than half."""
         skipped, share = self.engine.num_skipped(), self.engine.skipped_share(step)
         too_many = f"allowed: trainer.max_skipped_steps={self.config.max_skipped_steps}"
         if skipped <= self.config.max_skipped_steps:
-            if share <= MOST_SKIPPED or step < min(FEWEST_STEPS, self.total_steps):
+            if share <= MOST_SKIPPED or step < fewest_steps:
                 return
             too_many = f"{share:.0%} of them, allowed: {MOST_SKIPPED:.0%}"
         raise Diverged(
-            f"{skipped} steps up to step {step} had a gradient that is not finite ({too_many}); resume from the last"
-            " checkpoint with a lower learning rate"
+            f"{skipped} steps up to step {step} had a gradient that is not finite ({too_many}); {self._remedy(step)}"
         )
 
-    def check_finite(self, step: int) -> None:
-        """Raise Diverged on all ranks if weights or averages are not finite, before they replace good ones."""
+    def check_weights(self, step: int) -> None:
+        """Raise Diverged on all ranks if the weights of `step` must not replace those of a checkpoint or a model.
+
+        They are not finite, or too many steps were skipped, as after a step that made weights far too large.
+        """
         if self.mesh.largest([int(not self.engine.is_finite())])[0]:
-            raise Diverged(
-                f"weights are not finite after step {step} and are not written; resume from the last checkpoint with"
-                " a lower learning rate"
-            )
+            raise Diverged(f"weights are not finite after step {step} and are not written; {self._remedy(step)}")
+        self.check_skipped(step)
+
+    def check_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Raise Diverged on all ranks if a validation loss is not finite, before the model is exported."""
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if self.mesh.largest([len(bad)])[0]:
+            named = ", ".join(bad) or "the validation loss of another rank is not finite"
+            raise Diverged(f"{named} after step {step}, and the model is not written; {self._remedy(step)}")
+
+    def _remedy(self, step: int) -> str:
+        """Return what to do about ruined weights of `step`. Every rank calls it."""
+        steps = self.mesh.on_main(self.checkpoints.steps)
+        if not steps:
+            return "start again with a lower learning rate"
+        if steps[-1] < step:
+            return "resume from the last checkpoint with a lower learning rate"
+        return "start again with a lower learning rate and another --output"
 
     def sample(self, step: int, log: RunLog) -> None:
         """Export the averaged weights, and generate samples with them."""
-        self.check_finite(step)
+        self.check_weights(step)
         began = time.monotonic()
         with self.engine.averaged(), torch.no_grad():
             values = self.recipe.validate()
+            self.check_validation(step, values)
             if self.mesh.is_main:
                 self.recipe.export(self.folder / MODEL)
                 write_json(self.folder / EXPORTED_FILE, {"step": step})
@@ -247,7 +264,7 @@ class Trainer:
         return self.mesh.largest([step])[0]
 
     def save(self, step: int) -> None:
-        self.check_finite(step)
+        self.check_weights(step)
         with self.mesh.one_voice():
             self.checkpoints.save(step, self.engine, self.recipe.state())
 

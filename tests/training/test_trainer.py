@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,53 @@ def test_a_short_run_whose_steps_are_mostly_not_finite_raises_and_exports_nothin
     with pytest.raises(Diverged, match=r"9 steps up to step 10 .* \(90% of them, allowed: 50%\)"):
         toy_trainer(tmp_path, 10, bad_steps=frozenset(range(1, 10)), max_skipped_steps=50).run()
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("total_steps", "every"), [(10, {"save_every": 10}), (400, {"sample_every": 10})])
+def test_steps_that_were_mostly_skipped_are_neither_saved_nor_exported_by_any_start(
+    tmp_path: Path, total_steps: int, every: dict[str, int]
+) -> None:
+    settings = {"log_every": 500, "save_every": 0} | every
+    for _ in range(2):
+        trainer = toy_trainer(tmp_path, total_steps, bad_steps=frozenset(range(1, 400)), **settings)
+        with pytest.raises(Diverged, match=r"9 steps up to step 10 .*; start again with a lower learning rate$"):
+            trainer.run()
+    assert trainer.checkpoints.steps() == [] and trainer.exported_step() == -1
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_signal_does_not_save_steps_that_were_mostly_skipped(tmp_path: Path) -> None:
+    assert toy_trainer(tmp_path, 4).run()
+    trainer = toy_trainer(tmp_path, 40, bad_steps=frozenset(range(4, 40)), save_every=0)
+    one_step = trainer.one_step
+
+    def stopped(step: int, window: Window) -> None:
+        one_step(step, window)
+        if step == 9:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.one_step = stopped  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"6 steps up to step 10 .*; resume from the last checkpoint with a lower"):
+        trainer.run()
+    assert trainer.checkpoints.steps() == [4]
+
+
+def test_a_checkpoint_of_steps_that_were_mostly_skipped_is_not_exported(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, 10)
+    trainer.engine.put_counts(trainer.engine.counts() | {"skipped": 9})
+    trainer.checkpoints.save(10, trainer.engine, {})
+    with pytest.raises(Diverged, match=r"9 steps up to step 10 .*; start again .* and another --output$"):
+        toy_trainer(tmp_path, 10).run()
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_without_a_finite_validation_loss_are_not_exported(tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer = toy_trainer(tmp_path, 10)
+        trainer.recipe.validate = lambda: {"val_loss": math.nan}  # type: ignore[method-assign]
+        with pytest.raises(Diverged, match="val_loss is nan after step 10, and the model is not written; start again"):
+            trainer.run()
+        assert not (tmp_path / "model").exists()
 
 
 def test_a_long_run_is_judged_by_its_share_after_twenty_steps(tmp_path: Path) -> None:
