@@ -41,6 +41,16 @@ def test_autoencoder_run_leaves_a_model_with_latent_statistics(trained: Path) ->
     assert {"torch", "commit", "device"} <= json.loads((run / "environment.json").read_text()).keys()
 
 
+def test_an_autoencoder_run_that_shows_no_clips_draws_nothing_and_measures_all(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vae"
+    assert main(["train", "vae", "tiny/vae", *Toy.vae, "validation.shown=0", "--out", str(out), "--device", "cpu"]) == 0
+    assert not (out / "samples").exists()
+    last, with_pictures = (
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (out, trained / "vae")
+    )
+    assert last == with_pictures and last["val_psnr"] > 0
+
+
 def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Path) -> None:
     assert main(ar_arguments(trained, "whole")) == 0
     assert (

@@ -91,7 +91,7 @@ class HeldOutRolloutConfig(Bounded):
     """Videos of held-out prompts that are generated for every sample.
 
     prompts: number of prompts; 0 generates nothing.
-    shown: number of videos that are drawn.
+    shown: number of videos that are drawn; 0 draws none.
     chunks: number of chunks of a video.
     judge: whether the judge scores the videos: the share that matches the prompt.
     """

@@ -66,7 +66,7 @@ class VaeValidationConfig(Bounded):
     """Held-out clips of two chunks, encoded and decoded as a stream.
 
     clips: number of clips.
-    shown: number of clips that are drawn, as given and as reconstructed.
+    shown: number of clips that are drawn, as given and as reconstructed; 0 draws none.
     statistics_clips: number of training clips from which the mean and deviation of the latents are measured.
     batch: number of clips that are encoded together.
     """
@@ -156,10 +156,11 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
                 *(to_uint8(clips[:num_shown]).cpu().numpy() for clips in (video, output)), strict=True
             ):
                 rows += [original, reconstruction]
-        folder.mkdir(parents=True, exist_ok=True)
+        if rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
+            film_strip(rows, columns=8, captions=captions).save(folder / f"vae_{step:07d}.png")
         values_overall, values_objects = torch.cat(overall), torch.cat(objects)
-        captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
-        film_strip(rows, columns=8, captions=captions).save(folder / f"vae_{step:07d}.png")
         return {
             "val_psnr": values_overall.mean().item(),
             "val_object": values_objects.mean().item(),
