@@ -78,10 +78,14 @@ def private(folder: Path, mesh: Mesh) -> Generator[None]:
 def write_record(folder: Path, config_text: str, device: torch.device) -> str | None:
     """Write the configuration of a run that was accepted, and a description of its environment.
 
+    The record of the export is removed first if the configuration is another one, so that the model is exported again.
     Return a line with the settings that differ from those of the last start, or None if none does.
     """
-    changes = changes_line(folder / CONFIG_FILE, config_text)
-    write_text(folder / CONFIG_FILE, config_text)
+    file = folder / CONFIG_FILE
+    changes = changes_line(file, config_text)
+    if changes is not None or not file.exists():
+        (folder / EXPORTED_FILE).unlink(missing_ok=True)
+    write_text(file, config_text)
     write_json(folder / ENVIRONMENT_FILE, environment(device), indent=1)
     return changes
 

@@ -255,7 +255,7 @@ class Trainer:
         log.note(" | ".join([f"sample {step}", *numbers, f"{time.monotonic() - began:.1f} s"]))
 
     def exported_step(self) -> int:
-        """Return the step of the weights in the model folder, or -1 if there is no model."""
+        """Return the step of the model folder, or -1 if there is none or it was exported with other settings."""
         file = self.folder / EXPORTED_FILE
         step = -1
         if self.mesh.is_main and file.exists() and (self.folder / MODEL).exists():

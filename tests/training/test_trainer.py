@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from longvideo.training.checkpoint import layout
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.engine import LocalEngine
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
 from longvideo.training.trainer import Diverged, Trainer, Window
 
@@ -195,6 +197,28 @@ def test_a_run_stopped_before_its_export_exports_when_it_is_started_again(tmp_pa
     assert trainer.exported_step() == 5
     again = toy_trainer(tmp_path, 10)
     assert again.run() and again.exported_step() == 10
+
+
+def test_a_finished_run_exports_again_only_after_its_configuration_changed(tmp_path: Path) -> None:
+    for config, exports in (("seed: 0", 1), ("seed: 0", 0), ("seed: 1", 1), ("seed: 1", 0)):
+        trainer = toy_trainer(tmp_path, 10)
+        export, configs = trainer.recipe.export, []
+
+        def record(folder: Path, export: Callable[[Path], None] = export, configs: list[str] = configs) -> None:
+            configs.append((tmp_path / "config.yaml").read_text())
+            export(folder)
+
+        trainer.recipe.export = record  # type: ignore[method-assign]
+        assert trainer.run(config_text=config)
+        assert configs == [config] * exports and trainer.exported_step() == 10
+
+
+def test_a_start_killed_before_its_export_with_new_settings_leaves_it_to_the_next(tmp_path: Path) -> None:
+    assert toy_trainer(tmp_path, 10).run(config_text="seed: 0")
+    assert write_record(tmp_path, "seed: 1", torch.device("cpu")) is not None
+    trainer = toy_trainer(tmp_path, 10)
+    assert trainer.exported_step() == -1
+    assert trainer.run(config_text="seed: 1") and trainer.exported_step() == 10
 
 
 def test_without_a_gradient_clip_nothing_is_clipped(tmp_path: Path) -> None:
