@@ -22,6 +22,7 @@ from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 if TYPE_CHECKING:
     from longvideo.kernels.fp8.format import FP8Rows
     from longvideo.kernels.kv_dequant.format import QuantizedSlots
+    from longvideo.kernels.vae.format import FP8Kernel
 
 
 TransformerPrecision = Literal["bf16", "nvfp4", "nvfp4-weights", "fp8", "fp8-emulated"]
@@ -246,7 +247,7 @@ class RotaryOperations(Protocol):
 
 
 class DecoderOperations(Protocol):
-    """Operations between the convolutions of the video decoder; `longvideo.kernels.vae.reference` defines them."""
+    """Operations of the video decoder; `longvideo.kernels.vae.reference` defines them."""
 
     def add_norm_silu(
         self,
@@ -256,7 +257,12 @@ class DecoderOperations(Protocol):
         total: Tensor | None,
         gamma: Tensor | None = None,
         out: Tensor | None = None,
+        inverse_scale: float = 1.0,
     ) -> None: ...
+
+    def convolve(self, inputs: Tensor, frames: int, kernel: FP8Kernel, out: Tensor) -> None: ...
+
+    def quantize(self, x: Tensor, out: Tensor) -> Tensor: ...
 
     def upsample_add_norm_silu(
         self,
@@ -268,6 +274,7 @@ class DecoderOperations(Protocol):
         total: Tensor,
         gamma: Tensor,
         out: Tensor,
+        inverse_scale: float = 1.0,
     ) -> None: ...
 
     def to_pixels(self, packed: Tensor, bias: Tensor | None, patch: int, out: Tensor) -> None: ...

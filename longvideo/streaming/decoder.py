@@ -51,6 +51,7 @@ class StreamingDecoder:
         latents_per_step: int = 1,
         devices: tuple[torch.device, torch.device] | None = None,
         first_share: float = 0.5,
+        fp8: bool = False,
     ) -> None:
         """Arrange the weights of an autoencoder and allocate the buffers.
 
@@ -61,12 +62,13 @@ class StreamingDecoder:
             the pixels.
         first_share: share of the multiply-adds of the first device, as near as the ends of residual blocks and
             upsamplings allow.
+        fp8: whether the 3x3x3 convolutions of the residual blocks compute in E4M3.
         Raises UserError for a share outside (0, 1).
         """
         weight = autoencoder.post_quant_conv.weight
         self.config, self.shape, self.latents_per_step = autoencoder.config, (batch, height, width), latents_per_step
         self.dtype = weight.dtype
-        plan = plan_stages(autoencoder, Grid(batch, latents_per_step, height, width))
+        plan = plan_stages(autoencoder, Grid(batch, latents_per_step, height, width), fp8=fp8)
         if devices is None:
             self._parts = [_Part(plan, weight.device)]
         else:
@@ -139,7 +141,7 @@ class StreamingDecoder:
         """Begin a new video. inside: whether later latent frames come first, after frames of zeros."""
         self.opened = inside
         for conv in self._convolutions:
-            conv.buffer[:, :HISTORY] = 0
+            conv.clear()
 
     @torch.inference_mode()
     def restore(self, state: State) -> None:
@@ -149,7 +151,7 @@ class StreamingDecoder:
             return
         self.opened = True
         for conv, remembered in zip(self._convolutions, state, strict=True):
-            conv.buffer[:, :HISTORY] = remembered
+            conv.buffer[:, :HISTORY].copy_(remembered)
 
     def _step(self, x_BTHWz: Tensor, *, opening: bool) -> Tensor:
         activations = Activations(x_BTHWz)

@@ -68,25 +68,30 @@ class PlannedStage:
     may_end_part: bool = False
 
 
-def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
-    """Return the stages from latents to pixels; grid: sizes of the latents of a whole step of later frames."""
+def plan_stages(autoencoder: Autoencoder, grid: Grid, *, fp8: bool = False) -> list[PlannedStage]:
+    """Return the stages from latents to pixels.
+
+    grid: sizes of the latents of a whole step of later frames. fp8: whether the 3x3x3 convolutions of the residual
+    blocks compute in E4M3.
+    """
     decoder = autoencoder.decoder
     first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
     plan = [
         _entry(autoencoder, grid),
-        _residual(first, grid),
+        _residual(first, grid, fp8=fp8),
         _attention(cast("FrameAttention", decoder.mid_block.attentions[0]), grid),
-        _residual(second, grid),
+        _residual(second, grid, fp8=fp8),
     ]
     for level in cast("list[UpBlock]", list(decoder.up_blocks)):
         blocks = cast("list[ResidualBlock]", list(level.resnets))
         is_last = level.upsampler is None
         around = 0 if is_last else blocks[0].conv1.in_channels
         plan += [
-            _residual(block, grid, around=around, opens_level=not is_last and block is blocks[0]) for block in blocks
+            _residual(block, grid, around=around, opens_level=not is_last and block is blocks[0], fp8=fp8)
+            for block in blocks
         ]
         if not is_last:
-            plan.append(_upsampling(level, grid))
+            plan.append(_upsampling(level, grid, fp8=fp8))
             times, _, _ = level.factors
             grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
     return [*plan, _exit(autoencoder, grid)]
@@ -110,11 +115,13 @@ def _entry(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
     return PlannedStage(partial(EntryStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
 
 
-def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False) -> PlannedStage:
+def _residual(
+    block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False, fp8: bool
+) -> PlannedStage:
     """around: number of channels of the activations that go around the level of the block."""
     narrow, wide = block.conv1.in_channels, block.conv1.out_channels
     return PlannedStage(
-        partial(ResidualStage, block, grid, opens_level=opens_level),
+        partial(ResidualStage, block, grid, opens_level=opens_level, fp8=fp8),
         _multiply_adds(block, grid),
         _memory(
             [block.conv1, block.conv2],
@@ -122,6 +129,7 @@ def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level:
             block.conv1.weight.dtype,
             held=narrow + 2 * wide + around,
             result=wide + around,
+            fp8=fp8,
         ),
         may_end_part=True,
     )
@@ -133,13 +141,16 @@ def _attention(attention: FrameAttention, grid: Grid) -> PlannedStage:
     return PlannedStage(partial(AttentionStage, attention), _multiply_adds(attention, grid), memory)
 
 
-def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
+def _upsampling(level: UpBlock, grid: Grid, *, fp8: bool) -> PlannedStage:
     assert level.upsampler is not None
     time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
     narrow, around = conv.in_channels, cast("ResidualBlock", level.resnets[0]).conv1.in_channels
     times, _, _ = level.factors
     wide = 4 * conv.out_channels  # four pixels for one
     folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
+    kept = folded_weights * conv.weight.dtype.itemsize
+    if fp8:
+        kept = folded_weights + grid.batch * times * grid.frames * _framed(grid) * narrow
     memory = _memory(
         [] if time is None else [time],
         grid,
@@ -147,11 +158,11 @@ def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
         held=narrow + around + times * (2 * wide + (0 if time is None else narrow)),
         held_for_opening=narrow + around + 2 * wide,
         result=times * wide,
-        more_weights=folded_weights,
+        more_kept=kept,
     )
     large = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
     multiply_adds = large.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
-    return PlannedStage(partial(UpsamplingStage, level, grid), multiply_adds, memory, may_end_part=True)
+    return PlannedStage(partial(UpsamplingStage, level, grid, fp8=fp8), multiply_adds, memory, may_end_part=True)
 
 
 def _exit(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
@@ -169,22 +180,30 @@ def _memory(
     held: int,
     result: int,
     held_for_opening: int | None = None,
-    more_weights: int = 0,
+    more_kept: int = 0,
+    fp8: bool = False,
 ) -> StageMemory:
     """Return the memory of a stage with these causal convolutions.
 
     held, result: number of values for each pixel of the grid. held_for_opening: the same for an opening frame, by
-    default `held`. more_weights: number of weights besides those of the convolutions.
+    default `held`. more_kept: bytes that are kept besides weights and buffers of the convolutions. fp8: whether the
+    convolutions compute in E4M3, with zeros around each frame.
     """
     frame = grid.pixels // grid.frames
-    buffers = sum(conv.in_channels for conv in convolutions) * frame * (HISTORY + grid.frames)
-    weights = sum(conv.weight.numel() for conv in convolutions) + more_weights
+    kept_frame, itemsize = (grid.batch * _framed(grid), 1) if fp8 else (frame, dtype.itemsize)
+    buffers = sum(conv.in_channels for conv in convolutions) * kept_frame * (HISTORY + grid.frames)
+    weights = sum(conv.weight.numel() for conv in convolutions)
     return StageMemory(
-        kept=(weights + buffers) * dtype.itemsize,
+        kept=(weights + buffers) * itemsize + more_kept,
         opening=frame * (held if held_for_opening is None else held_for_opening) * dtype.itemsize,
         later=grid.pixels * held * dtype.itemsize,
         result=grid.pixels * result * dtype.itemsize,
     )
+
+
+def _framed(grid: Grid) -> int:
+    """Return the number of pixels of a frame with the zeros around it."""
+    return (grid.height + 2) * (grid.width + 2)
 
 
 def _multiply_adds(module: nn.Module, grid: Grid) -> int:

@@ -8,8 +8,8 @@ Shapes: B batch, T frames, H W grid, C channels, z latent channels; activations 
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
+from longvideo.kernels.nvfp4.format import E4M3_MAX
+from longvideo.kernels.vae.format import FP8Kernel
+from longvideo.kernels.vae.reference import SMALLEST_LENGTH
 
 if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
 
+E4M3 = torch.float8_e4m3fn
 HISTORY = 2
 """Number of frames that a causal convolution keeps from one call to the next."""
 
@@ -67,13 +71,14 @@ class Activations:
 class Target:
     """Buffers of the next stage for a result.
 
-    plain: buffer for the result itself. normalized: buffer for SiLU of the norm of the result, with weight `gamma`.
-    is_kept: whether the next stage also reads the result itself.
+    plain: buffer for the result itself. normalized: buffer for SiLU of the norm of the result, with weight `gamma`,
+    times `inverse_scale`. is_kept: whether the next stage also reads the result itself.
     """
 
     plain: Tensor | None = None
     gamma: Tensor | None = None
     normalized: Tensor | None = None
+    inverse_scale: float = 1.0
     is_kept: bool = True
 
 
@@ -86,7 +91,7 @@ class DecoderStage(Protocol):
     times: int
 
     @property
-    def convolutions(self) -> tuple[_Convolution, ...]:
+    def convolutions(self) -> tuple[Convolution, ...]:
         """Causal convolutions of the stage, in order."""
         ...
 
@@ -116,13 +121,44 @@ class Grid:
 def hand_over(operations: DecoderOperations, x: Tensor, target: Target) -> None:
     """Write x to the buffers of the next stage."""
     if target.normalized is not None:
-        operations.add_norm_silu(x, None, None, None, target.gamma, target.normalized)
+        operations.add_norm_silu(x, None, None, None, target.gamma, target.normalized, target.inverse_scale)
     elif target.plain is not None:
         target.plain.copy_(x)
 
 
-class _Convolution:
-    """A causal convolution with a buffer for the frames that it keeps, followed by those of a call."""
+class Convolution(Protocol):
+    """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
+
+    bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the inputs in the
+    buffer.
+    """
+
+    buffer: Tensor
+    bias: Tensor | None
+    inverse_scale: float
+
+    def inputs(self, frames: int) -> Tensor:
+        """Return the part of the buffer for the input frames of a call."""
+        return self.buffer[:, HISTORY : HISTORY + frames]
+
+    def clear(self) -> None:
+        """Make zeros of the frames that it keeps, as before a video."""
+        self.buffer[:, :HISTORY].view(torch.uint8 if self.buffer.dtype == E4M3 else self.buffer.dtype).zero_()
+
+    def keep_last(self, frames: int) -> None:
+        """Keep the last frames of a call."""
+        for index in range(HISTORY):  # one after the other, since they overlap if there is one new frame
+            self.buffer[:, index].copy_(self.buffer[:, frames + index])
+
+    def __call__(self, frames: int) -> Tensor:
+        """Return the convolution of the buffer, without `bias`, and keep the last frames."""
+        ...
+
+
+class _PlainConvolution(Convolution):
+    """A convolution in the data type of its weights, by cuDNN or oneDNN."""
+
+    inverse_scale = 1.0
 
     def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
         self.weight = conv.weight.detach().to(device).contiguous(memory_format=torch.channels_last_3d)
@@ -136,17 +172,70 @@ class _Convolution:
             grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels
         )
 
-    def inputs(self, frames: int) -> Tensor:
-        """Return the part of the buffer for the input frames of a call."""
-        return self.buffer[:, HISTORY : HISTORY + frames]
-
     def __call__(self, frames: int) -> Tensor:
-        """Return the convolution of the buffer, without `bias`, and keep the last frames."""
         x = self.buffer[:, : HISTORY + frames]
         y = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, self.own_bias, padding=self.padding).permute(0, 2, 3, 4, 1)
-        for index in range(HISTORY):  # one after the other, since they overlap if there is one new frame
-            self.buffer[:, index] = self.buffer[:, frames + index]
+        self.keep_last(frames)
         return y
+
+
+class _ProductConvolution(Convolution):
+    """A 3x3x3 convolution of few input channels, as one matrix product, which is faster than cuDNN's kernels for it."""
+
+    bias = None
+    inverse_scale = 1.0
+
+    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
+        assert conv.bias is not None
+        self._matrix, self._bias = conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
+        self.buffer = self._matrix.new_zeros(
+            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels
+        )
+
+    def inputs(self, frames: int) -> Tensor:
+        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+
+    def __call__(self, frames: int) -> Tensor:
+        taps = self.buffer[:, : HISTORY + frames].unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
+        y = F.linear(taps.flatten(4), self._matrix, self._bias)
+        self.keep_last(frames)
+        return y
+
+
+class _FP8Convolution(Convolution):
+    """A 3x3x3 convolution of E4M3, whose inputs are SiLU of an RMS norm. Its buffer has zeros around each frame.
+
+    A pixel of the norm's result is at most sqrt(C) long before it is multiplied by gamma, and SiLU makes nothing
+    larger. This bound sets the scale of the input: no value saturates, and no step measures anything.
+    """
+
+    def __init__(self, conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> None:
+        """gamma: weight of the norm before the convolution, [C]."""
+        bound = math.sqrt(conv.in_channels) * float(gamma.detach().abs().max())
+        weight = conv.weight.detach().to(device)
+        assert conv.bias is not None
+        self.bias = conv.bias.detach().to(device)
+        self._kernel = FP8Kernel.quantize(weight, bound=bound)
+        self._operations = decoder_operations(device)
+        self.inverse_scale = self._kernel.inverse_scale
+        self.buffer = weight.new_zeros(
+            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
+        )
+
+    def inputs(self, frames: int) -> Tensor:
+        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+
+    def __call__(self, frames: int) -> Tensor:
+        batch, _, height, width, _ = self.buffer.shape
+        y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
+        self._operations.convolve(self.buffer, frames, self._kernel, y)
+        self.keep_last(frames)
+        return y
+
+
+def _convolution(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device, *, fp8: bool) -> Convolution:
+    """Return a convolution after a norm. gamma: weight of the norm, [C]. fp8: whether it computes in E4M3."""
+    return _FP8Convolution(conv, gamma, grid, device) if fp8 else _PlainConvolution(conv, grid, device)
 
 
 class EntryStage:
@@ -162,7 +251,7 @@ class EntryStage:
         mean, std = (values.flatten().to(matrix) for values in (autoencoder.latents_mean, autoencoder.latents_std))
         self._matrix = (matrix * std).to(device, conv.weight.dtype)
         self._offset = (matrix @ mean + conv.bias.detach().float()).to(device, conv.weight.dtype)
-        self._conv = _Convolution(autoencoder.decoder.conv_in, grid, device)
+        self._conv = _ProductConvolution(autoencoder.decoder.conv_in, grid, device)
         self._operations = decoder_operations(device)
         self.convolutions = (self._conv,)
 
@@ -173,21 +262,24 @@ class EntryStage:
         frames = inputs.x.shape[1]
         self._conv.inputs(frames).copy_(F.linear(inputs.x, self._matrix, self._offset))
         x = self._conv(frames)
-        self._operations.add_norm_silu(x, self._conv.bias, None, x, target.gamma, target.normalized)
+        self._operations.add_norm_silu(
+            x, self._conv.bias, None, x, target.gamma, target.normalized, target.inverse_scale
+        )
         return Activations(x)
 
 
 class ResidualStage:
     """A residual block, which reads its normalized input from the buffer of its first convolution.
 
-    opens_level: whether its input is also the input of the level.
+    opens_level: whether its input is also the input of the level. fp8: whether its 3x3x3 convolutions compute in E4M3.
     """
 
     times = 1
 
-    def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool) -> None:
-        self._first, self._second = (_Convolution(conv, grid, device) for conv in (block.conv1, block.conv2))
+    def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool, fp8: bool) -> None:
         self._gamma_in, self._gamma = (norm.gamma.detach().flatten().to(device) for norm in (block.norm1, block.norm2))
+        self._first = _convolution(block.conv1, self._gamma_in, grid, device, fp8=fp8)
+        self._second = _convolution(block.conv2, self._gamma, grid, device, fp8=fp8)
         shortcut = block.conv_shortcut
         self._shortcut: tuple[Tensor, Tensor] | None = None
         if isinstance(shortcut, nn.Conv3d):
@@ -198,37 +290,51 @@ class ResidualStage:
         self.convolutions = (self._first, self._second)
 
     def target(self, frames: int, _opening: bool, /) -> Target:
-        return Target(gamma=self._gamma_in, normalized=self._first.inputs(frames))
+        first = self._first
+        return Target(gamma=self._gamma_in, normalized=first.inputs(frames), inverse_scale=first.inverse_scale)
 
     def __call__(self, inputs: Activations, target: Target, _opening: bool, /) -> Activations:
         x, frames = inputs.x, inputs.x.shape[1]
-        h = self._first(frames)
-        self._operations.add_norm_silu(h, self._first.bias, None, None, self._gamma, self._second.inputs(frames))
-        h = self._second(frames)
+        h, second = self._first(frames), self._second
+        self._operations.add_norm_silu(
+            h, self._first.bias, None, None, self._gamma, second.inputs(frames), second.inverse_scale
+        )
+        h = second(frames)
         total = h if target.plain is None else target.plain
         narrow = x if self._shortcut is None else F.linear(x, *self._shortcut)
         self._operations.add_norm_silu(
-            h, self._second.bias, narrow, total if target.is_kept else None, target.gamma, target.normalized
+            h,
+            second.bias,
+            narrow,
+            total if target.is_kept else None,
+            target.gamma,
+            target.normalized,
+            target.inverse_scale,
         )
         return Activations(total, x if self._opens_level else inputs.around)
 
 
 class AttentionStage:
-    """Attention among the pixels of each frame."""
+    """Attention among the pixels of each frame. Its head has all channels, for which no fused kernel is fast."""
 
     times = 1
     convolutions = ()
 
     def __init__(self, attention: FrameAttention, device: torch.device) -> None:
-        is_on_device = attention.proj.weight.device == device
-        self._attention = attention if is_on_device else deepcopy(attention).to(device)
+        self._gamma = attention.norm.gamma.detach().flatten().to(device)
+        self._to_qkv, self._proj = (_linear(conv, device) for conv in (attention.to_qkv, attention.proj))
         self._operations = decoder_operations(device)
 
     def target(self, _frames: int, _opening: bool, /) -> Target:
         return Target()
 
     def __call__(self, inputs: Activations, target: Target, _opening: bool, /) -> Activations:
-        x = self._attention(inputs.x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1).contiguous()
+        x_NLC = inputs.x.flatten(0, 1).flatten(1, 2)
+        length = torch.linalg.vector_norm(x_NLC, dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+        normed_NLC = (x_NLC * (math.sqrt(x_NLC.shape[-1]) / length) * self._gamma).to(x_NLC.dtype)
+        q_NLC, k_NLC, v_NLC = F.linear(normed_NLC, *self._to_qkv).chunk(3, dim=-1)
+        h_NLC = F.linear(_attend(q_NLC, k_NLC, v_NLC), *self._proj)
+        x = (x_NLC + h_NLC).view(inputs.x.shape)
         hand_over(self._operations, x, target)
         return Activations(x)
 
@@ -236,15 +342,24 @@ class AttentionStage:
 class UpsamplingStage:
     """The upsampling at the end of a level, with the shortcut around the level."""
 
-    def __init__(self, level: UpBlock, grid: Grid, device: torch.device) -> None:
+    def __init__(self, level: UpBlock, grid: Grid, device: torch.device, *, fp8: bool) -> None:
+        """fp8: whether the convolution at the low resolution computes in E4M3, with a scale measured in every call."""
         assert level.upsampler is not None
         time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
         assert conv.bias is not None
         first = cast("ResidualBlock", level.resnets[0])
         self.times, _, _ = level.factors
-        self._time = None if time is None else _Convolution(time, grid, device)
+        self._time = None if time is None else _PlainConvolution(time, grid, device)
         folded = fold_upsampling(conv.weight.detach()).to(device)
-        self._weight, self._bias = folded.contiguous(memory_format=torch.channels_last), conv.bias.detach().to(device)
+        self._bias = conv.bias.detach().to(device)
+        self._weight = folded.contiguous(memory_format=torch.channels_last)
+        self._kernel: FP8Kernel | None = None
+        if fp8:
+            self._kernel = FP8Kernel.quantize(folded.unsqueeze(2), bound=E4M3_MAX)
+            self._weight = folded.new_empty(0)
+            self._buffer = folded.new_zeros(
+                grid.batch, self.times * grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
+            )
         self._offsets = _offsets(first.conv1.in_channels // level.out_channels, level.factors)
         self._operations = decoder_operations(device)
         self.convolutions = () if self._time is None else (self._time,)
@@ -255,21 +370,31 @@ class UpsamplingStage:
     def __call__(self, inputs: Activations, target: Target, opening: bool, /) -> Activations:
         assert inputs.around is not None
         x = inputs.x if self._time is None or opening else self._double_time(self._time, inputs.x.shape[1])
-        folded = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), self._weight, padding=1).permute(0, 2, 3, 1)
         batch, frames, height, width, _ = x.shape
-        folded = folded.unflatten(0, (batch, frames))
+        folded = self._convolve(x) if self._kernel is None else self._convolve_fp8(x, self._kernel)
         total = folded.new_empty(batch, frames, 2 * height, 2 * width, self._bias.shape[0])
         gamma, normalized = target.gamma, target.normalized
         if gamma is None or normalized is None:
             # the last stage of a device: the normalized result is not read, and any gain will do
             gamma, normalized = self._bias, torch.empty_like(total)
         self._operations.upsample_add_norm_silu(
-            folded, self._bias, inputs.around, self._offsets, self.times, total, gamma, normalized
+            folded, self._bias, inputs.around, self._offsets, self.times, total, gamma, normalized, target.inverse_scale
         )
         return Activations(total)
 
+    def _convolve(self, x: Tensor) -> Tensor:
+        folded = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), self._weight, padding=1).permute(0, 2, 3, 1)
+        return folded.unflatten(0, x.shape[:2])
+
+    def _convolve_fp8(self, x: Tensor, kernel: FP8Kernel) -> Tensor:
+        batch, frames, height, width, _ = x.shape
+        scale = self._operations.quantize(x, self._buffer[:, :frames, 1:-1, 1:-1])
+        folded = x.new_empty(batch, frames, height + 1, width + 1, len(kernel.values))
+        self._operations.convolve(self._buffer, frames, replace(kernel, scales=kernel.scales * scale), folded)
+        return folded
+
     @staticmethod
-    def _double_time(time: _Convolution, frames: int) -> Tensor:
+    def _double_time(time: Convolution, frames: int) -> Tensor:
         pairs = time(frames)
         batch, _, height, width, channels = pairs.shape
         x = pairs.new_empty(batch, frames, 2, height, width, channels // 2)
@@ -288,7 +413,7 @@ class ExitStage:
 
     def __init__(self, autoencoder: Autoencoder, grid: Grid, device: torch.device) -> None:
         self._gamma = autoencoder.decoder.norm_out.gamma.detach().flatten().to(device)
-        self._conv = _Convolution(autoencoder.decoder.conv_out, grid, device)
+        self._conv = _PlainConvolution(autoencoder.decoder.conv_out, grid, device)
         self._patch = autoencoder.config.patch_size
         self._operations = decoder_operations(device)
         self.convolutions = (self._conv,)
@@ -303,6 +428,24 @@ class ExitStage:
         pixels = torch.empty(shape, dtype=torch.uint8, device=packed.device)
         self._operations.to_pixels(packed, self._conv.bias, self._patch, pixels)
         return Activations(pixels)
+
+
+def _linear(conv: nn.Conv2d, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the matrix and the bias of a 1x1 convolution on a device."""
+    assert conv.bias is not None
+    return conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
+
+
+def _attend(q_NLC: Tensor, k_NLC: Tensor, v_NLC: Tensor) -> Tensor:
+    """Return attention with one head; on CUDA as three operations, with logits in float32.
+
+    There torch's attention would compute a head of more than 256 channels in float32 without tensor cores.
+    """
+    if not q_NLC.is_cuda or q_NLC.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q_NLC, k_NLC, v_NLC)
+    logits_NLL = torch.bmm(q_NLC, k_NLC.transpose(1, 2), out_dtype=torch.float32)
+    logits_NLL *= q_NLC.shape[-1] ** -0.5
+    return torch.bmm(logits_NLL.softmax(-1).to(v_NLC.dtype), v_NLC)
 
 
 def _offsets(surplus: int, factors: tuple[int, int, int]) -> tuple[int, int, int]:

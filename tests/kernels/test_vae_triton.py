@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longvideo.kernels.vae import reference
+from longvideo.kernels.vae.format import FP8Kernel
 from tests.golden import relative_error
 
 pytest.importorskip("triton")
@@ -109,3 +110,83 @@ def test_activations_that_do_not_fit_are_refused(device: str) -> None:
         kernels.add_norm_silu(h, None, h[..., :4], None)
     with pytest.raises(ValueError, match="expected contiguous pixels"):
         kernels.add_norm_silu(h, None, None, h.transpose(2, 3).contiguous().transpose(2, 3))
+
+
+@pytest.mark.parametrize("size", [(3, 3, 3), (1, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize(("channels", "outputs"), [(32, 48), (144, 272)])
+def test_a_convolution_of_e4m3_at_every_pixel(
+    size: tuple[int, int, int], channels: int, outputs: int, device: str
+) -> None:
+    batch, frames, height, width = 2, 2, 7, 9
+    inputs = random(batch, frames + size[0], height, width, channels, device=device).to(torch.float8_e4m3fn)
+    kernel = FP8Kernel.quantize(random(outputs, channels, *size, seed=1, device=device), bound=448.0)
+    results = []
+    for operations in (kernels, reference):
+        out = torch.full((batch, frames, height - size[1] + 1, width - size[2] + 1, outputs), NAN, device=device)
+        operations.convolve(inputs, frames, kernel, out)
+        results.append(out)
+    got, expected = results
+    deviation = expected.square().mean().sqrt()
+    # tensor cores keep about 14 bits of each sum
+    assert (got - expected).abs().max() < (4e-2 if device == "cuda" else 1e-5) * deviation
+    assert relative_error(got, expected) < (5e-3 if device == "cuda" else 1e-6)
+    again = torch.empty_like(got)
+    kernels.convolve(inputs, frames, kernel, again)
+    assert torch.equal(again, got)
+
+
+def test_a_convolution_refuses_what_does_not_fit(device: str) -> None:
+    kernel = FP8Kernel.quantize(random(8, 16, 3, 3, 3, device=device), bound=448.0)
+    inputs = torch.zeros(1, 4, 6, 6, 16, device=device).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"at least 5 frames, and out \[1, 3, 4, 4, 8\]"):
+        kernels.convolve(inputs, 3, kernel, torch.empty(1, 3, 4, 4, 8, device=device))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        kernels.convolve(inputs, 2, kernel, torch.empty(1, 2, 4, 8, 4, device=device).transpose(3, 4))
+    with pytest.raises(ValueError, match="expected a multiple of 16"):
+        FP8Kernel.quantize(random(8, 12, 3, 3, 3, device=device), bound=1.0)
+
+
+def framed(*shape: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return a buffer of E4M3 with pixels around each frame, and the part inside."""
+    batch, frames, height, width, channels = shape
+    buffer = torch.full((batch, frames, height + 2, width + 2, channels), 3.0, device=device).to(torch.float8_e4m3fn)
+    return buffer, buffer[:, :, 1:-1, 1:-1]
+
+
+def assert_framed(buffer: Tensor, expected: Tensor) -> None:
+    """Check that values differ at most by one step of E4M3, and that nothing is written around a frame."""
+    inside = buffer.float()[:, :, 1:-1, 1:-1]
+    assert (inside - expected.float()).abs().max() <= expected.float().abs().max() / 8
+    assert relative_error(inside, expected.float()) < 4e-3
+    frame = buffer.float().clone()
+    frame[:, :, 1:-1, 1:-1] = 3
+    assert (frame == 3).all()
+
+
+def test_a_norm_in_e4m3_between_the_zeros_of_a_convolution(device: str) -> None:
+    shape = (2, 3, 5, 7, 40)
+    h, gamma = random(*shape, device=device), random(40, seed=3, device=device)
+    buffer, out = framed(*shape, device=device)
+    kernels.add_norm_silu(h, None, None, None, gamma, out, 16.0)
+    _, expected = framed(*shape, device=device)
+    reference.add_norm_silu(h.float(), None, None, None, gamma.float(), expected, 16.0)
+    assert_framed(buffer, expected)
+    folded, x = random(2, 3, 4, 5, 160, device=device), random(2, 3, 3, 4, 40, seed=1, device=device)
+    bias, total = random(40, seed=2, device=device), random(2, 3, 6, 8, 40, device=device)
+    buffer, out = framed(*total.shape, device=device)
+    kernels.upsample_add_norm_silu(folded, bias, x, (1, 1, 1), 1, total, gamma, out, 16.0)
+    _, expected = framed(*total.shape, device=device)
+    own = (folded.float(), bias.float(), x.float(), (1, 1, 1), 1, total.float(), gamma.float())
+    reference.upsample_add_norm_silu(*own, expected, 16.0)
+    assert_framed(buffer, expected)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1e4])
+def test_quantizing_with_one_scale(factor: float, device: str) -> None:
+    shape = (2, 3, 5, 7, 40)
+    x = factor * random(*shape, device=device)
+    buffer, out = framed(*shape, device=device)
+    _, expected = framed(*shape, device=device)
+    scale, expected_scale = kernels.quantize(x, out), reference.quantize(x, expected)
+    assert torch.equal(scale, expected_scale)
+    assert_framed(buffer, expected) if factor else torch.equal(out.float(), expected.float())

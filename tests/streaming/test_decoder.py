@@ -206,6 +206,55 @@ def test_on_cuda_it_makes_the_pixels_of_the_cpu(dtype: torch.dtype) -> None:
     assert (got.float() - expected).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
 
 
+@cache
+def wide() -> Autoencoder:
+    """Return an autoencoder whose convolutions can compute in E4M3."""
+    torch.manual_seed(1)
+    model = Autoencoder(replace(SMALL, decoder_base_dim=16))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("gamma")), std=0.1)
+    return model.eval()
+
+
+def in_fp8(autoencoder: Autoencoder, devices: tuple[torch.device, torch.device] | None = None) -> StreamingDecoder:
+    return StreamingDecoder(autoencoder, batch=2, height=2, width=3, devices=devices, first_share=0.5, fp8=True)
+
+
+def test_fp8_gives_the_same_bits_in_pieces_on_two_devices_and_after_a_state() -> None:
+    expected = in_fp8(wide()).decode(latents(5))
+    for streaming in (in_fp8(wide()), in_fp8(wide(), (CPU, CPU))):
+        parts = latents(5).split([2, 1, 2], dim=2)
+        got = [streaming.decode(part) for part in parts[:2]]
+        state = streaming.state()
+        streaming.decode(latents(2, seed=3))
+        streaming.restore(state)
+        assert torch.equal(torch.cat([*got, streaming.decode(parts[2])], dim=1), expected)
+        streaming.begin()
+        assert torch.equal(streaming.decode(latents(5)), expected)
+
+
+def test_fp8_is_near_bf16_with_the_shipped_autoencoder() -> None:
+    autoencoder = ModelFolder.open("tiny").load_vae(dtype=torch.bfloat16)
+    z = torch.randn(1, autoencoder.config.z_dim, 5, 8, 14, generator=torch.Generator().manual_seed(0))
+    expected, got = (
+        StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=4, fp8=fp8).decode(z).double()
+        for fp8 in (False, True)
+    )
+    psnr = 10 * torch.log10(255**2 / (got - expected).square().mean())
+    assert 43 < psnr < 70
+
+
+@pytest.mark.gpu
+def test_fp8_on_cuda_makes_the_pixels_of_its_definition() -> None:
+    expected = in_fp8(wide()).decode(latents(5)).float()
+    streaming = in_fp8(deepcopy(wide()).to("cuda", torch.bfloat16))
+    first = streaming.decode(latents(5).cuda()).cpu()
+    assert (first.float() - expected).norm() < 5e-2 * expected.norm()
+    streaming.begin()
+    assert torch.equal(streaming.decode(latents(5).cuda()).cpu(), first)
+
+
 def test_latents_of_another_shape_are_refused() -> None:
     with pytest.raises(UserError, match=r"latents are \[1, 6, 2, 2, 3\]; expected \[2, 6, 1 or more, 2, 3\]"):
         decoder().decode(latents(2, batch=1))
