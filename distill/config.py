@@ -60,7 +60,7 @@ class Distillation(Bounded):
     model: folder of the causal model; it gives the student, and the teacher too unless `teacher` is set. `--dry-run`
         needs none: it uses random weights and noise instead of prompts.
     preset: shape of a dry run without a model.
-    settings: chunks and picture size of a dry run without a model.
+    settings: chunks and picture size of a dry run without a model; a value other than that of `model` is refused.
     teacher: folder of another model to learn from.
     adapter: LoRA folder that the student starts from.
     prompts: `shapeworld`, or a file with a prompt in each line (`.jsonl`: a list of shots in each line).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.settings import ModelSettings, chunk_spec
+from longvideo.checkpoint.settings import ModelSettings, check_settings, chunk_spec
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.backbone import compile_blocks, compute_dtype, load_backbone, put
 from longvideo.distill.compatibility import check_adapter, check_same_shape
@@ -88,6 +88,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             self.folder = ModelFolder.open(config.model)
             self.shape = self.folder.transformer_config
             self.settings, self.spec = self.folder.settings, self.folder.spec
+            check_settings(config.settings, self.settings, config.model)
         elif not dry_run:
             raise ConfigError("model is not set; expected the folder of the causal model to distill")
         teacher_folder = None

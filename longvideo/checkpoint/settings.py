@@ -72,6 +72,20 @@ PRESETS = {
 at a cut, and was trained with this text before the prompt of a shot's first chunk."""
 
 
+def check_settings(settings: ModelSettings, stored: ModelSettings, folder: str) -> None:
+    """Raise ConfigError if the configuration of a run sets another value than the model that the run starts from.
+
+    settings: of the configuration; its default values count as not set. stored: of the model. folder: its name.
+    """
+    default = ModelSettings()
+    for name, value in vars(settings).items():
+        expected = getattr(stored, name)
+        if value not in (getattr(default, name), expected):
+            raise ConfigError(
+                f"settings.{name} is {value}; expected {expected}, as the model in {folder}; leave it out"
+            )
+
+
 def chunk_spec(settings: ModelSettings, spatial_scale: int = VAE_SCALE) -> ChunkSpec:
     """Return the chunk and window sizes and the token grid of a model at its own picture size."""
     patch = 2 * spatial_scale

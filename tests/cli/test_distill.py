@@ -157,6 +157,13 @@ def test_a_dry_run_needs_no_weights(distill_folder: Path, capsys: pytest.Capture
     assert "model is not set" in refusal(dry, capsys)
 
 
+def test_settings_other_than_those_of_the_model_are_refused(
+    distill_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = arguments(distill_folder, "settings", "settings.chunk_frames=4")
+    assert "settings.chunk_frames is 4; expected 8, as the model in" in refusal(other, capsys)
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
     message = capsys.readouterr().err

@@ -146,6 +146,10 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
         (["vae", "--max-minutes", "0"], "--max-minutes is 0; expected a number above 0"),
         (["vae", "--resume", "maybe"], "'maybe' is not one of 'auto', 'never'"),
         (["clips", "tiny/ar"], "unknown key 'vae'"),
+        (
+            ["clips", "cpu/clips", "settings.chunk_frames=4"],
+            "settings.chunk_frames is 4; expected 8, as the model in tiny; leave it out",
+        ),
         (["vae", "--device", "abacus"], "'abacus' is not a device; use cpu, cuda or cuda:N"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, chunk_spec
+from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, check_settings, chunk_spec
 from longvideo.config.fields import Bounded, bounded, seed_field
 from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
 from longvideo.errors import ConfigError
@@ -83,7 +83,8 @@ class ClipTraining(Bounded):
     initialize: model folder to take everything else from, its settings too. Without one, a transformer of `preset`
         starts from random weights.
     preset: shape of a transformer that starts from random weights.
-    settings: chunks, picture size and generation defaults of a model that starts from random weights.
+    settings: chunks, picture size and generation defaults of a model that starts from random weights; a value other
+        than that of the model in `initialize` is refused.
     views: what is taken from a clip, and how much noise it gets.
     objective: how the loss is computed.
     nvfp4: training in 4 bits.
@@ -129,7 +130,10 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         self.config = config
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.folder = None if config.initialize is None else ModelFolder.open(config.initialize)
-        self.settings = config.settings if self.folder is None else self.folder.settings
+        self.settings = config.settings
+        if self.folder is not None:
+            self.settings = self.folder.settings
+            check_settings(config.settings, self.settings, str(config.initialize))
         shape = PRESETS[config.preset] if self.folder is None else self.folder.transformer_config
         check_sequence(
             mesh.sequence, heads=shape.num_attention_heads, chunk_counts=[stage.chunks for stage in config.stages]
