@@ -69,6 +69,12 @@ AttentionFormat: TypeAlias = Annotated[
 ]
 
 
+FUNCTION_WORDS = frozenset(
+    "a an the this that its and or but of in on at to into onto from by with without over under near is are".split()
+)
+"""English words that describe nothing on their own, so that none of them alone is a prompt."""
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """The model that a user chose. The fields are those of `ModelFolder.open`."""
@@ -89,11 +95,14 @@ class ModelChoice:
 
 
 def warn_of_missing_quotes(prompts: Sequence[str], *, command: str) -> None:
-    """Print a warning if consecutive prompts are single words, as of a sentence without quotes.
+    """Print a warning if prompts look like parts of a sentence without quotes, or with quotes in its middle.
 
+    Consecutive prompts of one word look so, and a prompt that is only an article, a preposition or the like.
     command: start of the command line with quotes that the warning shows.
     """
-    if any(len(one.split()) == 1 == len(other.split()) for one, other in pairwise(prompts)):
+    of_one_word = [len(prompt.split()) == 1 for prompt in prompts]
+    in_sentence = [prompt.strip().lower() in FUNCTION_WORDS for prompt in prompts]
+    if any(map(all, pairwise(of_one_word))) or (len(prompts) > 1 and any(in_sentence)):
         sentence = " ".join(prompts).replace("\\", "\\\\").replace('"', '\\"')
         text = f"warning: these are {len(prompts)} prompts, each shown on its own; for one prompt use quotes"
         typer.echo(printable(f'{text}: {command} "{sentence}"'), err=True)

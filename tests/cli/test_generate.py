@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from longvideo.cli.main import main
+from longvideo.cli.model_options import warn_of_missing_quotes
 from longvideo.data.pictures import read_image
 from longvideo.data.video import read_video
 from longvideo.infer.decode import ChunkDecoder
@@ -208,6 +209,37 @@ def test_missing_quotes_give_a_warning(model_folder: Path, tmp_path: Path, capsy
     assert 'for one prompt use quotes: longvideo generate "a red ball bounces"\n' in capsys.readouterr().err
     assert run(model_folder, "a red ball", "zoom", "-o", out, "--seconds", "4", "--overwrite") == 0
     assert "quotes" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["a", "red ball", "bounces"], ["A", "red ball bounces"], ["a red ball", "on", "ice"]]
+)
+def test_parts_of_a_sentence_with_quotes_in_its_middle_give_a_warning(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_of_missing_quotes(words, command="longvideo generate")
+    sentence = " ".join(words)
+    assert (
+        f'{len(words)} prompts, each shown on its own; for one prompt use quotes: longvideo generate "{sentence}"'
+        in (capsys.readouterr().err)
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [],
+        ["a"],
+        ["a red ball bounces"],
+        ["a red ball bounces", "a blue cube spins"],
+        ["ocean", "a red ball bounces", "fireworks"],
+        ["a red ball", "zoom", "a blue cube on the left", "sunset"],
+        ["the light turns on", "the end of a day"],
+    ],
+)
+def test_separate_prompts_give_no_warning(prompts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_missing_quotes(prompts, command="longvideo generate")
+    assert capsys.readouterr().err == ""
 
 
 BAD = {
