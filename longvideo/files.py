@@ -349,7 +349,7 @@ def _remaining(path: Path) -> str:
     with suppress(OSError):
         if path.exists():
             return "the older one is unchanged"
-    return "no files remain"
+    return "no part of it remains"
 
 
 def _begin_folder(folder: Path, plan: object) -> None:

@@ -41,7 +41,7 @@ from longvideo.data.encoded import (
 from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
-from longvideo.files import locked, temporary_names, write_file, write_json, write_text
+from longvideo.files import WriteError, locked, temporary_names, write_file, write_json, write_text
 from longvideo.model.conditioning import video_texts
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Generator
     """Hold the lock of a share while it is written; write dataset.json, or check that it equals the plan's.
 
     overwrite: delete the files of this share, and those of another number of shares.
-    Raises UserError if the folder contains other clips, and if another process encodes the same share.
+    Raises UserError if the folder contains other clips, and if another process encodes the same share. A WriteError
+    inside the block gets the remedy: complete files stay, and the command continues after them.
     """
     out, info = plan.out, plan.info
     if out.exists() and not out.is_dir():
@@ -148,7 +149,13 @@ def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Generator
     busy = f"share {share} of {info.shares} of {out} is being encoded by another process; wait for it"
     with locked(out / f".share-{share}-of-{info.shares}.lock", busy=busy):
         _prepare(plan, share, overwrite=overwrite)
-        yield
+        try:
+            yield
+        except WriteError as error:
+            command = "the same command without --overwrite" if overwrite else "the same command"
+            raise WriteError(
+                f"{error}; the complete files in {out} stay, and {command} continues after them"
+            ) from error
 
 
 def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:

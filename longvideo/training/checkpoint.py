@@ -110,6 +110,11 @@ class CheckpointFolder:
         matches = [NAME.fullmatch(path.name) for path in self._entries() if path.is_dir()]
         return sorted(int(name[1]) for name in matches if name)
 
+    def describe_newest(self) -> str:
+        """Return what a run can resume from after an error of the disk."""
+        steps = self.steps()
+        return f"the newest whole checkpoint is {self._path(steps[-1]).name}" if steps else "no checkpoint is left"
+
     def strangers(self) -> list[str]:
         """Return the names in the folder that are not those of checkpoints, such as a copy under another name."""
         own = {self._path(step) for step in self.steps()}
@@ -137,9 +142,7 @@ class CheckpointFolder:
                 mesh.on_main(lambda: _write_state(target, temporary, state))
                 mesh.on_main(stack.close)
         except WriteError as error:
-            steps = mesh.on_main(self.steps)
-            left = f"the newest whole checkpoint is {self._path(steps[-1]).name}" if steps else "no checkpoint is left"
-            raise WriteError(f"{error}; {left}") from error
+            raise WriteError(f"{error}; {mesh.on_main(self.describe_newest)}") from error
         mesh.on_main(self._remove_oldest)
         return target
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
-from longvideo.files import read_json, write_json
+from longvideo.files import WriteError, read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
 from longvideo.training.objective import as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
@@ -244,8 +244,7 @@ class Trainer:
             values = self.recipe.validate()
             self.check_validation(step, values)
             if self.mesh.is_main:
-                self.recipe.export(self.folder / MODEL)
-                write_json(self.folder / EXPORTED_FILE, {"step": step})
+                self._export(step)
                 with as_written(self.device):
                     values |= self.recipe.sample(step, self.folder / SAMPLES)
             self.mesh.barrier()
@@ -254,8 +253,15 @@ class Trainer:
         numbers = [f"{name} {value:.4g}" for name, value in values.items()]
         log.note(" | ".join([f"sample {step}", *numbers, f"{time.monotonic() - began:.1f} s"]))
 
+    def _export(self, step: int) -> None:
+        try:
+            self.recipe.export(self.folder / MODEL)
+            write_json(self.folder / EXPORTED_FILE, {"step": step})
+        except WriteError as error:
+            raise WriteError(f"{error}; {self.checkpoints.describe_newest()}") from error
+
     def exported_step(self) -> int:
-        """Return the step of the model folder, or -1 if there is none or it was exported with other settings."""
+        """Return the step of the model folder, or -1 if it is missing or was exported with other settings."""
         file = self.folder / EXPORTED_FILE
         step = -1
         if self.mesh.is_main and file.exists() and (self.folder / MODEL).exists():

@@ -66,7 +66,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_files(
     command = ["convert", str(ours.path), str(result), "--to", target, "--shard-gb", "0.001", "--overwrite"]
     with no_file_longer_than(longest):
         assert main(command) == 2
-    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no files remain\n"
+    assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no part of it remains\n"
     assert list(tmp_path.iterdir()) == []
     assert main(command) == 0
     before = {file: file.read_bytes() for file in [result, *result.rglob("*")] if file.is_file()}
@@ -93,7 +93,7 @@ def test_a_full_disk_while_a_lora_or_a_packed_or_merged_model_is_written_leaves_
     ):
         with no_file_longer_than(1000):
             assert main(command) == 2
-        assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no files remain\n"
+        assert capsys.readouterr().err == f"error: cannot write {result}: file too large; no part of it remains\n"
         assert sorted(tmp_path.iterdir()) == before
 
 

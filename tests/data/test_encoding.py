@@ -264,12 +264,26 @@ def test_a_full_disk_is_one_line_and_what_was_complete_is_kept(
     with no_file_longer_than(longest):
         assert encode(manifest, model, out, *TWO_CLIPS) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(rf"error: cannot write {out}/\S+: file too large; no files remain", message)
-    assert not list(out.glob(".*"))
+    file = re.match(rf"error: cannot write {out}/(\S+): file too large; no part of it remains", message)
+    assert file and not (out / file[1]).exists() and not list(out.glob(".*"))
+    remedy = f"; the complete files in {out} stay, and the same command continues after them"
+    assert message[file.end() :] == ("" if file[1] == "dataset.json" else remedy)
     complete = contents(encoded)
     assert all(complete[name] == content for name, content in contents(out).items())
+    assert ("dataset.json" in contents(out)) == (file[1] != "dataset.json")
     assert encode(manifest, model, out, *TWO_CLIPS) == 0
     assert contents(out) == complete
+
+
+def test_a_full_disk_after_overwrite_names_the_command_that_continues(
+    manifest: Path, model: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clips"
+    with no_file_longer_than(4000):
+        assert encode(manifest, model, out, *TWO_CLIPS, "--overwrite") == 2
+    assert "stay, and the same command without --overwrite continues after them\n" in capsys.readouterr().err
+    assert encode(manifest, model, out, *TWO_CLIPS) == 0
+    assert contents(out) == contents(encoded)
 
 
 def test_a_share_is_encoded_by_one_process_at_a_time(

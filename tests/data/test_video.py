@@ -48,7 +48,7 @@ def test_a_full_disk_while_a_video_is_written_is_one_line_and_keeps_nothing(long
     noise = torch.randint(256, (50, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with no_file_longer_than(longest), pytest.raises(WriteError) as caught:
         write_video(path, [noise], fps=25)
-    assert str(caught.value) == f"cannot write {path}: file too large; no files remain"
+    assert str(caught.value) == f"cannot write {path}: file too large; no part of it remains"
     assert list(tmp_path.iterdir()) == []
 
 

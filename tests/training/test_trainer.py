@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from longvideo.errors import ConfigError
+from longvideo.files import WriteError, write_text
 from longvideo.training.checkpoint import layout
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.engine import LocalEngine
@@ -21,6 +22,7 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_sche
 from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
 from longvideo.training.trainer import Diverged, Trainer, Window
+from tests.test_files import no_file_longer_than
 
 from .toy import toy_trainer
 
@@ -219,6 +221,19 @@ def test_a_start_killed_before_its_export_with_new_settings_leaves_it_to_the_nex
     trainer = toy_trainer(tmp_path, 10)
     assert trainer.exported_step() == -1
     assert trainer.run(config_text="seed: 1") and trainer.exported_step() == 10
+
+
+def test_a_full_disk_during_an_export_names_the_checkpoint_that_stays(tmp_path: Path) -> None:
+    for steps, left in ((0, "no checkpoint is left"), (10, "the newest whole checkpoint is step_0000010")):
+        trainer = toy_trainer(tmp_path, 10)
+        if steps:
+            trainer.save(steps)
+        trainer.recipe.export = lambda folder: write_text(folder, "x" * 2000)  # type: ignore[method-assign]
+        with no_file_longer_than(1000), pytest.raises(WriteError) as caught:
+            trainer.sample(10, RunLog(tmp_path, enabled=False))
+        message = f"cannot write {tmp_path / 'model'}: file too large; no part of it remains"
+        assert str(caught.value) == f"{message}; {left}"
+        assert not (tmp_path / "model").exists() and trainer.exported_step() == -1
 
 
 def test_without_a_gradient_clip_nothing_is_clipped(tmp_path: Path) -> None:
