@@ -107,7 +107,7 @@ def test_packages_with_code_have_an_init(wheel: zipfile.ZipFile) -> None:
 
 def test_the_presets_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    for name in ("vae", "vae_refine", "ar_opening", "ar", "recolor", "dmd"):
+    for name in ("vae", "vae_refine", "decoder", "ar_opening", "ar", "recolor", "dmd"):
         assert f"longvideo/configs/tiny/{name}.yaml" in names
     assert "longvideo/py.typed" in names
 

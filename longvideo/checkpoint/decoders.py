@@ -1,15 +1,15 @@
 """Recognize a decoder of a model's latents by the content of its file: Wan's own, a pruned one, or a tiny one.
 
 TAEW2.2, TAEW2.2 super and lighttae are networks of `longvideo.vae.tae`; MG-LightVAE is Wan2.2's network with fewer
-channels. The weights of TAEW2.2 and lighttae have the same names and shapes. They differ in the scale of the latents,
-which no file states: the name of the file does, or the caller.
+channels. The weights of TAEW2.2 and lighttae have the same names and shapes. They differ in the scale of the latents.
+The caller states it, or the header of a file that `save_decoder` wrote, or the name of a public file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from torch import nn
 from longvideo.checkpoint import names, shapes
 from longvideo.checkpoint.adapters import is_adapter
 from longvideo.checkpoint.formats import FOREIGN, autoencoder_weights, part_of
-from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights
+from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import VAE
+from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.vae.autoencoder import Autoencoder, DecodingAutoencoder
@@ -27,10 +28,17 @@ from longvideo.vae.config import WAN22_LATENTS_MEAN, AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyEncoder, TinyForm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 DecoderKind: TypeAlias = Literal[
-    "TAEW2.2", "TAEW2.2 super", "lighttae", "MG-LightVAE", "MG-LightVAE v2", "pruned Wan2.2 VAE", "Wan2.2 VAE"
+    "TAEW2.2",
+    "TAEW2.2 super",
+    "lighttae",
+    "distilled decoder",
+    "MG-LightVAE",
+    "MG-LightVAE v2",
+    "pruned Wan2.2 VAE",
+    "Wan2.2 VAE",
 ]
 LatentScale: TypeAlias = Literal["normalized", "denormalized"]
 """Scale of the latents that a tiny network computes with: mean 0 and deviation 1, or that of Wan's autoencoder."""
@@ -41,6 +49,9 @@ BY_WIDTH: dict[int, DecoderKind] = {256: "Wan2.2 VAE", 128: "MG-LightVAE", 64: "
 """Files of Wan2.2's network by `decoder_base_dim`."""
 FAMILIES = {16: "Wan2.1, Hunyuan Video and CogVideoX", 32: "Hunyuan Video 1.5", 48: "Wan2.2", 128: "LTX Video"}
 """Models by the latent channels of the published tiny autoencoders."""
+DISTILLED: DecoderKind = "distilled decoder"
+KIND, LATENTS, MODEL = "kind", "latents", "model"
+"""Keys in the header of a distilled decoder: DISTILLED, the scale of its latents, and the model that it was made of."""
 WAN22_FILES = "Wan2.2_VAE.pth, taew2_2, taew2_2_super, lighttaew2_2 or MG-LightVAE"
 
 
@@ -103,8 +114,9 @@ def open_decoder(path: Path, vae: AutoencoderConfig, *, latents: LatentScale | N
     """Open a .safetensors, .pt or .pth file with a decoder of the latents of a model. Only headers are read.
 
     vae: configuration of the model's autoencoder, whose latents are decoded and whose statistics are used.
-    latents: scale that a tiny network computes with; None takes it from the file's name, which contains "lighttae"
-        for denormalized latents and "taew2_2" for normalized ones. TAEW2.2 super exists for normalized ones only.
+    latents: scale that a tiny network computes with; None takes it from the file's header, or, where that does not
+        state it, from the file's name, which contains "lighttae" for denormalized latents and "taew2_2" for normalized
+        ones. TAEW2.2 super exists for normalized ones only.
     Raises CheckpointError, naming the file, if it is damaged, is not a decoder, or decodes other latents.
     """
     weights = open_weights(path)
@@ -118,6 +130,17 @@ def open_decoder(path: Path, vae: AutoencoderConfig, *, latents: LatentScale | N
         raise CheckpointError(f"{path} is not a decoder: {_described(weights)}; use {WAN22_FILES}")
     stored.check()
     return stored
+
+
+def save_decoder(folder: Path, stem: str, decoder: TinyDecoder, *, model: str, dtype: torch.dtype) -> None:
+    """Write folder/stem.safetensors as `open_decoder` reads it, with TAEHV's names of the weights.
+
+    model: name of the model whose latents it decodes, as a note. dtype: of the weights in the file.
+    """
+    rename = names.TINY_DECODERS[decoder.config.form].theirs
+    weights = {rename(f"{DECODER}{name}"): tensor for name, tensor in own_tensors(decoder).items()}
+    scale: LatentScale = "normalized" if decoder.config.takes_normalized else "denormalized"
+    save_weights(folder, stem, weights, dtype=dtype, metadata={KIND: DISTILLED, LATENTS: scale, MODEL: model})
 
 
 def _tiny_form(weights: Weights) -> TinyForm | None:
@@ -135,15 +158,26 @@ def _tiny(
     _check_channels(path, "tiny autoencoder", config.z_dim, vae)
     _check_scales(path, config, vae)
     kind: DecoderKind = "TAEW2.2" if form == "base" else "TAEW2.2 super"
-    if _scale(path, form, latents) == "denormalized":
+    if _scale(path, form, weights.metadata, latents) == "denormalized":
         config = replace(config, latents_mean=vae.latents_mean, latents_std=vae.latents_std)
         kind = "lighttae" if form == "base" else kind
+    if weights.metadata.get(KIND) == DISTILLED:
+        kind = DISTILLED
     return StoredDecoder(path, kind, config, weights, _missing(weights))
 
 
-def _scale(path: Path, form: TinyForm, latents: LatentScale | None) -> LatentScale:
+def _scale(path: Path, form: TinyForm, metadata: Mapping[str, str], latents: LatentScale | None) -> LatentScale:
     if latents is not None:
         return latents
+    stated = metadata.get(LATENTS)
+    for scale in get_args(LatentScale):
+        if stated == scale:
+            return scale
+    if stated is not None:
+        raise CheckpointError(
+            f"{path} states latents={stated!r} in its header; expected {' or '.join(get_args(LatentScale))}; use"
+            " another file, or state the scale of its latents"
+        )
     if "lighttae" in path.name.lower():
         return "denormalized"
     if form == "super" or "taew2_2" in path.name.lower():

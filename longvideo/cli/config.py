@@ -34,6 +34,12 @@ def _clips() -> type:
     return ClipTraining
 
 
+def _decoder() -> type:
+    from longvideo.train.decoder.recipe import DecoderTraining
+
+    return DecoderTraining
+
+
 def _distill() -> type:
     from longvideo.distill.config import Distillation
 
@@ -44,6 +50,7 @@ SCHEMAS: dict[str, Callable[[], type]] = {
     "train vae": _vae,
     "train ar": _ar,
     "train clips": _clips,
+    "train decoder": _decoder,
     "distill": _distill,
 }
 
@@ -59,8 +66,8 @@ def keys(
         list[str] | None,
         typer.Argument(
             metavar="COMMAND|PRESET [KEY]",
-            help="`train vae`, `train ar`, `train clips` or `distill`, or the name of a preset or a YAML file; then,"
-            " to see a part only, a key such as `optimizer`.",
+            help="`train vae`, `train ar`, `train clips`, `train decoder` or `distill`, or the name of a preset or a"
+            " YAML file; then, to see a part only, a key such as `optimizer`.",
         ),
     ] = None,
 ) -> None:

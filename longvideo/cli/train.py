@@ -1,4 +1,4 @@
-"""`longvideo train`: the autoencoder, the transformer on ShapeWorld, and the transformer on videos of one's own."""
+"""`longvideo train`: the autoencoder, the transformer on ShapeWorld or on videos of one's own, and a small decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from longvideo.distributed import Mesh
     from longvideo.training.options import RunOptions
 
-app = typer.Typer(no_args_is_help=True, help="Train models: the autoencoder first, then the transformer.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train models: the autoencoder first, then the transformer, then a small decoder."
+)
 
 
 def vae(options: RunOptions) -> None:
@@ -107,6 +109,33 @@ def clips(options: RunOptions) -> None:
     train(options, ClipTraining, build, default_config="wan/ar")
 
 
-for run, folder in ((vae, "runs/vae"), (ar, "runs/ar"), (clips, "runs/clips")):
+def decoder(options: RunOptions) -> None:
+    """Train a small decoder that makes the pixels of a model's full decoder at a small part of its cost.
+
+    `model` names the model folder whose autoencoder is imitated, by default `tiny`. The clips are those of ShapeWorld,
+    rendered on the device, or with `data` those of a folder that `longvideo data encode` made with this model.
+
+    The run folder has the files of `train vae`. `samples/` shows both decoders and their difference, a table compares
+    them by objects, outlines and background, and `model/decoder.safetensors` is the decoder:
+    `longvideo generate ... --decoder RUN/model/decoder.safetensors`.
+
+    On a GPU: `longvideo train decoder tiny/decoder --output runs/decoder`
+
+    On a CPU, in a minute or two: `longvideo train decoder cpu/decoder --output runs/try_decoder`
+
+    Presets: `tiny/decoder` (the default), `cpu/decoder`.
+
+    Keys most used: `model`, `data`, `widths`, `stages[0].steps`, `optimizer.learning_rate`, `bank.clips`,
+    `bank.noise`, `initialize`, `seed`. `longvideo config keys train decoder` explains all.
+    """
+    from longvideo.train.decoder.recipe import DecoderRecipe, DecoderTraining
+
+    def build(config: DecoderTraining, device: torch.device, _mesh: Mesh) -> DecoderRecipe:
+        return DecoderRecipe(config, device)
+
+    train(options, DecoderTraining, build, default_config="tiny/decoder")
+
+
+for run, folder in ((vae, "runs/vae"), (ar, "runs/ar"), (clips, "runs/clips"), (decoder, "runs/decoder")):
     command = training_command(run, command=f"train {run.__name__}", folder=folder)
     app.command(run.__name__, no_args_is_help=False)(command)

@@ -71,3 +71,22 @@ class Toy:
         "trainer.log_every=2",
         "trainer.sample_every=0",
     )
+    decoder: tuple[str, ...] = (
+        "stages=[{steps: 4, batch: 2, frames: 2}]",
+        "widths=[8,6,4,4]",
+        "export_dtype=fp32",
+        "scenes.count=12",
+        "scenes.height=32",
+        "scenes.width=64",
+        "bank.clips=4",
+        "bank.initial_clips=2",
+        "bank.group=2",
+        "bank.refresh_every=2",
+        "bank.chunks=1",
+        "windows.warmup=2",
+        "validation.clips=3",
+        "validation.shown=1",
+        "trainer.precision=fp32",
+        "trainer.log_every=2",
+        "trainer.sample_every=0",
+    )

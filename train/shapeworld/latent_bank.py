@@ -1,28 +1,26 @@
-"""Latents of ShapeWorld clips, kept on the training device and replaced a group at a time.
-
-Content c of the bank (a group of clips with their scenes, cuts and times) is a function of the seed and c alone and is
-stored in place c mod groups, so the contents of the bank at a step follow from the step.
+"""Latents of ShapeWorld clips, kept on the training device and replaced a group at a time (see `ClipBank`).
 
 Shapes: N clips, C channels, T latent frames, H W latent grid, Q chunks of a clip.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longvideo.config.fields import Bounded, bounded, share
+from longvideo.config.fields import bounded, share
 from longvideo.errors import ConfigError
-from longvideo.machine.launcher import is_main_process
+from longvideo.train.bank import ClipBank, GroupConfig
 from longvideo.train.shapeworld.scenes import FPS, ScenePool
 from longvideo.training.objective import seeded
 from longvideo.training.precision import TrainingPrecision, autocast
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from longvideo.vae.autoencoder import Autoencoder
 
 TEMPORAL_SCALE = 4
@@ -30,7 +28,7 @@ TEMPORAL_SCALE = 4
 
 
 @dataclass(frozen=True)
-class BankConfig(Bounded):
+class BankConfig(GroupConfig):
     """Encoded clips on the device, of which a group is replaced now and then.
 
     clips: number of clips that the bank holds.
@@ -45,10 +43,6 @@ class BankConfig(Bounded):
     max_seconds: latest time within its first scene at which such a clip begins.
     """
 
-    clips: int = bounded(8192, least=1)
-    initial_clips: int = bounded(4096, least=1)
-    group: int = bounded(32, least=1)
-    refresh_every: int = bounded(8, least=1)
     chunks: int = bounded(4, least=1)
     cut_fraction: float = share(0.35)
     recolor_fraction: float = share(0.0)
@@ -59,15 +53,6 @@ class BankConfig(Bounded):
         super().__post_init__()
         if self.recolor_fraction and self.chunks < 2:
             raise ConfigError(f"bank.chunks is {self.chunks}; expected at least 2, because of bank.recolor_fraction")
-        for name in ("clips", "initial_clips"):
-            if getattr(self, name) < self.group or getattr(self, name) % self.group:
-                raise ConfigError(
-                    f"bank.{name} is {getattr(self, name)}; expected a multiple of bank.group={self.group}"
-                )
-        if self.initial_clips > self.clips:
-            raise ConfigError(
-                f"bank.initial_clips is {self.initial_clips}; expected at most {self.clips}, which is bank.clips"
-            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ class ClipPlan:
     recolored: Tensor
 
 
-class LatentBank:
+class LatentBank(ClipBank):
     """Encoded clips on the device.
 
     latents: [N, C, T, H, W] float16, normalized. scene: rows of the pool, [N, Q]. cut: whether a chunk opens a shot
@@ -102,6 +87,7 @@ class LatentBank:
         seed: int,
         precision: TrainingPrecision,
     ) -> None:
+        super().__init__(config, pool.device)
         self.autoencoder = autoencoder
         self.pool = pool
         self.config = config
@@ -116,14 +102,7 @@ class LatentBank:
         self.cut = torch.zeros(config.clips, config.chunks, dtype=torch.bool, device=pool.device)
         self.late, self.recolored = torch.zeros(2, config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
-        self.groups = config.clips // config.group
         self.num_late = round(config.late_fraction * config.group)
-        self.contents = 0
-
-    @property
-    def filled(self) -> int:
-        """Number of clips that can be drawn."""
-        return min(self.contents, self.groups) * self.config.group
 
     def draw_opening(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw clips that are not late, [count]; the late ones are the first of every group."""
@@ -131,29 +110,8 @@ class LatentBank:
         row = torch.randint(self.filled // group, (count,), generator=generator, device=device)
         return row * group + torch.randint(self.num_late, group, (count,), generator=generator, device=device)
 
-    def start(self, step: int) -> None:
-        """Fill the bank as it is at `step`, whatever it holds now."""
-        began = time.monotonic()
-        self.contents = max(0, self._contents_at(step) - self.groups)
-        self.advance(step)
-        if self.pool.device.type == "cuda":
-            torch.cuda.synchronize(self.pool.device)
-        if is_main_process():
-            print(f"bank of {self.filled} clips encoded in {time.monotonic() - began:.1f} s", flush=True)
-
-    def advance(self, step: int) -> None:
-        """Encode the groups that are due by `step`."""
-        while self.contents < self._contents_at(step):
-            self._write(self.contents)
-            self.contents += 1
-
-    def _contents_at(self, step: int) -> int:
-        return self.config.initial_clips // self.config.group + step // self.config.refresh_every
-
     @torch.no_grad()
-    def _write(self, content: int) -> None:
-        first = content % self.groups * self.config.group
-        place = slice(first, first + self.config.group)
+    def write(self, content: int, place: slice) -> None:
         plan = self.plan(content)
         self.latents[place] = self.encode(plan)
         self.scene[place] = plan.scene
@@ -189,14 +147,19 @@ class LatentBank:
     @torch.no_grad()
     def encode(self, plan: ClipPlan) -> Tensor:
         """Render and encode clips chunk by chunk, as a stream: normalized mean latents [N, C, T, H, W], float32."""
-        state, latents, begin = None, [], 0
+        state, latents = None, []
+        for video, _ in self.render(plan):
+            with autocast(self.precision, self.pool.device):
+                moments, state = self.autoencoder.encode(video, state)
+            latents.append(self.autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+        return torch.cat(latents, dim=2)
+
+    def render(self, plan: ClipPlan) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the video [N, 3, F, H, W] and the soft mask [N, 1, F, H, W] of each chunk."""
+        begin = 0
         for chunk in range(plan.scene.shape[1]):
             frames = self.chunk_frames * TEMPORAL_SCALE - (TEMPORAL_SCALE - 1 if chunk == 0 else 0)
             clock = (begin + torch.arange(frames, device=self.pool.device)) / FPS
             seconds = plan.start_seconds[:, chunk, None] + clock
-            video, _ = self.pool.draw(plan.scene[:, chunk, None].expand(-1, frames), seconds)
-            with autocast(self.precision, self.pool.device):
-                moments, state = self.autoencoder.encode(video, state)
-            latents.append(self.autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+            yield self.pool.draw(plan.scene[:, chunk, None].expand(-1, frames), seconds)
             begin += frames
-        return torch.cat(latents, dim=2)
