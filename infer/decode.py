@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.streaming.decoder import StreamingDecoder
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy as np
 
-    from longvideo.vae.autoencoder import Autoencoder
+    from longvideo.streaming.decoders import DecoderModel
 
 SMALL_GRID = 512
 """Largest number of latent pixels in a frame for which a CPU decodes the frames of a chunk together."""
@@ -66,14 +64,14 @@ class PendingLatents:
 class ChunkDecoder:
     """Decodes the chunks of a video (or of a batch), one after the other, and then those of the next video.
 
-    On CUDA the work runs on streams of the decoder, on the device of the autoencoder and, where two devices share the
-    work, on `first_device`; the latents may be on another device. Frames are converted to uint8 on the GPU and copied
+    On CUDA the work runs on streams of the decoder, on the device of its weights and, where two devices share the work,
+    on `first_device`; the latents may be on another device. Frames are converted to uint8 on the GPU and copied
     to pinned memory. Latents that no returned frame needs are not decoded.
     """
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        model: DecoderModel,
         *,
         batch: int,
         height: int,
@@ -86,24 +84,19 @@ class ChunkDecoder:
 
         height, width: size of the latents. chunk_latents: number of latent frames in a chunk. first_device: device
         that runs the first layers, if it shares the work. first_share: fraction of the work of `first_device`; 0 leaves
-        all of it to the device of the autoencoder.
+        all of it to the device of the weights.
         """
-        device = autoencoder.post_quant_conv.weight.device
-        self._scale, self._pixels = autoencoder.config.scale_factor_temporal, autoencoder.config.scale_factor_spatial
+        device, config = model.device, model.config
+        self._scale, self._pixels = config.scale_factor_temporal, config.scale_factor_spatial
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        devices = None
-        if first_share:
-            assert first_device is not None
-            devices = (first_device, device)
-        is_small = device.type == "cpu" and height * width <= SMALL_GRID
-        with self._own_streams(device, *(devices or ())):
-            self._decoder = StreamingDecoder(
-                autoencoder,
+        sharing = () if first_device is None or not first_share else (first_device,)
+        with self._own_streams(device, *sharing):
+            self._decoder = model.start(
                 batch=batch,
                 height=height,
                 width=width,
-                latents_per_step=chunk_latents if is_small else 1,
-                devices=devices,
+                latents_per_step=latents_per_step(device, (height, width), chunk_latents),
+                first_device=first_device,
                 first_share=first_share,
             )
 
@@ -199,6 +192,13 @@ class ChunkDecoder:
         if self._decoder.opened:
             return -(-num_frames // self._scale)
         return 1 + -(-(num_frames - 1) // self._scale)  # the first latent frame of a video is one pixel frame
+
+
+def latents_per_step(device: torch.device, size: tuple[int, int], chunk_latents: int) -> int:
+    """Return the number of latent frames to decode together. size: height and width of the latents."""
+    if device.type == "cuda":
+        return LAST_LATENTS  # a chunk is launched in two parts, of which each has this number of frames or more
+    return chunk_latents if size[0] * size[1] <= SMALL_GRID else 1
 
 
 def mark_ready(latents: Tensor) -> torch.cuda.Event | None:

@@ -19,6 +19,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
+from longvideo.infer.encode import PictureEncoder
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
@@ -27,9 +28,9 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import Denoiser, MadeChunk, rollout
+from longvideo.streaming.decoders import DecoderModel
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.encoder import TextEncoder
-from longvideo.vae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -44,12 +45,14 @@ CHUNKS_AHEAD = 1  # enough to keep both threads busy; with more, a new prompt wo
 class Models:
     """The loaded parts of a model, and their placement and number formats.
 
-    placement: devices and data type. formats: number formats; the precision is not None. group: ranks that share the
-    denoising of every chunk, of which rank 0 decodes; None means one rank.
+    encoder: encoder of first pictures, which may be loaded with the first one. placement: devices and data type.
+    formats: number formats; the precisions are not None and not "auto". group: ranks that share the denoising of every
+    chunk, of which rank 0 decodes; None means one rank.
     """
 
     transformer: CausalTransformer
-    autoencoder: Autoencoder
+    decoder: DecoderModel
+    encoder: PictureEncoder
     text_encoder: TextEncoder
     settings: ModelSettings
     spec: ChunkSpec
@@ -69,7 +72,7 @@ class Models:
 
     @property
     def decode_device(self) -> torch.device:
-        """Device of the autoencoder."""
+        """Device of the decoder."""
         return self.placement.decode_device
 
 
@@ -121,9 +124,9 @@ class Stages:
 
     @staticmethod
     def _new_decoder(models: Models, batch: int) -> ChunkDecoder:
-        scale = models.autoencoder.config.scale_factor_spatial
+        scale = models.decoder.config.scale_factor_spatial
         decoder = ChunkDecoder(
-            models.autoencoder,
+            models.decoder,
             batch=batch,
             height=models.settings.height // scale,
             width=models.settings.width // scale,
@@ -191,12 +194,7 @@ def encode_first_frame(models: Models, pixels_HWC: Tensor) -> Tensor:
 
     pixels_HWC: uint8, of the size of the video. Returns the normalized latent, float32 [1, C, 1, H, W].
     """
-    weight = models.autoencoder.post_quant_conv.weight
-    video_HWC = pixels_HWC.to(weight.device).float().div(127.5).sub(1)
-    video_BCTHW = video_HWC.permute(2, 0, 1)[None, :, None].to(weight.dtype)
-    moments, _ = models.autoencoder.encode(video_BCTHW)
-    mean = moments.chunk(2, dim=1)[0].float()
-    return models.autoencoder.normalize(mean).to(models.device)
+    return models.encoder.encode(pixels_HWC).to(models.device)
 
 
 def _with_threads(count: int, source: Callable[[], Generator[T, None, None]]) -> Generator[T, None, None]:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
+from longvideo.infer.decoder_choice import load_decoder
 from longvideo.infer.fit.formats import check_formats, check_hardware, start_line
 from longvideo.infer.fit.memory import Workload
 from longvideo.infer.fit.placement import Placement
@@ -42,14 +44,13 @@ from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
-from longvideo.vae.halo import decode_lookback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch.distributed import ProcessGroup
 
     from longvideo.checkpoint.settings import ModelSettings
-    from longvideo.vae.config import AutoencoderConfig
+    from longvideo.streaming.decoders import DecoderConfig
 
 DEFAULT_FORMATS = NumberFormats()
 MAX_HISTORY_CHUNKS = 2**31
@@ -85,6 +86,8 @@ class StreamingPipeline:
         precision: str | None = None,
         kv_cache: str = "bf16",
         attention: str = "bf16",
+        decoder: str | None = None,
+        decoder_precision: str = "auto",
     ) -> StreamingPipeline:
         """Load a model.
 
@@ -100,16 +103,21 @@ class StreamingPipeline:
         bits), or "nvfp4-weights"; None means the format of the files. kv_cache: format of the KV cache, "bf16" or
         "nvfp4". attention: format of attention, "bf16" or "fp8"; the latter needs the package nvidia-cudnn-frontend and
         a GPU of compute capability 9.
+        decoder: "wan" for the model's autoencoder, "small" for the small decoder in the model folder, or a file; None
+        means the small one on a CPU, if there is one, else the autoencoder. decoder_precision: "fp32", "bf16" or "fp8";
+        "auto" means bf16 on a GPU, and what is measured to be the fastest on a CPU.
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
-        formats = NumberFormats.parse(precision, kv_cache, attention)
+        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
         placement = Placement.choose(device, decode_device, decode_share, dtype)
-        check_hardware(formats, device=placement.device)  # before a model is downloaded
+        check_hardware(formats, placement)  # before a model is downloaded
         check_path(name, "the model")
         if base is not None:
             check_path(base, "base")
-        return cls.load(ModelFolder.open(name, base=base, preset=preset), placement, formats=formats)
+        return cls.load(
+            ModelFolder.open(name, base=base, preset=preset), placement, formats=formats, decoder_name=decoder
+        )
 
     @classmethod
     def load(
@@ -118,27 +126,31 @@ class StreamingPipeline:
         placement: Placement,
         *,
         formats: NumberFormats = DEFAULT_FORMATS,
+        decoder_name: str | None = None,
         group: ProcessGroup | None = None,
     ) -> StreamingPipeline:
         """Load the weights of an opened folder.
 
-        formats: number formats; the default is that of the files. group: ranks that share the denoising of every chunk
-        (`longvideo.streaming.parallel`). All of them make the same calls, and rank 0 gets the frames.
+        formats: number formats; the default is that of the files. decoder_name: as `decoder` of `from_pretrained`.
+        group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
+        calls, and rank 0 gets the frames.
         Raises UserError, before any weight is read, where a GPU has too little free memory.
         """
-        check_formats(folder, formats, device=placement.device)
-        check_memory(Workload(shapes=folder_shapes(folder), formats=formats, placement=placement))
+        chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
+        shapes = folder_shapes(folder, chosen)
+        check_formats(shapes, formats, placement, name=str(folder.path))
+        check_memory(Workload(shapes=shapes, formats=formats, placement=placement))
         denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
-        decoding = {"device": placement.decode_device, "dtype": placement.decode_dtype}
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, **denoising)
             transformer = pool.submit(folder.load_transformer, **denoising)
-            autoencoder = pool.submit(folder.load_vae, **decoding)
             packed = folder.is_packed
             formats = formats.effective(packed=packed)
+            decoder, encoder, formats = load_decoder(folder, chosen, placement, formats)
             models = Models(
                 transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
-                autoencoder=autoencoder.result(),
+                decoder=decoder,
+                encoder=encoder,
                 text_encoder=text_encoder.result(),
                 settings=folder.settings,
                 spec=folder.spec,
@@ -155,7 +167,7 @@ class StreamingPipeline:
 
     def start_line(self) -> str:
         """Return one line with the devices, the backends, and what is emulated."""
-        return start_line(self.models.formats, self.models.placement, packed=False)
+        return start_line(self.models.formats, self.models.placement, packed=False, decoder=self.models.decoder.name)
 
     @property
     def fps(self) -> int:
@@ -165,7 +177,7 @@ class StreamingPipeline:
     @property
     def chunk_timing(self) -> ChunkTiming:
         """How pixel frames are divided into chunks."""
-        return chunk_timing(self.models.settings, self.models.autoencoder.config)
+        return chunk_timing(self.models.settings, self.models.decoder.config)
 
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
         """Return the chunks that `stream` generates from the same prompts and seconds."""
@@ -288,7 +300,7 @@ class StreamingPipeline:
         )
 
     def _new_history(self, capacity: int, steps: Sequence[Step] = (), records: Sequence[ChunkRecord] = ()) -> History:
-        lookback = decode_lookback(self.models.autoencoder.config)
+        lookback = self.models.decoder.lookback
         return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, records=records)
 
     @property
@@ -382,9 +394,9 @@ def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> S
     return Script.from_prompts(prompts, seconds=seconds)
 
 
-def chunk_timing(settings: ModelSettings, autoencoder: AutoencoderConfig) -> ChunkTiming:
+def chunk_timing(settings: ModelSettings, decoder: DecoderConfig) -> ChunkTiming:
     """Return how pixel frames are divided into chunks of a model."""
-    scale = autoencoder.scale_factor_temporal
+    scale = decoder.scale_factor_temporal
     return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
 
 

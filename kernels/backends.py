@@ -33,6 +33,7 @@ FP4_PRODUCTS = "torch scaled_mm on FP4 units"
 FP4_TRAINING = "TransformerEngine on FP4 units, for the recipes that it supports"
 FP8_PRODUCTS = "torch scaled_mm on FP8 units, rows of E4M3"
 FP8_ATTENTION = "cuDNN frontend, E4M3"
+FP8_CONVOLUTIONS = "triton on FP8 units, E4M3"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ def torch_attention(device: torch.device, dtype: torch.dtype) -> sdpa.AttentionC
     return sdpa.choice(device, dtype)
 
 
-def convolution_backend(device: torch.device) -> Backend:
-    """Return what runs the convolutions of the autoencoder."""
+def convolution_backend(precision: str, device: torch.device) -> Backend:
+    """Return what runs the convolutions of the decoder. precision: number format, as of `NumberFormats.decoder`."""
+    if precision == "fp8":
+        reason = fp8_products.missing_fp8_units(device, "FP8 convolutions", "use --decoder-precision bf16")
+        return Backend(None, reason=reason, native=FP8_CONVOLUTIONS) if reason else Backend(FP8_CONVOLUTIONS)
+    if precision == "fp8-emulated":
+        return _fp8_reference(device)
     return Backend("cuDNN" if device.type == "cuda" else "oneDNN")
 
 

@@ -94,7 +94,7 @@ def time_passes(models: Models, denoiser: StreamingTransformer) -> tuple[float, 
 
 def time_decoding(models: Models, stages: Stages) -> float:
     """Return the mean time from the latents of a later chunk to its frames in host memory, in milliseconds."""
-    decoder, scale = stages.decoder, models.autoencoder.config.scale_factor_temporal
+    decoder, scale = stages.decoder, models.decoder.config.scale_factor_temporal
     assert decoder is not None
     latents = torch.randn((1, *stages.denoiser.latent_shape[1:]), device=models.device)
     num_frames = models.spec.chunk_frames * scale

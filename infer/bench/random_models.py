@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from longvideo.errors import UserError
 from longvideo.infer.bench.step import random_model
+from longvideo.infer.encode import PictureEncoder
 from longvideo.infer.generation import Models
 from longvideo.quantization.convert import with_precision
+from longvideo.quantization.number_formats import FP8_FORMATS
+from longvideo.streaming.decoders import DecoderConfig, DecoderModel, TinyDecoderModel, WanDecoderModel
 from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
 if TYPE_CHECKING:
     from longvideo.infer.fit.placement import Placement
@@ -24,17 +29,31 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
     config, device = shapes.transformer, placement.device
     transformer = random_model(config, device, placement.denoise_dtype)
     transformer = with_precision(transformer, formats.precision_of(packed=False))
-    with torch.device(placement.decode_device):
-        autoencoder = Autoencoder(shapes.autoencoder)
+    decoder = _random_decoder(shapes.decoder or shapes.autoencoder, placement, formats)
     return Models(
         transformer=transformer.eval().requires_grad_(False),
-        autoencoder=autoencoder.to(placement.decode_device, placement.decode_dtype).eval().requires_grad_(False),
+        decoder=decoder,
+        encoder=PictureEncoder(_no_encoder),
         text_encoder=cast("TextEncoder", _RandomText(config.text_len, config.text_dim, device)),
         settings=shapes.settings,
         spec=shapes.spec,
         placement=placement,
         formats=formats.effective(packed=False),
     )
+
+
+def _random_decoder(config: DecoderConfig, placement: Placement, formats: NumberFormats) -> DecoderModel:
+    dtype, name = placement.decoder_dtype(formats.decoder), "random weights"
+    with torch.device(placement.decode_device):
+        network = TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config)
+    network = network.to(dtype).eval().requires_grad_(False)
+    if isinstance(network, TinyDecoder):
+        return TinyDecoderModel(network.to(memory_format=torch.channels_last), name=name)
+    return WanDecoderModel(network, name=name, fp8=formats.decoder in FP8_FORMATS)
+
+
+def _no_encoder() -> Autoencoder:
+    raise UserError("random models encode no pictures; leave the picture out")
 
 
 class _RandomText:

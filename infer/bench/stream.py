@@ -220,7 +220,8 @@ def _backends(models: Models) -> dict[str, str]:
         "products": str(product_backend(models.formats.precision_of(packed=False), device)),
         "attention": str(attention_backend(models.formats.attention, device)),
         "norms, rotation, cache": kernels_on(device),
-        "convolutions": str(convolution_backend(decode_device)),
+        "decoder": models.decoder.name,
+        "convolutions": str(convolution_backend(models.formats.decoder, decode_device)),
         "between convolutions": kernels_on(decode_device),
         "passes": "CUDA graphs" if device.type == "cuda" else "eager",
     }

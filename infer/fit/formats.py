@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
-from longvideo.infer.fit.shapes import ModelShapes, folder_shapes
-from longvideo.kernels.backends import attention_backend, kernels_on, product_backend
+from longvideo.kernels.backends import attention_backend, convolution_backend, kernels_on, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+from longvideo.streaming.decoders import check_fp8
 
 if TYPE_CHECKING:
-    import torch
-
-    from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.fit.shapes import ModelShapes
 
 
-def check_formats(folder: ModelFolder, formats: NumberFormats, *, device: torch.device) -> None:
-    """Raise UserError where a model cannot run in these formats on a device. No weight is read."""
-    check_shapes(folder_shapes(folder), formats, name=str(folder.path))
-    check_hardware(formats, device=device)
+def check_formats(shapes: ModelShapes, formats: NumberFormats, placement: Placement, *, name: str) -> None:
+    """Raise UserError where a model cannot run in these formats on its devices. name: of the model, for the error."""
+    check_shapes(shapes, formats, name=name)
+    check_hardware(formats, placement)
 
 
 def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> None:
@@ -44,20 +42,26 @@ def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> N
             f"the widths of {name} are {config.dim} and {config.ffn_dim}; precision {formats.precision} needs multiples"
             f" of {GROUP}; use precision bf16"
         )
+    if formats.decoder in FP8_FORMATS:
+        check_fp8(shapes.decoder or shapes.autoencoder, name)
 
 
-def check_hardware(formats: NumberFormats, *, device: torch.device) -> None:
-    """Raise UserError where a device does not support these formats, for any model."""
-    precision = formats.precision_of(packed=False)
-    for backend in (product_backend(precision, device), attention_backend(formats.attention, device)):
+def check_hardware(formats: NumberFormats, placement: Placement) -> None:
+    """Raise UserError where the devices do not support these formats, for any model."""
+    precision, device = formats.precision_of(packed=False), placement.device
+    for backend in (
+        product_backend(precision, device),
+        attention_backend(formats.attention, device),
+        convolution_backend(formats.decoder, placement.decode_device),
+    ):
         if backend.name is None:
             raise UserError(str(backend.reason))
 
 
-def start_line(formats: NumberFormats, placement: Placement, *, packed: bool) -> str:
+def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, decoder: str) -> str:
     """Return one line with the devices, the backends, and what is emulated and why.
 
-    packed: whether the weights of the model are packed in 4 bits.
+    packed: whether the weights of the model are packed in 4 bits. decoder: name of the decoder.
     """
     device, precision = placement.device, formats.precision_of(packed=packed)
     name = str(placement.denoise_dtype).removeprefix("torch.")
@@ -69,9 +73,15 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool) ->
         f"products {_format(precision, name)}: {product_backend(precision, device)}",
         f"KV cache: {kept}",
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
-        f"decoding on {placement.decode_device}",
+        f"decoding on {placement.decode_device} by {decoder} in {_decoding(formats, placement)}",
     )
     return " | ".join(parts)
+
+
+def _decoding(formats: NumberFormats, placement: Placement) -> str:
+    if formats.decoder in FP8_FORMATS:
+        return f"{formats.decoder}: {convolution_backend(formats.decoder, placement.decode_device)}"
+    return str(placement.decoder_dtype(formats.decoder)).removeprefix("torch.")
 
 
 def _format(name: str, dtype: str) -> str:

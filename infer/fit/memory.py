@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from longvideo.checkpoint.modules import OnMeta
+from longvideo.infer.decode import latents_per_step
 from longvideo.infer.fit.placement import Placement, numbered
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
@@ -16,14 +17,12 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
 from longvideo.quantization.selection import linear_layers
 from longvideo.rollout import branches
-from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoders import DecoderBytes, decoder_bytes
 from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
+from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from longvideo.kernels.backends import TransformerPrecision
 
 CONTEXT_BYTES = 10**9
@@ -80,19 +79,31 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     device, decode_device = numbered(placement.device), numbered(placement.decode_device)
     dtype = placement.denoise_dtype
     with OnMeta():
-        transformer, autoencoder = CausalTransformer(shapes.transformer), Autoencoder(shapes.autoencoder)
+        transformer = CausalTransformer(shapes.transformer)
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
-    grid = Grid(workload.batch, 1, shapes.settings.height // scale, shapes.settings.width // scale)
-    decoders = _decoders(autoencoder.to(dtype), grid, devices=(device, decode_device), share=placement.decode_share)
+    size = shapes.settings.height // scale, shapes.settings.width // scale
+    config, own_dtype = shapes.decoder or shapes.autoencoder, placement.decoder_dtype(workload.formats.decoder)
+    decoders = decoder_bytes(
+        config,
+        dtype=own_dtype,
+        fp8=workload.formats.decoder in FP8_FORMATS,
+        batch=workload.batch,
+        size=size,
+        devices=(device, decode_device),
+        share=placement.decode_share,
+        latents_per_step=latents_per_step(decode_device, size, shapes.settings.chunk_frames),
+    )
+    with OnMeta():
+        weights = TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config)
     denoisers = {device: _denoiser(transformer, workload)}
     text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
-    autoencoders = {decode_device: _num_values(autoencoder) * dtype.itemsize}
+    autoencoders = {decode_device: _num_values(weights) * own_dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
         peak = _peak(
             denoisers.get(place, _DenoiserBytes()),
-            decoders.get(place, _DecoderBytes()),
+            decoders.get(place, DecoderBytes()),
             text_encoder=text_encoders.get(place, 0),
             autoencoder=autoencoders.get(place, 0),
         )
@@ -118,20 +129,7 @@ class _DenoiserBytes:
     one_pass: int = 0
 
 
-@dataclass(frozen=True)
-class _DecoderBytes:
-    """Bytes of the streaming decoder.
-
-    kept: weights, buffers, and inputs and outputs of graphs. opening: peak of the activations for the opening frame of
-    a video, which no graph records. later: peak of the activations for later frames.
-    """
-
-    kept: int = 0
-    opening: int = 0
-    later: int = 0
-
-
-def _peak(denoiser: _DenoiserBytes, decoder: _DecoderBytes, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
+def _peak(denoiser: _DenoiserBytes, decoder: DecoderBytes, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
     """Return the parts of a device's peak. text_encoder, autoencoder: bytes of their weights."""
     loaded = {"text encoder": text_encoder, "autoencoder": autoencoder}
     loading = {"transformer while loading": denoiser.loading, **loaded, CONTEXT: CONTEXT_BYTES}
@@ -205,35 +203,6 @@ def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[
         return 0, weights
     loaded_in = workload.loaded_in or dtype
     return max(num_values * loaded_in.itemsize, num_values * size + quantizing), weights
-
-
-def _decoders(
-    autoencoder: Autoencoder, grid: Grid, *, devices: tuple[torch.device, torch.device], share: float
-) -> dict[torch.device, _DecoderBytes]:
-    """Return what `StreamingDecoder` takes of each device.
-
-    devices: the one that runs the first stages, and the one that runs the others. share: fraction of the first one's
-    work; 0 leaves all of it to the second.
-    """
-    plan = plan_stages(autoencoder, grid)
-    boundary = boundary_of(plan, share) if share else 0
-    copied = plan[boundary - 1].memory.result if boundary else 0
-    decoders = {devices[1]: _decoder(plan[boundary:], copied)}
-    if boundary:
-        decoders[devices[0]] = _decoder(plan[:boundary], copied)
-    return decoders
-
-
-def _decoder(stages: Sequence[PlannedStage], copied: int) -> _DecoderBytes:
-    """Return the sum over the stages of a device.
-
-    copied: bytes that are copied from one device to the other, for which both have a buffer.
-    """
-    return _DecoderBytes(
-        kept=sum(stage.memory.kept for stage in stages) + copied,
-        opening=max(stage.memory.opening for stage in stages),
-        later=max(stage.memory.later for stage in stages),
-    )
 
 
 def _num_values(module: nn.Module) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 
 from longvideo.errors import UserError
 from longvideo.infer.options import shown
 from longvideo.machine.devices import pick_device
+
+if TYPE_CHECKING:
+    from longvideo.quantization.number_formats import DecoderPrecision
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,10 +68,11 @@ class Placement:
         """Data type of the text encoder and of the transformer."""
         return self.dtype or pick_dtype(self.device)
 
-    @property
-    def decode_dtype(self) -> torch.dtype:
-        """Data type of the autoencoder."""
-        return self.dtype or pick_dtype(self.decode_device)
+    def decoder_dtype(self, precision: DecoderPrecision) -> torch.dtype:
+        """Return the data type of the decoder's weights, as far as its precision does not depend on a measurement."""
+        if precision in ("auto", "fp8-emulated"):
+            return self.dtype or pick_dtype(self.decode_device)
+        return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def numbered(device: torch.device) -> torch.device:

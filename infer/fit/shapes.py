@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from longvideo.checkpoint.decoders import WAN, StoredDecoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.errors import UserError
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.spec import ChunkSpec
+from longvideo.streaming.decoders import DecoderConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
+from longvideo.vae.tae import TinyAutoencoderConfig
 
 WAN_SIZE, WAN_WINDOW_FRAMES = (704, 1280), 32
+PUBLIC_DECODERS: dict[str, DecoderConfig] = {
+    "taew2_2": TinyAutoencoderConfig("base", 48, (256, 128, 64, 64)),
+    "taew2_2_super": TinyAutoencoderConfig("super", 48, (512, 256, 128, 64)),
+    "mg-lightvae": replace(AutoencoderConfig.wan22(), decoder_base_dim=128),
+    "mg-lightvae-v2": replace(AutoencoderConfig.wan22(), decoder_base_dim=64),
+}
+"""Sizes of public decoders of Wan2.2's latents."""
 STREAMING_STEPS, STREAMING_GUIDANCE = 2, 1.0
 """Settings of the preset of the 5B: those of a model that is distilled for streaming."""
 
@@ -22,7 +32,7 @@ class ModelShapes:
     """Sizes of the parts of a model, and its settings.
 
     text_encoder: None if prompts are given as features. packed: whether the weights of the transformer are packed in 4
-    bits.
+    bits. decoder: another decoder than the autoencoder's.
     """
 
     transformer: TransformerConfig
@@ -31,14 +41,36 @@ class ModelShapes:
     settings: ModelSettings
     spec: ChunkSpec
     packed: bool = False
+    decoder: DecoderConfig | None = None
+
+    @property
+    def decoder_name(self) -> str:
+        """Kind of the decoder, for people."""
+        return "the autoencoder" if self.decoder is None else "another decoder"
+
+    def with_decoder(self, name: str | None) -> ModelShapes:
+        """Return the shapes with a public decoder of Wan2.2's latents; None and "wan" keep the autoencoder.
+
+        Raises UserError for an unknown name, and for latents of another model.
+        """
+        if name in (None, WAN):
+            return self
+        if name not in PUBLIC_DECODERS:
+            raise UserError(f"decoder is {name!r}; expected one of {', '.join((WAN, *PUBLIC_DECODERS))}")
+        if self.autoencoder.z_dim != AutoencoderConfig.wan22().z_dim:
+            raise UserError(f"the decoder {name} is for latents of Wan2.2; leave --decoder out, or use another preset")
+        return replace(self, decoder=PUBLIC_DECODERS[name])
 
     def with_guidance(self, guidance: float | None) -> ModelShapes:
         """Return the shapes with another guidance scale; None keeps the model's own."""
         return self if guidance is None else replace(self, settings=replace(self.settings, guidance=guidance))
 
 
-def folder_shapes(folder: ModelFolder) -> ModelShapes:
-    """Return the shapes of an opened folder. Raises CheckpointError where a part is missing."""
+def folder_shapes(folder: ModelFolder, decoder: StoredDecoder | None = None) -> ModelShapes:
+    """Return the shapes of an opened folder. Raises CheckpointError where a part is missing.
+
+    decoder: another decoder than the folder's autoencoder.
+    """
     return ModelShapes(
         transformer=folder.transformer_config,
         autoencoder=folder.vae_config,
@@ -46,6 +78,7 @@ def folder_shapes(folder: ModelFolder) -> ModelShapes:
         settings=folder.settings,
         spec=folder.spec,
         packed=folder.is_packed,
+        decoder=None if decoder is None else decoder.config,
     )
 
 

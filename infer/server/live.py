@@ -80,7 +80,7 @@ class LiveVideo:
         self.failure: ErrorCode | None = None
         self._first, self._pipeline, self._settings, self._metrics = first, pipeline, settings, metrics
         self._loop = loop
-        self._timing = chunk_timing(pipeline.models.settings, pipeline.models.autoencoder.config)
+        self._timing = chunk_timing(pipeline.models.settings, pipeline.models.decoder.config)
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._record: StreamRecord | None = None

@@ -22,17 +22,22 @@ REMEDY = "use --precision bf16 or nvfp4-weights"
 
 def unavailable(device: torch.device) -> str | None:
     """Return why FP8 products cannot run on a device, with a remedy; None if they can."""
-    if device.type != "cuda":
-        return f"FP8 products need a GPU of compute capability 8.9 or newer, got device {str(device)!r}; {REMEDY}"
-    if not hasattr(functional, "scaled_mm"):
+    if device.type == "cuda" and not hasattr(functional, "scaled_mm"):
         return (
             f"FP8 products need torch 2.10 or newer, torch {torch.__version__} has no "
             f"torch.nn.functional.scaled_mm; {REMEDY}"
         )
+    return missing_fp8_units(device, "FP8 products", REMEDY)
+
+
+def missing_fp8_units(device: torch.device, what: str, remedy: str) -> str | None:
+    """Return why a device cannot compute in FP8, with a remedy; None if it can. what: name of the operations."""
+    if device.type != "cuda":
+        return f"{what} need a GPU of compute capability 8.9 or newer, got device {str(device)!r}; {remedy}"
     capability = torch.cuda.get_device_capability(device)
     if capability < WITH_FP8_UNITS:
         name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]} < 8.9 and so no FP8 units; {REMEDY}"
+        return f"{name} has compute capability {capability[0]}.{capability[1]} < 8.9 and so no FP8 units; {remedy}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Operations of the video decoder, its convolutions in FP8 and what lies between convolutions: the definition.
+"""Operations of the video decoder, its convolutions in FP8 and the passes between convolutions: the definition.
 
 Activations are [B, T, H, W, C] with C innermost: B samples, T frames, an H x W grid, C channels. The frames of a sample
 are contiguous; samples need not be adjacent, since they may be parts of a buffer. Arithmetic is in the dtype of the

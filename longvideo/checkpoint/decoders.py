@@ -16,19 +16,22 @@ from torch import nn
 
 from longvideo.checkpoint import names, shapes
 from longvideo.checkpoint.adapters import is_adapter
+from longvideo.checkpoint.diffusers_folder import SMALL_FILE
 from longvideo.checkpoint.formats import FOREIGN, autoencoder_weights, part_of
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import VAE
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights, listing
-from longvideo.errors import CheckpointError, ConfigError
+from longvideo.errors import CheckpointError, ConfigError, UserError
 from longvideo.vae.autoencoder import Autoencoder, DecodingAutoencoder
 from longvideo.vae.config import WAN22_LATENTS_MEAN, AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyEncoder, TinyForm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from longvideo.checkpoint.folder import ModelFolder
 
 DecoderKind: TypeAlias = Literal[
     "TAEW2.2",
@@ -45,6 +48,8 @@ LatentScale: TypeAlias = Literal["normalized", "denormalized"]
 Coder = TypeVar("Coder", bound=nn.Module)
 Config = TypeVar("Config", TinyAutoencoderConfig, AutoencoderConfig)
 DECODER, ENCODER = "decoder.", "encoder."
+WAN, SMALL = "wan", "small"
+"""Names of a model's own autoencoder, and of the small decoder in its folder."""
 BY_WIDTH: dict[int, DecoderKind] = {256: "Wan2.2 VAE", 128: "MG-LightVAE", 64: "MG-LightVAE v2"}
 """Files of Wan2.2's network by `decoder_base_dim`."""
 FAMILIES = {16: "Wan2.1, Hunyuan Video and CogVideoX", 32: "Hunyuan Video 1.5", 48: "Wan2.2", 128: "LTX Video"}
@@ -141,6 +146,36 @@ def save_decoder(folder: Path, stem: str, decoder: TinyDecoder, *, model: str, d
     weights = {rename(f"{DECODER}{name}"): tensor for name, tensor in own_tensors(decoder).items()}
     scale: LatentScale = "normalized" if decoder.config.takes_normalized else "denormalized"
     save_weights(folder, stem, weights, dtype=dtype, metadata={KIND: DISTILLED, LATENTS: scale, MODEL: model})
+
+
+def choose_decoder(folder: ModelFolder, name: str | None, *, device: torch.device) -> StoredDecoder | None:
+    """Return the decoder of a model with a name, or None for its own autoencoder.
+
+    name: "wan" for the autoencoder, "small" for the small decoder in its folder, or a file; None means the
+    small one on a CPU, if there is one, else the autoencoder.
+    Raises UserError if there is no such decoder, and as `open_decoder` does.
+    """
+    small = small_decoder(folder)
+    if name == WAN or (name is None and (small is None or device.type != "cpu")):
+        return None
+    if name is None or name == SMALL:
+        if small is None:
+            raise UserError(
+                f"{folder.path} has no small decoder, which would be {SMALL_FILE}; use --decoder {WAN}, or a file"
+            )
+        return open_decoder(small, folder.vae_config)
+    if not Path(name).is_file():
+        raise UserError(f"there is no decoder {name!r}; use {WAN}, {SMALL} or a file, such as {WAN22_FILES}")
+    return open_decoder(Path(name), folder.latents_config)
+
+
+def small_decoder(folder: ModelFolder) -> Path | None:
+    """Return the file of the small decoder that is stored with the autoencoder of a model, or None without one."""
+    part = folder.stored.get(VAE)
+    if part is None or part.folder is None:
+        return None
+    file = part.folder.parent / SMALL_FILE
+    return file if file.is_file() else None
 
 
 def _tiny_form(weights: Weights) -> TinyForm | None:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 SETTINGS_FILE = "longvideo.json"
 INDEX_FILE = "model_index.json"
+SMALL_FILE = "decoder.safetensors"
+"""File of the small decoder of a model's latents."""
 SECOND_TRANSFORMER = "transformer_2"
 WEIGHT_STEMS = {TRANSFORMER: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import StoredAdapter, merged
-from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, copy_part, write_index, write_part
+from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, copy_part, write_index, write_part
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
@@ -25,7 +25,7 @@ from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, ConfigError
-from longvideo.files import locked_target, write_folder, write_json
+from longvideo.files import copy_file, locked_target, write_folder, write_json
 from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -136,6 +136,14 @@ class ModelFolder:
         assert isinstance(config, AutoencoderConfig)
         return config
 
+    @property
+    def latents_config(self) -> AutoencoderConfig:
+        """Configuration of the autoencoder of the latents, which for latents of Wan2.2 needs no file."""
+        wan = AutoencoderConfig.wan22()
+        if VAE not in self.stored and TRANSFORMER in self.stored and self.transformer_config.in_channels == wan.z_dim:
+            return wan
+        return self.vae_config
+
     @cached_property
     def text_encoder_config(self) -> UMT5Config:
         config = self._part(TEXT_ENCODER).config
@@ -149,7 +157,7 @@ class ModelFolder:
         _, patch_height, patch_width = self.transformer_config.patch_size
         grid = []
         for name, pixels, patch in (("height", settings.height, patch_height), ("width", settings.width, patch_width)):
-            unit = self.vae_config.scale_factor_spatial * patch
+            unit = self.latents_config.scale_factor_spatial * patch
             if pixels % unit:
                 raise CheckpointError(f"{self.path / SETTINGS_FILE}: {name}={pixels}, expected a multiple of {unit}")
             grid.append(pixels // unit)
@@ -267,6 +275,9 @@ class ModelFolder:
             for name, (weights, config) in parts.items():
                 cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
                 write_part(temporary, name, cast, config, max_shard_bytes=max_shard_bytes)
+            small = None if other_parts is None or VAE not in copied else copied[VAE].folder
+            if small is not None and (small.parent / SMALL_FILE).is_file():
+                copy_file(small.parent / SMALL_FILE, temporary / SMALL_FILE)
             for name, part in copied.items():
                 copy_part(temporary, name, part, max_shard_bytes=max_shard_bytes)
             if tokenizer is not None:

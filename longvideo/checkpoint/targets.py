@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file, safetensors_file
-from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, write_index, write_part
+from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, write_index, write_part
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import save_weights
@@ -90,6 +90,9 @@ def _write_diffusers(task: ConversionTask) -> None:
 
 def _write_longvideo(task: ConversionTask) -> None:
     _write_diffusers(task)
+    own = task.model.stored.get(VAE)
+    if own is not None and own.folder is not None and (own.folder.parent / SMALL_FILE).is_file():
+        copy_file(own.folder.parent / SMALL_FILE, task.path / SMALL_FILE)
     write_json(task.path / SETTINGS_FILE, asdict(task.model.settings))
     ModelFolder.open(task.path)
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longvideo.cli.bench_options import Output, Preset, check_outputs, named_shapes, preset_name
-from longvideo.cli.model_options import AttentionFormat, DecodeDevice, DecodeShare, Device, KVCacheFormat, Precision
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    DecodeDevice,
+    DecoderFormat,
+    DecoderName,
+    DecodeShare,
+    Device,
+    KVCacheFormat,
+    Precision,
+    one_decoder,
+)
 from longvideo.errors import UserError
 from longvideo.files import write_json
 
@@ -46,6 +56,8 @@ def stream(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
     device: Device = None,
     decode_device: DecodeDevice = None,
     decode_share: DecodeShare = None,
@@ -62,7 +74,10 @@ def stream(
 
     `longvideo bench stream --steps 2 --output stream.json`, `longvideo bench stream --model tiny`
 
-    `longvideo bench stream --precision fp8 --attention fp8 --decode-device cuda:1 --decode-share 0.1`
+    `longvideo bench stream --precision fp8 --attention fp8 --decoder-precision fp8 --decode-device cuda:1`
+
+    With a preset, `--decoder` is `wan`, `taew2_2`, `taew2_2_super`, `mg-lightvae` or `mg-lightvae-v2`, with random
+    weights.
     """
     from contextlib import nullcontext
 
@@ -81,7 +96,7 @@ def stream(
     if model is not None and (size is not None or window is not None):
         raise UserError("--size and --window are options of a preset; a model has its own; leave them out")
     sampling = SamplingOptions(steps, guidance)
-    formats = NumberFormats.parse(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     placement = Placement.choose(device, decode_device, decode_share)
     check_outputs(out, timeline)
     if timeline is not None and (placement.device.type != "cuda" or timeline.suffix != ".png"):
@@ -93,9 +108,10 @@ def stream(
     console = Console(width=120, stderr=True)
     with console.status("loading") as status:
         if model is not None:
-            pipeline = _load(model, placement, formats)
+            pipeline = _load(model, placement, formats, one_decoder(decoder))
         else:
-            pipeline = _random_pipeline(name, _preset_shapes(name, size, window, guidance), placement, formats)
+            shapes = _preset_shapes(name, size, window, guidance, one_decoder(decoder))
+            pipeline = _random_pipeline(name, shapes, placement, formats)
         console.print(pipeline.start_line(), soft_wrap=True, highlight=False, markup=False)
         writer = VideoWriter(video, fps=pipeline.fps, overwrite=True) if video else None
         with writer or nullcontext():
@@ -147,10 +163,10 @@ def parallel(
         placement = Placement.choose(own_device)
         name, shapes = named_shapes(preset, placement.device)
         check_shapes(shapes, formats, name=name)
-        check_hardware(formats, device=placement.device)
+        check_hardware(formats, placement)
         is_first = group is None or dist.get_rank() == 0
         if is_first:
-            typer.echo(start_line(formats, placement, packed=False), err=True)
+            typer.echo(start_line(formats, placement, packed=False, decoder="the autoencoder"), err=True)
         report = measure_passes(random_models(shapes, placement, formats=formats), group=group)
         if not is_first:
             return
@@ -164,11 +180,11 @@ def parallel(
             write_json(out, {**facts, **asdict(report)})
 
 
-def _load(model: str, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
+def _load(model: str, placement: Placement, formats: NumberFormats, decoder: str | None) -> StreamingPipeline:
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.pipeline import StreamingPipeline
 
-    return StreamingPipeline.load(ModelFolder.open(model), placement, formats=formats)
+    return StreamingPipeline.load(ModelFolder.open(model), placement, formats=formats, decoder_name=decoder)
 
 
 def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
@@ -182,7 +198,7 @@ def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, forma
     from longvideo.infer.pipeline import StreamingPipeline
 
     check_shapes(shapes, formats, name=name)
-    check_hardware(formats, device=placement.device)
+    check_hardware(formats, placement)
     # there is no text encoder, and the random weights are float32 before they are cast
     check_memory(
         Workload(
@@ -192,11 +208,13 @@ def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, forma
     return StreamingPipeline(random_models(shapes, placement, formats=formats))
 
 
-def _preset_shapes(name: str, size: str | None, window: int | None, guidance: float | None) -> ModelShapes:
+def _preset_shapes(
+    name: str, size: str | None, window: int | None, guidance: float | None, decoder: str | None
+) -> ModelShapes:
     from longvideo.infer.fit.shapes import preset_shapes
 
     shapes = preset_shapes(name, size=None if size is None else _height_and_width(size), window_frames=window)
-    return shapes.with_guidance(guidance)
+    return shapes.with_guidance(guidance).with_decoder(decoder)
 
 
 def _height_and_width(size: str) -> tuple[int, int]:

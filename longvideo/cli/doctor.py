@@ -12,6 +12,8 @@ from longvideo.cli.model_options import (
     AttentionFormat,
     Base,
     DecodeDevice,
+    DecoderFormat,
+    DecoderName,
     DecodeShare,
     Device,
     Entry,
@@ -19,6 +21,7 @@ from longvideo.cli.model_options import (
     KVCacheFormat,
     ModelChoice,
     Precision,
+    one_decoder,
 )
 from longvideo.errors import UserError
 
@@ -48,6 +51,8 @@ def doctor(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
     self_test: Annotated[bool, typer.Option("--self-test", help="Run small numeric checks on the device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
@@ -72,15 +77,17 @@ def doctor(
     from longvideo.machine.devices import pick_device
     from longvideo.quantization.number_formats import NumberFormats
 
-    formats = NumberFormats.parse(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other; use one of them")
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
         placement = _placement(device, decode_device, decode_share)
-        question = _question(choice, preset, guidance, formats, placement)
-    elif formats != NumberFormats() or any(x is not None for x in (base, entry, guidance, decode_device, decode_share)):
+        question = _question(choice, preset, guidance, formats, placement, one_decoder(decoder))
+    elif formats != NumberFormats() or any(
+        option is not None for option in (base, entry, guidance, decode_device, decode_share, decoder)
+    ):
         raise UserError("there are options of a model, but no model; name one with --model or --preset")
     # without a GPU, --device is that of another machine; the operations are those of this machine's CPU
     elsewhere = question is not None and not self_test and not cuda_devices()
@@ -99,11 +106,13 @@ def _question(
     guidance: float | None,
     formats: NumberFormats,
     placement: Placement,
+    decoder: str | None,
 ) -> Question:
     """Make the checks of `longvideo generate` before it loads a model.
 
     The hardware of a GPU is checked only if this machine has GPUs.
     """
+    from longvideo.checkpoint.decoders import choose_decoder
     from longvideo.cli.doctor_report import Question
     from longvideo.infer.fit.formats import check_hardware, check_shapes
     from longvideo.infer.fit.memory import Workload
@@ -113,11 +122,14 @@ def _question(
 
     SamplingOptions(guidance=guidance)
     folder = None if choice is None else _open(choice)
-    shapes = preset_shapes(str(preset)) if folder is None else folder_shapes(folder)
+    if folder is None:
+        shapes = preset_shapes(str(preset)).with_decoder(decoder)
+    else:
+        shapes = folder_shapes(folder, choose_decoder(folder, decoder, device=placement.decode_device))
     name = str(preset) if choice is None else choice.name
     check_shapes(shapes, formats, name=name)
     if placement.device.type == "cpu" or cuda_devices():
-        check_hardware(formats, device=placement.device)
+        check_hardware(formats, placement)
     workload = Workload(shapes=shapes.with_guidance(guidance), formats=formats, placement=placement)
     return Question(name, None if folder is None else folder.path, workload)
 

@@ -169,12 +169,12 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
     yield (
         f"{answer.question.name}: {settings.width} x {settings.height} pixels, a window of {settings.window_frames}"
         f" latent frames, guidance {settings.guidance:g}; precision {workload.precision}, KV cache {formats.kv_cache},"
-        f" attention {formats.attention}"
+        f" attention {formats.attention}, decoder {workload.shapes.decoder_name} in {formats.decoder}"
     )
     placement = workload.placement
     devices = (placement.device, placement.decode_device)
     if all(device.type == "cpu" or numbered(device) in cuda_devices() for device in devices):
-        yield start_line(formats, placement, packed=workload.shapes.packed)
+        yield start_line(formats, placement, packed=workload.shapes.packed, decoder=workload.shapes.decoder_name)
     if answer.file_bytes is not None:
         yield f"files: {_gb(answer.file_bytes, 3)}, {answer.question.folder}"
     for device, needed in fit.needed.items():
@@ -183,7 +183,7 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
         for name, size in {**sizes, "total": needed}.items():
             yield f"    {name:<{NAME_WIDTH}}{_gb(size, 3):>12}"
         yield f"    {_verdict(fit, device)}"
-    if "fp8" in (formats.precision, formats.attention) and not set(fit.needed) <= set(fit.free):
+    if "fp8" in (formats.precision, formats.attention, formats.decoder) and not set(fit.needed) <= set(fit.free):
         yield "\nwhether that GPU supports fp8 is unknown here; run `longvideo doctor` on its machine"
     for cpu in _cpus(workload):
         available = _text(memory, lambda x: f"{_gb(x.available_bytes)} of memory are available")

@@ -12,7 +12,15 @@ import typer
 from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
 from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
-from longvideo.cli.model_options import AttentionFormat, Device, KVCacheFormat, Precision
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    DecoderFormat,
+    DecoderName,
+    Device,
+    KVCacheFormat,
+    Precision,
+    one_decoder,
+)
 from longvideo.cli.output import OUTPUT
 from longvideo.cli.progress import items_progress
 from longvideo.errors import UserError
@@ -104,6 +112,8 @@ def shapeworld(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
     out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
 ) -> None:
@@ -139,7 +149,13 @@ def shapeworld(
 
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
         pipeline = StreamingPipeline.from_pretrained(
-            model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
+            model,
+            device=device,
+            precision=precision,
+            kv_cache=kv_cache,
+            attention=attention,
+            decoder=one_decoder(decoder),
+            decoder_precision=decoder_precision,
         )
         typer.echo(pipeline.start_line(), err=True)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from longvideo.cli.evaluation_output import check_target_below
-from longvideo.cli.model_options import AttentionFormat, Device, KVCacheFormat, Precision, warn_of_missing_quotes
+from longvideo.cli.model_options import (
+    AttentionFormat,
+    DecoderFormat,
+    DecoderName,
+    Device,
+    KVCacheFormat,
+    Precision,
+    one_decoder,
+    warn_of_missing_quotes,
+)
 from longvideo.cli.output import OUTPUT
 from longvideo.cli.progress import items_progress
 from longvideo.errors import UserError
@@ -28,6 +37,8 @@ def sheet(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
     name: Annotated[
         str | None,
         typer.Option(help="File name of the pictures, without suffix.  [default: the last part of the model's name]"),
@@ -61,7 +72,13 @@ def sheet(
     for target in targets:
         check_target_below(target, overwrite=overwrite)
     pipeline = StreamingPipeline.from_pretrained(
-        model, device=device, precision=precision, kv_cache=kv_cache, attention=attention
+        model,
+        device=device,
+        precision=precision,
+        kv_cache=kv_cache,
+        attention=attention,
+        decoder=one_decoder(decoder),
+        decoder_precision=decoder_precision,
     )
     typer.echo(pipeline.start_line(), err=True)
     streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]

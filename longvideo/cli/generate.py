@@ -18,6 +18,8 @@ from longvideo.cli.model_options import (
     AttentionFormat,
     Base,
     DecodeDevice,
+    DecoderFormat,
+    DecoderName,
     DecodeShare,
     Device,
     Entry,
@@ -27,6 +29,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    one_decoder,
     warn_of_missing_quotes,
 )
 from longvideo.cli.output import OUTPUT
@@ -85,6 +88,8 @@ def generate(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
     output: Annotated[Path, typer.Option(*OUTPUT, help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
@@ -114,10 +119,10 @@ def generate(
     from longvideo.infer.writer import check_output
     from longvideo.quantization.number_formats import NumberFormats
 
-    choice = ModelChoice(model, base, preset, entry)
+    choice, decoder_name = ModelChoice(model, base, preset, entry), one_decoder(decoder)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
-    formats = NumberFormats.parse(precision, kv_cache, attention)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
     from longvideo.infer.fit.placement import Placement
@@ -126,7 +131,7 @@ def generate(
     try:
         with stop_signals(), launched_ranks(device) as (own_device, group):
             placement = Placement.choose(own_device, decode_device, decode_share)
-            load = partial(_load, choice, video, placement, formats, group)
+            load = partial(_load, choice, video, placement, formats, decoder_name, group)
             if group is not None and group.rank() > 0:
                 _take_part(video, load)
                 return
@@ -158,14 +163,12 @@ def _write(
     A signal stops the generation; the file is finished before Stopped is raised.
     """
     from longvideo.infer.writer import VideoWriter
-    from longvideo.quantization.number_formats import NumberFormats
 
     interruption = None
     with _display() as display:
         display.set_stage("loading")
         pipeline = load()
-        if pipeline.formats != NumberFormats("bf16"):
-            print(pipeline.start_line(), file=sys.stderr)
+        print(pipeline.start_line(), file=sys.stderr)
         chunks = _stream_with_warnings(video, pipeline)
         plan = pipeline.plan(video.script)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
@@ -319,11 +322,11 @@ def _load(
     video: VideoChoice,
     placement: Placement,
     formats: NumberFormats,
+    decoder_name: str | None,
     group: ProcessGroup | None,
 ) -> StreamingPipeline:
     """Check everything that can be checked without weights, then load them."""
     from longvideo.data.pictures import read_image
-    from longvideo.infer.fit.formats import check_formats
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
     from longvideo.infer.script import plan_chunks
@@ -331,10 +334,9 @@ def _load(
     if video.image is not None:
         read_image(video.image)
     folder = choice.open()
-    check_formats(folder, formats, device=placement.device)
-    plan_chunks(video.script, chunk_timing(folder.settings, folder.vae_config))
+    plan_chunks(video.script, chunk_timing(folder.settings, folder.latents_config))
     release_large_blocks()
-    return StreamingPipeline.load(folder, placement, formats=formats, group=group)
+    return StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name, group=group)
 
 
 def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Generator[np.ndarray, None, None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from longvideo.cli.printing import printable
+from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
@@ -67,6 +68,29 @@ AttentionFormat: TypeAlias = Annotated[
         help="Format of attention: `bf16`, or `fp8` on a GPU of compute capability 9 with the extra `longvideo[cudnn]`."
     ),
 ]
+DecoderName: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decoder",
+        help="`wan` for the model's autoencoder, `small` for the small decoder in its folder, or a file: TAEW2.2, its"
+        " super form, lighttae, MG-LightVAE, or one of your own.  [default: small on a CPU if there is one, else wan]",
+    ),
+]
+DecoderFormat: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--decoder-precision",
+        help="Format of the decoder: `fp32`, `bf16` or `fp8` (large convolutions; for `wan`, on a GPU with FP8 units)."
+        " `auto` is bf16 on a GPU, and on a CPU the faster of fp32 and bf16, which is measured.",
+    ),
+]
+
+
+def one_decoder(names: Sequence[str] | None) -> str | None:
+    """Return the decoder that a user chose. Raises UserError for two of them."""
+    if names and len(names) > 1:
+        raise UserError(f"there are {len(names)} decoders, {', '.join(names)}; use --decoder once")
+    return names[0] if names else None
 
 
 FUNCTION_WORDS = frozenset(

@@ -12,6 +12,8 @@ from longvideo.cli.model_options import (
     AttentionFormat,
     Base,
     DecodeDevice,
+    DecoderFormat,
+    DecoderName,
     DecodeShare,
     Device,
     Entry,
@@ -20,6 +22,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    one_decoder,
 )
 from longvideo.machine.packages import require
 
@@ -75,6 +78,8 @@ def serve(
     precision: Precision = None,
     kv_cache: KVCacheFormat = "bf16",
     attention: AttentionFormat = "bf16",
+    decoder: DecoderName = None,
+    decoder_precision: DecoderFormat = "auto",
 ) -> None:
     """Serve a page that plays videos while they are generated, and changes their prompts.
 
@@ -89,7 +94,8 @@ def serve(
     """
     from longvideo.quantization.number_formats import NumberFormats
 
-    formats = NumberFormats.parse(precision, kv_cache, attention)
+    decoder_name = one_decoder(decoder)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     for package in ("fastapi", "uvicorn", "httptools"):
         require(package, extra="serve", purpose="longvideo serve")
     from longvideo.infer.fit.placement import Placement
@@ -111,7 +117,7 @@ def serve(
         print("loading", file=sys.stderr)
         model_folder = ModelChoice(model, base, preset, entry).open()
         with served_folder(folder):
-            pipeline = _load(model_folder, placement, formats)
+            pipeline = _load(model_folder, placement, formats, decoder_name)
             print(pipeline.start_line(), file=sys.stderr)
             server = VideoServer(pipeline, settings)
             url_host = f"[{host}]" if ":" in host else host
@@ -119,7 +125,9 @@ def serve(
             server.run([socket])
 
 
-def _load(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
+def _load(
+    folder: ModelFolder, placement: Placement, formats: NumberFormats, decoder_name: str | None
+) -> StreamingPipeline:
     import warnings
 
     from longvideo.infer.host_memory import release_large_blocks
@@ -128,6 +136,6 @@ def _load(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> 
     # clients receive the warning about unknown words; the log of the server does not need it
     warnings.filterwarnings("ignore", message="the model's vocabulary does not contain", category=UserWarning)
     release_large_blocks()
-    pipeline = StreamingPipeline.load(folder, placement, formats=formats)
+    pipeline = StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name)
     pipeline.warm_up()
     return pipeline

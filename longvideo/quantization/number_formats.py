@@ -10,6 +10,8 @@ from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
 
 CachePrecision = Literal["bf16", "nvfp4"]
 """Number format of the KV cache."""
+DecoderPrecision = Literal["auto", "fp32", "bf16", "fp8", "fp8-emulated"]
+"""Number format of the decoder's convolutions."""
 
 DifferentiablePrecision = Literal["bf16", "nvfp4", "nvfp4-weights"]
 """Precision of a frozen backbone through which gradients reach adapters."""
@@ -18,6 +20,7 @@ FP8_FORMATS = ("fp8", "fp8-emulated")
 PRECISIONS: tuple[TransformerPrecision, ...] = get_args(TransformerPrecision)
 KV_CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
 ATTENTIONS: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
+DECODER_PRECISIONS: tuple[DecoderPrecision, ...] = get_args(DecoderPrecision)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class NumberFormats:
         each row, which has no gradient. None is "nvfp4" where the weights are stored in 4 bits, otherwise "bf16".
     kv_cache: format of the keys and values of the chunks already made.
     attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
+    decoder: "fp32", "bf16", or "fp8" for large convolutions in E4M3 and the rest in bf16. "auto" is bf16 on a GPU, and
+        the faster of fp32 and bf16 on a CPU, which is measured when the model is loaded.
 
     "fp8" needs FP8 units and is refused on devices without them. "fp8-emulated" computes the same numbers slowly in
     plain torch on a CPU; it is for tests. NVFP4 is emulated exactly on devices without FP4 units.
@@ -37,14 +42,18 @@ class NumberFormats:
     precision: TransformerPrecision | None = None
     kv_cache: CachePrecision = "bf16"
     attention: AttentionPrecision = "bf16"
+    decoder: DecoderPrecision = "auto"
 
     @classmethod
-    def parse(cls, precision: str | None = None, kv_cache: str = "bf16", attention: str = "bf16") -> NumberFormats:
+    def parse(
+        cls, precision: str | None = None, kv_cache: str = "bf16", attention: str = "bf16", decoder: str = "auto"
+    ) -> NumberFormats:
         """Return the formats with these names. Raises UserError for a name that is unknown."""
         return cls(
             None if precision is None else known("precision", precision, PRECISIONS),
             known("kv_cache", kv_cache, KV_CACHES),
             known("attention", attention, ATTENTIONS),
+            known("decoder_precision", decoder, DECODER_PRECISIONS),
         )
 
     def precision_of(self, *, packed: bool) -> TransformerPrecision:

@@ -227,6 +227,7 @@ class _FP8Convolution(Convolution):
 
     def __call__(self, frames: int) -> Tensor:
         batch, _, height, width, _ = self.buffer.shape
+        assert self.bias is not None
         y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
         self._operations.convolve(self.buffer, frames, self._kernel, y)
         self.keep_last(frames)

@@ -12,6 +12,7 @@ Shapes: B batch, C channels, T frames, H W grid, N = B x T frames folded into th
 Source: github.com/madebyollin/taehv defines the graph, the names of its weights, and the range [0, 1] of its pixels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -121,6 +122,24 @@ class TinyDecoder(nn.Module):
         for index, stride in enumerate(DECODER_STRIDES):
             self.stages.append(stage(widths[index], widths[index + 1], stride))
         _add_statistics(self, config, conv_out.weight.device)
+
+    @property
+    def lookback(self) -> int:
+        """Largest number of earlier latent frames that a frame depends on."""
+        latents, rate = 0.0, 1
+        for stride in DECODER_STRIDES:
+            latents += BLOCKS_PER_STAGE / rate
+            rate *= stride
+        return math.ceil(latents)
+
+    def blank_state(self, batch: int, height: int, width: int) -> State:
+        """Return the frames of zeros before a video. height, width: size of the latents."""
+        weight = next(self.parameters())
+        return tuple(
+            weight.new_zeros(batch, channels, 1, height * 2**index, width * 2**index)
+            for index, channels in enumerate(self.config.decoder_widths[:-1])
+            for _ in range(BLOCKS_PER_STAGE)
+        )
 
     def decode(self, latents_BCTHW: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return video, about [-1, 1] and not clamped, of normalized latents; its memory layout is BTHWC.

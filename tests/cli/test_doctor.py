@@ -197,7 +197,7 @@ def test_the_files_of_a_folder_are_counted(gpus: SetFree, doctor_json: DoctorJso
     folder = ModelFolder.open("tiny").path
     assert model["folder"] == str(folder)
     assert model["file_bytes"] == sum(x.stat().st_size for x in folder.glob("**/*") if x.is_file()) > 20_000_000
-    assert model["formats"] == {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16"}
+    assert model["formats"] == {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16", "decoder": "auto"}
 
 
 def test_a_model_that_does_not_fit_names_the_option_with_which_it_fits(

@@ -80,7 +80,7 @@ def test_a_video_starts_with_a_frame_of_real_footage(
     assert run(model_folder, "a red ball", "--seconds", "1", "--image", str(picture), "-o", str(out)) == 0
     latent = encode_first_frame(pipeline.models, read_image(picture, size=(32, 64)))
     _, _, _, height, width = latent.shape
-    decoder = ChunkDecoder(pipeline.models.autoencoder, batch=1, height=height, width=width, chunk_latents=1)
+    decoder = ChunkDecoder(pipeline.models.decoder, batch=1, height=height, width=width, chunk_latents=1)
     expected = decoder.decode(latent, 1)[0, 0].astype(float)
     with av.open(str(out)) as container:
         first = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -245,7 +245,7 @@ def test_separate_prompts_give_no_warning(prompts: list[str], capsys: pytest.Cap
 BAD = {
     "no prompt": ([], "there is no prompt"),
     "empty prompt": ([""], "the prompt is empty"),
-    "empty second prompt": (["a", "  "], "prompt 2 is empty"),
+    "empty second prompt": (["a red ball", "  "], "prompt 2 is empty"),
     "zero seconds": (["a", "--seconds", "0"], "seconds is 0;"),
     "negative seconds": (["a", "--seconds", "-4"], "seconds is -4;"),
     "absurd seconds": (["a", "--seconds", "1e12"], "at most 86400"),
@@ -253,7 +253,7 @@ BAD = {
     "byte that is not UTF-8": (["a r\udce9d ball"], "the prompt is not valid text: the byte 0xe9 follows 'a r'"),
     "half an emoji": (["a ball", "\ud83d"], "prompt 2 is not valid text: half a character (U+D83D)"),
     "script without end": (["--script", "/dev/zero"], "has more than 4,194,304 bytes"),
-    "too short for its shots": (["a", "b c", "--seconds", "1"], "use 1.33 s or more for every shot"),
+    "too short for its shots": (["a ball", "b c", "--seconds", "1"], "use 1.33 s or more for every shot"),
     "zero steps": (["a", "--steps", "0"], "steps is 0; expected a whole number from 1 to 1000"),
     "too many steps": (["a", "--steps", "5000"], "steps is 5000"),
     "negative guidance": (["a", "--guidance", "-1"], "guidance is -1; expected a number from 0 to 50"),

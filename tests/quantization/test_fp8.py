@@ -11,7 +11,9 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.config.loading import load_config
 from longvideo.distill.config import BackboneConfig
 from longvideo.errors import ConfigError, UserError
-from longvideo.infer.fit.formats import check_formats
+from longvideo.infer.fit.formats import check_formats, check_hardware
+from longvideo.infer.fit.placement import Placement
+from longvideo.infer.fit.shapes import folder_shapes
 from longvideo.kernels.backends import TransformerPrecision
 from longvideo.kernels.fp8 import reference, scaled_mm
 from longvideo.model.transformer import CausalTransformer
@@ -101,23 +103,23 @@ def test_a_packed_model_is_refused() -> None:
 def test_a_cpu_runs_fp8_only_under_the_name_of_its_emulation() -> None:
     with pytest.raises(UserError, match="FP8 products need a GPU of compute capability 8.9 or newer, got device 'cpu'"):
         with_precision(small.model(), "fp8")
-    for formats in (NumberFormats("fp8"), NumberFormats(attention="fp8")):
+    for formats in (NumberFormats("fp8"), NumberFormats(attention="fp8"), NumberFormats(decoder="fp8")):
         with pytest.raises(UserError, match="need.* a .*GPU"):
-            check_formats(ModelFolder.open("tiny"), formats, device=CPU)
-    check_formats(ModelFolder.open("tiny"), NumberFormats("fp8-emulated", attention="fp8-emulated"), device=CPU)
+            check_hardware(formats, Placement(CPU, CPU))
+    check_hardware(NumberFormats("fp8-emulated", attention="fp8-emulated"), Placement(CPU, CPU))
     with pytest.raises(UserError, match="fp8-emulated is for CPUs, got device 'cuda'; use fp8"):
-        check_formats(ModelFolder.open("tiny"), NumberFormats("fp8-emulated"), device=CUDA)
+        check_hardware(NumberFormats("fp8-emulated"), Placement(CUDA, CUDA))
 
 
 def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", None, raising=False)
-    folder, formats = ModelFolder.open("tiny"), NumberFormats("fp8")
+    formats, placement = NumberFormats("fp8"), Placement(CUDA, CUDA)
     with pytest.raises(
         UserError, match="A100 has compute capability 8.0 < 8.9 .* use --precision bf16 or nvfp4-weights"
     ):
-        check_formats(folder, formats, device=CUDA)
+        check_formats(folder_shapes(ModelFolder.open("tiny")), formats, placement, name="tiny")
 
 
 def test_fp8_is_for_generating_only() -> None:

@@ -211,7 +211,7 @@ def _check(name: str, activations: Tensor, like: Tensor) -> tuple[int, int, int]
 
 
 def _is_dense(activations: Tensor) -> bool:
-    """Return whether nothing lies between the pixels of a sample."""
+    """Return whether the pixels of a sample are contiguous."""
     _, frames, height, width, channels = activations.shape
     strides = (height * width * channels, width * channels)
     return all(

@@ -83,8 +83,10 @@ def test_formats_that_cannot_run_are_refused(packed_folder: Path) -> None:
 
 def test_the_start_line_names_backends_and_what_is_emulated() -> None:
     formats = NumberFormats("nvfp4", "nvfp4")
-    line = start_line(formats, FLOAT32, packed=False)
+    line = start_line(formats, FLOAT32, packed=False, decoder="TAEW2.2")
     assert line.startswith("running on cpu in float32 | products nvfp4: emulated by reference and oneDNN (FP4 products")
-    assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith("decoding on cpu")
-    stored = start_line(NumberFormats(), FLOAT32, packed=True)
+    assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith(
+        "decoding on cpu by TAEW2.2 in float32"
+    )
+    stored = start_line(NumberFormats(), FLOAT32, packed=True, decoder="TAEW2.2")
     assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored

@@ -31,9 +31,11 @@ def test_without_an_index_cuda_is_the_current_device(monkeypatch: pytest.MonkeyP
 
 def test_each_device_has_its_own_data_type_unless_one_is_chosen() -> None:
     mixed = Placement(CPU, FIRST)
-    assert (mixed.denoise_dtype, mixed.decode_dtype) == (pick_dtype(CPU), torch.bfloat16)
+    assert (mixed.denoise_dtype, mixed.decoder_dtype("auto")) == (pick_dtype(CPU), torch.bfloat16)
     exact = Placement(CPU, FIRST, dtype=torch.float32)
-    assert exact.denoise_dtype == exact.decode_dtype == torch.float32
+    assert exact.denoise_dtype == exact.decoder_dtype("auto") == torch.float32
+    assert exact.decoder_dtype("bf16") == exact.decoder_dtype("fp8") == torch.bfloat16
+    assert mixed.decoder_dtype("fp32") == torch.float32
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan"), True, "a"])
