@@ -72,8 +72,8 @@ class DecoderDistillation(Objective):
     def decode(self, past: Tensor, latents: Tensor, opening_B: Tensor) -> Tensor:
         """Return video [B, 3, 4 T, H, W]; the first three frames of a window that begins a video belong to no video."""
         dtype = next(self.student.parameters()).dtype
-        with torch.no_grad():
-            _, state = self.student.decode(past.to(dtype))
+        # a state is detached, so that no gradient reaches the frames before a window
+        _, state = self.student.decode(past.to(dtype))
         keep = (~opening_B)[:, None, None, None, None]
         video, _ = self.student.decode(latents.to(dtype), tuple(x * keep for x in state))
         return video

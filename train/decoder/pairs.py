@@ -43,7 +43,7 @@ class PairConfig(GroupConfig):
     clips: int = bounded(512, least=1)
     initial_clips: int = bounded(256, least=1)
     group: int = bounded(16, least=1)
-    refresh_every: int = bounded(8, least=1)
+    refresh_every: int = bounded(16, least=1)
     chunks: int = bounded(3, least=1)
     cut_fraction: float = share(0.35)
     opening_fraction: float = share(0.3)

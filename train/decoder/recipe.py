@@ -159,8 +159,7 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
         """Decode clips with both decoders as a stream, compare them, print a table and draw strips of some clips."""
         from longvideo.evaluation.sheet import film_strip, write_picture
 
-        names = ("small decoder from full decoder", "small decoder from truth", "full decoder from truth")
-        distilled, small, full = (Comparison() for _ in names)
+        distilled, small, full = Comparison(), Comparison(), Comparison()
         rows: list[tuple[str, np.ndarray]] = []
         num_clips, num_shown = 0, self.config.validation.shown
         for clips in self._measured():
@@ -180,13 +179,14 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
             folder.mkdir(parents=True, exist_ok=True)
             write_picture(film_strip(videos, columns=8, captions=captions), folder / f"decoder_{step:07d}.png")
         comparisons = {
-            name: sums.values() for name, sums in zip(names, (distilled, small, full), strict=True) if sums.psnr
+            "val": ("small decoder from full decoder", distilled),
+            "val_truth": ("small decoder from truth", small),
+            "full_truth": ("full decoder from truth", full),
         }
-        print(f"{num_clips} clips after step {step}\n{table(comparisons)}", flush=True)
-        prefixes = dict(zip(names, ("val", "val_truth", "full_truth"), strict=True))
-        return {
-            f"{prefixes[name]}_{key}": value for name, values in comparisons.items() for key, value in values.items()
-        }
+        values = {prefix: sums.values() for prefix, (_, sums) in comparisons.items() if sums.psnr}
+        rows_of_table = {comparisons[prefix][0]: numbers for prefix, numbers in values.items()}
+        print(f"{num_clips} clips after step {step}\n{table(rows_of_table)}", flush=True)
+        return {f"{prefix}_{name}": number for prefix, numbers in values.items() for name, number in numbers.items()}
 
     @torch.no_grad()
     def decode(self, latents_NCTHW: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def student() -> TinyDecoder:
     return TinyDecoder(TinyAutoencoderConfig("base", z_dim=4, decoder_widths=(8, 8, 6, 4)))
 
 
-def objective(student: TinyDecoder, **weights: float) -> DecoderDistillation:
-    return DecoderDistillation(student, DistillationConfig(**weights), device=CPU, compiled=False)
+def objective(student: TinyDecoder, config: DistillationConfig | None = None) -> DecoderDistillation:
+    return DecoderDistillation(student, config or DistillationConfig(), device=CPU, compiled=False)
 
 
 def test_pixels_are_those_of_the_full_decoder(source: WindowSource) -> None:
@@ -56,8 +57,8 @@ def test_pixels_are_those_of_the_full_decoder(source: WindowSource) -> None:
 
 def test_noise_changes_the_latents_and_the_pixels_of_them() -> None:
     clean, noisy = (
-        pair_bank(PairConfig(**vars(SMALL) | {"noise": 0.0})),
-        pair_bank(PairConfig(**vars(SMALL) | {"noise": 0.5})),
+        pair_bank(replace(SMALL, noise=0.0)),
+        pair_bank(replace(SMALL, noise=0.5)),
     )
     for bank in (clean, noisy):
         bank.start(0)
@@ -108,8 +109,8 @@ def test_windows_decode_as_the_stream_does(source: WindowSource, student: TinyDe
 def test_loss_equals_its_definition(source: WindowSource, student: TinyDecoder) -> None:
     batch = source.batch(0)
     video = torch.rand(batch.pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    config = {"l1": 0.5, "edge": 0.7, "temporal": 0.3, "outlines": 3.0}
-    loss, metrics = objective(student, **config).compare(video, batch.pixels, batch.weight, batch.mean_weight)
+    config = DistillationConfig(l1=0.5, edge=0.7, temporal=0.3, outlines=3.0)
+    loss, metrics = objective(student, config).compare(video, batch.pixels, batch.weight, batch.mean_weight)
     frames = batch.weight[:, None, :, None, None]
     weight = (1 + 3 * color_outlines(batch.pixels)) * frames
     error, count = video - batch.pixels, batch.weight.sum()
