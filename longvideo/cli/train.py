@@ -131,7 +131,7 @@ def decoder(options: RunOptions) -> None:
     from longvideo.train.decoder.recipe import DecoderRecipe, DecoderTraining
 
     def build(config: DecoderTraining, device: torch.device, _mesh: Mesh) -> DecoderRecipe:
-        return DecoderRecipe(config, device)
+        return DecoderRecipe(config, device, dry_run=options.dry_run > 0)
 
     train(options, DecoderTraining, build, default_config="tiny/decoder")
 

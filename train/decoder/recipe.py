@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +51,8 @@ DECODER = "decoder"
 """Name of the exported file, without suffix."""
 LATE_FRACTION = 0.5
 """Share of ShapeWorld's clips that begin later than their first scene."""
+FEW_CLIPS = 4
+"""Number of clips that a dry run decodes."""
 DIFFERENCE_GAIN = 8
 """Factor of the differences that are drawn."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -130,13 +133,17 @@ class MeasuredClips:
 class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
     """Trains a small decoder: `longvideo train decoder`."""
 
-    def __init__(self, config: DecoderTraining, device: torch.device) -> None:
+    def __init__(self, config: DecoderTraining, device: torch.device, *, dry_run: bool = False) -> None:
+        if dry_run:
+            # steps that are only timed need few clips
+            few = math.gcd(config.bank.group, FEW_CLIPS)
+            config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.folder = ModelFolder.open(config.model)
         self.teacher = self.folder.load_vae(device=device, dtype=torch.float32).requires_grad_(False)
-        student = self._build_student().to(device).to(memory_format=torch.channels_last)  # pyright: ignore
+        student = self._build_student().to(device)
         self.compiles = config.loss.compile and not (launched() and config.parallel.zero_stage == 3)
         self.objective = DecoderDistillation(student, config.loss, device=device, compiled=self.compiles)
         self.dataset = None if config.data is None else self._open(config.data)
@@ -227,7 +234,7 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
                 raise ConfigError(
                     f"initialize={config.initialize} is an autoencoder of Wan's form; expected a tiny decoder"
                 )
-            return decoder
+            return decoder.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         first, second, third, last = config.widths
         shape = TinyAutoencoderConfig("base", z_dim=vae.z_dim, decoder_widths=(first, second, third, last))
         scales = (vae.scale_factor_temporal, vae.scale_factor_spatial)

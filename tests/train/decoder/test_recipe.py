@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,27 @@ def test_mistakes_are_one_line(trained: Path, setting: str, message: str, capsys
     assert main(arguments(trained, "wrong", setting)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (trained / "wrong").exists()
+
+
+def test_a_dry_run_writes_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(trained, "dry", "--dry-run", "1")) == 0
+    _, bank, stage = capsys.readouterr().out.splitlines()
+    assert bank.startswith("bank of 2 clips") and stage.startswith("stage 0 | 4 steps | first ")
+    assert not (trained / "dry").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_does(trained: Path) -> None:
+    pytest.importorskip("deepspeed")
+    assert main(arguments(trained, "one")) == 0
+    file = trained / "one" / "model" / "decoder.safetensors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longvideo"]
+    subprocess.run([*launch, *arguments(trained, "two")], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line, other in zip(metrics(trained / "one"), metrics(trained / "two"), strict=True):
+        for name in {"loss", "grad", "psnr", "val_psnr"} & line.keys():
+            assert line[name] == pytest.approx(other[name], rel=1e-4)
+    more = (f"initialize={file}", "parallel.zero_stage=3")
+    subprocess.run(
+        [*launch, *arguments(trained, "three", *more)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert (trained / "three" / "model" / "decoder.safetensors").is_file()
