@@ -48,7 +48,8 @@ def _random_decoder(config: DecoderConfig, placement: Placement, formats: Number
         network = TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config)
     network = network.to(dtype).eval().requires_grad_(False)
     if isinstance(network, TinyDecoder):
-        return TinyDecoderModel(network.to(memory_format=torch.channels_last), name=name)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return TinyDecoderModel(network, name=name)
     return WanDecoderModel(network, name=name, fp8=formats.decoder in FP8_FORMATS)
 
 

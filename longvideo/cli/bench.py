@@ -190,5 +190,49 @@ def encode(
         write_json(out, report)
 
 
+@app.command()
+def decoder(
+    preset: Preset = None,
+    device: Device = None,
+    out: Output = None,
+) -> None:
+    """Time each stage of the decoder for one latent frame, in bf16 and in FP8, and measure the error of FP8.
+
+    The weights are random and keep activations near unit size. Every value of every FP8 convolution is compared with
+    its definition first, twice; nothing is timed on a wrong result. Needs a GPU with FP8 units.
+
+    Example: `longvideo bench decoder --output decoder.json`
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from longvideo.infer.bench.decoder import time_decoder
+    from longvideo.kernels.backends import convolution_backend
+    from longvideo.machine.devices import pick_device
+    from longvideo.machine.host import machine
+
+    check_outputs(out)
+    torch_device = pick_device(device)
+    backend = convolution_backend("fp8", torch_device)
+    if backend.name is None:
+        raise UserError(str(backend.reason))
+    name, shapes = named_shapes(preset, torch_device)
+    scale = shapes.autoencoder.scale_factor_spatial
+    size = shapes.settings.height // scale, shapes.settings.width // scale
+    timing = time_decoder(shapes.autoencoder, size, device=torch_device)
+    title = f"{name}, one latent frame: {timing.bf16_ms:.1f} ms in bf16, {timing.fp8_ms:.1f} ms in FP8"
+    table = Table("stage, channels", "frames, height, width", "bf16", "FP8", "error", "checked values", title=title)
+    for stage in timing.stages:
+        shape = " x ".join(map(str, stage.shape))
+        times = f"{stage.bf16_ms:.2f} ms", f"{stage.fp8_ms:.2f} ms"
+        table.add_row(stage.stage, shape, *times, f"{stage.error:.1e}", f"{stage.checked:,}")
+    Console(width=120).print(table)
+    typer.echo(f"pixels of {backend} against bf16: {timing.psnr:.1f} dB")
+    if out is not None:
+        write_json(out, {"machine": machine(torch_device), "preset": name, **asdict(timing)})
+
+
 app.command()(stream)
 app.command()(parallel)

@@ -130,12 +130,13 @@ class Convolution(Protocol):
     """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
 
     bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the inputs in the
-    buffer.
+    buffer. kernel: weights in E4M3, if it computes in them.
     """
 
     buffer: Tensor
     bias: Tensor | None
     inverse_scale: float
+    kernel: FP8Kernel | None = None
 
     def inputs(self, frames: int) -> Tensor:
         """Return the part of the buffer for the input frames of a call."""
@@ -215,9 +216,9 @@ class _FP8Convolution(Convolution):
         weight = conv.weight.detach().to(device)
         assert conv.bias is not None
         self.bias = conv.bias.detach().to(device)
-        self._kernel = FP8Kernel.quantize(weight, bound=bound)
+        self.kernel = FP8Kernel.quantize(weight, bound=bound)
         self._operations = decoder_operations(device)
-        self.inverse_scale = self._kernel.inverse_scale
+        self.inverse_scale = self.kernel.inverse_scale
         self.buffer = weight.new_zeros(
             grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
         )
@@ -229,7 +230,8 @@ class _FP8Convolution(Convolution):
         batch, _, height, width, _ = self.buffer.shape
         assert self.bias is not None
         y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
-        self._operations.convolve(self.buffer, frames, self._kernel, y)
+        assert self.kernel is not None
+        self._operations.convolve(self.buffer, frames, self.kernel, y)
         self.keep_last(frames)
         return y
 
@@ -341,7 +343,10 @@ class AttentionStage:
 
 
 class UpsamplingStage:
-    """The upsampling at the end of a level, with the shortcut around the level."""
+    """The upsampling at the end of a level, with the shortcut around the level.
+
+    kernel, buffer: weights in E4M3 and the buffer of its inputs, if it computes in E4M3.
+    """
 
     def __init__(self, level: UpBlock, grid: Grid, device: torch.device, *, fp8: bool) -> None:
         """fp8: whether the convolution at the low resolution computes in E4M3, with a scale measured in every call."""
@@ -354,11 +359,11 @@ class UpsamplingStage:
         folded = fold_upsampling(conv.weight.detach()).to(device)
         self._bias = conv.bias.detach().to(device)
         self._weight = folded.contiguous(memory_format=torch.channels_last)
-        self._kernel: FP8Kernel | None = None
+        self.kernel: FP8Kernel | None = None
         if fp8:
-            self._kernel = FP8Kernel.quantize(folded.unsqueeze(2), bound=E4M3_MAX)
+            self.kernel = FP8Kernel.quantize(folded.unsqueeze(2), bound=E4M3_MAX)
             self._weight = folded.new_empty(0)
-            self._buffer = folded.new_zeros(
+            self.buffer = folded.new_zeros(
                 grid.batch, self.times * grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
             )
         self._offsets = _offsets(first.conv1.in_channels // level.out_channels, level.factors)
@@ -372,7 +377,7 @@ class UpsamplingStage:
         assert inputs.around is not None
         x = inputs.x if self._time is None or opening else self._double_time(self._time, inputs.x.shape[1])
         batch, frames, height, width, _ = x.shape
-        folded = self._convolve(x) if self._kernel is None else self._convolve_fp8(x, self._kernel)
+        folded = self._convolve(x) if self.kernel is None else self._convolve_fp8(x, self.kernel)
         total = folded.new_empty(batch, frames, 2 * height, 2 * width, self._bias.shape[0])
         gamma, normalized = target.gamma, target.normalized
         if gamma is None or normalized is None:
@@ -389,9 +394,9 @@ class UpsamplingStage:
 
     def _convolve_fp8(self, x: Tensor, kernel: FP8Kernel) -> Tensor:
         batch, frames, height, width, _ = x.shape
-        scale = self._operations.quantize(x, self._buffer[:, :frames, 1:-1, 1:-1])
+        scale = self._operations.quantize(x, self.buffer[:, :frames, 1:-1, 1:-1])
         folded = x.new_empty(batch, frames, height + 1, width + 1, len(kernel.values))
-        self._operations.convolve(self._buffer, frames, replace(kernel, scales=kernel.scales * scale), folded)
+        self._operations.convolve(self.buffer, frames, replace(kernel, scales=kernel.scales * scale), folded)
         return folded
 
     @staticmethod

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from longvideo.cli.main import main
 from longvideo.infer.bench import comparison
+from longvideo.infer.bench.decoder import time_decoder
+from longvideo.infer.bench.kernels import KernelMismatch
+from longvideo.kernels.vae import reference
+from longvideo.kernels.vae.format import FP8Kernel
 from longvideo.streaming.transformer import StreamingTransformer
+from longvideo.vae.config import AutoencoderConfig
 
 
 def test_the_report_has_every_kernel_with_its_bytes(
@@ -120,3 +127,34 @@ def test_passes_of_one_rank_are_measured(capsys: pytest.CaptureFixture[str], tmp
     report = json.loads(out.read_text())
     assert report["ranks"] == 1 and report["cache_bytes"] > 0 and report["error"] < comparison.VELOCITY_BOUNDS["bf16"]
     assert f"step {report['step_ms']:.1f} ms" in capsys.readouterr().out
+
+
+def test_the_decoder_needs_fp8_units(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "decoder", "--device", "cpu"]) == 2
+    assert "FP8 convolutions need a GPU of compute capability 8.9 or newer, got device 'cpu'" in capsys.readouterr().err
+
+
+def test_stages_of_the_decoder_are_checked_timed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longvideo.infer.bench.timing.CPU_REPEATS", 1)
+    config = replace(AutoencoderConfig.tiny(), decoder_base_dim=16)
+    timing = time_decoder(config, (2, 3), device=torch.device("cpu"))
+    names = [stage.stage for stage in timing.stages]
+    assert names[0] == "entry 24" and names[-1] == "exit 16" and names.count("upsampling 32") == 3
+    for stage in timing.stages:
+        in_fp8 = stage.stage.startswith(("residual", "upsampling"))
+        assert (stage.checked > 0) == in_fp8
+        assert (0 < stage.error < 0.05) == in_fp8
+    assert 30 < timing.psnr < 60
+
+
+def test_a_wrong_convolution_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(AutoencoderConfig.tiny(), decoder_base_dim=16)
+    right = reference.convolve
+
+    def wrong(inputs: Tensor, frames: int, kernel: FP8Kernel, out: Tensor) -> None:
+        right(inputs, frames, kernel, out)
+        out[0, 0, 0, 0, 0] += 1
+
+    monkeypatch.setattr(reference, "convolve", wrong)
+    with pytest.raises(KernelMismatch, match="1 of 384 values differ"):
+        time_decoder(config, (2, 3), device=torch.device("cpu"))
