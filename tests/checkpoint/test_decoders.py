@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.checkpoint import names, pickle_file
@@ -19,13 +17,13 @@ from longvideo.errors import CheckpointError, UserError
 from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.vae.autoencoder import Autoencoder, DecodingAutoencoder
 from longvideo.vae.config import AutoencoderConfig
-from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyEncoder, TinyForm
+from longvideo.vae.tae import TinyDecoder, TinyEncoder, TinyForm
 from tests import tae
 from tests.checkpoint import official, small
 from tests.checkpoint.random_weights import weights_of
+from tests.decoder_files import SMALL, save, tiny_weights
 
 WAN22 = AutoencoderConfig.wan22()
-SMALL = TinyAutoencoderConfig("base", z_dim=48, decoder_widths=(8, 6, 4, 4), encoder_width=4)
 PRUNED = replace(WAN22, base_dim=8, decoder_base_dim=12)
 
 
@@ -33,29 +31,9 @@ def latents(num_frames: int = 2) -> Tensor:
     return torch.randn(1, 48, num_frames, 2, 3, generator=torch.Generator().manual_seed(0))
 
 
-def tiny_weights(config: TinyAutoencoderConfig = SMALL, *, coders: tuple[str, ...] = ("decoder", "encoder")) -> dict:
-    """Return random weights of a tiny autoencoder under TAEHV's names."""
-    torch.manual_seed(0)
-    modules = {"decoder": TinyDecoder(config), "encoder": TinyEncoder(config)}
-    tables = {"decoder": names.TINY_DECODERS[config.form], "encoder": names.TINY_ENCODER}
-    return {
-        tables[coder].theirs(f"{coder}.{name}"): tensor
-        for coder in coders
-        for name, tensor in modules[coder].state_dict().items()
-    }
-
-
 def pruned() -> Autoencoder:
     torch.manual_seed(0)
     return Autoencoder(PRUNED).eval()
-
-
-def save(file: Path, weights: Mapping[str, Any]) -> Path:
-    if file.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
-    else:
-        torch.save(dict(weights), file)
-    return file
 
 
 def decoded(stored: StoredDecoder, latents_BCTHW: Tensor) -> Tensor:
