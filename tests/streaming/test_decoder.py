@@ -16,8 +16,15 @@ from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
 from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.streaming.decoder_plan import plan_stages
-from longvideo.streaming.decoder_stages import Grid, fold_upsampling
+from longvideo.streaming.decoder_stages import (
+    HISTORY,
+    LARGEST_OWN_CONV3D,
+    Grid,
+    PlainConvolution,
+    fold_upsampling,
+)
 from longvideo.vae import Autoencoder, AutoencoderConfig
+from longvideo.vae.layers import CausalConv3d
 
 SMALL = replace(
     AutoencoderConfig.tiny(),
@@ -76,6 +83,23 @@ def test_an_upsampling_and_its_convolution_are_one_small_convolution() -> None:
         for b in range(2):
             got[:, :, a::2, b::2] = folded[:, a, b, :, a : a + 4, b : b + 3]
     assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("height", [2, 3])
+def test_small_and_large_convolutions_on_a_cpu_are_the_same(height: int) -> None:
+    channels, frames = 512, 18
+    conv = CausalConv3d(channels, 4, (3, 3, 3))
+    # torch computes only the smaller one itself
+    assert (channels * (HISTORY + frames) * height <= LARGEST_OWN_CONV3D) == (height == 2)
+    x = torch.randn(2, channels, frames, height, 3, generator=torch.Generator().manual_seed(0))
+    convolution = PlainConvolution(conv, Grid(2, frames, height, 3), CPU)
+    convolution.inputs(frames).copy_(x.permute(0, 2, 3, 4, 1))
+    with torch.no_grad():
+        expected = torch.nn.functional.conv3d(
+            torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0)), conv.weight, conv.bias
+        ).permute(0, 2, 3, 4, 1)
+        assert (convolution(frames) - expected).abs().max() < 1e-5
+    assert torch.equal(convolution.buffer[:, :HISTORY], x.permute(0, 2, 3, 4, 1)[:, -HISTORY:])
 
 
 @pytest.mark.parametrize("pieces", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
