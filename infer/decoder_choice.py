@@ -34,18 +34,31 @@ def load_decoder(
     the first picture if another decoder is used, or that of the file if the model has none.
     """
     device = placement.decode_device
-    config = folder.vae_config if stored is None else stored.config
-    if formats.decoder == "auto":
-        formats = replace(formats, decoder=_fastest(config, placement))
-    dtype, fp8 = placement.decoder_dtype(formats.decoder), formats.decoder in FP8_FORMATS
     if stored is None:
-        autoencoder = folder.load_vae(device=device, dtype=dtype)
-        return WanDecoderModel(autoencoder, name=WAN, fp8=fp8), PictureEncoder(lambda: autoencoder), formats
-    decoder = stored.load_decoder(device=device, dtype=dtype)
+        formats = _measured(folder.vae_config, placement, formats)
+        autoencoder = folder.load_vae(device=device, dtype=placement.decoder_dtype(formats.decoder))
+        decoder = WanDecoderModel(autoencoder, name=WAN, fp8=formats.decoder in FP8_FORMATS)
+        return decoder, PictureEncoder(lambda: autoencoder), formats
+    model, formats = load_decoder_file(stored, placement, formats)
+    dtype = placement.decoder_dtype(formats.decoder)
     load = partial(folder.load_vae if "vae" in folder.parts else stored.load_encoder, device=device, dtype=dtype)
+    return model, PictureEncoder(load), formats
+
+
+def load_decoder_file(
+    stored: StoredDecoder, placement: Placement, formats: NumberFormats
+) -> tuple[DecoderModel, NumberFormats]:
+    """Load a decoder in a file. Return it, and the formats with the precision that was chosen."""
+    formats = _measured(stored.config, placement, formats)
+    decoder = stored.load_decoder(device=placement.decode_device, dtype=placement.decoder_dtype(formats.decoder))
     if isinstance(decoder, TinyDecoder):
-        return TinyDecoderModel(decoder, name=stored.kind), PictureEncoder(load), formats
-    return WanDecoderModel(decoder, name=stored.kind, fp8=fp8), PictureEncoder(load), formats
+        return TinyDecoderModel(decoder, name=stored.kind), formats
+    return WanDecoderModel(decoder, name=stored.kind, fp8=formats.decoder in FP8_FORMATS), formats
+
+
+def _measured(config: DecoderConfig, placement: Placement, formats: NumberFormats) -> NumberFormats:
+    """Return the formats with the precision of the decoder that `auto` means."""
+    return replace(formats, decoder=_fastest(config, placement)) if formats.decoder == "auto" else formats
 
 
 def _fastest(config: DecoderConfig, placement: Placement) -> DecoderPrecision:

@@ -202,13 +202,31 @@ class StreamingPipeline:
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
         about words that the model has not learned.
         """
+        return _frames_only(
+            self.stream_chunks(prompts, seconds=seconds, steps=steps, guidance=guidance, seed=seed, image=image)
+        )
+
+    def stream_chunks(
+        self,
+        prompts: str | Sequence[str] | Script,
+        *,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        image: FirstPicture | None = None,
+    ) -> Generator[GeneratedChunk, None, None]:
+        """Generate a video; yield its chunks, with frames and latents. Arguments and errors are those of `stream`.
+
+        The first chunk is returned twice: with its first frame, and with the others.
+        """
         script = as_script(prompts, seconds)
         options = SamplingOptions(steps, guidance, seed)
         shots = [shot.prompt for shot in script.shots]
         timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
         self._warn_unknown_words(shots)
         inputs = self._inputs(timeline, options, [options.seed], first_latent=self._first_latent(image))
-        return _frames_only(self._generate(inputs))
+        return self._generate(inputs)
 
     def session(
         self,

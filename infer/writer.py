@@ -45,6 +45,12 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     return path
 
 
+def check_fps(fps: object) -> None:
+    """Raise UserError for a value that is not a number of frames per second of a video."""
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps <= MAX_FPS:
+        raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
+
+
 class VideoWriter:
     """Writes frames to an H.264 file. Frames that were written can be played, even if the process is killed.
 
@@ -59,8 +65,7 @@ class VideoWriter:
         replaced. crf: quality of H.264, 0 to 51; lower values give better pictures and larger files.
         Raises UserError for a value that cannot be used.
         """
-        if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps <= MAX_FPS:
-            raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
+        check_fps(fps)
         self.path = check_output(path, overwrite=overwrite)
         self._overwrite = overwrite
         self._fps = Fraction(float(fps)).limit_denominator(1001)

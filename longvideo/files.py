@@ -136,6 +136,36 @@ def write_folder(path: Path, *, overwrite: bool = False, plan: object = None) ->
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
+class Spool:
+    """A temporary file that grows, with values of a file that is written later. file: its path."""
+
+    def __init__(self, path: Path, file: Path) -> None:
+        self._path, self.file = path, file
+
+    def append(self, data: memoryview) -> int:
+        """Append bytes and return their offset. Raises WriteError with the path of the later file."""
+        with _as_write_error(self._path, self.file), self.file.open("ab", buffering=0) as stream:
+            offset, left = stream.seek(0, os.SEEK_END), data
+            while left:
+                left = left[stream.write(left) :]
+        return offset
+
+
+@contextmanager
+def spooled(path: Path) -> Generator[Spool]:
+    """Yield a temporary file next to a path, and remove it at the end of the block.
+
+    The caller must hold the lock of the path, see `locked_target`, which removes the files of killed processes.
+    """
+    file = temporary_name(Path(os.path.realpath(path)))
+    with _as_write_error(path, file), file.open("xb"):
+        pass
+    try:
+        yield Spool(path, file)
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def check_target(path: Path, *, overwrite: bool = True) -> None:
     """Raise WriteError for a target that `write_file` could not write, before the work; nothing on the disk changes.
 

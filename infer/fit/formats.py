@@ -73,9 +73,14 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, de
         f"products {_format(precision, name)}: {product_backend(precision, device)}",
         f"KV cache: {kept}",
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
-        f"decoding on {placement.decode_device} by {decoder} in {_decoding(formats, placement)}",
+        decoding_line(formats, placement, decoder=decoder),
     )
     return " | ".join(parts)
+
+
+def decoding_line(formats: NumberFormats, placement: Placement, *, decoder: str) -> str:
+    """Return the device, the name and the data type of a decoder in words. decoder: name of the decoder."""
+    return f"decoding on {placement.decode_device} by {decoder} in {_decoding(formats, placement)}"
 
 
 def _decoding(formats: NumberFormats, placement: Placement) -> str:

@@ -56,6 +56,20 @@ def locate(name: str | Path) -> Path:
     raise CheckpointError(f"there is no model {text!r}; {remedy}")
 
 
+def is_local(name: str) -> bool:
+    """Return whether a name is that of a packaged model or of an existing path, which is not downloaded."""
+    try:
+        return name in SHIPPED or Path(name).expanduser().exists()
+    except (RuntimeError, ValueError, OSError):
+        return False
+
+
+def lasting_name(path: Path) -> str:
+    """Return a name of a located model that is valid in any working folder: a packaged name, or an absolute path."""
+    packaged = {folder: name for name, folder in SHIPPED.items()}
+    return packaged.get(path) or str(path.absolute())
+
+
 def check_links(folder: Path) -> None:
     """Raise CheckpointError if a file that would be read as part of a model is a link to outside of its folder.
 

@@ -59,13 +59,14 @@ class MissingEntry(CheckpointError):
     """A training checkpoint has no dict of the requested name."""
 
 
-def open_file(file: Path, entry: str | None = None) -> Weights:
+def open_file(file: Path, entry: str | None = None, *, bare: str | None = None) -> Weights:
     """Open the tensors of a file, or of one of its dicts.
 
     entry: name of the dict; None uses the first of ENTRIES and LORA_ENTRIES that exists, or else the file itself or
     the innermost of ENCLOSING. The metadata of the result has the numbers and texts of the file, such as "step", and
-    under "entry" the name of the dict. Raises CheckpointError, naming the file, if it is truncated, in the format
-    before torch 1.6, or contains anything but tensors, numbers and texts.
+    under "entry" the name of the dict. bare: name of a tensor that is not in a dict; None refuses such a file.
+    Raises CheckpointError, naming the file, if it is truncated, in the format before torch 1.6, or contains anything
+    but tensors, numbers and texts.
     """
     _check_archive(file)
     try:
@@ -73,6 +74,8 @@ def open_file(file: Path, entry: str | None = None) -> Weights:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or contains more than tensors: {_reason(error)}") from error
+    if bare is not None and isinstance(content, Tensor):
+        content = {bare: content}
     metadata, tensors = _select(file, content, entry)
     size = file.stat().st_size
     return Weights({name: _place(file, size, name, tensor) for name, tensor in tensors.items()}, [file], metadata)

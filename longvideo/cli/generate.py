@@ -6,8 +6,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -41,10 +41,12 @@ from longvideo.infer.script import Script
 from longvideo.machine.launcher import is_main_process
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
+    from longvideo.checkpoint.latents import LatentsHeader, LatentsWriter
     from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.generation import GeneratedChunk
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.quantization.number_formats import NumberFormats
 
@@ -90,7 +92,11 @@ def generate(
     attention: AttentionFormat = "bf16",
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="File for the latents of the video, .safetensors, which `longvideo decode` decodes again."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")] = False,
     output: Annotated[Path, typer.Option(*OUTPUT, help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
 ) -> None:
     """Generate a video from prompts, chunk by chunk.
@@ -125,6 +131,9 @@ def generate(
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
+        if latents is not None:
+            _check_latents_file(latents, overwrite=overwrite)
+    from longvideo.checkpoint.latents import LatentsWriter
     from longvideo.infer.fit.placement import Placement
     from longvideo.streaming.parallel import launched_ranks
 
@@ -135,7 +144,8 @@ def generate(
             if group is not None and group.rank() > 0:
                 _take_part(video, load)
                 return
-            _write(video, load, output, overwrite=overwrite, start=start)
+            with nullcontext() if latents is None else LatentsWriter(latents) as latents_writer:
+                _write(video, load, output, latents_writer, overwrite=overwrite, start=start)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
@@ -148,16 +158,22 @@ class VideoChoice:
     options: SamplingOptions
     image: Path | None
 
-    def stream(self, pipeline: StreamingPipeline) -> Generator[np.ndarray, None, None]:
-        """Return the frames as `StreamingPipeline.stream` does."""
+    def stream(self, pipeline: StreamingPipeline) -> Generator[GeneratedChunk, None, None]:
+        """Return the chunks as `StreamingPipeline.stream_chunks` does."""
         steps, guidance, seed = self.options.steps, self.options.guidance, self.options.seed
-        return pipeline.stream(self.script, steps=steps, guidance=guidance, seed=seed, image=self.image)
+        return pipeline.stream_chunks(self.script, steps=steps, guidance=guidance, seed=seed, image=self.image)
 
 
 def _write(
-    video: VideoChoice, load: Callable[[], StreamingPipeline], output: Path, *, overwrite: bool, start: float
+    video: VideoChoice,
+    load: Callable[[], tuple[StreamingPipeline, LatentsHeader]],
+    output: Path,
+    latents: LatentsWriter | None,
+    *,
+    overwrite: bool,
+    start: float,
 ) -> None:
-    """Generate the video and write it.
+    """Generate the video and write it, and its latents if there is a writer for them.
 
     start: time at which the command started, on `time.perf_counter`.
     A signal stops the generation; the file is finished before Stopped is raised.
@@ -167,7 +183,7 @@ def _write(
     interruption = None
     with _display() as display:
         display.set_stage("loading")
-        pipeline = load()
+        pipeline, header = load()
         print(pipeline.start_line(), file=sys.stderr)
         chunks = _stream_with_warnings(video, pipeline)
         plan = pipeline.plan(video.script)
@@ -176,21 +192,37 @@ def _write(
         with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer:
             try:
                 with closing(chunks):
-                    for frames in chunks:
-                        writer.write(frames)
-                        tally.add(len(frames))
+                    for chunk in chunks:
+                        if latents is not None:
+                            latents.add(_new_latents(chunk))
+                        writer.write(chunk.frames[0])
+                        tally.add(len(chunk.frames[0]))
                         display.show(tally)
             except Stopped as stop:
                 interruption = stop
     with without_reader(STDOUT):
         print(_summary(output, writer.num_frames, tally, pipeline.fps), flush=True)
+    if latents is not None and writer.num_frames:
+        scale = pipeline.models.decoder.config.scale_factor_temporal
+        num_latents = 1 + -(-(writer.num_frames - 1) // scale)
+        latents.finish(num_latents, replace(header, num_frames=writer.num_frames))
+        with without_reader(STDOUT):
+            print(f"{latents.path}: {num_latents} latent frames", flush=True)
     if interruption:
         raise interruption
 
 
-def _take_part(video: VideoChoice, load: Callable[[], StreamingPipeline]) -> None:
+def _new_latents(chunk: GeneratedChunk) -> Tensor:
+    """Return the latents of the frames that a part of a video adds. The first chunk has two parts."""
+    latents = chunk.record.latents
+    if chunk.step.index > 0 or chunk.step.num_frames == 1:
+        return latents
+    return latents[:, :, 1:] if chunk.is_complete else latents[:, :, :1]
+
+
+def _take_part(video: VideoChoice, load: Callable[[], tuple[StreamingPipeline, LatentsHeader]]) -> None:
     """Compute this rank's share of a video that rank 0 writes."""
-    pipeline = load()
+    pipeline, _ = load()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rank 0 prints the warnings
         chunks = video.stream(pipeline)
@@ -303,6 +335,15 @@ class ProgressBar:
             self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
 
 
+def _check_latents_file(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError for a file of latents that cannot be written. Nothing on the disk is changed."""
+    from longvideo.files import check_target
+
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"cannot write {path}: expected a name that ends in .safetensors")
+    check_target(path, overwrite=overwrite)
+
+
 def _display() -> Display:
     return ProgressBar() if sys.stderr.isatty() else PlainLines()
 
@@ -324,8 +365,13 @@ def _load(
     formats: NumberFormats,
     decoder_name: str | None,
     group: ProcessGroup | None,
-) -> StreamingPipeline:
-    """Check everything that can be checked without weights, then load them."""
+) -> tuple[StreamingPipeline, LatentsHeader]:
+    """Check everything that can be checked without weights, then load them.
+
+    Return the pipeline, and the notes about its model for a file of latents.
+    """
+    from longvideo.checkpoint.latents import LatentsHeader
+    from longvideo.checkpoint.locations import lasting_name, locate
     from longvideo.data.pictures import read_image
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
@@ -336,11 +382,18 @@ def _load(
     folder = choice.open()
     plan_chunks(video.script, chunk_timing(folder.settings, folder.latents_config))
     release_large_blocks()
-    return StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name, group=group)
+    header = LatentsHeader(
+        model=lasting_name(folder.path),
+        base=None if choice.base is None else lasting_name(locate(choice.base)),
+        fps=folder.settings.fps,
+        chunk_frames=folder.settings.chunk_frames,
+    )
+    pipeline = StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name, group=group)
+    return pipeline, header
 
 
-def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Generator[np.ndarray, None, None]:
-    """Return the frames of the video, and print the warnings about its prompts."""
+def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Generator[GeneratedChunk, None, None]:
+    """Return the chunks of the video, and print the warnings about its prompts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         chunks = video.stream(pipeline)

@@ -21,6 +21,7 @@ from longvideo.machine.launcher import is_main_process
 
 COMMANDS = {
     "generate": "longvideo.cli.generate:generate",
+    "decode": "longvideo.cli.decode:decode",
     "serve": "longvideo.cli.serve:serve",
     "train": "longvideo.cli.train:app",
     "distill": "longvideo.cli.distill:distill",
