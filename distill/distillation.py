@@ -51,12 +51,11 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_sche
 from longvideo.training.recipe import Recipe
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import LORA, MODEL, describe_model
-from longvideo.training.sampling import SampleDecoder, sample_videos
+from longvideo.training.sampling import SampleDecoder, Samples, sample_videos
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import torch
 
     from longvideo.distill.config import Distillation
@@ -191,14 +190,16 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         clips, captions, scenes = self._shown()
         for steps in config.steps:
             with self.decoder.on_device() as autoencoder:
-                videos = [video for clip in clips for video in self.generate(clip, autoencoder, steps)]
+                samples = Samples.join([self.generate(clip, autoencoder, steps) for clip in clips])
             scores = record_samples(
-                videos,
+                samples.frames,
+                samples.latents,
                 captions,
                 folder / f"student_{step:07d}_{steps}_steps.png",
                 shown=MOST_SHOWN,
                 scenes=scenes if config.judge else (),
                 fps=self.settings.fps,
+                decoder=self.decoder.folder,
             )
             values |= {f"{name}_{steps}": value for name, value in scores.items()}
         return values
@@ -357,8 +358,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         drawn = [ChunkScript((prompt,) * config.chunks, cuts) for prompt in prompts]
         return [self.source.assemble(drawn, 0, numbers)], prompts, scenes
 
-    def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> list[np.ndarray]:
-        """Return uint8 [T, H, W, 3] of every sample, as the finished student generates it in `steps` steps."""
+    def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> Samples:
+        """Return samples of every video, as the finished student generates it in `steps` steps."""
         return sample_videos(
             self.roles.switch(Role.STUDENT),
             autoencoder,

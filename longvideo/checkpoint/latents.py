@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,7 +207,7 @@ class _Joined:
 
     parts: tuple[tuple[InFile, int], ...]
 
-    @cached_property
+    @property
     def info(self) -> TensorInfo:
         first = self.parts[0][0].info
         batch, channels, _, height, width = first.shape

@@ -6,6 +6,7 @@ Shapes: N chunks, B samples, P texts, J text positions, D text width, C channels
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,19 @@ class SampleDecoder:
             self._autoencoder.to("cpu")
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Sample videos. frames: uint8 [T, H, W, 3] of each. latents: [B, C, T, h, w], normalized, bf16, on the CPU."""
+
+    frames: list[np.ndarray]
+    latents: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        """Return the samples of several calls together. parts: at least one, of videos of one size."""
+        return cls([frames for part in parts for frames in part.frames], torch.cat([part.latents for part in parts]))
+
+
 @torch.no_grad()
 def sample_videos(
     transformer: CausalTransformer,
@@ -59,15 +73,15 @@ def sample_videos(
     seeds: Sequence[int],
     first_latent: Tensor | None = None,
     cache_type: type[ChunkCache] = KVCache,
-) -> list[np.ndarray]:
-    """Return uint8 frames [T, H, W, 3] of every sample.
+) -> Samples:
+    """Generate a video for every seed.
 
     features_PJD: output of the text encoder for the texts of `batch_texts`. rows_NB: rows of `batch_texts`. cuts:
     whether each chunk opens a shot. seeds: seed of each sample's noise. first_latent: [B, C, 1, h, w], normalized; it
     is kept as the first latent frame. cache_type: class of the KV cache.
     """
     weight = autoencoder.post_quant_conv.weight
-    state, frames = None, []
+    state, frames, all_latents = None, [], []
     chunks = _conditionings(transformer, features_PJD, rows_NB, cuts, first_latent)
     for latents in rollout(
         CachedTransformer(transformer, spec, batch=branches(settings.guidance) * len(seeds), cache_type=cache_type),
@@ -79,7 +93,8 @@ def sample_videos(
     ):
         video, state = autoencoder.decode(autoencoder.denormalize(latents).to(weight), state)
         frames.append(to_uint8(video).cpu().numpy())
-    return list(np.concatenate(frames, axis=1))
+        all_latents.append(latents.bfloat16().cpu())
+    return Samples(list(np.concatenate(frames, axis=1)), torch.cat(all_latents, dim=2))
 
 
 def _conditionings(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.latents import open_latents
 from longvideo.cli.main import main
 from longvideo.data.encoded import EncodedDataset
 from longvideo.distill.config import BackboneConfig
@@ -45,7 +46,7 @@ def velocity(model: CausalTransformer) -> Tensor:
         return model(latents, torch.full((1, 2), 0.5), text, rope=rope, attention=Full())
 
 
-def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(distill_run: Path) -> None:
+def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(distill_run: Path, distill_folder: Path) -> None:
     lines = [json.loads(line) for line in (distill_run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [("student_loss" in line) for line in steps] == [True, False, True, False]
@@ -55,15 +56,20 @@ def test_a_run_leaves_an_adapter_and_a_model_of_few_steps(distill_run: Path) -> 
     assert (folder.settings.steps, folder.settings.guidance, folder.settings.clean_pass) == (4, 1.0, True)
     assert {path.name for path in (distill_run / "samples").iterdir()} == {
         "student_0000004_4_steps.png",
+        "student_0000004_4_steps.latents.safetensors",
         "student_0000004_2_steps.png",
+        "student_0000004_2_steps.latents.safetensors",
     }
+    latents = open_latents(distill_run / "samples" / "student_0000004_2_steps.latents.safetensors")
+    assert latents.header.model == str(distill_folder / "model") and latents.num_videos == 2
+    latents.check_values()
 
 
 def test_in_the_precision_of_a_gpu_and_with_a_critic_that_goes_first(distill_folder: Path) -> None:
     assert main(arguments(distill_folder, "bf16", "trainer.precision=bf16", "critic_first=1", "dmd.shift=2")) == 0
     lines = [json.loads(line) for line in (distill_folder / "bf16" / "metrics.jsonl").read_text().splitlines()]
     assert ["student_loss" in line for line in lines if "loss" in line] == [False, False, True, False]
-    assert len(list((distill_folder / "bf16" / "samples").iterdir())) == 2
+    assert len(list((distill_folder / "bf16" / "samples").glob("*.png"))) == 2
 
 
 def test_the_merged_model_is_backbone_and_adapter(distill_run: Path) -> None:

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.latents import open_latents
 from longvideo.cli.main import main
+from tests.folders import file_names
 from tests.train.small import Toy
 
 
@@ -69,7 +71,12 @@ def test_transformer_run_stopped_and_resumed_gives_the_same_weights(trained: Pat
     folder = ModelFolder.open(trained / "whole" / "model")
     assert folder.parts == ("transformer", "vae", "text_encoder")
     assert folder.load_transformer().patch_embedding.weight.dtype == torch.bfloat16
-    assert (trained / "whole" / "samples" / "ar_0000004.png").is_file()
+    samples = trained / "whole" / "samples"
+    assert (samples / "ar_0000004.png").is_file()
+    assert main(["decode", str(samples / "ar_0000004.latents.safetensors"), "-o", str(samples / "videos")]) == 0
+    shown = open_latents(samples / "ar_0000004.latents.safetensors")
+    assert shown.header.model == str(trained / "vae" / "model") and shown.num_videos == 1
+    assert file_names(samples / "videos") == ["ar_0000004.mp4"]
 
 
 def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

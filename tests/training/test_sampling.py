@@ -23,6 +23,7 @@ from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.files import write_json
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.pixels import to_uint8
 from longvideo.text.encoder import TextEncoder
 from longvideo.train.batch import ViewStage
 from longvideo.train.clips.recipe import ClipRecipe, ClipTraining, ClipValidationConfig
@@ -95,7 +96,13 @@ def test_a_sample_of_clips_with_cuts_is_what_the_exported_model_generates(tmp_pa
     folder = ModelFolder.open(model)
     clips = TextClips(folder.load_text_encoder(dtype=torch.float32))
     # the clip has two chunks; its last caption stays in the third
-    sample = recipe.roll_out(clips, clips.clips[0], folder.load_vae(dtype=torch.float32), seed=0)
+    autoencoder = folder.load_vae(dtype=torch.float32)
+    samples = recipe.roll_out(clips, clips.clips[0], autoencoder, seed=0)
+    (sample,) = samples.frames
+    with torch.no_grad():
+        video, _ = autoencoder.decode(autoencoder.denormalize(samples.latents.float()))
+    assert samples.latents.dtype == torch.bfloat16
+    assert np.abs(to_uint8(video)[0].numpy().astype(int) - sample).mean() < 1  # bf16 latents are rounded
     recipe.export(tmp_path / "export")
     assert same(sample, generated(tmp_path / "export", [SHOTS], SECONDS)[0])
     for name, other in (("cache", {"clean_pass": not clean_pass, "cut_prefix": PREFIX}), ("words", {"cut_prefix": ""})):
@@ -124,7 +131,7 @@ def test_a_sample_of_shapeworld_is_what_the_exported_model_generates(tmp_path: P
     for parameter in recipe.transformer.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     prompts = ["a red circle moves left", "a blue square on a green background"]
-    samples = np.stack(recipe.roll_out(prompts))
+    samples = np.stack(recipe.roll_out(prompts).frames)
     recipe.export(tmp_path / "export")
     shots = [(prompt,) for prompt in prompts]
     assert same(samples, generated(tmp_path / "export", shots, (sum(SECONDS),)))
@@ -153,7 +160,7 @@ def test_a_sample_of_the_student_is_what_the_exported_model_generates(
     script = ChunkScript((SHOTS[0], SHOTS[1], SHOTS[1]), (True, True, False))
     clip = recipe.source.assemble([script], 0, [0])
     folder = ModelFolder.open(model)
-    (sample,) = recipe.generate(clip, folder.load_vae(dtype=torch.float32), 2)
+    (sample,) = recipe.generate(clip, folder.load_vae(dtype=torch.float32), 2).frames
     recipe.export(tmp_path / "run" / "model")
     exported = ModelFolder.open(tmp_path / "run" / "model").settings
     assert exported.clean_pass == (cache_fill == "clean") and exported.cut_prefix == PREFIX

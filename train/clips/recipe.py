@@ -43,13 +43,11 @@ from longvideo.training.objective import stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
-from longvideo.training.sampling import SampleDecoder, sample_videos
+from longvideo.training.sampling import SampleDecoder, Samples, sample_videos
 from longvideo.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
     from longvideo.training.checkpoint import Checkpoint
     from longvideo.vae.autoencoder import Autoencoder
@@ -229,18 +227,28 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         clips = self.held_out or self.clips
         shown = clips.clips[: config.prompts]
         with self.decoder.on_device() as autoencoder:
-            videos = [self.roll_out(clips, clip, autoencoder, seed=seed) for seed, clip in enumerate(shown)]
+            samples = Samples.join(
+                [self.roll_out(clips, clip, autoencoder, seed=seed) for seed, clip in enumerate(shown)]
+            )
         captions = [" / ".join(dict.fromkeys(clip.captions[: config.chunks])) for clip in shown]
         file = folder / f"ar_{step:07d}.png"
-        return record_samples(videos, captions, file, shown=len(videos), fps=self.settings.fps)
+        return record_samples(
+            samples.frames,
+            samples.latents,
+            captions,
+            file,
+            shown=len(shown),
+            fps=self.settings.fps,
+            decoder=self.decoder.folder,
+        )
 
-    def roll_out(self, clips: Clips, clip: ClipInfo, autoencoder: Autoencoder, *, seed: int) -> np.ndarray:
-        """Return uint8 frames [T, H, W, 3]. After the last chunk of a clip its last caption is used."""
+    def roll_out(self, clips: Clips, clip: ClipInfo, autoencoder: Autoencoder, *, seed: int) -> Samples:
+        """Return one sample. After the last chunk of a clip its last caption is used."""
         chunks, last = self.config.validation.chunks, len(clip.captions) - 1
         prompts = [clip.captions[min(chunk, last)] for chunk in range(chunks)]
         cuts = [chunk <= last and bool(clip.cuts[chunk]) for chunk in range(chunks)]
         texts = batch_texts([prompts], cuts, cut_prefix=self.settings.cut_prefix)
-        (video,) = sample_videos(
+        return sample_videos(
             self.transformer,
             autoencoder,
             self.settings,
@@ -250,7 +258,6 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             cuts=cuts,
             seeds=[seed],
         )
-        return video
 
     def _source(self, clips: Clips, stages: Sequence[ViewStage], views: ClipViewConfig, seed: int) -> ClipViewSource:
         pins_matter = self.config.objective.context == "window" and self.spec.pin_shots

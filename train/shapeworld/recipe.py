@@ -33,14 +33,12 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
-from longvideo.training.sampling import sample_videos
+from longvideo.training.sampling import Samples, sample_videos
 from longvideo.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    import numpy as np
 
     from longvideo.training.checkpoint import Checkpoint
 
@@ -311,18 +309,21 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             return {}
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
+        samples = self.roll_out(prompts)
         return record_samples(
-            self.roll_out(prompts),
+            samples.frames,
+            samples.latents,
             prompts,
             folder / f"ar_{step:07d}.png",
             shown=config.shown,
             scenes=scenes if config.judge else (),
             fps=FPS,
+            decoder=self.vae_folder,
         )
 
     @torch.no_grad()
-    def roll_out(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Generate one clip for each prompt, in one batch: uint8 [T, H, W, 3] each."""
+    def roll_out(self, prompts: Sequence[str]) -> Samples:
+        """Generate one clip for each prompt, in one batch."""
         chunks = self.config.rollout.chunks
         cuts = (False,) * chunks
         texts = batch_texts([[prompt] * chunks for prompt in prompts], cuts, cut_prefix=self.config.settings.cut_prefix)
