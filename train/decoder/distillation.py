@@ -28,6 +28,8 @@ class DistillationConfig(Bounded):
     """Weights of the terms of the loss.
 
     l1: weight of the absolute error.
+    l2: weight of the squared error. It makes the decoder show small objects early in a run: until it does, the absolute
+        error is small, because they cover few pixels.
     edge: weight of the absolute error of differences between pixels that are neighbors in space.
     temporal: weight of the absolute error of differences between pixels that are neighbors in time.
     outlines: additional weight of the pixels near an outline, which is an edge of color in the full decoder's picture.
@@ -36,6 +38,7 @@ class DistillationConfig(Bounded):
     """
 
     l1: float = bounded(1.0, least=0)
+    l2: float = bounded(2.0, least=0)
     edge: float = bounded(1.0, least=0)
     temporal: float = bounded(0.5, least=0)
     outlines: float = bounded(4.0, least=0)
@@ -91,17 +94,18 @@ class DecoderDistillation(Objective):
             # the number of frames is that of the whole step, so that shares of a step add up to its loss
             return (values.mean(1, keepdim=True) * weights).mean((1, 3, 4)).sum() / mean_weight
 
-        l1 = mean(error.abs(), weight)
+        l1, l2 = mean(error.abs(), weight), mean(error.square(), weight)
         edge = (
             mean(difference(error, 3).abs(), tail(weight, 3)) + mean(difference(error, 4).abs(), tail(weight, 4))
         ) / 2
         temporal = mean(difference(error, 2).abs(), tail(weight, 2) * frames[:, :, :-1])
-        loss = config.l1 * l1 + config.edge * edge + config.temporal * temporal
+        loss = config.l1 * l1 + config.l2 * l2 + config.edge * edge + config.temporal * temporal
         squared_BF = (error.detach().clamp(-VIDEO_RANGE, VIDEO_RANGE) / VIDEO_RANGE).square().mean((1, 3, 4))
         psnr = -10 * squared_BF.clamp_min(1e-10).log10()
         return loss, {
             "psnr": ratio((psnr * weight_BF).sum(), weight_BF.sum()),
             "l1": l1.detach(),
+            "l2": l2.detach(),
             "edge": edge.detach(),
             "temporal": temporal.detach(),
         }

@@ -109,7 +109,7 @@ def test_windows_decode_as_the_stream_does(source: WindowSource, student: TinyDe
 def test_loss_equals_its_definition(source: WindowSource, student: TinyDecoder) -> None:
     batch = source.batch(0)
     video = torch.rand(batch.pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    config = DistillationConfig(l1=0.5, edge=0.7, temporal=0.3, outlines=3.0)
+    config = DistillationConfig(l1=0.5, l2=0.2, edge=0.7, temporal=0.3, outlines=3.0)
     loss, metrics = objective(student, config).compare(video, batch.pixels, batch.weight, batch.mean_weight)
     frames = batch.weight[:, None, :, None, None]
     weight = (1 + 3 * color_outlines(batch.pixels)) * frames
@@ -118,6 +118,7 @@ def test_loss_equals_its_definition(source: WindowSource, student: TinyDecoder) 
     changes = (error[:, :, 1:] - error[:, :, :-1]).abs() * weight[:, :, 1:] * frames[:, :, :-1]
     expected = (
         0.5 * (error.abs() * weight).sum() / (count * 3 * 32 * 64)
+        + 0.2 * (error.square() * weight).sum() / (count * 3 * 32 * 64)
         + 0.35 * (rows.abs() * weight[..., 1:, :]).sum() / (count * 3 * 31 * 64)
         + 0.35 * (columns.abs() * weight[..., 1:]).sum() / (count * 3 * 32 * 63)
         + 0.3 * changes.sum() / (count * 3 * 32 * 64)
@@ -125,7 +126,7 @@ def test_loss_equals_its_definition(source: WindowSource, student: TinyDecoder) 
     torch.testing.assert_close(loss, expected)
     perfect, parts = objective(student).compare(batch.pixels, batch.pixels, batch.weight, batch.mean_weight)
     assert perfect == 0 and parts["psnr"][0] / parts["psnr"][1] == 100
-    assert metrics.keys() == parts.keys() == {"psnr", "l1", "edge", "temporal"}
+    assert metrics.keys() == parts.keys() == {"psnr", "l1", "l2", "edge", "temporal"}
 
 
 def test_shares_of_a_step_have_the_gradient_of_the_whole(source: WindowSource, student: TinyDecoder) -> None:
