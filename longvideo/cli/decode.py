@@ -88,7 +88,7 @@ def decode(
         raise UserError("there is --base, but no --model; name the model that made the latents")
     saved = open_saved(latents, num=num)
     outputs = output_files(saved, output, overwrite=overwrite)
-    chosen = LatentsDecoder.choose(saved, _open_model(saved, model, base), one_decoder(decoder), placement)
+    chosen = LatentsDecoder.choose(saved, open_model(saved, model, base), one_decoder(decoder), placement)
     num_frames = chosen.check(saved, formats)
     try:
         with stop_signals():
@@ -130,7 +130,7 @@ def create_folder(path: Path) -> None:
         raise UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _open_model(saved: SavedLatents, model: str | None, base: str | None) -> ModelFolder | None:
+def open_model(saved: SavedLatents, model: str | None, base: str | None) -> ModelFolder | None:
     """Open the model with a name, or else the one that the latents name; None if it is not on this machine."""
     from longvideo.checkpoint.locations import is_local
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.cli.evaluation_decoders import decoder
 from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
 from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
@@ -255,6 +256,7 @@ def switches(
 
 app.command()(sheet)
 app.command()(curves)
+app.command()(decoder)
 
 
 @app.command()
