@@ -201,6 +201,11 @@ def latents_per_step(device: torch.device, size: tuple[int, int], chunk_latents:
     return chunk_latents if size[0] * size[1] <= SMALL_GRID else 1
 
 
+def decoding_threads() -> int:
+    """Return the number of CPU threads of the thread that decodes, and of the one that denoises at the same time."""
+    return max(1, torch.get_num_threads() // 2)
+
+
 def mark_ready(latents: Tensor) -> torch.cuda.Event | None:
     """Return an event after which latents on CUDA are complete: all work queued on the current stream so far."""
     if latents.device.type != "cuda":

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
-from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, mark_ready
+from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, decoding_threads, mark_ready
 from longvideo.infer.encode import PictureEncoder
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.history import ChunkRecord, Past
@@ -176,7 +176,7 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
     # On two cores, one thread each for denoising and decoding is faster than two threads for one after the other (86
     # against 58 frames per second). It also has no barriers, where every small operation waits for the scheduler of a
     # busy machine.
-    share = max(1, cpu_threads // 2)
+    share = decoding_threads()
     latents = BackgroundIterator(partial(_with_threads, share, denoise), capacity=CHUNKS_AHEAD, name="denoise")
     decode = partial(_decode, stages.decoder, inputs.past, latents)
     frames = BackgroundIterator(partial(_with_threads, share, decode), capacity=CHUNKS_AHEAD, name="decode")

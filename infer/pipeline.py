@@ -20,7 +20,7 @@ from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.decoder_choice import load_decoder
+from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
 from longvideo.infer.fit.formats import check_formats, check_hardware, start_line
 from longvideo.infer.fit.memory import Workload
 from longvideo.infer.fit.placement import Placement
@@ -140,13 +140,13 @@ class StreamingPipeline:
         shapes = folder_shapes(folder, chosen)
         check_formats(shapes, formats, placement, name=str(folder.path))
         check_memory(Workload(shapes=shapes, formats=formats, placement=placement))
+        packed = folder.is_packed
+        formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
         denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
         with ThreadPoolExecutor() as pool:
             text_encoder = pool.submit(folder.load_text_encoder, **denoising)
             transformer = pool.submit(folder.load_transformer, **denoising)
-            packed = folder.is_packed
-            formats = formats.effective(packed=packed)
-            decoder, encoder, formats = load_decoder(folder, chosen, placement, formats)
+            decoder, encoder = load_decoder(folder, chosen, placement, formats)
             models = Models(
                 transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
                 decoder=decoder,

@@ -20,7 +20,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import UserError
 from longvideo.infer.decode import ChunkDecoder, mark_ready
-from longvideo.infer.decoder_choice import load_decoder, load_decoder_file
+from longvideo.infer.decoder_choice import load_decoder, load_decoder_file, with_decoder_precision
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.decoders import check_fp8
 from longvideo.vae.config import AutoencoderConfig
@@ -137,9 +137,10 @@ class LatentsDecoder:
 
     def load(self, placement: Placement, formats: NumberFormats) -> tuple[DecoderModel, NumberFormats]:
         """Load the weights. Return them, and the formats with the precision that was chosen."""
+        formats = with_decoder_precision(formats, self.config, placement)
         if self.stored is not None:
-            return load_decoder_file(self.stored, placement, formats)
-        decoder, _, formats = load_decoder(self._own_folder, None, placement, formats)
+            return load_decoder_file(self.stored, placement, formats), formats
+        decoder, _ = load_decoder(self._own_folder, None, placement, formats)
         return decoder, formats
 
     def chunk_frames(self, saved: SavedLatents) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.infer.bench.step import random_model
+from longvideo.infer.decoder_choice import with_decoder_precision
 from longvideo.infer.encode import PictureEncoder
 from longvideo.infer.generation import Models
 from longvideo.quantization.convert import with_precision
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberFormats) -> Models:
     """Return models of these shapes with random weights. The features of prompts are random, too."""
     config, device = shapes.transformer, placement.device
+    formats = with_decoder_precision(formats.effective(packed=False), shapes.decoder_config, placement)
     transformer = random_model(config, device, placement.denoise_dtype)
     transformer = with_precision(transformer, formats.precision_of(packed=False))
-    decoder = _random_decoder(shapes.decoder or shapes.autoencoder, placement, formats)
+    decoder = _random_decoder(shapes.decoder_config, placement, formats)
     return Models(
         transformer=transformer.eval().requires_grad_(False),
         decoder=decoder,
@@ -38,7 +40,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
         settings=shapes.settings,
         spec=shapes.spec,
         placement=placement,
-        formats=formats.effective(packed=False),
+        formats=formats,
     )
 
 

@@ -8,7 +8,7 @@ from longvideo.errors import UserError
 from longvideo.kernels.backends import attention_backend, convolution_backend, kernels_on, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
-from longvideo.streaming.decoders import check_fp8
+from longvideo.streaming.decoders import check_fp8, check_share
 
 if TYPE_CHECKING:
     from longvideo.infer.fit.placement import Placement
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 def check_formats(shapes: ModelShapes, formats: NumberFormats, placement: Placement, *, name: str) -> None:
     """Raise UserError where a model cannot run in these formats on its devices. name: of the model, for the error."""
-    check_shapes(shapes, formats, name=name)
+    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
     check_hardware(formats, placement)
 
 
-def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> None:
+def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, decode_share: float = 0.0, name: str) -> None:
     """Raise UserError where a model of these shapes cannot run in these formats on any device.
 
-    name: name of the model, for the error.
+    decode_share: as in `Placement`. name: name of the model, for the error.
     """
     config = shapes.transformer
     if formats.precision in ("bf16", *FP8_FORMATS) and shapes.packed:
@@ -42,8 +42,9 @@ def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, name: str) -> N
             f"the widths of {name} are {config.dim} and {config.ffn_dim}; precision {formats.precision} needs multiples"
             f" of {GROUP}; use precision bf16"
         )
+    check_share(shapes.decoder_config, decode_share, shapes.decoder_name)
     if formats.decoder in FP8_FORMATS:
-        check_fp8(shapes.decoder or shapes.autoencoder, name)
+        check_fp8(shapes.decoder_config, shapes.decoder_name)
 
 
 def check_hardware(formats: NumberFormats, placement: Placement) -> None:
@@ -86,6 +87,8 @@ def decoding_line(formats: NumberFormats, placement: Placement, *, decoder: str)
 def _decoding(formats: NumberFormats, placement: Placement) -> str:
     if formats.decoder in FP8_FORMATS:
         return f"{formats.decoder}: {convolution_backend(formats.decoder, placement.decode_device)}"
+    if formats.decoder == "auto" and placement.dtype is None and placement.decode_device.type == "cpu":
+        return "float32 or bfloat16, whichever is measured to be faster"
     return str(placement.decoder_dtype(formats.decoder)).removeprefix("torch.")
 
 

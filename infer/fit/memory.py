@@ -83,7 +83,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
     size = shapes.settings.height // scale, shapes.settings.width // scale
-    config, own_dtype = shapes.decoder or shapes.autoencoder, placement.decoder_dtype(workload.formats.decoder)
+    config, own_dtype = shapes.decoder_config, placement.decoder_dtype(workload.formats.decoder)
     decoders = decoder_bytes(
         config,
         dtype=own_dtype,

@@ -10,7 +10,7 @@ from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.errors import UserError
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.spec import ChunkSpec
-from longvideo.streaming.decoders import DecoderConfig
+from longvideo.streaming.decoders import OWN_DECODER, DecoderConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig
@@ -32,7 +32,7 @@ class ModelShapes:
     """Sizes of the parts of a model, and its settings.
 
     text_encoder: None if prompts are given as features. packed: whether the weights of the transformer are packed in 4
-    bits. decoder: another decoder than the autoencoder's.
+    bits. decoder: another decoder than the autoencoder's. decoder_name: kind of the decoder, for people.
     """
 
     transformer: TransformerConfig
@@ -42,11 +42,12 @@ class ModelShapes:
     spec: ChunkSpec
     packed: bool = False
     decoder: DecoderConfig | None = None
+    decoder_name: str = OWN_DECODER
 
     @property
-    def decoder_name(self) -> str:
-        """Kind of the decoder, for people."""
-        return "the autoencoder" if self.decoder is None else "another decoder"
+    def decoder_config(self) -> DecoderConfig:
+        """Configuration of the decoder that is used."""
+        return self.autoencoder if self.decoder is None else self.decoder
 
     def with_decoder(self, name: str | None) -> ModelShapes:
         """Return the shapes with a public decoder of Wan2.2's latents; None and "wan" keep the autoencoder.
@@ -59,7 +60,7 @@ class ModelShapes:
             raise UserError(f"decoder is {name!r}; expected one of {', '.join((WAN, *PUBLIC_DECODERS))}")
         if self.autoencoder.z_dim != AutoencoderConfig.wan22().z_dim:
             raise UserError(f"the decoder {name} is for latents of Wan2.2; leave --decoder out, or use another preset")
-        return replace(self, decoder=PUBLIC_DECODERS[name])
+        return replace(self, decoder=PUBLIC_DECODERS[name], decoder_name=name)
 
     def with_guidance(self, guidance: float | None) -> ModelShapes:
         """Return the shapes with another guidance scale; None keeps the model's own."""
@@ -69,16 +70,17 @@ class ModelShapes:
 def folder_shapes(folder: ModelFolder, decoder: StoredDecoder | None = None) -> ModelShapes:
     """Return the shapes of an opened folder. Raises CheckpointError where a part is missing.
 
-    decoder: another decoder than the folder's autoencoder.
+    decoder: another decoder than the folder's autoencoder, which may be missing then.
     """
     return ModelShapes(
         transformer=folder.transformer_config,
-        autoencoder=folder.vae_config,
+        autoencoder=folder.vae_config if decoder is None else folder.latents_config,
         text_encoder=folder.text_encoder_config,
         settings=folder.settings,
         spec=folder.spec,
         packed=folder.is_packed,
         decoder=None if decoder is None else decoder.config,
+        decoder_name=OWN_DECODER if decoder is None else decoder.kind,
     )
 
 

@@ -157,6 +157,11 @@ def choose_decoder(folder: ModelFolder, name: str | None, *, device: torch.devic
     """
     small = small_decoder(folder)
     if name == WAN or (name is None and (small is None or device.type != "cpu")):
+        if VAE not in folder.stored:
+            raise CheckpointError(
+                f"{folder.path} has no {VAE}, only {', '.join(folder.parts)}; use --base with a model folder that has"
+                " it, or --decoder with a file"
+            )
         return None
     if name is None or name == SMALL:
         if small is None:
@@ -164,9 +169,12 @@ def choose_decoder(folder: ModelFolder, name: str | None, *, device: torch.devic
                 f"{folder.path} has no small decoder, which would be {SMALL_FILE}; use --decoder {WAN}, or a file"
             )
         return open_decoder(small, folder.vae_config)
-    if not Path(name).is_file():
-        raise UserError(f"there is no decoder {name!r}; use {WAN}, {SMALL} or a file, such as {WAN22_FILES}")
-    return open_decoder(Path(name), folder.latents_config)
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f"decoder is {name!r}, which is not a file; expected {WAN}, {SMALL} or a file, such as {WAN22_FILES}"
+        )
+    return open_decoder(file, folder.latents_config)
 
 
 def small_decoder(folder: ModelFolder) -> Path | None:
@@ -219,7 +227,7 @@ def _scale(path: Path, form: TinyForm, metadata: Mapping[str, str], latents: Lat
         return "normalized"
     raise CheckpointError(
         f"{path} is TAEW2.2 or lighttae, which differ only in the scale of latents, and its name contains neither"
-        " taew2_2 nor lighttae; rename it, or use latents=normalized (TAEW2.2) or latents=denormalized (lighttae)"
+        " taew2_2 nor lighttae; rename it so that its name contains the one that it is"
     )
 
 

@@ -154,6 +154,7 @@ def parallel(
     from longvideo.infer.fit.formats import check_hardware, check_shapes, start_line
     from longvideo.infer.fit.placement import Placement
     from longvideo.quantization.number_formats import NumberFormats
+    from longvideo.streaming.decoders import OWN_DECODER
     from longvideo.streaming.parallel import launched_ranks
     from longvideo.training.run_log import environment
 
@@ -166,7 +167,7 @@ def parallel(
         check_hardware(formats, placement)
         is_first = group is None or dist.get_rank() == 0
         if is_first:
-            typer.echo(start_line(formats, placement, packed=False, decoder="the autoencoder"), err=True)
+            typer.echo(start_line(formats, placement, packed=False, decoder=OWN_DECODER), err=True)
         report = measure_passes(random_models(shapes, placement, formats=formats), group=group)
         if not is_first:
             return
@@ -197,7 +198,7 @@ def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, forma
     from longvideo.infer.fit.refusal import check_memory
     from longvideo.infer.pipeline import StreamingPipeline
 
-    check_shapes(shapes, formats, name=name)
+    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
     check_hardware(formats, placement)
     # there is no text encoder, and the random weights are float32 before they are cast
     check_memory(

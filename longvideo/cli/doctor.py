@@ -127,7 +127,7 @@ def _question(
     else:
         shapes = folder_shapes(folder, choose_decoder(folder, decoder, device=placement.decode_device))
     name = str(preset) if choice is None else choice.name
-    check_shapes(shapes, formats, name=name)
+    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
     if placement.device.type == "cpu" or cuda_devices():
         check_hardware(formats, placement)
     workload = Workload(shapes=shapes.with_guidance(guidance), formats=formats, placement=placement)

@@ -161,42 +161,40 @@ class Convolution(Protocol):
 class PlainConvolution(Convolution):
     """A convolution in the data type of its weights, by cuDNN or oneDNN.
 
-    A small one in float32 on a CPU is a sum of 2-D convolutions, one for each tap along time, since torch does not give
-    small 3-D convolutions to oneDNN and computes them at a quarter to a half of its speed.
+    One that is small in a whole step is a sum of 2-D convolutions in float32 on a CPU, one for each tap along time:
+    torch does not give small 3-D convolutions to oneDNN, and computes them at a quarter to a half of its speed.
     """
 
     inverse_scale = 1.0
 
     def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
-        self.weight = conv.weight.detach().to(device).contiguous(memory_format=torch.channels_last_3d)
+        weight = conv.weight.detach().to(device)
         _, height_taps, width_taps = conv.kernel_size
         self.padding = (0, height_taps // 2, width_taps // 2)
         assert conv.bias is not None
         # cuDNN adds a bias in a pass of its own, so the operation after the convolution adds it
         bias = conv.bias.detach().to(device)
         self.own_bias, self.bias = (None, bias) if bias.is_cuda else (bias, None)
-        self.buffer = self.weight.new_zeros(
-            grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels
-        )
-
-        self._taps: tuple[Tensor, ...] = ()
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
-            self._taps = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.weight.unbind(2))
+        self.buffer = weight.new_zeros(grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels)
+        is_small = conv.in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
+        self._weights: tuple[Tensor, ...]
+        if is_small and device.type == "cpu" and weight.dtype == torch.float32:
+            self._weights = tuple(tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2))
+        else:
+            self._weights = (weight.contiguous(memory_format=torch.channels_last_3d),)
 
     def __call__(self, frames: int) -> Tensor:
-        x = self.buffer[:, : HISTORY + frames]
-        _, num_frames, height, _, channels = x.shape
-        if self._taps and num_frames * height * channels <= LARGEST_OWN_CONV3D:
-            y = self._sum_of_taps(frames)
+        if len(self._weights) == 1:
+            x = self.buffer[:, : HISTORY + frames].permute(0, 4, 1, 2, 3)
+            y = F.conv3d(x, self._weights[0], self.own_bias, padding=self.padding).permute(0, 2, 3, 4, 1)
         else:
-            y = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, self.own_bias, padding=self.padding)
-            y = y.permute(0, 2, 3, 4, 1)
+            y = self._sum_of_taps(frames)
         self.keep_last(frames)
         return y
 
     def _sum_of_taps(self, frames: int) -> Tensor:
         total: Tensor | None = None
-        for index, weight in enumerate(self._taps):
+        for index, weight in enumerate(self._weights):
             x = self.buffer[:, index : index + frames].flatten(0, 1).permute(0, 3, 1, 2)
             bias = self.own_bias if total is None else None
             y = F.conv2d(x, weight, bias, padding=self.padding[1:])

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from longvideo.vae.layers import State
 
 DecoderConfig: TypeAlias = AutoencoderConfig | TinyAutoencoderConfig
+OWN_DECODER = "the autoencoder"
+"""Name of a model's own decoder, for people."""
 
 
 class VideoDecoder(Protocol):
@@ -175,8 +177,8 @@ class TinyDecoderModel:
         first_device: torch.device | None = None,
         first_share: float = 0.0,
     ) -> VideoDecoder:
-        if first_device is not None and first_share:
-            raise UserError(f"the decoder {self.name} runs on one device; leave --decode-share out")
+        if first_device is not None:
+            check_share(self.config, first_share, self.name)
         return TinyStreamingDecoder(
             self._decoder, batch=batch, height=height, width=width, latents_per_step=latents_per_step
         )
@@ -229,14 +231,24 @@ def decoder_bytes(
     return decoders
 
 
-def check_fp8(config: DecoderConfig, name: str) -> None:
-    """Raise UserError where a decoder cannot compute in FP8 on any device. name: of the decoder, for the error."""
-    if isinstance(config, TinyAutoencoderConfig):
-        raise UserError(f"the decoder {name} has no FP8 form; use --decoder-precision bf16, or --decoder wan")
-    if config.decoder_base_dim % CHANNEL_MULTIPLE:
+def check_share(config: DecoderConfig, share: float, name: str) -> None:
+    """Raise UserError where two devices cannot share a decoder. name: name of the decoder, for the error."""
+    if share and isinstance(config, TinyAutoencoderConfig):
         raise UserError(
-            f"the decoder {name} has {config.decoder_base_dim} channels at its last level; FP8 needs a multiple of"
-            f" {CHANNEL_MULTIPLE}; use --decoder-precision bf16"
+            f"decode_share is {share:g}, but the decoder is {name}, which runs on one device; leave --decode-share out,"
+            " or use --decoder wan"
+        )
+
+
+def check_fp8(config: DecoderConfig, name: str) -> None:
+    """Raise UserError where a decoder cannot compute in FP8 on any device. name: name of the decoder, for the error."""
+    if isinstance(config, TinyAutoencoderConfig):
+        raise UserError(f"the decoder is {name}, which has no FP8 form; use --decoder-precision bf16, or --decoder wan")
+    channels = sorted({config.decoder_base_dim * factor for factor in config.dim_mult})
+    if any(count % CHANNEL_MULTIPLE for count in channels):
+        raise UserError(
+            f"the decoder is {name}, whose levels have {', '.join(map(str, channels))} channels; FP8 needs multiples"
+            f" of {CHANNEL_MULTIPLE}; use --decoder-precision bf16"
         )
 
 

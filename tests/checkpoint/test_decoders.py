@@ -75,7 +75,7 @@ def test_lighttae_is_recognized_by_its_name_or_chosen_by_the_caller(tmp_path: Pa
     other = save(tmp_path / "decoder.pth", weights)
     for scale, expected in zip(scales, (normalized, denormalized), strict=True):
         assert open_decoder(other, WAN22, latents=scale).config == expected.config
-    with pytest.raises(CheckpointError, match="decoder.pth is TAEW2.2 or lighttae.*use latents=normalized"):
+    with pytest.raises(CheckpointError, match="decoder.pth is TAEW2.2 or lighttae.*rename it so that"):
         open_decoder(other, WAN22)
 
 

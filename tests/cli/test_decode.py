@@ -207,7 +207,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
         ((8, 3, 2, 4), {}, ("--num", "0"), "Invalid value for '--num'"),
         ((8, 3, 2, 4), {}, ("--base", "tiny"), "there is --base, but no --model"),
         ((8, 3, 2, 4), {}, ("--decoder", "small"), "has no small decoder"),
-        ((8, 3, 2, 4), {}, ("--decoder", "missing.pth"), "there is no decoder 'missing.pth'"),
+        ((8, 3, 2, 4), {}, ("--decoder", "missing.pth"), "decoder is 'missing.pth', which is not a file"),
         ((8, 3, 2, 4), {}, ("--decoder-precision", "int8"), "decoder_precision is 'int8'; expected one of"),
         ((8, 3, 2, 4), {}, ("--device", "foo"), "'foo' is not a device"),
         ((8, 3, 2, 4), {}, ("-o", "a.gif"), "cannot write a.gif: expected a name that ends in .mp4, .mkv, .npy, .saf"),

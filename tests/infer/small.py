@@ -19,10 +19,9 @@ HEIGHT, WIDTH = 32, 64
 WORDS = "a red blue ball square bounces spins at night on grass".split()
 
 
-def save(folder: Path) -> None:
-    """Write the folder."""
+def save(folder: Path, *, latent_channels: int = 8, has_vae: bool = True) -> None:
+    """Write the folder. has_vae: whether it has an autoencoder."""
     torch.manual_seed(0)
-    latent_channels = 8
     transformer = CausalTransformer(
         TransformerConfig(
             num_attention_heads=2,
@@ -62,6 +61,6 @@ def save(folder: Path) -> None:
         folder,
         settings=settings,
         transformer=transformer,
-        vae=autoencoder,
+        vae=autoencoder if has_vae else None,
         text_encoder=TextEncoder.build_tiny(WORDS, text_len=32),
     )
