@@ -113,8 +113,7 @@ def test_latents_of_another_shape_are_refused(form: TinyForm) -> None:
 
 def test_the_model_starts_decoders_with_their_own_state() -> None:
     model = TinyDecoderModel(ours("base"), name="TAEW2.2")
-    options = {"batch": 2, "height": 2, "width": 3, "latents_per_step": 3}
-    one, two = model.start(**options), model.start(**options)
+    one, two = (model.start(batch=2, height=2, width=3, latents_per_step=3) for _ in range(2))
     first = one.decode(latents(3))
     assert torch.equal(two.decode(latents(3)), first)
     assert (model.plain(latents(7)).int() - decoded("base", 7).int()).abs().max() <= 1
