@@ -66,6 +66,11 @@ class Models:
         return self.group is None or self.group.rank() == 0
 
     @property
+    def decoder_label(self) -> str:
+        """Name and precision of the decoder, for people."""
+        return f"{self.decoder.name} in {self.formats.decoder}"
+
+    @property
     def device(self) -> torch.device:
         """Device of the text encoder and of the transformer."""
         return self.placement.device

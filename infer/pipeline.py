@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -254,6 +254,7 @@ class StreamingPipeline:
             self._fingerprint,
             None if seconds is None else max(1, round(seconds * self.fps)),
             self._first_latent(image),
+            self.models.decoder_label,
         )
         self._warn_unknown_words([prompt])
         return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks))
@@ -262,7 +263,8 @@ class StreamingPipeline:
         """Continue a session after the last chunk that it had returned when its snapshot was written.
 
         path: file that `Session.snapshot` wrote.
-        Raises UserError for any other file, and for a snapshot of a model with other sizes or settings.
+        Raises UserError for any other file, and for a snapshot of a model with other sizes or settings. Warns
+        (UserWarning) if the frames so far came from another decoder.
         """
         check_path(path, "the snapshot")
         config, spec = self.models.transformer.config, self.models.spec
@@ -270,7 +272,11 @@ class StreamingPipeline:
         latent_shape = (config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
         snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=latent_shape)
         history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.records)
-        return self._session(snapshot.shots, snapshot.options, history)
+        before, now = snapshot.options.decoder, self.models.decoder_label
+        if before not in ("", now):
+            message = f"{path} was decoded by {shown(before)}; the session continues with {now}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
 
     def generate_batch(
         self,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = "longvideo session 1"
 FIRST_LATENT = "first_latent"
-JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false"}
+JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", str: "text"}
 MAX_COUNT = 2**31
 """Largest number of frames or chunks in a snapshot; 2.8 years at 24 frames per second."""
 
@@ -35,13 +35,15 @@ class SessionOptions:
 
     model: sizes and settings of the model, but not its weights; a snapshot is restored only with equal ones.
     num_frames: pixel frames of the whole video; None means that it has no end. first_latent: [1, C, 1, H, W], latent of
-    a given first frame.
+    a given first frame. decoder: name and precision of the decoder, for people; a session may be continued with
+    another. "" in snapshots that do not state it.
     """
 
     sampling: SamplingOptions
     model: dict[str, Any]
     num_frames: int | None = None
     first_latent: Tensor | None = None
+    decoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
         "sampling": asdict(options.sampling),
         "model": options.model,
         "num_frames": options.num_frames,
+        "decoder": options.decoder,
         "shots": [[chunk, prompt, mode] for chunk, (prompt, mode) in sorted(snapshot.shots.items())],
         "steps": [asdict(step) for step in snapshot.steps],
     }
@@ -113,6 +116,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
         model,
         None if num_frames is None else whole_number(num_frames, f"{path}: num_frames", 1, MAX_COUNT),
         tensors.get(FIRST_LATENT),
+        session.text("decoder", default=""),
     )
     return Snapshot(options, _read_shots(session.sequence("shots"), path), steps, records)
 
@@ -129,6 +133,9 @@ class _Fields:
         if name not in self._data:
             raise UserError(f"{self._where} is damaged: it has no {name}; expected one")
         return self._data[name]
+
+    def text(self, name: str, *, default: str) -> str:
+        return cast("str", self._of_type(name, str)) if name in self._data else default
 
     def mapping(self, name: str) -> dict[str, Any]:
         return cast("dict[str, Any]", self._of_type(name, dict))

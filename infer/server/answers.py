@@ -88,6 +88,7 @@ class VideoAnswer(BaseModel):
     size: str
     seed: int
     frames: int
+    decoder: str | None
     error: ErrorDetail | None
 
     @classmethod
@@ -106,6 +107,7 @@ class VideoAnswer(BaseModel):
             size=size,
             seed=job.seed,
             frames=job.frames,
+            decoder=job.decoder,
             error=None if job.error is None else ErrorDetail(code=job.status, message=job.error),
         )
 
@@ -133,6 +135,7 @@ class ServerAnswer(BaseModel):
     height: int
     steps: int
     guidance: float
+    decoder: str
     examples: list[str]
 
 

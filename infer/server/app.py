@@ -129,6 +129,7 @@ def _add_routes(
             height=model.height,
             steps=model.steps,
             guidance=model.guidance,
+            decoder=pipeline.models.decoder_label,
             examples=TINY_EXAMPLES if settings.model == "tiny" else [],
         )
 

@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     frames INTEGER NOT NULL DEFAULT 0,
     created_at INTEGER NOT NULL,
     completed_at INTEGER,
-    error TEXT
+    error TEXT,
+    decoder TEXT
 )
 """
 
@@ -47,6 +48,7 @@ class Job:
     frames: number of frames generated so far, out of total_frames.
     created_at, completed_at: seconds since 1970.
     error: reason of a failure, for the client.
+    decoder: name and precision of the decoder of its video; None before it is generated.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Job:
     created_at: int = 0
     completed_at: int | None = None
     error: str | None = None
+    decoder: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -87,6 +90,9 @@ class JobStore:
             self._connection.row_factory = sqlite3.Row
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(SCHEMA)
+            columns = {row["name"] for row in self._connection.execute("PRAGMA table_info(jobs)")}
+            if "decoder" not in columns:  # a list of an earlier version
+                self._connection.execute("ALTER TABLE jobs ADD COLUMN decoder TEXT")
 
     def close(self) -> None:
         with self._lock:
@@ -131,6 +137,9 @@ class JobStore:
 
     def set_frames(self, name: str, frames: int) -> None:
         self._change(name, frames=frames)
+
+    def set_decoder(self, name: str, decoder: str) -> None:
+        self._change(name, decoder=decoder)
 
     def delete(self, name: str) -> None:
         """Delete a finished job. Raises StoreError."""

@@ -59,6 +59,7 @@ class JobWorker:
     def _run(self, job: Job) -> None:
         if self._closing.is_set() or not self._store.change(job.id, "in_progress", among=("queued",)):
             return
+        self._store.set_decoder(job.id, self._pipeline.models.decoder_label)
         chunks = self._pipeline.stream(Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed)
         with closing(chunks), VideoWriter(self.path(job.id), fps=self._pipeline.fps) as writer:
             for frames in chunks:

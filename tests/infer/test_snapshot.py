@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no sampling": (deleted("sampling"), "it has no sampling"),
     "other sampling": (put("sampling", {"steps": 4}), "its sampling has .'steps'.; expected guidance, seed, steps"),
     "seed of another kind": (put("sampling.seed", "1"), "seed is '1'; expected a whole number"),
+    "decoder of another kind": (put("decoder", 7), "decoder is 7; expected text"),
     "length of another kind": (put("num_frames", 1.5), "num_frames is 1.5; expected a whole number"),
     "session of another kind": (lambda session, _tensors: session.clear(), "it has no model"),
     "narrow latents": (tensor("latents.1", lambda x: x[..., :1]), "'latents.1' has the shape .*; expected"),
@@ -108,6 +110,20 @@ def test_a_damaged_snapshot_is_refused(name: str, snapshot: Path, pipeline: Stre
     with pytest.raises(UserError, match=message) as caught:
         pipeline.restore(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_session_continues_with_another_decoder_and_says_so(
+    snapshot: Path, pipeline: StreamingPipeline, tmp_path: Path
+) -> None:
+    path = changed(snapshot, tmp_path / "other.safetensors", put("decoder", "TAEW2.2 in bf16"))
+    message = "was decoded by .TAEW2.2 in bf16.; the session continues with the autoencoder in fp32"
+    with pytest.warns(UserWarning, match=message):
+        session = pipeline.restore(path)
+    assert session.options.decoder == "the autoencoder in fp32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (snapshot, changed(snapshot, tmp_path / "old.safetensors", deleted("decoder"))):
+            assert pipeline.restore(same).options.decoder == "the autoencoder in fp32"
 
 
 def test_files_that_are_no_snapshot_are_refused(snapshot: Path, pipeline: StreamingPipeline, tmp_path: Path) -> None:

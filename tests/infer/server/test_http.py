@@ -46,6 +46,7 @@ def test_the_server_describes_its_model(serve: Serve) -> None:
             "height": 32,
             "steps": 2,
             "guidance": 1,
+            "decoder": "the autoencoder in fp32",
             "examples": [],
         }
         assert http.get("/healthz").json() == {"status": "ok"}

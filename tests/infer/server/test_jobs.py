@@ -47,10 +47,12 @@ def wait_for(http: httpx.Client, job: dict[str, Any], *statuses: str) -> dict[st
 def test_a_job_produces_a_file_that_plays(serve: Serve) -> None:
     with serve().http() as http:
         job = create(http, seconds=3, seed=2)
+        assert job["decoder"] is None
         assert (job["object"], job["model"], job["status"], job["progress"]) == ("video", "small", "queued", 0)
         assert (job["seconds"], job["size"], job["seed"], job["expires_at"]) == (3, "64x32", 2, None)
         done = wait_for(http, job, *OVER)
         assert (done["status"], done["progress"], done["frames"], done["error"]) == ("completed", 100, 72, None)
+        assert done["decoder"] == "the autoencoder in fp32"
         assert done["completed_at"] >= done["created_at"] > 1.7e9
         whole = http.get(f"/v1/videos/{job['id']}/content")
         assert whole.headers["content-type"] == "video/mp4" and num_frames(whole.content) == 72
@@ -158,6 +160,21 @@ def test_after_a_kill_the_database_opens_and_playable_files_are_kept(
         content = http.get(f"/v1/videos/{running['id']}/content").content
         assert num_frames(content) == interrupted["frames"] > 0
         assert wait_for(http, queued, *OVER)["status"] == "completed"
+
+
+def test_a_list_of_an_earlier_version_opens(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    store = JobStore(path)
+    job = Job(new_id(), "queued", (ShotRequest(PROMPT, 2),), 0, None, None, total_frames=48)
+    store.add(job, max_queued=9)
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN decoder")
+    store = JobStore(path)
+    store.set_decoder(job.id, "TAEW2.2 in bf16")
+    stored = store.get(job.id)
+    assert stored is not None and (stored.decoder, stored.shots) == ("TAEW2.2 in bf16", job.shots)
+    store.close()
 
 
 def test_a_job_with_a_damaged_file_keeps_none(serve: Serve, tmp_path: Path) -> None:
