@@ -206,7 +206,7 @@ def test_a_cpu_takes_bfloat16_only_where_it_is_clearly_faster() -> None:
 
         def measure(dtype: torch.dtype) -> float:
             calls.append(dtype)
-            # the first run of each is not counted, and a slow one is no reason
+            # the first run of each is not counted, and a single slow run does not matter
             return {0: 0.0, 1: 100.0}.get((len(calls) - 1) // 2, values[dtype])
 
         return measure
