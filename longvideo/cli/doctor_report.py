@@ -146,6 +146,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
         "window_frames": settings.window_frames,
         "guidance": settings.guidance,
         "formats": {**asdict(workload.formats), "precision": workload.precision},
+        "decoder": workload.shapes.decoder_name,
         "decode_share": workload.placement.decode_share,
         "devices": {
             str(device): {

@@ -16,6 +16,8 @@ from longvideo.cli import doctor_report, self_test
 from longvideo.cli.main import main
 from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
+from tests.decoder_files import save, tiny_weights
+from tests.infer import small as generating
 
 CPU = torch.device("cpu")
 WAN = "wan2.2-ti2v-5b"
@@ -248,6 +250,26 @@ def test_a_machine_without_a_gpu_gets_the_needed_memory(
     for device in devices.values():
         above = -(-device["needed_bytes"] // 10**8) / 10  # rounded up
         assert f"torch finds no GPU on this machine; a GPU with {above:.1f} GB of free memory is needed\n" in out
+
+
+@without_gpu
+def test_a_small_decoder_is_named_and_needs_less(
+    doctor_json: DoctorJson, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, small = (doctor_json("--preset", WAN, *more)["model"] for more in ((), ("--decoder", "taew2_2")))
+    assert (own["decoder"], small["decoder"]) == ("the autoencoder", "taew2_2")
+    assert small["devices"]["cuda:0"]["needed_bytes"] < own["devices"]["cuda:0"]["needed_bytes"] - 5e9
+    shared = ("--decoder", "taew2_2", "--decode-device", "cuda:1", "--decode-share", "0.1")
+    assert main(["doctor", "--preset", WAN, *shared]) == 2
+    assert "decode_share is 0.1, but the decoder is taew2_2, which runs on one device" in capsys.readouterr().err
+    generating.save(tmp_path / "model", latent_channels=48, has_vae=False)
+    file = save(tmp_path / "lighttaew2_2.pth", tiny_weights())
+    options = ("--model", str(tmp_path / "model"), "--decoder", str(file))
+    model = doctor_json(*options)["model"]
+    assert model["decoder"] == "lighttae" and model["devices"]["cuda:0"]["parts"]["decoder"] > 0
+    assert main(["doctor", *options, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "decoding on cpu by lighttae in float32 or bfloat16, whichever is measured to be faster" in out
 
 
 @without_gpu

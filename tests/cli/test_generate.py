@@ -347,7 +347,7 @@ def test_an_unknown_number_format_is_refused(
 
 
 PROMPTS = ["a red ball bounces", "a blue square spins"]
-OPTIONS = ["--device", "cpu", "--seconds", "3", "--steps", "1"]
+OPTIONS = ["--device", "cpu", "--seconds", "3", "--steps", "1", "--decoder-precision", "fp32"]
 
 
 def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -193,8 +193,16 @@ def test_precisions_are_the_data_types_of_the_weights(files: Path, model_folder:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         pipeline = open_pipeline(model_folder, files / "taew2_2.pth", decoder_precision=name, dtype=None)
         assert pipeline.formats.decoder == name
-        assert {x.dtype for x in pipeline.models.decoder._decoder.parameters()} == {dtype}
+        assert f"by TAEW2.2 in {str(dtype).removeprefix('torch.')}" in pipeline.start_line()
+        assert {x.dtype for x in decoder_state(pipeline)} == {dtype}
     assert open_pipeline(model_folder).formats.decoder == "fp32"
+
+
+def decoder_state(pipeline: StreamingPipeline) -> tuple[Tensor, ...]:
+    """Return what a decoder keeps after one latent frame."""
+    decoder = pipeline.models.decoder.start(batch=1, height=2, width=4, latents_per_step=1)
+    decoder.decode(torch.zeros(1, 8, 1, 2, 4))
+    return decoder.state()
 
 
 def test_a_cpu_takes_bfloat16_only_where_it_is_clearly_faster() -> None:
