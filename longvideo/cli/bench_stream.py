@@ -238,6 +238,7 @@ def _facts(name: str, pipeline: StreamingPipeline, formats: NumberFormats, repor
         "size": [models.settings.height, models.settings.width],
         "window_frames": models.spec.window_frames,
         "formats": asdict(formats),
+        "decoder": models.decoder_label,
         **asdict(report),
         "denoise_fps": report.denoise_fps,
         "decode_fps": report.decode_fps,

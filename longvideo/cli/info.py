@@ -71,6 +71,10 @@ def info(
     except MissingBase as error:
         _print_adapter(model, error.adapter, as_json=as_json)
         return
+    from longvideo.checkpoint.decoders import open_decoder, small_decoder
+
+    file = small_decoder(folder)
+    small = None if file is None else open_decoder(file, folder.vae_config).kind
     parts = [describe_part(folder, part) for part in folder.parts]
     geometry = describe_geometry(folder)
     if as_json:
@@ -79,6 +83,7 @@ def info(
             "format": folder.format,
             "notes": dict(folder.notes),
             "parts": [asdict(part) for part in parts],
+            "small_decoder": small,
             "missing": list(folder.missing),
             "unused": {str(file): reason for file, reason in folder.unused.items()},
             "settings": asdict(folder.settings),
@@ -87,6 +92,8 @@ def info(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print_tables(folder, parts, geometry)
+        if file is not None:
+            typer.echo(f"small decoder: {small}, {file.name}")
     for part in parts:
         if part.problem is not None:
             raise UserError(part.problem)
@@ -174,7 +181,10 @@ def _print_tables(folder: ModelFolder, parts: list[PartReport], geometry: dict[s
         console.print(printable(f"{key}: {note}"), markup=False, highlight=False)
     if folder.missing:
         missing = " and ".join(folder.missing)
-        console.print(f"missing: {missing}; to generate videos, use --base with a model that has them", highlight=False)
+        remedy = "use --base with a model that has them"
+        if folder.missing == ("vae",):
+            remedy = "use --base with a model that has it, or --decoder with a file"
+        console.print(f"missing: {missing}; to generate videos, {remedy}", highlight=False)
     for file, reason in folder.unused.items():
         console.print(printable(f"not used: {file.name}, {reason}"), markup=False, highlight=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.decoders import choose_decoder, save_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
+from longvideo.errors import CheckpointError
 from longvideo.vae.tae import TinyDecoder
 from tests.checkpoint import small
 from tests.decoder_files import SMALL, save, tiny_weights
@@ -37,6 +39,31 @@ def same_decoder(folder: Path, other: Path) -> bool:
     stored = choose_decoder(ModelFolder.open(folder), None, device=torch.device("cpu"))
     assert stored is not None and stored.path.parent == folder
     return (folder / FILE).read_bytes() == (other / FILE).read_bytes()
+
+
+def test_info_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = with_small(tmp_path / "model")
+    assert main(["info", str(model)]) == 0
+    assert "small decoder: distilled decoder, decoder.safetensors\n" in capsys.readouterr().out
+    assert main(["info", str(model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["small_decoder"] == "distilled decoder"
+    (model / FILE).write_bytes((model / FILE).read_bytes()[:-100])
+    assert main(["info", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert "model/decoder.safetensors (" in error and "is truncated" in error
+    generating.save(tmp_path / "no_vae", latent_channels=48, has_vae=False)
+    assert main(["info", str(tmp_path / "no_vae")]) == 0
+    assert (
+        "missing: vae; to generate videos, use --base with a model that has it, or --decoder" in capsys.readouterr().out
+    )
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    model = with_small(tmp_path / "model")
+    (model / FILE).rename(tmp_path / FILE)
+    (model / FILE).symlink_to(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match="decoder.safetensors"):
+        ModelFolder.open(model)
 
 
 def test_an_export_keeps_it_with_the_autoencoder(tmp_path: Path) -> None:
