@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from longvideo.checkpoint.decoders import StoredDecoder, choose_decoder, open_decoder
+from longvideo.checkpoint.decoders import SMALL, WAN, StoredDecoder, choose_decoder, decoder_file, open_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.latents import SUFFIX, LatentsHeader, open_latents
 from longvideo.checkpoint.settings import ModelSettings
@@ -21,6 +21,8 @@ from longvideo.data.encoded import EncodedDataset
 from longvideo.errors import UserError
 from longvideo.infer.decode import ChunkDecoder, mark_ready
 from longvideo.infer.decoder_choice import load_decoder, load_decoder_file, with_decoder_precision
+from longvideo.infer.fit.memory import decoding_parts
+from longvideo.infer.fit.refusal import check_decoding_memory
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.decoders import check_fp8
 from longvideo.vae.config import AutoencoderConfig
@@ -93,14 +95,14 @@ class LatentsDecoder:
         """
         if folder is not None:
             return cls(folder, choose_decoder(folder, name, device=placement.decode_device))
-        wan = AutoencoderConfig.wan22()
-        if name is not None and Path(name).is_file() and saved.shape[0] == wan.z_dim:
-            return cls(None, open_decoder(Path(name), wan))
+        wan, file = AutoencoderConfig.wan22(), None if name in (None, WAN, SMALL) else decoder_file(name)
+        if file is not None and saved.shape[0] == wan.z_dim:
+            return cls(None, open_decoder(file, wan))
         model = saved.header.model
         reason = "states no model" if model is None else f"was made by {model!r}, which is not on this machine"
         raise UserError(
-            f"{saved.path} {reason}; use --model with the model that made the latents, or, for those of Wan2.2,"
-            " --decoder with a file such as taew2_2.pth"
+            f"{saved.path} {reason}; use --model with the model that made the latents, or, for those of Wan2.2"
+            f" with {wan.z_dim} channels, --decoder with a file such as taew2_2.pth"
         )
 
     @property
@@ -113,8 +115,8 @@ class LatentsDecoder:
         """Settings of the model, or those of Wan2.2 without one."""
         return ModelSettings() if self.folder is None else self.folder.settings
 
-    def check(self, saved: SavedLatents, formats: NumberFormats) -> int:
-        """Return the number of frames of each video. Raises UserError where the decoder cannot decode these latents."""
+    def check(self, saved: SavedLatents, formats: NumberFormats, placement: Placement) -> int:
+        """Return the number of frames of each video. Raises UserError where these latents cannot be decoded."""
         name = str(self._own_folder.path if self.stored is None else self.stored.path)
         channels, total = saved.shape[:2]
         if channels != self.config.z_dim:
@@ -133,6 +135,15 @@ class LatentsDecoder:
                 f"{saved.path} states num_frames={num_frames}, but its {total} latent frames are {most} frames; save it"
                 " again"
             )
+        check_decoding_memory(
+            decoding_parts(
+                self.config,
+                formats.decoder,
+                placement,
+                size=(saved.shape[2], saved.shape[3]),
+                chunk_frames=self.chunk_frames(saved),
+            )
+        )
         return num_frames
 
     def load(self, placement: Placement, formats: NumberFormats) -> tuple[DecoderModel, NumberFormats]:

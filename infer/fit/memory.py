@@ -24,6 +24,8 @@ from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
 if TYPE_CHECKING:
     from longvideo.kernels.backends import TransformerPrecision
+    from longvideo.quantization.number_formats import DecoderPrecision
+    from longvideo.streaming.decoders import DecoderConfig
 
 CONTEXT_BYTES = 10**9
 """CUDA's context, kernels and libraries, which torch's allocator does not count."""
@@ -94,11 +96,9 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         share=placement.decode_share,
         latents_per_step=latents_per_step(decode_device, size, shapes.settings.chunk_frames),
     )
-    with OnMeta():
-        weights = TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config)
     denoisers = {device: _denoiser(transformer, workload)}
     text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
-    autoencoders = {decode_device: _num_values(weights) * own_dtype.itemsize}
+    autoencoders = {decode_device: _decoder_values(config) * own_dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
         peak = _peak(
@@ -109,6 +109,29 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         )
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
+
+
+def decoding_parts(
+    config: DecoderConfig, decoder: DecoderPrecision, placement: Placement, *, size: tuple[int, int], chunk_frames: int
+) -> list[MemoryPart]:
+    """Return the parts of the memory that the decoding of saved latents needs, without a transformer.
+
+    decoder: number format of the decoder. size: height and width of the latents. chunk_frames: latent frames of a
+    chunk.
+    """
+    device, dtype = numbered(placement.decode_device), placement.decoder_dtype(decoder)
+    sizes = decoder_bytes(
+        config,
+        dtype=dtype,
+        fp8=decoder in FP8_FORMATS,
+        batch=1,
+        size=size,
+        devices=(device, device),
+        share=0.0,
+        latents_per_step=latents_per_step(device, size, chunk_frames),
+    )[device]
+    peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=_decoder_values(config) * dtype.itemsize)
+    return [MemoryPart(name, device, size) for name, size in peak.items() if size]
 
 
 @dataclass(frozen=True)
@@ -203,6 +226,12 @@ def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[
         return 0, weights
     loaded_in = workload.loaded_in or dtype
     return max(num_values * loaded_in.itemsize, num_values * size + quantizing), weights
+
+
+def _decoder_values(config: DecoderConfig) -> int:
+    """Return the number of weights of a decoder; an autoencoder is loaded as a whole."""
+    with OnMeta():
+        return _num_values(TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config))
 
 
 def _num_values(module: nn.Module) -> int:

@@ -89,6 +89,14 @@ def check_memory(workload: Workload) -> None:
     raise UserError("; ".join([*(_shortage(fit, device) for device in fit.insufficient), advice]))
 
 
+def check_decoding_memory(parts: Sequence[MemoryPart]) -> None:
+    """Raise UserError, with the parts, where a GPU has less free memory than the decoding of saved latents needs."""
+    for device, needed in _totals(parts).items():
+        if device in cuda_devices() and needed > (free := _free_bytes(device)):
+            shortage = _shortage(Fit(tuple(parts), {device: free}), device, work="decoding")
+            raise UserError(f"{shortage}; use another --device, or --decoder with a small decoder")
+
+
 def no_remedy(options: Sequence[str]) -> str:
     """Return the advice where no options make streaming fit. options: options that reduce the memory."""
     if not options:
@@ -176,8 +184,8 @@ def _totals(parts: Sequence[MemoryPart]) -> dict[torch.device, int]:
     return {place: sum(part.bytes for part in parts if part.device == place) for place in places}
 
 
-def _shortage(fit: Fit, device: torch.device) -> str:
+def _shortage(fit: Fit, device: torch.device, *, work: str = "streaming") -> str:
     own = sorted((part for part in fit.parts if part.device == device), key=lambda part: -part.bytes)
     parts = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
     free, needed = gigabytes(fit.free[device]), gigabytes(fit.needed[device])
-    return f"{device} has {free} free; streaming needs about {needed}: {parts}"
+    return f"{device} has {free} free; {work} needs about {needed}: {parts}"

@@ -169,12 +169,17 @@ def choose_decoder(folder: ModelFolder, name: str | None, *, device: torch.devic
                 f"{folder.path} has no small decoder, which would be {SMALL_FILE}; use --decoder {WAN}, or a file"
             )
         return open_decoder(small, folder.vae_config)
+    return open_decoder(decoder_file(name), folder.latents_config)
+
+
+def decoder_file(name: str) -> Path:
+    """Return the file of a decoder that is neither "wan" nor "small". Raises UserError if it does not exist."""
     file = Path(name).expanduser()
     if not file.is_file():
         raise UserError(
             f"decoder is {name!r}, which is not a file; expected {WAN}, {SMALL} or a file, such as {WAN22_FILES}"
         )
-    return open_decoder(file, folder.latents_config)
+    return file
 
 
 def small_decoder(folder: ModelFolder) -> Path | None:

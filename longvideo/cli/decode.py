@@ -89,7 +89,7 @@ def decode(
     saved = open_saved(latents, num=num)
     outputs = output_files(saved, output, overwrite=overwrite)
     chosen = LatentsDecoder.choose(saved, open_model(saved, model, base), one_decoder(decoder), placement)
-    num_frames = chosen.check(saved, formats)
+    num_frames = chosen.check(saved, formats, placement)
     try:
         with stop_signals():
             decoder_model, formats = chosen.load(placement, formats)

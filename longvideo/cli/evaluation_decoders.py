@@ -62,7 +62,7 @@ def decoder(
     folder = open_model(saved, model, None)
     chosen = LatentsDecoder.choose(saved, folder, one_decoder(decoder), placement)
     full = LatentsDecoder.choose(saved, folder, WAN, placement)
-    num_frames = chosen.check(saved, formats)
+    num_frames = chosen.check(saved, formats, placement)
     own, formats = chosen.load(placement, formats)
     reference, _ = full.load(placement, replace(formats, decoder="fp32"))
     typer.echo(decoding_line(formats, placement, decoder=own.name), err=True)

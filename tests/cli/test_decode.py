@@ -171,6 +171,8 @@ def test_a_small_decoder_of_wan_needs_no_model(tmp_path: Path, capsys: pytest.Ca
     odd = saved(tmp_path / "odd.safetensors", latents(16, 3, 2, 3), None)
     assert decode(odd, tmp_path / "b.mp4", "--decoder", str(decoder)) == 2
     assert "odd.safetensors states no model; use --model" in capsys.readouterr().err
+    assert decode(file, tmp_path / "b.mp4", "--decoder", "missing.pth") == 2
+    assert "decoder is 'missing.pth', which is not a file; expected wan, small or a file" in capsys.readouterr().err
     assert decode(file, tmp_path / "b.mp4", "--decoder", str(decoder), "--decoder-precision", "fp8-emulated") == 2
     assert "has no FP8 form" in capsys.readouterr().err
 

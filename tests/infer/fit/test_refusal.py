@@ -12,8 +12,9 @@ import torch
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.fit import placement, refusal
-from longvideo.infer.fit.memory import estimate
-from longvideo.infer.fit.refusal import assess, check_memory
+from longvideo.infer.fit.memory import decoding_parts, estimate
+from longvideo.infer.fit.placement import Placement
+from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import NumberFormats
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
@@ -43,6 +44,22 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
 
 def check(**changes: Any) -> None:
     check_memory(workload(**changes))
+
+
+def test_decoding_alone_needs_less_and_is_refused_on_a_small_gpu(gpus: SetFree) -> None:
+    autoencoder, placed = shapes().autoencoder, Placement(FIRST, FIRST)
+    parts = decoding_parts(autoencoder, "bf16", placed, size=(44, 80), chunk_frames=8)
+    whole = {part.name: part.bytes for part in estimate(workload())}
+    assert {part.name for part in parts} < whole.keys() and total(parts) < total(estimate(workload()))
+    needed = total(parts) / 1e9
+    gpus(needed + 0.1)
+    check_decoding_memory(parts)
+    gpus(needed - 0.2)
+    message = rf"^cuda:0 has {needed - 0.2:.1f} GB free; decoding needs about {needed:.1f} GB: .*; use another --device"
+    with pytest.raises(UserError, match=message):
+        check_decoding_memory(parts)
+    gpus()  # of another machine
+    check_decoding_memory(parts)
 
 
 def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_first_remedy(gpus: SetFree) -> None:
