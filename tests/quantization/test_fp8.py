@@ -120,6 +120,8 @@ def test_a_gpu_without_fp8_units_is_refused_before_weights_are_read(monkeypatch:
         UserError, match="A100 has compute capability 8.0 < 8.9 .* use --precision bf16 or nvfp4-weights"
     ):
         check_formats(folder_shapes(ModelFolder.open("tiny")), formats, placement, name="tiny")
+    with pytest.raises(UserError, match="A100 has compute capability 8.0 < 8.9 .* use --decoder-precision bf16"):
+        check_hardware(NumberFormats(decoder="fp8"), placement)
 
 
 def test_fp8_is_for_generating_only() -> None:
