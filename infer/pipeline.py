@@ -273,10 +273,11 @@ class StreamingPipeline:
         snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=latent_shape)
         history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.records)
         before, now = snapshot.options.decoder, self.models.decoder_label
+        session = self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
         if before not in ("", now):
-            message = f"{path} was decoded by {shown(before)}; the session continues with {now}"
-            warnings.warn(message, UserWarning, stacklevel=2)
-        return self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
+            session.notice = f"the frames so far were decoded by {shown(before)}; the session continues with {now}"
+            warnings.warn(session.notice, UserWarning, stacklevel=2)
+        return session
 
     def generate_batch(
         self,

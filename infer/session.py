@@ -42,6 +42,7 @@ class Session(Iterator[GeneratedChunk]):
         check_words: warns about words of a prompt that the model has not learned.
         """
         self.timing, self.options = timing, options
+        self.notice: str | None = None  # what changed since the snapshot that the session was restored from
         self._history, self._generate, self._check_words = history, generate, check_words
         # _turn is held while a chunk is waited for, _lock only for a moment
         self._turn, self._lock = threading.Lock(), threading.Lock()

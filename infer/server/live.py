@@ -220,6 +220,8 @@ class LiveVideo:
                 if self.ending is not None:  # the stream ended while the session was built
                     session.close()
             self._send_ready(record, video)
+            if session.notice is not None:
+                self._send("warning", message=session.notice)
             self._loop.call_soon_threadsafe(self.opened.set)
             chunks = self._deliver(session, video, file)
             with self._lock:

@@ -133,8 +133,9 @@ def _load(
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline
 
-    # clients receive the warning about unknown words; the log of the server does not need it
-    warnings.filterwarnings("ignore", message="the model's vocabulary does not contain", category=UserWarning)
+    # clients receive these warnings; the log of the server does not need them
+    for message in ("the model's vocabulary does not contain", "the frames so far were decoded by"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
     release_large_blocks()
     pipeline = StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name)
     pipeline.warm_up()

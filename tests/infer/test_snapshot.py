@@ -116,14 +116,16 @@ def test_a_session_continues_with_another_decoder_and_says_so(
     snapshot: Path, pipeline: StreamingPipeline, tmp_path: Path
 ) -> None:
     path = changed(snapshot, tmp_path / "other.safetensors", put("decoder", "TAEW2.2 in bf16"))
-    message = "was decoded by .TAEW2.2 in bf16.; the session continues with the autoencoder in fp32"
+    message = "the frames so far were decoded by .TAEW2.2 in bf16.; the session continues with the autoencoder in fp32"
     with pytest.warns(UserWarning, match=message):
         session = pipeline.restore(path)
     assert session.options.decoder == "the autoencoder in fp32"
+    assert session.notice is not None and "TAEW2.2 in bf16" in session.notice
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for same in (snapshot, changed(snapshot, tmp_path / "old.safetensors", deleted("decoder"))):
-            assert pipeline.restore(same).options.decoder == "the autoencoder in fp32"
+            restored = pipeline.restore(same)
+            assert (restored.options.decoder, restored.notice) == ("the autoencoder in fp32", None)
 
 
 def test_files_that_are_no_snapshot_are_refused(snapshot: Path, pipeline: StreamingPipeline, tmp_path: Path) -> None:

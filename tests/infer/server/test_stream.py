@@ -18,6 +18,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from websockets.exceptions import ConnectionClosed
 
 from longvideo.infer.pipeline import StreamingPipeline
@@ -242,6 +244,25 @@ def test_continue_works_after_a_restart_and_not_for_unknown_streams(serve: Serve
     *_, end = again.receive_until("end")
     assert end["frames"] == 144
     assert decoded((later.folder / "streams" / f"{session}.mp4").read_bytes())[0] == list(range(144))
+
+
+@pytest.mark.filterwarnings("ignore:the frames so far were decoded by")
+def test_a_stream_that_continues_with_another_decoder_says_so(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start(seconds=6)["session"]
+    client.receive_until("chunk", chunk=0)
+    server.stop()
+    path = server.folder / "streams" / f"{session}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    other = metadata["session"].replace("the autoencoder in fp32", "TAEW2.2 in bf16")
+    save_file(load_file(path), path, metadata={**metadata, "session": other})
+    again = serve().connect()
+    again.send("continue", session=session)
+    assert again.receive()["type"] == "ready"
+    message = "the frames so far were decoded by 'TAEW2.2 in bf16'; the session continues with the autoencoder in fp32"
+    assert again.receive() == {"type": "warning", "message": message}
 
 
 def test_a_stopped_stream_ends_and_is_not_continued(serve: Serve) -> None:
