@@ -20,7 +20,6 @@ PICTURE = ROOT / "docs" / "images" / "design.svg"
 
 PURPOSES = {
     "cli": "every command",
-    "integrations": "diffusers",
     "train": "AR training, autoencoder",
     "distill": "DMD to 4 or 2 steps",
     "infer": "pipeline, sessions, server",
@@ -41,6 +40,7 @@ PURPOSES = {
     "machine": "host, GPUs",
     "pixels": "floats to uint8",
     "files": "atomic writes, locks",
+    "permissions": "private files",
     "errors": "UserError",
     "kernels": "torch, Triton, native",
 }
@@ -102,7 +102,7 @@ def draw() -> str:
 
 
 def _kind(name: str) -> str:
-    if name in ("cli", "integrations", "train", "distill", "infer"):
+    if name in ("cli", "train", "distill", "infer"):
         return "app"
     return "kernels" if name == "kernels" else "library"
 
