@@ -74,6 +74,7 @@ def test_a_folder_of_ground_truth_videos_scores_full(tmp_path: Path, capsys: pyt
     assert (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_switches_are_counted_and_shown_in_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "switches"
     options = ["--model", "tiny", "--device", "cpu", "--num", "1", "--steps", "1"]

@@ -93,6 +93,7 @@ def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.Cap
     assert "model.num_layers is 3; expected 2, as the model in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(trained: Path) -> None:
     sizes = ("model.attention_head_dim=16", "model.ffn_dim=32", "validation={batches: 2, batch: 3, clips: 32}")
     more = (*sizes, "nvfp4.enabled=true", "optimizer.schedule=constant", "trainer.save_every=2")

@@ -83,6 +83,7 @@ def by_every_stage(folder: str) -> list[dict[str, Tensor]]:
     return [*results, train(engine, roles, mesh, range(2, 4))]
 
 
+@pytest.mark.slow
 def test_two_ranks_at_every_stage_distil_as_one_process(tmp_path: Path) -> None:
     engine, roles = build(Mesh(), None)
     before = {name: weight.detach().clone() for name, weight in roles.trained(Role.STUDENT).items()}

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -106,6 +107,7 @@ def distance(network: PointNetwork, steps: int, reference: Tensor, draws: int = 
     return sum((points - reference).square().mean().sqrt().item() for points in distances) / draws
 
 
+@pytest.mark.slow
 def test_student_matches_the_teachers_distribution() -> None:
     """Within 10 % of what as many samples of the teacher itself differ from its distribution."""
     torch.set_num_threads(1)

@@ -255,6 +255,7 @@ def test_the_last_program_writes_out_what_is_left(rows: int, device: str) -> Non
     assert_same_numbers(got, reference.dequantize(expected, torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased(device: str) -> None:
     count = 4096
     row = random_tensor(4 * GROUP, seed=5)

@@ -54,6 +54,7 @@ def live_streams(server: ServerProcess) -> int:
     return int(match[1])
 
 
+@pytest.mark.slow
 @pytest.mark.time_limit("--stream-clients", 10)
 def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     num_clients = option_value(pytestconfig, "--stream-clients")
@@ -82,6 +83,7 @@ def test_memory_and_files_are_released_when_clients_disconnect(tmp_path: Path, p
     assert end < GROWTH * settled
 
 
+@pytest.mark.slow
 @pytest.mark.time_limit("--stream-seconds", 3)
 def test_a_long_stream_needs_constant_memory(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     seconds = option_value(pytestconfig, "--stream-seconds")

@@ -233,6 +233,7 @@ def test_a_run_in_one_process_goes_on_with_the_same_bits(data: tuple[Path, Path]
     assert ModelFolder.open(tmp_path / "whole" / "model").parts == ("transformer", "vae", "text_encoder")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     exact = (
@@ -274,6 +275,7 @@ def test_recycled_errors_of_another_number_of_ranks_are_dealt_out_with_a_word(
     assert filled[0] == filled[1] + filled[2] > 0 and min(filled) > 0
 
 
+@pytest.mark.slow
 def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_path: Path) -> None:
     model, encoded = data
     manifest = encoded.parent / "manifest.jsonl"
