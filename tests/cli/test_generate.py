@@ -357,6 +357,7 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_video_of_one(tmp_path: Path) -> None:
     both, alone = tmp_path / "both.mp4", tmp_path / "alone.mp4"
     run = torchrun([*PROMPTS, *OPTIONS, "-o", str(both)])

@@ -27,6 +27,7 @@ def test_the_teachers_autoencoder_and_text_encoder_are_tinys() -> None:
     assert teacher.weights("transformer").files != tiny.weights("transformer").files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 2])
 def test_tiny_shows_what_it_is_asked_for(tmp_path: Path, steps: int) -> None:
     more = ["--num", "8", "--seconds", "2.5", "--batch", "8", "--device", "cpu", "--steps", str(steps)]

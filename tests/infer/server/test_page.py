@@ -240,6 +240,7 @@ def test_the_video_plays_while_it_is_generated(page: Page) -> None:
     assert page.text_content("#stat-first") != "–"
 
 
+@pytest.mark.slow
 def test_a_prompt_change_is_shown_from_the_chunk_of_its_receipt(page: Page) -> None:
     start(page, RED, seconds="13")
     wait(page, lambda: num_chunks(page) >= 2)
@@ -311,6 +312,7 @@ def test_a_lost_connection_is_restored(page: Page, server: ServerProcess) -> Non
     cable.close()
 
 
+@pytest.mark.slow
 def test_a_restarted_server_continues_the_video(page: Page, serve: Callable[..., ServerProcess]) -> None:
     server = serve()
     open_page(page, server.url)
