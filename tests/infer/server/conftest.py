@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
+import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from longvideo.infer.pipeline import StreamingPipeline
@@ -32,6 +36,7 @@ from longvideo.infer.server.stream import Streams
 DEADLINE = 30.0
 START_SECONDS = 90.0  # other processes may use the same cores
 PROMPT = "a red ball bounces"
+FPS = 24
 
 
 @dataclass
@@ -210,3 +215,23 @@ def serve_process(
     finally:
         process.kill()
         process.communicate()
+
+
+def decoded(data: bytes) -> tuple[list[int], np.ndarray]:
+    """Return the number of each frame, from its time, and the frames of a video file [T, H, W, 3]."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = list(container.decode(video=0))
+    time_base = frames[0].time_base
+    assert time_base is not None
+    return [round(float(frame.pts * time_base) * FPS) for frame in frames], np.stack(
+        [frame.to_ndarray(format="rgb24") for frame in frames]
+    )
+
+
+def closed_with(client: Client) -> int | None:
+    """Read to the end of a connection and return its close code."""
+    try:
+        while True:
+            client.socket.recv(timeout=30)
+    except ConnectionClosed as error:
+        return error.rcvd.code if error.rcvd else None
