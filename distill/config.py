@@ -13,8 +13,9 @@ from longvideo.distill.self_forcing import RolloutConfig
 from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.model.cache import CachePrecision
 from longvideo.model.config import PRESETS
-from longvideo.quantization.number_formats import CachePrecision, DifferentiablePrecision, NumberFormats
+from longvideo.quantization.number_formats import DifferentiablePrecision, NumberFormats
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.trainer import TrainerConfig
 

@@ -39,7 +39,7 @@ from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.machine.launcher import launched
-from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
+from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.rollout import context_level
@@ -298,7 +298,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             BlockMemory(self.dtype.itemsize, checkpoint=config.dmd.checkpoint, compiled=config.compile),
             backbones=backbones,
             packed=config.backbone.precision != "bf16",
-            packed_cache=config.backbone.kv_cache == "nvfp4",
+            kv_cache=config.backbone.kv_cache,
             clips=clips,
             chunks=chunks,
         )
@@ -380,4 +380,4 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     @property
     def cache_type(self) -> type[ChunkCache]:
-        return NVFP4KVCache if self.config.backbone.kv_cache == "nvfp4" else KVCache
+        return CACHES[self.config.backbone.kv_cache]

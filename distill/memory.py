@@ -8,6 +8,7 @@ from longvideo.checkpoint.adapters import layer_sizes
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.transformer import CausalTransformer
+from longvideo.quantization.number_formats import PACKED_CACHES
 from longvideo.training.memory import (
     BlockMemory,
     EngineMemory,
@@ -19,6 +20,7 @@ from longvideo.training.memory import (
 
 if TYPE_CHECKING:
     from longvideo.distill.roles import LoraSettings
+    from longvideo.model.cache import CachePrecision
     from longvideo.model.config import TransformerConfig
     from longvideo.model.spec import ChunkSpec
 
@@ -42,29 +44,30 @@ def estimate_memory(
     *,
     backbones: int,
     packed: bool,
-    packed_cache: bool,
+    kv_cache: CachePrecision,
     clips: int,
     chunks: int,
 ) -> MemoryEstimate:
     """Estimate the peak memory of a step on one rank: one chunk with a gradient, and the cache of a clip.
 
     engines: memory of the student's and the critic's engine. backbones: 2 if the teacher has weights of its own, else
-    1. packed, packed_cache: whether weights of the blocks, and the cache, have 4 bits. clips: number of clips of one
-    pass. chunks: number of chunks of a clip.
+    1. packed: whether weights of the blocks have 4 bits. kv_cache: number format of the cache. clips: number of clips
+    of one pass. chunks: number of chunks of a clip.
     """
     tokens = clips * spec.tokens_per_chunk
     row = row_bytes(config, tokens, blocks.size)
     slots = min(spec.window_chunks, chunks)
     prompts = clips + 1  # one of them is the negative prompt
     contexts = 2 * config.num_layers * prompts * config.text_len * config.dim * blocks.size
-    value = PACKED_BYTES if packed_cache else blocks.size
+    value = PACKED_BYTES if kv_cache in PACKED_CACHES else blocks.size
+    exact_chunks = spec.exact_chunks if kv_cache == "nvfp4-mixed" else 0
     return MemoryEstimate(
         engine=engines,
         frozen=backbones * _backbone_bytes(config, blocks.size, packed=packed),
         text=contexts + text_bytes(config, prompts=clips, uses=clips, size=blocks.size),
         activations=row * config.num_layers * blocks.kept(config) + head_bytes(config, tokens, blocks.size),
         block=row * (blocks.running(config) + 2 * slots),
-        cache=2 * config.num_layers * spec.window_chunks * tokens * config.dim * value,
+        cache=2 * config.num_layers * tokens * config.dim * (spec.window_chunks * value + exact_chunks * blocks.size),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from longvideo.infer.bench.timing import median_ms
 from longvideo.model.attention import Cached, Filling
-from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
+from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
@@ -67,7 +67,7 @@ def time_steps(
             set_product(model, W4A16(device))
         elif precision == "nvfp4":
             set_product(model, choose_w4a4(device))
-        for name, cache_type in (("bf16", KVCache), ("nvfp4", NVFP4KVCache)):
+        for name, cache_type in CACHES.items():
             on_case(f"{precision}, {name} cache")
             timings.append(_time(model, spec, cache_type, precision, name, device))
     return timings

@@ -7,22 +7,28 @@ keys, so nothing is moved.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from longvideo.model.rope import Rope, rotate
-from longvideo.model.slots import NVFP4Slots, PlainSlots, Slots
+from longvideo.model.slots import NVFP4MixedSlots, NVFP4Slots, PlainSlots, Slots, SlotsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from longvideo.model.spec import ChunkSpec
 
+CachePrecision = Literal["bf16", "nvfp4", "nvfp4-mixed"]
+"""Number format of the KV cache; `CACHES` has the class of each."""
+
 
 class ChunkWindow:
-    """The chunk in each slot. `begin` gives the live chunk a slot, `commit` makes it part of the past."""
+    """The chunk in each slot, and in each place where a mixed cache has an exact copy.
+
+    `begin` gives the live chunk a slot, `commit` makes it part of the past.
+    """
 
     def __init__(self, spec: ChunkSpec) -> None:
         self.spec = spec
@@ -30,6 +36,7 @@ class ChunkWindow:
         self.next_chunk = 0
         self.live_slot: int | None = None
         self._pin: int | None = None
+        self._copied: list[int | None] = [None] * spec.exact_chunks  # chunk in each place of an exact copy
 
     def begin(self) -> int:
         """Return the slot of the live chunk, after evicting a chunk if all slots are in use. Repeated calls agree."""
@@ -46,6 +53,7 @@ class ChunkWindow:
     def commit(self, *, cut: bool = False) -> None:
         """Make the live chunk part of the past. cut: whether it opened a shot; it then replaces the pin."""
         assert self.live_slot is not None, "commit without begin"
+        self._copied[self._live_place()] = self.next_chunk
         if cut and self.spec.pin_shots and self.next_chunk > 0:
             self._pin = self.next_chunk
         self.next_chunk += 1
@@ -62,10 +70,26 @@ class ChunkWindow:
         live = self.begin()
         return [slot for slot in range(self.num_slots) if slot != live]
 
+    def slots(self) -> SlotsInUse:
+        """Begin the live chunk, and return the slots in use."""
+        live, past = self.begin(), self.past_slots()
+        finished = {self.chunks[slot]: slot for slot in past}
+        newest = max(finished, default=None)
+        read = {chunk for chunk in finished if chunk < self.spec.sink_chunks or chunk in (self._pin, newest)}
+        exact = [finished[chunk] if chunk in read else live for chunk in self._copied]
+        return SlotsInUse(live, tuple(past), tuple(exact), self._live_place())
+
     @property
     def num_slots(self) -> int:
         """Number of slots in use, with that of the live chunk; they are always the first ones."""
         return len(self.chunks)
+
+    def _live_place(self) -> int:
+        """Return the place of the live chunk's exact copy: its own in the sink, or else one without the pin."""
+        if self.next_chunk < self.spec.sink_chunks:
+            return self.next_chunk
+        places = range(self.spec.sink_chunks, self.spec.exact_chunks)
+        return next(place for place in places if self._copied[place] is None or self._copied[place] != self._pin)
 
 
 def past_chunks(spec: ChunkSpec, cuts: Sequence[bool]) -> list[int]:
@@ -128,7 +152,8 @@ class ChunkCache:
 
         They are valid until the next call, for any layer.
         """
-        keys_BSLNK, values_BSLNK = self._written(layer, keys_BLNK, values_BLNK, rope)
+        keys_BSLNK, values_BSLNK = opened = self._opened(layer)
+        self._write_live_slot(opened, keys_BLNK, values_BLNK, rope)
         end = self.window.num_slots
         return keys_BSLNK[:, :end].flatten(1, 2), values_BSLNK[:, :end].flatten(1, 2)
 
@@ -142,8 +167,8 @@ class ChunkCache:
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
         """Store the keys and values of the finished live chunk, to which later chunks attend."""
         live = self._begin()
+        self._write_live_slot(self._slots.open(layer, 0), keys_BLNK, values_BLNK, rope)
         if not self._slots.copies:
-            self._written(layer, keys_BLNK, values_BLNK, rope)
             return
         if layer == 0:
             assert rope.cos.shape[0] == 1, "samples of a batch share their positions, as they share the slots"
@@ -164,7 +189,7 @@ class ChunkCache:
         """Give the live chunk its slot, once, and return the slot."""
         live = self.window.begin()
         if not self._has_begun:
-            self._slots.begin(live, self.window.past_slots())
+            self._slots.begin(self.window.slots())
             self._has_begun = True
         return live
 
@@ -172,12 +197,13 @@ class ChunkCache:
         self._begin()
         return self._slots.open(layer, self.window.num_slots - 1)
 
-    def _written(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        keys_BSLNK, values_BSLNK = self._opened(layer)
+    def _write_live_slot(
+        self, opened_BSLNK: tuple[Tensor, Tensor], keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope
+    ) -> None:
+        keys_BSLNK, values_BSLNK = opened_BSLNK
         live = self._begin()
         keys_BSLNK[:, live] = rotate(keys_BLNK, rope).to(keys_BSLNK.dtype)
         values_BSLNK[:, live] = values_BLNK.to(values_BSLNK.dtype)
-        return keys_BSLNK, values_BSLNK
 
 
 class KVCache(ChunkCache):
@@ -190,3 +216,17 @@ class NVFP4KVCache(ChunkCache):
     """A cache in 4 bits."""
 
     slots_type = NVFP4Slots
+
+
+class NVFP4MixedKVCache(ChunkCache):
+    """A cache in 4 bits that reads the sink, the pin and the newest finished chunk as they were written."""
+
+    slots_type = NVFP4MixedSlots
+
+
+CACHES: dict[CachePrecision, type[ChunkCache]] = {
+    "bf16": KVCache,
+    "nvfp4": NVFP4KVCache,
+    "nvfp4-mixed": NVFP4MixedKVCache,
+}
+"""Class of the cache of each format; "bf16" is the dtype of the model."""

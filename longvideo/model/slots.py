@@ -8,6 +8,7 @@ Shapes: B samples, S slots, L tokens of a chunk, N heads, K head dim, H = K / 2 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,6 +19,25 @@ from longvideo.kernels.kv_dequant.format import QuantizedSlots
 
 if TYPE_CHECKING:
     from longvideo.model.spec import ChunkSpec
+
+WORD = torch.int64
+"""Dtype in which keys and values are copied or exchanged: no operation needs to support FP8 or moves single bytes."""
+
+
+@dataclass(frozen=True)
+class SlotsInUse:
+    """The slots of a window while one chunk is live.
+
+    live: slot of the live chunk. past: slots that it attends to, without its own.
+    exact: for every place of an exact copy, the slot whose chunk is read from this copy. For a copy that is not read it
+        is the live slot, which is written after the past is opened.
+    live_place: place of the exact copy of the live chunk.
+    """
+
+    live: int
+    past: tuple[int, ...]
+    exact: tuple[int, ...]
+    live_place: int
 
 
 class Slots(Protocol):
@@ -42,7 +62,7 @@ class Slots(Protocol):
         device: torch.device,
     ) -> None: ...
 
-    def begin(self, live: int, past: list[int], /) -> None:
+    def begin(self, slots: SlotsInUse, /) -> None:
         """Set the slot of the live chunk and the slots that it attends to, without waiting for the device."""
         ...
 
@@ -58,7 +78,10 @@ class Slots(Protocol):
         ...
 
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, /) -> None:
-        """Keep the live chunk for later chunks. keys: normalized, before rotation."""
+        """Keep the live chunk, which has been written to its slot of the open layer, for later chunks.
+
+        keys: normalized, before rotation.
+        """
         ...
 
     @property
@@ -87,8 +110,8 @@ class PlainSlots:
         self._stored = [tuple(torch.empty(2, *shape, dtype=dtype, device=device).unbind()) for _ in range(num_layers)]
         self.live = torch.zeros((), dtype=torch.int64, device=device)
 
-    def begin(self, live: int, _past: list[int], /) -> None:
-        self.live.fill_(live)
+    def begin(self, slots: SlotsInUse) -> None:
+        self.live.fill_(slots.live)
 
     def set_rotation(self, live: int, cos_LH: Tensor, sin_LH: Tensor) -> None:
         """Do nothing: keys are stored after rotation."""
@@ -145,9 +168,9 @@ class NVFP4Slots:
         self.live = torch.zeros((), dtype=torch.int64, device=device)
         self._past = torch.zeros(slots, dtype=torch.int32, device=device)
 
-    def begin(self, live: int, past: list[int]) -> None:
-        self.live.fill_(live)
-        for place, slot in enumerate(past):
+    def begin(self, slots: SlotsInUse) -> None:
+        self.live.fill_(slots.live)
+        for place, slot in enumerate(slots.past):
             self._past[place].fill_(slot)
 
     def set_rotation(self, live: int, cos_LH: Tensor, sin_LH: Tensor) -> None:
@@ -172,3 +195,60 @@ class NVFP4Slots:
     @property
     def num_bytes(self) -> int:
         return sum(layer.num_bytes for layer in self._layers)
+
+
+class NVFP4MixedSlots(NVFP4Slots):
+    """Slots in 4 bits, with exact copies of the chunks of the sink, of the pin and of the newest finished chunk.
+
+    A copy has the keys after rotation and the values as `PlainSlots` has them. After a layer is rebuilt from 4 bits,
+    the copies overwrite their chunks in the workspace. The number of copies and their addresses never change; the slot
+    of each is read on the device. Every chunk has its 4-bit form, from which it is read once it is not one of these.
+    """
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            spec,
+            num_layers=num_layers,
+            batch=batch,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        shape = (2, batch, spec.exact_chunks, spec.tokens_per_chunk, num_heads, head_dim)
+        self._copies = [torch.empty(shape, dtype=dtype, device=device).view(WORD) for _ in range(num_layers)]
+        self._exact = torch.zeros(spec.exact_chunks, dtype=torch.int64, device=device)
+        self._live_place = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self, slots: SlotsInUse) -> None:
+        super().begin(slots)
+        for place, slot in enumerate(slots.exact):
+            self._exact[place].fill_(slot)
+        self._live_place.fill_(slots.live_place)
+
+    def open(self, layer: int, num_past: int) -> tuple[Tensor, Tensor]:
+        workspace = super().open(layer, num_past)
+        if num_past:
+            for rebuilt, copies in zip(workspace, self._copies[layer], strict=True):
+                rebuilt.view(WORD).index_copy_(1, self._exact, copies)
+        return workspace
+
+    def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor) -> None:
+        super().keep(layer, keys_BLNK, values_BLNK)
+        live, place = self.live.reshape(1), self._live_place.reshape(1)
+        for written, copies in zip((self._keys, self._values), self._copies[layer], strict=True):
+            copies.index_copy_(1, place, written.view(WORD).index_select(1, live))
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + sum(copies.numel() * copies.element_size() for copies in self._copies)

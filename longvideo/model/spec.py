@@ -71,3 +71,8 @@ class ChunkSpec:
     @property
     def sink_chunks(self) -> int:
         return self.sink_frames // self.chunk_frames
+
+    @property
+    def exact_chunks(self) -> int:
+        """Largest number of finished chunks that a mixed cache reads exactly: the sink, the pin and the newest one."""
+        return self.sink_chunks + self.pin_shots + 1

@@ -7,9 +7,8 @@ from typing import Literal, get_args
 
 from longvideo.errors import known
 from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
+from longvideo.model.cache import CachePrecision
 
-CachePrecision = Literal["bf16", "nvfp4"]
-"""Number format of the KV cache."""
 DecoderPrecision = Literal["auto", "fp32", "bf16", "fp8", "fp8-emulated"]
 """Number format of the decoder's convolutions."""
 
@@ -17,6 +16,8 @@ DifferentiablePrecision = Literal["bf16", "nvfp4", "nvfp4-weights"]
 """Precision of a frozen backbone through which gradients reach adapters."""
 FP8_FORMATS = ("fp8", "fp8-emulated")
 """Formats with the arithmetic of FP8: on FP8 units, and slowly in plain torch on a CPU."""
+PACKED_CACHES: tuple[CachePrecision, ...] = ("nvfp4", "nvfp4-mixed")
+"""Formats of the KV cache that have chunks in 4 bits."""
 PRECISIONS: tuple[TransformerPrecision, ...] = get_args(TransformerPrecision)
 KV_CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
 ATTENTIONS: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
@@ -30,7 +31,8 @@ class NumberFormats:
     precision: format of the products in the blocks. "bf16" (float32 on a CPU without bfloat16 units); "nvfp4" for
         weights and inputs; "nvfp4-weights" for the weights alone; "fp8" for weights and inputs in E4M3 with a scale for
         each row, which has no gradient. None is "nvfp4" where the weights are stored in 4 bits, otherwise "bf16".
-    kv_cache: format of the keys and values of the chunks already made.
+    kv_cache: format of the keys and values of the chunks already made. "bf16" is the dtype of the model; "nvfp4" has
+        all chunks in 4 bits; "nvfp4-mixed" too, and reads the sink, the pin and the newest finished chunk as in "bf16".
     attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
     decoder: "fp32", "bf16", or "fp8" for large convolutions in E4M3 and the rest in bf16. "auto" is bf16 on a GPU, and
         the faster of fp32 and bf16 on a CPU, which is measured when the model is loaded.

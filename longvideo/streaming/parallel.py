@@ -23,12 +23,10 @@ from longvideo.errors import UserError
 from longvideo.kernels.backends import RotaryOperations, rotary_operations
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.machine.launcher import process_rank
+from longvideo.model.slots import WORD
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-
-WORD = torch.int64
-"""Dtype in which heads are exchanged, so that no operation needs to support FP8 and no kernel moves single bytes."""
 
 
 class Sharing(Protocol):

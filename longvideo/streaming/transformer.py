@@ -21,10 +21,9 @@ from torch import Tensor
 
 from longvideo.kernels.attention.sdpa import preferred_attention
 from longvideo.kernels.backends import norm_operations
-from longvideo.model.cache import ChunkWindow
+from longvideo.model.cache import CACHES, ChunkWindow
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
-from longvideo.model.slots import NVFP4Slots, PlainSlots, Slots
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.block import ResidualStream, StreamingBlock
@@ -35,9 +34,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from longvideo.kernels.backends import AttentionPrecision
+    from longvideo.model.cache import CachePrecision
+    from longvideo.model.slots import Slots
     from longvideo.model.spec import ChunkSpec
     from longvideo.model.transformer import Block, CausalTransformer, TextContext
-    from longvideo.quantization.number_formats import CachePrecision
 
 
 class PassKind(Enum):
@@ -89,8 +89,7 @@ class StreamingTransformer:
         self._means: _ValueMeans | None = None
         if attention in FP8_FORMATS:
             self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
-        slots_type = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
-        self._slots: Slots = slots_type(
+        self._slots: Slots = CACHES[kv_cache].slots_type(
             spec,
             num_layers=config.num_layers,
             batch=batch,
@@ -132,7 +131,6 @@ class StreamingTransformer:
         shot: number of cuts before it or at it. text: prompt of every sample, in their order.
         """
         self._window.skip_to(index)
-        past = self._window.past_slots()
         start = index * self.spec.chunk_frames + shot * self.spec.offset_per_shot
         with self._here():
             offset = torch.zeros_like(self._position_L3)
@@ -140,9 +138,9 @@ class StreamingTransformer:
             rope = rope_from_positions((self._position_L3 + offset)[None], 2 * self._cos_LH.shape[1])
             self._cos_LH.copy_(rope.cos[0, :, 0])
             self._sin_LH.copy_(rope.sin[0, :, 0])
-            live = self._window.begin()
-            self._slots.begin(live, past)
-            self._slots.set_rotation(live, self._cos_LH, self._sin_LH)
+            slots = self._window.slots()
+            self._slots.begin(slots)
+            self._slots.set_rotation(slots.live, self._cos_LH, self._sin_LH)
             for own, keys, values in zip(self._text, text.keys, text.values, strict=True):
                 own[0].copy_(keys)
                 own[1].copy_(values)
@@ -177,7 +175,7 @@ class StreamingTransformer:
         self.reset()
         for _ in range(self.spec.window_chunks):
             with self._here():
-                self._slots.begin(self._window.begin(), self._window.past_slots())
+                self._slots.begin(self._window.slots())
                 for kind in (PassKind.STEP, PassKind.FILL) if clean_pass else (PassKind.STEP, PassKind.LAST_STEP):
                     self._run(kind)
             self._window.commit()

@@ -45,7 +45,7 @@ def test_the_command_shows_the_values_of_a_preset_below_a_key(capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "backbone.precision=nvfp4  (bf16 | nvfp4 | nvfp4-weights)"
     assert lines[1].startswith("    number format of the weights")
-    assert lines[2] == "backbone.kv_cache=nvfp4  (bf16 | nvfp4)" and len(lines) == 4
+    assert lines[2] == "backbone.kv_cache=nvfp4  (bf16 | nvfp4 | nvfp4-mixed)" and len(lines) == 4
     assert main(["config", "keys"]) == 0
     assert (
         "commands: train vae, train ar, train clips, train decoder, distill\npresets: cpu/ar,"

@@ -335,7 +335,7 @@ def test_a_damaged_folder_is_one_line_and_code_two(
     ("option", "message"),
     [
         (["--precision", "int8"], "one of bf16, nvfp4, nvfp4-weights, fp8"),
-        (["--kv-cache", "int4"], "one of bf16, nvfp4"),
+        (["--kv-cache", "int4"], "one of bf16, nvfp4, nvfp4-mixed"),
     ],
 )
 def test_an_unknown_number_format_is_refused(

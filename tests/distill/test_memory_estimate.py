@@ -7,6 +7,7 @@ import pytest
 from longvideo.distill.memory import adapter_parameters, estimate_memory
 from longvideo.distill.roles import LoraSettings
 from longvideo.distributed import ParallelConfig
+from longvideo.model.cache import CACHES
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.training.memory import GIB, BlockMemory, engine_memory
@@ -34,11 +35,30 @@ def test_measured_peaks_are_estimated_within_a_tenth(packed: bool, backbones: in
         BlockMemory(2, checkpoint=True, compiled=False),
         backbones=backbones,
         packed=packed,
-        packed_cache=packed,
+        kv_cache="nvfp4" if packed else "bf16",
         clips=1,
         chunks=CHUNKS,
     )
     assert estimate.total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_exact_copies_of_a_mixed_cache_are_counted() -> None:
+    sizes = {
+        kv_cache: estimate_memory(
+            SHAPE,
+            SPEC,
+            engine_memory(0, ParallelConfig(), ranks=1, bf16=False, passes=CHUNKS, averaged=False),
+            BlockMemory(2, checkpoint=True, compiled=False),
+            backbones=1,
+            packed=True,
+            kv_cache=kv_cache,
+            clips=2,
+            chunks=CHUNKS,
+        ).cache
+        for kv_cache in CACHES
+    }
+    # the sink, the pin and the newest of the four chunks of a window
+    assert sizes["nvfp4-mixed"] == sizes["nvfp4"] + 3 / 4 * sizes["bf16"]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "chunks", "measured"), [(1, 1, 4, 25.0), (2, 2, 2, 19.1)])
@@ -56,7 +76,7 @@ def test_measured_peaks_of_deepspeed_are_estimated_within_a_tenth(
         BlockMemory(2, checkpoint=True, compiled=False),
         backbones=1,
         packed=True,
-        packed_cache=True,
+        kv_cache="nvfp4",
         clips=1,
         chunks=chunks,
     )

@@ -14,7 +14,7 @@ from longvideo.distill.self_forcing import CacheFill, RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import TransformerPrecision
-from longvideo.model.cache import NVFP4KVCache
+from longvideo.model.cache import ChunkCache, NVFP4KVCache, NVFP4MixedKVCache
 from longvideo.model.conditioning import Conditioning
 from longvideo.quantization.convert import with_precision
 from longvideo.rollout import CachedTransformer, context_level, rollout
@@ -65,15 +65,17 @@ def test_a_roll_out_to_the_last_step_is_what_generation_makes(
         assert relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
+@pytest.mark.parametrize(
+    ("precision", "cache_type"), [("bf16", NVFP4KVCache), ("nvfp4", NVFP4KVCache), ("bf16", NVFP4MixedKVCache)]
+)
 def test_a_cache_in_four_bits_is_that_of_generation(
-    precision: TransformerPrecision, monkeypatch: pytest.MonkeyPatch
+    precision: TransformerPrecision, cache_type: type[ChunkCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roles = videos.roles(with_precision(packable.model(), precision), stirred=0.2, cache_type=NVFP4KVCache)
+    monkeypatch.setattr(videos, "SPEC", replace(videos.SPEC, window_frames=8))
+    roles = videos.roles(with_precision(packable.model(), precision), stirred=0.2, cache_type=cache_type)
     rollouts, looks = videos.parts(roles, RolloutConfig(steps=2, exits="last"))
     clip = videos.clip(CUTS)
     expected = generated(roles, rollouts, clip, monkeypatch)
-    monkeypatch.undo()
     for got, want in zip(rollouts.roll_out(clip, "student").latents, expected, strict=True):
         assert relative_error(got, want) < 1e-5
     objective = StudentObjective(rollouts, looks)

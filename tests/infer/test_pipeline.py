@@ -85,7 +85,7 @@ def test_seeds_and_counts_of_numpy_are_numbers(pipeline: StreamingPipeline) -> N
         ({"precision": "int8"}, "precision is 'int8'; expected one of"),
         ({"precision": 4}, "precision is 4; expected one of"),
         ({"precision": "fp8"}, "FP8 products need a GPU"),
-        ({"kv_cache": None}, "kv_cache is None; expected one of bf16, nvfp4"),
+        ({"kv_cache": None}, "kv_cache is None; expected one of bf16, nvfp4, nvfp4-mixed"),
         ({"attention": "fp8"}, "FP8 attention needs a CUDA GPU"),
         ({"preset": "none"}, "preset 'none'|'none'"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import NVFP4Tensor
 from longvideo.model.attention import Cached, Filling
-from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
+from longvideo.model.cache import CACHES, CachePrecision, ChunkCache, KVCache, NVFP4KVCache, NVFP4MixedKVCache
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rope_from_positions, rotate
@@ -77,6 +79,99 @@ def test_eviction_is_that_of_the_other_cache() -> None:
             cache.commit(cut=number in cuts)
 
 
+MIXED_SPECS = {
+    "sink and pin": dataclasses.replace(SPEC, window_frames=12),
+    "two sinks": dataclasses.replace(SPEC, window_frames=12, sink_frames=4, pin_shots=False),
+    "two sinks and the pin": dataclasses.replace(SPEC, window_frames=14, sink_frames=4),
+    "no sink": dataclasses.replace(SPEC, sink_frames=0, pin_shots=False),
+    "the pin alone": dataclasses.replace(SPEC, sink_frames=0),
+    "sink and pin alone": dataclasses.replace(SPEC, window_frames=6),
+    "live chunk alone": dataclasses.replace(SPEC, window_frames=2, sink_frames=0, pin_shots=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [range(16), (0, 1, 4, 9, 10, 11, 12, 13, 16)], ids=["all chunks", "some chunks"])
+@pytest.mark.parametrize("name", MIXED_SPECS)
+def test_a_mixed_cache_is_exact_for_sink_pin_and_newest_chunk_and_else_the_one_in_four_bits(
+    name: str, numbers: Iterable[int], dtype: torch.dtype
+) -> None:
+    spec, layers, cuts = MIXED_SPECS[name], 2, {1, 3, 4, 9, 12}
+    caches = mixed, packed = [
+        kind(spec, num_layers=layers, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype)
+        for kind in (NVFP4MixedKVCache, NVFP4KVCache)
+    ]
+    pin, num_packed = None, 0
+    for number in numbers:
+        for cache in caches:
+            cache.window.skip_to(number)
+        for layer in range(layers):
+            written = kept_at(number, layer, dtype)
+            slots, four_bits = (
+                [x.unflatten(1, (-1, spec.tokens_per_chunk)) for x in cache.attended(layer, *written)]
+                for cache in caches
+            )
+            owners = mixed.window.chunks
+            newest = max((owner for owner in owners if owner != number), default=None)
+            for slot, owner in enumerate(owners):
+                expected = [x[:, slot] for x in four_bits]
+                if owner < spec.sink_chunks or owner in (pin, newest, number):
+                    keys, values, rope = kept_at(owner, layer, dtype)
+                    expected = [rotate(keys, rope).to(dtype), values]
+                else:
+                    num_packed += 1
+                for got, want in zip(slots, expected, strict=True):
+                    assert torch.equal(got[:, slot], want), (number, layer, owner)
+            for got, want in zip(mixed.past(layer), slots, strict=True):
+                assert torch.equal(got, want[:, mixed.window.past_slots()].flatten(1, 2))
+            for cache in caches:
+                cache.keep(layer, *written)
+        for cache in caches:
+            cache.commit(cut=number in cuts)
+        if number in cuts and spec.pin_shots:
+            pin = number
+    assert (num_packed > 0) == (spec.window_chunks > spec.sink_chunks + 2)
+    assert packed.window.chunks == mixed.window.chunks
+
+
+def kept_at(number: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Rope]:
+    """Return keys and values of a chunk in a layer, and its rotation."""
+    keys, values, _ = chunk(100 * layer + number)
+    return keys.to(dtype), values.to(dtype), chunk(number)[2]
+
+
+@pytest.mark.parametrize("window_frames", [4, 6])
+def test_a_mixed_cache_whose_past_is_all_exact_is_the_plain_one(window_frames: int) -> None:
+    spec = dataclasses.replace(SPEC, window_frames=window_frames, pin_shots=False)
+    caches = [
+        kind(spec, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH)
+        for kind in (NVFP4MixedKVCache, KVCache)
+    ]
+    for number in range(7):
+        attended = [cache.attended(0, *chunk(number)) for cache in caches]
+        assert all(map(torch.equal, *attended))
+        for cache in caches:
+            cache.keep(0, *chunk(number))
+            cache.commit()
+
+
+def test_an_exact_copy_is_read_while_the_next_chunk_is_live_and_written_only_by_keep() -> None:
+    cache = new_cache(NVFP4MixedKVCache)
+    cache.keep(0, *chunk(0))
+    cache.commit()
+    cache.keep(0, *chunk(1))
+    cache.commit()
+    before = [x.clone() for x in cache.past(0)]
+    for seed in (2, 3):
+        keys, values, _ = chunk(seed)
+        cache.attended(0, keys, values, chunk(2)[2])
+        assert all(map(torch.equal, cache.past(0), before))
+
+
+def test_every_format_has_a_cache() -> None:
+    assert tuple(CACHES) == get_args(CachePrecision)
+
+
 def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     keys, values, rope = chunk(0)
     both, alone = new_cache(NVFP4KVCache), NVFP4KVCache(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM)
@@ -99,7 +194,7 @@ def test_rollout_with_four_bits_is_near_the_exact_one() -> None:
     torch.manual_seed(0)
     model = CausalTransformer(config).eval()
     outputs = []
-    for kind in (KVCache, NVFP4KVCache):
+    for kind in (KVCache, NVFP4KVCache, NVFP4MixedKVCache):
         cache = kind(SPEC, num_layers=config.num_layers, num_heads=2, head_dim=32)
         with torch.no_grad():
             text = model.encode_text(small.features(1))
@@ -110,7 +205,10 @@ def test_rollout_with_four_bits_is_near_the_exact_one() -> None:
                 model.fill_cache(latents, 0 * sigma, text, rope=rope, attention=Filling(cache))
                 cache.commit()
         outputs.append(flow)
-    assert 0 < relative_error(outputs[1], outputs[0]) < 0.02
+    packed, mixed = (relative_error(output, outputs[0]) for output in outputs[1:])
+    assert 0 < packed < 0.02
+    # sink and newest chunk are all that the third chunk attends to
+    assert mixed == 0
 
 
 def test_five_billion_parameters_keep_their_past_in_at_most_029_of_the_bytes() -> None:

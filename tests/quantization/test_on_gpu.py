@@ -10,7 +10,7 @@ import torch
 
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Cached, Filling, Full
-from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
+from longvideo.model.cache import CACHES, ChunkCache, NVFP4KVCache, NVFP4MixedKVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
@@ -68,7 +68,7 @@ def roll_out(
     return flows
 
 
-@pytest.mark.parametrize("cache_type", [KVCache, NVFP4KVCache])
+@pytest.mark.parametrize("cache_type", CACHES.values())
 @pytest.mark.parametrize("inputs", [False, True])
 def test_velocities_are_those_of_the_cpu(cache_type: type[ChunkCache], inputs: bool) -> None:
     expected, got = (roll_out(packed(device, inputs=inputs), cache_type, device) for device in ("cpu", "cuda"))
@@ -77,9 +77,10 @@ def test_velocities_are_those_of_the_cpu(cache_type: type[ChunkCache], inputs: b
         assert relative_error(mine, theirs) < (0.05 if inputs else 0.01)
 
 
+@pytest.mark.parametrize("cache_type", [NVFP4KVCache, NVFP4MixedKVCache])
 @pytest.mark.parametrize("inputs", [False, True])
-def test_a_step_never_waits_for_the_host(inputs: bool) -> None:
-    roll_out(packed("cuda", inputs=inputs), NVFP4KVCache, "cuda", watch=True)
+def test_a_step_never_waits_for_the_host(cache_type: type[ChunkCache], inputs: bool) -> None:
+    roll_out(packed("cuda", inputs=inputs), cache_type, "cuda", watch=True)
 
 
 def test_a_layer_is_rebuilt_in_one_launch() -> None:

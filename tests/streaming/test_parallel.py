@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from longvideo.errors import UserError
 from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
+from longvideo.model.cache import CACHES, CachePrecision
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import with_precision
-from longvideo.quantization.number_formats import CachePrecision
+from longvideo.quantization.number_formats import PACKED_CACHES
 from longvideo.streaming.parallel import check_ranks
 from longvideo.streaming.transformer import StreamingTransformer
 from tests.golden import relative_error
@@ -47,6 +48,7 @@ CASES = {
     "samples and guidance": Case(1e-5, options={"samples": 2, "guidance": 3.0}),
     # a 4-bit tensor scale is that of all heads in one process, and of N / R heads on a rank
     "nvfp4 cache": Case(1e-2, kv_cache="nvfp4", options={"samples": 2}),
+    "mixed cache": Case(1e-2, kv_cache="nvfp4-mixed", options={"samples": 2}),
     # sums in another order change roundings as much as weights that are changed by 1e-7 in one process
     "fp8 attention": Case(5e-3, attention="fp8-emulated", options={"samples": 2}),
     "fp8 attention, nvfp4 cache": Case(1e-2, kv_cache="nvfp4", attention="fp8-emulated", options={"clean_pass": False}),
@@ -111,7 +113,7 @@ def test_ranks_make_the_latents_of_one_process_and_divide_its_cache(world: int, 
         assert first.error < CASES[name].bound, (name, first.error)
         # every rank has all tensor scales of an NVFP4 cache: two of 4 bytes for each layer, slot and sample
         scales = 8 * CONFIG.num_layers * SPEC.window_chunks * CASES[name].options.get("samples", 1)
-        more = (world - 1) * scales if CASES[name].kv_cache == "nvfp4" else 0
+        more = (world - 1) * scales if CASES[name].kv_cache in PACKED_CACHES else 0
         assert first.bytes_of_ranks == first.bytes_of_one + more
 
 
@@ -155,7 +157,7 @@ def shared_on_gpus(precision: TransformerPrecision, kv_cache: CachePrecision) ->
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("kv_cache", CACHES)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_recorded_ranks_make_the_latents_of_one_gpu(precision: TransformerPrecision, kv_cache: CachePrecision) -> None:
     of_ranks = run_in_processes(2, shared_on_gpus, precision, kv_cache, backend="nccl")
