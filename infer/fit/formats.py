@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from longvideo.errors import UserError
 from longvideo.kernels.backends import attention_backend, convolution_backend, kernels_on, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
-from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
 from longvideo.streaming.decoders import check_fp8, check_share
 
 if TYPE_CHECKING:
+    import torch
+
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.shapes import ModelShapes
 
@@ -32,7 +34,7 @@ def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, decode_share: f
             f"precision is {formats.precision}, but the weights of {name} are packed in 4 bits; use nvfp4 or"
             " nvfp4-weights"
         )
-    if formats.kv_cache == "nvfp4" and config.attention_head_dim % GROUP:
+    if formats.kv_cache in PACKED_CACHES and config.attention_head_dim % GROUP:
         raise UserError(
             f"the head dim of {name} is {config.attention_head_dim}; a 4-bit KV cache needs a multiple of {GROUP}; use"
             " kv_cache bf16"
@@ -66,13 +68,10 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, de
     """
     device, precision = placement.device, formats.precision_of(packed=packed)
     name = str(placement.denoise_dtype).removeprefix("torch.")
-    kept = "in 4 bits, rebuilt by " + kernels_on(device) if formats.kv_cache == "nvfp4" else f"in {name}"
-    if formats.attention in FP8_FORMATS and formats.kv_cache == "bf16":
-        kept = "in E4M3"
     parts = (
         f"running on {device} in {name}",
         f"products {_format(precision, name)}: {product_backend(precision, device)}",
-        f"KV cache: {kept}",
+        f"KV cache: {_kept(formats, device, name)}",
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
         decoding_line(formats, placement, decoder=decoder),
     )
@@ -82,6 +81,14 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, de
 def decoding_line(formats: NumberFormats, placement: Placement, *, decoder: str) -> str:
     """Return the device, the name and the data type of a decoder in words. decoder: name of the decoder."""
     return f"decoding on {placement.decode_device} by {decoder} in {_decoding(formats, placement)}"
+
+
+def _kept(formats: NumberFormats, device: torch.device, dtype: str) -> str:
+    exact = "in E4M3" if formats.attention in FP8_FORMATS else f"in {dtype}"
+    if formats.kv_cache not in PACKED_CACHES:
+        return exact
+    rebuilt = f"in 4 bits, rebuilt by {kernels_on(device)}"
+    return f"{rebuilt}, sink, pin and newest chunk {exact}" if formats.kv_cache == "nvfp4-mixed" else rebuilt
 
 
 def _decoding(formats: NumberFormats, placement: Placement) -> str:

@@ -14,7 +14,7 @@ from longvideo.infer.fit.placement import Placement, numbered
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.number_formats import FP8_FORMATS, NumberFormats
+from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
 from longvideo.quantization.selection import linear_layers
 from longvideo.rollout import branches
 from longvideo.streaming.decoders import DecoderBytes, decoder_bytes
@@ -183,12 +183,14 @@ def _denoiser(model: CausalTransformer, workload: Workload) -> _DenoiserBytes:
     loading, weights = _loading_and_weights(model, workload)
     keys_values = 2 * rows * spec.window_frames * spec.tokens_per_frame * config.dim
     cache = config.num_layers * keys_values * attended_size
-    if formats.kv_cache == "nvfp4":
+    if formats.kv_cache in PACKED_CACHES:
         packed = keys_values // 2 + keys_values // GROUP
         means = 2 * rows * spec.window_chunks * config.dim
         live = (packed + means) // spec.window_chunks
         rotation = 4 * spec.window_frames * spec.tokens_per_frame * config.attention_head_dim
-        cache = config.num_layers * (packed + means) + live + keys_values * attended_size + rotation
+        exact_chunks = spec.exact_chunks if formats.kv_cache == "nvfp4-mixed" else 0
+        exact = keys_values // spec.window_chunks * exact_chunks * attended_size
+        cache = config.num_layers * (packed + means + exact) + live + keys_values * attended_size + rotation
     prompt = 2 * config.num_layers * config.text_len * config.dim * size
     # the transformer has a copy of the text; when a prompt changes, the old and the new context exist, each twice
     own_text, later_text = rows * prompt, 2 * (workload.batch + copies - 1 + rows) * prompt

@@ -30,6 +30,11 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def mixed_pipeline(model_folder: Path) -> StreamingPipeline:
+    return StreamingPipeline.from_pretrained(model_folder, device="cpu", dtype=torch.float32, kv_cache="nvfp4-mixed")
+
+
 def take(session: Session, chunks: int) -> list[GeneratedChunk]:
     """Return the parts of the next chunks."""
     parts: list[GeneratedChunk] = []
@@ -232,6 +237,31 @@ def test_a_restored_session_continues_with_the_same_frames(pipeline: StreamingPi
         assert near(frames_of(restored), after)
         restored.seek(1)
         assert near(frames_of(take(restored, 1)), before[29:])
+
+
+def test_seeks_snapshots_and_switches_have_the_chunks_of_a_mixed_cache(
+    mixed_pipeline: StreamingPipeline, pipeline: StreamingPipeline, tmp_path: Path
+) -> None:
+    path = tmp_path / "session.safetensors"
+
+    def begin(owner: StreamingPipeline) -> Session:
+        session = owner.session(PROMPTS[0], seed=4)
+        session.add_shot(PROMPTS[1], chunk=1, mode="recache")
+        return session
+
+    with begin(pipeline) as plain, begin(mixed_pipeline) as session:
+        exact = frames_of(take(plain, 3))
+        first = frames_of(take(session, 2))
+        session.snapshot(path)
+        frames = np.concatenate([first, frames_of(take(session, 1))])
+        # the second chunk attends to the newest one alone
+        assert np.array_equal(frames[:61], exact[:61]) and not np.array_equal(frames[61:], exact[61:])
+        for chunk, start in ((2, 61), (1, 29)):
+            session.seek(chunk)
+            assert near(frames_of(take(session, 3 - chunk)), frames[start:])
+    with mixed_pipeline.restore(path) as restored, pipeline.restore(path) as with_another_cache:
+        assert near(frames_of(take(restored, 1)), frames[61:])
+        assert near(frames_of(take(with_another_cache, 1)), exact[61:])
 
 
 def test_a_snapshot_of_another_model_is_refused(pipeline: StreamingPipeline, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from longvideo.infer.fit.formats import start_line
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.number_formats import NumberFormats
+from longvideo.quantization.number_formats import KV_CACHES, NumberFormats
 
 PROMPT = "a red ball bounces"
 FLOAT32 = Placement.choose("cpu", dtype=torch.float32)
@@ -58,6 +58,7 @@ def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
     exact = video(load(model_folder))
     for formats in (
         {"kv_cache": "nvfp4"},
+        {"kv_cache": "nvfp4-mixed"},
         {"precision": "fp8-emulated", "attention": "fp8-emulated"},
         {"precision": "nvfp4-weights"},
         {"precision": "nvfp4", "kv_cache": "nvfp4"},
@@ -69,8 +70,15 @@ def test_every_format_changes_the_video_a_little(model_folder: Path) -> None:
 
 
 def test_the_first_chunk_does_not_need_the_cache(model_folder: Path) -> None:
-    first, quantized = (next(load(model_folder, kv_cache=kind).stream(PROMPT, seconds=1)) for kind in ("bf16", "nvfp4"))
-    assert np.array_equal(first, quantized)
+    first, *others = (next(load(model_folder, kv_cache=kind).stream(PROMPT, seconds=1)) for kind in KV_CACHES)
+    assert len(others) == 2 and all(np.array_equal(first, other) for other in others)
+
+
+def test_a_mixed_cache_differs_once_a_chunk_is_not_the_newest_one(model_folder: Path) -> None:
+    # the window has three chunks, without sink and pin; the first three are 29, 32 and 12 frames long
+    exact, mixed, packed = (video(load(model_folder, kv_cache=kind)) for kind in ("bf16", "nvfp4-mixed", "nvfp4"))
+    assert np.array_equal(mixed[:61], exact[:61]) and not np.array_equal(packed[:61], exact[:61])
+    assert 0 < np.abs(mixed[61:] - exact[61:]).mean() < np.abs(packed[61:] - exact[61:]).mean()
 
 
 def test_formats_that_cannot_run_are_refused(packed_folder: Path) -> None:
@@ -88,5 +96,7 @@ def test_the_start_line_names_backends_and_what_is_emulated() -> None:
     assert "KV cache: in 4 bits, rebuilt by reference" in line and line.endswith(
         "decoding on cpu by TAEW2.2 in float32"
     )
+    mixed = start_line(NumberFormats("nvfp4", "nvfp4-mixed"), FLOAT32, packed=False, decoder="TAEW2.2")
+    assert "KV cache: in 4 bits, rebuilt by reference, sink, pin and newest chunk in float32 | " in mixed
     stored = start_line(NumberFormats(), FLOAT32, packed=True, decoder="TAEW2.2")
     assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored

@@ -12,8 +12,8 @@ from torch import Tensor
 from longvideo.checkpoint.settings import chunk_spec
 from longvideo.infer.fit.memory import CONTEXT, GRAPHS, MemoryPart, estimate
 from longvideo.infer.fit.shapes import ModelShapes
+from longvideo.model.cache import CACHES, CachePrecision
 from longvideo.model.config import PRESETS
-from longvideo.model.slots import NVFP4Slots, PlainSlots
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder import StreamingDecoder
@@ -99,12 +99,16 @@ def _allocated(root: object, shared: set[int]) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in shared)
 
 
-@pytest.mark.parametrize("kv_cache", ["bf16", "nvfp4"])
-def test_the_estimate_of_the_cache_is_what_it_allocates(kv_cache: str) -> None:
+@pytest.mark.parametrize("sink_frames", [0, 8])
+@pytest.mark.parametrize("pin_shots", [False, True])
+@pytest.mark.parametrize("kv_cache", CACHES)
+def test_the_estimate_of_the_cache_is_what_it_allocates(
+    kv_cache: CachePrecision, pin_shots: bool, sink_frames: int
+) -> None:
     small = small_shapes(height=64, width=64)
+    small = replace(small, spec=replace(small.spec, sink_frames=sink_frames, pin_shots=pin_shots))
     config = small.transformer
-    slots_type = NVFP4Slots if kv_cache == "nvfp4" else PlainSlots
-    slots = slots_type(
+    slots = CACHES[kv_cache].slots_type(
         small.spec,
         num_layers=config.num_layers,
         batch=2,

@@ -16,7 +16,7 @@ from longvideo.infer.fit.memory import decoding_parts, estimate
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.quantization.number_formats import NumberFormats
+from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
 
 SetFree = Callable[..., list[torch.device]]
@@ -83,6 +83,16 @@ def test_remedies_are_joined_where_one_is_not_enough(gpus: SetFree) -> None:
     gpus(26.0)
     with pytest.raises(UserError, match=r"with --precision nvfp4-weights --kv-cache nvfp4 it needs 2\d\.\d GB$"):
         check()
+
+
+def test_four_bits_alone_are_a_remedy_of_a_mixed_cache(gpus: SetFree) -> None:
+    packed, mixed = (
+        total(estimate(workload(formats=NumberFormats("nvfp4-weights", kv_cache), shapes=shapes(packed=True)))) / 1e9
+        for kv_cache in PACKED_CACHES
+    )
+    gpus(mixed - 1)
+    with pytest.raises(UserError, match=rf"with --kv-cache nvfp4 it needs {packed:.1f} GB$"):
+        check(formats=NumberFormats("nvfp4-weights", "nvfp4-mixed"), shapes=shapes(packed=True))
 
 
 def test_another_gpu_is_a_remedy(gpus: SetFree) -> None:
