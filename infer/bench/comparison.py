@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.model.cache import ChunkCache, KVCache, NVFP4KVCache
+from longvideo.model.cache import CACHES
 from longvideo.model.conditioning import Conditioning
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
@@ -58,8 +58,10 @@ def _velocity_error(models: Models, fast: StreamingTransformer, steps: int, guid
 
     The latents of two whole solutions are not compared: every step multiplies the rounding errors of earlier steps.
     """
-    cache_type: type[ChunkCache] = NVFP4KVCache if models.formats.kv_cache == "nvfp4" else KVCache
-    plain = CachedTransformer(models.transformer, models.spec, batch=branches(guidance), cache_type=cache_type)
+    kv_cache, num_chunks = models.formats.kv_cache, COMPARED_CHUNKS
+    if kv_cache == "nvfp4-mixed":
+        num_chunks += models.spec.sink_chunks + 1  # until a chunk is read from its 4-bit form
+    plain = CachedTransformer(models.transformer, models.spec, batch=branches(guidance), cache_type=CACHES[kv_cache])
     recorder = _Recorder(plain)
     features, rows = models.text_encoder.encode([PROMPT, ""])
     rows = rows.to(models.device)
@@ -67,13 +69,13 @@ def _velocity_error(models: Models, fast: StreamingTransformer, steps: int, guid
         text = models.transformer.encode_text(features.to(models.device))
     chunks = rollout(
         recorder,
-        [Conditioning(text, rows[:1], rows[1:])] * COMPARED_CHUNKS,
+        [Conditioning(text, rows[:1], rows[1:])] * num_chunks,
         solver=UniPC(steps, models.settings.shift),
         generators=[torch.Generator().manual_seed(0)],
         guidance=guidance,
         clean_pass=models.settings.clean_pass,
     )
-    assert len(list(chunks)) == COMPARED_CHUNKS
+    assert len(list(chunks)) == num_chunks
     with torch.inference_mode():
         velocities = [velocity for call in recorder.calls if (velocity := call(fast)) is not None]
     fast.reset()

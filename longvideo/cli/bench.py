@@ -67,7 +67,7 @@ def kernels(preset: Preset = None, device: Device = None, out: Output = None) ->
 
 @app.command()
 def step(preset: Preset = None, device: Device = None, out: Output = None) -> None:
-    """Time one denoising step in every number format: bf16, 4-bit weights, 4-bit weights and inputs, 4-bit cache.
+    """Time one denoising step in every number format: bf16, 4-bit weights, 4-bit weights and inputs, 4-bit caches.
 
     The weights are random. A step is one forward pass of the transformer over one chunk with a full window, batch 1,
     without guidance, not compiled.

@@ -121,9 +121,10 @@ def test_bad_options_are_one_line(options: list[str], message: str, capsys: pyte
     assert message in error and "\n" not in error.split("error:")[-1].strip()
 
 
-def test_passes_of_one_rank_are_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["nvfp4", "nvfp4-mixed"])
+def test_passes_of_one_rank_are_measured(kv_cache: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "passes.json"
-    assert main(["bench", "parallel", "--preset", "tiny", "--kv-cache", "nvfp4", "--out", str(out)]) == 0
+    assert main(["bench", "parallel", "--preset", "tiny", "--kv-cache", kv_cache, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["ranks"] == 1 and report["cache_bytes"] > 0 and report["error"] < comparison.VELOCITY_BOUNDS["bf16"]
     assert f"step {report['step_ms']:.1f} ms" in capsys.readouterr().out
