@@ -60,7 +60,11 @@ Precision: TypeAlias = Annotated[
     ),
 ]
 KVCacheFormat: TypeAlias = Annotated[
-    str, typer.Option(help="Format of the KV cache: `bf16`, or `nvfp4` with 0.28 of the memory.")
+    str,
+    typer.Option(
+        help="Format of the KV cache: `bf16`, `nvfp4` with 0.28 of the memory, or `nvfp4-mixed`, in 4 bits with sink,"
+        " pin and newest chunk exact."
+    ),
 ]
 AttentionFormat: TypeAlias = Annotated[
     str,
