@@ -101,7 +101,7 @@ class StreamingPipeline:
         float32.
         precision: format of the transformer: "bf16", "fp8" or "nvfp4" (weights and inputs of the blocks in 8 or 4
         bits), or "nvfp4-weights"; None means the format of the files. kv_cache: format of the KV cache: "bf16",
-        "nvfp4", or "nvfp4-mixed", in which sink, pin and newest chunk are exact. attention: format of attention, "bf16"
+        "nvfp4", or "nvfp4-mixed", in which sink and newest chunk are exact. attention: format of attention, "bf16"
         or "fp8"; the latter needs the package nvidia-cudnn-frontend and a GPU of compute capability 9.
         decoder: "wan" for the model's autoencoder, "small" for the small decoder in the model folder, or a file; None
         means the small one on a CPU, if there is one, else the autoencoder. decoder_precision: "fp32", "bf16" or "fp8";

@@ -88,7 +88,7 @@ def _kept(formats: NumberFormats, device: torch.device, dtype: str) -> str:
     if formats.kv_cache not in PACKED_CACHES:
         return exact
     rebuilt = f"in 4 bits, rebuilt by {kernels_on(device)}"
-    return f"{rebuilt}, sink, pin and newest chunk {exact}" if formats.kv_cache == "nvfp4-mixed" else rebuilt
+    return f"{rebuilt}, sink and newest chunk {exact}" if formats.kv_cache == "nvfp4-mixed" else rebuilt
 
 
 def _decoding(formats: NumberFormats, placement: Placement) -> str:

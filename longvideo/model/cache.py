@@ -74,9 +74,7 @@ class ChunkWindow:
         """Begin the live chunk, and return the slots in use."""
         live, past = self.begin(), self.past_slots()
         finished = {self.chunks[slot]: slot for slot in past}
-        newest = max(finished, default=None)
-        read = {chunk for chunk in finished if chunk < self.spec.sink_chunks or chunk in (self._pin, newest)}
-        exact = [finished[chunk] if chunk in read else live for chunk in self._copied]
+        exact = [live if chunk is None else finished.get(chunk, live) for chunk in self._copied]
         return SlotsInUse(live, tuple(past), tuple(exact), self._live_place())
 
     @property
@@ -85,11 +83,8 @@ class ChunkWindow:
         return len(self.chunks)
 
     def _live_place(self) -> int:
-        """Return the place of the live chunk's exact copy: its own in the sink, or else one without the pin."""
-        if self.next_chunk < self.spec.sink_chunks:
-            return self.next_chunk
-        places = range(self.spec.sink_chunks, self.spec.exact_chunks)
-        return next(place for place in places if self._copied[place] is None or self._copied[place] != self._pin)
+        """Return the place of the live chunk's exact copy: one for each chunk of the sink, then one for the newest."""
+        return min(self.next_chunk, self.spec.sink_chunks)
 
 
 def past_chunks(spec: ChunkSpec, cuts: Sequence[bool]) -> list[int]:
@@ -219,7 +214,7 @@ class NVFP4KVCache(ChunkCache):
 
 
 class NVFP4MixedKVCache(ChunkCache):
-    """A cache in 4 bits that reads the sink, the pin and the newest finished chunk as they were written."""
+    """A cache in 4 bits that reads the sink and the newest finished chunk as they were written."""
 
     slots_type = NVFP4MixedSlots
 

@@ -198,7 +198,7 @@ class NVFP4Slots:
 
 
 class NVFP4MixedSlots(NVFP4Slots):
-    """Slots in 4 bits, with exact copies of the chunks of the sink, of the pin and of the newest finished chunk.
+    """Slots in 4 bits, with exact copies of the chunks of the sink and of the newest finished chunk.
 
     A copy has the keys after rotation and the values as `PlainSlots` has them. After a layer is rebuilt from 4 bits,
     the copies overwrite their chunks in the workspace. The number of copies and their addresses never change; the slot

@@ -74,5 +74,5 @@ class ChunkSpec:
 
     @property
     def exact_chunks(self) -> int:
-        """Largest number of finished chunks that a mixed cache reads exactly: the sink, the pin and the newest one."""
-        return self.sink_chunks + self.pin_shots + 1
+        """Largest number of finished chunks that a mixed cache reads exactly: the sink and the newest one."""
+        return self.sink_chunks + 1

@@ -32,7 +32,7 @@ class NumberFormats:
         weights and inputs; "nvfp4-weights" for the weights alone; "fp8" for weights and inputs in E4M3 with a scale for
         each row, which has no gradient. None is "nvfp4" where the weights are stored in 4 bits, otherwise "bf16".
     kv_cache: format of the keys and values of the chunks already made. "bf16" is the dtype of the model; "nvfp4" has
-        all chunks in 4 bits; "nvfp4-mixed" too, and reads the sink, the pin and the newest finished chunk as in "bf16".
+        all chunks in 4 bits; "nvfp4-mixed" too, and reads the sink and the newest finished chunk as in "bf16".
     attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
     decoder: "fp32", "bf16", or "fp8" for large convolutions in E4M3 and the rest in bf16. "auto" is bf16 on a GPU, and
         the faster of fp32 and bf16 on a CPU, which is measured when the model is loaded.

@@ -57,8 +57,8 @@ def test_exact_copies_of_a_mixed_cache_are_counted() -> None:
         ).cache
         for kv_cache in CACHES
     }
-    # the sink, the pin and the newest of the four chunks of a window
-    assert sizes["nvfp4-mixed"] == sizes["nvfp4"] + 3 / 4 * sizes["bf16"]
+    # the sink and the newest of the four chunks of a window
+    assert sizes["nvfp4-mixed"] == sizes["nvfp4"] + 2 / 4 * sizes["bf16"]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "chunks", "measured"), [(1, 1, 4, 25.0), (2, 2, 2, 19.1)])

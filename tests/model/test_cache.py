@@ -93,7 +93,7 @@ MIXED_SPECS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numbers", [range(16), (0, 1, 4, 9, 10, 11, 12, 13, 16)], ids=["all chunks", "some chunks"])
 @pytest.mark.parametrize("name", MIXED_SPECS)
-def test_a_mixed_cache_is_exact_for_sink_pin_and_newest_chunk_and_else_the_one_in_four_bits(
+def test_a_mixed_cache_is_exact_for_sink_and_newest_chunk_and_else_the_one_in_four_bits(
     name: str, numbers: Iterable[int], dtype: torch.dtype
 ) -> None:
     spec, layers, cuts = MIXED_SPECS[name], 2, {1, 3, 4, 9, 12}
@@ -101,7 +101,7 @@ def test_a_mixed_cache_is_exact_for_sink_pin_and_newest_chunk_and_else_the_one_i
         kind(spec, num_layers=layers, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype)
         for kind in (NVFP4MixedKVCache, NVFP4KVCache)
     ]
-    pin, num_packed = None, 0
+    newest, num_packed = None, 0
     for number in numbers:
         for cache in caches:
             cache.window.skip_to(number)
@@ -112,10 +112,9 @@ def test_a_mixed_cache_is_exact_for_sink_pin_and_newest_chunk_and_else_the_one_i
                 for cache in caches
             )
             owners = mixed.window.chunks
-            newest = max((owner for owner in owners if owner != number), default=None)
             for slot, owner in enumerate(owners):
                 expected = [x[:, slot] for x in four_bits]
-                if owner < spec.sink_chunks or owner in (pin, newest, number):
+                if owner < spec.sink_chunks or owner in (newest, number):
                     keys, values, rope = kept_at(owner, layer, dtype)
                     expected = [rotate(keys, rope).to(dtype), values]
                 else:
@@ -128,9 +127,8 @@ def test_a_mixed_cache_is_exact_for_sink_pin_and_newest_chunk_and_else_the_one_i
                 cache.keep(layer, *written)
         for cache in caches:
             cache.commit(cut=number in cuts)
-        if number in cuts and spec.pin_shots:
-            pin = number
-    assert (num_packed > 0) == (spec.window_chunks > spec.sink_chunks + 2)
+        newest = number
+    assert (num_packed > 0) == (spec.window_chunks > spec.sink_chunks + 2 - spec.pin_shots)
     assert packed.window.chunks == mixed.window.chunks
 
 

@@ -97,6 +97,6 @@ def test_the_start_line_names_backends_and_what_is_emulated() -> None:
         "decoding on cpu by TAEW2.2 in float32"
     )
     mixed = start_line(NumberFormats("nvfp4", "nvfp4-mixed"), FLOAT32, packed=False, decoder="TAEW2.2")
-    assert "KV cache: in 4 bits, rebuilt by reference, sink, pin and newest chunk in float32 | " in mixed
+    assert "KV cache: in 4 bits, rebuilt by reference, sink and newest chunk in float32 | " in mixed
     stored = start_line(NumberFormats(), FLOAT32, packed=True, decoder="TAEW2.2")
     assert "products nvfp4: emulated" in stored and "KV cache: in float32 | attention float32: torch SDPA" in stored
