@@ -56,5 +56,13 @@ def model() -> CausalTransformer:
     return transformer.eval()
 
 
+def packed() -> dict[str, Tensor]:
+    """Return the model in 4 bits; what is not quantized is stored only once, with its other weights."""
+    quantized = load("packed_a")
+    layers = {name.removesuffix(".quantized_weight_values") for name in quantized}
+    whole = {name: x for name, x in load("causal_a.weights").items() if name.removesuffix(".weight") not in layers}
+    return whole | quantized
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
