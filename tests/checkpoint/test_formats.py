@@ -123,7 +123,7 @@ def test_the_published_model_comes_with_its_settings(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
-    base, spec, case = golden.model(), golden.spec(), golden.load("packed_a_forward")
+    base, spec, case = golden.model(), golden.spec(), golden.load("training_a") | golden.load("packed_a_forward")
     settings = ModelSettings(text_len=base.config.text_len)
     folder = ModelFolder.save(tmp_path / "base", settings=settings, transformer=base)
     original = golden.packed()
