@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from longvideo.checkpoint.latents import SUFFIX, LatentsHeader, save_latents
 from longvideo.checkpoint.locations import lasting_name
 from longvideo.evaluation.judge import judge_all
-from longvideo.evaluation.sheet import film_strip
+from longvideo.evaluation.sheet import film_strip, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ def record_samples(
     """
     if shown:
         file.parent.mkdir(parents=True, exist_ok=True)
-        film_strip(videos[:shown], columns=COLUMNS, captions=captions[:shown]).save(file)
+        write_picture(film_strip(videos[:shown], columns=COLUMNS, captions=captions[:shown]), file)
         header = LatentsHeader(model=lasting_name(decoder.path), fps=fps)
         save_latents(file.with_suffix(SUFFIX), latents[:shown].contiguous(), header)
     return judge_all(videos, scenes, fps) if scenes else {}

@@ -1,16 +1,16 @@
-"""Draw contact sheets and curves with Pillow, and write pictures and looping animations with imageio."""
+"""Draw contact sheets and curves, and write pictures and looping animations as small files."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longvideo.errors import UserError
-from longvideo.files import write_bytes
+from longvideo.evaluation.palette import hold_colors, index_colors
+from longvideo.files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +20,10 @@ PAPER = (255, 255, 255)
 INK = (32, 33, 36)
 RULE = (222, 224, 228)
 CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
+PNG_COLORS = 256
+GIF_COLORS = 255  # one more marks pixels that do not change
+MAX_ERROR, MAX_MEAN_ERROR = 16, 2.0
+"""Largest error of a pixel and of the mean, in levels of a channel, with which a picture is written with a palette."""
 GIF_TICK_MS = 10
 WEBP_QUALITY = 85
 OVERSAMPLING = 3
@@ -85,9 +89,19 @@ def spaced_indices(length: int, count: int) -> list[int]:
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, completely or not at all. Raises WriteError as `longvideo.files.write_file` does."""
+    """Write a picture as PNG, completely or not at all. Raises WriteError as `longvideo.files.write_file` does.
+
+    A picture of few colors gets a palette, which makes the file smaller. One whose colors would change by more than
+    MAX_ERROR at a pixel, or MAX_MEAN_ERROR on average, is written with all its colors.
+    """
     pixels = np.asarray(picture.convert("RGB"))
-    write_bytes(path, iio.imwrite("<bytes>", pixels, extension=".png", plugin="pillow", optimize=True))
+    indexed = index_colors([pixels], limit=PNG_COLORS)
+    [indices] = indexed.indices
+    error = np.abs(indexed.palette[indices].astype(np.int16) - pixels).max(-1)
+    few = error.max() <= MAX_ERROR and error.mean() <= MAX_MEAN_ERROR
+    written = _indexed_picture(indices, indexed.palette) if few else Image.fromarray(pixels)
+    # optimizing full colors saves little and takes several times longer
+    write_file(path, lambda target: written.save(target, format="PNG", optimize=bool(few)))
 
 
 def write_animation(
@@ -96,8 +110,8 @@ def write_animation(
     """Write frames uint8 [T, H, W, 3] as a looping GIF or WebP, depending on the suffix of the path.
 
     fps: of the animation, rounded to hundredths of a second per frame, as GIF requires. source_fps: of the frames.
-    scale: of the size. All frames of a GIF use one palette; with separate palettes flat areas would flicker. Raises
-    WriteError as `longvideo.files.write_file` does.
+    scale: of the size. All frames of a GIF use one palette, and pixels that hardly change keep their color: separate
+    palettes and noise would make flat areas flicker. Raises WriteError as `longvideo.files.write_file` does.
     """
     if len(frames) == 0 or fps <= 0:
         raise UserError(
@@ -110,20 +124,19 @@ def write_animation(
     if scale != 1.0:
         size = (round(chosen.shape[2] * scale), round(chosen.shape[1] * scale))
         pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
-    settings: dict[str, Any] = {"duration": ticks * GIF_TICK_MS, "loop": 0}
+    settings: dict[str, Any] = {"quality": WEBP_QUALITY}
     if path.suffix == ".gif":
-        palette = _palette(chosen)
-        pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-        settings |= {"mode": "P", "palette": bytes(palette.getpalette() or ())}
-    else:
-        settings |= {"quality": WEBP_QUALITY}
-    batch = np.stack([np.asarray(picture) for picture in pictures])
-    write_bytes(path, iio.imwrite("<bytes>", batch, extension=path.suffix, plugin="pillow", is_batch=True, **settings))
+        indexed = hold_colors(index_colors([np.asarray(picture) for picture in pictures], limit=GIF_COLORS))
+        pictures = [_indexed_picture(indices, indexed.palette) for indices in indexed.indices]
+        settings = {"optimize": True}
+    settings |= {"duration": ticks * GIF_TICK_MS, "loop": 0, "save_all": True, "append_images": pictures[1:]}
+    write_file(path, lambda target: pictures[0].save(target, format=path.suffix[1:], **settings))
 
 
-def _palette(frames: np.ndarray) -> Image.Image:
-    sample = np.concatenate(list(frames[spaced_indices(len(frames), min(8, len(frames)))]))
-    return Image.fromarray(sample).quantize(colors=255, method=Image.Quantize.MEDIANCUT)
+def _indexed_picture(indices: np.ndarray, palette: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(indices)
+    picture.putpalette(palette.tobytes())
+    return picture
 
 
 def plot_curves(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from longvideo.evaluation.sheet import INK, PAPER, film_strip, spaced_indices, write_animation, write_picture
+from longvideo.evaluation.sheet import INK, PAPER, film_strip, write_animation, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +25,8 @@ PROMPTS = (
 
 SHEET_COLUMNS = 8
 SHEET_SCALE = 0.6
-NUM_COLORS = 240
-SMOOTH_COLORS = 160
 GIF_COLUMNS = 3
-GIF_FPS = 12.0
+GIF_FPS = 10.0
 GAP = 6
 FONT_SIZE = 12
 CAPTION_LINES = 3
@@ -43,33 +41,8 @@ def write_showcase(
     fps: frames per second of the clips.
     """
     sheet, animation = targets
-    strip = film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE)
-    write_picture(strip.quantize(palette=choose_palette(strip), dither=Image.Dither.NONE), sheet)
-    tiles = tile_clips(clips, prompts)
-    tiles = limit_colors(tiles) if animation.suffix == ".gif" else tiles
-    write_animation(tiles, animation, fps=GIF_FPS, source_fps=fps)
-
-
-def choose_palette(picture: Image.Image) -> Image.Image:
-    """Choose NUM_COLORS colors: most for large areas, so that gradients stay smooth, the others for small objects.
-
-    A median cut alone uses all colors for the backgrounds, and maximum coverage alone too few for a gradient.
-    """
-    smooth = picture.quantize(SMOOTH_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    spread = picture.quantize(
-        NUM_COLORS - SMOOTH_COLORS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
-    )
-    colors = [level for part in (smooth, spread) for level in part.getpalette() or []]
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(colors)
-    return palette
-
-
-def limit_colors(frames: np.ndarray) -> np.ndarray:
-    """Replace every pixel of uint8 [T, H, W, 3] by the nearest color of one palette."""
-    palette = choose_palette(Image.fromarray(np.concatenate([frames[i] for i in spaced_indices(len(frames), 8)])))
-    limited = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    return np.stack([np.asarray(picture.convert("RGB")) for picture in limited])
+    write_picture(film_strip(clips, columns=SHEET_COLUMNS, captions=prompts, scale=SHEET_SCALE), sheet)
+    write_animation(tile_clips(clips, prompts), animation, fps=GIF_FPS, source_fps=fps)
 
 
 def tile_clips(clips: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = GIF_COLUMNS) -> np.ndarray:

@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from longvideo.errors import UserError
+from longvideo.evaluation.palette import COLOR_TOLERANCE, HOLD_TOLERANCE, IndexedFrames, hold_colors, index_colors
 from longvideo.evaluation.sheet import (
+    MAX_ERROR,
+    MAX_MEAN_ERROR,
     contact_sheet,
     film_strip,
     plot_curves,
@@ -83,5 +86,93 @@ def test_a_picture_is_written_whole_and_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "far.png").write_bytes(b"old")
     (tmp_path / "near.png").symlink_to(tmp_path / "far.png")
     write_picture(Image.new("RGB", (3, 2), (9, 8, 7)), tmp_path / "near.png")
-    assert np.asarray(Image.open(tmp_path / "far.png")).tolist() == [[[9, 8, 7]] * 3] * 2
+    assert np.asarray(Image.open(tmp_path / "far.png").convert("RGB")).tolist() == [[[9, 8, 7]] * 3] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["far.png", "near.png"]
+
+
+@pytest.fixture(scope="module")
+def strip() -> Image.Image:
+    """Return a film strip of a noisy gradient with a moving disk."""
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:128, :224]
+    gradient = np.stack([20 + rows // 4, 40 + rows // 3, 20 + rows // 5], axis=-1)
+    clip = np.stack([gradient + random.integers(-1, 2, gradient.shape) for _ in range(8)]).astype(np.uint8)
+    for index, frame in enumerate(clip):
+        frame[(rows - 64) ** 2 + (columns - 30 - 20 * index) ** 2 < 300] = (250, 220, 40)
+    return film_strip([clip] * 3, captions=["a yellow disk moves right"] * 3, scale=0.6)
+
+
+def test_a_sheet_is_a_fraction_of_the_plain_file_and_looks_the_same(strip: Image.Image, tmp_path: Path) -> None:
+    write_picture(strip, tmp_path / "sheet.png")
+    strip.save(tmp_path / "plain.png", optimize=True)
+    assert 3 * (tmp_path / "sheet.png").stat().st_size < (tmp_path / "plain.png").stat().st_size
+    error = _error(tmp_path / "sheet.png", strip)
+    assert error.max() <= MAX_ERROR
+    assert error.mean() <= MAX_MEAN_ERROR
+
+
+def test_curves_are_a_fraction_of_the_plain_file_and_keep_their_colors(tmp_path: Path) -> None:
+    x = np.arange(200)
+    series = {name: (0.5 + 0.4 * np.sin(x / slope)).tolist() for name, slope in {"a": 9, "b": 14, "c": 33}.items()}
+    picture = plot_curves(series, x.tolist(), title="t", x_label="steps")
+    write_picture(picture, tmp_path / "curves.png")
+    picture.save(tmp_path / "plain.png", optimize=True)
+    assert 2 * (tmp_path / "curves.png").stat().st_size < (tmp_path / "plain.png").stat().st_size
+    error = _error(tmp_path / "curves.png", picture)
+    assert error.max() <= MAX_ERROR
+    flat = np.isin(np.asarray(picture) @ (1, 256, 65536), [255 * 65793, 31 + 119 * 256 + 180 * 65536])
+    assert flat.mean() > 0.5
+    assert error[flat].max() == 0
+
+
+def test_a_picture_of_many_colors_keeps_all_of_them(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    write_picture(noise, tmp_path / "noise.png")
+    assert _error(tmp_path / "noise.png", noise).max() == 0
+
+
+def test_few_colors_are_exact_and_near_ones_share_one() -> None:
+    frame = np.full((8, 8, 3), 100, np.uint8)
+    frame[0, :3] = [[100, 100, 100 + COLOR_TOLERANCE], [100, 101 + COLOR_TOLERANCE, 100], [0, 255, 9]]
+    indexed = index_colors([frame, frame], limit=256)
+    assert sorted(indexed.palette.tolist()) == [[0, 255, 9], [100, 100, 100], [100, 101 + COLOR_TOLERANCE, 100]]
+    shown = indexed.palette[indexed.indices]
+    assert shown.shape == (2, 8, 8, 3)
+    assert shown[1, 0, :3].tolist() == [[100] * 3, [100, 101 + COLOR_TOLERANCE, 100], [0, 255, 9]]
+
+
+def test_a_rare_color_has_a_place_in_a_full_palette() -> None:
+    frame = np.random.default_rng(0).integers(0, 80, (100, 100, 3), dtype=np.uint8)
+    frame[50, 50] = (255, 10, 200)
+    indexed = index_colors([frame], limit=64)
+    assert len(indexed.palette) == 64
+    assert indexed.palette[indexed.indices[0, 50, 50]].tolist() == [255, 10, 200]
+
+
+def test_noise_is_held_and_a_slow_change_is_followed() -> None:
+    levels = np.array([100, 102, 98, 100 + HOLD_TOLERANCE, 101 + HOLD_TOLERANCE, 102, 90], np.uint8)
+    frames = IndexedFrames(np.repeat(levels[:, None], 3, axis=1), np.arange(7, dtype=np.uint8)[:, None, None])
+    held = hold_colors(frames)
+    changed = 101 + HOLD_TOLERANCE
+    assert held.palette[held.indices][:, 0, 0, 0].tolist() == [100] * 4 + [changed, changed, 90]
+    assert frames.indices[1, 0, 0] == 1
+
+
+def test_noise_hardly_grows_a_gif(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    still = np.full((24, 64, 96, 3), 120, np.uint8)
+    still[:, 20:40, 30:60] = (250, 40, 40)
+    noisy = (still.astype(np.int16) + random.integers(-1, 2, still.shape)).clip(0, 255).astype(np.uint8)
+    write_animation(noisy[:1], tmp_path / "one.gif", fps=24)
+    write_animation(noisy, tmp_path / "all.gif", fps=24)
+    assert (tmp_path / "all.gif").stat().st_size < 1.5 * (tmp_path / "one.gif").stat().st_size
+    with Image.open(tmp_path / "all.gif") as picture:
+        for index in range(picture.n_frames):
+            picture.seek(index)
+            error = np.abs(np.asarray(picture.convert("RGB")).astype(int) - still[index])
+            assert error.max() <= HOLD_TOLERANCE + COLOR_TOLERANCE
+
+
+def _error(path: Path, picture: Image.Image) -> np.ndarray:
+    with Image.open(path) as written:
+        return np.abs(np.asarray(written.convert("RGB")).astype(int) - np.asarray(picture)).max(-1)

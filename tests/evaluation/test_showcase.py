@@ -9,7 +9,7 @@ from PIL import Image, ImageFont
 
 from longvideo.cli.main import main
 from longvideo.evaluation.request import read_caption
-from longvideo.evaluation.showcase import PROMPTS, limit_colors, tile_clips, wrap_text, write_showcase
+from longvideo.evaluation.showcase import PROMPTS, wrap_text, write_showcase
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.captions import vocabulary
@@ -35,16 +35,10 @@ def test_every_prompt_is_held_out_and_made_of_known_words(scenes: list[Scene]) -
     assert [word for prompt in PROMPTS for word in prompt.replace(",", "").split() if word not in known] == []
 
 
-def test_a_small_object_keeps_its_color(clips: list[np.ndarray]) -> None:
-    video = tile_clips(clips, PROMPTS)
-    error = np.abs(limit_colors(video).astype(int) - video).max(-1)
-    assert np.percentile(error, 99.9) <= 16
-
-
 def test_the_pictures_hold_every_clip_and_are_small(clips: list[np.ndarray], tmp_path: Path) -> None:
     write_showcase(clips, PROMPTS, (tmp_path / "model.png", tmp_path / "model.gif"), fps=8)
-    assert (tmp_path / "model.png").stat().st_size < 400_000
-    assert (tmp_path / "model.gif").stat().st_size < 2_000_000
+    assert (tmp_path / "model.png").stat().st_size < 40_000
+    assert (tmp_path / "model.gif").stat().st_size < 140_000
     with Image.open(tmp_path / "model.gif") as gif:
         assert gif.size[0] == 6 + 3 * (224 + 6)
         frame = np.asarray(gif.convert("RGB"))

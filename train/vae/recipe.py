@@ -140,7 +140,7 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Measure held-out clips as a stream would show them, and draw pairs of rows: given, reconstructed."""
-        from longvideo.evaluation.sheet import film_strip
+        from longvideo.evaluation.sheet import film_strip, write_picture
 
         config = self.config.validation
         pool = self._pool("heldout", config.clips)
@@ -159,7 +159,7 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
         if rows:
             folder.mkdir(parents=True, exist_ok=True)
             captions = [f"{kind} {i}" for i in range(len(rows) // 2) for kind in ("given", "reconstructed")]
-            film_strip(rows, columns=8, captions=captions).save(folder / f"vae_{step:07d}.png")
+            write_picture(film_strip(rows, columns=8, captions=captions), folder / f"vae_{step:07d}.png")
         values_overall, values_objects = torch.cat(overall), torch.cat(objects)
         return {
             "val_psnr": values_overall.mean().item(),
