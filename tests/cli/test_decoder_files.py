@@ -127,7 +127,7 @@ def test_a_merged_model_keeps_it(distill_run: Path, tmp_path: Path) -> None:
         (("--decoder", "own.pth"), "is TAEW2.2 or lighttae, which differ only in the scale of latents"),
         (("--decoder", "patch.pth"), "is a tiny autoencoder of 48 latent channels (those of Wan2.2); expected the 8"),
         (("--decoder-precision", "foo"), "decoder_precision is 'foo'; expected one of auto, fp32, bf16, fp8"),
-        (("--decoder-precision", "fp8", "--model", "tiny"), "FP8 convolutions need a GPU"),
+        (("--decoder-precision", "fp8", "--decoder", "wan", "--model", "tiny"), "FP8 convolutions need a GPU"),
         (("--decoder-precision", "fp8-emulated"), "whose levels have 8, 16 channels; FP8 needs multiples of 16"),
         (("--decoder", "taew2_2.pth", "--decoder-precision", "fp8"), "the decoder is TAEW2.2, which has no FP8 form"),
     ],
