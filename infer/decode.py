@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from longvideo.streaming.decoder_stages import Grid
     from longvideo.streaming.decoders import DecoderModel
 
 SMALL_GRID = 512
@@ -72,33 +73,22 @@ class ChunkDecoder:
     def __init__(
         self,
         model: DecoderModel,
+        chunk: Grid,
         *,
-        batch: int,
-        height: int,
-        width: int,
-        chunk_latents: int,
         first_device: torch.device | None = None,
         first_share: float = 0.0,
     ) -> None:
         """Allocate the buffers of a decoder.
 
-        height, width: size of the latents. chunk_latents: number of latent frames in a chunk. first_device: device
-        that runs the first layers, if it shares the work. first_share: fraction of the work of `first_device`; 0 leaves
-        all of it to the device of the weights.
+        chunk: sizes of the latents of a chunk. first_device: device that runs the first layers, if it shares the work.
+        first_share: fraction of the work of `first_device`; 0 leaves all of it to the device of the weights.
         """
         device, config = model.device, model.config
         self._scale, self._pixels = config.scale_factor_temporal, config.scale_factor_spatial
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         sharing = () if first_device is None or not first_share else (first_device,)
         with self._own_streams(device, *sharing):
-            self._decoder = model.start(
-                batch=batch,
-                height=height,
-                width=width,
-                latents_per_step=latents_per_step(device, (height, width), chunk_latents),
-                first_device=first_device,
-                first_share=first_share,
-            )
+            self._decoder = model.start(step_of(chunk, device), first_device=first_device, first_share=first_share)
 
     def warm_up(self) -> None:
         """Compile kernels and record graphs on CUDA, so that the first video does not wait for it; begin a video."""
@@ -194,11 +184,11 @@ class ChunkDecoder:
         return 1 + -(-(num_frames - 1) // self._scale)  # the first latent frame of a video is one pixel frame
 
 
-def latents_per_step(device: torch.device, size: tuple[int, int], chunk_latents: int) -> int:
-    """Return the number of latent frames to decode together. size: height and width of the latents."""
+def step_of(chunk: Grid, device: torch.device) -> Grid:
+    """Return the sizes of the latent frames of a chunk that are decoded together. device: device of the weights."""
     if device.type == "cuda":
-        return LAST_LATENTS  # a chunk is launched in two parts, of which each has this number of frames or more
-    return chunk_latents if size[0] * size[1] <= SMALL_GRID else 1
+        return replace(chunk, frames=LAST_LATENTS)  # a chunk is launched in two parts of this length or longer
+    return chunk if chunk.height * chunk.width <= SMALL_GRID else replace(chunk, frames=1)
 
 
 def decoding_threads() -> int:

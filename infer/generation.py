@@ -28,6 +28,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import Denoiser, MadeChunk, rollout
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.decoders import DecoderModel
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.encoder import TextEncoder
@@ -129,13 +130,10 @@ class Stages:
 
     @staticmethod
     def _new_decoder(models: Models, batch: int) -> ChunkDecoder:
-        scale = models.decoder.config.scale_factor_spatial
+        settings, scale = models.settings, models.decoder.config.scale_factor_spatial
         decoder = ChunkDecoder(
             models.decoder,
-            batch=batch,
-            height=models.settings.height // scale,
-            width=models.settings.width // scale,
-            chunk_latents=models.settings.chunk_frames,
+            Grid(batch, settings.chunk_frames, settings.height // scale, settings.width // scale),
             first_device=models.device,
             first_share=models.placement.decode_share,
         )

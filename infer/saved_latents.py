@@ -5,7 +5,7 @@ Shapes: C channels, T latent frames, t some of them, H W latent grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from longvideo.infer.decoder_choice import load_decoder, load_decoder_file, with
 from longvideo.infer.fit.memory import decoding_parts
 from longvideo.infer.fit.refusal import check_decoding_memory
 from longvideo.quantization.number_formats import FP8_FORMATS
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.decoders import check_fp8
 from longvideo.vae.config import AutoencoderConfig
 
@@ -136,13 +137,7 @@ class LatentsDecoder:
                 " again"
             )
         check_decoding_memory(
-            decoding_parts(
-                self.config,
-                formats.decoder,
-                placement,
-                size=(saved.shape[2], saved.shape[3]),
-                chunk_frames=self.chunk_frames(saved),
-            )
+            decoding_parts(self.config, formats.decoder, placement, Grid(1, self.chunk_frames(saved), *saved.shape[2:]))
         )
         return num_frames
 
@@ -173,23 +168,29 @@ def decode_videos(
     while they are generated, so the same decoder returns the same bits.
     """
     _, total, height, width = saved.shape
-    decoder = ChunkDecoder(model, batch=1, height=height, width=width, chunk_latents=chunk_frames)
+    decoder = ChunkDecoder(model, Grid(1, chunk_frames, height, width))
     decoder.warm_up()
+    parts = list(_parts(total, chunk_frames))
     for video in saved.videos:
         decoder.reset()
-        yield video, _decoded(video, total, decoder, model, chunk_frames=chunk_frames, num_frames=num_frames)
+        yield video, _decoded(video, decoder, model, parts=parts, num_frames=num_frames)
 
 
 def _decoded(
-    video: SavedVideo, total: int, decoder: ChunkDecoder, model: DecoderModel, *, chunk_frames: int, num_frames: int
+    video: SavedVideo,
+    decoder: ChunkDecoder,
+    model: DecoderModel,
+    *,
+    parts: Sequence[tuple[int, int]],
+    num_frames: int,
 ) -> Generator[np.ndarray, None, None]:
     scale, left = model.config.scale_factor_temporal, num_frames
-    for first, last in _parts(total, chunk_frames):
+    for first, last in parts:
         count = min(left, scale * (last - first) - (0 if first else scale - 1))
         latents = video.read(first, last)[None].to(model.device)
         yield decoder.decode(latents, count, ready=mark_ready(latents))[0]
         left -= count
-    assert not left, (num_frames, total)
+    assert not left, (num_frames, parts)
 
 
 def _parts(total: int, chunk_frames: int) -> Iterator[tuple[int, int]]:

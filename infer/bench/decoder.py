@@ -75,8 +75,7 @@ def time_decoder(config: AutoencoderConfig, size: tuple[int, int], *, device: to
     whose result differs from the definition with the same rounded operands; all values are compared, twice.
     """
     autoencoder = _random_autoencoder(config, device)
-    grid = Grid(1, 1, *size)
-    plans = [plan_stages(autoencoder, grid, fp8=fp8) for fp8 in (False, True)]
+    plans = [plan_stages(autoencoder, Grid(1, 1, *size, fp8)) for fp8 in (False, True)]
     inputs = Activations(torch.randn(1, 1, *size, config.z_dim, device=device, dtype=torch.bfloat16))
     timings = []
     for plain, quantized in zip(*plans, strict=True):
@@ -141,10 +140,7 @@ def _random_autoencoder(config: AutoencoderConfig, device: torch.device) -> Auto
 
 def _psnr(autoencoder: Autoencoder, size: tuple[int, int], device: torch.device) -> float:
     latents = torch.randn(1, autoencoder.config.z_dim, VIDEO_LATENTS, *size, device=device)
-    videos = [
-        StreamingDecoder(autoencoder, batch=1, height=size[0], width=size[1], fp8=fp8).decode(latents).double()
-        for fp8 in (False, True)
-    ]
+    videos = [StreamingDecoder(autoencoder, Grid(1, 1, *size, fp8)).decode(latents).double() for fp8 in (False, True)]
     return float(10 * torch.log10(255**2 / (videos[0] - videos[1]).square().mean()))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.infer.decode import latents_per_step
+from longvideo.infer.decode import step_of
 from longvideo.infer.fit.placement import Placement, numbered
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
@@ -17,6 +17,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
 from longvideo.quantization.selection import linear_layers
 from longvideo.rollout import branches
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.decoders import DecoderBytes, decoder_bytes
 from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
@@ -84,17 +85,15 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         transformer = CausalTransformer(shapes.transformer)
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
-    size = shapes.settings.height // scale, shapes.settings.width // scale
+    settings, fp8 = shapes.settings, workload.formats.decoder in FP8_FORMATS
+    chunk = Grid(workload.batch, settings.chunk_frames, settings.height // scale, settings.width // scale, fp8)
     config, own_dtype = shapes.decoder_config, placement.decoder_dtype(workload.formats.decoder)
     decoders = decoder_bytes(
         config,
+        step_of(chunk, decode_device),
         dtype=own_dtype,
-        fp8=workload.formats.decoder in FP8_FORMATS,
-        batch=workload.batch,
-        size=size,
         devices=(device, decode_device),
         share=placement.decode_share,
-        latents_per_step=latents_per_step(decode_device, size, shapes.settings.chunk_frames),
     )
     denoisers = {device: _denoiser(transformer, workload)}
     text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
@@ -112,24 +111,15 @@ def estimate(workload: Workload) -> list[MemoryPart]:
 
 
 def decoding_parts(
-    config: DecoderConfig, decoder: DecoderPrecision, placement: Placement, *, size: tuple[int, int], chunk_frames: int
+    config: DecoderConfig, decoder: DecoderPrecision, placement: Placement, chunk: Grid
 ) -> list[MemoryPart]:
     """Return the parts of the memory that the decoding of saved latents needs, without a transformer.
 
-    decoder: number format of the decoder. size: height and width of the latents. chunk_frames: latent frames of a
-    chunk.
+    decoder: number format of the decoder. chunk: sizes of the latents of a chunk.
     """
     device, dtype = numbered(placement.decode_device), placement.decoder_dtype(decoder)
-    sizes = decoder_bytes(
-        config,
-        dtype=dtype,
-        fp8=decoder in FP8_FORMATS,
-        batch=1,
-        size=size,
-        devices=(device, device),
-        share=0.0,
-        latents_per_step=latents_per_step(device, size, chunk_frames),
-    )[device]
+    grid = replace(step_of(chunk, device), fp8=decoder in FP8_FORMATS)
+    sizes = decoder_bytes(config, grid, dtype=dtype, devices=(device, device), share=0.0)[device]
     peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=_decoder_values(config) * dtype.itemsize)
     return [MemoryPart(name, device, size) for name, size in peak.items() if size]
 

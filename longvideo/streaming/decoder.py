@@ -35,7 +35,7 @@ class StreamingDecoder:
     The result equals that of `Autoencoder.decode` up to rounding. The weights of the convolutions are copies in cuDNN's
     order, 1.1 GB in addition to those of the autoencoder for Wan2.2 in bf16.
 
-    On CUDA the first step of `latents_per_step` later latent frames runs and is then recorded; later ones are replayed.
+    On CUDA the first whole step of later latent frames runs and is then recorded; later ones are replayed.
     An opening frame and shorter steps are not recorded. cuDNN uses the fastest convolutions that it measures in that
     first step, so another process may round differently. The decoder works on the current streams of its devices, and
     its methods must not be called from two threads at once.
@@ -44,31 +44,25 @@ class StreamingDecoder:
     def __init__(
         self,
         autoencoder: Autoencoder,
+        grid: Grid,
         *,
-        batch: int,
-        height: int,
-        width: int,
-        latents_per_step: int = 1,
         devices: tuple[torch.device, torch.device] | None = None,
         first_share: float = 0.5,
-        fp8: bool = False,
     ) -> None:
         """Arrange the weights of an autoencoder and allocate the buffers.
 
-        batch: number of videos. height, width: size of the latents.
-        latents_per_step: number of later latent frames that are decoded together; 1 needs the least memory, more suit
-            small grids.
+        grid: sizes of the latents of a whole step of later latent frames, which are decoded together; one frame needs
+            the least memory, more suit small grids.
         devices: two devices that share the decoder; None means the device of the autoencoder. The second one returns
             the pixels.
         first_share: share of the multiply-adds of the first device, as near as the ends of residual blocks and
             upsamplings allow.
-        fp8: whether the 3x3x3 convolutions of the residual blocks compute in E4M3.
         Raises UserError for a share outside (0, 1).
         """
         weight = autoencoder.post_quant_conv.weight
-        self.config, self.shape, self.latents_per_step = autoencoder.config, (batch, height, width), latents_per_step
-        self.dtype = weight.dtype
-        plan = plan_stages(autoencoder, Grid(batch, latents_per_step, height, width), fp8=fp8)
+        self.config, self.dtype, self.latents_per_step = autoencoder.config, weight.dtype, grid.frames
+        self.shape = (grid.batch, grid.height, grid.width)
+        plan = plan_stages(autoencoder, grid)
         if devices is None:
             self._parts = [_Part(plan, weight.device)]
         else:

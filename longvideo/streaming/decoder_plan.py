@@ -68,30 +68,25 @@ class PlannedStage:
     may_end_part: bool = False
 
 
-def plan_stages(autoencoder: Autoencoder, grid: Grid, *, fp8: bool = False) -> list[PlannedStage]:
-    """Return the stages from latents to pixels.
-
-    grid: sizes of the latents of a whole step of later frames. fp8: whether the 3x3x3 convolutions of the residual
-    blocks compute in E4M3.
-    """
+def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
+    """Return the stages from latents to pixels. grid: sizes of the latents of a whole step of later frames."""
     decoder = autoencoder.decoder
     first, second = cast("list[ResidualBlock]", list(decoder.mid_block.resnets))
     plan = [
         _entry(autoencoder, grid),
-        _residual(first, grid, fp8=fp8),
+        _residual(first, grid),
         _attention(cast("FrameAttention", decoder.mid_block.attentions[0]), grid),
-        _residual(second, grid, fp8=fp8),
+        _residual(second, grid),
     ]
     for level in cast("list[UpBlock]", list(decoder.up_blocks)):
         blocks = cast("list[ResidualBlock]", list(level.resnets))
         is_last = level.upsampler is None
         around = 0 if is_last else blocks[0].conv1.in_channels
         plan += [
-            _residual(block, grid, around=around, opens_level=not is_last and block is blocks[0], fp8=fp8)
-            for block in blocks
+            _residual(block, grid, around=around, opens_level=not is_last and block is blocks[0]) for block in blocks
         ]
         if not is_last:
-            plan.append(_upsampling(level, grid, fp8=fp8))
+            plan.append(_upsampling(level, grid))
             times, _, _ = level.factors
             grid = replace(grid, frames=times * grid.frames, height=2 * grid.height, width=2 * grid.width)
     return [*plan, _exit(autoencoder, grid)]
@@ -115,13 +110,11 @@ def _entry(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
     return PlannedStage(partial(EntryStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
 
 
-def _residual(
-    block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False, fp8: bool
-) -> PlannedStage:
+def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False) -> PlannedStage:
     """around: number of channels of the activations that go around the level of the block."""
     narrow, wide = block.conv1.in_channels, block.conv1.out_channels
     return PlannedStage(
-        partial(ResidualStage, block, grid, opens_level=opens_level, fp8=fp8),
+        partial(ResidualStage, block, grid, opens_level=opens_level),
         _multiply_adds(block, grid),
         _memory(
             [block.conv1, block.conv2],
@@ -129,7 +122,7 @@ def _residual(
             block.conv1.weight.dtype,
             held=narrow + 2 * wide + around,
             result=wide + around,
-            fp8=fp8,
+            fp8=grid.fp8,
         ),
         may_end_part=True,
     )
@@ -141,7 +134,7 @@ def _attention(attention: FrameAttention, grid: Grid) -> PlannedStage:
     return PlannedStage(partial(AttentionStage, attention), _multiply_adds(attention, grid), memory)
 
 
-def _upsampling(level: UpBlock, grid: Grid, *, fp8: bool) -> PlannedStage:
+def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
     assert level.upsampler is not None
     time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
     narrow, around = conv.in_channels, cast("ResidualBlock", level.resnets[0]).conv1.in_channels
@@ -149,7 +142,7 @@ def _upsampling(level: UpBlock, grid: Grid, *, fp8: bool) -> PlannedStage:
     wide = 4 * conv.out_channels  # four pixels for one
     folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
     kept = folded_weights * conv.weight.dtype.itemsize
-    if fp8:
+    if grid.fp8:
         kept = folded_weights + grid.batch * times * grid.frames * _framed(grid) * narrow
     memory = _memory(
         [] if time is None else [time],
@@ -162,7 +155,7 @@ def _upsampling(level: UpBlock, grid: Grid, *, fp8: bool) -> PlannedStage:
     )
     large = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
     multiply_adds = large.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
-    return PlannedStage(partial(UpsamplingStage, level, grid, fp8=fp8), multiply_adds, memory, may_end_part=True)
+    return PlannedStage(partial(UpsamplingStage, level, grid), multiply_adds, memory, may_end_part=True)
 
 
 def _exit(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:

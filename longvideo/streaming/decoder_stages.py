@@ -108,12 +108,17 @@ class DecoderStage(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes at a stage. frames: largest number of frames in a step. height, width: size of a frame."""
+    """Sizes at a stage, and the number format of its large convolutions.
+
+    batch: number of videos. frames: largest number of frames in a step. height, width: size of a frame. fp8: whether
+    the 3x3x3 convolutions of residual blocks and the convolutions of upsamplings compute in E4M3.
+    """
 
     batch: int
     frames: int
     height: int
     width: int
+    fp8: bool = False
 
     @property
     def pixels(self) -> int:
@@ -259,9 +264,9 @@ class _FP8Convolution(Convolution):
         return y
 
 
-def _convolution(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device, *, fp8: bool) -> Convolution:
-    """Return a convolution after a norm. gamma: weight of the norm, [C]. fp8: whether it computes in E4M3."""
-    return _FP8Convolution(conv, gamma, grid, device) if fp8 else PlainConvolution(conv, grid, device)
+def _convolution(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> Convolution:
+    """Return a convolution of a residual block. gamma: weight of the norm before it, [C]."""
+    return _FP8Convolution(conv, gamma, grid, device) if grid.fp8 else PlainConvolution(conv, grid, device)
 
 
 class EntryStage:
@@ -297,15 +302,15 @@ class EntryStage:
 class ResidualStage:
     """A residual block, which reads its normalized input from the buffer of its first convolution.
 
-    opens_level: whether its input is also the input of the level. fp8: whether its 3x3x3 convolutions compute in E4M3.
+    opens_level: whether its input is also the input of the level.
     """
 
     times = 1
 
-    def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool, fp8: bool) -> None:
+    def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool) -> None:
         self._gamma_in, self._gamma = (norm.gamma.detach().flatten().to(device) for norm in (block.norm1, block.norm2))
-        self._first = _convolution(block.conv1, self._gamma_in, grid, device, fp8=fp8)
-        self._second = _convolution(block.conv2, self._gamma, grid, device, fp8=fp8)
+        self._first = _convolution(block.conv1, self._gamma_in, grid, device)
+        self._second = _convolution(block.conv2, self._gamma, grid, device)
         shortcut = block.conv_shortcut
         self._shortcut: tuple[Tensor, Tensor] | None = None
         if isinstance(shortcut, nn.Conv3d):
@@ -368,11 +373,11 @@ class AttentionStage:
 class UpsamplingStage:
     """The upsampling at the end of a level, with the shortcut around the level.
 
-    kernel, buffer: weights in E4M3 and the buffer of its inputs, if it computes in E4M3.
+    kernel, buffer: weights in E4M3 and the buffer of its inputs, if the convolution at the low resolution computes in
+    E4M3. The scale of the inputs is then measured in every call.
     """
 
-    def __init__(self, level: UpBlock, grid: Grid, device: torch.device, *, fp8: bool) -> None:
-        """fp8: whether the convolution at the low resolution computes in E4M3, with a scale measured in every call."""
+    def __init__(self, level: UpBlock, grid: Grid, device: torch.device) -> None:
         assert level.upsampler is not None
         time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
         assert conv.bias is not None
@@ -383,7 +388,7 @@ class UpsamplingStage:
         self._bias = conv.bias.detach().to(device)
         self._weight = folded.contiguous(memory_format=torch.channels_last)
         self.kernel: FP8Kernel | None = None
-        if fp8:
+        if grid.fp8:
             self.kernel = FP8Kernel.quantize(folded.unsqueeze(2), bound=E4M3_MAX)
             self._weight = folded.new_empty(0)
             self.buffer = folded.new_zeros(

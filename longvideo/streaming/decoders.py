@@ -6,7 +6,7 @@ The pipeline, the memory estimate, the benchmarks and the server use nothing els
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -18,7 +18,6 @@ from longvideo.kernels.vae.format import CHANNEL_MULTIPLE
 from longvideo.pixels import to_uint8
 from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
-from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.tiny_decoder import TinyStreamingDecoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -28,6 +27,7 @@ from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from longvideo.streaming.decoder_stages import Grid
     from longvideo.vae.layers import State
 
 DecoderConfig: TypeAlias = AutoencoderConfig | TinyAutoencoderConfig
@@ -85,21 +85,12 @@ class DecoderModel(Protocol):
         """Device of the weights."""
         ...
 
-    def start(
-        self,
-        *,
-        batch: int,
-        height: int,
-        width: int,
-        latents_per_step: int,
-        first_device: torch.device | None = None,
-        first_share: float = 0.0,
-    ) -> VideoDecoder:
+    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
         """Return a decoder of new videos.
 
-        batch: number of videos. height, width: size of the latents. latents_per_step: number of latent frames that are
-        decoded together where the decoder lets the caller choose. first_device, first_share: device that does this
-        fraction of the work, before the device of the weights does the rest.
+        grid: sizes of the latents. Its frames are those that are decoded together where the decoder lets the caller
+        choose; its number format is that of the model. first_device, first_share: device that does this fraction of the
+        work, before the device of the weights does the rest.
         """
         ...
 
@@ -124,26 +115,13 @@ class WanDecoderModel:
     def device(self) -> torch.device:
         return self._autoencoder.post_quant_conv.weight.device
 
-    def start(
-        self,
-        *,
-        batch: int,
-        height: int,
-        width: int,
-        latents_per_step: int,
-        first_device: torch.device | None = None,
-        first_share: float = 0.0,
-    ) -> VideoDecoder:
+    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
         # more latent frames in a step of a GPU take more memory, and do not make it faster
         return StreamingDecoder(
             self._autoencoder,
-            batch=batch,
-            height=height,
-            width=width,
-            latents_per_step=1 if self.device.type == "cuda" else latents_per_step,
+            replace(grid, frames=1 if self.device.type == "cuda" else grid.frames, fp8=self._fp8),
             devices=None if first_device is None or not first_share else (first_device, self.device),
             first_share=first_share,
-            fp8=self._fp8,
         )
 
     @torch.inference_mode()
@@ -167,21 +145,10 @@ class TinyDecoderModel:
     def device(self) -> torch.device:
         return next(self._decoder.parameters()).device
 
-    def start(
-        self,
-        *,
-        batch: int,
-        height: int,
-        width: int,
-        latents_per_step: int,
-        first_device: torch.device | None = None,
-        first_share: float = 0.0,
-    ) -> VideoDecoder:
+    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
         if first_device is not None:
             check_share(self.config, first_share, self.name)
-        return TinyStreamingDecoder(
-            self._decoder, batch=batch, height=height, width=width, latents_per_step=latents_per_step
-        )
+        return TinyStreamingDecoder(self._decoder, grid)
 
     @torch.inference_mode()
     def plain(self, latents_BzTHW: Tensor) -> Tensor:
@@ -204,25 +171,22 @@ class DecoderBytes:
 
 def decoder_bytes(
     config: DecoderConfig,
+    grid: Grid,
     *,
     dtype: torch.dtype,
-    fp8: bool,
-    batch: int,
-    size: tuple[int, int],
     devices: tuple[torch.device, torch.device],
     share: float,
-    latents_per_step: int,
 ) -> dict[torch.device, DecoderBytes]:
     """Return the bytes that a decoder takes on GPUs besides its loaded weights, from its configuration alone.
 
-    size: height and width of the latents. devices: the one that runs the first stages, and the one that runs the
-    others. share: fraction of the first one's work; 0 leaves all of it to the second.
+    grid: sizes of the latents, as in `DecoderModel.start`, and the number format. devices: the one that runs the first
+    stages, and the one that runs the others. share: fraction of the first one's work; 0 leaves all of it to the second.
     """
     if isinstance(config, TinyAutoencoderConfig):
-        return {devices[1]: _tiny_bytes(config, dtype, batch, size, latents_per_step)}
+        return {devices[1]: _tiny_bytes(config, dtype, grid)}
     with OnMeta():
         autoencoder = Autoencoder(config).to(dtype)
-    plan = plan_stages(autoencoder, Grid(batch, 1, *size), fp8=fp8)
+    plan = plan_stages(autoencoder, replace(grid, frames=1))
     boundary = boundary_of(plan, share) if share else 0
     copied = plan[boundary - 1].memory.result if boundary else 0
     decoders = {devices[1]: _stage_bytes(plan[boundary:], copied)}
@@ -264,13 +228,11 @@ def _stage_bytes(stages: Sequence[PlannedStage], copied: int) -> DecoderBytes:
     )
 
 
-def _tiny_bytes(
-    config: TinyAutoencoderConfig, dtype: torch.dtype, batch: int, size: tuple[int, int], latents_per_step: int
-) -> DecoderBytes:
-    frame = batch * size[0] * size[1]
+def _tiny_bytes(config: TinyAutoencoderConfig, dtype: torch.dtype, grid: Grid) -> DecoderBytes:
+    frame = grid.batch * grid.height * grid.width
     widths, scale = config.decoder_widths, config.scale_factor_spatial
-    # in the last stage two activations of the grid before the patches, and pixels in the dtype, in float32 and as bytes
-    grid = (scale // config.patch_size) ** 2
-    last = frame * config.scale_factor_temporal * (2 * grid * widths[-1] * dtype.itemsize + 3 * scale**2 * 14)
+    # in the last stage two activations before the patches, and pixels in the dtype, in float32 and as bytes
+    area = (scale // config.patch_size) ** 2
+    last = frame * config.scale_factor_temporal * (2 * area * widths[-1] * dtype.itemsize + 3 * scale**2 * 14)
     kept = sum(3 * width * frame * 4**index for index, width in enumerate(widths[:-1])) * dtype.itemsize
-    return DecoderBytes(kept=2 * kept, opening=last, later=last * latents_per_step)
+    return DecoderBytes(kept=2 * kept, opening=last, later=last * grid.frames)

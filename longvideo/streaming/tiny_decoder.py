@@ -11,6 +11,7 @@ from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
 
 if TYPE_CHECKING:
+    from longvideo.streaming.decoder_stages import Grid
     from longvideo.vae.layers import State
     from longvideo.vae.tae import TinyDecoder
 
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 class TinyStreamingDecoder:
     """Decoder of a batch of videos, in order; see `VideoDecoder`.
 
-    On CUDA a step of `latents_per_step` later latent frames is recorded by `warm_up` and replayed from then on; an
+    On CUDA a whole step of later latent frames is recorded by `warm_up` and replayed from then on; an
     opening frame and shorter steps are not recorded.
     """
 
-    def __init__(self, decoder: TinyDecoder, *, batch: int, height: int, width: int, latents_per_step: int) -> None:
+    def __init__(self, decoder: TinyDecoder, grid: Grid) -> None:
+        """Allocate the state. grid: sizes of the latents of a whole step of later latent frames."""
         weight = next(decoder.parameters())
         self._decoder, self._dtype = decoder, weight.dtype
-        self.shape, self.latents_per_step = (batch, decoder.config.z_dim, height, width), latents_per_step
+        self.shape, self.latents_per_step = (grid.batch, decoder.config.z_dim, grid.height, grid.width), grid.frames
         self.devices, self.opened = (weight.device,), False
-        self._kept = decoder.blank_state(batch, height, width)
+        self._kept = decoder.blank_state(grid.batch, grid.height, grid.width)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs = weight.new_zeros(batch, decoder.config.z_dim, latents_per_step, height, width)
+        self._inputs = weight.new_zeros(*self.shape[:2], grid.frames, *self.shape[2:])
         self._pixels: Tensor | None = None
 
     @torch.inference_mode()

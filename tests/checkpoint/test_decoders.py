@@ -15,6 +15,7 @@ from longvideo.checkpoint.decoders import LatentScale, StoredDecoder, open_decod
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.errors import CheckpointError, UserError
 from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.vae.autoencoder import Autoencoder, DecodingAutoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyDecoder, TinyEncoder, TinyForm
@@ -115,7 +116,7 @@ def test_the_streaming_decoder_takes_a_decoder_without_its_encoder(tmp_path: Pat
     own = pruned()
     module = open_decoder(save(tmp_path / "vae.pth", own.state_dict()), WAN22).load_decoder()
     assert isinstance(module, DecodingAutoencoder)
-    pair = [StreamingDecoder(x, batch=1, height=2, width=3).decode(latents()) for x in (own, module)]
+    pair = [StreamingDecoder(x, Grid(1, 1, 2, 3)).decode(latents()) for x in (own, module)]
     assert torch.equal(pair[0], pair[1]) and pair[0].shape == (1, 5, 32, 48, 3)
 
 

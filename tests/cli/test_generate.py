@@ -28,6 +28,7 @@ from longvideo.data.video import read_video
 from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.streaming.decoder_stages import Grid
 from tests.data.test_real_footage import real_clip
 from tests.folders import file_names
 
@@ -80,7 +81,7 @@ def test_a_video_starts_with_a_frame_of_real_footage(
     assert run(model_folder, "a red ball", "--seconds", "1", "--image", str(picture), "-o", str(out)) == 0
     latent = encode_first_frame(pipeline.models, read_image(picture, size=(32, 64)))
     _, _, _, height, width = latent.shape
-    decoder = ChunkDecoder(pipeline.models.decoder, batch=1, height=height, width=width, chunk_latents=1)
+    decoder = ChunkDecoder(pipeline.models.decoder, Grid(1, 1, height, width))
     expected = decoder.decode(latent, 1)[0, 0].astype(float)
     with av.open(str(out)) as container:
         first = next(container.decode(video=0)).to_ndarray(format="rgb24")

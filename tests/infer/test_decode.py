@@ -13,6 +13,7 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.infer.decode import ChunkDecoder, mark_ready
 from longvideo.pixels import to_uint8
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.decoders import WanDecoderModel
 from longvideo.vae.autoencoder import Autoencoder
 
@@ -48,7 +49,7 @@ def whole(autoencoder: Autoencoder, z: Tensor) -> np.ndarray:
 
 def decoder_of(autoencoder: Autoencoder, **split: Any) -> ChunkDecoder:
     model = WanDecoderModel(autoencoder, name="test")
-    return ChunkDecoder(model, batch=2, height=HEIGHT, width=WIDTH, chunk_latents=CHUNK, **split)
+    return ChunkDecoder(model, Grid(2, CHUNK, HEIGHT, WIDTH), **split)
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 7, 29])

@@ -23,6 +23,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.shapes import folder_shapes, preset_shapes
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import NumberFormats
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
@@ -200,7 +201,7 @@ def test_precisions_are_the_data_types_of_the_weights(files: Path, model_folder:
 
 def decoder_state(pipeline: StreamingPipeline) -> tuple[Tensor, ...]:
     """Return what a decoder keeps after one latent frame."""
-    decoder = pipeline.models.decoder.start(batch=1, height=2, width=4, latents_per_step=1)
+    decoder = pipeline.models.decoder.start(Grid(1, 1, 2, 4))
     decoder.decode(torch.zeros(1, 8, 1, 2, 4))
     return decoder.state()
 

@@ -62,7 +62,7 @@ def decoded(num_frames: int, seed: int) -> Tensor:
 
 
 def decoder(latents_per_step: int = 1) -> StreamingDecoder:
-    return StreamingDecoder(ours(), batch=2, height=2, width=3, latents_per_step=latents_per_step)
+    return StreamingDecoder(ours(), Grid(2, latents_per_step, 2, 3))
 
 
 def differing(got: Tensor, expected: Tensor) -> float:
@@ -130,21 +130,14 @@ def test_the_shipped_autoencoder_in_bf16() -> None:
     with torch.no_grad():
         expected = to_uint8(exact.decode(exact.denormalize(z), None)[0]).float()
         plain = to_uint8(autoencoder.decode(autoencoder.denormalize(z).bfloat16(), None)[0]).float()
-    got = StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=2).decode(z).float()
+    got = StreamingDecoder(autoencoder, Grid(1, 2, 8, 14)).decode(z).float()
     # folded weights are rounded one more time
     assert (got - expected).norm() < 1.2 * (plain - expected).norm() < 1e-2 * expected.norm()
 
 
 def shared(first_share: float, latents_per_step: int = 1) -> StreamingDecoder:
-    return StreamingDecoder(
-        ours(),
-        batch=2,
-        height=2,
-        width=3,
-        latents_per_step=latents_per_step,
-        devices=(CPU, CPU),
-        first_share=first_share,
-    )
+    grid = Grid(2, latents_per_step, 2, 3)
+    return StreamingDecoder(ours(), grid, devices=(CPU, CPU), first_share=first_share)
 
 
 def test_two_devices_make_the_same_pixels_at_every_boundary() -> None:
@@ -203,7 +196,7 @@ def test_a_warmed_up_decoder_begins_a_video() -> None:
 def test_a_recorded_step_makes_the_same_bits_as_the_first_one(split: float | None) -> None:
     autoencoder, gpu = deepcopy(ours()).to("cuda"), torch.device("cuda")
     options = {} if split is None else {"devices": (gpu, gpu), "first_share": split}
-    streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3, **options)
+    streaming = StreamingDecoder(autoencoder, Grid(2, 1, 2, 3), **options)
     z = latents(5).cuda()
     first = streaming.decode(z).cpu()  # the second latent frame runs directly, the third is replayed
     assert (first.float() - decoded(5, 0).float()).norm() < 2e-3 * decoded(5, 0).float().norm()
@@ -224,7 +217,7 @@ def test_an_autoencoder_built_on_cuda_has_its_statistics_there() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_cuda_it_makes_the_pixels_of_the_cpu(dtype: torch.dtype) -> None:
     autoencoder = deepcopy(ours()).to("cuda", dtype)
-    streaming = StreamingDecoder(autoencoder, batch=2, height=2, width=3)
+    streaming = StreamingDecoder(autoencoder, Grid(2, 1, 2, 3))
     got = torch.cat([streaming.decode(part.cuda()).cpu() for part in latents(5).split([2, 3], dim=2)], dim=1)
     expected = decoded(5, 0).float()
     assert (got.float() - expected).norm() < (2e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
@@ -242,7 +235,7 @@ def wide() -> Autoencoder:
 
 
 def in_fp8(autoencoder: Autoencoder, devices: tuple[torch.device, torch.device] | None = None) -> StreamingDecoder:
-    return StreamingDecoder(autoencoder, batch=2, height=2, width=3, devices=devices, first_share=0.5, fp8=True)
+    return StreamingDecoder(autoencoder, Grid(2, 1, 2, 3, fp8=True), devices=devices, first_share=0.5)
 
 
 def test_fp8_gives_the_same_bits_in_pieces_on_two_devices_and_after_a_state() -> None:
@@ -261,10 +254,7 @@ def test_fp8_gives_the_same_bits_in_pieces_on_two_devices_and_after_a_state() ->
 def test_fp8_is_near_bf16_with_the_shipped_autoencoder() -> None:
     autoencoder = ModelFolder.open("tiny").load_vae(dtype=torch.bfloat16)
     z = torch.randn(1, autoencoder.config.z_dim, 5, 8, 14, generator=torch.Generator().manual_seed(0))
-    expected, got = (
-        StreamingDecoder(autoencoder, batch=1, height=8, width=14, latents_per_step=4, fp8=fp8).decode(z).double()
-        for fp8 in (False, True)
-    )
+    expected, got = (StreamingDecoder(autoencoder, Grid(1, 4, 8, 14, fp8)).decode(z).double() for fp8 in (False, True))
     psnr = 10 * torch.log10(255**2 / (got - expected).square().mean())
     assert 43 < psnr < 70
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.streaming.decoders import TinyDecoderModel
 from longvideo.streaming.tiny_decoder import TinyStreamingDecoder
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyForm
@@ -40,7 +41,7 @@ def decoded(form: TinyForm, num_frames: int) -> Tensor:
 
 
 def streaming(form: TinyForm, latents_per_step: int = 2) -> TinyStreamingDecoder:
-    return TinyStreamingDecoder(ours(form), batch=2, height=2, width=3, latents_per_step=latents_per_step)
+    return TinyStreamingDecoder(ours(form), Grid(2, latents_per_step, 2, 3))
 
 
 def in_pieces(decoder: TinyStreamingDecoder, z: Tensor, lengths: list[int]) -> Tensor:
@@ -113,7 +114,7 @@ def test_latents_of_another_shape_are_refused(form: TinyForm) -> None:
 
 def test_the_model_starts_decoders_with_their_own_state() -> None:
     model = TinyDecoderModel(ours("base"), name="TAEW2.2")
-    one, two = (model.start(batch=2, height=2, width=3, latents_per_step=3) for _ in range(2))
+    one, two = (model.start(Grid(2, 3, 2, 3)) for _ in range(2))
     first = one.decode(latents(3))
     assert torch.equal(two.decode(latents(3)), first)
     assert (model.plain(latents(7)).int() - decoded("base", 7).int()).abs().max() <= 1
@@ -123,7 +124,7 @@ def test_the_model_starts_decoders_with_their_own_state() -> None:
 def test_bfloat16_frames_are_close_to_those_of_float32() -> None:
     exact = decoded("base", 7).float()
     rounded = TinyDecoderModel(deepcopy(ours("base")).bfloat16(), name="TAEW2.2")
-    decoder = rounded.start(batch=2, height=2, width=3, latents_per_step=2)
+    decoder = rounded.start(Grid(2, 2, 2, 3))
     result = decoder.decode(latents(7)).float()
     assert (result - exact).norm() < 2e-2 * exact.norm()
 
@@ -132,7 +133,7 @@ def test_bfloat16_frames_are_close_to_those_of_float32() -> None:
 @FORMS
 def test_a_recorded_step_gives_the_bits_of_a_direct_one(form: TinyForm) -> None:
     network = deepcopy(ours(form)).to("cuda")
-    decoder = TinyStreamingDecoder(network, batch=2, height=2, width=3, latents_per_step=2)
+    decoder = TinyStreamingDecoder(network, Grid(2, 2, 2, 3))
     direct = in_pieces(decoder, latents(7).cuda(), [1, 2, 2, 2])
     decoder.warm_up()
     assert torch.equal(in_pieces(decoder, latents(7).cuda(), [1, 2, 2, 2]), direct)

@@ -17,6 +17,7 @@ from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.decoder_stages import Grid
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -73,7 +74,7 @@ def test_the_estimate_is_close_to_the_measured_peak(
 def test_the_estimate_of_the_decoder_is_what_it_allocates() -> None:
     small = small_shapes(height=64, width=96)
     coder, scale = Autoencoder(small.autoencoder), small.autoencoder.scale_factor_spatial
-    decoder = StreamingDecoder(coder, batch=2, height=64 // scale, width=96 // scale)
+    decoder = StreamingDecoder(coder, Grid(2, 1, 64 // scale, 96 // scale))
     kept = named(estimated(shapes=replace(small, packed=True), batch=2, dtype=torch.float32))["decoder"]
     shared = {parameter.untyped_storage().data_ptr() for parameter in coder.parameters()}
     assert kept == pytest.approx(_allocated(decoder, shared), rel=0.01)

@@ -17,6 +17,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
+from longvideo.streaming.decoder_stages import Grid
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
 
 SetFree = Callable[..., list[torch.device]]
@@ -48,7 +49,7 @@ def check(**changes: Any) -> None:
 
 def test_decoding_alone_needs_less_and_is_refused_on_a_small_gpu(gpus: SetFree) -> None:
     autoencoder, placed = shapes().autoencoder, Placement(FIRST, FIRST)
-    parts = decoding_parts(autoencoder, "bf16", placed, size=(44, 80), chunk_frames=8)
+    parts = decoding_parts(autoencoder, "bf16", placed, Grid(1, 8, 44, 80))
     whole = {part.name: part.bytes for part in estimate(workload())}
     assert {part.name for part in parts} < whole.keys() and total(parts) < total(estimate(workload()))
     needed = total(parts) / 1e9
