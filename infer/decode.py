@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from longvideo.streaming.decoder_stages import Grid
+    from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.streaming.decoders import DecoderModel
 
 SMALL_GRID = 512

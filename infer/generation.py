@@ -28,7 +28,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import Denoiser, MadeChunk, rollout
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderModel
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.encoder import TextEncoder

@@ -24,7 +24,7 @@ from longvideo.infer.decoder_choice import load_decoder, load_decoder_file, with
 from longvideo.infer.fit.memory import decoding_parts
 from longvideo.infer.fit.refusal import check_decoding_memory
 from longvideo.quantization.number_formats import FP8_FORMATS
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import check_fp8
 from longvideo.vae.config import AutoencoderConfig
 

@@ -14,8 +14,9 @@ from longvideo.infer.bench.kernels import KernelMismatch
 from longvideo.infer.bench.timing import median_ms
 from longvideo.kernels.backends import decoder_operations
 from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoder_plan import plan_stages
-from longvideo.streaming.decoder_stages import Activations, Grid, Target, UpsamplingStage, hand_over
+from longvideo.streaming.decoder_stages import Activations, Target, UpsamplingStage, hand_over
 from longvideo.vae.autoencoder import Autoencoder
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
 from longvideo.quantization.selection import linear_layers
 from longvideo.rollout import branches
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderBytes, decoder_bytes
 from longvideo.text.umt5 import UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder

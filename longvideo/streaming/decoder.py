@@ -6,8 +6,8 @@ shortcuts between convolutions are one pass over memory. A 2x upsampling and the
 convolution at the low resolution with four times the outputs, since a result depends on at most two different pixels
 along an axis.
 
-`decoder_stages` has the stages, `decoder_plan` their list. Two devices can share them. On CUDA, the work of a device in
-a step is one graph.
+`decoder_convolutions` has the convolutions, `decoder_stages` the stages, `decoder_plan` their list. Two devices can
+share them. On CUDA, the work of a device in a step is one graph.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
+from longvideo.streaming.decoder_convolutions import HISTORY
 from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
-from longvideo.streaming.decoder_stages import HISTORY, Activations, Grid, Target, hand_over
+from longvideo.streaming.decoder_stages import Activations, Target, hand_over
 
 if TYPE_CHECKING:
+    from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import State
 

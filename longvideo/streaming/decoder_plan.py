@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from longvideo.errors import UserError
+from longvideo.streaming.decoder_convolutions import HISTORY
 from longvideo.streaming.decoder_stages import (
-    HISTORY,
     AttentionStage,
     DecoderStage,
     EntryStage,
     ExitStage,
-    Grid,
     ResidualStage,
     UpsamplingStage,
 )
@@ -30,6 +29,7 @@ from longvideo.streaming.decoder_stages import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
 

@@ -20,16 +20,12 @@ from longvideo.kernels.backends import DecoderOperations, decoder_operations
 from longvideo.kernels.nvfp4.format import E4M3_MAX
 from longvideo.kernels.vae.format import FP8Kernel
 from longvideo.kernels.vae.reference import SMALLEST_LENGTH
+from longvideo.streaming.decoder_convolutions import E4M3, PlainConvolution, ProductConvolution, convolution_after_norm
 
 if TYPE_CHECKING:
+    from longvideo.streaming.decoder_convolutions import Convolution, Grid
     from longvideo.vae.autoencoder import Autoencoder
-    from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
-
-E4M3 = torch.float8_e4m3fn
-HISTORY = 2
-"""Number of frames that a causal convolution keeps from one call to the next."""
-LARGEST_OWN_CONV3D = 20480
-"""Largest channels x frames x height of one video whose float32 convolution torch computes itself on a CPU."""
+    from longvideo.vae.layers import FrameAttention, ResidualBlock, UpBlock
 
 
 def fold_upsampling(weight_OI33: Tensor) -> Tensor:
@@ -106,167 +102,12 @@ class DecoderStage(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Sizes at a stage, and the number format of its large convolutions.
-
-    batch: number of videos. frames: largest number of frames in a step. height, width: size of a frame. fp8: whether
-    the 3x3x3 convolutions of residual blocks and the convolutions of upsamplings compute in E4M3.
-    """
-
-    batch: int
-    frames: int
-    height: int
-    width: int
-    fp8: bool = False
-
-    @property
-    def pixels(self) -> int:
-        return self.batch * self.frames * self.height * self.width
-
-
 def hand_over(operations: DecoderOperations, x: Tensor, target: Target) -> None:
     """Write x to the buffers of the next stage."""
     if target.normalized is not None:
         operations.add_norm_silu(x, None, None, None, target.gamma, target.normalized, target.inverse_scale)
     elif target.plain is not None:
         target.plain.copy_(x)
-
-
-class Convolution(Protocol):
-    """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
-
-    bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the inputs in the
-    buffer. kernel: weights in E4M3, if it computes in them.
-    """
-
-    buffer: Tensor
-    bias: Tensor | None
-    inverse_scale: float
-    kernel: FP8Kernel | None = None
-
-    def inputs(self, frames: int) -> Tensor:
-        """Return the part of the buffer for the input frames of a call."""
-        return self.buffer[:, HISTORY : HISTORY + frames]
-
-    def clear(self) -> None:
-        """Make zeros of the frames that it keeps, as before a video."""
-        self.buffer[:, :HISTORY].view(torch.uint8 if self.buffer.dtype == E4M3 else self.buffer.dtype).zero_()
-
-    def keep_last(self, frames: int) -> None:
-        """Keep the last frames of a call."""
-        for index in range(HISTORY):  # one after the other, since they overlap if there is one new frame
-            self.buffer[:, index].copy_(self.buffer[:, frames + index])
-
-    def __call__(self, frames: int) -> Tensor:
-        """Return the convolution of the buffer, without `bias`, and keep the last frames."""
-        ...
-
-
-class PlainConvolution(Convolution):
-    """A convolution in the data type of its weights, by cuDNN or oneDNN.
-
-    One that is small in a whole step is a sum of 2-D convolutions in float32 on a CPU, one for each tap along time:
-    torch does not give small 3-D convolutions to oneDNN, and computes them at a quarter to a half of its speed.
-    """
-
-    inverse_scale = 1.0
-
-    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
-        weight = conv.weight.detach().to(device)
-        _, height_taps, width_taps = conv.kernel_size
-        self.padding = (0, height_taps // 2, width_taps // 2)
-        assert conv.bias is not None
-        # cuDNN adds a bias in a pass of its own, so the operation after the convolution adds it
-        bias = conv.bias.detach().to(device)
-        self.own_bias, self.bias = (None, bias) if bias.is_cuda else (bias, None)
-        self.buffer = weight.new_zeros(grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels)
-        is_small = conv.in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
-        self._weights: tuple[Tensor, ...]
-        if is_small and device.type == "cpu" and weight.dtype == torch.float32:
-            self._weights = tuple(tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2))
-        else:
-            self._weights = (weight.contiguous(memory_format=torch.channels_last_3d),)
-
-    def __call__(self, frames: int) -> Tensor:
-        if len(self._weights) == 1:
-            x = self.buffer[:, : HISTORY + frames].permute(0, 4, 1, 2, 3)
-            y = F.conv3d(x, self._weights[0], self.own_bias, padding=self.padding).permute(0, 2, 3, 4, 1)
-        else:
-            y = self._sum_of_taps(frames)
-        self.keep_last(frames)
-        return y
-
-    def _sum_of_taps(self, frames: int) -> Tensor:
-        total: Tensor | None = None
-        for index, weight in enumerate(self._weights):
-            x = self.buffer[:, index : index + frames].flatten(0, 1).permute(0, 3, 1, 2)
-            bias = self.own_bias if total is None else None
-            y = F.conv2d(x, weight, bias, padding=self.padding[1:])
-            total = y if total is None else total.add_(y)
-        assert total is not None
-        return total.permute(0, 2, 3, 1).unflatten(0, (-1, frames))
-
-
-class _ProductConvolution(Convolution):
-    """A 3x3x3 convolution of few input channels, as one matrix product, which is faster than cuDNN's kernels for it."""
-
-    bias = None
-    inverse_scale = 1.0
-
-    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
-        assert conv.bias is not None
-        self._matrix, self._bias = conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
-        self.buffer = self._matrix.new_zeros(
-            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels
-        )
-
-    def inputs(self, frames: int) -> Tensor:
-        return super().inputs(frames)[:, :, 1:-1, 1:-1]
-
-    def __call__(self, frames: int) -> Tensor:
-        taps = self.buffer[:, : HISTORY + frames].unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
-        y = F.linear(taps.flatten(4), self._matrix, self._bias)
-        self.keep_last(frames)
-        return y
-
-
-class _FP8Convolution(Convolution):
-    """A 3x3x3 convolution of E4M3, whose inputs are SiLU of an RMS norm. Its buffer has zeros around each frame.
-
-    A pixel of the norm's result is at most sqrt(C) long before it is multiplied by gamma, and SiLU makes nothing
-    larger. This bound sets the scale of the input: no value saturates, and no step measures anything.
-    """
-
-    def __init__(self, conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> None:
-        """gamma: weight of the norm before the convolution, [C]."""
-        bound = math.sqrt(conv.in_channels) * float(gamma.detach().abs().max())
-        weight = conv.weight.detach().to(device)
-        assert conv.bias is not None
-        self.bias = conv.bias.detach().to(device)
-        self.kernel = FP8Kernel.quantize(weight, bound=bound)
-        self._operations = decoder_operations(device)
-        self.inverse_scale = self.kernel.inverse_scale
-        self.buffer = weight.new_zeros(
-            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
-        )
-
-    def inputs(self, frames: int) -> Tensor:
-        return super().inputs(frames)[:, :, 1:-1, 1:-1]
-
-    def __call__(self, frames: int) -> Tensor:
-        batch, _, height, width, _ = self.buffer.shape
-        assert self.bias is not None
-        y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
-        assert self.kernel is not None
-        self._operations.convolve(self.buffer, frames, self.kernel, y)
-        self.keep_last(frames)
-        return y
-
-
-def _convolution(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> Convolution:
-    """Return a convolution of a residual block. gamma: weight of the norm before it, [C]."""
-    return _FP8Convolution(conv, gamma, grid, device) if grid.fp8 else PlainConvolution(conv, grid, device)
 
 
 class EntryStage:
@@ -282,7 +123,7 @@ class EntryStage:
         mean, std = (values.flatten().to(matrix) for values in (autoencoder.latents_mean, autoencoder.latents_std))
         self._matrix = (matrix * std).to(device, conv.weight.dtype)
         self._offset = (matrix @ mean + conv.bias.detach().float()).to(device, conv.weight.dtype)
-        self._conv = _ProductConvolution(autoencoder.decoder.conv_in, grid, device)
+        self._conv = ProductConvolution(autoencoder.decoder.conv_in, grid, device)
         self._operations = decoder_operations(device)
         self.convolutions = (self._conv,)
 
@@ -309,8 +150,8 @@ class ResidualStage:
 
     def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool) -> None:
         self._gamma_in, self._gamma = (norm.gamma.detach().flatten().to(device) for norm in (block.norm1, block.norm2))
-        self._first = _convolution(block.conv1, self._gamma_in, grid, device)
-        self._second = _convolution(block.conv2, self._gamma, grid, device)
+        self._first = convolution_after_norm(block.conv1, self._gamma_in, grid, device)
+        self._second = convolution_after_norm(block.conv2, self._gamma, grid, device)
         shortcut = block.conv_shortcut
         self._shortcut: tuple[Tensor, Tensor] | None = None
         if isinstance(shortcut, nn.Conv3d):

@@ -27,7 +27,7 @@ from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from longvideo.streaming.decoder_stages import Grid
+    from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.vae.layers import State
 
 DecoderConfig: TypeAlias = AutoencoderConfig | TinyAutoencoderConfig

@@ -11,7 +11,7 @@ from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
 
 if TYPE_CHECKING:
-    from longvideo.streaming.decoder_stages import Grid
+    from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.vae.layers import State
     from longvideo.vae.tae import TinyDecoder
 

@@ -15,7 +15,7 @@ from longvideo.checkpoint.decoders import LatentScale, StoredDecoder, open_decod
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.errors import CheckpointError, UserError
 from longvideo.streaming.decoder import StreamingDecoder
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.vae.autoencoder import Autoencoder, DecodingAutoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyDecoder, TinyEncoder, TinyForm

@@ -28,7 +28,7 @@ from longvideo.data.video import read_video
 from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from tests.data.test_real_footage import real_clip
 from tests.folders import file_names
 

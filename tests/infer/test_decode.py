@@ -13,7 +13,7 @@ from torch import Tensor
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.infer.decode import ChunkDecoder, mark_ready
 from longvideo.pixels import to_uint8
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import WanDecoderModel
 from longvideo.vae.autoencoder import Autoencoder
 

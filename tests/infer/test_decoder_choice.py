@@ -23,7 +23,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.shapes import folder_shapes, preset_shapes
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import NumberFormats
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder

@@ -15,14 +15,9 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
 from longvideo.streaming.decoder import StreamingDecoder
+from longvideo.streaming.decoder_convolutions import HISTORY, LARGEST_OWN_CONV3D, Grid, PlainConvolution
 from longvideo.streaming.decoder_plan import plan_stages
-from longvideo.streaming.decoder_stages import (
-    HISTORY,
-    LARGEST_OWN_CONV3D,
-    Grid,
-    PlainConvolution,
-    fold_upsampling,
-)
+from longvideo.streaming.decoder_stages import fold_upsampling
 from longvideo.vae import Autoencoder, AutoencoderConfig
 from longvideo.vae.layers import CausalConv3d
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import TinyDecoderModel
 from longvideo.streaming.tiny_decoder import TinyStreamingDecoder
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder, TinyForm

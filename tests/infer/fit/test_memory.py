@@ -17,7 +17,7 @@ from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder import StreamingDecoder
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig

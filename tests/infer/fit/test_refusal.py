@@ -17,7 +17,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
-from longvideo.streaming.decoder_stages import Grid
+from longvideo.streaming.decoder_convolutions import Grid
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
 
 SetFree = Callable[..., list[torch.device]]

@@ -1,0 +1,181 @@
+"""Convolutions of the streaming decoder, with buffers at fixed addresses for the frames that they read.
+
+Shapes: B batch, T frames, H W grid, C channels; buffers are stored as BTHWC.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longvideo.kernels.backends import decoder_operations
+from longvideo.kernels.vae.format import FP8Kernel
+
+if TYPE_CHECKING:
+    from longvideo.vae.layers import CausalConv3d
+
+E4M3 = torch.float8_e4m3fn
+HISTORY = 2
+"""Number of frames that a causal convolution keeps from one call to the next."""
+LARGEST_OWN_CONV3D = 20480
+"""Largest channels x frames x height of one video whose float32 convolution torch computes itself on a CPU."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of latents, or of the activations at a stage, and the number format of the large convolutions.
+
+    batch: number of videos. frames: largest number of frames in a step. height, width: size of a frame. fp8: whether
+    the 3x3x3 convolutions of residual blocks and the convolutions of upsamplings compute in E4M3.
+    """
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    fp8: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+
+class Convolution(Protocol):
+    """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
+
+    bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the inputs in the
+    buffer. kernel: weights in E4M3, if it computes in them.
+    """
+
+    buffer: Tensor
+    bias: Tensor | None
+    inverse_scale: float
+    kernel: FP8Kernel | None = None
+
+    def inputs(self, frames: int) -> Tensor:
+        """Return the part of the buffer for the input frames of a call."""
+        return self.buffer[:, HISTORY : HISTORY + frames]
+
+    def clear(self) -> None:
+        """Make zeros of the frames that it keeps, as before a video."""
+        self.buffer[:, :HISTORY].view(torch.uint8 if self.buffer.dtype == E4M3 else self.buffer.dtype).zero_()
+
+    def keep_last(self, frames: int) -> None:
+        """Keep the last frames of a call."""
+        for index in range(HISTORY):  # one after the other, since they overlap if there is one new frame
+            self.buffer[:, index].copy_(self.buffer[:, frames + index])
+
+    def __call__(self, frames: int) -> Tensor:
+        """Return the convolution of the buffer, without `bias`, and keep the last frames."""
+        ...
+
+
+class PlainConvolution(Convolution):
+    """A convolution in the data type of its weights, by cuDNN or oneDNN.
+
+    One that is small in a whole step is a sum of 2-D convolutions in float32 on a CPU, one for each tap along time:
+    torch does not give small 3-D convolutions to oneDNN, and computes them at a quarter to a half of its speed.
+    """
+
+    inverse_scale = 1.0
+
+    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
+        weight = conv.weight.detach().to(device)
+        _, height_taps, width_taps = conv.kernel_size
+        self.padding = (0, height_taps // 2, width_taps // 2)
+        assert conv.bias is not None
+        # cuDNN adds a bias in a pass of its own, so the operation after the convolution adds it
+        bias = conv.bias.detach().to(device)
+        self.own_bias, self.bias = (None, bias) if bias.is_cuda else (bias, None)
+        self.buffer = weight.new_zeros(grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels)
+        is_small = conv.in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
+        self._weights: tuple[Tensor, ...]
+        if is_small and device.type == "cpu" and weight.dtype == torch.float32:
+            self._weights = tuple(tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2))
+        else:
+            self._weights = (weight.contiguous(memory_format=torch.channels_last_3d),)
+
+    def __call__(self, frames: int) -> Tensor:
+        if len(self._weights) == 1:
+            x = self.buffer[:, : HISTORY + frames].permute(0, 4, 1, 2, 3)
+            y = F.conv3d(x, self._weights[0], self.own_bias, padding=self.padding).permute(0, 2, 3, 4, 1)
+        else:
+            y = self._sum_of_taps(frames)
+        self.keep_last(frames)
+        return y
+
+    def _sum_of_taps(self, frames: int) -> Tensor:
+        total: Tensor | None = None
+        for index, weight in enumerate(self._weights):
+            x = self.buffer[:, index : index + frames].flatten(0, 1).permute(0, 3, 1, 2)
+            bias = self.own_bias if total is None else None
+            y = F.conv2d(x, weight, bias, padding=self.padding[1:])
+            total = y if total is None else total.add_(y)
+        assert total is not None
+        return total.permute(0, 2, 3, 1).unflatten(0, (-1, frames))
+
+
+class ProductConvolution(Convolution):
+    """A 3x3x3 convolution of few input channels, as one matrix product, which is faster than cuDNN's kernels for it."""
+
+    bias = None
+    inverse_scale = 1.0
+
+    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
+        assert conv.bias is not None
+        self._matrix, self._bias = conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
+        self.buffer = self._matrix.new_zeros(
+            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels
+        )
+
+    def inputs(self, frames: int) -> Tensor:
+        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+
+    def __call__(self, frames: int) -> Tensor:
+        taps = self.buffer[:, : HISTORY + frames].unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
+        y = F.linear(taps.flatten(4), self._matrix, self._bias)
+        self.keep_last(frames)
+        return y
+
+
+class FP8Convolution(Convolution):
+    """A 3x3x3 convolution of E4M3, whose inputs are SiLU of an RMS norm. Its buffer has zeros around each frame.
+
+    A pixel of the norm's result is at most sqrt(C) long before it is multiplied by gamma, and SiLU makes nothing
+    larger. This bound sets the scale of the input: no value saturates, and no step measures anything.
+    """
+
+    def __init__(self, conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> None:
+        """gamma: weight of the norm before the convolution, [C]."""
+        bound = math.sqrt(conv.in_channels) * float(gamma.detach().abs().max())
+        weight = conv.weight.detach().to(device)
+        assert conv.bias is not None
+        self.bias = conv.bias.detach().to(device)
+        self.kernel = FP8Kernel.quantize(weight, bound=bound)
+        self._operations = decoder_operations(device)
+        self.inverse_scale = self.kernel.inverse_scale
+        self.buffer = weight.new_zeros(
+            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
+        )
+
+    def inputs(self, frames: int) -> Tensor:
+        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+
+    def __call__(self, frames: int) -> Tensor:
+        batch, _, height, width, _ = self.buffer.shape
+        assert self.bias is not None
+        y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
+        assert self.kernel is not None
+        self._operations.convolve(self.buffer, frames, self.kernel, y)
+        self.keep_last(frames)
+        return y
+
+
+def convolution_after_norm(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> Convolution:
+    """Return a convolution of a residual block. gamma: weight of the norm before it, [C]."""
+    return FP8Convolution(conv, gamma, grid, device) if grid.fp8 else PlainConvolution(conv, grid, device)
