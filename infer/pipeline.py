@@ -40,7 +40,7 @@ from longvideo.infer.script import (
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
-from longvideo.infer.timeline import Shots, Step, SwitchMode, planned_steps
+from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
@@ -202,9 +202,9 @@ class StreamingPipeline:
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
         about words that the model has not learned.
         """
-        return _frames_only(
-            self.stream_chunks(prompts, seconds=seconds, steps=steps, guidance=guidance, seed=seed, image=image)
-        )
+        script, options = as_script(prompts, seconds), SamplingOptions(steps, guidance, seed)
+        self._warn_unknown_words([shot.prompt for shot in script.shots])
+        return _frames_only(self._video(script, options, image))
 
     def stream_chunks(
         self,
@@ -220,13 +220,9 @@ class StreamingPipeline:
 
         The first chunk is returned twice: with its first frame, and with the others.
         """
-        script = as_script(prompts, seconds)
-        options = SamplingOptions(steps, guidance, seed)
-        shots = [shot.prompt for shot in script.shots]
-        timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
-        self._warn_unknown_words(shots)
-        inputs = self._inputs(timeline, options, [options.seed], first_latent=self._first_latent(image))
-        return self._generate(inputs)
+        script, options = as_script(prompts, seconds), SamplingOptions(steps, guidance, seed)
+        self._warn_unknown_words([shot.prompt for shot in script.shots])
+        return self._video(script, options, image)
 
     def session(
         self,
@@ -310,16 +306,22 @@ class StreamingPipeline:
         inputs = self._inputs(timeline, options[0], [option.seed for option in options])
         return np.concatenate([chunk.frames for chunk in self._generate(inputs)], axis=1)
 
+    def _video(
+        self, script: Script, options: SamplingOptions, image: FirstPicture | None
+    ) -> Generator[GeneratedChunk, None, None]:
+        shots = [shot.prompt for shot in script.shots]
+        timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
+        inputs = self._inputs(timeline, options, [options.seed], first_latent=self._first_latent(image))
+        return self._generate(inputs)
+
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
+        sampling = options.sampling
         return Session(
-            shots,
+            LiveSteps(shots, self.chunk_timing, num_frames=options.num_frames, first=len(history)),
             options,
             history,
-            timing=self.chunk_timing,
             generate=lambda steps, past: self._generate(
-                self._inputs(
-                    steps, options.sampling, [options.sampling.seed], first_latent=options.first_latent, past=past
-                )
+                self._inputs(steps, sampling, [sampling.seed], first_latent=options.first_latent, past=past)
             ),
             check_words=lambda prompt: self._warn_unknown_words([prompt]),
         )

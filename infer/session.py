@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from longvideo.infer.history import History, Past
-    from longvideo.infer.script import ChunkTiming
 
 
 class Session(Iterator[GeneratedChunk]):
@@ -28,26 +27,24 @@ class Session(Iterator[GeneratedChunk]):
 
     def __init__(
         self,
-        shots: Shots,
+        steps: LiveSteps,
         options: SessionOptions,
         history: History,
         *,
-        timing: ChunkTiming,
         generate: Callable[[LiveSteps, Past | None], Generator[GeneratedChunk, None, None]],
         check_words: Callable[[str], None],
     ) -> None:
         """Start a video, or continue one.
 
-        history: chunks to continue; empty for a new video. generate: generates the chunks of steps after a past.
-        check_words: warns about words of a prompt that the model has not learned.
+        steps: those after the history. history: chunks to continue; empty for a new video. generate: generates the
+        chunks of steps after a past. check_words: warns about words of a prompt that the model has not learned.
         """
-        self.timing, self.options = timing, options
+        self.options = options
         self.notice: str | None = None  # what changed since the snapshot that the session was restored from
         self._history, self._generate, self._check_words = history, generate, check_words
         # _turn is held while a chunk is waited for, _lock only for a moment
         self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._steps = self._new_steps(shots, first=len(history))
-        self._past = history.past_of(len(history))
+        self._steps, self._past = steps, history.past_of(len(history))
         self._chunks: Generator[GeneratedChunk, None, None] | None = None
         self._is_outdated = self._is_closed = False  # outdated: _chunks belongs to the branch before a seek
 
@@ -76,7 +73,7 @@ class Session(Iterator[GeneratedChunk]):
         first runs the clean pass of the window again under the new text.
         """
         with self._lock:
-            receipt = self._steps.set_prompt(prompt, mode)
+            receipt = self._steps.add_shot(prompt, mode)
         self._check_words(prompt)
         return receipt
 
@@ -86,7 +83,7 @@ class Session(Iterator[GeneratedChunk]):
         Raises UserError for a chunk that has begun, or after the end of the video.
         """
         with self._lock:
-            receipt = self._steps.add_shot(prompt, chunk, mode)
+            receipt = self._steps.add_shot(prompt, mode, chunk=chunk)
         self._check_words(prompt)
         return receipt
 
@@ -118,10 +115,10 @@ class Session(Iterator[GeneratedChunk]):
                     shots.pop(chunk, None)
                 else:
                     shots[0] = (prompt, "keep")
-            steps = self._new_steps(shots, first=chunk)
+            steps = self._steps.branch(shots, first=chunk)
             receipt = Receipt(max(0, next_step - 1), chunk)
             if prompt is not None:
-                steps.set_prompt(prompt, mode)
+                steps.add_shot(prompt, mode)
             if self._steps.is_paused:
                 steps.pause()
             self._history.truncate(chunk)
@@ -178,6 +175,3 @@ class Session(Iterator[GeneratedChunk]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _new_steps(self, shots: Shots, *, first: int) -> LiveSteps:
-        return LiveSteps(shots, self.timing, num_frames=self.options.num_frames, first=first)

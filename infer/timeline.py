@@ -95,18 +95,31 @@ class LiveSteps(Iterator[Step]):
         with self._changed:
             return self._paused
 
-    def set_prompt(self, prompt: str, mode: SwitchMode) -> Receipt:
-        """Show another prompt from the next chunk that begins."""
-        with self._changed:
-            return self._plan(prompt, self._next, mode)
+    def add_shot(self, prompt: str, mode: SwitchMode, *, chunk: int | None = None) -> Receipt:
+        """Show another prompt from a chunk; None means the next one that begins.
 
-    def add_shot(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
-        """Show another prompt from a later chunk. Raises UserError for a chunk that has begun."""
-        chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
+        Raises UserError for a chunk that has begun or that is after the end of the video, and for other wrong values.
+        """
+        if chunk is not None:
+            chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         with self._changed:
-            if chunk < self._next:
-                raise UserError(f"chunk {chunk} has already begun; use {self._next} or a later one")
-            return self._plan(prompt, chunk, mode)
+            first = self._next if chunk is None else chunk
+            if first < self._next:
+                raise UserError(f"chunk {first} has already begun; use {self._next} or a later one")
+            check_prompt(prompt, "the prompt")
+            if not isinstance(mode, str) or mode not in MODES:
+                raise UserError(f"mode is {shown(mode)}; expected one of {', '.join(MODES)}")
+            if self._num_frames is not None and self._timing.start(first) >= self._num_frames:
+                last = self._timing.chunks_for(self._num_frames) - 1
+                raise UserError(f"the video ends before chunk {first}; use {last}, its last one, or an earlier one")
+            if first in self._shots:
+                mode = MODES[max(MODES.index(mode), MODES.index(self._shots[first][1]))]
+            self._shots[first] = (prompt, mode)
+            return Receipt(accepted_at=max(0, self._next - 1), effective_at=first)
+
+    def branch(self, shots: Shots, *, first: int) -> LiveSteps:
+        """Return steps of the same video with other shots, from a chunk on."""
+        return LiveSteps(shots, self._timing, num_frames=self._num_frames, first=first)
 
     def pause(self) -> None:
         """Begin no chunk until `resume` or `close`."""
@@ -147,15 +160,3 @@ class LiveSteps(Iterator[Step]):
         with self._changed:
             self._paused = paused
             self._changed.notify_all()
-
-    def _plan(self, prompt: str, chunk: int, mode: SwitchMode) -> Receipt:
-        check_prompt(prompt, "the prompt")
-        if not isinstance(mode, str) or mode not in MODES:
-            raise UserError(f"mode is {shown(mode)}; expected one of {', '.join(MODES)}")
-        if self._num_frames is not None and self._timing.start(chunk) >= self._num_frames:
-            last = self._timing.chunks_for(self._num_frames) - 1
-            raise UserError(f"the video ends before chunk {chunk}; use {last}, its last one, or an earlier one")
-        if chunk in self._shots:
-            mode = MODES[max(MODES.index(mode), MODES.index(self._shots[chunk][1]))]
-        self._shots[chunk] = (prompt, mode)
-        return Receipt(accepted_at=max(0, self._next - 1), effective_at=chunk)
