@@ -17,6 +17,7 @@ from longvideo.cli.model_options import (
     DecodeShare,
     Device,
     KVCacheFormat,
+    ModelChoice,
     Precision,
     one_decoder,
 )
@@ -108,7 +109,7 @@ def stream(
     console = Console(width=120, stderr=True)
     with console.status("loading") as status:
         if model is not None:
-            pipeline = _load(model, placement, formats, one_decoder(decoder))
+            pipeline = ModelChoice(model).load(placement, formats, one_decoder(decoder))
         else:
             shapes = _preset_shapes(name, size, window, guidance, one_decoder(decoder))
             pipeline = _random_pipeline(name, shapes, placement, formats)
@@ -179,13 +180,6 @@ def parallel(
         if out is not None:
             facts = {"environment": environment(placement.device), "model": name, "formats": asdict(formats)}
             write_json(out, {**facts, **asdict(report)})
-
-
-def _load(model: str, placement: Placement, formats: NumberFormats, decoder: str | None) -> StreamingPipeline:
-    from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.infer.pipeline import StreamingPipeline
-
-    return StreamingPipeline.load(ModelFolder.open(model), placement, formats=formats, decoder_name=decoder)
 
 
 def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, formats: NumberFormats) -> StreamingPipeline:

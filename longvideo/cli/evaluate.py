@@ -20,6 +20,7 @@ from longvideo.cli.model_options import (
     DecoderName,
     Device,
     KVCacheFormat,
+    ModelChoice,
     Precision,
     one_decoder,
 )
@@ -147,18 +148,12 @@ def shapeworld(
         tasks = read_tasks(videos)[:num]
         source = read_videos(videos, tasks)
     else:
-        from longvideo.infer.pipeline import StreamingPipeline
+        from longvideo.infer.fit.placement import Placement
+        from longvideo.quantization.number_formats import NumberFormats
 
+        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
-        pipeline = StreamingPipeline.from_pretrained(
-            model,
-            device=device,
-            precision=precision,
-            kv_cache=kv_cache,
-            attention=attention,
-            decoder=one_decoder(decoder),
-            decoder_precision=decoder_precision,
-        )
+        pipeline = ModelChoice(model).load(Placement.choose(device), formats, one_decoder(decoder))
         typer.echo(pipeline.start_line(), err=True)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work: a folder that cannot be created is an error at once
@@ -206,9 +201,10 @@ def switches(
 
     from longvideo.evaluation.sheet import film_strip, spaced_indices, write_picture
     from longvideo.evaluation.switches import build_switches, summarize_switches
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.timeline import MODES
+    from longvideo.quantization.number_formats import NumberFormats
 
     SamplingOptions(steps, seed=seed)
     names = mode or list(MODES)
@@ -219,7 +215,7 @@ def switches(
         raise UserError(f"--mode {unknown[0]!r} is not a mode; use {', '.join(MODES)}")
     check_results_folder(out, overwrite=overwrite)
     tasks = build_switches(num, change=change, seed=seed)
-    pipeline = StreamingPipeline.from_pretrained(model, device=device)
+    pipeline = ModelChoice(model).load(Placement.choose(device), NumberFormats(), None)
     typer.echo(pipeline.start_line(), err=True)
     out.mkdir(parents=True, exist_ok=True)
     console, record, rows = Console(stderr=True), {}, {}

@@ -14,6 +14,7 @@ from longvideo.cli.model_options import (
     DecoderName,
     Device,
     KVCacheFormat,
+    ModelChoice,
     Precision,
     one_decoder,
     warn_of_missing_quotes,
@@ -57,9 +58,10 @@ def sheet(
     from rich.console import Console
 
     from longvideo.evaluation.showcase import PROMPTS, write_showcase
+    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.script import check_prompt, check_seconds
+    from longvideo.quantization.number_formats import NumberFormats
 
     SamplingOptions(steps, guidance, seed)
     check_seconds(seconds, "each video")
@@ -71,15 +73,8 @@ def sheet(
     targets = out / f"{name}.png", out / f"{name}{'.webp' if webp else '.gif'}"
     for target in targets:
         check_target_below(target, overwrite=overwrite)
-    pipeline = StreamingPipeline.from_pretrained(
-        model,
-        device=device,
-        precision=precision,
-        kv_cache=kv_cache,
-        attention=attention,
-        decoder=one_decoder(decoder),
-        decoder_precision=decoder_precision,
-    )
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
+    pipeline = ModelChoice(model).load(Placement.choose(device), formats, one_decoder(decoder))
     typer.echo(pipeline.start_line(), err=True)
     streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
     # before the work: a folder that cannot be created is an error at once

@@ -14,6 +14,9 @@ from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.quantization.number_formats import NumberFormats
 
 ModelName: TypeAlias = Annotated[
     str, typer.Option("--model", help="`tiny`, a folder or file of any known format, or a Hugging Face id.")
@@ -120,6 +123,14 @@ class ModelChoice:
         for file, reason in folder.unused.items():
             typer.echo(printable(f"not used: {file}, {reason}"), err=True)
         return folder
+
+    def load(self, placement: Placement, formats: NumberFormats, decoder: str | None) -> StreamingPipeline:
+        """Open and load the model. decoder: as in `longvideo.checkpoint.decoders.choose_decoder`."""
+        from longvideo.infer.fit.formats import check_hardware
+        from longvideo.infer.pipeline import StreamingPipeline
+
+        check_hardware(formats, placement)  # before a model is downloaded
+        return StreamingPipeline.load(self.open(), placement, formats=formats, decoder_name=decoder)
 
 
 def warn_of_missing_quotes(prompts: Sequence[str], *, command: str) -> None:
