@@ -14,7 +14,7 @@ from longvideo.checkpoint.safetensors_file import encode_header
 from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.errors import UserError
 from longvideo.files import check_target, locked_target, write_file
-from longvideo.infer.writer import CONTAINERS, check_output
+from longvideo.infer.writer import CONTAINERS, check_unlocked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,10 +32,9 @@ def check_frame_file(path: Path, *, overwrite: bool) -> None:
     """Raise UserError for a file that cannot be written. Nothing on the disk is changed."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}, or a folder")
+    check_target(path, overwrite=overwrite)
     if is_video(path):
-        check_output(path, overwrite=overwrite)
-    else:
-        check_target(path, overwrite=overwrite)
+        check_unlocked(path)
 
 
 def is_video(path: Path) -> bool:

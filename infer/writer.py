@@ -39,10 +39,15 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     if path.suffix.lower() not in CONTAINERS:
         raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(CONTAINERS)}")
     check_target(path, overwrite=overwrite)
+    check_unlocked(path)
+    return path
+
+
+def check_unlocked(path: Path) -> None:
+    """Raise BusyError for a file that another process is writing. Nothing on the disk is changed."""
     if path.exists():
         with path.open("r+b") as file:
             _lock(file.fileno(), path)
-    return path
 
 
 def check_fps(fps: object) -> None:

@@ -79,7 +79,8 @@ class StoredDecoder:
     ) -> TinyDecoder | DecodingAutoencoder:
         """Load the decoder. dtype: of the weights; None keeps the stored one. Raises CheckpointError for NaN."""
         module, weights = self._decoder()
-        return _loaded(module, weights, device=device, dtype=dtype)
+        load_weights(module, weights, device=device, dtype=dtype)
+        return _arranged(module)
 
     def load_encoder(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -93,7 +94,8 @@ class StoredDecoder:
                 f"{self.path} has a decoder only; use the encoder of the model, or a file of {self.kind} that has one"
             )
         module, weights = self._encoder()
-        return _loaded(module, weights, device=device, dtype=dtype)
+        load_weights(module, weights, device=device, dtype=dtype)
+        return _arranged(module)
 
     def check(self) -> None:
         """Raise CheckpointError unless the names, shapes and dtypes in the file fit. Only headers are read."""
@@ -292,8 +294,8 @@ def _without_prefix(weights: Weights, prefix: str) -> Weights:
     return weights.replaced(others).renamed(lambda name: name.removeprefix(prefix))
 
 
-def _loaded(module: Coder, weights: Weights, *, device: torch.device | str, dtype: torch.dtype | None) -> Coder:
-    load_weights(module, weights, device=device, dtype=dtype)
+def _arranged(module: Coder) -> Coder:
+    """Return a loaded network as it is used: in the order of the memory in which it is fast, and not in training."""
     if isinstance(module, TinyDecoder | TinyEncoder):
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module.eval()

@@ -75,6 +75,7 @@ def decode(
     """
     from longvideo.infer.fit.formats import check_hardware, decoding_line
     from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.frame_files import check_frame_file
     from longvideo.infer.saved_latents import LatentsDecoder, decode_videos, open_saved
     from longvideo.infer.writer import check_fps
     from longvideo.quantization.number_formats import NumberFormats
@@ -87,7 +88,11 @@ def decode(
     if base is not None and model is None:
         raise UserError("there is --base, but no --model; name the model that made the latents")
     saved = open_saved(latents, num=num)
-    outputs = output_files(saved, output, overwrite=overwrite)
+    outputs = output_files(saved, output)
+    for file in outputs:
+        if output.suffix or file.parent.is_dir():  # a missing folder is created later
+            check_frame_file(file, overwrite=overwrite)
+            _check_differs(file, saved)
     chosen = LatentsDecoder.choose(saved, open_model(saved, model, base), one_decoder(decoder), placement)
     num_frames = chosen.check(saved, formats, placement)
     try:
@@ -105,21 +110,21 @@ def decode(
         raise typer.Exit(exit_code(stop.number)) from None
 
 
-def output_files(saved: SavedLatents, output: Path, *, overwrite: bool) -> list[Path]:
-    """Return the file of each video. Raises UserError for one that cannot be written; nothing on the disk changes."""
-    from longvideo.infer.frame_files import check_frame_file
-
+def output_files(saved: SavedLatents, output: Path) -> list[Path]:
+    """Return the file of each video."""
     is_folder = output.is_dir() or not output.suffix
     folder, suffix = (output, ".mp4") if is_folder else (output.parent, output.suffix)
     stem = saved.stem if is_folder else output.stem
     files = [folder / f"{stem}_{video.name}{suffix}" for video in saved.videos]
     if len(saved.videos) == 1 and (not is_folder or not saved.videos[0].name):
         files = [folder / f"{stem}{suffix}"]
-    for file in files if folder.is_dir() or not is_folder else []:
-        check_frame_file(file, overwrite=overwrite)
-        if file.exists() and file.samefile(saved.path):
-            raise UserError(f"cannot write {file}: it has the latents; choose another name")
     return files
+
+
+def _check_differs(file: Path, saved: SavedLatents) -> None:
+    """Raise UserError for the file of the latents."""
+    if file.exists() and file.samefile(saved.path):
+        raise UserError(f"cannot write {file}: it has the latents; choose another name")
 
 
 def create_folder(path: Path) -> None:

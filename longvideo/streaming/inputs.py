@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.kernels.backends import NormOperations, fp8_operations, norm_operations
+from longvideo.kernels.backends import FP8Operations, NormOperations, fp8_operations, norm_operations
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
@@ -79,8 +79,8 @@ class Unrounded:
 class RoundedToFP8:
     """Inputs in E4M3 with a scale for each token."""
 
-    def __init__(self, operations: NormOperations, eps: float, device: torch.device) -> None:
-        self._operations, self._eps, self._fp8 = operations, eps, fp8_operations(device)
+    def __init__(self, operations: NormOperations, eps: float, fp8: FP8Operations) -> None:
+        self._operations, self._eps, self._fp8 = operations, eps, fp8
 
     def norm(
         self,
@@ -155,7 +155,7 @@ def inputs_of(readers: list[nn.Module], device: torch.device, dtype: torch.dtype
     """Return the computation of an input that all of these layers read. dtype: dtype of the model."""
     operations = norm_operations(device)
     if all(isinstance(reader, FP8Linear) for reader in readers):
-        return RoundedToFP8(operations, eps, device)
+        return RoundedToFP8(operations, eps, fp8_operations(device))
     products = [reader.product for reader in readers if isinstance(reader, NVFP4Linear)]
     if len(products) == len(readers) and isinstance(product := products[0], W4A4):
         return RoundedToNVFP4(operations, eps, dtype, product)

@@ -68,7 +68,7 @@ def sharing_of(
     Raises UserError for sizes that the ranks do not divide.
     """
     if group is None or group.size() == 1:
-        return Unshared(device)
+        return Unshared(rotary_operations(device))
     check_ranks(group.size(), chunk_frames=chunk_frames, heads=heads, head_dim=head_dim)
     return UlyssesSharing(group, device)
 
@@ -126,8 +126,8 @@ class Unshared:
 
     ranks = 1
 
-    def __init__(self, device: torch.device) -> None:
-        self.rotary: RotaryOperations = rotary_operations(device)
+    def __init__(self, rotary: RotaryOperations) -> None:
+        self.rotary = rotary
 
     def own(self, x: Tensor, _dim: int, /) -> Tensor:
         return x
