@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,13 +33,14 @@ PIXEL_BOUND, FP8_PIXEL_BOUND = 3e-2, 0.15
 """Largest relative error of pixels of an exact decoder and of one in FP8, whose plain path is in bf16."""
 
 
-def compare_stages(models: Models, stages: Stages, *, steps: int, guidance: float) -> dict[str, float]:
-    """Return the relative errors of velocities and pixels against the plain path.
+def compare_stages(models: Models, stages: Stages) -> dict[str, float]:
+    """Return the relative errors of velocities and pixels against the plain path, with the steps and the guidance of
+    the settings.
 
     Raises UserError, with the numbers, where an error exceeds its bound.
     """
     errors = {
-        "velocities": _velocity_error(models, stages.denoiser, steps, guidance),
+        "velocities": _velocity_error(models, stages.denoiser),
         "pixels": _pixel_error(models, stages),
     }
     pixel_bound = FP8_PIXEL_BOUND if models.formats.decoder in FP8_FORMATS else PIXEL_BOUND
@@ -48,20 +50,23 @@ def compare_stages(models: Models, stages: Stages, *, steps: int, guidance: floa
 
 def compare_velocities(models: Models, denoiser: StreamingTransformer) -> float:
     """Return the relative error of velocities against the plain path, without guidance; raises as `compare_stages`."""
-    error = _velocity_error(models, denoiser, models.settings.steps, 1.0)
+    error = _velocity_error(replace(models, settings=replace(models.settings, guidance=1.0)), denoiser)
     _check_bounds({"velocities": error}, {"velocities": _velocity_bound(models)})
     return error
 
 
-def _velocity_error(models: Models, fast: StreamingTransformer, steps: int, guidance: float) -> float:
+def _velocity_error(models: Models, fast: StreamingTransformer) -> float:
     """Return the relative error of the velocities at the latents that the plain path visits.
 
     The latents of two whole solutions are not compared: every step multiplies the rounding errors of earlier steps.
     """
+    settings = models.settings
     kv_cache, num_chunks = models.formats.kv_cache, COMPARED_CHUNKS
     if kv_cache == "nvfp4-mixed":
         num_chunks += models.spec.sink_chunks + 1  # until a chunk is read from its 4-bit form
-    plain = CachedTransformer(models.transformer, models.spec, batch=branches(guidance), cache_type=CACHES[kv_cache])
+    plain = CachedTransformer(
+        models.transformer, models.spec, batch=branches(settings.guidance), cache_type=CACHES[kv_cache]
+    )
     recorder = _Recorder(plain)
     features, rows = models.text_encoder.encode([PROMPT, ""])
     rows = rows.to(models.device)
@@ -70,10 +75,10 @@ def _velocity_error(models: Models, fast: StreamingTransformer, steps: int, guid
     chunks = rollout(
         recorder,
         [Conditioning(text, rows[:1], rows[1:])] * num_chunks,
-        solver=UniPC(steps, models.settings.shift),
+        solver=UniPC(settings.steps, settings.shift),
         generators=[torch.Generator().manual_seed(0)],
-        guidance=guidance,
-        clean_pass=models.settings.clean_pass,
+        guidance=settings.guidance,
+        clean_pass=settings.clean_pass,
     )
     assert len(list(chunks)) == num_chunks
     with torch.inference_mode():

@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from longvideo.evaluation.sheet import write_picture
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 KINDS = (
     ("attention", r"sdpa|flash|fmha", (214, 96, 77)),
@@ -77,8 +74,8 @@ def share_by_kind(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
     return {gpu: dict(sorted(kinds.items(), key=lambda item: -item[1])) for gpu, kinds in sorted(shares.items())}
 
 
-def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: str) -> None:
-    """Draw the spans between two times, in milliseconds, as a picture.
+def draw(spans: Sequence[Span], *, begin: float, end: float, title: str) -> Image.Image:
+    """Return a picture of the spans between two times, in milliseconds.
 
     Streams that are busy for less than 1 % of the time are left out.
     """
@@ -116,4 +113,4 @@ def draw(spans: Sequence[Span], path: Path, *, begin: float, end: float, title: 
         canvas.rectangle((left, bottom + 26, left + 14, bottom + 40), fill=colors[kind])
         canvas.text((left + 20, bottom + 24), kind, fill="black", font=font)
         left += 40 + int(canvas.textlength(kind, font=font))
-    write_picture(picture, path)
+    return picture

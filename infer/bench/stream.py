@@ -7,7 +7,7 @@ import resource
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from longvideo.errors import UserError
+from longvideo.evaluation.sheet import write_picture
 from longvideo.infer.bench import gpu_timeline
 from longvideo.infer.bench.comparison import PROMPT, compare_stages
 from longvideo.infer.bench.passes import time_decoding, time_passes, wait_for
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from io import FileIO
     from pathlib import Path
+
+    from PIL import Image
 
     from longvideo.infer.generation import Models
     from longvideo.infer.pipeline import StreamingPipeline
@@ -137,7 +140,7 @@ def measure(
     wait_for(gpus)
     warm_up_s = time.perf_counter() - start
     on_stage("checking velocities and pixels")
-    errors = compare_stages(models, stages, steps=steps, guidance=guidance)
+    errors = compare_stages(replace(models, settings=replace(settings, steps=steps, guidance=guidance)), stages)
     on_stage("timing the parts")
     step_ms, clean_pass_ms = time_passes(models, stages.denoiser)
     decode_ms = time_decoding(models, stages)
@@ -152,7 +155,8 @@ def measure(
         log.stream(session, target, num_chunks)
         if timeline is not None:
             title = f"{steps} steps, {DRAWN_CHUNKS} chunks in a row"
-            kernel_shares = _draw_timeline(session, target, timeline, title=title)
+            picture, kernel_shares = _timeline(session, target, title=title)
+            write_picture(picture, timeline)
     times = log.times[-chunks - 1 :]
     return StreamReport(
         steps=steps,
@@ -199,8 +203,8 @@ class _Log:
                 break
 
 
-def _draw_timeline(session: Session, target: FrameSink, path: Path, *, title: str) -> dict[str, dict[str, float]]:
-    """Draw what the GPUs do during the next chunks, and return the shares of the time."""
+def _timeline(session: Session, target: FrameSink, *, title: str) -> tuple[Image.Image, dict[str, dict[str, float]]]:
+    """Return a picture of what the GPUs do during the next chunks, and the shares of the time."""
 
     def more() -> None:
         for _ in range(DRAWN_CHUNKS):
@@ -209,8 +213,8 @@ def _draw_timeline(session: Session, target: FrameSink, path: Path, *, title: st
     spans = gpu_timeline.record(more)
     if not spans:
         raise UserError("--timeline found no work on a GPU; leave it out, or choose a GPU with --device")
-    gpu_timeline.draw(spans, path, begin=0.0, end=max(span.end for span in spans), title=title)
-    return gpu_timeline.share_by_kind(spans)
+    picture = gpu_timeline.draw(spans, begin=0.0, end=max(span.end for span in spans), title=title)
+    return picture, gpu_timeline.share_by_kind(spans)
 
 
 def _backends(models: Models) -> dict[str, str]:
