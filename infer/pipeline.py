@@ -40,6 +40,7 @@ from longvideo.infer.script import (
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
+from longvideo.infer.text_encoder import load_text_encoder
 from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
@@ -88,6 +89,7 @@ class StreamingPipeline:
         attention: str = "bf16",
         decoder: str | None = None,
         decoder_precision: str = "auto",
+        text_encoder: str | None = None,
     ) -> StreamingPipeline:
         """Load a model.
 
@@ -106,11 +108,13 @@ class StreamingPipeline:
         decoder: "wan" for the model's autoencoder, "small" for the small decoder in the model folder, or a file; None
         means the small one on a CPU, if there is one, else the autoencoder. decoder_precision: "fp32", "bf16" or "fp8";
         "auto" means bf16 on a GPU, and what is measured to be the fastest on a CPU.
+        text_encoder: "cuda" for `device`, "cpu" for the CPU, or "fp8" or "nvfp4" for `device` with weights in 8 or 4
+        bits; None means `device`.
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
-        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
-        placement = Placement.choose(device, decode_device, decode_share, dtype)
+        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
+        placement = Placement.choose(device, decode_device, decode_share, dtype, text_encoder)
         check_hardware(formats, placement)  # before a model is downloaded
         check_path(name, "the model")
         if base is not None:
@@ -144,7 +148,7 @@ class StreamingPipeline:
         formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
         denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
         with ThreadPoolExecutor() as pool:
-            text_encoder = pool.submit(folder.load_text_encoder, **denoising)
+            text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
             transformer = pool.submit(folder.load_transformer, **denoising)
             decoder, encoder = load_decoder(folder, chosen, placement, formats)
             models = Models(

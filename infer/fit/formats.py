@@ -75,12 +75,19 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, de
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
         decoding_line(formats, placement, decoder=decoder),
     )
-    return " | ".join(parts)
+    return " | ".join([*parts, *_text_encoder(formats, placement)])
 
 
 def decoding_line(formats: NumberFormats, placement: Placement, *, decoder: str) -> str:
     """Return the device, the name and the data type of a decoder in words. decoder: name of the decoder."""
     return f"decoding on {placement.decode_device} by {decoder} in {_decoding(formats, placement)}"
+
+
+def _text_encoder(formats: NumberFormats, placement: Placement) -> list[str]:
+    """Return where and in which format the text encoder is, if it is not with the transformer in its data type."""
+    if formats.text_encoder != "bf16":
+        return [f"text encoder with weights in {formats.text_encoder}"]
+    return ["text encoder on the CPU"] if placement.text_device != placement.device else []
 
 
 def _kept(formats: NumberFormats, device: torch.device, dtype: str) -> str:

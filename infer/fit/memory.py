@@ -16,10 +16,11 @@ from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
 from longvideo.quantization.selection import linear_layers
+from longvideo.quantization.weights_only import quantized_bytes
 from longvideo.rollout import branches
 from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderBytes, decoder_bytes
-from longvideo.text.umt5 import UMT5Encoder
+from longvideo.text.umt5 import POSITION_BIASES, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
@@ -80,7 +81,6 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     """
     shapes, placement = workload.shapes, workload.placement
     device, decode_device = numbered(placement.device), numbered(placement.decode_device)
-    dtype = placement.denoise_dtype
     with OnMeta():
         transformer = CausalTransformer(shapes.transformer)
         text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
@@ -96,7 +96,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         share=placement.decode_share,
     )
     denoisers = {device: _denoiser(transformer, workload)}
-    text_encoders = {device: 0 if text_encoder is None else _num_values(text_encoder) * dtype.itemsize}
+    text_encoders = {numbered(placement.text_device): _text_encoder_bytes(text_encoder, workload)}
     autoencoders = {decode_device: _decoder_values(config) * own_dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
@@ -218,6 +218,15 @@ def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[
         return 0, weights
     loaded_in = workload.loaded_in or dtype
     return max(num_values * loaded_in.itemsize, num_values * size + quantizing), weights
+
+
+def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:
+    precision, dtype = workload.formats.text_encoder, workload.placement.denoise_dtype
+    if model is None:
+        return 0
+    if precision == "bf16":
+        return _num_values(model) * dtype.itemsize
+    return quantized_bytes(model, precision, dtype, keep=POSITION_BIASES)
 
 
 def _decoder_values(config: DecoderConfig) -> int:

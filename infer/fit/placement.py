@@ -22,9 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Placement:
     """The devices of a pipeline, and the data type of everything that is not quantized.
 
-    device: device of the text encoder and of the transformer, which denoises. decode_device: device of the autoencoder,
-    which decodes latents to frames. decode_share: fraction of the decoding that runs on `device`, from 0 to below 1.
-    dtype: data type of weights and activations on both devices; None means `pick_dtype` of each device.
+    device: device of the transformer, which denoises. decode_device: device of the autoencoder, which decodes latents
+    to frames. decode_share: fraction of the decoding that runs on `device`, from 0 to below 1. dtype: data type of
+    weights and activations on all devices; None means `pick_dtype` of each device. text_on_cpu: whether the text
+    encoder is on the CPU instead of on `device`.
     Raises UserError for a share or a data type that cannot be used. The devices are not checked; see `choose`.
     """
 
@@ -32,6 +33,7 @@ class Placement:
     decode_device: torch.device
     decode_share: float = 0.0
     dtype: torch.dtype | None = None
+    text_on_cpu: bool = False
 
     def __post_init__(self) -> None:
         share = self.decode_share
@@ -52,16 +54,25 @@ class Placement:
         decode_device: str | torch.device | None = None,
         decode_share: float | None = None,
         dtype: torch.dtype | None = None,
+        text_encoder: str | None = None,
     ) -> Placement:
         """Return a placement on devices of this machine, by their names.
 
         device: None chooses the current CUDA device if there is one, else the CPU. decode_device: None means `device`.
-        decode_share: None means 0.
+        decode_share: None means 0. text_encoder: "cpu" for the CPU, "cuda" for `device`, which then must be a GPU; None
+        and names of formats mean `device`.
         Raises UserError for a device that does not exist, and as the constructor does.
         """
         own = _with_index(pick_device(device))
         other = own if decode_device is None else _with_index(pick_device(decode_device))
-        return cls(own, other, 0.0 if decode_share is None else decode_share, dtype)
+        if text_encoder == "cuda" and own.type != "cuda":
+            raise UserError(f"text_encoder is cuda, but the model runs on {own}; leave text_encoder out, or use a GPU")
+        return cls(own, other, 0.0 if decode_share is None else decode_share, dtype, text_encoder == "cpu")
+
+    @property
+    def text_device(self) -> torch.device:
+        """Device of the text encoder."""
+        return torch.device("cpu") if self.text_on_cpu else self.device
 
     @property
     def denoise_dtype(self) -> torch.dtype:

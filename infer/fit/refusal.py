@@ -120,7 +120,7 @@ class _Change:
 
     option: str
     formats: dict[str, str] = field(default_factory=dict)
-    devices: dict[str, torch.device] = field(default_factory=dict)
+    devices: dict[str, torch.device | bool] = field(default_factory=dict)
 
     def applied(self, workload: Workload) -> Workload:
         """Return the workload with this option."""
@@ -134,6 +134,9 @@ class _Change:
 def _changes(workload: Workload) -> list[_Change]:
     """Return the options that reduce the memory of a workload, from the one with the smallest loss."""
     config, formats, changes = workload.shapes.transformer, workload.formats, []
+    has_text = workload.shapes.text_encoder is not None and workload.placement.text_device.type == "cuda"
+    if has_text and formats.text_encoder == "bf16":
+        changes.append(_Change("--text-encoder cpu", devices={"text_on_cpu": True}))
     packs = not any(width % GROUP for width in (config.dim, config.ffn_dim))
     if not workload.shapes.packed and formats.precision in (None, "bf16", *FP8_FORMATS) and packs:
         changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))

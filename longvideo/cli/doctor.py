@@ -21,6 +21,7 @@ from longvideo.cli.model_options import (
     KVCacheFormat,
     ModelChoice,
     Precision,
+    TextEncoderChoice,
     one_decoder,
 )
 from longvideo.errors import UserError
@@ -53,6 +54,7 @@ def doctor(
     attention: AttentionFormat = "bf16",
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
+    text_encoder: TextEncoderChoice = None,
     self_test: Annotated[bool, typer.Option("--self-test", help="Run small numeric checks on the device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
@@ -77,16 +79,16 @@ def doctor(
     from longvideo.machine.devices import pick_device
     from longvideo.quantization.number_formats import NumberFormats
 
-    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     if model is not None and preset is not None:
         raise UserError("--model and --preset exclude each other; use one of them")
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
-        placement = _placement(device, decode_device, decode_share)
+        placement = _placement(device, decode_device, decode_share, text_encoder)
         question = _question(choice, preset, guidance, formats, placement, one_decoder(decoder))
     elif formats != NumberFormats() or any(
-        option is not None for option in (base, entry, guidance, decode_device, decode_share, decoder)
+        option is not None for option in (base, entry, guidance, decode_device, decode_share, decoder, text_encoder)
     ):
         raise UserError("there are options of a model, but no model; name one with --model or --preset")
     # without a GPU, --device is that of another machine; the operations are those of this machine's CPU
@@ -144,14 +146,16 @@ def _open(choice: ModelChoice) -> ModelFolder:
     return choice.open()
 
 
-def _placement(device: str | None, decode_device: str | None, decode_share: float | None) -> Placement:
+def _placement(
+    device: str | None, decode_device: str | None, decode_share: float | None, text_encoder: str | None
+) -> Placement:
     """Return a placement on devices of this machine; if it has no GPU, on devices of a machine with GPUs."""
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.refusal import cuda_devices
     from longvideo.machine.devices import named_device
 
     if cuda_devices():
-        return Placement.choose(device, decode_device, decode_share)
+        return Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
     own = named_device("cuda:0" if device is None else device)
     other = own if decode_device is None else named_device(decode_device)
-    return Placement(own, other, 0.0 if decode_share is None else decode_share)
+    return Placement(own, other, 0.0 if decode_share is None else decode_share, text_on_cpu=text_encoder == "cpu")

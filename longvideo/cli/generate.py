@@ -29,6 +29,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    TextEncoderChoice,
     one_decoder,
     warn_of_missing_quotes,
 )
@@ -92,6 +93,7 @@ def generate(
     attention: AttentionFormat = "bf16",
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
+    text_encoder: TextEncoderChoice = None,
     latents: Annotated[
         Path | None,
         typer.Option(help="File for the latents of the video, .safetensors, which `longvideo decode` decodes again."),
@@ -128,7 +130,7 @@ def generate(
     choice, decoder_name = ModelChoice(model, base, preset, entry), one_decoder(decoder)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
-    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
         if latents is not None:
@@ -139,7 +141,7 @@ def generate(
 
     try:
         with stop_signals(), launched_ranks(device) as (own_device, group):
-            placement = Placement.choose(own_device, decode_device, decode_share)
+            placement = Placement.choose(own_device, decode_device, decode_share, text_encoder=text_encoder)
             load = partial(_load, choice, video, placement, formats, decoder_name, group)
             if group is not None and group.rank() > 0:
                 _take_part(video, load)

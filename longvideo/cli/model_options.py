@@ -65,8 +65,8 @@ Precision: TypeAlias = Annotated[
 KVCacheFormat: TypeAlias = Annotated[
     str,
     typer.Option(
-        help="Format of the KV cache: `bf16`, `nvfp4` with 0.28 of the memory, or `nvfp4-mixed`, in 4 bits with sink,"
-        " pin and newest chunk exact."
+        help="Format of the KV cache: `bf16`, `nvfp4` with 0.28 of the memory, or `nvfp4-mixed`, in 4 bits with sink"
+        " and newest chunk exact."
     ),
 ]
 AttentionFormat: TypeAlias = Annotated[
@@ -89,6 +89,16 @@ DecoderFormat: TypeAlias = Annotated[
         "--decoder-precision",
         help="Format of the decoder: `fp32`, `bf16` or `fp8` (large convolutions; for `wan`, on a GPU with FP8 units)."
         " `auto` is bf16 on a GPU, and on a CPU the faster of fp32 and bf16, which is measured.",
+    ),
+]
+
+
+TextEncoderChoice: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        help="`cuda` for the text encoder on --device; `cpu` for the CPU, which takes longer for each prompt; `fp8` or"
+        " `nvfp4` for --device with weights in 8 or 4 bits.  [default: on --device]",
     ),
 ]
 

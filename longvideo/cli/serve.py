@@ -22,6 +22,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    TextEncoderChoice,
     one_decoder,
 )
 from longvideo.machine.packages import require
@@ -80,6 +81,7 @@ def serve(
     attention: AttentionFormat = "bf16",
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
+    text_encoder: TextEncoderChoice = None,
 ) -> None:
     """Serve a page that plays videos while they are generated, and changes their prompts.
 
@@ -95,7 +97,7 @@ def serve(
     from longvideo.quantization.number_formats import NumberFormats
 
     decoder_name = one_decoder(decoder)
-    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     for package in ("fastapi", "uvicorn", "httptools"):
         require(package, extra="serve", purpose="longvideo serve")
     from longvideo.infer.fit.placement import Placement
@@ -112,7 +114,7 @@ def serve(
         public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
-    placement = Placement.choose(device, decode_device, decode_share)
+    placement = Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
     with listen(host, port) as socket:
         print("loading", file=sys.stderr)
         model_folder = ModelChoice(model, base, preset, entry).open()

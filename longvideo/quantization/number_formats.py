@@ -12,6 +12,8 @@ from longvideo.model.cache import CachePrecision
 DecoderPrecision = Literal["auto", "fp32", "bf16", "fp8", "fp8-emulated"]
 """Number format of the decoder's convolutions."""
 
+TextPrecision = Literal["bf16", "fp8", "nvfp4"]
+"""Number format of the text encoder's weights."""
 DifferentiablePrecision = Literal["bf16", "nvfp4", "nvfp4-weights"]
 """Precision of a frozen backbone through which gradients reach adapters."""
 FP8_FORMATS = ("fp8", "fp8-emulated")
@@ -21,6 +23,8 @@ PACKED_CACHES: tuple[CachePrecision, ...] = ("nvfp4", "nvfp4-mixed")
 PRECISIONS: tuple[TransformerPrecision, ...] = get_args(TransformerPrecision)
 KV_CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
 ATTENTIONS: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
+TEXT_ENCODERS = ("cuda", "cpu", "fp8", "nvfp4")
+"""Choices of place and format of the text encoder."""
 DECODER_PRECISIONS: tuple[DecoderPrecision, ...] = get_args(DecoderPrecision)
 
 
@@ -36,6 +40,8 @@ class NumberFormats:
     attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
     decoder: "fp32", "bf16", or "fp8" for large convolutions in E4M3 and the rest in bf16. "auto" is bf16 on a GPU, and
         the faster of fp32 and bf16 on a CPU, which is measured when the model is loaded.
+    text_encoder: "bf16" is the dtype of the model; "fp8" and "nvfp4" have weights in 8 or 4 bits, which are dequantized
+        for each product and need no FP8 or FP4 units.
 
     "fp8" needs FP8 units and is refused on devices without them. "fp8-emulated" computes the same numbers slowly in
     plain torch on a CPU; it is for tests. NVFP4 is emulated exactly on devices without FP4 units.
@@ -45,17 +51,28 @@ class NumberFormats:
     kv_cache: CachePrecision = "bf16"
     attention: AttentionPrecision = "bf16"
     decoder: DecoderPrecision = "auto"
+    text_encoder: TextPrecision = "bf16"
 
     @classmethod
     def parse(
-        cls, precision: str | None = None, kv_cache: str = "bf16", attention: str = "bf16", decoder: str = "auto"
+        cls,
+        precision: str | None = None,
+        kv_cache: str = "bf16",
+        attention: str = "bf16",
+        decoder: str = "auto",
+        text_encoder: str | None = None,
     ) -> NumberFormats:
-        """Return the formats with these names. Raises UserError for a name that is unknown."""
+        """Return the formats with these names. Raises UserError for a name that is unknown.
+
+        text_encoder: "fp8" or "nvfp4"; None, "cuda" and "cpu", which are places, mean "bf16".
+        """
+        text = None if text_encoder is None else known("text_encoder", text_encoder, TEXT_ENCODERS)
         return cls(
             None if precision is None else known("precision", precision, PRECISIONS),
             known("kv_cache", kv_cache, KV_CACHES),
             known("attention", attention, ATTENTIONS),
             known("decoder_precision", decoder, DECODER_PRECISIONS),
+            text if text == "fp8" or text == "nvfp4" else "bf16",
         )
 
     def precision_of(self, *, packed: bool) -> TransformerPrecision:

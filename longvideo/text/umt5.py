@@ -23,6 +23,8 @@ from longvideo.model.config import MAX_EPS, MAX_LAYERS, MAX_WIDTH, MIN_EPS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+POSITION_BIASES = "relative_attention_bias"
+"""Name of the table of a block's attention with a bias for each bucket of relative positions."""
 MOST = {
     "vocab_size": 2**22,
     "d_model": MAX_WIDTH,
