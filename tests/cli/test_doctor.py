@@ -199,7 +199,8 @@ def test_the_files_of_a_folder_are_counted(gpus: SetFree, doctor_json: DoctorJso
     folder = ModelFolder.open("tiny").path
     assert model["folder"] == str(folder)
     assert model["file_bytes"] == sum(x.stat().st_size for x in folder.glob("**/*") if x.is_file()) > 20_000_000
-    assert model["formats"] == {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16", "decoder": "auto"}
+    defaults = {"precision": "bf16", "kv_cache": "bf16", "attention": "bf16", "decoder": "auto", "text_encoder": "bf16"}
+    assert model["formats"] == defaults
 
 
 def test_a_model_that_does_not_fit_names_the_option_with_which_it_fits(
@@ -207,15 +208,15 @@ def test_a_model_that_does_not_fit_names_the_option_with_which_it_fits(
 ) -> None:
     gpus(70.0)
     needed = doctor_json("--preset", WAN)["model"]["devices"]["cuda:0"]["needed_bytes"]
-    packed = doctor_json("--preset", WAN, "--precision", "nvfp4-weights")["model"]["devices"]["cuda:0"]["needed_bytes"]
+    smaller = doctor_json("--preset", WAN, "--text-encoder", "cpu")["model"]["devices"]["cuda:0"]["needed_bytes"]
     gpus((needed - 2 * GB) / GB)
     model = doctor_json("--preset", WAN, code=1)["model"]
     assert model["devices"]["cuda:0"]["fits"] is False
-    assert model["remedy"] == {"options": ["--precision nvfp4-weights"], "needed_bytes": {"cuda:0": packed}}
+    assert model["remedy"] == {"options": ["--text-encoder cpu"], "needed_bytes": {"cuda:0": smaller}}
     assert main(["doctor", "--preset", WAN]) == 1
     out = capsys.readouterr().out
-    assert f"does not fit: {(needed - 2 * GB) / GB:.1f} GB are free, 2.0 GB are missing; with --precision" in out
-    assert f"with --precision nvfp4-weights it fits into {packed / GB:.1f} GB\n" in out
+    assert f"does not fit: {(needed - 2 * GB) / GB:.1f} GB are free, 2.0 GB are missing; with --text" in out
+    assert f"with --text-encoder cpu it fits into {smaller / GB:.1f} GB\n" in out
 
 
 def test_a_model_that_fits_with_no_option_needs_more_memory(
@@ -224,7 +225,10 @@ def test_a_model_that_fits_with_no_option_needs_more_memory(
     gpus(5.0)
     assert doctor_json("--preset", WAN, code=1)["model"]["remedy"] is None
     assert main(["doctor", "--preset", WAN]) == 1
-    assert "it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either" in capsys.readouterr().out
+    assert (
+        "it does not fit with --text-encoder cpu --precision nvfp4-weights --kv-cache nvfp4 either"
+        in capsys.readouterr().out
+    )
 
 
 def test_loading_and_doctor_refuse_with_the_same_numbers(

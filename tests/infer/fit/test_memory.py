@@ -161,3 +161,14 @@ def test_the_weights_of_the_5b_take_two_bytes_for_each_parameter() -> None:
     with torch.device("meta"):
         model = CausalTransformer(PRESETS["wan2.2-ti2v-5b"])
     assert named(estimated())["transformer"] == 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_text_encoder_takes_less_in_8_and_4_bits_and_nothing_on_the_cpu() -> None:
+    own = shapes(text_encoder=UMT5Config.xxl())
+    embedding, others = 256384 * 4096, 5_680_910_336 - 256384 * 4096
+    for precision, size in (("fp8", others), ("nvfp4", others * 9 // 16)):
+        parts = estimated(shapes=own, formats=NumberFormats("bf16", text_encoder=precision))
+        assert named(parts)["text encoder"] == pytest.approx(embedding + size, rel=2e-3)
+    on_cpu = estimated(shapes=own, text_on_cpu=True)
+    assert total(on_cpu) == total(estimated())
+    assert "text encoder" not in named(on_cpu)

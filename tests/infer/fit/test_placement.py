@@ -50,3 +50,12 @@ def test_a_device_does_not_share_with_itself(device: str, decode_device: str) ->
         Placement(torch.device(device), torch.device(decode_device), 0.2)
     assert Placement(torch.device(device), torch.device(decode_device)).decode_share == 0
     assert Placement(FIRST, SECOND, 0.2).decode_share == 0.2
+
+
+def test_the_text_encoder_is_on_the_cpu_by_choice() -> None:
+    assert Placement.choose("cpu").text_device == CPU
+    assert Placement(FIRST, FIRST).text_device == FIRST
+    assert Placement(FIRST, FIRST, text_on_cpu=True).text_device == CPU
+    assert not Placement.choose("cpu", text_encoder="fp8").text_on_cpu
+    with pytest.raises(UserError, match="text_encoder is cuda, but the model runs on cpu; leave text_encoder out"):
+        Placement.choose("cpu", text_encoder="cuda")
