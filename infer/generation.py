@@ -31,7 +31,7 @@ from longvideo.rollout import Denoiser, MadeChunk, rollout
 from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderModel
 from longvideo.streaming.transformer import StreamingTransformer
-from longvideo.text.encoder import TextEncoder
+from longvideo.text.known_prompts import PromptEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -54,7 +54,7 @@ class Models:
     transformer: CausalTransformer
     decoder: DecoderModel
     encoder: PictureEncoder
-    text_encoder: TextEncoder
+    text_encoder: PromptEncoder
     settings: ModelSettings
     spec: ChunkSpec
     placement: Placement

@@ -40,7 +40,7 @@ from longvideo.infer.script import (
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
-from longvideo.infer.text_encoder import load_text_encoder
+from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
 from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
@@ -132,23 +132,30 @@ class StreamingPipeline:
         formats: NumberFormats = DEFAULT_FORMATS,
         decoder_name: str | None = None,
         group: ProcessGroup | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> StreamingPipeline:
         """Load the weights of an opened folder.
 
         formats: number formats; the default is that of the files. decoder_name: as `decoder` of `from_pretrained`.
         group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
-        calls, and rank 0 gets the frames.
+        calls, and rank 0 gets the frames. prompts: all prompts that will be used, where they are known. On a GPU they
+        are then encoded before anything else is loaded, and the text encoder is freed.
         Raises UserError, before any weight is read, where a GPU has too little free memory.
         """
         chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
         shapes = folder_shapes(folder, chosen)
         check_formats(shapes, formats, placement, name=str(folder.path))
-        check_memory(Workload(shapes=shapes, formats=formats, placement=placement))
+        frees_text = prompts is not None and placement.text_device.type == "cuda"
+        check_memory(Workload(shapes=shapes, formats=formats, placement=placement, frees_text=frees_text))
         packed = folder.is_packed
         formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
         denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
         with ThreadPoolExecutor() as pool:
-            text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
+            if frees_text:
+                text_encoder = pool.submit(encode_prompts, folder, placement, formats, prompts)
+                text_encoder.result()  # the encoder is freed before anything else is loaded
+            else:
+                text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
             transformer = pool.submit(folder.load_transformer, **denoising)
             decoder, encoder = load_decoder(folder, chosen, placement, formats)
             models = Models(

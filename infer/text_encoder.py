@@ -1,13 +1,20 @@
-"""Load the text encoder on its device, in its number format."""
+"""Load the text encoder on its device, in its number format, or only the features of prompts that are all known."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from longvideo.infer.generation import NEGATIVE_PROMPT
+from longvideo.model.conditioning import chunk_text
 from longvideo.quantization.weights_only import quantize_weights
+from longvideo.text.known_prompts import KnownPrompts
 from longvideo.text.umt5 import POSITION_BIASES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
     from longvideo.quantization.number_formats import NumberFormats
@@ -26,3 +33,15 @@ def load_text_encoder(folder: ModelFolder, placement: Placement, formats: Number
     encoder = folder.load_text_encoder(dtype=dtype)
     quantize_weights(encoder.model, precision, device, keep=POSITION_BIASES)
     return encoder
+
+
+def encode_prompts(
+    folder: ModelFolder, placement: Placement, formats: NumberFormats, prompts: Sequence[str]
+) -> KnownPrompts:
+    """Load the text encoder, encode prompts with and without the words that announce a cut, and free the encoder."""
+    prefix = folder.settings.cut_prefix
+    texts = [chunk_text(prompt, cut=cut, cut_prefix=prefix) for prompt in prompts for cut in (False, True)]
+    known = KnownPrompts(load_text_encoder(folder, placement, formats), [*texts, NEGATIVE_PROMPT])
+    if placement.text_device.type == "cuda":
+        torch.cuda.empty_cache()  # torch would keep the memory in blocks of the encoder's sizes
+    return known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.shapes import ModelShapes
     from longvideo.quantization.number_formats import NumberFormats
-    from longvideo.text.encoder import TextEncoder
 
 
 def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberFormats) -> Models:
@@ -36,7 +37,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
         transformer=transformer.eval().requires_grad_(False),
         decoder=decoder,
         encoder=PictureEncoder(_no_encoder),
-        text_encoder=cast("TextEncoder", _RandomText(config.text_len, config.text_dim, device)),
+        text_encoder=_RandomText(config.text_len, config.text_dim, device),
         settings=shapes.settings,
         spec=shapes.spec,
         placement=placement,
@@ -65,9 +66,9 @@ class _RandomText:
     def __init__(self, length: int, dim: int, device: torch.device) -> None:
         self._shape, self._device = (length, dim), device
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         features = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(0))
         return features.to(self._device), torch.arange(len(prompts), device=self._device)
 
-    def unknown_words(self, _prompt: str) -> list[str]:
+    def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - the name is that of the protocol
         return []

@@ -49,6 +49,7 @@ class Workload:
 
     batch: number of videos that are generated together, with the guidance of the settings. loaded_in: data type of a
     transformer that is not packed before it is converted to `formats.precision`; None means that of the placement.
+    frees_text: whether the text encoder encodes all prompts before anything else is loaded, and is freed then.
     """
 
     shapes: ModelShapes
@@ -56,6 +57,7 @@ class Workload:
     placement: Placement
     batch: int = 1
     loaded_in: torch.dtype | None = None
+    frees_text: bool = False
 
     @property
     def precision(self) -> TransformerPrecision:
@@ -105,6 +107,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
             decoders.get(place, DecoderBytes()),
             text_encoder=text_encoders.get(place, 0),
             autoencoder=autoencoders.get(place, 0),
+            frees_text=workload.frees_text,
         )
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
@@ -120,7 +123,8 @@ def decoding_parts(
     device, dtype = numbered(placement.decode_device), placement.decoder_dtype(decoder)
     grid = replace(step_of(chunk, device), fp8=decoder in FP8_FORMATS)
     sizes = decoder_bytes(config, grid, dtype=dtype, devices=(device, device), share=0.0)[device]
-    peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=_decoder_values(config) * dtype.itemsize)
+    autoencoder = _decoder_values(config) * dtype.itemsize
+    peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=autoencoder, frees_text=False)
     return [MemoryPart(name, device, size) for name, size in peak.items() if size]
 
 
@@ -142,9 +146,12 @@ class _DenoiserBytes:
     one_pass: int = 0
 
 
-def _peak(denoiser: _DenoiserBytes, decoder: DecoderBytes, *, text_encoder: int, autoencoder: int) -> dict[str, int]:
+def _peak(
+    denoiser: _DenoiserBytes, decoder: DecoderBytes, *, text_encoder: int, autoencoder: int, frees_text: bool
+) -> dict[str, int]:
     """Return the parts of a device's peak. text_encoder, autoencoder: bytes of their weights."""
-    loaded = {"text encoder": text_encoder, "autoencoder": autoencoder}
+    encoding = {"text encoder": text_encoder, CONTEXT: CONTEXT_BYTES}
+    loaded = {"text encoder": 0 if frees_text else text_encoder, "autoencoder": autoencoder}
     loading = {"transformer while loading": denoiser.loading, **loaded, CONTEXT: CONTEXT_BYTES}
     streaming = decoder.later + denoiser.one_pass
     # the decoder is recorded first, before there is a prompt or an opening frame
@@ -160,7 +167,7 @@ def _peak(denoiser: _DenoiserBytes, decoder: DecoderBytes, *, text_encoder: int,
         GRAPHS: max(streaming, recording),
         CONTEXT: CONTEXT_BYTES,
     }
-    return max(running, loading, key=lambda sizes: sum(sizes.values()))
+    return max(running, loading, encoding, key=lambda sizes: sum(sizes.values()))
 
 
 def _denoiser(model: CausalTransformer, workload: Workload) -> _DenoiserBytes:

@@ -390,7 +390,10 @@ def _load(
         fps=folder.settings.fps,
         chunk_frames=folder.settings.chunk_frames,
     )
-    pipeline = StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name, group=group)
+    prompts = [shot.prompt for shot in video.script.shots]
+    pipeline = StreamingPipeline.load(
+        folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts
+    )
     return pipeline, header
 
 

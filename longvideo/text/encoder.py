@@ -133,7 +133,8 @@ class TextEncoder(nn.Module):
         ids = self._encoding(text).ids
         if len(ids) > self.text_len:
             warnings.warn(
-                f"prompt {_shown(text)} has {len(ids)} tokens; only the first {self.text_len} are used", stacklevel=3
+                f"prompt {shown_prompt(text)} has {len(ids)} tokens; only the first {self.text_len} are used",
+                stacklevel=3,
             )
             ids = ids[: self.text_len - 1] + ids[-1:]
         return ids
@@ -143,12 +144,13 @@ class TextEncoder(nn.Module):
             return encode(self.tokenizer, text)
         except TokenizerError as error:
             raise CheckpointError(
-                f"{self._tokenizer_file or 'the tokenizer'} cannot encode the prompt {_shown(text)}: {error}; change"
-                " the prompt, or use the tokenizer of google/umt5-xxl"
+                f"{self._tokenizer_file or 'the tokenizer'} cannot encode the prompt {shown_prompt(text)}: {error};"
+                " change the prompt, or use the tokenizer of google/umt5-xxl"
             ) from error
 
 
-def _shown(text: str) -> str:
+def shown_prompt(text: str) -> str:
+    """Return the beginning of a prompt in quotes, for messages."""
     return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 

@@ -166,9 +166,23 @@ def test_the_weights_of_the_5b_take_two_bytes_for_each_parameter() -> None:
 def test_the_text_encoder_takes_less_in_8_and_4_bits_and_nothing_on_the_cpu() -> None:
     own = shapes(text_encoder=UMT5Config.xxl())
     embedding, others = 256384 * 4096, 5_680_910_336 - 256384 * 4096
-    for precision, size in (("fp8", others), ("nvfp4", others * 9 // 16)):
-        parts = estimated(shapes=own, formats=NumberFormats("bf16", text_encoder=precision))
+    for formats, size in (
+        (NumberFormats("bf16", text_encoder="fp8"), others),
+        (NumberFormats("bf16", text_encoder="nvfp4"), others * 9 // 16),
+    ):
+        parts = estimated(shapes=own, formats=formats)
         assert named(parts)["text encoder"] == pytest.approx(embedding + size, rel=2e-3)
     on_cpu = estimated(shapes=own, text_on_cpu=True)
     assert total(on_cpu) == total(estimated())
     assert "text encoder" not in named(on_cpu)
+
+
+def test_a_text_encoder_that_is_freed_counts_only_while_it_is_alone() -> None:
+    own = shapes(text_encoder=UMT5Config.xxl())
+    assert named(estimated(shapes=own, frees_text=True)) == named(estimated())
+    packed = {
+        "formats": NumberFormats("nvfp4-weights", "nvfp4"),
+        "shapes": replace(own.with_decoder("taew2_2"), packed=True),
+    }
+    alone = named(estimated(**packed, frees_text=True))
+    assert alone == {"text encoder": 2 * 5_680_910_336, "CUDA context": 10**9}

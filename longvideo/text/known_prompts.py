@@ -1,0 +1,64 @@
+"""Text features of prompts that are all known before anything else is loaded, so that their encoder can be freed.
+
+Legend: P prompts, L text positions, D feature width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from longvideo.errors import UserError
+from longvideo.text.encoder import clean_prompt, shown_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from longvideo.text.encoder import TextEncoder
+
+
+class PromptEncoder(Protocol):
+    """What generation needs of a text encoder: a `TextEncoder`, or `KnownPrompts` in its place."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the features [P, L, D] of the distinct prompts, and the row of each prompt, int64 [len(prompts)]."""
+        ...
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
+        ...
+
+
+class KnownPrompts:
+    """The features and the unknown words of prompts, without the encoder that made them."""
+
+    def __init__(self, encoder: TextEncoder, prompts: Iterable[str]) -> None:
+        """Encode prompts one by one, as `TextEncoder.encode` does."""
+        distinct = dict.fromkeys(map(clean_prompt, prompts))
+        self._features_LD = {prompt: encoder.encode([prompt])[0][0].clone() for prompt in distinct}
+        self._unknown = {prompt: encoder.unknown_words(prompt) for prompt in distinct}
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the features [P, L, D] of the distinct prompts, and the row of each prompt, int64 [len(prompts)].
+
+        Raises UserError for a prompt that was not encoded.
+        """
+        cleaned = [self._known(prompt) for prompt in prompts]
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(cleaned))}
+        features_PLD = torch.stack([self._features_LD[prompt] for prompt in row_of])
+        return features_PLD, torch.tensor([row_of[prompt] for prompt in cleaned], device=features_PLD.device)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words that are not in the vocabulary. Raises UserError for a prompt that was not encoded."""
+        return self._unknown[self._known(prompt)]
+
+    def _known(self, prompt: str) -> str:
+        cleaned = clean_prompt(prompt)
+        if cleaned not in self._features_LD:
+            raise UserError(
+                f"the text encoder was freed after {len(self._features_LD)} prompts, and {shown_prompt(cleaned)} is not"
+                " one of them; load the model without prompts"
+            )
+        return cleaned

@@ -1,0 +1,63 @@
+"""Prompts that are all known are encoded before anything else is loaded, and their encoder is freed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longvideo.checkpoint.folder import ModelFolder
+from longvideo.errors import UserError
+from longvideo.infer.fit.placement import Placement
+from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.text_encoder import encode_prompts
+from longvideo.quantization.number_formats import NumberFormats
+from longvideo.text.encoder import TextEncoder
+
+PROMPTS = ["a red ball bounces", "a blue square spins"]
+PLACEMENT = Placement.choose("cpu", dtype=torch.float32)
+
+
+def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders: list[weakref.ref[TextEncoder]] = []
+    load = ModelFolder.load_text_encoder
+
+    def watched(self: ModelFolder, **options: Any) -> TextEncoder:
+        encoder = load(self, **options)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    pipeline = StreamingPipeline.load(ModelFolder.open("tiny"), PLACEMENT, decoder_name="wan")
+    monkeypatch.setattr(ModelFolder, "load_text_encoder", watched)
+    known = encode_prompts(ModelFolder.open("tiny"), PLACEMENT, NumberFormats(), PROMPTS)
+    gc.collect()
+    assert [encoder() for encoder in encoders] == [None]
+    other = StreamingPipeline(replace(pipeline.models, text_encoder=known))
+    frames, expected = (
+        np.concatenate(list(own.stream(PROMPTS, seconds=2, steps=2, guidance=2.0, seed=4))) for own in (other, pipeline)
+    )
+    assert np.array_equal(frames, expected)
+
+
+def test_another_prompt_is_refused() -> None:
+    known = encode_prompts(ModelFolder.open("tiny"), PLACEMENT, NumberFormats(), PROMPTS)
+    assert known.unknown_words("a  red ball bounces") == []
+    with pytest.raises(UserError, match="freed after 3 prompts, and 'a green star' is not one of them; load the model"):
+        known.encode(["a green star"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_frees_the_encoder_before_the_transformer_is_loaded() -> None:
+    placement = Placement.choose("cuda")
+    folder = ModelFolder.open("tiny")
+    known, own = (StreamingPipeline.load(folder, placement, prompts=prompts) for prompts in (PROMPTS, None))
+    assert not isinstance(known.models.text_encoder, TextEncoder)
+    frames, expected = (
+        np.concatenate(list(pipeline.stream(PROMPTS, seconds=2, steps=2, seed=4))) for pipeline in (known, own)
+    )
+    assert np.array_equal(frames, expected)
