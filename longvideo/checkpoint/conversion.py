@@ -23,7 +23,7 @@ from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.targets import TARGETS, ConversionTask
-from longvideo.checkpoint.tensors import Weights, is_one_byte_float
+from longvideo.checkpoint.tensors import Expanded, Weights, is_one_byte_float
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NVFP4, LORA = "nvfp4", "lora"
+NVFP4, FULL, LORA = "nvfp4", "fp32", "lora"
 REMEDY = "choose another name"
 
 
@@ -43,8 +43,8 @@ class ConversionOptions:
     """Options of a conversion.
 
     target: a format, one of TARGETS. precision: of the transformer, "bf16", "fp32" or "nvfp4"; None keeps the stored
-    one. rule: scaling rule for packing to NVFP4. keep: official names of layers that are not packed. max_shard_bytes:
-    largest file of a folder, bytes.
+    one, and bf16 for weights that are computed from 8 bits and scales. rule: scaling rule for packing to NVFP4. keep:
+    official names of layers that are not packed. max_shard_bytes: largest file of a folder, bytes.
     """
 
     target: TargetName = "longvideo"
@@ -98,6 +98,8 @@ def convert_model(
         source.check(part)
     if TRANSFORMER in weights:
         weights[TRANSFORMER] = _in_precision(source, options, progress.on_packed)
+    if options.precision != FULL:
+        weights = {part: _without_padding(own) for part, own in weights.items()}
     target.check(source, weights)
     weights = {part: own.finite() for part, own in weights.items()}
     total = sum(own.num_bytes for own in weights.values())
@@ -141,17 +143,18 @@ def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: pa
     own = source.weights(TRANSFORMER)
     if options.precision is None:
         return own
-    if packed.is_packed(own) and options.precision != NVFP4:
-        raise CheckpointError(
-            f"{source.path} has packed 4-bit weights, which are rounded; convert the model that they were made from"
-        )
     if options.precision == NVFP4:
         model = source.build(TRANSFORMER)
         assert isinstance(model, CausalTransformer)
         own = own.cast(torch.bfloat16, keep=lambda name: not _is_fp8(own, name))
         layers = [name for name in layers_to_quantize(model, options.keep) if f"{name}.weight" in own.tensors]
         return packed.pack(own, layers, options.rule, on_packed=on_packed)
-    return own.cast(DTYPES[options.precision])
+    return packed.unpack(own).cast(DTYPES[options.precision])
+
+
+def _without_padding(weights: Weights) -> Weights:
+    """Return the weights with bf16 in place of float32 that is computed from fewer bits."""
+    return weights.cast(torch.bfloat16, keep=lambda name: not isinstance(weights.tensors[name], Expanded))
 
 
 def _is_fp8(weights: Weights, name: str) -> bool:

@@ -31,6 +31,9 @@ SETTINGS_FILE = "longvideo.json"
 INDEX_FILE = "model_index.json"
 SMALL_FILE = "decoder.safetensors"
 """File of the small decoder of a model's latents."""
+WAN21_CHANNELS = (16, 36)
+"""Latent channels of Wan2.1: of its latents, and with a picture and its mask."""
+LATENT_AXES = 5
 SECOND_TRANSFORMER = "transformer_2"
 WEIGHT_STEMS = {TRANSFORMER: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT_ENCODER: "model"}
 
@@ -61,6 +64,9 @@ def read_folder(path: Path) -> StoredModel:
     text_len = (stored or ModelSettings()).text_len
     places = {part: elsewhere.get(part, path) for part in kinds}
     parts = {part: _read_part(places[part] / part, part, kind, text_len=text_len) for part, kind in kinds.items()}
+    if stored is None:
+        for part in parts.values():
+            check_latents(part.weights, None)
     return StoredModel(
         "longvideo folder (diffusers' layout)" if stored else "diffusers folder",
         parts,
@@ -221,6 +227,25 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> ModelPar
     weights = open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers)
     weights = official_transformer(weights) if part == TRANSFORMER else weights
     return ModelPart(kind, weights, config, folder)
+
+
+def check_latents(weights: Weights, like: PartConfig | None) -> None:
+    """Raise CheckpointError for a transformer or an autoencoder of Wan2.1's latents.
+
+    weights: under this project's names. like: configuration of the same part of another model; one with as many latent
+    channels shows that the model is of this project.
+    """
+    first = weights.infos.get("patch_embedding.weight") or weights.infos.get("post_quant_conv.weight")
+    if first is None or len(first.shape) != LATENT_AXES or first.shape[1] not in WAN21_CHANNELS:
+        return
+    known = like.in_channels if isinstance(like, TransformerConfig) else getattr(like, "z_dim", None)
+    if known == first.shape[1]:
+        return
+    name = "LongLive 1" if "entry" in weights.metadata else "Wan2.1"
+    raise CheckpointError(
+        f"{weights.label} is of {name}: it has {first.shape[1]} latent channels, as Wan2.1, LongLive 1 and Wan2.2-A14B"
+        " have; expected the 48 of Wan2.2-TI2V-5B and LongLive 2.0; use one of those"
+    )
 
 
 def _listed_class(entry: object) -> str:

@@ -1,7 +1,8 @@
 """Recognize the format of a model by its content, not by its name.
 
 Known formats are diffusers' folders and this project's; Wan's official folder; LongLive 2.0's checkpoints (full, packed
-or LoRA); the checkpoints of training runs; peft's folders; and single files in any of these namings.
+or LoRA); the checkpoints of training runs; peft's folders; and single files in any of these namings, with the prefixes
+and scales of ComfyUI, DiffSynth and NVIDIA ModelOpt.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, run_checkpoint, shapes
+from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, prefixes, run_checkpoint, shapes
 from longvideo.checkpoint.adapters import PEFT_CONFIG, is_adapter, open_adapter, open_adapter_folder
 from longvideo.checkpoint.diffusers_folder import (
     INDEX_FILE,
+    check_latents,
     is_diffusers_folder,
     official_transformer,
     read_config,
     read_folder,
 )
 from longvideo.checkpoint.locations import check_inside, check_links
-from longvideo.checkpoint.opening import open_weights, sets_of_weights
+from longvideo.checkpoint.opening import SAFETENSORS, open_set, sets_of_weights, shards_of
 from longvideo.checkpoint.packed import CONVENTION_KEY
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, StoredModel
 from longvideo.checkpoint.settings import PRESETS
@@ -81,34 +83,53 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
             stored = [(path, _stored_model(weights, None, like, RUN)) for weights in modules]
             return replace(_combined(path, stored, {}), format=RUN, notes=notes)
         return _loose_files(path, entry, like)
-    weights = open_weights(path, entry=entry)
-    return _stored_model(weights, path.parent / "config.json", like, "single file")
+    weights = open_set(shards_of(path), entry=entry)
+    return _one_or_more(path, weights, path.parent / "config.json", like, "single file")
 
 
-def _open_one_of_several(file: Path, entry: str | None) -> Weights:
-    """Open a file of a folder. entry: which weights to open; ignored for a file without that entry."""
-    if file.suffix not in pickle_file.SUFFIXES:
-        return open_weights(file)
+def _open_one_of_several(files: list[Path], entry: str | None) -> Weights:
+    """Open a set of weights of a folder. entry: which weights to open; ignored for a file without that entry."""
+    if files[0].suffix not in pickle_file.SUFFIXES:
+        return open_set(files)
     try:
-        return open_weights(file, entry=entry)
+        return open_set(files, entry=entry)
     except pickle_file.MissingEntry:
-        return open_weights(file)
+        return open_set(files)
+
+
+def _one_or_more(path: Path, weights: Weights, config: Path | None, like: Like, label: str) -> StoredModel:
+    """Return the part, adapter or parts of one set of weights. Other arguments: as of `_stored_model`."""
+    if is_adapter(weights.infos) or part_of(weights) is not None:
+        return _stored_model(weights, config, like, label)
+    divided = prefixes.divide(weights)
+    if len(divided) == 1:
+        (own,) = divided.values()
+        return _stored_model(own, config, like, label)
+    kinds = [part_of(own) for own in divided.values()]
+    for prefix, kind in zip(divided, kinds, strict=True):
+        if kinds.count(kind) > 1:
+            raise CheckpointError(
+                f"{path} has more than one {kind}, one of them under {prefix!r}; save it in a file of its own"
+            )
+    stored = [(path, _stored_model(own, None, like, "")) for own in divided.values()]
+    return replace(_combined(path.parent, stored, {}), format="file with several parts", tokenizer=None)
 
 
 def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
     """Combine the parts whose files are in one folder, as in Wan's official folder."""
-    files = [*sets_of_weights(folder), *sorted(x for x in folder.iterdir() if x.suffix in pickle_file.SUFFIXES)]
-    if not files:
+    sets = sets_of_weights(folder, suffixes=(SAFETENSORS, *pickle_file.SUFFIXES))
+    if not sets:
         raise CheckpointError(f"there is no {folder / INDEX_FILE}, and no weights in .safetensors, .pt or .pth files")
     config = folder / "config.json"
     stored: list[tuple[Path, StoredModel]] = []
     unused: dict[Path, str] = {}
-    for file in files:
-        weights = _open_one_of_several(file, entry)
-        if part_of(weights) is None and not is_adapter(weights.infos):
+    for files in sets:
+        file, weights = files[0], _open_one_of_several(files, entry)
+        divided = {} if is_adapter(weights.infos) else prefixes.divide(weights)
+        if divided and all(part_of(own) is None for own in divided.values()):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue
-        stored.append((file, _stored_model(weights, config, like, "")))
+        stored.append((file, _one_or_more(file, weights, config, like, "")))
     if not stored:
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in unused.items())
         raise CheckpointError(f"{folder} has no part of a Wan model: {reasons}")
@@ -155,7 +176,7 @@ def _stored_model(weights: Weights, config: Path | None, like: Like, label: str)
     config: its configuration file, if any. label: description of the format; "" uses the kind of the part.
     """
     metadata = weights.metadata
-    if metadata.get("checkpoint_format") == FOREIGN_STATE:
+    if metadata.get("checkpoint_format") == FOREIGN_STATE and not _has_plain_weights(weights):
         raise CheckpointError(
             f"{weights.label} stores modules of TransformerEngine, which only TransformerEngine reads; export merged"
             " bf16 weights and use those"
@@ -182,6 +203,11 @@ def _stored_model(weights: Weights, config: Path | None, like: Like, label: str)
     return StoredModel(label or own.kind, {part: own}, notes=notes)
 
 
+def _has_plain_weights(weights: Weights) -> bool:
+    """Return whether every weight of a layer is a tensor of floats."""
+    return all(info.dtype.is_floating_point for name, info in weights.infos.items() if name.endswith(".weight"))
+
+
 def part_of(weights: Weights) -> str | None:
     """Return the part of a model that weights belong to, None if they belong to none."""
     bare = {names.strip_wrappers(name) for name in weights.infos}
@@ -194,6 +220,7 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
     if longlive_packed.is_packed(stripped):
         weights, kind = longlive_packed.to_ours(stripped), "LongLive 2.0 checkpoint, packed in 4 bits"
     weights = official_transformer(weights)
+    check_latents(weights, like[TRANSFORMER].config if TRANSFORMER in like else None)
     for name, parse in CONFIGS.items():
         if config is not None and _json_of(config, name) is not None:
             own = read_config(config, parse)
@@ -208,10 +235,11 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
 
 def _autoencoder(weights: Weights, config: Path | None, like: Like) -> ModelPart:
     weights, kind = autoencoder_weights(weights)
+    other = like[VAE].config if VAE in like else None
+    check_latents(weights, other)
     if kind == OFFICIAL_VAE:
         return ModelPart(kind, weights, shapes.autoencoder_config(weights))
     values = _json_of(config, "AutoencoderKLWan")
-    other = like[VAE].config if VAE in like else None
     if values is None and isinstance(other, AutoencoderConfig):
         return ModelPart(kind, weights, other)
     own = shapes.autoencoder_config(weights) if values is None else AutoencoderConfig.from_dict(values)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import pickle_file, safetensors_file
+from longvideo.checkpoint.scaled import as_own_layers
 from longvideo.checkpoint.tensors import Lazy, Weights, listing
 from longvideo.errors import CheckpointError
 from longvideo.files import read_json
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INDEX_SUFFIX = ".safetensors.index.json"
+SAFETENSORS = ".safetensors"
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
+TRANSFORMERS_STEM = "pytorch_model"
+"""Stem of the .bin files of transformers; diffusers' have the stem of its .safetensors files."""
+MAX_SHARDS = 10000
 
 
 def open_weights(path: Path, *, stem: str | None = None, entry: str | None = None) -> Weights:
@@ -21,10 +28,18 @@ def open_weights(path: Path, *, stem: str | None = None, entry: str | None = Non
 
     stem: file name in a folder, without .safetensors or .safetensors.index.json.
     entry: dict of a .pt file that has the weights, for example "generator_ema".
+    Layers with scales of other programs become those of this project, see `scaled.as_own_layers`.
     Raises CheckpointError, naming the file, if it is missing, truncated or in an unknown format.
     """
-    if path.is_dir():
-        return _open_folder(path, stem)
+    return as_own_layers(_open_folder(path, stem) if path.is_dir() else _open_file(path, entry))
+
+
+def open_set(files: Sequence[Path], *, entry: str | None = None) -> Weights:
+    """Open the files of one set of weights. entry: as in `open_weights`."""
+    return as_own_layers(join([_open_file(file, entry) for file in files]))
+
+
+def _open_file(path: Path, entry: str | None = None) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {path}")
     if entry is not None and path.suffix not in pickle_file.SUFFIXES:
@@ -59,24 +74,59 @@ def join(parts: Sequence[Weights]) -> Weights:
     return Weights(tensors, [file for part in parts for file in part.files], metadata)
 
 
-def sets_of_weights(folder: Path, stem: str = "*") -> list[Path]:
-    """List the sets of safetensors in a folder: index files, and files that are not shards of an index."""
-    indices = sorted(folder.glob(f"{stem}{INDEX_SUFFIX}"))
-    sharded = {file.name.removesuffix(INDEX_SUFFIX) for file in indices}
-    files = sorted(folder.glob(f"{stem}.safetensors"))
-    return indices + [file for file in files if file.name.rpartition("-of-")[0][: -len("-00001")] not in sharded]
+def sets_of_weights(folder: Path, stem: str = "*", suffixes: Sequence[str] = (SAFETENSORS,)) -> list[list[Path]]:
+    """List the sets of weights in a folder: index files, shards without an index, and single files.
+
+    stem: pattern of file names without suffix. Raises CheckpointError if a shard is missing.
+    """
+    indices = sorted(folder.glob(f"{stem}{INDEX_SUFFIX}")) if SAFETENSORS in suffixes else []
+    indexed = {file.name.removesuffix(INDEX_SUFFIX) for file in indices}
+    sets = {file.name: [file] for file in indices}
+    for suffix in suffixes:
+        for file in sorted({*folder.glob(f"{stem}{suffix}"), *folder.glob(f"{stem}-*-of-*{suffix}")}):
+            shard = SHARD.fullmatch(file.name)
+            if shard is None:
+                sets[file.name] = [file]
+            elif suffix != SAFETENSORS or shard["stem"] not in indexed:
+                shards = shards_of(file)
+                sets[shards[0].name] = shards
+    return list(sets.values())
+
+
+def shards_of(file: Path) -> list[Path]:
+    """Return the files of the set that a file belongs to: all shards, or the file alone.
+
+    Raises CheckpointError if one of the shards is missing.
+    """
+    shard = SHARD.fullmatch(file.name)
+    if shard is None or not 1 <= int(shard["count"]) <= MAX_SHARDS:
+        return [file]
+    width = len(shard["number"])
+    shards = [
+        file.parent / f"{shard['stem']}-{number:0{width}d}-of-{shard['count']}{shard['suffix']}"
+        for number in range(1, int(shard["count"]) + 1)
+    ]
+    if missing := [other.name for other in shards if not other.is_file()]:
+        raise CheckpointError(f"{file} is one of {len(shards)} shards, but {listing(missing)} is missing; copy it too")
+    return shards
 
 
 def _open_folder(folder: Path, stem: str | None) -> Weights:
-    files = sets_of_weights(folder, stem or "*")
-    if not files:
+    """Open the only set of weights, or that of a stem: safetensors, then a variant such as fp16, then .bin files."""
+    choices = [sets_of_weights(folder, stem or "*")]
+    if stem is not None:
+        choices.append(sets_of_weights(folder, f"{stem}.*"))
+        choices.append(sets_of_weights(folder, stem, (".bin",)))
+        choices.append(sets_of_weights(folder, TRANSFORMERS_STEM, (".bin",)))
+    sets = next(filter(None, choices), [])
+    if not sets:
         raise CheckpointError(
             f"{folder} has no weights; expected {stem or 'NAME'}.safetensors, or its index and shards"
         )
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
+    if len(sets) > 1:
+        names = ", ".join(files[0].name for files in sets)
         raise CheckpointError(f"{folder} has several sets of weights ({names}); use one of these files")
-    return open_weights(files[0])
+    return join([_open_file(file) for file in sets[0]])
 
 
 def _open_index(path: Path) -> Weights:

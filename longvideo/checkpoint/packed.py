@@ -94,6 +94,26 @@ def pack(weights: Weights, layers: Sequence[str], rule: Rule, *, on_packed: OnPa
     return Weights(packed.tensors, packed.files, {**packed.metadata, CONVENTION_KEY: CONVENTION})
 
 
+def unpack(weights: Weights) -> Weights:
+    """Return weights with the values of packed layers in float32, which represents them exactly."""
+    changes: dict[str, Lazy | None] = {}
+    for name, info in weights.infos.items():
+        layer = name.removesuffix(f".{CODES}")
+        if layer != name:
+            parts = [weights.tensors[f"{layer}.{leaf}"] for leaf in PACKED_LEAVES]
+            changes |= dict.fromkeys(f"{layer}.{leaf}" for leaf in PACKED_LEAVES)
+            own = TensorInfo((info.shape[0], 2 * info.shape[1]), torch.float32)
+            changes[f"{layer}.weight"] = Computed(own, partial(_values, parts))
+    own = weights.replaced(changes)
+    metadata = {key: value for key, value in own.metadata.items() if key != CONVENTION_KEY}
+    return Weights(own.tensors, own.files, metadata)
+
+
+def _values(parts: Sequence[Lazy]) -> Tensor:
+    codes, scales, tensor_scale = map(read, parts)
+    return reference.dequantize(NVFP4Tensor(codes, scales, tensor_scale), torch.float32)
+
+
 class _Quantized:
     """A weight that is quantized when its codes are read; its scales are kept until they are read too."""
 

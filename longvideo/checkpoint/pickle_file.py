@@ -53,6 +53,8 @@ ENTRIES = ("generator", "generator_ema", "model")
 LORA_ENTRIES = ("generator_lora",)
 # dicts around the weights of other trainers, outermost first
 ENCLOSING = ("state_dict", "gen_model")
+EXTRA_STATE = "_extra_state"
+"""Last part of the names of what modules of TransformerEngine store next to their weights."""
 
 
 class MissingEntry(CheckpointError):
@@ -63,8 +65,9 @@ def open_file(file: Path, entry: str | None = None, *, bare: str | None = None) 
     """Open the tensors of a file, or of one of its dicts.
 
     entry: name of the dict; None uses the first of ENTRIES and LORA_ENTRIES that exists, or else the file itself or
-    the innermost of ENCLOSING. The metadata of the result has the numbers and texts of the file, such as "step", and
-    under "entry" the name of the dict. bare: name of a tensor that is not in a dict; None refuses such a file.
+    the innermost of ENCLOSING, or else the only dict of weights in it, as DeepSpeed writes it. The metadata of the
+    result has the numbers and texts of the file, such as "step", and under "entry" the name of the dict. bare: name of
+    a tensor that is not in a dict; None refuses such a file.
     Raises CheckpointError, naming the file, if it is truncated, in the format before torch 1.6, or contains anything
     but tensors, numbers and texts.
     """
@@ -216,13 +219,27 @@ def _select(file: Path, content: object, entry: str | None) -> tuple[dict[str, s
     metadata = {str(key): _shown(value) for key, value in content.items() if isinstance(value, int | float | str)}
     if entry is not None:
         return {**metadata, "entry": entry}, _tensors(file, nested[entry])
-    enclosed = content
+    enclosed: Mapping[Any, Any] = content
     for key in ENCLOSING:
         if isinstance(inner := enclosed.get(key), dict):
             enclosed = inner
     if enclosed is not content:
         return metadata, _tensors(file, enclosed)
+    states = {key: value for key, value in nested.items() if _is_state_of_module(value)}
+    if len(states) > 1:
+        raise CheckpointError(
+            f"{file} has several sets of weights; use --entry with one of {listing(map(str, states))}"
+        )
+    if states and not any(isinstance(value, Tensor) for value in content.values()):
+        (name,) = states
+        return {**metadata, "wrapper": str(name)}, _tensors(file, states[name])
     return metadata, _tensors(file, {key: content[key] for key in content if str(key) not in metadata})
+
+
+def _is_state_of_module(values: Mapping[Any, Any]) -> bool:
+    """Return whether a dict has tensors alone, under dotted names; the state of an optimizer has no such names."""
+    tensors = {name: value for name, value in values.items() if not str(name).endswith(EXTRA_STATE)}
+    return any("." in str(name) for name in tensors) and all(isinstance(value, Tensor) for value in tensors.values())
 
 
 def _shown(value: float | str) -> str:
@@ -233,6 +250,7 @@ def _shown(value: float | str) -> str:
 
 
 def _tensors(file: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    content = {name: value for name, value in content.items() if not str(name).endswith(EXTRA_STATE)}
     wrong = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if wrong or not content:
         raise CheckpointError(f"{file} is not a dict of tensors: {listing(wrong) or 'it is empty'}")

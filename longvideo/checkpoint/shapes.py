@@ -37,14 +37,13 @@ def transformer_config(weights: Weights, *, text_len: int, head_dim: int = HEAD_
             f"{weights.label} has width {dim}, which is not a multiple of {head_dim}, so its number of heads is"
             " unknown; use --base with a model folder of the same shape"
         )
-    packed = f"blocks.0.ffn.0.{CODES}" in weights.infos
     return TransformerConfig(
         num_attention_heads=dim // head_dim,
         attention_head_dim=head_dim,
         in_channels=in_channels,
         out_channels=shapes.of("head.head.weight", 2)[0] // math.prod(patch),
         text_dim=text_dim(weights),
-        ffn_dim=shapes.of(f"blocks.0.ffn.0.{CODES if packed else 'weight'}", 2)[0],
+        ffn_dim=shapes.of("blocks.0.ffn.0.weight", 2)[0],
         num_layers=shapes.count("blocks.", 1),
         freq_dim=shapes.of("time_embedding.0.weight", 2)[1],
         text_len=text_len,
@@ -149,6 +148,11 @@ class _Shapes:
         self.infos: Mapping[str, TensorInfo] = weights.infos
 
     def of(self, name: str, num_axes: int) -> tuple[int, ...]:
+        """Return the shape of a tensor, which may be the weight of a packed layer."""
+        codes = f"{name.removesuffix('weight')}{CODES}"
+        if name not in self.infos and codes in self.infos and num_axes == len(self.infos[codes].shape):
+            *rows, half = self.infos[codes].shape
+            return (*rows, 2 * half)
         if name not in self.infos:
             raise CheckpointError(f"{self.label} has no {name}, which every such model has; copy or download it again")
         shape = self.infos[name].shape

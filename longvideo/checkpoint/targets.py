@@ -139,8 +139,8 @@ def _needs_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> No
 def _not_packed(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     if TRANSFORMER in weights and packed.is_packed(weights[TRANSFORMER]):
         raise CheckpointError(
-            f"{model.path} has packed 4-bit weights, which this format cannot store; convert the model that they were"
-            " made from"
+            f"{model.path} has packed 4-bit weights, which this format cannot store; add --precision bf16, or convert"
+            " the model that they were made from"
         )
 
 

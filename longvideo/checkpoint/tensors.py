@@ -136,6 +136,20 @@ class Computed:
         yield result.contiguous().flatten()
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """A float32 tensor that is computed from fewer bits than it has; conversions store it in bf16.
+
+    read_pieces: yields the values in order, as flat float32 tensors.
+    """
+
+    info: TensorInfo
+    read_pieces: Callable[[], Iterator[Tensor]]
+
+    def pieces(self) -> Iterator[Tensor]:
+        return self.read_pieces()
+
+
 def check_finite(tensor: Tensor, label: str) -> None:
     """Raise CheckpointError if a tensor, on any device, contains NaN or infinity.
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from longvideo.checkpoint import conversion
-from longvideo.checkpoint.choices import TargetName
+from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.checkpoint.conversion import ConversionOptions, Progress, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError, UserError
+from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.convert import quantize_layers
+from longvideo.quantization.linear import NVFP4Linear
 from tests.checkpoint import official, small
 from tests.checkpoint.random_weights import fingerprints
 
@@ -100,9 +102,27 @@ def test_precision_is_of_the_transformer_and_packing_equals_quantizing_in_memory
     assert packed.load_vae().decoder.conv_in.weight.dtype == torch.float32
     with pytest.raises(CheckpointError, match="has packed 4-bit weights, which this format cannot store"):
         convert_model(packed, tmp_path / "wan", ConversionOptions("official"))
-    with pytest.raises(CheckpointError, match="convert the model that they were made from"):
-        convert_model(packed, tmp_path / "bf16", ConversionOptions(precision="bf16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_packed_weights_go_back_to_the_values_that_their_codes_represent(
+    precision: StoredPrecision, ours: ModelFolder, tmp_path: Path
+) -> None:
+    convert_model(ours, tmp_path / "packed", ConversionOptions(precision="nvfp4"))
+    packed = ModelFolder.open(tmp_path / "packed")
+    convert_model(packed, tmp_path / "wan", ConversionOptions("official", precision))
+    unpacked = ModelFolder.open(tmp_path / "wan")
+    assert not unpacked.is_packed
+    dtype = conversion.DTYPES[precision]
+    layer = packed.load_transformer().get_submodule("blocks.1.ffn.2")
+    assert isinstance(layer, NVFP4Linear)
+    value = unpacked.weights("transformer").read("blocks.1.ffn.2.weight")
+    assert value.dtype == dtype and torch.equal(value, reference.dequantize(layer.quantized_weight, dtype))
+    convert_model(unpacked, tmp_path / "again", ConversionOptions(precision="nvfp4"))
+    before, after = (ModelFolder.open(tmp_path / name).weights("transformer") for name in ("packed", "again"))
+    codes = [weights.read("blocks.1.ffn.2.weight_codes") for weights in (before, after)]
+    assert (codes[0] == codes[1]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])

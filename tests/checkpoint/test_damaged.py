@@ -320,7 +320,8 @@ def test_a_pickle_that_would_run_code_is_refused(workspace: Path, capsys: pytest
     torch.save({**content, "step": Harmful()}, workspace / LONGLIVE)
     output = refused(workspace, LONGLIVE, capsys)
     assert "this ran" not in output and "model.pt is truncated or contains more than tensors" in output
-    torch.save({"checkpoint_format": "longlive_generator_te_nvfp4", **content}, workspace / LONGLIVE)
+    codes = {name: x.byte() if name.endswith("ffn.0.weight") else x for name, x in content["generator"].items()}
+    torch.save({"checkpoint_format": "longlive_generator_te_nvfp4", "generator": codes}, workspace / LONGLIVE)
     assert "stores modules of TransformerEngine" in refused(workspace, LONGLIVE, capsys)
 
 
