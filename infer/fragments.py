@@ -100,7 +100,7 @@ class PartEncoder:
 
         samples = []
         for offset, pixels in enumerate(frames):
-            picture = _yuv_picture(pixels)
+            picture = yuv_picture(pixels)
             # a clock of its own: that of the video goes back at a seek, which x264 does not accept
             picture.pts, picture.time_base = self._encoded, 1 / self._fps
             picture.pict_type = PictureType.I if offset == 0 else PictureType.NONE
@@ -170,6 +170,15 @@ def segment_times(data: bytes, begin: int, end: int) -> tuple[int, int]:
     return start, frames
 
 
+def yuv_picture(pixels_HWC: np.ndarray) -> VideoFrame:
+    """Return a picture for an encoder, in BT.709 with 4:2:0 color and limited range. pixels: uint8."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+    return picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+
+
 def _inside(data: bytes, begin: int, end: int, *path: bytes) -> tuple[int, int]:
     """Return the bounds of the content of a box. path: types of the boxes that contain it, then its own type."""
     for name in path:
@@ -215,11 +224,3 @@ def _length_prefixed(annex_b: bytes) -> bytes:
     """Replace the start codes between NAL units by lengths. A start code cannot occur inside a unit."""
     units = [unit.rstrip(b"\x00") for unit in START_CODE.split(annex_b)[1:]]
     return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
-
-
-def _yuv_picture(pixels_HWC: np.ndarray) -> VideoFrame:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
-    return picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

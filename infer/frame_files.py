@@ -14,7 +14,9 @@ from longvideo.checkpoint.safetensors_file import encode_header
 from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.errors import UserError
 from longvideo.files import check_target, locked_target, write_file
-from longvideo.infer.writer import CONTAINERS, check_unlocked
+from longvideo.infer.containers import CONTAINERS
+from longvideo.infer.pictures import PNG
+from longvideo.infer.writer import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 FRAMES = "frames"
 """Name of the tensor in a .safetensors file of frames."""
 NUMPY, SAFETENSORS = ".npy", ".safetensors"
-SUFFIXES = (*CONTAINERS, NUMPY, SAFETENSORS)
+SUFFIXES = (*CONTAINERS, PNG, NUMPY, SAFETENSORS)
 WHITE = np.float32(255)
 
 
@@ -32,14 +34,15 @@ def check_frame_file(path: Path, *, overwrite: bool) -> None:
     """Raise UserError for a file that cannot be written. Nothing on the disk is changed."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}, or a folder")
-    check_target(path, overwrite=overwrite)
     if is_video(path):
-        check_unlocked(path)
+        check_output(path, overwrite=overwrite)
+    else:
+        check_target(path, overwrite=overwrite)
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file of frames is a video rather than an array."""
-    return path.suffix.lower() in CONTAINERS
+    """Return whether a file of frames is a video, or pictures, rather than an array."""
+    return path.suffix.lower() in (*CONTAINERS, PNG)
 
 
 def write_array(path: Path, chunks: Iterable[np.ndarray], shape: tuple[int, int, int, int], *, fps: float) -> None:

@@ -1,4 +1,4 @@
-"""Elements of a Matroska file that grows part by part: a header, a cluster for each part, and an index at the end.
+"""Elements of a Matroska or WebM file that grows part by part: a header, a cluster for each part, an index at the end.
 
 Elements: RFC 9559; their coding: RFC 8794 (EBML).
 """
@@ -88,8 +88,12 @@ class Header:
     duration_offset: int
 
 
-def header(video_format: VideoFormat, *, avcc: bytes) -> Header:
-    """Return the bytes before the clusters. avcc: configuration of the decoder, as of `PartEncoder`."""
+def header(video_format: VideoFormat, *, doc_type: bytes, codec: bytes, private: bytes) -> Header:
+    """Return the bytes before the clusters.
+
+    doc_type: b"matroska" or b"webm". codec: identifier of the codec. private: configuration of its decoder, may be
+    empty.
+    """
     color = (
         _unsigned(Id.MATRIX_COEFFICIENTS, BT709)
         + _unsigned(Id.RANGE, LIMITED_RANGE)
@@ -107,13 +111,11 @@ def header(video_format: VideoFormat, *, avcc: bytes) -> Header:
         + _unsigned(Id.TRACK_TYPE, VIDEO_TRACK)
         + _unsigned(Id.FLAG_LACING, 0)
         + _unsigned(Id.DEFAULT_DURATION, round(10**9 / video_format.fps))
-        + _element(Id.CODEC_ID, b"V_MPEG4/ISO/AVC")
-        + _element(Id.CODEC_PRIVATE, avcc)
+        + _element(Id.CODEC_ID, codec)
+        + (_element(Id.CODEC_PRIVATE, private) if private else b"")
         + _element(Id.VIDEO, picture)
     )
-    kind = (
-        _element(Id.DOC_TYPE, b"matroska") + _unsigned(Id.DOC_TYPE_VERSION, 4) + _unsigned(Id.DOC_TYPE_READ_VERSION, 2)
-    )
+    kind = _element(Id.DOC_TYPE, doc_type) + _unsigned(Id.DOC_TYPE_VERSION, 4) + _unsigned(Id.DOC_TYPE_READ_VERSION, 2)
     begin = _element(Id.EBML, kind) + _coded(Id.SEGMENT) + UNKNOWN_SIZE
     names = (
         _unsigned(Id.TIMESTAMP_SCALE, TIMESTAMP_SCALE_NS)

@@ -6,8 +6,12 @@ import operator
 from dataclasses import dataclass
 from numbers import Rational, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_STEPS = 1000
 MAX_GUIDANCE = 50.0
@@ -60,6 +64,12 @@ def whole_number(value: object, name: str, minimum: int, maximum: int) -> int:
     if not minimum <= number <= maximum:
         raise UserError(f"{name} is {shown(number)}; {expected}")
     return number
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raise UserError for frames that are not uint8 [T, H, W, 3]."""
+    if frames.dtype != "uint8" or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
 
 
 def check_path(value: object, name: str) -> None:

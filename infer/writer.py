@@ -1,4 +1,4 @@
-"""Write frames to a video file that can be played while it grows."""
+"""Write frames to a video file that can be played while it grows, or to pictures."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from contextlib import suppress
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
-from longvideo.infer import matroska
-from longvideo.infer.fragments import TICKS_PER_FRAME, FragmentedVideo, PartEncoder, VideoFormat, random_access
-from longvideo.infer.options import shown, whole_number
+from longvideo.infer.containers import CONTAINERS, EVEN_SIDES, MAX_RATES
+from longvideo.infer.fragments import VideoFormat
+from longvideo.infer.options import check_frames, shown, whole_number
+from longvideo.infer.pictures import EXAMPLE, PNG, PictureWriter, check_pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
+
+    import numpy as np
+
+    from longvideo.infer.containers import Container
 
 MAX_FPS = 1000
 MAX_CRF = 51  # largest value of H.264 with 8 bits
@@ -30,24 +32,22 @@ MAX_PART_SECONDS = 2.0
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
-    """Return the path of a file that can be written. Nothing on the disk is changed.
+    """Return the path of a file, or the pattern of files, that can be written. Nothing on the disk is changed.
 
-    Raises UserError for an unknown suffix, for what `longvideo.files.check_target` refuses, and for a file that another
-    process is writing.
+    Raises UserError for an unknown suffix, for what `longvideo.files.check_target` or `check_pictures` refuses, and for
+    a file that another process is writing.
     """
     path = Path(path)
+    if path.suffix.lower() == PNG:
+        check_pictures(path, overwrite=overwrite)
+        return path
     if path.suffix.lower() not in CONTAINERS:
-        raise UserError(f"cannot write {path}: expected a name that ends in {' or '.join(CONTAINERS)}")
+        raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(CONTAINERS)}, or {EXAMPLE}")
     check_target(path, overwrite=overwrite)
-    check_unlocked(path)
-    return path
-
-
-def check_unlocked(path: Path) -> None:
-    """Raise BusyError for a file that another process is writing. Nothing on the disk is changed."""
     if path.exists():
         with path.open("r+b") as file:
             _lock(file.fileno(), path)
+    return path
 
 
 def check_fps(fps: object) -> None:
@@ -56,8 +56,18 @@ def check_fps(fps: object) -> None:
         raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
 
 
+def open_writer(path: str | Path, *, fps: float, overwrite: bool = False) -> VideoWriter | PictureWriter:
+    """Return the writer of a video file, or of numbered pictures for a name such as `frames/%05d.png`.
+
+    The arguments and errors are those of `VideoWriter`.
+    """
+    if Path(path).suffix.lower() == PNG:
+        return PictureWriter(path, overwrite=overwrite)
+    return VideoWriter(path, fps=fps, overwrite=overwrite)
+
+
 class VideoWriter:
-    """Writes frames to an H.264 file. Frames that were written can be played, even if the process is killed.
+    """Writes frames to a video file. Frames that were written can be played, even if the process is killed.
 
     The file gets its name once its first frames are in it; an older file keeps the name until then. If the path is a
     link, its target is written.
@@ -66,11 +76,16 @@ class VideoWriter:
     def __init__(self, path: str | Path, *, fps: float, overwrite: bool = False, crf: int = 16) -> None:
         """Check the path and the options; nothing is written yet.
 
-        path: file with the suffix .mp4 or .mkv. fps: frames per second. overwrite: whether a file that exists is
-        replaced. crf: quality of H.264, 0 to 51; lower values give better pictures and larger files.
+        path: file with the suffix .mp4 or .mkv (H.264), .webm (VP9), .gif or .webp. fps: frames per second. overwrite:
+        whether a file that exists is replaced. crf: quality in H.264's scale, 0 to 51; lower values give better
+        pictures and larger files. A GIF has no such choice.
         Raises UserError for a value that cannot be used.
         """
         check_fps(fps)
+        if (suffix := Path(path).suffix.lower()) == PNG:
+            raise UserError(f"cannot write {path} as one file; expected a name that ends in {', '.join(CONTAINERS)}")
+        if fps > (most := MAX_RATES.get(suffix, MAX_FPS)):
+            raise UserError(f"fps is {fps:g}; expected at most {most} in {suffix}; use .webp or .webm")
         self.path = check_output(path, overwrite=overwrite)
         self._overwrite = overwrite
         self._fps = Fraction(float(fps)).limit_denominator(1001)
@@ -85,6 +100,11 @@ class VideoWriter:
             self._num_frames = self._output.num_frames
         return self._num_frames
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file under its name."""
+        return self.path.stat().st_size if self.num_frames else 0
+
     def __enter__(self) -> VideoWriter:
         return self
 
@@ -96,11 +116,10 @@ class VideoWriter:
     def write(self, frames: np.ndarray) -> None:
         """Encode frames and write them to the disk.
 
-        frames: uint8 [T, H, W, 3], of one size for all calls, with an even height and width.
+        frames: uint8 [T, H, W, 3], of one size for all calls. Height and width are even, except in .gif and .webp.
         Raises WriteError when the disk refuses them; the frames before them can still be played.
         """
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
+        check_frames(frames)
         part_frames = max(1, round(MAX_PART_SECONDS * self._fps))
         for begin in range(0, len(frames), part_frames):
             output = self._output or self._begin(*frames.shape[1:3])
@@ -132,96 +151,17 @@ class VideoWriter:
             output.release()
 
     def _begin(self, height: int, width: int) -> _Output:
-        if width % 2 or height % 2:
+        suffix = self.path.suffix.lower()
+        if (width % 2 or height % 2) and suffix in EVEN_SIDES:
             raise UserError(
-                f"frames are {width} x {height}; expected an even width and height, as H.264 with 4:2:0 color needs"
+                f"frames are {width} x {height}; expected an even width and height, as 4:2:0 color needs; use .gif,"
+                " .webp or .png"
             )
-        new_container = CONTAINERS[self.path.suffix.lower()]
+        new_container = CONTAINERS[suffix]
         container = new_container(VideoFormat(width, height, self._fps, self._crf, profile="high"))
         with _Refused(self):
             self._output = _Output(Path(os.path.realpath(self.path)), container, size=(height, width))
         return self._output
-
-
-class Container(Protocol):
-    """The layout of a file that grows part by part. init: bytes before the first part."""
-
-    init: bytes
-
-    def part(self, frames: np.ndarray, *, start: int) -> bytes:
-        """Return the bytes of a part. frames: uint8 [T, H, W, 3]. start: number of the first one in the video."""
-        ...
-
-    def patch(self, num_frames: int, /) -> tuple[int, bytes] | None:
-        """Return an offset in the file and the bytes to write there once it has this many frames; None for none."""
-        ...
-
-    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
-        """Return offsets and bytes to write at the end.
-
-        entries: first frame and offset of each part. offset: size of the file so far, in bytes.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free the encoder."""
-        ...
-
-
-class FragmentedMP4:
-    """MP4 whose parts are fragments, with an index of the fragments at the end."""
-
-    def __init__(self, video_format: VideoFormat) -> None:
-        self._video = FragmentedVideo(video_format)
-        self._ticks = TICKS_PER_FRAME * video_format.fps.denominator
-        self.init = self._video.init
-
-    def part(self, frames: np.ndarray, *, start: int) -> bytes:
-        return self._video.encode(frames, start=start).data
-
-    def patch(self, _num_frames: int) -> tuple[int, bytes] | None:
-        return None
-
-    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
-        return [(offset, random_access(entries, ticks=self._ticks))]
-
-    def close(self) -> None:
-        self._video.close()
-
-
-class Matroska:
-    """Matroska whose parts are clusters, with an index of the clusters at the end.
-
-    The header has the length of the video, and once it is finished the place of the index.
-    """
-
-    def __init__(self, video_format: VideoFormat) -> None:
-        self._encoder = PartEncoder(video_format)
-        self._fps = video_format.fps
-        self._header = matroska.header(video_format, avcc=self._encoder.avcc)
-        self.init = self._header.data
-
-    def part(self, frames: np.ndarray, *, start: int) -> bytes:
-        return matroska.cluster(self._encoder.encode(frames), start=start, fps=self._fps)
-
-    def patch(self, num_frames: int) -> tuple[int, bytes] | None:
-        return self._header.duration_offset, matroska.duration(num_frames, fps=self._fps)
-
-    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
-        begin = self._header.segment_begin
-        index = matroska.index(entries, fps=self._fps, segment_begin=begin)
-        size = matroska.segment_size(offset + len(index) - begin)
-        return [
-            (offset, index),
-            (self._header.seek_head_offset, matroska.seek_head(offset, segment_begin=begin)),
-            (begin - len(size), size),
-        ]
-
-    def close(self) -> None:
-        self._encoder.close()
-
-
-CONTAINERS: dict[str, Callable[[VideoFormat], Container]] = {".mp4": FragmentedMP4, ".mkv": Matroska}
 
 
 class _Output:
@@ -252,7 +192,7 @@ class _Output:
         data = part if self._entries else self._container.init + part
         offset = self._end + len(data) - len(part)
         _write_at(self._file, data, self._end)
-        if patch := self._container.patch(self.num_frames + len(frames)):
+        if patch := self._container.patch(self.num_frames + len(frames), self._end + len(data)):
             _write_at(self._file, patch[1], patch[0])
         self._entries.append((self.num_frames, offset))
         self._end += len(data)

@@ -54,8 +54,9 @@ def decode(
         Path,
         typer.Option(
             *OUTPUT,
-            help="Video file, .mp4 or .mkv; or array of float32 frames [T, H, W, 3] in [0, 1], .npy or .safetensors; or"
-            " a name without suffix, for a folder of .mp4 files.",
+            help="Video file, .mp4, .mkv, .webm, .gif or .webp; or pictures, such as `frames/%05d.png`; or array of"
+            " float32 frames [T, H, W, 3] in [0, 1], .npy or .safetensors; or a name without suffix, for a folder of"
+            " .mp4 files.",
         ),
     ] = Path("out.mp4"),
 ) -> None:
@@ -162,32 +163,32 @@ def _write(
 ) -> None:
     """Write a file of frames and print one line about it. A signal finishes a video before Stopped is raised."""
     from longvideo.infer.frame_files import is_video, write_array
-    from longvideo.infer.writer import VideoWriter
+    from longvideo.infer.writer import open_writer
 
     total, interruption, num_frames = shape[0], None, shape[0]
     with closing(frames), _progress(path.name, frames, total) as chunks:
         if is_video(path):
-            with VideoWriter(path, fps=fps, overwrite=overwrite) as writer:
+            with open_writer(path, fps=fps, overwrite=overwrite) as writer:
                 try:
                     for part in chunks:
                         writer.write(part)
                 except Stopped as stop:
                     interruption = stop
-            num_frames = writer.num_frames
+            num_frames, num_bytes = writer.num_frames, writer.num_bytes
         else:
             write_array(path, chunks, shape, fps=fps)
+            num_bytes = path.stat().st_size
     with without_reader(STDOUT):
-        print(_summary(path, num_frames, total, fps), flush=True)
+        print(_summary(path, num_frames, total, num_bytes, fps), flush=True)
     if interruption:
         raise interruption
 
 
-def _summary(path: Path, num_frames: int, total: int, fps: float) -> str:
+def _summary(path: Path, num_frames: int, total: int, num_bytes: int, fps: float) -> str:
     if num_frames == 0:
         return "no frame was decoded; nothing was written"
     count = f"{num_frames} frames" if num_frames == total else f"{num_frames} of {total} frames"
-    size = path.stat().st_size / 2**20
-    return printable(f"{path}: {count}, {num_frames / fps:.2f} s at {fps:g} frames/s, {size:.2f} MiB")
+    return printable(f"{path}: {count}, {num_frames / fps:.2f} s at {fps:g} frames/s, {num_bytes / 2**20:.2f} MiB")
 
 
 @contextmanager

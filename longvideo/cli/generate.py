@@ -48,10 +48,13 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.latents import LatentsHeader, LatentsWriter
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.generation import GeneratedChunk
+    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.writer import VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
+OUTPUT_HELP = "Video file, .mp4, .mkv, .webm, .gif or .webp; or pictures, such as `frames/%05d.png`."
 
 
 def generate(
@@ -99,7 +102,7 @@ def generate(
         typer.Option(help="File for the latents of the video, .safetensors, which `longvideo decode` decodes again."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")] = False,
-    output: Annotated[Path, typer.Option(*OUTPUT, help="Video file, .mp4 or .mkv.")] = Path("out.mp4"),
+    output: Annotated[Path, typer.Option(*OUTPUT, help=OUTPUT_HELP)] = Path("out.mp4"),
 ) -> None:
     """Generate a video from prompts, chunk by chunk.
 
@@ -180,7 +183,7 @@ def _write(
     start: time at which the command started, on `time.perf_counter`.
     A signal stops the generation; the file is finished before Stopped is raised.
     """
-    from longvideo.infer.writer import VideoWriter
+    from longvideo.infer.writer import open_writer
 
     interruption = None
     with _display() as display:
@@ -191,7 +194,7 @@ def _write(
         plan = pipeline.plan(video.script)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
         display.set_stage("generating the first chunk")
-        with VideoWriter(output, fps=pipeline.fps, overwrite=overwrite) as writer:
+        with open_writer(output, fps=pipeline.fps, overwrite=overwrite) as writer:
             try:
                 with closing(chunks):
                     for chunk in chunks:
@@ -203,7 +206,7 @@ def _write(
             except Stopped as stop:
                 interruption = stop
     with without_reader(STDOUT):
-        print(_summary(output, writer.num_frames, tally, pipeline.fps), flush=True)
+        print(_summary(writer, tally, pipeline.fps), flush=True)
     if latents is not None and writer.num_frames:
         scale = pipeline.models.decoder.config.scale_factor_temporal
         num_latents = 1 + -(-(writer.num_frames - 1) // scale)
@@ -407,13 +410,14 @@ def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Ge
     return chunks
 
 
-def _summary(output: Path, num_frames: int, tally: VideoTally, fps: float) -> str:
+def _summary(writer: VideoWriter | PictureWriter, tally: VideoTally, fps: float) -> str:
+    num_frames = writer.num_frames
     if num_frames == 0:
         return "no frame was generated; nothing was written"
     rate = tally.frames_per_second
     speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
     first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""
     return (
-        f"{output}: {num_frames} frames, {num_frames / fps:.2f} s at {fps:g} frames/s, "
-        f"{output.stat().st_size / 2**20:.2f} MiB{first}{speed}"
+        f"{writer.path}: {num_frames} frames, {num_frames / fps:.2f} s at {fps:g} frames/s, "
+        f"{writer.num_bytes / 2**20:.2f} MiB{first}{speed}"
     )

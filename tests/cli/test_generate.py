@@ -72,6 +72,18 @@ def test_a_script_a_picture_and_overwriting(
     assert "warning: the model's vocabulary does not contain 'zebra'" in printed.err
 
 
+def test_animations_and_pictures_have_the_frames_of_the_video(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for name in ("a.mkv", "a.webm", "a.gif", "a.webp", "frames/%03d.png"):
+        assert run(model_folder, "a red ball", "--seconds", "1.5", "-o", str(tmp_path / name)) == 0
+    exact = np.stack([iio.imread(path) for path in sorted((tmp_path / "frames").iterdir())]).astype(float)
+    assert exact.shape == (36, 32, 64, 3)
+    for name in ("a.webm", "a.gif", "a.webp"):
+        frames = np.stack(list(iio.imiter(tmp_path / name, plugin="pyav" if name == "a.webm" else "pillow")))
+        luma = np.array([0.2126, 0.7152, 0.0722])  # some formats halve the resolution of color, not of brightness
+        assert np.corrcoef((frames[..., :3] @ luma).ravel(), (exact @ luma).ravel())[0, 1] > 0.9, name
+
+
 def test_a_video_starts_with_a_frame_of_real_footage(
     pipeline: StreamingPipeline, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +284,8 @@ BAD = {
     "script with an unknown key": (["--script", "{tmp}/key.yaml"], "shot 1 has the unknown key 'secs'"),
     "script with a negative length": (["--script", "{tmp}/negative.yaml"], "shot 2: seconds is -1;"),
     "output that exists": (["a", "-o", "{tmp}/old.mp4"], "old.mp4 exists"),
-    "output of another kind": (["a", "-o", "{tmp}/new.gif"], "expected a name that ends in .mp4 or .mkv"),
+    "output of another kind": (["a", "-o", "{tmp}/new.avi"], "expected a name that ends in .mp4, .mkv, .webm, .gif"),
+    "one picture for all frames": (["a", "-o", "{tmp}/new.png"], "expected one place for the number of the frame"),
     "output in no folder": (["a", "-o", "{tmp}/none/new.mp4"], "is not a folder"),
     "output that cannot be written": (["a", "-o", "/proc/self/new.mp4"], "cannot write /proc/self/new.mp4"),
     "unknown option": (["a", "--secnds", "4"], "--secnds"),

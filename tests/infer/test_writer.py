@@ -15,15 +15,18 @@ import av
 import numpy as np
 import pytest
 from av.error import InvalidDataError
+from PIL import Image, ImageSequence
 
 from longvideo.data.video import check_whole, probe_video
 from longvideo.errors import UserError
+from longvideo.infer.containers import FragmentedMP4
 from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.matroska import UNKNOWN_SIZE
-from longvideo.infer.writer import FragmentedMP4, VideoWriter, _Output, check_output
+from longvideo.infer.writer import VideoWriter, _Output, check_output, open_writer
 from tests.folders import file_names
 
 SIZES = [29, 32, 32]
+SUFFIXES = [".mp4", ".mkv", ".webm", ".gif", ".webp"]
 
 
 def moving_disc(start: int, count: int, *, height: int = 128, width: int = 224) -> np.ndarray:
@@ -37,6 +40,8 @@ def moving_disc(start: int, count: int, *, height: int = 128, width: int = 224) 
 
 
 def decode(path: Path, *, truncated: bool = False) -> np.ndarray:
+    if path.suffix in (".gif", ".webp"):
+        return shown(path)[0]
     frames = []
     with av.open(str(path)) as container:
         try:
@@ -46,7 +51,17 @@ def decode(path: Path, *, truncated: bool = False) -> np.ndarray:
     return np.stack(frames)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def shown(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Return the frames of an animation, and how long each is shown, in milliseconds."""
+    frames, durations = [], []
+    with Image.open(path) as animation:
+        for frame in ImageSequence.Iterator(animation):
+            frames.append(np.asarray(frame.convert("RGB")))
+            durations.append(int(frame.info["duration"]))
+    return np.stack(frames), durations
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 def test_frames_rate_and_colors_come_back(tmp_path: Path, suffix: str) -> None:
     path, start, written = tmp_path / f"out{suffix}", 0, []
     with VideoWriter(path, fps=24) as writer:
@@ -65,7 +80,86 @@ def test_frames_rate_and_colors_come_back(tmp_path: Path, suffix: str) -> None:
     assert file_names(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [24, 24000 / 1001, 50])
+@pytest.mark.parametrize(("suffix", "tick"), [(".gif", 10), (".webp", 1)])
+def test_an_animation_has_the_exact_length_and_its_colors(tmp_path: Path, suffix: str, tick: int, fps: float) -> None:
+    path, written = tmp_path / f"out{suffix}", moving_disc(0, 61, height=65, width=95)
+    with VideoWriter(path, fps=fps) as writer:
+        writer.write(written[:29])
+        writer.write(written[29:])
+    frames, durations = shown(path)
+    assert sum(durations) == tick * round(61 * 1000 / tick / fps)
+    assert max(abs(duration - 1000 / fps) for duration in durations) < tick
+    error = np.abs(frames.astype(float) - written)
+    assert error.max() == 0 if suffix == ".gif" else 10 * np.log10(255**2 / np.mean(error**2)) > 25  # 4:2:0 color
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+
+
+def test_a_gif_of_many_colors_is_close_and_each_part_stands_alone(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[0:128, 0:192]
+    picture = np.stack([rows * 2, columns * 255 // 191, (rows + columns) * 255 // 318], axis=-1).astype(np.uint8)
+    written = np.stack([np.roll(picture, 3 * shift, axis=1) for shift in range(8)])
+    path = tmp_path / "out.gif"
+    with VideoWriter(path, fps=24) as writer:
+        writer.write(written[:4])
+        writer.write(np.clip(written[4:], 64, 192))  # colors that the first part does not have
+    frames = decode(path)
+    error = frames.astype(float) - np.concatenate([written[:4], np.clip(written[4:], 64, 192)])
+    assert all(10 * np.log10(255**2 / np.mean(part**2)) > 29 for part in error)
+
+
+def test_a_webp_file_ends_before_its_size_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.webp"
+    monkeypatch.setattr("longvideo.infer.animations.MAX_RIFF_BYTES", 20_000)
+    message = r"more than 4 gib; use .webm, .mp4 or .mkv; the \d+ frames before are in it"
+    with pytest.raises(UserError, match=message), VideoWriter(path, fps=24) as writer:
+        for start in range(0, 300, 10):
+            writer.write(moving_disc(start, 10))
+    assert len(decode(path)) == writer.num_frames > 0 and path.stat().st_size <= 20_008
+
+
+def test_pictures_are_numbered_exact_and_replace_older_ones(tmp_path: Path) -> None:
+    pattern, frames = tmp_path / "frames" / "a%03d.png", moving_disc(0, 5, height=31, width=33)
+    with open_writer(pattern, fps=24) as writer:
+        writer.write(frames[:1])
+        writer.write(frames[1:])
+    names = [f"a{number:03d}.png" for number in range(5)]
+    assert file_names(pattern.parent) == names and writer.num_frames == 5
+    assert writer.num_bytes == sum((pattern.parent / name).stat().st_size for name in names)
+    read = [np.asarray(Image.open(pattern.parent / name)) for name in names]
+    assert np.array_equal(np.stack(read), frames)
+    (pattern.parent / "b000.png").write_text("of another pattern")
+    with pytest.raises(UserError, match=r"a000.png exists; choose another name or add --overwrite"):
+        open_writer(pattern, fps=24)
+    with open_writer(pattern, fps=24, overwrite=True) as writer:
+        assert len(file_names(pattern.parent)) == 6  # nothing changes before the first frame
+        writer.write(frames[:2])
+        other = open_writer(pattern, fps=24, overwrite=True)
+        with pytest.raises(UserError, match="is being written by another process"):
+            other.write(frames[:1])
+    assert file_names(pattern.parent) == ["a000.png", "a001.png", "b000.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.png", "expected one place for the number of the frame, as in frames/%05d.png"),
+        ("%05d%d.png", "expected one place for the number"),
+        ("%s.png", "expected one place for the number"),
+        ("%d/%05d.png", "its folder has a %"),
+        ("none/deep/%05d.png", "none is not a folder; create it first"),
+        ("file/%05d.png", "file is not a folder"),
+    ],
+)
+def test_bad_patterns_are_refused_before_anything_is_written(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match=message):
+        check_output(tmp_path / name, overwrite=False)
+    assert file_names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_file_grows_and_plays_at_every_chunk(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     writer, total = VideoWriter(path, fps=24), 0
@@ -91,7 +185,7 @@ def test_a_truncated_file_plays_up_to_the_cut(tmp_path: Path) -> None:
         assert len(decode(tmp_path / "cut.mp4", truncated=True)) > 93 * part * 0.7
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("parts", [(1,), (1, 28), (1, 28, 32)])
 def test_written_frames_can_be_played_after_a_kill(tmp_path: Path, suffix: str, parts: tuple[int, ...]) -> None:
     path = tmp_path / f"out{suffix}"
@@ -109,7 +203,8 @@ def test_written_frames_can_be_played_after_a_kill(tmp_path: Path, suffix: str, 
 def test_temporary_files_of_killed_writers_are_removed_by_the_next_and_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     code = (
-        "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output, FragmentedMP4, VideoFormat\n"
+        "import os, sys, pathlib, fractions; from longvideo.infer.writer import _Output\n"
+        "from longvideo.infer.containers import FragmentedMP4, VideoFormat\n"
         "container = FragmentedMP4(VideoFormat(64, 64, fractions.Fraction(24)))\n"
         "_Output(pathlib.Path(sys.argv[1]), container, size=(64, 64)); os.kill(os.getpid(), 9)"
     )
@@ -284,8 +379,8 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
         ("dangling.mp4", "it is a link to nothing.mp4, which is missing"),
         ("pipe.mp4", "it is a device, a pipe or a socket"),
         ("null.mp4", "it is a device, a pipe or a socket"),
-        ("out.avi", "expected a name that ends in .mp4 or .mkv"),
-        ("out", "expected a name that ends in .mp4 or .mkv"),
+        ("out.avi", "expected a name that ends in .mp4, .mkv, .webm, .gif, .webp, or frames/%05d.png"),
+        ("out", "expected a name that ends in .mp4, .mkv, .webm, .gif, .webp, or frames/%05d.png"),
         ("nowhere/out.mp4", "is not a folder; create it first"),
         ("folder.mp4", "it is a folder"),
         ("old.mp4", "exists; choose another name or add --overwrite"),
