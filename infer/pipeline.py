@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
@@ -90,6 +91,7 @@ class StreamingPipeline:
         decoder: str | None = None,
         decoder_precision: str = "auto",
         text_encoder: str | None = None,
+        size: str | None = None,
     ) -> StreamingPipeline:
         """Load a model.
 
@@ -109,7 +111,8 @@ class StreamingPipeline:
         means the small one on a CPU, if there is one, else the autoencoder. decoder_precision: "fp32", "bf16" or "fp8";
         "auto" means bf16 on a GPU, and what is measured to be the fastest on a CPU.
         text_encoder: "cuda" for `device`, "cpu" for the CPU, or "fp8" or "nvfp4" for `device` with weights in 8 or 4
-        bits; None means `device`.
+        bits; None means `device`. size: width and height of videos in pixels, such as "1280x704"; None means those of
+        the model.
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
@@ -119,9 +122,11 @@ class StreamingPipeline:
         check_path(name, "the model")
         if base is not None:
             check_path(base, "base")
-        return cls.load(
-            ModelFolder.open(name, base=base, preset=preset), placement, formats=formats, decoder_name=decoder
-        )
+        picture_size = None if size is None else PictureSize.parse(size)
+        folder = ModelFolder.open(name, base=base, preset=preset)
+        if picture_size is not None:
+            folder = folder.resized(picture_size)
+        return cls.load(folder, placement, formats=formats, decoder_name=decoder)
 
     @classmethod
     def load(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from longvideo.checkpoint.decoders import WAN, StoredDecoder
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.errors import UserError
 from longvideo.model.config import PRESETS, TransformerConfig
@@ -15,7 +16,7 @@ from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.tae import TinyAutoencoderConfig
 
-WAN_SIZE, WAN_WINDOW_FRAMES = (704, 1280), 32
+WAN_SIZE, WAN_WINDOW_FRAMES = PictureSize(1280, 704), 32
 PUBLIC_DECODERS: dict[str, DecoderConfig] = {
     "taew2_2": TinyAutoencoderConfig("base", 48, (256, 128, 64, 64)),
     "taew2_2_super": TinyAutoencoderConfig("super", 48, (512, 256, 128, 64)),
@@ -84,10 +85,10 @@ def folder_shapes(folder: ModelFolder, decoder: StoredDecoder | None = None) -> 
     )
 
 
-def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_frames: int | None = None) -> ModelShapes:
+def preset_shapes(name: str, *, size: PictureSize | None = None, window_frames: int | None = None) -> ModelShapes:
     """Return the shapes of a preset, "wan2.2-ti2v-5b" or "tiny".
 
-    size: height and width in pixels. window_frames: size of the window in latent frames. None means the preset's own,
+    window_frames: size of the window in latent frames. None means the preset's own,
     and "tiny" accepts nothing else.
     Raises UserError for an unknown name, and for a size or window with "tiny"; ConfigError for a size that the patches
     do not divide.
@@ -99,16 +100,16 @@ def preset_shapes(name: str, *, size: tuple[int, int] | None = None, window_fram
         own = folder.settings
         if size is not None or window_frames is not None:
             raise UserError(
-                f"the preset tiny has a fixed size, {own.height}x{own.width}, and a fixed window, {own.window_frames};"
+                f"the preset tiny has a fixed size, {own.width}x{own.height}, and a fixed window, {own.window_frames};"
                 " leave --size and --window out"
             )
         autoencoder = AutoencoderConfig.tiny()
         return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, own, folder.spec)
-    height, width = size or WAN_SIZE
+    size = size or WAN_SIZE
     settings = ModelSettings(
         window_frames=window_frames or WAN_WINDOW_FRAMES,
-        height=height,
-        width=width,
+        height=size.height,
+        width=size.width,
         steps=STREAMING_STEPS,
         guidance=STREAMING_GUIDANCE,
     )

@@ -7,6 +7,7 @@ model.safetensors.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
+from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
@@ -113,6 +115,19 @@ class ModelFolder:
         part = self._part(TRANSFORMER)
         changed = {TRANSFORMER: part.with_weights(merged(part.weights, adapter))}
         return replace(self, settings=settings, stored={**self.stored, **changed})
+
+    def resized(self, size: PictureSize) -> ModelFolder:
+        """Return the model with another picture size. Warns (UserWarning) that the model was not trained for it.
+
+        Raises UserError for a size that is no multiple of a token's, and for one with more tokens than the model's own.
+        """
+        own = PictureSize(self.settings.width, self.settings.height)
+        if size == own:
+            return self
+        size.check(own, self.latents_config.scale_factor_spatial * self.transformer_config.patch_size[1])
+        message = f"the model was trained for {own}; videos of {size} may look worse or show something else"
+        warnings.warn(message, UserWarning, stacklevel=2)
+        return replace(self, settings=replace(self.settings, width=size.width, height=size.height))
 
     @property
     def parts(self) -> tuple[str, ...]:

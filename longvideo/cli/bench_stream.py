@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.quantization.number_formats import NumberFormats
 
-MAX_SIZE_CHARACTERS = 11
-
 
 def stream(
     model: Annotated[
@@ -45,7 +43,7 @@ def stream(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: 1, or the model's own]")] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Picture size in pixels, HEIGHTxWIDTH; only with wan2.2-ti2v-5b.  [default: 704x1280]"),
+        typer.Option(help="Picture size in pixels, WIDTHxHEIGHT; only with wan2.2-ti2v-5b.  [default: 1280x704]"),
     ] = None,
     window: Annotated[
         int | None,
@@ -206,17 +204,11 @@ def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, forma
 def _preset_shapes(
     name: str, size: str | None, window: int | None, guidance: float | None, decoder: str | None
 ) -> ModelShapes:
+    from longvideo.checkpoint.picture_size import PictureSize
     from longvideo.infer.fit.shapes import preset_shapes
 
-    shapes = preset_shapes(name, size=None if size is None else _height_and_width(size), window_frames=window)
+    shapes = preset_shapes(name, size=None if size is None else PictureSize.parse(size), window_frames=window)
     return shapes.with_guidance(guidance).with_decoder(decoder)
-
-
-def _height_and_width(size: str) -> tuple[int, int]:
-    height, cross, width = size.partition("x")
-    if not cross or not (height.isdecimal() and width.isdecimal() and len(size) <= MAX_SIZE_CHARACTERS):
-        raise UserError(f"--size is {size!r}; expected HEIGHTxWIDTH in pixels, such as 704x1280")
-    return int(height), int(width)
 
 
 def _facts(name: str, pipeline: StreamingPipeline, formats: NumberFormats, report: StreamReport) -> dict[str, Any]:

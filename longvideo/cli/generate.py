@@ -29,6 +29,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    Size,
     TextEncoderChoice,
     one_decoder,
     warn_of_missing_quotes,
@@ -88,6 +89,7 @@ def generate(
     base: Base = None,
     preset: SettingsPreset = None,
     entry: Entry = None,
+    size: Size = None,
     device: Device = None,
     decode_device: DecodeDevice = None,
     decode_share: DecodeShare = None,
@@ -130,7 +132,7 @@ def generate(
     from longvideo.infer.writer import check_output
     from longvideo.quantization.number_formats import NumberFormats
 
-    choice, decoder_name = ModelChoice(model, base, preset, entry), one_decoder(decoder)
+    choice, decoder_name = ModelChoice(model, base, preset, entry, size), one_decoder(decoder)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)

@@ -93,6 +93,13 @@ DecoderFormat: TypeAlias = Annotated[
 ]
 
 
+Size: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Picture size in pixels, WIDTHxHEIGHT, in multiples of 32 and with no more tokens than the model's own."
+        "  [default: the model's own]"
+    ),
+]
 TextEncoderChoice: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -118,21 +125,24 @@ FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model that a user chose. The fields are those of `ModelFolder.open`."""
+    """The model that a user chose. size: picture size; the other fields are those of `ModelFolder.open`."""
 
     name: str
     base: str | None = None
     preset: str | None = None
     entry: str | None = None
+    size: str | None = None
 
     def open(self) -> ModelFolder:
         """Open the model; print the names of files that are not used to standard error."""
         from longvideo.checkpoint.folder import ModelFolder
+        from longvideo.checkpoint.picture_size import PictureSize
 
+        size = None if self.size is None else PictureSize.parse(self.size)
         folder = ModelFolder.open(self.name, base=self.base, preset=self.preset, entry=self.entry)
         for file, reason in folder.unused.items():
             typer.echo(printable(f"not used: {file}, {reason}"), err=True)
-        return folder
+        return folder if size is None else folder.resized(size)
 
     def load(self, placement: Placement, formats: NumberFormats, decoder: str | None) -> StreamingPipeline:
         """Open and load the model. decoder: as in `longvideo.checkpoint.decoders.choose_decoder`."""

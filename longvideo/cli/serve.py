@@ -22,6 +22,7 @@ from longvideo.cli.model_options import (
     ModelName,
     Precision,
     SettingsPreset,
+    Size,
     TextEncoderChoice,
     one_decoder,
 )
@@ -39,6 +40,7 @@ def serve(
     base: Base = None,
     preset: SettingsPreset = None,
     entry: Entry = None,
+    size: Size = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Addresses that other machines reach need `--token`.")
     ] = "127.0.0.1",
@@ -117,7 +119,7 @@ def serve(
     placement = Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
     with listen(host, port) as socket:
         print("loading", file=sys.stderr)
-        model_folder = ModelChoice(model, base, preset, entry).open()
+        model_folder = ModelChoice(model, base, preset, entry, size).open()
         with served_folder(folder):
             pipeline = _load(model_folder, placement, formats, decoder_name)
             print(pipeline.start_line(), file=sys.stderr)

@@ -93,14 +93,14 @@ def test_the_command_writes_what_it_shows(
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "large"],
-            "--size is 'large'; expected HEIGHTxWIDTH in pixels, such as 704x1280",
+            "size is 'large'; expected WIDTHxHEIGHT in pixels, such as 1280x704",
         ),
         (
-            ["--preset", "tiny", "--size", "128x224"],
-            "the preset tiny has a fixed size, 128x224, and a fixed window, 24; leave",
+            ["--preset", "tiny", "--size", "224x128"],
+            "the preset tiny has a fixed size, 224x128, and a fixed window, 24; leave",
         ),
         (["--preset", "tiny", "--device", "cpu", "--window", "32"], "leave --size and --window out"),
-        (["--model", "tiny", "--size", "704x1280"], "--size and --window are options of a preset; a model has its own"),
+        (["--model", "tiny", "--size", "1280x704"], "--size and --window are options of a preset; a model has its own"),
         (["--preset", "tiny", "--device", "cpu", "--precision", "fp8"], "FP8 products need a GPU"),
         (["--preset", "tiny", "--device", "cpu", "--timeline", "a.png"], "--timeline a.png needs a GPU"),
         (["--preset", "tiny", "--steps", "0"], "steps is 0; expected a whole number from 1 to 1000"),
@@ -108,7 +108,7 @@ def test_the_command_writes_what_it_shows(
         (["--preset", "tiny", "--out", "/dev/null"], "it is a device, a pipe or a socket"),
         (["--preset", "wan", "--device", "cpu"], "preset is 'wan'; expected one of"),
         (
-            ["--preset", "wan2.2-ti2v-5b", "--size", "700x1280", "--device", "cpu"],
+            ["--preset", "wan2.2-ti2v-5b", "--size", "1280x700", "--device", "cpu"],
             "height=700, width=1280; expected multiples of 32",
         ),
         (["--device", "cpu", "--decode-share", "0.5"], "cpu both denoises and decodes"),
