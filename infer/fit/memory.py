@@ -237,7 +237,7 @@ def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:
 
 
 def _decoder_values(config: DecoderConfig) -> int:
-    """Return the number of weights of a decoder; an autoencoder is loaded as a whole."""
+    """Return the number of weights of a decoder; one of Wan's form counts with its encoder, as a model's own has it."""
     with OnMeta():
         return _num_values(TinyDecoder(config) if isinstance(config, TinyAutoencoderConfig) else Autoencoder(config))
 

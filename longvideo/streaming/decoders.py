@@ -22,7 +22,8 @@ from longvideo.streaming.tiny_decoder import TinyStreamingDecoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 from longvideo.vae.halo import decode_lookback
-from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
+from longvideo.vae.tae import COLORS, TinyAutoencoderConfig, TinyDecoder
+from longvideo.vae.tae_layers import BLOCKS_PER_STAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 DecoderConfig: TypeAlias = AutoencoderConfig | TinyAutoencoderConfig
 OWN_DECODER = "the autoencoder"
 """Name of a model's own decoder, for people."""
+BYTES_OF_COLOR = 14
+"""Largest number of bytes of a color of a pixel while a tiny decoder's video is converted: 4 in the dtype, twice 4 in
+float32, and twice 1 in 8 bits."""
 
 
 class VideoDecoder(Protocol):
@@ -231,8 +235,10 @@ def _stage_bytes(stages: Sequence[PlannedStage], copied: int) -> DecoderBytes:
 def _tiny_bytes(config: TinyAutoencoderConfig, dtype: torch.dtype, grid: Grid) -> DecoderBytes:
     frame = grid.batch * grid.height * grid.width
     widths, scale = config.decoder_widths, config.scale_factor_spatial
-    # in the last stage two activations before the patches, and pixels in the dtype, in float32 and as bytes
+    # in the last stage two activations before the patches, and the pixels while they are converted
     area = (scale // config.patch_size) ** 2
-    last = frame * config.scale_factor_temporal * (2 * area * widths[-1] * dtype.itemsize + 3 * scale**2 * 14)
-    kept = sum(3 * width * frame * 4**index for index, width in enumerate(widths[:-1])) * dtype.itemsize
-    return DecoderBytes(kept=2 * kept, opening=last, later=last * grid.frames)
+    pixels = COLORS * scale**2 * BYTES_OF_COLOR
+    last = frame * config.scale_factor_temporal * (2 * area * widths[-1] * dtype.itemsize + pixels)
+    state = sum(BLOCKS_PER_STAGE * width * frame * 4**index for index, width in enumerate(widths[:-1]))
+    # the state is kept twice: a step returns the next one, which is then copied
+    return DecoderBytes(kept=2 * state * dtype.itemsize, opening=last, later=last * grid.frames)
