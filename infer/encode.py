@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longvideo.pixels import from_uint8
 from longvideo.vae.tae import TinyEncoder
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ class PictureEncoder:
             if self._encoder is None:
                 self._encoder = self._load()
         weight = next(self._encoder.parameters())
-        video_HWC = pixels_HWC.to(weight.device).float().div(127.5).sub(1)
-        video_BCTHW = video_HWC.permute(2, 0, 1)[None, :, None].to(weight.dtype)
+        video_BCTHW = from_uint8(pixels_HWC.to(weight.device)).permute(2, 0, 1)[None, :, None].to(weight.dtype)
         if isinstance(self._encoder, TinyEncoder):
             return self._encoder.encode_video(video_BCTHW).float()
         moments_BCTHW, _ = self._encoder.encode(video_BCTHW)

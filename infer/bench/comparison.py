@@ -12,6 +12,7 @@ from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.model.cache import CACHES
 from longvideo.model.conditioning import Conditioning
+from longvideo.pixels import from_uint8
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.rollout import CachedTransformer, Denoiser, branches, rollout
 
@@ -96,7 +97,7 @@ def _pixel_error(models: Models, stages: Stages) -> float:
     pixels = torch.from_numpy(decoder.decode(latents, 1 + scale * (COMPARED_LATENTS - 1)))
     decoder.reset()
     expected = models.decoder.plain(latents)
-    return _relative_error(pixels.float() - 127.5, expected.cpu().float() - 127.5)
+    return _relative_error(from_uint8(pixels), from_uint8(expected.cpu()))
 
 
 def _velocity_bound(models: Models) -> float:

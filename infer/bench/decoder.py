@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longvideo.infer.bench.kernels import KernelMismatch
 from longvideo.infer.bench.timing import median_ms
+from longvideo.infer.decoder_comparison import psnr
 from longvideo.kernels.backends import decoder_operations
 from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.streaming.decoder_convolutions import Grid
@@ -142,7 +143,7 @@ def _random_autoencoder(config: AutoencoderConfig, device: torch.device) -> Auto
 def _psnr(autoencoder: Autoencoder, size: tuple[int, int], device: torch.device) -> float:
     latents = torch.randn(1, autoencoder.config.z_dim, VIDEO_LATENTS, *size, device=device)
     videos = [StreamingDecoder(autoencoder, Grid(1, 1, *size, fp8)).decode(latents).double() for fp8 in (False, True)]
-    return float(10 * torch.log10(255**2 / (videos[0] - videos[1]).square().mean()))
+    return psnr((float((videos[0] - videos[1]).square().mean()),))
 
 
 def _relative_error(result: Tensor, expected: Tensor) -> float:

@@ -43,6 +43,7 @@ from longvideo.data.reading import read_in_order
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import WriteError, locked, temporary_names, write_file, write_json, write_text
 from longvideo.model.conditioning import video_texts
+from longvideo.pixels import from_uint8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -265,7 +266,7 @@ def encode_clip(
     state, latents, chunk = None, [], 0
     while chunks.start(chunk) < len(frames_THWC):
         part_THWC = frames_THWC[chunks.start(chunk) : chunks.start(chunk + 1)].to(device)
-        video_BCTHW = part_THWC.float().div(127.5).sub(1).permute(3, 0, 1, 2)[None]
+        video_BCTHW = from_uint8(part_THWC).permute(3, 0, 1, 2)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             moments, state = autoencoder.encode(video_BCTHW, state)
         latents.append(autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import ConfigError
+from longvideo.pixels import from_uint8
 from longvideo.training.precision import TrainingPrecision, autocast
 from longvideo.vae.halo import encode_latents, encode_window, temporal_lookback
 
@@ -52,7 +53,7 @@ class VideoClips:
         """Read and encode latent frames [first, last): float32 [C, t, H, W], on the CPU."""
         window = encode_window(first, last, self.lookback, temporal_scale=self.scale)
         frames_THWC = read_frames(self.clips[index], window.first_frame, window.end_frame, size=self.size, fps=self.fps)
-        video = (frames_THWC.to(self.device).float() / 127.5 - 1).permute(3, 0, 1, 2).unsqueeze(0)
+        video = from_uint8(frames_THWC.to(self.device)).permute(3, 0, 1, 2).unsqueeze(0)
         with autocast(self.precision, self.device):
             return encode_latents(self.autoencoder, video, window)[0].cpu()
 

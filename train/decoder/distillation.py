@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded
 from longvideo.train.decoder.report import color_outlines
-from longvideo.train.vae.reconstruction import VIDEO_RANGE, difference, tail
+from longvideo.train.vae.reconstruction import VIDEO_RANGE, decibels, difference, tail
 from longvideo.training.objective import Objective, ratio
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ class DecoderDistillation(Objective):
         temporal = mean(difference(error, 2).abs(), tail(weight, 2) * frames[:, :, :-1])
         loss = config.l1 * l1 + config.l2 * l2 + config.edge * edge + config.temporal * temporal
         squared_BF = (error.detach().clamp(-VIDEO_RANGE, VIDEO_RANGE) / VIDEO_RANGE).square().mean((1, 3, 4))
-        psnr = -10 * squared_BF.clamp_min(1e-10).log10()
         return loss, {
-            "psnr": ratio((psnr * weight_BF).sum(), weight_BF.sum()),
+            "psnr": ratio((decibels(squared_BF) * weight_BF).sum(), weight_BF.sum()),
             "l1": l1.detach(),
             "l2": l2.detach(),
             "edge": edge.detach(),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longvideo.pixels import LEVELS
 from longvideo.train.vae.reconstruction import psnr
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ OUTLINE_PIXELS = 2
 """Largest distance in pixels of a pixel of an outline from the edge."""
 EDGE_CONTRAST = 0.2
 """Smallest difference of neighboring pixels, of 2, that is an edge of color."""
-LEVELS = 127.5
-"""Number of 8-bit levels for each unit of a video in [-1, 1]."""
 
 
 def object_regions(mask_B1FHW: Tensor) -> dict[str, Tensor]:

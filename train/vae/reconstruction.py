@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 VIDEO_RANGE = 2.0
+SMALLEST_ERROR = 1e-10
+"""Lower bound of a mean squared error in a peak signal-to-noise ratio, which would be infinite without an error."""
 """Difference of the largest and the smallest pixel value, in [-1, 1]."""
 
 
@@ -124,4 +126,9 @@ def psnr(output: Tensor, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     error = (output.clamp(-1, 1) - video).square().mean(1, keepdim=True) / VIDEO_RANGE**2
     overall = error.mean((1, 2, 3, 4))
     objects = (error * mask).sum((1, 2, 3, 4)) / mask.sum((1, 2, 3, 4)).clamp_min(1.0)
-    return tuple(-10 * torch.log10(value.clamp_min(1e-10)) for value in (overall, objects))  # type: ignore[return-value]
+    return decibels(overall), decibels(objects)
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of mean squared errors relative to the range, at most 100 dB."""
+    return -10 * torch.log10(error.clamp_min(SMALLEST_ERROR))
