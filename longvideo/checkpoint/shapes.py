@@ -10,7 +10,7 @@ from longvideo.model.config import TransformerConfig
 from longvideo.quantization.linear import CODES
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD, AutoencoderConfig
-from longvideo.vae.tae import TinyAutoencoderConfig, TinyForm
+from longvideo.vae.tae import COLORS, TinyAutoencoderConfig, TinyForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 128
 """Head dimension of every published Wan transformer; it cannot be derived from shapes."""
-COLORS = 3
 STAGE_INPUT: dict[TinyForm, str] = {"base": "grow", "super": "conv"}
 """Layer of a stage of the tiny decoder whose inputs have the stage's width."""
 
