@@ -39,7 +39,7 @@ def test_sizes_with_at_most_the_models_tokens_are_possible(text: str) -> None:
             "1920x1088",
             r"2040 tokens for each latent frame; the model was trained with 880, 1280x704; use .* such as 1248x704",
         ),
-        ("30000x32", "937.5|multiples of 32|tokens"),
+        ("30016x32", "938 tokens for each latent frame"),
         ("16x16", "multiples of 32, such as 32x32"),
     ],
 )
