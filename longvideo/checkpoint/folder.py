@@ -119,7 +119,7 @@ class ModelFolder:
     def resized(self, size: PictureSize) -> ModelFolder:
         """Return the model with another picture size. Warns (UserWarning) that the model was not trained for it.
 
-        Raises UserError for a size that is no multiple of a token's, and for one with more tokens than the model's own.
+        Raises UserError for a size that is not a multiple of a token's, and for one with more tokens than its own size.
         """
         own = PictureSize(self.settings.width, self.settings.height)
         if size == own:

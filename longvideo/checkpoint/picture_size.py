@@ -1,4 +1,4 @@
-"""The size of pictures: how it is written, and which sizes a model can generate beside its own."""
+"""The size of pictures: how it is written, and which sizes a model can generate in place of its own."""
 
 from __future__ import annotations
 

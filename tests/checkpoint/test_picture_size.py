@@ -1,4 +1,4 @@
-"""Picture sizes beside a model's own: how they are written, which are possible, and that videos have them."""
+"""Picture sizes other than the model's: how they are written, which are possible, and that videos have them."""
 
 from __future__ import annotations
 
