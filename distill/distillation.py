@@ -211,8 +211,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         adapter.save(folder.parent / LORA, base=str(self.config.model))
         if self.config.merge:
             save_merged(
-                self.folder,
-                adapter,
+                self.folder.with_adapters([adapter.stored()]),
                 folder,
                 steps=self.generation.steps,
                 clean_pass=self.generation.clean_pass,

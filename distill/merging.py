@@ -1,4 +1,4 @@
-"""Add an adapter to the weights of a model folder."""
+"""Write a model with its adapters added to the weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from longvideo.checkpoint.adapters import Adapter
     from longvideo.checkpoint.folder import ModelFolder
 
 
 def save_merged(
     source: ModelFolder,
-    adapter: Adapter,
     target: Path,
     *,
     steps: int,
@@ -24,7 +22,7 @@ def save_merged(
     packed: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder with the adapter added to the transformer's weights, which generates without guidance.
+    """Write a model folder whose transformer has the sum of weights and adapters, and generates without guidance.
 
     steps: default solver steps of the folder. clean_pass: see `ModelSettings`; by default the source's. packed: whether
     the merged weights are packed to 4 bits.
@@ -33,4 +31,4 @@ def save_merged(
     if clean_pass is not None:
         settings = replace(settings, clean_pass=clean_pass)
     options = ConversionOptions(precision="nvfp4" if packed else None)
-    convert_model(source.with_adapter(adapter.stored(), settings), target, options, overwrite=overwrite)
+    convert_model(replace(source, settings=settings), target, options, overwrite=overwrite)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from longvideo.checkpoint import packed
+from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
@@ -136,7 +137,7 @@ def convert_adapter(
     if stored.adapter is None:
         raise CheckpointError(f"{source} is not a LoRA but a {stored.format}")
     with locked_target(destination), write_folder(destination, overwrite=overwrite) as folder:
-        stored.adapter.load().save(folder, base=base or "")
+        Adapter.of(stored.adapter).save(folder, base=base or "")
 
 
 def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: packed.OnPacked) -> Weights:

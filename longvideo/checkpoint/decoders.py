@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from longvideo.checkpoint import names, shapes
-from longvideo.checkpoint.adapters import is_adapter
+from longvideo.checkpoint.adapter_files import is_adapter
 from longvideo.checkpoint.diffusers_folder import SMALL_FILE
 from longvideo.checkpoint.formats import FOREIGN, autoencoder_weights, part_of
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors

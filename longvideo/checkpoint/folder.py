@@ -8,14 +8,13 @@ model.safetensors.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import packed
-from longvideo.checkpoint.adapters import StoredAdapter, merged
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, copy_part, write_index, write_part
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
@@ -26,6 +25,7 @@ from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoin
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
+from longvideo.checkpoint.updates import StoredAdapter, merged
 from longvideo.errors import CheckpointError, ConfigError
 from longvideo.files import copy_file, locked_target, write_folder, write_json
 from longvideo.model.config import TransformerConfig
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
+    from longvideo.checkpoint.choices import AdapterChoice
+
 
 class MissingBase(CheckpointError):
     """The opened model is an adapter, and no base model was specified. adapter: the opened adapter."""
@@ -58,7 +60,8 @@ class ModelFolder:
 
     path: the folder or file. format: description of the recognized format. stored: its parts, of transformer, vae and
     text_encoder. tokenizer: folder with tokenizer.json. notes: numbers and texts stored with the weights. unused: files
-    that belong to no part, with the reason.
+    that belong to no part, with the reason. adapters: added to the transformer, in this order; `stored` has the sum.
+    originals: the transformer's weights without them; None without adapters.
     """
 
     path: Path
@@ -68,6 +71,8 @@ class ModelFolder:
     tokenizer: Path | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[Path, str] = field(default_factory=dict)
+    adapters: tuple[StoredAdapter, ...] = ()
+    originals: Weights | None = None
 
     @classmethod
     def open(
@@ -77,6 +82,7 @@ class ModelFolder:
         base: str | Path | None = None,
         preset: str | None = None,
         entry: str | None = None,
+        adapters: Sequence[AdapterChoice] = (),
     ) -> ModelFolder:
         """Open a packaged model ("tiny", "tiny-teacher"), a folder or file, or a hub id (see `locate`).
 
@@ -84,7 +90,8 @@ class ModelFolder:
 
         base: another model that provides missing parts, and the transformer for a LoRA; for a checkpoint of a run the
         default is the model folder of that run. preset: name of settings in `PRESETS`; None uses the model's own.
-        entry: which weights of a training checkpoint to open, for example "generator_ema" or "ema".
+        entry: which weights of a training checkpoint to open, for example "generator_ema" or "ema". adapters: adapters
+        that are added to the transformer, in this order.
 
         Raises CheckpointError or ConfigError, naming the file, if something is missing or inconsistent.
         """
@@ -95,11 +102,8 @@ class ModelFolder:
         stored = recognize(path, entry=entry, like={} if base_model is None else base_model.stored)
         parts = {**(base_model.stored if base_model else {}), **stored.parts}
         settings = _settings(stored, base_model, preset)
-        if stored.adapter is not None:
-            if TRANSFORMER not in parts:
-                raise MissingBase(f"{path} is a LoRA; use --base with the model that it belongs to", stored.adapter)
-            part = parts[TRANSFORMER]
-            parts[TRANSFORMER] = part.with_weights(merged(part.weights, stored.adapter))
+        if stored.adapter is not None and TRANSFORMER not in parts:
+            raise MissingBase(f"{path} is a LoRA; use --base with the model that it belongs to", stored.adapter)
         if TRANSFORMER in parts:
             config = parts[TRANSFORMER].config
             assert isinstance(config, TransformerConfig)
@@ -108,13 +112,20 @@ class ModelFolder:
         ordered = {part: parts[part] for part in PARTS if part in parts}
         folder = cls(path, stored.format, settings, ordered, tokenizer, stored.notes, stored.unused)
         folder._check_configs()
-        return folder
+        own = () if stored.adapter is None else (stored.adapter,)
+        return folder.with_adapters((*own, *map(open_choice, adapters)))
 
-    def with_adapter(self, adapter: StoredAdapter, settings: ModelSettings) -> ModelFolder:
-        """Return the model with an adapter added to its transformer (see `adapters.merged`) and other settings."""
-        part = self._part(TRANSFORMER)
-        changed = {TRANSFORMER: part.with_weights(merged(part.weights, adapter))}
-        return replace(self, settings=settings, stored={**self.stored, **changed})
+    def with_adapters(self, adapters: Sequence[StoredAdapter]) -> ModelFolder:
+        """Return the model with adapters added to its transformer, after those that it has (see `updates.merged`).
+
+        Raises CheckpointError for an update that does not fit the transformer.
+        """
+        if not adapters:
+            return self
+        part, every = self._part(TRANSFORMER), (*self.adapters, *adapters)
+        originals = part.weights if self.originals is None else self.originals
+        changed = {TRANSFORMER: part.with_weights(merged(originals, every))}
+        return replace(self, stored={**self.stored, **changed}, adapters=every, originals=originals)
 
     def resized(self, size: PictureSize) -> ModelFolder:
         """Return the model with another picture size. Warns (UserWarning) that the model was not trained for it.
@@ -225,7 +236,10 @@ class ModelFolder:
         """Load the transformer. dtype: of the weights; None keeps the stored one. Packed layers always stay packed."""
         module = self.build(TRANSFORMER)
         assert isinstance(module, CausalTransformer)
-        load_weights(module, self.weights(TRANSFORMER), device=device, dtype=dtype)
+        weights = self.weights(TRANSFORMER)
+        if self.originals is not None and dtype is not None and not self.is_packed:
+            weights = merged(self.originals, self.adapters, dtype=dtype)  # rounded once, to the dtype of the model
+        load_weights(module, weights, device=device, dtype=dtype)
         return module.eval()
 
     def load_vae(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
@@ -332,6 +346,14 @@ class ModelFolder:
                 f"{self.path} has no {part}, only {available}; use --base with a model folder that has it"
             )
         return self.stored[part]
+
+
+def open_choice(choice: AdapterChoice) -> StoredAdapter:
+    """Open an adapter that a user chose. Raises CheckpointError if it is something else."""
+    stored = recognize(locate(choice.name))
+    if stored.adapter is None:
+        raise CheckpointError(f"{choice.name} is not an adapter but a {stored.format}; use it as the model")
+    return replace(stored.adapter, strength=choice.strength)
 
 
 def _settings(stored: StoredModel, base_model: ModelFolder | None, preset: str | None) -> ModelSettings:

@@ -13,7 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, prefixes, run_checkpoint, shapes
-from longvideo.checkpoint.adapters import PEFT_CONFIG, is_adapter, open_adapter, open_adapter_folder
+from longvideo.checkpoint.adapter_files import (
+    PEFT_CONFIG,
+    PEFT_STEM,
+    is_adapter,
+    open_adapter,
+    open_adapter_folder,
+)
 from longvideo.checkpoint.diffusers_folder import (
     INDEX_FILE,
     check_latents,
@@ -83,6 +89,8 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
             stored = [(path, _stored_model(weights, None, like, RUN)) for weights in modules]
             return replace(_combined(path, stored, {}), format=RUN, notes=notes)
         return _loose_files(path, entry, like)
+    if path.name == f"{PEFT_STEM}.safetensors" and (path.parent / PEFT_CONFIG).is_file():
+        return recognize(path.parent, entry=entry)
     weights = open_set(shards_of(path), entry=entry)
     return _one_or_more(path, weights, path.parent / "config.json", like, "single file")
 
@@ -118,6 +126,12 @@ def _one_or_more(path: Path, weights: Weights, config: Path | None, like: Like, 
 def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
     """Combine the parts whose files are in one folder, as in Wan's official folder."""
     sets = sets_of_weights(folder, suffixes=(SAFETENSORS, *pickle_file.SUFFIXES))
+    if not sets and (nested := sorted(folder.glob(f"*/{PEFT_CONFIG}"))):
+        folders = [file.parent.name for file in nested]
+        raise CheckpointError(
+            f"{folder} has adapters in folders of their own, {listing(folders)}; use one of them, such as"
+            f" {folder / folders[0]}"
+        )
     if not sets:
         raise CheckpointError(f"there is no {folder / INDEX_FILE}, and no weights in .safetensors, .pt or .pth files")
     config = folder / "config.json"

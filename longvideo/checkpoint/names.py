@@ -189,6 +189,11 @@ def to_official(name: str) -> str:
     return TRANSFORMER_DIFFUSERS.ours(name)
 
 
+def from_underscores(name: str) -> str:
+    """Translate a layer's official or diffusers' name, with underscores instead of dots, to the official name."""
+    return _translate(name, _UNDERSCORED)
+
+
 def strip_wrappers(name: str) -> str:
     """Remove the parts that training wrappers add to a parameter name."""
     bare = ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
@@ -232,3 +237,13 @@ def _translate(name: str, rules: Rules) -> str:
         if match := pattern.fullmatch(name):
             return replacement.format(*match.groups())
     return name
+
+
+_UNDERSCORED = _rules(
+    {
+        name.removesuffix(".*").replace(".", "_"): ours.removesuffix(".*")
+        for ours, theirs in TRANSFORMER_DIFFUSERS.ours_to_theirs.items()
+        for name in (theirs, ours)
+        if name.endswith(".*")
+    }
+)

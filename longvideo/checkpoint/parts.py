@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from longvideo.checkpoint.adapters import StoredAdapter
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
+from longvideo.checkpoint.updates import StoredAdapter
 from longvideo.model.config import TransformerConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig

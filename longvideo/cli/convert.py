@@ -7,8 +7,8 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from longvideo.checkpoint.choices import StoredPrecision, TargetName
-from longvideo.cli.model_options import Entry, ModelChoice
+from longvideo.checkpoint.choices import StoredPrecision, TargetName, adapter_choices
+from longvideo.cli.model_options import AdapterNames, Entry, ModelChoice
 from longvideo.cli.printing import shown_size
 from longvideo.cli.progress import bytes_progress
 from longvideo.errors import UserError, known
@@ -40,6 +40,7 @@ def convert(
         ),
     ] = None,
     entry: Entry = None,
+    adapter: AdapterNames = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, max=100000, help="Largest .safetensors file, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
@@ -47,7 +48,8 @@ def convert(
 
     The format of SRC is recognized by its content. It can be Wan's official folder (`Wan2.2-TI2V-5B`), a folder of
     diffusers or of this project, a checkpoint of LongLive 2.0 (`.pt`: full, packed in 4 bits, or LoRA), a checkpoint of
-    a training run of this project, a LoRA of peft or diffusers, or a single .safetensors file in one of these namings.
+    a training run of this project, a LoRA of kohya, ComfyUI, diffusers or peft, or a single .safetensors file in one of
+    these namings.
 
     `--to longvideo`: a folder for all commands of longvideo, which diffusers also reads unless it is packed.
     `diffusers`: the same without this project's settings. `official`: a folder for Wan's own code. `longlive`: one .pt
@@ -67,8 +69,8 @@ def convert(
     from longvideo.machine.host import bytes_on_disk
 
     if target == "lora":
-        if precision is not None or preset is not None:
-            raise UserError("--to lora does not support --precision and --preset; leave them out")
+        if precision is not None or preset is not None or adapter:
+            raise UserError("--to lora does not support --precision, --preset and --adapter; leave them out")
         from longvideo.checkpoint.conversion import convert_adapter
 
         convert_adapter(source, destination, base=base, entry=entry, overwrite=overwrite)
@@ -76,7 +78,7 @@ def convert(
         return
     stored = None if precision is None else known("precision", precision, get_args(StoredPrecision))
     options = ConversionOptions(target, stored, max_shard_bytes=int(shard_gb * 1e9))
-    model = ModelChoice(source, base, preset, entry).open()
+    model = ModelChoice(source, base, preset, entry, adapters=adapter_choices(adapter or [])).open()
     with bytes_progress("writing") as progress:
         convert_model(model, destination, options, overwrite=overwrite, progress=progress)
     print(f"{destination}: {model.format} as {target}, {shown_size(bytes_on_disk(destination))}")

@@ -15,8 +15,8 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from longvideo.checkpoint.adapters import StoredAdapter
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.checkpoint.updates import StoredAdapter
 
 MILLION, BILLION = 1e6, 1e9
 DTYPES = {
@@ -194,16 +194,18 @@ def _count(number: int) -> str:
 
 
 def _print_adapter(model: str, adapter: StoredAdapter, *, as_json: bool) -> None:
-    facts = {
-        "rank": adapter.rank,
-        "scaling": adapter.scaling,
-        "layers": len(adapter.sizes),
-        "parameters": sum(info.num_values for info in adapter.weights.infos.values()),
+    facts: dict[str, Any] = {
+        "ranks": adapter.ranks,
+        "scales": adapter.scales,
+        "layers": len(adapter.low_rank),
+        "differences": len(adapter.updates) - len(adapter.low_rank),
+        "parameters": adapter.num_values,
     }
     if as_json:
         typer.echo(json.dumps({"path": model, "format": "LoRA", **facts}, indent=2))
         return
-    listed = ", ".join(f"{name} {value:g}" for name, value in facts.items())
+    facts |= {name: " and ".join(f"{x:g}" for x in facts[name]) or "none" for name in ("ranks", "scales")}
+    listed = ", ".join(f"{name} {value}" for name, value in facts.items())
     typer.echo(f"{model}: LoRA; {listed}; use --base with the model that it belongs to")
 
 

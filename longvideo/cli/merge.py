@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
+from longvideo.checkpoint.choices import AdapterChoice, adapter_choices
+from longvideo.cli.model_options import AdapterNames, ModelChoice
 from longvideo.errors import UserError, known
 
 
 def merge(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="`tiny`, a model folder, or a Hugging Face id.")],
-    adapter: Annotated[Path, typer.Argument(metavar="LORA", help="Adapter folder: `lora/` of a run, or peft's own.")],
+    lora: Annotated[
+        str,
+        typer.Argument(
+            metavar="LORA[:STRENGTH]",
+            help="Adapter: `lora/` of a run, or a file or folder of kohya, ComfyUI, diffusers, peft or LongLive.",
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     steps: Annotated[int, typer.Option(help="Solver steps that the merged model generates with by default.")] = 4,
     clean_pass: Annotated[
@@ -22,14 +30,17 @@ def merge(
     precision: Annotated[
         str, typer.Option(help="`bf16` (as MODEL is stored), or `nvfp4` to pack the merged weights to 4 bits.")
     ] = "bf16",
+    adapter: AdapterNames = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
-    """Add a LoRA adapter to the weights of a model folder.
+    """Add LoRA adapters to the weights of a model folder: LORA, then each `--adapter`.
 
     Sums are computed in fp32 and rounded once. A packed MODEL is unpacked first; the folder that it was packed from
     gives better weights. The result generates without guidance.
 
     `longvideo merge tiny runs/dmd/lora merged`
+
+    `longvideo merge tiny few_steps.safetensors merged --adapter guidance.safetensors:0.5`
     """
     from longvideo.infer.options import SamplingOptions
 
@@ -37,15 +48,11 @@ def merge(
     SamplingOptions(steps)
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists; choose another name or add --overwrite")
-    from longvideo.checkpoint.adapters import Adapter, layer_sizes
-    from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.checkpoint.modules import OnMeta
     from longvideo.distill.merging import save_merged
-    from longvideo.model.transformer import CausalTransformer
 
-    folder, lora = ModelFolder.open(model), Adapter.load(adapter)
-    with OnMeta():
-        sizes = layer_sizes(CausalTransformer(folder.transformer_config))
-    lora.check_fits(sizes, model, str(adapter))
-    save_merged(folder, lora, destination, steps=steps, clean_pass=clean_pass, packed=packed, overwrite=overwrite)
-    print(f"{destination}: {model} with {adapter} added to {len(lora.layers)} layers, {steps} steps, no guidance")
+    choices = (AdapterChoice.parse(lora), *adapter_choices(adapter or []))
+    folder = ModelChoice(model, adapters=choices).open()
+    save_merged(folder, destination, steps=steps, clean_pass=clean_pass, packed=packed, overwrite=overwrite)
+    parameters = {name for one in folder.adapters for name in one.updates}
+    added = " and ".join(one.description for one in folder.adapters)
+    print(f"{destination}: {model} with {added} added to {len(parameters)} parameters, {steps} steps, no guidance")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from longvideo.checkpoint.choices import AdapterChoice
 from longvideo.cli.printing import printable
 from longvideo.errors import UserError
 
@@ -36,6 +37,15 @@ Entry: TypeAlias = Annotated[
     typer.Option(
         help="Entry of a training checkpoint with the weights, such as `generator_ema`.  [default: `generator`; `ema`"
         " in checkpoints of longvideo]"
+    ),
+]
+AdapterNames: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH[:STRENGTH]",
+        help="LoRA to add to the transformer: a file or folder of kohya, ComfyUI, diffusers, peft or LongLive, such as"
+        " `style.safetensors:0.8`. Several are added in their order.",
     ),
 ]
 Guidance: TypeAlias = Annotated[
@@ -132,6 +142,7 @@ class ModelChoice:
     preset: str | None = None
     entry: str | None = None
     size: str | None = None
+    adapters: tuple[AdapterChoice, ...] = ()
 
     def open(self) -> ModelFolder:
         """Open the model; print the names of files that are not used to standard error."""
@@ -139,7 +150,9 @@ class ModelChoice:
         from longvideo.checkpoint.picture_size import PictureSize
 
         size = None if self.size is None else PictureSize.parse(self.size)
-        folder = ModelFolder.open(self.name, base=self.base, preset=self.preset, entry=self.entry)
+        folder = ModelFolder.open(
+            self.name, base=self.base, preset=self.preset, entry=self.entry, adapters=self.adapters
+        )
         for file, reason in folder.unused.items():
             typer.echo(printable(f"not used: {file}, {reason}"), err=True)
         return folder if size is None else folder.resized(size)

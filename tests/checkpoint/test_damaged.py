@@ -148,13 +148,21 @@ CASES = {
         put(f"model.{Q}.quantized_weight_scale_factors", lambda x: x.view(torch.uint8)),
         rf"{Q}\.quantized_weight_scale_factors is torch\.uint8",
     ),
-    "lora, half of a pair": Case(ADAPTER, drop(f"{LORA}.lora_B.weight"), rf"{Q}\.lora_A has no matching lora_B"),
-    "lora, of another model": Case(ADAPTER, put(f"{LORA}.lora_B.weight", wider), rf"updates {Q} of shape \[129, 128\]"),
-    "lora, two ranks": Case(ADAPTER, put(f"{LORA}.lora_A.weight", wider), r"updates of ranks \[4, 5\]"),
+    "lora, half of a pair": Case(
+        ADAPTER, drop(f"{LORA}.lora_B.weight"), rf"{Q}\.lora_A\.weight has no matching lora_B"
+    ),
+    "lora, of another model": Case(
+        ADAPTER, put(f"{LORA}.lora_B.weight", wider), rf"updates {Q}\.weight of shape \[129, 128\]"
+    ),
+    "lora, two ranks": Case(
+        ADAPTER,
+        put(f"{LORA}.lora_A.weight", wider),
+        r"lora_A\.weight has rank 5, but .*lora_B\.weight has rank 4",
+    ),
     "lora, of no layer": Case(
         ADAPTER,
         rename(f"{LORA}.lora_A.weight", "blocks.9.x.lora_A.weight"),
-        r"\.lora_[AB] has no matching lora_[AB]",
+        r"\.lora_[AB]\.weight has no matching lora_[AB]",
     ),
 }
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.checkpoint import pickle_file, shapes
-from longvideo.checkpoint.adapters import layer_sizes, open_adapter
+from longvideo.checkpoint.adapter_files import open_adapter
+from longvideo.checkpoint.adapters import layer_sizes
 from longvideo.checkpoint.conversion import ConversionOptions, convert_adapter, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.formats import recognize
@@ -166,7 +167,8 @@ def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
 )
 def test_low_rank_weights_are_known_by_anyones_names(name: str) -> None:
     pair = {name: torch.ones(4, 128), name.replace("lora_A", "lora_B"): torch.ones(64, 4)}
-    assert open_adapter(Weights.of(pair)).sizes == {"blocks.1.ffn.0": (64, 128)}
+    adapter = open_adapter(Weights.of(pair))
+    assert {layer: update.shape for layer, update in adapter.low_rank.items()} == {"blocks.1.ffn.0": (64, 128)}
 
 
 def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: ModelFolder, tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_lora_of_longlive_is_added_and_goes_out_to_peft_and_diffusers(ours: Mo
     file = tmp_path / "lora.pt"
     torch.save({"generator_lora": weights, "critic_lora": weights, "step": 9}, file)
     stored = recognize(file)
-    assert stored.format == "LongLive 2.0 LoRA" and stored.adapter is not None and stored.adapter.rank == 4
+    assert stored.format == "LongLive 2.0 LoRA" and stored.adapter is not None and stored.adapter.ranks == [4]
     with pytest.raises(CheckpointError, match="is a LoRA; use --base with the model that it belongs to"):
         ModelFolder.open(file)
     with pytest.raises(CheckpointError, match="generator_ema"):
@@ -333,7 +335,7 @@ def test_the_scaling_of_an_update_is_that_of_its_configuration(
     save_file(pair, tmp_path / "with_metadata.safetensors", metadata=header)
     for source in (tmp_path, tmp_path / "with_metadata.safetensors"):
         adapter = recognize(source).adapter
-        assert adapter is not None and adapter.scaling == scaling
+        assert adapter is not None and adapter.scales == [scaling]
 
 
 @pytest.mark.parametrize(
@@ -341,8 +343,11 @@ def test_the_scaling_of_an_update_is_that_of_its_configuration(
     [
         ({"r": 0}, "has r=0"),
         ({"lora_alpha": float("inf")}, "has lora_alpha=inf"),
-        ({"use_dora": True}, "has use_dora=True"),
-        ({"alpha_pattern": {"q": 3}}, "has alpha_pattern="),
+        ({"use_qalora": True}, "has use_qalora=True"),
+        ({"alpha_pattern": 3}, "has alpha_pattern=3"),
+        ({"alpha_pattern": {"(a+)+": 3}}, r"alpha_pattern has '\(a\+\)\+'; expected the name of a layer"),
+        ({"rank_pattern": {"[": 3}}, r"rank_pattern has '\['; expected the name of a layer"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4', which changes the base"),
     ],
 )
 def test_an_adapter_that_would_be_added_wrongly_is_refused(

@@ -48,5 +48,6 @@ def test_an_adapter_of_another_model_is_refused_before_weights_are_read(
     # the shipped model has wider layers
     assert main(["merge", "tiny", str(distill_run / "lora"), str(distill_folder / "never")]) == 2
     message = capsys.readouterr().err
-    assert "for tiny at rank 4" in message and message.count("\n") == 1
+    assert ".weight of shape [" in message and "use the model that it was trained on" in message
+    assert message.count("\n") == 1
     assert not (distill_folder / "never").exists()
