@@ -27,7 +27,7 @@ from longvideo.model.conditioning import Conditioning, chunk_text
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
-from longvideo.rollout import Denoiser, MadeChunk, rollout
+from longvideo.rollout import Denoiser, MadeChunk, branches, rollout
 from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderModel
 from longvideo.streaming.transformer import StreamingTransformer
@@ -88,6 +88,7 @@ class VideoInputs:
 
     steps: one for each chunk. generators: one for each sample of the batch; noise is drawn from them. first_latent:
     [B, C, 1, H, W], normalized, fixed as the first latent frame. past: chunks that the first step continues.
+    negative_prompts: what guidance leads away from, one text for all samples or one for each; unused without guidance.
     """
 
     steps: Iterator[Step]
@@ -96,6 +97,7 @@ class VideoInputs:
     generators: tuple[torch.Generator, ...]
     first_latent: Tensor | None = None
     past: Past | None = None
+    negative_prompts: tuple[str, ...] = (NEGATIVE_PROMPT,)
 
 
 class Stages:
@@ -223,7 +225,7 @@ class _LatentChunk:
 
 def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generator[_LatentChunk, None, None]:
     waiting: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
-    prompts = _Prompts(models, guided=inputs.guidance != 1.0)
+    prompts = _Prompts(models, inputs.negative_prompts if branches(inputs.guidance) == 2 else ())
 
     def conditionings() -> Iterator[Conditioning]:
         for step in inputs.steps:
@@ -308,9 +310,9 @@ def _finished(
 class _Prompts:
     """The encoded text of the current prompts. It is encoded when they change, and the previous text is freed."""
 
-    def __init__(self, models: Models, *, guided: bool) -> None:
-        self._models = models
-        self._negative = (NEGATIVE_PROMPT,) if guided else ()
+    def __init__(self, models: Models, negative: tuple[str, ...]) -> None:
+        """negative: as `negative_prompts` of `VideoInputs`; none without guidance."""
+        self._models, self._negative = models, negative
         self._texts: tuple[str, ...] | None = None
         self._conditioning: Conditioning | None = None
 

@@ -195,6 +195,13 @@ class StreamingPipeline:
         """How pixel frames are divided into chunks."""
         return chunk_timing(self.models.settings, self.models.decoder.config)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the latents of a chunk, [C, T, H, W]."""
+        config, spec = self.models.transformer.config, self.models.spec
+        _, p, q = config.patch_size
+        return config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width
+
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
         """Return the chunks that `stream` generates from the same prompts and seconds."""
         return plan_chunks(as_script(prompts, seconds), self.chunk_timing)
@@ -265,7 +272,7 @@ class StreamingPipeline:
             SamplingOptions(steps, guidance, seed),
             self._fingerprint,
             None if seconds is None else max(1, round(seconds * self.fps)),
-            self._first_latent(image),
+            self.first_latent(image),
             self.models.decoder_label,
         )
         self._warn_unknown_words([prompt])
@@ -279,10 +286,7 @@ class StreamingPipeline:
         (UserWarning) if the frames so far came from another decoder.
         """
         check_path(path, "the snapshot")
-        config, spec = self.models.transformer.config, self.models.spec
-        _, p, q = config.patch_size
-        latent_shape = (config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width)
-        snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=latent_shape)
+        snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=self.latent_shape)
         history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.records)
         before, now = snapshot.options.decoder, self.models.decoder_label
         session = self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
@@ -320,15 +324,15 @@ class StreamingPipeline:
         timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
         self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
         inputs = self._inputs(timeline, options[0], [option.seed for option in options])
-        return np.concatenate([chunk.frames for chunk in self._generate(inputs)], axis=1)
+        return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
         self, script: Script, options: SamplingOptions, image: FirstPicture | None
     ) -> Generator[GeneratedChunk, None, None]:
         shots = [shot.prompt for shot in script.shots]
         timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
-        inputs = self._inputs(timeline, options, [options.seed], first_latent=self._first_latent(image))
-        return self._generate(inputs)
+        inputs = self._inputs(timeline, options, [options.seed], first_latent=self.first_latent(image))
+        return self.generate(inputs)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
         sampling = options.sampling
@@ -336,7 +340,7 @@ class StreamingPipeline:
             LiveSteps(shots, self.chunk_timing, num_frames=options.num_frames, first=len(history)),
             options,
             history,
-            generate=lambda steps, past: self._generate(
+            generate=lambda steps, past: self.generate(
                 self._inputs(steps, sampling, [sampling.seed], first_latent=options.first_latent, past=past)
             ),
             check_words=lambda prompt: self._warn_unknown_words([prompt]),
@@ -370,7 +374,11 @@ class StreamingPipeline:
             past=past,
         )
 
-    def _generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
+    def generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
+        """Generate a video, or a batch of videos, from inputs that are already checked; yield its chunks.
+
+        The first chunk is returned twice, as in `stream_chunks`.
+        """
         stages = self.acquire(batch=len(inputs.generators), copies=branches(inputs.guidance))
         chunks = generate_chunks(self.models, stages, inputs)
         try:
@@ -400,7 +408,8 @@ class StreamingPipeline:
         with self._lock:
             self._idle = stages
 
-    def _first_latent(self, image: FirstPicture | None) -> Tensor | None:
+    def first_latent(self, image: FirstPicture | None) -> Tensor | None:
+        """Return the latent of a first picture, as `VideoInputs` needs it; None for None. image: as in `stream`."""
         if image is None:
             return None
         from longvideo.data.pictures import as_picture
