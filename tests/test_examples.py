@@ -30,7 +30,7 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 def test_examples_are_short_and_all_are_run_here() -> None:
     tests = Path(__file__).read_text(encoding="utf-8")
     files = [path for path in sorted(EXAMPLES.iterdir()) if path.is_file()]
-    assert len(files) >= 6
+    assert len(files) >= 7
     for path in files:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES, path.name
         assert f'run("{path.name}"' in tests, f"add a test that runs {path.name}"
@@ -45,6 +45,13 @@ def test_stream_writes_three_shots_as_they_are_generated(tmp_path: Path) -> None
 def test_first_picture_becomes_the_first_frame(tmp_path: Path) -> None:
     assert "12 frames" in run("first_picture.py", "--seconds", "0.5", "--steps", "1", folder=tmp_path)
     assert probe_video(tmp_path / "first_picture.mp4").num_frames == 12
+
+
+def test_community_pipeline_is_loaded_by_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    printed = run("community_pipeline.py", "--frames", "12", "--steps", "1", folder=tmp_path).splitlines()
+    assert printed == [f"community.mp4: {frames} frames" for frames in (1, 12)]
+    assert probe_video(tmp_path / "community.mp4").num_frames == 12
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ PICTURE = ROOT / "docs" / "images" / "design.svg"
 
 PURPOSES = {
     "cli": "every command",
+    "integrations": "pipeline for diffusers",
     "train": "AR training, autoencoder",
     "distill": "DMD to 4 or 2 steps",
     "infer": "pipeline, sessions, server",

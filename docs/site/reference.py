@@ -36,6 +36,7 @@ API = {
         "longvideo.infer.writer.VideoWriter",
         "longvideo.errors.UserError",
     ),
+    "diffusers": ("longvideo.integrations.diffusers.CausalWanPipeline",),
     "Data": (
         "longvideo.data.manifest.read_manifest",
         "longvideo.data.manifest.write_manifest",

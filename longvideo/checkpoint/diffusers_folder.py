@@ -52,7 +52,7 @@ def read_folder(path: Path) -> StoredModel:
     kinds = {part: kind for part in PARTS if (kind := _listed_class(index.get(part)))}
     if _listed_class(index.get(SECOND_TRANSFORMER)):
         raise CheckpointError(f"{path / INDEX_FILE} lists two transformers, as Wan2.2's 14B has; expected one")
-    stored = _read_settings(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else None
+    stored = read_settings(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else None
     elsewhere = {part: _other_folder(path, part, name) for part, name in stored.parts.items()} if stored else {}
     if both := sorted(kinds.keys() & elsewhere.keys()):
         raise CheckpointError(
@@ -92,7 +92,9 @@ class StoredSettings(ModelSettings):
         return ModelSettings(**{key.name: getattr(self, key.name) for key in fields(ModelSettings)})
 
 
-def _read_settings(file: Path) -> StoredSettings:
+def read_settings(file: Path) -> StoredSettings:
+    """Read a longvideo.json. Raises CheckpointError or ConfigError, with the file name, for anything else."""
+
     def parse(values: dict[str, Any]) -> StoredSettings:
         for key, value in values.items():
             is_flag = isinstance(getattr(StoredSettings, key, value), bool)

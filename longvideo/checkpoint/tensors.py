@@ -228,8 +228,9 @@ class Weights:
         return sum(info.num_bytes for info in self.infos.values())
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """Return a whole tensor."""
-        return read(self.tensors[name]).to(device)
+        """Return a whole tensor; one that is in the memory of the device already is not copied."""
+        tensor = self.tensors[name]
+        return (tensor.tensor.detach().contiguous() if isinstance(tensor, InMemory) else read(tensor)).to(device)
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
         """Return the same tensors under other names. Raises CheckpointError if two would get the same name."""
