@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longvideo.checkpoint import names
-from longvideo.checkpoint.adapters import DOWN, UP, StoredAdapter, is_adapter, merged
+from longvideo.checkpoint.adapter_files import is_adapter
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, official_transformer, read_settings
 from longvideo.checkpoint.diffusers_json import transformer_config
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import own_tensors
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.checkpoint.tensors import Weights
+from longvideo.checkpoint.tensors import InMemory, Weights
+from longvideo.checkpoint.updates import LowRank, StoredAdapter
 from longvideo.errors import UserError
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
@@ -53,8 +53,6 @@ def model_folder(
     weights = official_transformer(
         Weights.of({name.replace(BASE_LAYER, ""): x for name, x in tensors.items() if UPDATE not in name})
     )
-    if (update := active_update(transformer)) is not None:
-        weights = merged(weights, update)
     parts = {
         TRANSFORMER: ModelPart(
             type(transformer).__name__, weights, transformer_config(config, text_len=settings.text_len)
@@ -62,36 +60,27 @@ def model_folder(
         VAE: _part(vae, AutoencoderConfig.from_dict(dict(vae.config))),
         TEXT_ENCODER: _part(text_encoder, UMT5Config.from_dict(text_encoder.config.to_dict())),
     }
-    return ModelFolder(tokenizer.parent, "diffusers pipeline", settings, parts, tokenizer)
+    folder = ModelFolder(tokenizer.parent, "diffusers pipeline", settings, parts, tokenizer)
+    return folder.with_adapters(active_adapters(transformer))
 
 
-def active_update(transformer: nn.Module) -> StoredAdapter | None:
-    """Return the sum of the LoRA adapters that are active in a transformer of diffusers, or None.
+def active_adapters(transformer: nn.Module) -> list[StoredAdapter]:
+    """Return the LoRA adapters that are active in a transformer of diffusers, with the scales that peft gives them.
 
-    The adapters of a layer are joined along their ranks, each multiplied by its scaling, so that one product adds them
-    all. Adapters that are fused into the weights are not part of it.
-    Raises UserError for adapters that are not low-rank updates of linear layers.
+    Adapters that are fused into the weights are not among them. Raises UserError for adapters with DoRA or a bias.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks = [0]
+    updates: dict[str, dict[str, list[LowRank]]] = {}
     for name, layer in _adapted_layers(transformer).items():
         active = [one for one in layer.active_adapters if one in layer.lora_A and one not in layer.merged_adapters]
-        if layer.disable_adapters or not active:
-            continue
-        for adapter in active:
-            up = layer.lora_B[adapter]
-            if up.weight.ndim != 2 or up.bias is not None or layer.use_dora.get(adapter):
+        for adapter in () if layer.disable_adapters else active:
+            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+            if up.bias is not None or layer.use_dora.get(adapter):
                 raise UserError(
-                    f"the adapter {adapter!r} updates {name} by more than a product of two matrices; fuse it with"
-                    " fuse_lora, then unload_lora_weights"
+                    f"the adapter {adapter!r} has DoRA or a bias for {name}; call fuse_lora, then unload_lora_weights"
                 )
-        official = names.to_official(f"{name}.weight").removesuffix(".weight")
-        with torch.no_grad():
-            down = torch.cat([layer.lora_A[one].weight.float() for one in active])
-            up = torch.cat([layer.scaling[one] * layer.lora_B[one].weight.float() for one in active], dim=1)
-        tensors |= {official + DOWN: down, official + UP: up}
-        ranks.append(down.shape[0])
-    return StoredAdapter(Weights.of(tensors), max(ranks), 1.0) if tensors else None
+            update = LowRank(InMemory(down.weight), InMemory(up.weight), layer.scaling[adapter])
+            updates.setdefault(adapter, {})[names.to_official(f"{name}.weight")] = [update]
+    return [StoredAdapter(adapter, own) for adapter, own in updates.items()]
 
 
 def state_of(*modules: nn.Module) -> Hashable:
