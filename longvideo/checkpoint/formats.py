@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from longvideo.checkpoint import diffusers_json, longlive_packed, names, pickle_file, prefixes, run_checkpoint, shapes
+from longvideo.checkpoint import (
+    diffusers_json,
+    gguf_file,
+    longlive_packed,
+    names,
+    pickle_file,
+    prefixes,
+    run_checkpoint,
+    shapes,
+)
 from longvideo.checkpoint.adapter_files import (
     PEFT_CONFIG,
     PEFT_STEM,
@@ -125,7 +134,7 @@ def _one_or_more(path: Path, weights: Weights, config: Path | None, like: Like, 
 
 def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
     """Combine the parts whose files are in one folder, as in Wan's official folder."""
-    sets = sets_of_weights(folder, suffixes=(SAFETENSORS, *pickle_file.SUFFIXES))
+    sets = sets_of_weights(folder, suffixes=(SAFETENSORS, gguf_file.SUFFIX, *pickle_file.SUFFIXES))
     if not sets and (nested := sorted(folder.glob(f"*/{PEFT_CONFIG}"))):
         folders = [file.parent.name for file in nested]
         raise CheckpointError(
@@ -133,7 +142,9 @@ def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
             f" {folder / folders[0]}"
         )
     if not sets:
-        raise CheckpointError(f"there is no {folder / INDEX_FILE}, and no weights in .safetensors, .pt or .pth files")
+        raise CheckpointError(
+            f"there is no {folder / INDEX_FILE}, and no weights in .safetensors, .gguf, .pt or .pth files"
+        )
     config = folder / "config.json"
     stored: list[tuple[Path, StoredModel]] = []
     unused: dict[Path, str] = {}

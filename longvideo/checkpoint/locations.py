@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from longvideo.checkpoint import pickle_file
+from longvideo.checkpoint import gguf_file, pickle_file
 from longvideo.errors import CheckpointError
 
 SHIPPED = {name: Path(__file__).parent.parent / "weights" / name for name in ("tiny", "tiny-teacher")}
@@ -19,8 +19,8 @@ LOCAL_NAMES = (
     "out", "output", "outputs", "result", "results", "run", "runs", "tmp", "weights",
 )  # fmt: skip
 """Names of local folders, in lower case. An organization of such a name on the hub needs the prefix `hf:`."""
-WEIGHT_SUFFIXES = (".safetensors", ".index.json", *pickle_file.SUFFIXES)
-READ_SUFFIXES = (".json", ".safetensors", ".model", *pickle_file.SUFFIXES)
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", gguf_file.SUFFIX, *pickle_file.SUFFIXES)
+READ_SUFFIXES = (".json", ".safetensors", ".model", gguf_file.SUFFIX, *pickle_file.SUFFIXES)
 READ_FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "google")
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 """Folders of the hub's cache: files in snapshots/REVISION are links to files in blobs."""
@@ -107,7 +107,9 @@ def _existing(text: str) -> Path | None:
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{text[:100]!r} cannot be a path: {getattr(error, 'strerror', error)}") from error
     if is_file and not path.name.endswith(WEIGHT_SUFFIXES):
-        raise CheckpointError(f"{path} is not a weight file; expected a model folder, or .safetensors, .pt or .pth")
+        raise CheckpointError(
+            f"{path} is not a weight file; expected a model folder, or .safetensors, .gguf, .pt or .pth"
+        )
     return path if is_folder or is_file else None
 
 

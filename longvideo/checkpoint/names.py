@@ -89,6 +89,21 @@ TEXT_ENCODER_OFFICIAL = NameTable(
     | {f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight": f"blocks.{{}}.attn.{x}.weight" for x in "qkvo"}
 )
 
+# llama.cpp's names, which GGUF files of text encoders have
+TEXT_ENCODER_GGUF = NameTable(
+    {
+        "shared.weight": "token_embd.weight",
+        "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+        "encoder.block.{}.layer.0.layer_norm.weight": "enc.blk.{}.attn_norm.weight",
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight": "enc.blk.{}.attn_rel_b.weight",
+        "encoder.block.{}.layer.1.layer_norm.weight": "enc.blk.{}.ffn_norm.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "enc.blk.{}.ffn_gate.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "enc.blk.{}.ffn_up.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "enc.blk.{}.ffn_down.weight",
+    }
+    | {f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight": f"enc.blk.{{}}.attn_{x}.weight" for x in "qkvo"}
+)
+
 _RESIDUAL = {
     "norm1.gamma": "residual.0.gamma",
     "conv1.*": "residual.2.*",

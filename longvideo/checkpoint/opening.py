@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.checkpoint import pickle_file, safetensors_file
+from longvideo.checkpoint import gguf_file, pickle_file, safetensors_file
 from longvideo.checkpoint.scaled import as_own_layers
 from longvideo.checkpoint.tensors import Lazy, Weights, listing
 from longvideo.errors import CheckpointError
@@ -24,7 +24,7 @@ MAX_SHARDS = 10000
 
 
 def open_weights(path: Path, *, stem: str | None = None, entry: str | None = None) -> Weights:
-    """Open a .safetensors file, an .index.json, a .pt or .pth file, or a folder with one set of safetensors.
+    """Open a .safetensors file, an .index.json, a .pt, .pth or .gguf file, or a folder with one set of safetensors.
 
     stem: file name in a folder, without .safetensors or .safetensors.index.json.
     entry: dict of a .pt file that has the weights, for example "generator_ema".
@@ -50,7 +50,11 @@ def _open_file(path: Path, entry: str | None = None) -> Weights:
         return safetensors_file.open_file(path)
     if path.suffix in pickle_file.SUFFIXES:
         return pickle_file.open_file(path, entry)
-    raise CheckpointError(f"{path} is not a weight file; expected .safetensors, .safetensors.index.json, .pt or .pth")
+    if path.suffix == gguf_file.SUFFIX:
+        return gguf_file.open_file(path)
+    raise CheckpointError(
+        f"{path} is not a weight file; expected .safetensors, .safetensors.index.json, .pt, .pth or .gguf"
+    )
 
 
 def join(parts: Sequence[Weights]) -> Weights:
