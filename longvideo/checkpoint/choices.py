@@ -12,7 +12,7 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TargetName = Literal["longvideo", "diffusers", "official", "longlive", "safetensors"]
+TargetName = Literal["longvideo", "diffusers", "official", "longlive", "safetensors", "modelopt"]
 """A format that a model is converted to."""
 
 StoredPrecision = Literal["bf16", "fp32", "nvfp4"]

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 SETTINGS_FILE = "longvideo.json"
 INDEX_FILE = "model_index.json"
+VAE_CONFIG_FILE = "vae_config.json"
+"""File of an official folder with the configuration of an autoencoder that is not Wan2.2's own."""
 SMALL_FILE = "decoder.safetensors"
 """File of the small decoder of a model's latents."""
 WAN21_CHANNELS = (16, 36)

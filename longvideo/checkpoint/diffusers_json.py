@@ -27,6 +27,8 @@ TRANSFORMER_FORM = {
 ROPE_TABLE = "rope_max_seq_len"
 # makes diffusers refuse packed weights; this project reads their convention from the weight file
 QUANTIZATION = "quantization_config"
+MODELOPT, MODELOPT_ALGORITHM = "modelopt", "W4A16_NVFP4"
+"""NVIDIA ModelOpt's names of itself, and of 4-bit weights without stored scales of inputs."""
 NOT_READ = (ROPE_TABLE, QUANTIZATION)
 OFFICIAL_CLASS = "WanModel"
 OFFICIAL_TYPES = ("ti2v", "t2v")
@@ -101,6 +103,26 @@ def official_json(config: TransformerConfig) -> dict[str, Any]:
     """Return the config.json that Wan's own WanModel reads; it cannot store the width of text features."""
     values = {theirs: getattr(config, ours) for theirs, ours in OFFICIAL_KEYS.items() if ours != "attention_head_dim"}
     return {"_class_name": OFFICIAL_CLASS, "model_type": "ti2v", **values, "dim": config.dim, "eps": config.eps}
+
+
+def modelopt_json(ignored: list[str], *, group: int) -> dict[str, Any]:
+    """Return the entry of config.json that describes NVFP4 weights as NVIDIA ModelOpt does.
+
+    ignored: linear layers that are not packed. group: number of weights with one scale.
+    """
+    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group}
+    return {
+        "quant_method": MODELOPT,
+        "quant_algo": MODELOPT_ALGORITHM,
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": ignored,
+    }
+
+
+def modelopt_quantization(ignored: list[str], *, group: int) -> dict[str, Any]:
+    """Return hf_quant_config.json of NVIDIA ModelOpt; arguments as of `modelopt_json`."""
+    quantization = {"quant_algo": MODELOPT_ALGORITHM, "kv_cache_quant_algo": None, "group_size": group}
+    return {"producer": {"name": "longvideo"}, "quantization": {**quantization, "exclude_modules": ignored}}
 
 
 def scheduler_json(settings: ModelSettings) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from longvideo.checkpoint.adapter_files import (
 )
 from longvideo.checkpoint.diffusers_folder import (
     INDEX_FILE,
+    VAE_CONFIG_FILE,
     check_latents,
     is_diffusers_folder,
     official_transformer,
@@ -245,7 +246,8 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
     if longlive_packed.is_packed(stripped):
         weights, kind = longlive_packed.to_ours(stripped), "LongLive 2.0 checkpoint, packed in 4 bits"
     weights = official_transformer(weights)
-    check_latents(weights, like[TRANSFORMER].config if TRANSFORMER in like else None)
+    if _official_vae_config(config) is None:
+        check_latents(weights, like[TRANSFORMER].config if TRANSFORMER in like else None)
     for name, parse in CONFIGS.items():
         if config is not None and _json_of(config, name) is not None:
             own = read_config(config, parse)
@@ -261,6 +263,8 @@ def _transformer(weights: Weights, config: Path | None, like: Like) -> tuple[Mod
 def _autoencoder(weights: Weights, config: Path | None, like: Like) -> ModelPart:
     weights, kind = autoencoder_weights(weights)
     other = like[VAE].config if VAE in like else None
+    if kind == OFFICIAL_VAE and (file := _official_vae_config(config)) is not None:
+        return ModelPart(kind, weights, read_config(file, AutoencoderConfig.from_dict))
     check_latents(weights, other)
     if kind == OFFICIAL_VAE:
         return ModelPart(kind, weights, shapes.autoencoder_config(weights))
@@ -298,6 +302,12 @@ def _text_encoder(weights: Weights, config: Path | None) -> ModelPart:
     values = _json_of(config, None)
     own = UMT5Config.from_dict(values) if values and values.get("model_type") == "umt5" else None
     return ModelPart("UMT5EncoderModel", weights, own or shapes.text_encoder_config(weights))
+
+
+def _official_vae_config(config: Path | None) -> Path | None:
+    """Return the configuration of an autoencoder that is not Wan2.2's own, next to a config.json; None if missing."""
+    file = None if config is None else config.parent / VAE_CONFIG_FILE
+    return file if file is not None and file.is_file() else None
 
 
 def _json_of(config: Path | None, *classes: str | None) -> dict[str, Any] | None:

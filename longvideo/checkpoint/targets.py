@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file, safetensors_file
-from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, write_index, write_part
+from torch import nn
+
+from longvideo.checkpoint import diffusers_json, longlive_packed, names, packed, pickle_file, safetensors_file, scaled
+from longvideo.checkpoint.diffusers_folder import (
+    SETTINGS_FILE,
+    SMALL_FILE,
+    VAE_CONFIG_FILE,
+    write_index,
+    write_part,
+)
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
-from longvideo.files import copy_file, write_json
+from longvideo.files import copy_file, read_json, write_json
+from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
 
 if TYPE_CHECKING:
@@ -109,7 +118,10 @@ def _write_official(task: ConversionTask) -> None:
     )
     write_json(task.path / "config.json", diffusers_json.official_json(model.transformer_config))
     if VAE in weights:
-        table = names.autoencoder_official(model.vae_config.num_res_blocks)
+        config = model.vae_config
+        if (config.latents_mean, config.latents_std) != (WAN22_LATENTS_MEAN, WAN22_LATENTS_STD):
+            write_json(task.path / VAE_CONFIG_FILE, config.to_dict())
+        table = names.autoencoder_official(config.num_res_blocks)
         task.write_pickle(OFFICIAL_VAE, weights[VAE].renamed(table.theirs))
     if TEXT_ENCODER in weights:
         task.write_pickle(OFFICIAL_TEXT_ENCODER, weights[TEXT_ENCODER].renamed(names.TEXT_ENCODER_OFFICIAL.theirs))
@@ -125,6 +137,18 @@ def _write_safetensors(task: ConversionTask) -> None:
     own = task.weights[TRANSFORMER]
     header = {"format": "pt", **packed.header_metadata(own)}
     safetensors_file.write_weights(task.path, own, metadata=header, on_bytes=task.on_bytes)
+
+
+def _write_modelopt(task: ConversionTask) -> None:
+    own = scaled.to_modelopt(task.weights[TRANSFORMER])
+    _write_diffusers(replace(task, weights={**task.weights, TRANSFORMER: own}))
+    linears = [name for name, layer in task.model.build(TRANSFORMER).named_modules() if isinstance(layer, nn.Linear)]
+    kept = [f"{name}.weight" for name in linears if f"{name}.{scaled.SCALE}" not in own.infos]
+    ignored = [names.to_diffusers(name).removesuffix(".weight") for name in kept]
+    folder = task.path / TRANSFORMER
+    entry = {diffusers_json.QUANTIZATION: diffusers_json.modelopt_json(ignored, group=GROUP)}
+    write_json(folder / "config.json", read_json(folder / "config.json") | entry)
+    write_json(folder / "hf_quant_config.json", diffusers_json.modelopt_quantization(ignored, group=GROUP))
 
 
 def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
@@ -144,22 +168,24 @@ def _not_packed(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
         )
 
 
-def _wan_itself(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
+def _unpacked_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     _needs_transformer(model, weights)
     _not_packed(model, weights)
-    if VAE in weights:
-        config = model.vae_config
-        if (config.latents_mean, config.latents_std) != (WAN22_LATENTS_MEAN, WAN22_LATENTS_STD):
-            raise CheckpointError(
-                f"{model.path}: the official format cannot store the statistics of its latents, which differ from"
-                " Wan2.2's; use --to longvideo or diffusers"
-            )
+
+
+def _packed_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
+    _needs_transformer(model, weights)
+    if not packed.is_packed(weights[TRANSFORMER]):
+        raise CheckpointError(
+            f"{model.path} has no packed 4-bit weights, which this format stores; add --precision nvfp4"
+        )
 
 
 TARGETS: dict[TargetName, TargetFormat] = {
     "longvideo": TargetFormat(PARTS, (), _anything, _write_longvideo),
     "diffusers": TargetFormat(PARTS, (), _not_packed, _write_diffusers),
-    "official": TargetFormat(PARTS, (), _wan_itself, _write_official),
+    "official": TargetFormat(PARTS, (), _unpacked_transformer, _write_official),
     "longlive": TargetFormat((TRANSFORMER,), (".pt", ".pth"), _needs_transformer, _write_longlive),
     "safetensors": TargetFormat((TRANSFORMER,), (".safetensors",), _needs_transformer, _write_safetensors),
+    "modelopt": TargetFormat(PARTS, (), _packed_transformer, _write_modelopt),
 }

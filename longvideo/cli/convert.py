@@ -48,13 +48,14 @@ def convert(
 
     The format of SRC is recognized by its content. It can be Wan's official folder (`Wan2.2-TI2V-5B`), a folder of
     diffusers or of this project, a checkpoint of LongLive 2.0 (`.pt`: full, packed in 4 bits, or LoRA), a checkpoint of
-    a training run of this project, a LoRA of kohya, ComfyUI, diffusers or peft, or a single .safetensors file in one of
-    these namings.
+    a training run of this project, a LoRA of kohya, ComfyUI, diffusers or peft, a GGUF file, an export of NVIDIA
+    ModelOpt, or a single file in one of these namings, in FP8 too and with the prefixes of ComfyUI or DiffSynth.
 
     `--to longvideo`: a folder for all commands of longvideo, which diffusers also reads unless it is packed.
     `diffusers`: the same without this project's settings. `official`: a folder for Wan's own code. `longlive`: one .pt
-    file for LongLive's code. `safetensors`: the transformer in one file, under official names. `lora`: the adapter in
-    SRC, for peft and for diffusers.
+    file for LongLive's code. `safetensors`: the transformer in one file, under official names. `modelopt`: a folder of
+    diffusers with 4-bit weights in the layout of NVIDIA ModelOpt. `lora`: the adapter in SRC, for peft and for
+    diffusers.
 
     Nothing is written if a tensor is missing, unknown or has a wrong shape. An interrupted conversion continues when
     the same command is run again. DST appears when it is complete.

@@ -152,9 +152,6 @@ def test_any_floating_dtype_goes_to_every_target_and_back(
 
 
 def test_what_a_format_cannot_store_is_refused(tmp_path: Path) -> None:
-    model = small.save(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="cannot store the statistics of its latents"):
-        convert_model(model, tmp_path / "wan", ConversionOptions("official"))
     with pytest.raises(UserError, match="is not a format; use one of longvideo, diffusers"):
         ConversionOptions("wan")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="precision is 'fp4'; expected one of"):
