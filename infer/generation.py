@@ -48,7 +48,8 @@ class Models:
 
     encoder: encoder of first pictures, which may be loaded with the first one. placement: devices and data type.
     formats: number formats; the precisions are not None and not "auto". group: ranks that share the denoising of every
-    chunk, of which rank 0 decodes; None means one rank.
+    chunk, of which rank 0 decodes; None means one rank. adapters: names and strengths of the adapters in the
+    transformer.
     """
 
     transformer: CausalTransformer
@@ -60,6 +61,7 @@ class Models:
     placement: Placement
     formats: NumberFormats
     group: ProcessGroup | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def decodes(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.choices import adapter_choices
 from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
@@ -92,6 +93,7 @@ class StreamingPipeline:
         decoder_precision: str = "auto",
         text_encoder: str | None = None,
         size: str | None = None,
+        adapters: Sequence[str | Path] = (),
     ) -> StreamingPipeline:
         """Load a model.
 
@@ -112,7 +114,8 @@ class StreamingPipeline:
         "auto" means bf16 on a GPU, and what is measured to be the fastest on a CPU.
         text_encoder: "cuda" for `device`, "cpu" for the CPU, or "fp8" or "nvfp4" for `device` with weights in 8 or 4
         bits; None means `device`. size: width and height of videos in pixels, such as "1280x704"; None means those of
-        the model.
+        the model. adapters: LoRA files or folders that are added to the transformer in this order, each PATH or
+        PATH:STRENGTH (docs/checkpoints.md).
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
@@ -123,7 +126,7 @@ class StreamingPipeline:
         if base is not None:
             check_path(base, "base")
         picture_size = None if size is None else PictureSize.parse(size)
-        folder = ModelFolder.open(name, base=base, preset=preset)
+        folder = ModelFolder.open(name, base=base, preset=preset, adapters=adapter_choices(adapters))
         if picture_size is not None:
             folder = folder.resized(picture_size)
         return cls.load(folder, placement, formats=formats, decoder_name=decoder)
@@ -173,6 +176,7 @@ class StreamingPipeline:
                 placement=placement,
                 formats=formats,
                 group=group,
+                adapters=tuple(adapter.short_description for adapter in folder.adapters),
             )
         return cls(models)
 
@@ -182,8 +186,10 @@ class StreamingPipeline:
         return self.models.formats
 
     def start_line(self) -> str:
-        """Return one line with the devices, the backends, and what is emulated."""
-        return start_line(self.models.formats, self.models.placement, packed=False, decoder=self.models.decoder.name)
+        """Return one line with the devices, the backends, what is emulated, and the adapters."""
+        models = self.models
+        line = start_line(models.formats, models.placement, packed=False, decoder=models.decoder.name)
+        return " | ".join([line, *([f"adapters: {', '.join(models.adapters)}"] if models.adapters else [])])
 
     @property
     def fps(self) -> int:
@@ -353,7 +359,8 @@ class StreamingPipeline:
     @property
     def _fingerprint(self) -> dict[str, Any]:
         transformer = asdict(self.models.transformer.config)
-        return json.loads(json.dumps({**asdict(self.models.settings), **transformer}))  # as JSON returns it
+        adapters = {"adapters": self.models.adapters} if self.models.adapters else {}
+        return json.loads(json.dumps({**asdict(self.models.settings), **transformer, **adapters}))  # as JSON returns it
 
     def _inputs(
         self,

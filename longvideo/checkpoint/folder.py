@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, copy_part, write_index, write_part
 from longvideo.checkpoint.formats import recognize
-from longvideo.checkpoint.locations import locate
+from longvideo.checkpoint.locations import HUB_ID, HUB_PREFIX, WEIGHT_SUFFIXES, is_local, locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
 from longvideo.checkpoint.picture_size import PictureSize
@@ -350,6 +350,11 @@ class ModelFolder:
 
 def open_choice(choice: AdapterChoice) -> StoredAdapter:
     """Open an adapter that a user chose. Raises CheckpointError if it is something else."""
+    is_hub_id = HUB_ID.fullmatch(choice.name.removeprefix(HUB_PREFIX)) and not choice.name.endswith(WEIGHT_SUFFIXES)
+    if not is_hub_id and not is_local(choice.name):
+        raise CheckpointError(
+            f"there is no adapter {choice.name!r}; use a file, a folder or a Hugging Face id like org/name"
+        )
     stored = recognize(locate(choice.name))
     if stored.adapter is None:
         raise CheckpointError(f"{choice.name} is not an adapter but a {stored.format}; use it as the model")

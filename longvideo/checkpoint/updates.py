@@ -135,8 +135,16 @@ class StoredAdapter:
 
     @property
     def description(self) -> str:
-        """Name and strength, as a user writes them."""
-        return self.label if self.strength == 1 else f"{self.label}:{self.strength:g}"
+        """Path and strength, as a user writes them."""
+        return self._with_strength(self.label)
+
+    @property
+    def short_description(self) -> str:
+        """Name of the file with its folder, and strength."""
+        return self._with_strength("/".join(Path(self.label).parts[-2:]))
+
+    def _with_strength(self, name: str) -> str:
+        return name if self.strength == 1 else f"{name}:{self.strength:g}"
 
     def digest(self) -> str:
         """Return a digest of everything that changes the result and is not in the tensors' files."""

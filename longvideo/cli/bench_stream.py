@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longvideo.checkpoint.choices import adapter_choices
 from longvideo.cli.bench_options import Output, Preset, check_outputs, named_shapes, preset_name
 from longvideo.cli.model_options import (
+    AdapterNames,
     AttentionFormat,
     DecodeDevice,
     DecoderFormat,
@@ -36,6 +38,7 @@ def stream(
     model: Annotated[
         str | None, typer.Option(help="`tiny`, a model folder or a Hugging Face id, instead of --preset.")
     ] = None,
+    adapter: AdapterNames = None,
     preset: Preset = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of solver steps for each chunk.  [default: 2, or the model's own]")
@@ -94,6 +97,9 @@ def stream(
         raise UserError("--model and --preset exclude each other; use one of them")
     if model is not None and (size is not None or window is not None):
         raise UserError("--size and --window are options of a preset; a model has its own; leave them out")
+    adapters = adapter_choices(adapter or [])
+    if model is None and adapters:
+        raise UserError("--adapter is an option of a model; use --model, or leave it out")
     sampling = SamplingOptions(steps, guidance)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     placement = Placement.choose(device, decode_device, decode_share)
@@ -107,7 +113,7 @@ def stream(
     console = Console(width=120, stderr=True)
     with console.status("loading") as status:
         if model is not None:
-            pipeline = ModelChoice(model).load(placement, formats, one_decoder(decoder))
+            pipeline = ModelChoice(model, adapters=adapters).load(placement, formats, one_decoder(decoder))
         else:
             shapes = _preset_shapes(name, size, window, guidance, one_decoder(decoder))
             pipeline = _random_pipeline(name, shapes, placement, formats)

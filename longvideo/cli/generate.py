@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.checkpoint.choices import adapter_choices
 from longvideo.cli.model_options import (
+    AdapterNames,
     AttentionFormat,
     Base,
     DecodeDevice,
@@ -91,6 +93,7 @@ def generate(
     preset: SettingsPreset = None,
     entry: Entry = None,
     size: Size = None,
+    adapter: AdapterNames = None,
     device: Device = None,
     decode_device: DecodeDevice = None,
     decode_share: DecodeShare = None,
@@ -133,7 +136,10 @@ def generate(
     from longvideo.infer.writer import check_output
     from longvideo.quantization.number_formats import NumberFormats
 
-    choice, decoder_name = ModelChoice(model, base, preset, entry, size), one_decoder(decoder)
+    choice, decoder_name = (
+        ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or [])),
+        one_decoder(decoder),
+    )
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)

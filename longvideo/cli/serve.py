@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longvideo.checkpoint.choices import adapter_choices
 from longvideo.cli.model_options import (
+    AdapterNames,
     AttentionFormat,
     Base,
     DecodeDevice,
@@ -41,6 +43,7 @@ def serve(
     preset: SettingsPreset = None,
     entry: Entry = None,
     size: Size = None,
+    adapter: AdapterNames = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Addresses that other machines reach need `--token`.")
     ] = "127.0.0.1",
@@ -98,6 +101,7 @@ def serve(
     """
     from longvideo.quantization.number_formats import NumberFormats
 
+    choice = ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or []))
     decoder_name = one_decoder(decoder)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     for package in ("fastapi", "uvicorn", "httptools"):
@@ -119,7 +123,7 @@ def serve(
     placement = Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
     with listen(host, port) as socket:
         print("loading", file=sys.stderr)
-        model_folder = ModelChoice(model, base, preset, entry, size).open()
+        model_folder = choice.open()
         with served_folder(folder):
             pipeline = _load(model_folder, placement, formats, decoder_name)
             print(pipeline.start_line(), file=sys.stderr)
