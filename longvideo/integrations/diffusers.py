@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from itertools import count
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor, nn
 
+from longvideo.checkpoint.adapter_files import PEFT_CONFIG
+from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.locations import is_local, locate
@@ -135,11 +138,17 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> None:
         """Load a LoRA, as `WanLoraLoaderMixin.load_lora_weights` does; the next call generates with it.
 
-        Adapters that are active, with the weights of `set_adapters`, are added to the transformer's weights in float32
-        before that call. Raises UserError if peft is not installed.
+        A folder that peft wrote, which diffusers does not read, is loaded too. Adapters that are active, with the
+        weights of `set_adapters`, are added to the transformer's weights in float32 before that call. Raises UserError
+        if peft is not installed.
         """
         require("peft", extra="diffusers", purpose="load_lora_weights")
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        with TemporaryDirectory() as temporary:
+            if not isinstance(source, dict) and (Path(source) / PEFT_CONFIG).is_file():
+                Adapter.load(Path(source)).save(Path(temporary), base="")  # with a file that diffusers reads
+                source = temporary
+            super().load_lora_weights(source, *args, **kwargs)
 
     @property
     def settings(self) -> ModelSettings:

@@ -293,6 +293,13 @@ def test_a_changed_weight_counts_from_the_next_call(folder: Path) -> None:
     assert not np.array_equal(frames(pipe, num_frames=5), before)
 
 
+def test_offloaded_weights_are_refused(folder: Path) -> None:
+    pipe = load(folder)
+    pipe.vae.to("meta")
+    with pytest.raises(UserError, match="the weights of the vae are offloaded; load the pipeline again"):
+        pipe(PROMPT)
+
+
 def test_the_data_types_are_those_of_the_modules(folder: Path) -> None:
     half = StreamingPipeline.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
     pipe = load(folder, torch_dtype=torch.bfloat16)
@@ -413,6 +420,16 @@ def test_a_lora_is_added_scaled_combined_and_unloaded(folder: Path, tmp_path: Pa
     assert np.abs(frames(pipe, num_frames=5) - plain).max() <= 1 / 255
     pipe.unload_lora_weights()
     assert np.abs(frames(pipe, num_frames=5) - plain).max() <= 1 / 255
+
+
+def test_a_lora_folder_of_peft_is_loaded(folder: Path, tmp_path: Path) -> None:
+    one = adapter(0.5)
+    one.save(tmp_path / "lora", base="small")
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").unlink()
+    pipe = load(folder)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    assert np.abs(frames(pipe, num_frames=5) - frames(with_update(folder, (1.0, one)), num_frames=5)).max() <= 1 / 255
 
 
 # packages that may be missing
