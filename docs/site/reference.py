@@ -42,6 +42,7 @@ API = {
         "longvideo.data.manifest.write_manifest",
         "longvideo.data.manifest.VideoEntry",
         "longvideo.data.manifest.ShotEntry",
+        "longvideo.data.manifest.TimedShotEntry",
         "longvideo.data.encoded.EncodedDataset",
     ),
     "Configuration": ("longvideo.config.loading.load_config", "longvideo.config.loading.to_yaml"),

@@ -31,9 +31,11 @@ SIZE_STEP = 16
 BAD_CLIPS, BAD_SHARE = 10, 0.01
 """Default of --max-bad: this number of clips, or this share of all clips if it is larger."""
 EXIT_PROBLEMS = 2
+NAMED_WORDS = 5
+"""Largest number of unknown words that a warning names."""
 
 ManifestArgument = Annotated[
-    Path, typer.Argument(metavar="MANIFEST", help="Manifest of a data set: JSON lines, see docs/data.md.")
+    Path, typer.Argument(metavar="MANIFEST", help="Manifest of a data set: JSON lines or CSV, see docs/data.md.")
 ]
 
 
@@ -105,8 +107,8 @@ def validate(
 
     Prints each problem with its line of the manifest: errors in JSON and keys, missing files, empty captions, shots out
     of range, unreadable or truncated videos, a length or frame rate that differs from the file, and videos too short
-    for a clip. Then prints what training would use of the other videos, at 24 frames per second. The exit code is 0 if
-    there are no problems, and 2 otherwise.
+    for a clip. Then prints what training would use of the other videos, at 24 frames per second, and how many of them
+    are HDR or interlaced. The exit code is 0 if there are no problems, and 2 otherwise.
 
     Example: `longvideo data validate footage/manifest.jsonl --chunks 4 --frames`
     """
@@ -130,6 +132,8 @@ def validate(
         f"{_count(report.videos, 'good video')}, {report.seconds / 3600:.3f} hours, {_count(report.shots, 'shot')}, "
         f"{_count(report.clips, 'clip')} of {_count(chunks, 'chunk')}"
     )
+    for notice in report.notices:
+        typer.echo(notice)
     if report.problems:
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -169,7 +173,7 @@ def import_longlive(
     for file in left_out:
         typer.echo(f"left out {file.file}: {file.kind}: {file.why}")
     counts = Counter(file.kind for file in left_out)
-    seconds = sum(entry.num_frames / entry.fps for entry in entries)
+    seconds = sum((entry.num_frames or 0) / (entry.fps or 1) for entry in entries)
     samples = len({entry.sample for entry in entries})
     kinds = "".join(f", {number} with {kind!r}" for kind, number in sorted(counts.items()))
     typer.echo(
@@ -257,7 +261,7 @@ def encode_share(
     import torch
 
     from longvideo.data.encoded import LATENTS, TEXT
-    from longvideo.data.encoding import encode_captions, encode_clips, missing_shards, skipped_clips
+    from longvideo.data.encoding import encode_captions, encode_clips, missing_shards, skipped_clips, unknown_words
 
     num_clips = sum(len(shard.numbers) for shard in plan.info.latents_shards[share])
     if max_bad is None:
@@ -268,12 +272,15 @@ def encode_share(
     def on_skip(clip: SkippedClip) -> None:
         console.print(f"left out clip {clip.number}: {clip.why}", highlight=False, soft_wrap=True)
 
+    for notice in plan.notices:
+        console.print(notice, highlight=False, soft_wrap=True)
     with items_progress(console) as progress:
         if text:
             bar = progress.add_task("captions encoded", total=sum(len(shard.numbers) for shard in text))
             # as in training: bf16 features on a GPU, fp32 features on a CPU
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             text_encoder = folder.load_text_encoder(device=device, dtype=dtype)
+            warn_of_unknown_words(unknown_words(plan, text_encoder), console)
             encode_captions(plan, text, text_encoder, on_caption=lambda: progress.advance(bar))
             del text_encoder
         if latents:
@@ -300,6 +307,22 @@ def encode_share(
     )
 
 
+def warn_of_unknown_words(words: dict[str, int], console: Console) -> None:
+    """Print words of captions that the text encoder has no token for. words: with the number of captions of each."""
+    if not words:
+        return
+    common = sorted(words, key=lambda word: (-words[word], word))[:NAMED_WORDS]
+    named = ", ".join(f"{word!r} ({words[word]})" for word in common)
+    more = f" and {len(words) - len(common)} more" if len(words) > len(common) else ""
+    console.print(
+        f"warning: the model's vocabulary does not contain {named}{more}, with their numbers of captions; captions that"
+        " differ only in such words are equal for it; use a model whose text encoder was trained on open language",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def write_shapeworld(
     folder: Path,
     *,
@@ -315,7 +338,7 @@ def write_shapeworld(
 
     from longvideo.data.manifest import VideoEntry, write_manifest
     from longvideo.data.video import write_video
-    from longvideo.shapeworld.dataset import FPS, render_script, sample_script
+    from longvideo.shapeworld.dataset import FPS, chunk_start, render_script, sample_script
 
     console = Console(stderr=True)
     manifest = folder / "manifest.jsonl"
@@ -329,7 +352,7 @@ def write_shapeworld(
             write_video(folder / video, render_script(script, height=size[0], width=size[1]), fps=FPS)
             entries.append(VideoEntry(video, FPS, script.num_frames, _shot_entries(script)))
     write_manifest(manifest, entries)
-    console.print(f"{num_clips} videos of {entries[0].num_frames / FPS:.2f} s, with captions in {manifest}")
+    console.print(f"{num_clips} videos of {chunk_start(num_chunks) / FPS:.2f} s, with captions in {manifest}")
 
 
 def _parse_share(text: str) -> tuple[int, int]:

@@ -77,14 +77,15 @@ def show_switch(
 def read_tasks(folder: Path) -> list[Task]:
     """Return the tasks of a folder's manifest.jsonl; the captions describe the expected content of each shot."""
     from longvideo.data.manifest import read_manifest
+    from longvideo.data.timing import measure
     from longvideo.evaluation.request import read_caption
     from longvideo.evaluation.shapeworld import Task
 
     tasks = []
-    for index, entry in enumerate(read_manifest(folder / "manifest.jsonl")):
-        starts = [shot.start for shot in entry.shots] + [entry.shots[-1].end]
-        captions = tuple(shot.caption for shot in entry.shots)
-        seconds = tuple((b - a) / entry.fps for a, b in pairwise(starts))
+    for index, video in enumerate(measure(read_manifest(folder / "manifest.jsonl"))):
+        starts = [shot.start for shot in video.shots] + [video.shots[-1].end]
+        captions = tuple(shot.caption for shot in video.shots)
+        seconds = tuple(b - a for a, b in pairwise(starts))
         tasks.append(Task(tuple(read_caption(text) for text in captions), captions, seconds, seed=index))
     return tasks
 
@@ -93,13 +94,14 @@ def read_videos(folder: Path, tasks: list[Task]) -> Iterator[tuple[Task, np.ndar
     """Yield the tasks of `read_tasks` with their videos, at the judge's frame rate and without frames before the first
     shot and after the last one."""
     from longvideo.data.manifest import read_manifest
+    from longvideo.data.timing import measure
     from longvideo.data.video import read_video
     from longvideo.evaluation.shapeworld import FPS
 
-    entries = read_manifest(folder / "manifest.jsonl")
-    for task, entry in zip(tasks, entries, strict=False):
-        first = entry.shots[0].start / entry.fps
+    videos = measure(read_manifest(folder / "manifest.jsonl"))
+    for task, video in zip(tasks, videos, strict=False):
+        first = video.shots[0].start
         frames = read_video(
-            entry.video, fps=FPS, start_seconds=first, max_frames=max(1, round(sum(task.seconds) * FPS))
+            video.video, fps=FPS, start_seconds=first, max_frames=max(1, round(sum(task.seconds) * FPS))
         )
         yield task, frames.numpy()

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.data.manifest import VideoEntry
+from longvideo.data.container import TIME_TOLERANCE
+from longvideo.data.timing import TimedVideo, measure
 from longvideo.data.video import read_video
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from longvideo.data.manifest import VideoEntry
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Clip:
 class FilePlace:
     """The frames [begin, end) of a sample, at the model's frame rate, that one file provides; empty if too short."""
 
-    entry: VideoEntry
+    video: TimedVideo
     begin: int
     end: int
 
@@ -102,45 +105,49 @@ def plan_clips(
 ) -> list[ClipReference]:
     """Return the clips of `num_chunks` chunks in all videos, in order and without overlap.
 
-    A chunk gets the caption of the shot that covers most of it. A clip is left out if no shot covers at least half of
-    one of its chunks. Raises UserError if no video is long enough.
+    Opens every video for the times of its frames. A chunk gets the caption of the shot that covers most of it. A clip
+    is left out if no shot covers at least half of one of its chunks. Raises UserError if no video is long enough, and
+    for a line of the manifest that does not fit its file.
     """
-    chunks = chunks or ChunkFrames()
+    return clips_of(measure(entries), num_chunks=num_chunks, fps=fps, chunks=chunks or ChunkFrames())
+
+
+def clips_of(videos: Sequence[TimedVideo], *, num_chunks: int, fps: float, chunks: ChunkFrames) -> list[ClipReference]:
+    """Return the clips of measured videos; see `plan_clips`."""
     references = [
         reference
-        for sample in group_samples(entries)
+        for sample in group_samples(videos)
         for reference in sample_clips(lay_out(sample, fps=fps, chunks=chunks), num_chunks, fps=fps, chunks=chunks)
     ]
     if not references:
         expected = chunks.start(num_chunks) / fps
         raise UserError(
-            f"none of the {len(entries)} videos has {expected:.2f} s with captions, the length of {num_chunks} chunks;"
+            f"none of the {len(videos)} videos has {expected:.2f} s with captions, the length of {num_chunks} chunks;"
             " use fewer chunks"
         )
     return references
 
 
-def group_samples(entries: Iterable[VideoEntry]) -> list[tuple[VideoEntry, ...]]:
-    """Group the entries of each sample; an entry without a sample forms its own group."""
-    named = ((entry.sample or number, entry) for number, entry in enumerate(entries))
-    return [tuple(entry for _, entry in group) for _, group in groupby(named, lambda pair: pair[0])]
+def group_samples(videos: Iterable[TimedVideo]) -> list[tuple[TimedVideo, ...]]:
+    """Group the videos of each sample; a video without a sample forms its own group."""
+    named = ((video.sample or number, video) for number, video in enumerate(videos))
+    return [tuple(video for _, video in group) for _, group in groupby(named, lambda pair: pair[0])]
 
 
-def lay_out(sample: Sequence[VideoEntry], *, fps: float, chunks: ChunkFrames) -> list[FilePlace]:
+def lay_out(sample: Sequence[TimedVideo], *, fps: float, chunks: ChunkFrames) -> list[FilePlace]:
     """Return the frames of a sample that each of its files provides, in whole chunks and one file after another."""
     places: list[FilePlace] = []
     begin = 0
-    for entry in sample:
-        end = max(begin, chunks.whole(begin + frames_at(entry, fps)))
-        places.append(FilePlace(entry, begin, end))
+    for video in sample:
+        end = max(begin, chunks.whole(begin + frames_at(video, fps)))
+        places.append(FilePlace(video, begin, end))
         begin = end
     return places
 
 
-def frames_at(entry: VideoEntry, fps: float) -> int:
+def frames_at(video: TimedVideo, fps: float) -> int:
     """Return the number of frames of a video that is read at `fps`."""
-    last = (entry.num_frames - 0.5) / entry.fps
-    return int(last * fps - 1e-6) + 1
+    return int(video.read_end * fps - TIME_TOLERANCE) + 1
 
 
 def sample_clips(
@@ -188,8 +195,8 @@ def _read_footage(footage: Footage, *, size: tuple[int, int], fps: float) -> Ten
     frames = read_video(footage.video, fps=fps, size=size, start_seconds=start, max_frames=expected)
     if len(frames) < expected:
         raise UserError(
-            f"{footage.video} has {len(frames)} frames after {start:.2f} s, expected {expected}; correct num_frames in"
-            " its line of the manifest"
+            f"{footage.video} has {len(frames)} frames after {start:.2f} s, expected {expected}; repair the video, or"
+            " remove its line from the manifest"
         )
     return frames
 
@@ -205,7 +212,7 @@ def _reference(
             return None
         shots.append(shot)
     cuts = tuple(i == 0 or shots[i] != shots[i - 1] for i in range(num_chunks))
-    captions = tuple(places[file].entry.shots[shot].caption for file, shot in shots)
+    captions = tuple(places[file].video.shots[shot].caption for file, shot in shots)
     return ClipReference(_footage(places, begin, begin + chunks.start(num_chunks), fps), captions, cuts)
 
 
@@ -215,7 +222,7 @@ def _footage(places: Sequence[FilePlace], begin: int, end: int, fps: float) -> t
     for place in places:
         first, last = max(begin, place.begin), min(end, place.end)
         if first < last:
-            stretches.append(Footage(place.entry.video, (first - place.begin) / fps, last - first))
+            stretches.append(Footage(place.video.video, (first - place.begin) / fps, last - first))
     return tuple(stretches)
 
 
@@ -224,8 +231,8 @@ def _main_shot(places: Sequence[FilePlace], span: tuple[float, float], fps: floa
     covered: dict[tuple[int, int], float] = {}
     for file, place in enumerate(places):
         begin, end = place.begin / fps, place.end / fps
-        for number, shot in enumerate(place.entry.shots):
-            first = max(span[0], begin + shot.start / place.entry.fps)
-            covered[file, number] = min(span[1], end, begin + shot.end / place.entry.fps) - first
+        for number, shot in enumerate(place.video.shots):
+            first = max(span[0], begin + shot.start)
+            covered[file, number] = min(span[1], end, begin + shot.end) - first
     best = max(covered, key=covered.__getitem__)
     return best if covered[best] >= (span[1] - span[0]) / 2 else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.data.clips import ChunkFrames, ClipReference, Footage, plan_clips
+from longvideo.data.clips import ChunkFrames, ClipReference, Footage, clips_of
 from longvideo.data.encoded import (
     DATASET_FILE,
     FINGERPRINT,
@@ -40,6 +41,7 @@ from longvideo.data.encoded import (
 )
 from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
+from longvideo.data.timing import measure, notices
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import WriteError, locked, temporary_names, write_file, write_json, write_text
 from longvideo.model.conditioning import video_texts
@@ -61,6 +63,7 @@ class EncodingPlan:
     """The items to encode, their division into shares, and the folder to write.
 
     out: folder to write. root: the manifest's folder. chunks: sizes in pixel frames. clips, captions: of all shares.
+    notices: what is converted while videos are read, in words.
     """
 
     out: Path
@@ -69,6 +72,7 @@ class EncodingPlan:
     chunks: ChunkFrames
     clips: tuple[ClipReference, ...]
     captions: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,7 +108,8 @@ def plan_encoding(
             nearest = max(1, pixels // unit) * unit
             raise UserError(f"--{name} is {pixels}, expected a multiple of {unit}; use {nearest}")
     chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
-    clips = plan_clips(read_manifest(manifest), num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
+    videos = measure(read_manifest(manifest))
+    clips = clips_of(videos, num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
     plain = [caption for clip in clips for caption in clip.captions]
     read = [text for clip in clips for text in video_texts(clip.captions, clip.cuts, cut_prefix=settings.cut_prefix)]
     captions = tuple(dict.fromkeys(["", *plain, *read]))
@@ -132,7 +137,7 @@ def plan_encoding(
         clips_per_shard=max(1, shard_bytes // clip_bytes),
         captions_per_shard=max(1, shard_bytes // (settings.text_len * text_dim * STORED.itemsize)),
     )
-    return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions)
+    return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions, tuple(notices(videos)))
 
 
 @contextmanager
@@ -252,6 +257,11 @@ def encode_clips(
             lines = "".join(index_line(entry) + "\n" for entry in index)
             write_text(plan.out / shard.index_file, lines)
             _write_shard(plan, shard, latents)
+
+
+def unknown_words(plan: EncodingPlan, text_encoder: TextEncoder) -> dict[str, int]:
+    """Return the words that the text encoder has no token for, with the number of captions that contain each."""
+    return dict(Counter(word for caption in plan.captions for word in text_encoder.unknown_words(caption)))
 
 
 @torch.no_grad()

@@ -102,9 +102,6 @@ def _read_shot(video: Path, caption: Path | None, sample: str, left_out: list[Le
     except UserError as error:
         left_out.append(LeftOut(video, UNREADABLE, str(error)))
         return None
-    if info.num_frames < 1:
-        left_out.append(LeftOut(video, UNREADABLE, f"{video} has no length in its header"))
-        return None
     return VideoEntry(video, info.fps, info.num_frames, (ShotEntry(0, info.num_frames, text),), sample)
 
 

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longvideo.data.clips import ChunkFrames, FilePlace, frames_at, group_samples, lay_out, sample_clips
-from longvideo.data.manifest import ManifestLine, VideoEntry, iterate_manifest
-from longvideo.data.video import check_whole, count_frames, probe_video
+from longvideo.data.container import COPY_AGAIN
+from longvideo.data.manifest import iterate_manifest
+from longvideo.data.timing import (
+    FRAMES_TOLERANCE,
+    TimedVideo,
+    differences,
+    notices,
+    shot_differences,
+    time_entry,
+)
+from longvideo.data.video import VideoInfo, check_whole, count_frames, probe_video
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-
-FPS_TOLERANCE = 5e-4
-"""Allowed relative error of fps: 23.98 is accepted for 24000/1001, but 24 is not (a second of error in 17 minutes)."""
-HEADER_FRAMES_TOLERANCE = 1
-"""Allowed difference in frames between manifest and header; a count of decoded frames must match exactly."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Problem:
 class ManifestReport:
     """The result of a check.
 
-    problems: in the order of lines. lines: number of lines that are not blank. videos, seconds, shots: of the videos
-    that training would use. clips: number of clips that training would get.
+    problems: in the order of lines. lines: number of videos in the manifest. videos, seconds, shots: of the videos that
+    training would use. clips: number of clips that training would get. notices: what is converted in these videos.
     """
 
     problems: tuple[Problem, ...]
@@ -42,6 +46,7 @@ class ManifestReport:
     seconds: float
     shots: int
     clips: int
+    notices: tuple[str, ...]
 
 
 def validate_manifest(
@@ -62,51 +67,50 @@ def validate_manifest(
     chunks = chunks or ChunkFrames()
     lines = list(iterate_manifest(path))
     problems: list[Problem] = []
-    good: list[tuple[int, VideoEntry]] = []
+    good: list[tuple[int, TimedVideo]] = []
     for done, line in enumerate(lines, 1):
-        own = [*line.problems, *_video_problems(line, decode=decode)]
+        own, info = list(line.problems), None
+        if line.video is not None:
+            try:
+                info = _checked(line.video, decode=decode)
+                own += differences(line.video, info, fps=line.fps, num_frames=line.num_frames)
+                own += shot_differences(line.entry, info) if line.entry is not None else []
+            except UserError as error:
+                own.append(str(error))
         problems += [Problem(line.number, why) for why in own]
-        if line.entry is not None and not own:
-            good.append((line.number, line.entry))
+        if line.entry is not None and info is not None and not own:
+            good.append((line.number, time_entry(line.entry, info)))
         if on_line is not None:
             on_line(done, len(lines))
     numbers = iter([number for number, _ in good])
     num_clips = 0
-    used: list[VideoEntry] = []
-    for sample in group_samples(entry for _, entry in good):
+    used: list[TimedVideo] = []
+    for sample in group_samples(video for _, video in good):
         own_numbers = [next(numbers) for _ in sample]
         places = lay_out(sample, fps=fps, chunks=chunks)
         clips = sample_clips(places, num_chunks, fps=fps, chunks=chunks)
         num_clips += len(clips)
-        used += [place.entry for place in places if clips and place.begin < place.end]
+        used += [place.video for place in places if clips and place.begin < place.end]
         too_short = _length_problems(places, num_chunks, has_clips=bool(clips), fps=fps, chunks=chunks)
         problems += [Problem(own_numbers[file], why) for file, why in too_short]
     return ManifestReport(
         problems=tuple(sorted(problems, key=lambda problem: problem.line)),
         lines=len(lines),
         videos=len(used),
-        seconds=sum(entry.num_frames / entry.fps for entry in used),
-        shots=sum(len(entry.shots) for entry in used),
+        seconds=sum(video.seconds for video in used),
+        shots=sum(len(video.shots) for video in used),
         clips=num_clips,
+        notices=tuple(notices(used)),
     )
 
 
-def _video_problems(line: ManifestLine, *, decode: bool) -> Iterator[str]:
-    """Compare a video with its line of the manifest."""
-    if line.video is None:
-        return
-    try:
-        info = probe_video(line.video)
-        check_whole(line.video)
-        num_frames = count_frames(line.video) if decode else info.num_frames
-    except UserError as error:
-        yield str(error)
-        return
-    if line.fps is not None and abs(line.fps - info.fps) > FPS_TOLERANCE * info.fps:
-        yield f"fps is {line.fps:g}, expected {info.fps:.6g} as in {line.video}"
-    tolerance = 0 if decode else HEADER_FRAMES_TOLERANCE
-    if line.num_frames is not None and abs(line.num_frames - num_frames) > tolerance:
-        yield f"num_frames is {line.num_frames}, expected {num_frames} as in {line.video}"
+def _checked(path: Path, *, decode: bool) -> VideoInfo:
+    """Probe a video. Raises UserError if it cannot be read as a whole. decode: decode every frame to find damage."""
+    info = probe_video(path)
+    check_whole(path)
+    if decode and (count := count_frames(path)) < info.num_frames - FRAMES_TOLERANCE:
+        raise UserError(f"{path} is damaged: {count} of {info.num_frames} frames can be decoded; {COPY_AGAIN}")
+    return info
 
 
 def _length_problems(
@@ -116,14 +120,14 @@ def _length_problems(
     expected = chunks.start(num_chunks)
     for_clip = f"{expected} for a clip of {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
     if places[-1].end < expected:
-        got = f"{sum(frames_at(place.entry, fps) for place in places)} frames at {fps:g} a second"
+        got = f"{sum(frames_at(place.video, fps) for place in places)} frames at {fps:g} a second"
         if len(places) > 1:
             got = f"the {len(places)} files of its sample give {places[-1].end} of their {got} as whole chunks"
         yield 0, f"too short: {got}, expected {for_clip}"
         return
     for file, place in enumerate(places):
         if place.begin == place.end:
-            frames, least = frames_at(place.entry, fps), chunks.later if place.begin else chunks.first
+            frames, least = frames_at(place.video, fps), chunks.later if place.begin else chunks.first
             yield file, f"too short: {frames} frames at {fps:g} a second, expected {least} for one chunk of its sample"
     if not has_clips:
         yield 0, f"no clip: no {num_chunks} chunks in a row are covered by shots to at least a half"

@@ -1,12 +1,14 @@
 """Read and write video files with PyAV: frames are uint8 [T, H, W, 3] RGB tensors.
 
-At another frame rate, the nearest frame in time is used. At another size, frames are scaled with their aspect ratio and
-cropped at the center.
+Frames are read as a player shows them: upright, with square pixels, deinterlaced and in SDR. At another frame rate,
+the nearest frame in time is used. At another size, frames are scaled with their aspect ratio and cropped at the center.
+Times are in seconds after the first picture.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -14,43 +16,71 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longvideo.data.container import COPY_AGAIN, COUNTED_FORMATS, TIME_TOLERANCE, OpenVideo, file_url
+from longvideo.data.conversion import picture, shown_size
+from longvideo.data.deinterlacing import deinterlaced
+from longvideo.data.timeline import Timeline, read_timeline
+from longvideo.data.tone_mapping import TRANSFERS
 from longvideo.errors import UserError
 from longvideo.files import write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
 
-    import av
-
-TIME_TOLERANCE = 1e-6
-"""Largest difference in seconds of two times that count as equal."""
 CONTAINER_TOLERANCE = 0.5
 """Allowed difference in seconds between the length of a file and the end of its last packet, which formats round."""
-COPY_AGAIN = "copy or download it again"
+LENGTH_ESTIMATED = (*COUNTED_FORMATS, "mpegts")
+"""Formats without a length in the header, for which FFmpeg takes the time of the last packets."""
+NEAR_END = 2.0
+"""Distance in seconds before the end of a file from which its last packets are read."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The header of a video.
+    """What a video shows.
 
-    height, width: of the displayed picture, in square pixels. fps: frames per second. num_frames: as in the header, or
-    computed from fps and seconds if it has no count.
+    height, width: of the displayed picture, upright and in square pixels. fps: mean frames per second; of the header if
+    both are nearly equal. header_fps: frames per second in the header. seconds: from the first picture to the end of
+    the last one. num_frames: frames that are shown. transfer: PQ or HLG, whose frames are tone-mapped; None for SDR.
+    is_interlaced: whether frames are deinterlaced. timeline: times of all frames.
     """
 
     height: int
     width: int
     fps: float
+    header_fps: float
     seconds: float
     num_frames: int
+    transfer: str | None
+    is_interlaced: bool
+    timeline: Timeline
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Read the header of a video. Raises UserError if the file is not a video."""
-    with _OpenVideo(path) as (container, stream):
-        height, width = _shown_size(stream.height, stream.width, _pixel_aspect(stream))
-        fps, seconds = float(_frame_rate(stream, path)), _duration(container, stream)
-        return VideoInfo(height, width, fps, seconds, stream.frames or round(seconds * fps))
+    """Read the times of a video's frames, and what its first picture shows.
+
+    Reads only the index of an MP4 with a constant frame rate, and all packets of other files; decodes one frame.
+    Raises UserError if the file is not a video.
+    """
+    with OpenVideo(path) as video, _damage_named(path):
+        first = video.first_picture()
+        if first is None:
+            raise UserError(f"{path} has no frame that can be decoded; {COPY_AGAIN}")
+        frame, time = first
+        timeline = read_timeline(video, time)
+        height, width = shown_size(frame, _pixel_aspect(video.stream))
+        return VideoInfo(
+            height=height,
+            width=width,
+            fps=timeline.rate(video.rate),
+            header_fps=video.rate,
+            seconds=timeline.seconds,
+            num_frames=len(timeline.times),
+            transfer=TRANSFERS.get(int(frame.color_trc or 0)),
+            is_interlaced=bool(frame.interlaced_frame),
+            timeline=timeline,
+        )
 
 
 def check_whole(path: Path) -> None:
@@ -60,13 +90,16 @@ def check_whole(path: Path) -> None:
     """
     from av.error import FFmpegError
 
-    with _OpenVideo(path) as (container, stream):
+    with OpenVideo(path) as video:
+        container, stream = video.container, video.stream
         seconds = _duration(container, stream)
+        if not seconds or container.format.name in LENGTH_ESTIMATED:
+            return  # there is no length to compare with
         # a video stream without its own length may end before the sound
         own_length = stream.duration is not None
-        tolerance = 1.5 / float(_frame_rate(stream, path)) if own_length else CONTAINER_TOLERANCE
+        tolerance = 1.5 / video.rate if own_length else CONTAINER_TOLERANCE
         try:
-            end = _end_of_data(container, stream, seconds, all_streams=not own_length)
+            end = _end_of_data(container, stream, seconds, tolerance, all_streams=not own_length)
         except FFmpegError as error:
             raise UserError(f"{path} is damaged near its end: {error.strerror}; {COPY_AGAIN}") from error
         if end < seconds - tolerance:
@@ -75,15 +108,10 @@ def check_whole(path: Path) -> None:
 
 def count_frames(path: Path) -> int:
     """Decode and count all frames. Raises UserError if the file is not a video, or is damaged at any place."""
-    from av.error import FFmpegError
-
     count = 0
-    with _OpenVideo(path) as (container, stream):
-        try:
-            for _ in container.decode(stream):
-                count += 1
-        except FFmpegError as error:
-            raise UserError(f"{path} is damaged after {count} frames: {error.strerror}; {COPY_AGAIN}") from error
+    with OpenVideo(path) as video, _damage_named(path, lambda: f" after {count} frames"):
+        for _ in video.frames():
+            count += 1
     return count
 
 
@@ -113,29 +141,22 @@ def iterate_frames(
     """Yield frames uint8 [H, W, 3] one by one.
 
     fps: frames per second of the result, each the nearest frame of the file in time (the later of two equally near);
-        None keeps the frames of the file.
+        None takes the rate of the header.
     size: height and width of the result in pixels, by scaling and cropping at the center; None keeps those of the file.
     start_seconds: time of the first frame. max_frames: largest number of frames; None reads to the end.
     Raises UserError if the file is missing, not a video, or damaged.
     """
-    from av.error import FFmpegError
-
-    with _OpenVideo(path) as (container, stream):
-        rate = float(_frame_rate(stream, path))
-        step = 1 / (fps or rate)
-        emitted = 0
-        try:
-            if start_seconds > 0:
-                container.seek(int(start_seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
-            for frame, begin, end in _timed_frames(container, stream, rate):
-                # a frame of the file is used for all times that are nearer to it than to its neighbors
-                while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
-                    if emitted == max_frames:
-                        return
-                    yield _picture(frame, size, _pixel_aspect(stream))
-                    emitted += 1
-        except FFmpegError as error:
-            raise UserError(f"{path} is damaged after {emitted} frames: {error.strerror}; {COPY_AGAIN}") from error
+    emitted = 0
+    with OpenVideo(path) as video, _damage_named(path, lambda: f" after {emitted} frames"):
+        step = 1 / (fps or video.rate)
+        frames = deinterlaced(video.frames(start_seconds), video.stream)
+        for frame, begin, end in _shown_until_next(frames, video.step):
+            # a frame of the file is used for all times that are nearer to it than to its neighbors
+            while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
+                if emitted == max_frames:
+                    return
+                yield picture(frame, size, _pixel_aspect(video.stream))
+                emitted += 1
 
 
 def write_video(
@@ -164,7 +185,7 @@ def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pix
 
     count = 0
     try:
-        with av.open(str(target), "w", format="mp4") as container:
+        with av.open(file_url(target), "w", format="mp4") as container:
             stream: Any = None
             for chunk in frames:
                 if stream is None:
@@ -187,63 +208,52 @@ def _encode(target: Path, frames: Iterable[Tensor], *, fps: float, crf: int, pix
     return count
 
 
-class _OpenVideo:
-    """An open container and its first video stream. Raises UserError for files that cannot be opened."""
+@contextmanager
+def _damage_named(path: Path, place: Callable[[], str] = str) -> Generator[None]:
+    """Raise FFmpeg's errors as UserError. place: returns where in the file it is damaged, in words."""
+    from av.error import FFmpegError
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> tuple[Any, Any]:
-        import av
-        from av.error import FFmpegError
-
-        if not self.path.is_file():
-            raise UserError(f"there is no video {self.path}")
-        try:
-            self.container = av.open(str(self.path))
-        except FFmpegError as error:
-            raise UserError(f"{self.path} is not a video in a supported format: {error.strerror}") from error
-        streams = self.container.streams.video
-        if not streams or not streams[0].height or not streams[0].width:
-            self.container.close()
-            raise UserError(f"{self.path} has no video stream")
-        streams[0].thread_type = "AUTO"
-        return self.container, streams[0]
-
-    def __exit__(self, *error: object) -> None:
-        self.container.close()
+    try:
+        yield
+    except FFmpegError as error:
+        raise UserError(f"{path} is damaged{place()}: {error.strerror}; {COPY_AGAIN}") from error
 
 
-def _timed_frames(container: Any, stream: Any, rate: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """Yield frames with the begin and end of the times to which each is nearest, in seconds from the stream's start."""
-    origin = _origin(stream)
+def _shown_until_next(frames: Iterable[tuple[Any, float]], step: float) -> Iterator[tuple[Any, float, float]]:
+    """Yield frames with the begin and end of the times to which each is nearest. step: time of the last frame."""
     held: tuple[Any, float] | None = None
-    begin = -1 / rate
-    for number, frame in enumerate(container.decode(stream)):
-        time = number / rate if frame.pts is None else float(frame.pts * frame.time_base) - origin
+    begin = -step
+    for frame, time in frames:
         if held is not None:
             middle = (held[1] + time) / 2
             yield held[0], begin, middle
             begin = middle
         held = (frame, time)
     if held is not None:
-        yield held[0], begin, held[1] + 0.5 / rate
+        yield held[0], begin, held[1] + step / 2
 
 
-def _end_of_data(container: Any, stream: Any, seconds: float, *, all_streams: bool) -> float:
-    """Return the end time of the last complete packet, searched near `seconds` if the format supports seeking."""
-    origin = _origin(stream)
-    for start in (seconds, 0.0):
-        container.seek(int((start + origin) / stream.time_base), stream=stream)
-        ends: list[float] = []
+def _end_of_data(container: Any, stream: Any, seconds: float, tolerance: float, *, all_streams: bool) -> float:
+    """Return the end time of the last complete packet.
+
+    It is searched at `seconds`, before it, and from the beginning, until it is at most `tolerance` before `seconds`: a
+    jump may land after the last packets, because they are not in the order of their times.
+    """
+    import av
+
+    # the length of a container counts from its own beginning, which may be before the first picture
+    origin = (container.start_time or 0) / av.time_base if all_streams else _origin(stream)
+    end = 0.0
+    for start in (seconds, seconds - NEAR_END, 0.0):
+        container.seek(int((max(0.0, start) + origin) / stream.time_base), stream=stream)
         for packet in container.demux(() if all_streams else stream):
             if packet.is_corrupt:
                 break
             if packet.pts is not None:
-                ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base) - origin)
-        if ends:
-            return max(ends)
-    return 0.0
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - origin)
+        if end >= seconds - tolerance:
+            break
+    return end
 
 
 def _origin(stream: Any) -> float:
@@ -251,39 +261,8 @@ def _origin(stream: Any) -> float:
     return float((stream.start_time or 0) * stream.time_base)
 
 
-def _picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -> Tensor:
-    """Convert a frame to RGB, upright and with square pixels, scaled and cropped to `size`."""
-    turned = frame.rotation % 180 != 0
-    target = size if size is None or not turned else (size[1], size[0])
-    height, width = _shown_size(frame.height, frame.width, pixel_aspect)
-    if target is not None:
-        scale = max(target[0] / height, target[1] / width)
-        height, width = max(target[0], round(height * scale)), max(target[1], round(width * scale))
-    interpolation = "AREA" if height < frame.height else "BICUBIC"
-    array = frame.reformat(width=width, height=height, format="rgb24", interpolation=interpolation).to_ndarray()
-    picture = torch.from_numpy(array)
-    if target is not None:
-        top, left = (height - target[0]) // 2, (width - target[1]) // 2
-        picture = picture[top : top + target[0], left : left + target[1]]
-    if frame.rotation % 360:
-        picture = torch.rot90(picture, frame.rotation // 90, (0, 1))
-    return picture.contiguous()
-
-
-def _shown_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, int]:
-    """Return height and width in square pixels; the height of the file is kept."""
-    return height, round(width * pixel_aspect)
-
-
 def _pixel_aspect(stream: Any) -> Fraction:
     return stream.sample_aspect_ratio or Fraction(1)
-
-
-def _frame_rate(stream: Any, path: Path) -> Fraction:
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate:
-        raise UserError(f"{path} has no frame rate, as a picture; use a video file")
-    return rate
 
 
 def _duration(container: Any, stream: Any) -> float:

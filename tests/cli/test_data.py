@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longvideo.cli.main import main
-from longvideo.data.manifest import read_manifest
+from longvideo.data.manifest import ShotEntry, read_manifest
 from longvideo.data.video import read_video
 from longvideo.shapeworld.dataset import render_script, sample_script
 
@@ -30,8 +30,7 @@ def test_videos_and_manifest_equal_the_scripts(folder: Path) -> None:
     for seed, entry in zip((40, 41), entries, strict=True):
         script = sample_script(seed, split="train", num_shots=3, num_chunks=6)
         assert (entry.fps, entry.num_frames) == (24.0, 189)
-        assert [(shot.start, shot.end) for shot in entry.shots] == [(s.start, s.end) for s in script.frames()]
-        assert [shot.caption for shot in entry.shots] == [shot.caption for shot in script.shots]
+        assert list(entry.shots) == [ShotEntry(s.start, s.end, s.shot.caption) for s in script.frames()]
         rendered = torch.cat(list(render_script(script, height=64, width=112))).float()
         error = (read_video(entry.video).float() - rendered).square().mean()
         assert 10 * torch.log10(255**2 / error) > 33

@@ -9,6 +9,7 @@ import torch
 from longvideo.cli.main import main
 from longvideo.data.clips import ChunkFrames, Footage, group_samples, iterate_clips, plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest
+from longvideo.data.timing import measure
 from longvideo.data.video import read_video
 from longvideo.errors import UserError
 from longvideo.shapeworld.dataset import chunk_start
@@ -33,11 +34,11 @@ def test_clips_keep_cuts_on_chunk_boundaries(folder: Path) -> None:
     entries = read_manifest(folder / "manifest.jsonl")
     references = plan_clips(entries, num_chunks=2)
     assert [round(reference.start_seconds * 24) for reference in references] == [0, 64, 128] * 2
-    for entry in entries:
-        for first_chunk, reference in zip((0, 2, 4), [r for r in references if r.video == entry.video], strict=True):
+    for video in measure(entries):
+        for first_chunk, reference in zip((0, 2, 4), [r for r in references if r.video == video.video], strict=True):
             for i in range(2):
-                middle = chunk_start(first_chunk + i) + 16
-                (shot,) = [shot for shot in entry.shots if shot.start <= middle < shot.end]
+                middle = (chunk_start(first_chunk + i) + 16) / 24
+                (shot,) = [shot for shot in video.shots if shot.start <= middle < shot.end]
                 assert reference.captions[i] == shot.caption
             assert reference.cuts[0]
             assert reference.cuts[1] == (reference.captions[0] != reference.captions[1])
@@ -87,7 +88,7 @@ def test_clips_of_a_sample_continue_in_the_next_file(tmp_path: Path) -> None:
 def test_other_videos_end_a_sample(tmp_path: Path) -> None:
     shots = (ShotEntry(0, 61, "one"),)
     entries = [VideoEntry(tmp_path / f"{i}.mp4", 24.0, 61, shots, name) for i, name in enumerate(["a", None, "b", "b"])]
-    assert [len(sample) for sample in group_samples(entries)] == [1, 1, 2]
+    assert [len(sample) for sample in group_samples(measure(entries))] == [1, 1, 2]
     references = plan_clips(entries, num_chunks=2)
     assert [(len(r.footage), r.cuts[1]) for r in references] == [(1, False)] * 3
     assert [len(r.footage) for r in plan_clips(entries, num_chunks=3)] == [2]
@@ -96,6 +97,9 @@ def test_other_videos_end_a_sample(tmp_path: Path) -> None:
 def test_a_manifest_that_promises_too_much_is_named(folder: Path) -> None:
     entry = read_manifest(folder / "manifest.jsonl")[0]
     longer = VideoEntry(entry.video, 24.0, 400, (ShotEntry(0, 400, "one"),))
-    reference = plan_clips([longer], num_chunks=2)[3]
-    with pytest.raises(UserError, match=r"frames after|no frame at"):
-        read_clip(reference, size=SIZE)
+    with pytest.raises(UserError, match=r"num_frames is 400, expected 189 as in .*0.mp4; correct its line"):
+        plan_clips([longer], num_chunks=2)
+    (reference, *_) = plan_clips([entry], num_chunks=2)
+    beyond = replace(reference, footage=(replace(reference.footage[0], start_seconds=7.0),))
+    with pytest.raises(UserError, match=r"has 21 frames after 7.00 s, expected 61; repair"):
+        read_clip(beyond, size=SIZE)

@@ -15,7 +15,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
 from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
-from longvideo.data.manifest import read_manifest
+from longvideo.data.manifest import TimedShotEntry, VideoEntry, read_manifest, write_manifest
 from longvideo.errors import UserError
 from longvideo.files import locked
 from tests.checkpoint import small
@@ -389,3 +389,23 @@ def test_the_reader_names_the_file_that_is_wrong(encoded: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             EncodedDataset.open(folder)
         shutil.rmtree(folder)
+
+
+def test_words_outside_the_vocabulary_and_conversions_are_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        footage.write(tmp_path / name, 61)
+    captions = ["a red zeppelin", "a blue zeppelin and a quokka"]
+    entries = [
+        VideoEntry(Path(name), None, None, (TimedShotEntry(text),))
+        for name, text in zip(("a.mp4", "b.mp4"), captions, strict=True)
+    ]
+    write_manifest(tmp_path / "manifest.jsonl", entries)
+    assert encode(tmp_path / "manifest.jsonl", model, tmp_path / "clips") == 0
+    error = capsys.readouterr().err
+    assert "warning: the model's vocabulary does not contain 'zeppelin' (2), " in error and "'quokka' (1)" in error
+    assert error.count("warning") == 1 and "HDR" not in error and "interlaced" not in error
+    # what is complete is not encoded again, and nothing is reported again
+    assert encode(tmp_path / "manifest.jsonl", model, tmp_path / "clips") == 0
+    assert "warning" not in capsys.readouterr().err

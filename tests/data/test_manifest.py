@@ -51,7 +51,7 @@ def test_captions_may_hold_line_ends_of_other_languages(tmp_path: Path) -> None:
         ("{", "the line is not JSON: Expecting property name enclosed in double quotes in column 2"),
         ("[1]", r"got \[1\], expected an object with the keys video, fps, num_frames, shots"),
         (json.dumps(LINE | {"frames": 3}), "unknown key 'frames'; did you mean 'num_frames'"),
-        (json.dumps({"video": "a.mp4"}), "missing fps, num_frames, shots; add them"),
+        (json.dumps({"video": "a.mp4"}), "missing shots; add it"),
         (json.dumps(LINE | {"video": 3}), "video is 3, expected a file name"),
         (json.dumps(LINE | {"video": "b.mp4"}), "there is no video .*b.mp4"),
         (json.dumps(LINE | {"fps": "24"}), 'fps is "24", expected a number above 0'),

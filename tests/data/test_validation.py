@@ -41,7 +41,7 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
     lines: list[tuple[str | dict, list[str]]] = [
         (GOOD, []),
         ("{", ["the line is not JSON"]),
-        ({"video": "good.mp4", "shots": [SHOT]}, ["missing fps, num_frames; add them"]),
+        ({"video": "good.mp4", "shots": [{"start": 0, "end": 61}]}, ["missing caption; add it"]),
         ("", []),
         (GOOD | {"video": "absent.mp4"}, ["there is no video"]),
         (
@@ -63,14 +63,14 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
     assert [problem.line for problem in report.problems] == [number for number, _ in expected]
     for problem, (_, text) in zip(report.problems, expected, strict=True):
         assert text in problem.why
-    assert (report.lines, report.videos, report.shots, report.clips) == (10, 2, 2, 4)
-    assert report.seconds == pytest.approx(61 / 24 + 76 / 29.99)
+    assert (report.lines, report.videos, report.shots, report.clips) == (10, 2, 2, 3)
+    assert report.seconds == pytest.approx(61 / 24 + 75 / 30)
     assert main(["data", "validate", str(path)]) == 2
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{path}:2: the line is not JSON")
     assert len(out) == len(expected) + 2
     assert out[-2] == f"{len(expected)} problems in 8 of 10 lines"
-    assert out[-1] == "2 good videos, 0.001 hours, 2 shots, 4 clips of 1 chunk"
+    assert out[-1] == "2 good videos, 0.001 hours, 2 shots, 3 clips of 1 chunk"
 
 
 def test_what_is_good_ends_with_code_0_and_counts_clips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,12 +84,13 @@ def test_what_is_good_ends_with_code_0_and_counts_clips(folder: Path, capsys: py
 
 
 def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
-    path = manifest(folder, GOOD | {"video": "damaged.mp4", "num_frames": 125}, GOOD | {"num_frames": 62})
-    assert validate_manifest(path).problems == ()
+    path = manifest(folder, GOOD | {"video": "damaged.mp4", "num_frames": 125}, GOOD | {"num_frames": 63})
+    (second,) = validate_manifest(path).problems
+    assert (second.line, "num_frames is 63, expected 61" in second.why) == (2, True)
     first, second = validate_manifest(path, decode=True).problems
     assert (first.line, second.line) == (1, 2)
     assert "damaged.mp4 is damaged after" in first.why
-    assert "num_frames is 62, expected 61" in second.why
+    assert "num_frames is 63, expected 61" in second.why
 
 
 def test_shots_of_a_sample_are_measured_together(folder: Path) -> None:
