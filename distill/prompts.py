@@ -17,8 +17,7 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.distill.walk import VideoRequest
 from longvideo.distributed import Mesh, divide
-from longvideo.errors import ConfigError, UserError
-from longvideo.files import check_text, parse_json, read_lines
+from longvideo.errors import ConfigError
 from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import sample_scene
@@ -27,7 +26,6 @@ from longvideo.training.objective import seeded, stage_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from longvideo.data.encoded import EncodedDataset
 
@@ -289,37 +287,6 @@ def check_frames(frames: int, chunk_frames: int) -> None:
             f"videos have {frames} latent frames; expected a multiple of {chunk_frames}, the model's chunk; use"
             f" {max(frames // chunk_frames, 1) * chunk_frames}"
         )
-
-
-def read_scripts(path: Path) -> list[tuple[str, ...]]:
-    """Read prompts: one in each line, or, in a `.jsonl`, objects `{"prompts": [...]}` with a prompt for each shot.
-
-    Raises UserError, with the line, for a file without prompts, an empty line, or a line that cannot be read.
-    """
-    lines = read_lines(path, what="file of prompts")
-    if lines[-1] == "":
-        lines.pop()  # the last line ends with a line break
-    if not lines:
-        raise UserError(f"{path} is empty; expected a prompt in each line")
-    parse = _json_shots if path.suffix == ".jsonl" else lambda line, _where: (line,)
-    scripts = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        shots = tuple(clean_prompt(shot) for shot in parse(line, where))
-        if not shots or not all(shots):
-            raise UserError(f"{where} has an empty prompt; remove the line, or describe a video")
-        for shot in shots:
-            check_text(shot, f"{where}: the prompt")
-        scripts.append(shots)
-    return scripts
-
-
-def _json_shots(line: str, where: str) -> tuple[str, ...]:
-    value = parse_json(line, where=where)
-    shots = value.get("prompts") if isinstance(value, dict) else None
-    if not isinstance(shots, list) or not all(isinstance(shot, str) for shot in shots):
-        raise UserError(f'{where} is not an object of the form {{"prompts": ["first shot", "second shot"]}}')
-    return tuple(shots)
 
 
 @torch.no_grad()

@@ -66,6 +66,20 @@ def open_writer(path: str | Path, *, fps: float, overwrite: bool = False) -> Vid
     return VideoWriter(path, fps=fps, overwrite=overwrite)
 
 
+def count_frames(path: Path) -> int:
+    """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
+    import av
+
+    frames = 0
+    try:
+        with av.open(str(path)) as container:
+            for _ in container.decode(video=0):
+                frames += 1
+    except (av.FFmpegError, FileNotFoundError):
+        pass  # the end of the file is damaged; the frames before it play
+    return frames
+
+
 class VideoWriter:
     """Writes frames to a video file. Frames that were written can be played, even if the process is killed.
 

@@ -15,7 +15,7 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import ServerMetrics
-from longvideo.infer.writer import VideoWriter
+from longvideo.infer.writer import VideoWriter, count_frames
 
 log = logging.getLogger(__name__)
 INTERRUPTED = "the server stopped before the video was complete; the frames before that are kept"
@@ -100,7 +100,7 @@ class JobWorker:
 
     def _interrupt(self, job: Job) -> None:
         """Set the status of a job whose process was killed, and keep its video if it plays."""
-        frames = _count_frames(self.path(job.id))
+        frames = count_frames(self.path(job.id))
         if frames == 0:
             self.path(job.id).unlink(missing_ok=True)
         self._store.set_frames(job.id, frames)
@@ -108,17 +108,3 @@ class JobWorker:
             self._store.change(job.id, "completed", among=("in_progress",))
         else:
             self._store.change(job.id, "interrupted", among=("in_progress",), error=INTERRUPTED)
-
-
-def _count_frames(path: Path) -> int:
-    """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
-    import av
-
-    frames = 0
-    try:
-        with av.open(str(path)) as container:
-            for _ in container.decode(video=0):
-                frames += 1
-    except (av.FFmpegError, FileNotFoundError):
-        pass  # the end of the file is damaged; the frames before it play
-    return frames

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.checkpoint.choices import adapter_choices
+from longvideo.cli.generate_prompts import VideoBatch, generate_batch, refuse_options
 from longvideo.cli.model_options import (
     AdapterNames,
     AttentionFormat,
@@ -39,7 +40,7 @@ from longvideo.cli.model_options import (
 from longvideo.cli.output import OUTPUT
 from longvideo.cli.printing import STDOUT, without_reader
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
-from longvideo.cli.video_progress import VideoTally, new_display
+from longvideo.cli.video_progress import VideoTally, new_display, summary, with_warnings
 from longvideo.errors import UserError
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.script import Script
@@ -52,9 +53,7 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.latents import LatentsHeader, LatentsWriter
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.generation import GeneratedChunk
-    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.writer import VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
@@ -70,6 +69,15 @@ def generate(
         Path | None,
         typer.Option(
             help="YAML file with a list of shots, each with `prompt`, `seconds` and `cut`, instead of prompts."
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="File with a prompt in each line, or `.jsonl` with shots, instead of prompts: a video for each line,"
+            " in the folder `-o`.",
         ),
     ] = None,
     seconds: Annotated[
@@ -131,6 +139,12 @@ def generate(
     Several GPUs share the denoising of every chunk:
 
     `torchrun --no-python --nproc-per-node 2 longvideo generate -o film.mp4 ...`
+
+    With `--prompts` every GPU generates other videos. Line 1 becomes `00000.mp4`, and the seed of each further line is
+    one more. `videos.jsonl` lists them; the same command continues after a stop. A line of a `.jsonl` is
+    `{"prompts": ["first shot", "second shot"], "seconds": 10, "seed": 3}`, where the last two may be missing.
+
+    `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
     start = time.perf_counter()
     from longvideo.infer.writer import check_output
@@ -141,8 +155,16 @@ def generate(
         one_decoder(decoder),
     )
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
-    video = VideoChoice(_read_script(prompts or [], script, seconds), SamplingOptions(steps, guidance, seed), image)
+    options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
+    if prompts_file is not None:
+        refuse_options(prompts=prompts, script=script, image=image, latents=latents)
+        settings = {**asdict(choice), "steps": steps, "guidance": guidance, "decoder": decoder_name, **asdict(formats)}
+        length = DEFAULT_SECONDS if seconds is None else seconds
+        batch = VideoBatch(prompts_file, output, length, options, settings, overwrite)
+        generate_batch(batch, choice, formats, decoder_name, (device, decode_device, decode_share, text_encoder))
+        return
+    video = VideoChoice(_read_script(prompts or [], script, seconds), options, image)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         check_output(output, overwrite=overwrite)
         if latents is not None:
@@ -199,7 +221,7 @@ def _write(
         display.set_stage("loading")
         pipeline, header = load()
         print(pipeline.start_line(), file=sys.stderr)
-        chunks = _stream_with_warnings(video, pipeline)
+        chunks = with_warnings(lambda: video.stream(pipeline))
         plan = pipeline.plan(video.script)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
         display.set_stage("generating the first chunk")
@@ -215,7 +237,7 @@ def _write(
             except Stopped as stop:
                 interruption = stop
     with without_reader(STDOUT):
-        print(_summary(writer, tally, pipeline.fps), flush=True)
+        print(summary(writer, tally, pipeline.fps), flush=True)
     if latents is not None and writer.num_frames:
         scale = pipeline.models.decoder.config.scale_factor_temporal
         num_latents = 1 + -(-(writer.num_frames - 1) // scale)
@@ -299,26 +321,3 @@ def _load(
         folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts
     )
     return pipeline, header
-
-
-def _stream_with_warnings(video: VideoChoice, pipeline: StreamingPipeline) -> Generator[GeneratedChunk, None, None]:
-    """Return the chunks of the video, and print the warnings about its prompts."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        chunks = video.stream(pipeline)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return chunks
-
-
-def _summary(writer: VideoWriter | PictureWriter, tally: VideoTally, fps: float) -> str:
-    num_frames = writer.num_frames
-    if num_frames == 0:
-        return "no frame was generated; nothing was written"
-    rate = tally.frames_per_second
-    speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
-    first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""
-    return (
-        f"{writer.path}: {num_frames} frames, {num_frames / fps:.2f} s at {fps:g} frames/s, "
-        f"{writer.num_bytes / 2**20:.2f} MiB{first}{speed}"
-    )

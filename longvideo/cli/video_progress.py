@@ -1,26 +1,36 @@
-"""Progress of `longvideo generate`: counts and times of a video while it is generated, as a bar or as lines."""
+"""Progress of `longvideo generate`: counts and times of a video, as a bar or as lines, its warnings and its summary."""
 
 from __future__ import annotations
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from longvideo.cli.printing import STDERR, without_reader
+from longvideo.cli.printing import STDERR, printable, without_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longvideo.infer.pictures import PictureWriter
+    from longvideo.infer.writer import VideoWriter
+
+T = TypeVar("T")
 
 
-def new_display() -> Display:
-    """Return a bar for a terminal, lines for anything else."""
-    return ProgressBar() if sys.stderr.isatty() else PlainLines()
+def new_display(*, ranks: int = 1) -> Display:
+    """Return a bar for a terminal, lines for anything else. ranks: processes that print; several print lines."""
+    return ProgressBar() if sys.stderr.isatty() and ranks == 1 else PlainLines()
 
 
 @dataclass
 class VideoTally:
-    """Counts and times of a run of the command.
+    """Counts and times of a video.
 
-    start, first_at, last_at: times on `time.perf_counter` of the command's start, of the first part of the video and of
-    the latest one. The first chunk has two parts, every other chunk one. first_frames: frames of the first part.
+    start, first_at, last_at: times on `time.perf_counter` of the start, of the first part of the video and of the
+    latest one. The first chunk has two parts, every other chunk one. first_frames: frames of the first part. name:
+    start of its lines, if there are several videos.
     """
 
     start: float
@@ -31,6 +41,7 @@ class VideoTally:
     first_frames: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
+    name: str = ""
 
     def add(self, frames: int) -> None:
         """Count a part of the video, by its number of frames."""
@@ -42,7 +53,7 @@ class VideoTally:
 
     @property
     def seconds_to_first_frame(self) -> float:
-        """Seconds from the start of the command to the first frame."""
+        """Seconds from the start to the first frame."""
         return self.first_at - self.start
 
     @property
@@ -55,7 +66,9 @@ class VideoTally:
         rate = self.frames_per_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
         chunk = max(1, self.parts - 1)
-        return f"chunk {chunk}/{self.num_chunks} | {speed} | first frame after {self.seconds_to_first_frame:.1f} s"
+        first = f"first frame after {self.seconds_to_first_frame:.1f} s"
+        name = f"{self.name}: " if self.name else ""
+        return f"{name}chunk {chunk}/{self.num_chunks} | {speed} | {first}"
 
 
 class Display(Protocol):
@@ -117,3 +130,27 @@ class ProgressBar:
     def show(self, tally: VideoTally) -> None:
         with without_reader(STDERR):
             self._progress.update(self._task, total=tally.num_frames, completed=tally.frames, description=tally.line())
+
+
+def with_warnings(begin: Callable[[], T], *, name: str = "") -> T:
+    """Begin a video, and print the warnings about its prompts. name: name of the video, if there are several."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result = begin()
+    for warning in caught:
+        print(printable(f"warning: {f'{name}: ' if name else ''}{warning.message}"), file=sys.stderr)
+    return result
+
+
+def summary(writer: VideoWriter | PictureWriter, tally: VideoTally, fps: float) -> str:
+    """Return the line about a written video."""
+    num_frames = writer.num_frames
+    if num_frames == 0:
+        return "no frame was generated; nothing was written"
+    rate = tally.frames_per_second
+    speed = f", {rate:.1f} frames/s after it" if rate is not None else ""
+    first = f"; first frame after {tally.seconds_to_first_frame:.1f} s" if tally.parts else ""
+    return (
+        f"{writer.path}: {num_frames} frames, {num_frames / fps:.2f} s at {fps:g} frames/s, "
+        f"{writer.num_bytes / 2**20:.2f} MiB{first}{speed}"
+    )

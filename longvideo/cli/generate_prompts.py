@@ -1,0 +1,177 @@
+"""`longvideo generate --prompts`: a video for each line of a file, divided among the ranks of a launcher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from longvideo.cli.printing import STDOUT, printable, without_reader
+from longvideo.cli.stopping import Stopped, exit_code, stop_signals
+from longvideo.cli.video_progress import VideoTally, new_display, summary, with_warnings
+from longvideo.errors import UserError
+from longvideo.infer.options import SamplingOptions
+from longvideo.infer.script import Script
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.cli.model_options import ModelChoice
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.video_folder import ListedVideo, VideoFolder
+    from longvideo.quantization.number_formats import NumberFormats
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """The videos that a user chose.
+
+    file: prompts, as `longvideo.text.prompt_file` reads them. seconds: length of a video whose line has none. options:
+    sampling; the seed is that of the first line, and each further line has the next one unless it states its own.
+    settings: what else decides how the videos look, to continue only with the same.
+    """
+
+    file: Path
+    output: Path
+    seconds: float
+    options: SamplingOptions
+    settings: Mapping[str, Any]
+    overwrite: bool
+
+    def read(self) -> list[ListedVideo]:
+        """Return the videos. Raises UserError, with the line, for one that cannot be generated."""
+        from longvideo.infer.video_folder import ListedVideo
+        from longvideo.text.prompt_file import read_prompt_file
+
+        if self.output.suffix:
+            raise UserError(f"the output is {self.output}; expected a name without suffix, for a folder of .mp4 files")
+        videos = []
+        for index, line in enumerate(read_prompt_file(self.file)):
+            seconds = self.seconds if line.seconds is None else float(line.seconds)
+            seed = self.options.seed + index if line.seed is None else line.seed
+            video = ListedVideo(f"{index:05d}.mp4", index + 1, line.shots, seconds, seed)
+            try:
+                script_of(video)
+                SamplingOptions(seed=seed)
+            except UserError as error:
+                raise UserError(f"{self.file}:{video.line}: {error}") from error
+            videos.append(video)
+        return videos
+
+    def begin(self, folder: ModelFolder, video_folder: VideoFolder) -> int:
+        """Check all videos, then create or continue their list; return the number of videos to generate."""
+        from longvideo.infer.pipeline import chunk_timing
+        from longvideo.infer.script import plan_chunks
+
+        videos = self.read()
+        timing = chunk_timing(folder.settings, folder.latents_config)
+        for video in videos:
+            try:
+                plan_chunks(script_of(video), timing)
+            except UserError as error:
+                raise UserError(f"{self.file}:{video.line}: {error}") from error
+        done = video_folder.begin(videos, self.settings, overwrite=self.overwrite)
+        print(printable(f"{self.output}: {done} of {len(videos)} videos are finished"), file=sys.stderr, flush=True)
+        return len(videos) - done
+
+
+def script_of(video: ListedVideo) -> Script:
+    """Return the script of a video. Raises UserError for a length that is out of range."""
+    return Script.from_prompts(video.prompt, seconds=video.seconds)
+
+
+def refuse_options(**others: object) -> None:
+    """Raise UserError if an option was given that --prompts excludes."""
+    for name, value in others.items():
+        if value:
+            option = "prompts on the command line" if name == "prompts" else f"--{name}"
+            raise UserError(f"--prompts and {option} exclude each other; use one of them")
+
+
+def generate_batch(
+    batch: VideoBatch,
+    choice: ModelChoice,
+    formats: NumberFormats,
+    decoder_name: str | None,
+    devices: tuple[str | None, str | None, float | None, str | None],
+) -> None:
+    """Generate the videos of a batch, with other ranks if a launcher started them.
+
+    devices: options --device, --decode-device, --decode-share and --text-encoder.
+    """
+    from longvideo.distributed import build_mesh
+    from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.host_memory import release_large_blocks
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.video_folder import VideoFolder
+    from longvideo.streaming.parallel import launched_ranks
+
+    device, decode_device, decode_share, text_encoder = devices
+    try:
+        with stop_signals(), closing(VideoFolder(batch.output)) as videos:
+            with launched_ranks(device) as (own_device, _):
+                mesh = build_mesh(1)
+                with mesh.one_voice():
+                    placement = Placement.choose(own_device, decode_device, decode_share, text_encoder=text_encoder)
+                    folder = choice.open()
+                    waiting = mesh.on_main(lambda: batch.begin(folder, videos))
+            if not waiting:
+                return
+            videos.join()
+            release_large_blocks()
+            load = partial(StreamingPipeline.load, folder, placement, formats=formats, decoder_name=decoder_name)
+            _generate_videos(batch, load, videos, ranks=mesh.world)
+    except Stopped as stop:
+        raise typer.Exit(exit_code(stop.number)) from None
+
+
+def _generate_videos(
+    batch: VideoBatch, load: Callable[[], StreamingPipeline], videos: VideoFolder, *, ranks: int
+) -> None:
+    """Generate waiting videos until all are finished. A signal ends the current one, which stays waiting.
+
+    load: loads the model. videos: a folder that this process has joined. ranks: number of processes that print.
+    """
+    with new_display(ranks=ranks) as display:
+        display.set_stage("loading")
+        pipeline = load()
+        if ranks == 1:
+            print(pipeline.start_line(), file=sys.stderr)
+        while (video := videos.claim()) is not None:
+            is_done = False
+            try:
+                line = _generate(batch, video, pipeline, display.show)
+                is_done = True
+            finally:
+                videos.set_status(video, "done" if is_done else "waiting")
+            with without_reader(STDOUT):
+                print(printable(line), flush=True)
+
+
+def _generate(
+    batch: VideoBatch, video: ListedVideo, pipeline: StreamingPipeline, show: Callable[[VideoTally], None]
+) -> str:
+    """Write the file of a video and return the line about it. After a signal it holds the chunks that were finished."""
+    from longvideo.infer.writer import VideoWriter, count_frames
+
+    path, script = batch.output / video.file, script_of(video)
+    plan = pipeline.plan(script)
+    if count_frames(path) == plan.num_frames:
+        return f"{path}: {plan.num_frames} frames, complete before"  # the process was killed before it changed the list
+    steps, guidance = batch.options.steps, batch.options.guidance
+    tally = VideoTally(time.perf_counter(), plan.num_chunks, plan.num_frames, name=video.file)
+    chunks = with_warnings(
+        lambda: pipeline.stream(script, steps=steps, guidance=guidance, seed=video.seed), name=video.file
+    )
+    with closing(chunks), VideoWriter(path, fps=pipeline.fps, overwrite=True) as writer:
+        for frames in chunks:
+            writer.write(frames)
+            tally.add(len(frames))
+            show(tally)
+    return summary(writer, tally, pipeline.fps)

@@ -1,0 +1,162 @@
+"""`longvideo generate --prompts`: which videos a file of prompts becomes, on one rank and on two, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from longvideo.cli.main import main
+from tests.cli.test_generate import probe, restore_signals
+from tests.folders import file_names
+
+OPTIONS = ["--device", "cpu", "--steps", "1", "--decoder-precision", "fp32"]
+
+
+def run(folder: Path, file: Path, *arguments: str) -> int:
+    return main(["generate", "--model", str(folder), *OPTIONS, "--prompts", str(file), *arguments])
+
+
+def listed(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "videos.jsonl").read_text().splitlines()]
+
+
+def test_each_line_becomes_the_video_of_its_seed(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "videos"
+    lines = [{"prompts": ["a red ball"]}, {"prompts": ["a red ball", "a zebra"], "seconds": 3}]
+    lines += [{"prompts": ["a red ball"], "seed": 5, "seconds": 0.5}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert run(model_folder, file, "--seconds", "1", "--seed", "4", "-o", str(out)) == 0
+    printed = capsys.readouterr()
+    assert "0 of 3 videos are finished" in printed.err and printed.out.count("\n") == 3
+    assert "warning: 00001.mp4: the model's vocabulary does not contain 'zebra'" in printed.err
+    names = ["00000.mp4", "00001.mp4", "00002.mp4"]
+    assert file_names(out) == [".videos.lock", *names, "settings.json", "videos.jsonl"]
+    assert [probe(out / name)[0] for name in names] == [24, 72, 12]
+    assert [(row["line"], row["seed"], row["status"]) for row in listed(out)] == [
+        (1, 4, "done"),
+        (2, 5, "done"),
+        (3, 5, "done"),
+    ]
+    alone = ["generate", "--model", str(model_folder), *OPTIONS, "a red ball", "a zebra", "--seed", "5"]
+    assert main([*alone, "--seconds", "3", "-o", str(tmp_path / "alone.mp4")]) == 0
+    assert (tmp_path / "alone.mp4").read_bytes() == (out / "00001.mp4").read_bytes()
+    before = {name: (out / name).stat().st_mtime_ns for name in names}
+    capsys.readouterr()
+    assert run(model_folder, file, "--seconds", "1", "--seed", "4", "-o", str(out)) == 0
+    printed = capsys.readouterr()
+    assert "3 of 3 videos are finished" in printed.err and not printed.out
+    assert {name: (out / name).stat().st_mtime_ns for name in names} == before
+
+
+def test_a_complete_video_whose_line_was_not_written_is_kept(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text("a red ball\na blue ball\n")
+    assert run(model_folder, file, "--seconds", "1", "-o", str(out)) == 0
+    rows = [{**row, "status": "generating"} for row in listed(out)]
+    (out / "videos.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (out / "00001.mp4").write_bytes((out / "00001.mp4").read_bytes()[:2000])
+    before = (out / "00000.mp4").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(model_folder, file, "--seconds", "1", "-o", str(out)) == 0
+    assert "00000.mp4: 24 frames, complete before" in capsys.readouterr().out
+    assert (out / "00000.mp4").stat().st_mtime_ns == before and probe(out / "00001.mp4")[0] == 24
+    assert [row["status"] for row in listed(out)] == ["done", "done"]
+
+
+BAD = {
+    "a damaged line": (["-o", "{tmp}/out"], "bad.jsonl", "bad.jsonl:2 is not JSON"),
+    "a shot that is too short": (["-o", "{tmp}/out"], "short.jsonl", "short.jsonl:2: shot 2 cannot start at"),
+    "a length out of range": (["-o", "{tmp}/out"], "long.jsonl", "long.jsonl:1: the video: seconds is 1e+09"),
+    "a seed out of range": (["-o", "{tmp}/out", "--seed", str(2**63 - 1)], "good.txt", "good.txt:2: seed is 92233"),
+    "a file as output": (["-o", "{tmp}/out.mp4"], "good.txt", "expected a name without suffix, for a folder"),
+    "no folder above": (["-o", "{tmp}/none/out"], "good.txt", "none/out: no such file or directory"),
+    "no file": (["-o", "{tmp}/out"], "none.txt", "cannot read the file of prompts"),
+    "prompts twice": (["a ball", "-o", "{tmp}/out"], "good.txt", "--prompts and prompts on the command line exclude"),
+    "a script": (["--script", "a.yaml", "-o", "{tmp}/out"], "good.txt", "--prompts and --script exclude each other"),
+    "a picture": (["--image", "a.png", "-o", "{tmp}/out"], "good.txt", "--prompts and --image exclude each other"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_before_loading(
+    name: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.txt").write_text("a red ball\na blue ball\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["a"\n')
+    (tmp_path / "short.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["a", "b"], "seconds": 0.5}\n')
+    (tmp_path / "long.jsonl").write_text('{"prompts": ["a"], "seconds": 1000000000}\n')
+    before = file_names(tmp_path)
+    arguments, file, message = BAD[name]
+    code = run(model_folder, tmp_path / file, *(word.replace("{tmp}", str(tmp_path)) for word in arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and message in line and file_names(tmp_path) == before
+
+
+def launch(model_folder: Path, file: Path, out: Path) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "longvideo.cli.main", "generate", "--model", str(model_folder), *OPTIONS]
+    return subprocess.Popen(
+        [*command, "--prompts", str(file), "--seconds", "0.5", "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=restore_signals,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_make_each_of_64_videos_once_although_they_are_killed(model_folder: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text("".join(f"a red ball {number}\n" for number in range(64)))
+    process = launch(model_folder, file, out)
+    assert process.stdout is not None
+    reported = []
+    for line in process.stdout:
+        reported.append(line)
+        if len(reported) == 20:  # the launcher first, so that it does not stop the ranks in its own way
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert len(ranks) == 2
+            for number in (process.pid, *map(int, ranks)):
+                os.kill(number, signal.SIGKILL)
+    process.communicate(timeout=60)
+    unfinished = [row for row in listed(out) if row["status"] != "done"]
+    assert 0 < len(unfinished) <= 44
+    resumed = launch(model_folder, file, out)
+    stdout, stderr = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, stderr
+    assert len(re.findall(r"\d+ of 64 videos are finished", stderr)) == 1
+    finished = 64 - len(unfinished)
+    assert f"{finished} of 64 videos are finished" in stderr
+    reported += stdout.splitlines()
+    counts = Counter(re.findall(r"(\d{5})\.mp4: 12 frames", "\n".join(reported)))
+    # a kill may come between a change of the list and the line about it, at most once on each rank
+    assert max(counts.values()) == 1 and 62 <= len(counts) <= 64
+    assert [(row["line"], row["seed"], row["status"]) for row in listed(out)] == [
+        (index + 1, index, "done") for index in range(64)
+    ]
+    assert file_names(out) == [
+        ".videos.lock", *(f"{index:05d}.mp4" for index in range(64)), "settings.json", "videos.jsonl"
+    ]  # fmt: skip
+    assert all(probe(out / f"{index:05d}.mp4")[0] == 12 for index in range(64))
+
+
+@pytest.mark.slow
+def test_a_refusal_of_two_ranks_is_one_line(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n\n")
+    process = launch(model_folder, tmp_path / "prompts.txt", tmp_path / "videos")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and stderr.count("prompts.txt:2 has an empty prompt") == 1
+    assert not (tmp_path / "videos").exists()
