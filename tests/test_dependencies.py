@@ -42,6 +42,7 @@ OWNED = {
     "longvideo.kernels.nvfp4.te": "te",
     "longvideo.kernels.attention.cudnn_fp8": "cudnn",
     "longvideo.integrations": "diffusers",
+    "longvideo.checkpoint.gguf_file": "gguf",
 }
 """The extra that brings what modules of these packages import besides the core."""
 BROUGHT_BY_TORCH = {"triton"}  # where torch is built for CUDA; elsewhere nothing needs it
