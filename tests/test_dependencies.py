@@ -46,8 +46,8 @@ OWNED = {
 }
 """The extra that brings what modules of these packages import besides the core."""
 BROUGHT_BY_TORCH = {"triton"}  # where torch is built for CUDA; elsewhere nothing needs it
-INSIDE_TORCH = {"torch.utils.tensorboard": "tensorboard"}
-"""Modules of torch that need another package."""
+NEEDED_BY = {"torch.utils.tensorboard": "tensorboard", "starlette.requests": "python-multipart"}
+"""Modules that need another package for what is used of them."""
 OWN_ENVIRONMENT = {"tests/fixtures/make_nvfp4_oracles.py"}
 
 
@@ -81,8 +81,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def distribution(imported: str) -> str | None:
     """Return the distribution that an import needs, None for Python's own modules and ours."""
-    if imported in INSIDE_TORCH:
-        return INSIDE_TORCH[imported]
+    if imported in NEEDED_BY:
+        return NEEDED_BY[imported]
     top = imported.partition(".")[0]
     if top in sys.stdlib_module_names or top in ("longvideo", "tests"):
         return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
 from longvideo.infer.script import Script, ShotRequest
 from longvideo.infer.server.job_store import Job, JobStatus
@@ -13,6 +14,19 @@ from longvideo.infer.server.messages import Guidance, Seconds, Seed, Steps, chec
 from longvideo.infer.server.security import ID_PATTERN
 
 VideoId = Annotated[str, Field(pattern=ID_PATTERN)]
+SECONDS_TEXT = r"^[0-9]{1,5}(\.[0-9]{1,6})?$"
+
+
+def _number(value: object) -> object:
+    """Return the number of a text such as "4", which OpenAI's clients send, and other values as they are."""
+    return float(value) if isinstance(value, str) and re.fullmatch(SECONDS_TEXT, value) else value
+
+
+SecondsOrText = Annotated[
+    Seconds,
+    BeforeValidator(_number),
+    WithJsonSchema({"anyOf": [TypeAdapter(Seconds).json_schema(), {"type": "string", "pattern": SECONDS_TEXT}]}),
+]
 
 
 class _Body(BaseModel):
@@ -25,8 +39,16 @@ class ShotBody(_Body):
     cut: bool = True
 
 
+class PictureReference(_Body):
+    """A picture inside of JSON. image_url: a data URL with the file in base64."""
+
+    image_url: str
+
+
 class _VideoBody(_Body):
     model: str | None = None
+    size: str | None = None
+    input_reference: PictureReference | None = None
     seed: Seed = 0
     steps: Steps | None = None
     guidance: Guidance | None = None
@@ -36,7 +58,7 @@ class PromptVideo(_VideoBody):
     """One prompt for the whole video."""
 
     prompt: Annotated[str, Field(min_length=1, pattern=r"\S")]
-    seconds: Seconds = 8.0
+    seconds: SecondsOrText = 8.0
 
     def script(self, max_prompt: int) -> Script:
         """Return the script. max_prompt: number of characters. Raises Refusal or UserError."""
@@ -56,13 +78,28 @@ class ShotsVideo(_VideoBody):
         return Script(tuple(ShotRequest(shot.prompt, shot.seconds, shot.cut) for shot in self.shots))
 
 
+class RemixVideo(_Body):
+    """Another prompt for the whole video."""
+
+    prompt: Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
 class ErrorDetail(BaseModel):
-    code: str
+    """An error in the form of OpenAI's interface. param: name of the field or parameter that is wrong, if it is one."""
+
     message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str
 
 
 class ErrorAnswer(BaseModel):
     error: ErrorDetail
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
 
 
 class ShotAnswer(BaseModel):
@@ -72,7 +109,7 @@ class ShotAnswer(BaseModel):
 
 
 class VideoAnswer(BaseModel):
-    """A job and its progress."""
+    """A job and its progress. seconds: length as a text such as "4", as in OpenAI's interface."""
 
     id: VideoId
     object: Literal["video"] = "video"
@@ -83,13 +120,14 @@ class VideoAnswer(BaseModel):
     completed_at: int | None
     expires_at: None = None
     prompt: str
+    remixed_from_video_id: VideoId | None
     shots: list[ShotAnswer]
-    seconds: float
+    seconds: str
     size: str
     seed: int
     frames: int
     decoder: str | None
-    error: ErrorDetail | None
+    error: JobError | None
 
     @classmethod
     def of(cls, job: Job, *, model: str, size: str, fps: int) -> VideoAnswer:
@@ -102,19 +140,22 @@ class VideoAnswer(BaseModel):
             created_at=job.created_at,
             completed_at=job.completed_at,
             prompt=shots[0].prompt,
+            remixed_from_video_id=job.remixed_from,
             shots=shots,
-            seconds=job.total_frames / fps,
+            seconds=f"{job.total_frames / fps:.3f}".rstrip("0").rstrip("."),
             size=size,
             seed=job.seed,
             frames=job.frames,
             decoder=job.decoder,
-            error=None if job.error is None else ErrorDetail(code=job.status, message=job.error),
+            error=None if job.error is None else JobError(code=job.status, message=job.error),
         )
 
 
 class VideoList(BaseModel):
     object: Literal["list"] = "list"
     data: list[VideoAnswer]
+    first_id: VideoId | None
+    last_id: VideoId | None
     has_more: bool
 
 
@@ -122,6 +163,20 @@ class VideoDeleted(BaseModel):
     id: VideoId
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+
+
+class ModelAnswer(BaseModel):
+    """A model that is served. created: time at which the server started, in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["longvideo"] = "longvideo"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
 
 
 class ServerAnswer(BaseModel):
@@ -148,12 +203,13 @@ def errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     return {int(status): {"model": ErrorAnswer, "description": status.phrase} for status in statuses}
 
 
-CONTENT: dict[int | str, dict[str, Any]] = {
-    status.value: {
-        "description": status.phrase,
-        "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
+def content_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """Return the description of a file's answers for OpenAPI."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    statuses = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+    refusals = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+    return {
+        **{status.value: {"description": status.phrase, "content": content} for status in statuses},
+        HTTPStatus.NOT_MODIFIED.value: {"description": HTTPStatus.NOT_MODIFIED.phrase},
+        **errors(*refusals),
     }
-    for status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
-}
-CONTENT |= {304: {"description": HTTPStatus.NOT_MODIFIED.phrase}}
-CONTENT |= errors(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -18,18 +19,19 @@ from longvideo import __version__
 from longvideo.errors import UserError
 from longvideo.files import WriteError
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.answers import CONTENT, Health, ServerAnswer, VideoId, errors
+from longvideo.infer.server.answers import Health, ModelAnswer, ModelList, ServerAnswer, VideoId, content_of, errors
 from longvideo.infer.server.client_socket import ClientSocket
 from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.content import FileContent
+from longvideo.infer.server.job_request import FieldError
 from longvideo.infer.server.job_routes import job_routes
 from longvideo.infer.server.job_store import JobStore, StoreError
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
-from longvideo.infer.server.messages import first_reason
+from longvideo.infer.server.messages import first_field, first_reason
 from longvideo.infer.server.metrics import CONTENT_TYPE, ServerMetrics
 from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
-from longvideo.infer.server.served_folder import DATABASE, STREAMS, VIDEOS
+from longvideo.infer.server.served_folder import DATABASE, STREAMS
 from longvideo.infer.server.stream import Streams, serve_client
 
 EVERYWHERE = (
@@ -61,7 +63,7 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     metrics = ServerMetrics()
     streams = Streams(pipeline, settings, metrics)
     store = JobStore(settings.folder / DATABASE)
-    worker = JobWorker(pipeline, store, settings.folder / VIDEOS, metrics)
+    worker = JobWorker(pipeline, store, settings.folder, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -134,6 +136,19 @@ def _add_routes(
         )
 
     token = _described_token(settings)
+    served = ModelAnswer(id=settings.model, created=int(time.time()))
+
+    @app.get("/v1/models", dependencies=token)
+    def models() -> ModelList:
+        """List the model that is served."""
+        return ModelList(data=[served])
+
+    @app.get("/v1/models/{name}", dependencies=token, responses=errors(HTTPStatus.NOT_FOUND))
+    def one_model(name: str) -> ModelAnswer:
+        """Describe the model that is served."""
+        if name != settings.model:
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no model with this name; expected {settings.model}")
+        return served
 
     @app.get("/metrics", dependencies=token, response_class=PlainTextResponse)
     def counters() -> PlainTextResponse:
@@ -145,7 +160,7 @@ def _add_routes(
         "/v1/streams/{name}/content",
         dependencies=token,
         response_class=Response,
-        responses={**CONTENT, **errors(HTTPStatus.UNPROCESSABLE_ENTITY)},
+        responses={**content_of("video/mp4"), **errors(HTTPStatus.UNPROCESSABLE_ENTITY)},
     )
     def stream_content(name: VideoId) -> Response:
         """Download the part of a live stream that is generated. Ranges are supported once the stream has ended."""
@@ -165,11 +180,14 @@ def _described_token(settings: ServerSettings) -> list[Any]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", first_reason(error.errors()))
+        errors = error.errors()
+        status = HTTPStatus.UNPROCESSABLE_ENTITY
+        return error_answer(status, "bad_request", first_reason(errors), field=first_field(errors))
 
     @app.exception_handler(UserError)
     def unusable(_request: Request, error: UserError) -> JSONResponse:
-        return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", str(error))
+        field = error.field if isinstance(error, FieldError) else None
+        return error_answer(HTTPStatus.UNPROCESSABLE_ENTITY, "bad_request", str(error), field=field)
 
     @app.exception_handler(WriteError)
     @app.exception_handler(StoreError)

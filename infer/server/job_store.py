@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -33,9 +33,13 @@ CREATE TABLE IF NOT EXISTS jobs (
     created_at INTEGER NOT NULL,
     completed_at INTEGER,
     error TEXT,
-    decoder TEXT
+    decoder TEXT,
+    has_picture INTEGER NOT NULL DEFAULT 0,
+    remixed_from TEXT
 )
 """
+LATER_COLUMNS = {"decoder": "TEXT", "has_picture": "INTEGER NOT NULL DEFAULT 0", "remixed_from": "TEXT"}
+"""Columns that lists of earlier versions do not have."""
 
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,8 @@ class Job:
     created_at, completed_at: seconds since 1970.
     error: reason of a failure, for the client.
     decoder: name and precision of the decoder of its video; None before it is generated.
+    has_picture: whether the first frame is given, as a file of the server.
+    remixed_from: id of the job whose settings it repeats with another prompt, or None.
     """
 
     id: str
@@ -63,10 +69,26 @@ class Job:
     completed_at: int | None = None
     error: str | None = None
     decoder: str | None = None
+    has_picture: bool = False
+    remixed_from: str | None = None
 
     @property
     def is_over(self) -> bool:
         return self.status not in ("queued", "in_progress")
+
+    def repeated(self, name: str, shots: tuple[ShotRequest, ...]) -> Job:
+        """Return a new job with the options of this one. name: its id. shots: with the same total length."""
+        return replace(
+            self,
+            id=name,
+            status="queued",
+            shots=shots,
+            frames=0,
+            completed_at=None,
+            error=None,
+            decoder=None,
+            remixed_from=self.id,
+        )
 
 
 class StoreError(UserError):
@@ -91,8 +113,9 @@ class JobStore:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(SCHEMA)
             columns = {row["name"] for row in self._connection.execute("PRAGMA table_info(jobs)")}
-            if "decoder" not in columns:  # a list of an earlier version
-                self._connection.execute("ALTER TABLE jobs ADD COLUMN decoder TEXT")
+            for name, kind in LATER_COLUMNS.items():
+                if name not in columns:
+                    self._connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
 
     def close(self) -> None:
         with self._lock:
@@ -110,11 +133,10 @@ class JobStore:
             "guidance": job.guidance,
             "total_frames": job.total_frames,
             "created_at": int(time.time()),
+            "has_picture": job.has_picture,
+            "remixed_from": job.remixed_from,
         }
-        query = (
-            "INSERT INTO jobs (id, status, shots, seed, steps, guidance, total_frames, created_at) "
-            "VALUES (:id, :status, :shots, :seed, :steps, :guidance, :total_frames, :created_at)"
-        )
+        query = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})"
         with self._lock:
             if self.counts()["queued"] >= max_queued:
                 return None
@@ -208,6 +230,8 @@ class JobStore:
 
 
 def _job(row: Mapping[str, Any]) -> Job:
-    fields = {name: value for name, value in row.items() if name not in ("number", "shots", "status")}
-    shots = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
-    return Job(status=cast("JobStatus", row["status"]), shots=shots, **fields)
+    fields = {name: value for name, value in row.items() if name != "number"}
+    fields["shots"] = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
+    fields["status"] = cast("JobStatus", row["status"])
+    fields["has_picture"] = bool(row["has_picture"])
+    return Job(**fields)

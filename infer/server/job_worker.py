@@ -15,6 +15,7 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import ServerMetrics
+from longvideo.infer.server.served_folder import PICTURES, VIDEOS
 from longvideo.infer.writer import VideoWriter, count_frames
 
 log = logging.getLogger(__name__)
@@ -28,17 +29,31 @@ class JobWorker:
     """
 
     def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: ServerMetrics) -> None:
-        self._pipeline, self._store, self._folder, self._metrics = pipeline, store, folder, metrics
+        """folder: folder of the server."""
+        self._pipeline, self._store, self._metrics = pipeline, store, metrics
+        self._videos, self._pictures = folder / VIDEOS, folder / PICTURES
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._closing = threading.Event()
-        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        for leftover in (*self._videos.glob(f".*{TEMPORARY_SUFFIX}"), *self._pictures.glob(f".*{TEMPORARY_SUFFIX}")):
             leftover.unlink(missing_ok=True)
+        for picture in self._pictures.glob("*.png"):
+            if store.get(picture.stem) is None:  # the process was killed before it stored the job
+                picture.unlink(missing_ok=True)
         for job in store.unfinished():
             self._interrupt(job) if job.status == "in_progress" else self.submit(job)
 
     def path(self, name: str) -> Path:
         """Return the path of a job's video, which may not exist yet."""
-        return self._folder / f"{name}.mp4"
+        return self._videos / f"{name}.mp4"
+
+    def picture_path(self, name: str) -> Path:
+        """Return the path of a job's first frame, which only a job with a given picture has."""
+        return self._pictures / f"{name}.png"
+
+    def delete_files(self, name: str) -> None:
+        """Delete the video and the first frame of a job, if there are any."""
+        self.path(name).unlink(missing_ok=True)
+        self.picture_path(name).unlink(missing_ok=True)
 
     def submit(self, job: Job) -> None:
         """Queue a stored job."""
@@ -60,7 +75,10 @@ class JobWorker:
         if self._closing.is_set() or not self._store.change(job.id, "in_progress", among=("queued",)):
             return
         self._store.set_decoder(job.id, self._pipeline.models.decoder_label)
-        chunks = self._pipeline.stream(Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed)
+        picture = self.picture_path(job.id) if job.has_picture else None
+        chunks = self._pipeline.stream(
+            Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed, image=picture
+        )
         with closing(chunks), VideoWriter(self.path(job.id), fps=self._pipeline.fps) as writer:
             for frames in chunks:
                 if not self._is_in_progress(job):

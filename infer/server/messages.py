@@ -139,9 +139,14 @@ def check_prompt_length(prompt: str, max_length: int) -> None:
 
 def first_reason(errors: Any) -> str:
     """Return the field and the message of the first pydantic error, without the rejected value."""
-    error = errors[0]
-    where = ".".join(str(key)[:40] for key in error["loc"])
-    return f"{where}: {error['msg']}" if where else str(error["msg"])
+    where = ".".join(str(key)[:40] for key in errors[0]["loc"])
+    return f"{where}: {errors[0]['msg']}" if where else str(errors[0]["msg"])
+
+
+def first_field(errors: Any) -> str | None:
+    """Return the name of the field or parameter of the first pydantic error, None for the whole body."""
+    names = [str(key)[:40] for key in errors[0]["loc"] if key not in ("body", "query", "path")]
+    return ".".join(names) or None
 
 
 def error_text(code: ErrorCode, message: str) -> str:

@@ -23,6 +23,7 @@ ID_BYTES = 16
 ID_PATTERN = "^[A-Za-z0-9_-]{22}$"
 OPEN_PATHS = frozenset({"/", "/healthz", "/v1/server", "/openapi.json"})
 OPEN_FOLDER = "/page/"
+UPLOAD_PATH = "/v1/videos"
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -102,10 +103,19 @@ def _host_and_port(address: str) -> tuple[str, int | None]:
         return "", None
 
 
-def error_answer(status: HTTPStatus, code: str, message: str) -> JSONResponse:
-    """Return an answer with the body `{"error": {"code", "message"}}`, the form of every error over HTTP."""
-    text = message.encode("utf-8", "replace").decode()  # JSON can escape half a surrogate pair, UTF-8 cannot encode it
-    return JSONResponse({"error": {"code": code, "message": text}}, status)
+def error_answer(status: HTTPStatus, code: str, message: str, *, field: str | None = None) -> JSONResponse:
+    """Return an answer with the body `{"error": {"message", "type", "param", "code"}}`, the form of all HTTP errors.
+
+    It is that of OpenAI's interface. field: name of the field or of the parameter that is wrong, if it is one.
+    """
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    error = {"message": _encodable(message), "type": kind, "param": field and _encodable(field), "code": code}
+    return JSONResponse({"error": error}, status)
+
+
+def _encodable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON can escape and UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def handshake_refusal(headers: Headers, settings: ServerSettings) -> tuple[str, str] | None:
@@ -125,7 +135,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
-        self._num_requests = 0
+        self._num_requests = self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -149,40 +159,54 @@ class Guard:
         return None
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, limit = Headers(scope=scope), self._settings.limits.message_bytes
+        headers, limits = Headers(scope=scope), self._settings.limits
+        is_upload = scope["path"] == UPLOAD_PATH and _may_exceed(headers, limits.message_bytes)
+        limit = limits.upload_bytes if is_upload else limits.message_bytes
         refusal = self._refusal(scope, headers)
         if refusal is None and _announced_bytes(headers) > limit:
             refusal = _too_large(limit)
+        if refusal is None and is_upload and self._num_uploads >= limits.parallel_uploads:
+            refusal = _busy("too many parallel uploads; retry later")
         if refusal is not None and headers.get("expect", "").lower() == "100-continue":
             refusal.headers["connection"] = "close"  # the client does not send its body after a refusal
             await refusal(scope, receive, send)
             return
-        body = await _read_body(receive, max_bytes=0 if refusal is not None else limit)
-        if body is None:
-            return
-        if refusal is None and len(body) > limit:
-            refusal = _too_large(limit)
+        counts = is_upload and refusal is None
+        self._num_uploads += counts
+        try:
+            body = await _read_body(receive, max_bytes=0 if refusal is not None else limit)
+            if body is None:
+                return
+            if refusal is None and len(body) > limit:
+                refusal = _too_large(limit)
+            await self._answer(scope, _replay(body, receive), send, refusal)
+        finally:
+            self._num_uploads -= counts
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, refusal: JSONResponse | None) -> None:
+        """Answer a request whose body has been read. refusal: answer without the application, or None."""
         if refusal is None and self._num_requests >= self._settings.limits.parallel_requests:
-            refusal = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "busy", "too many parallel requests; retry later")
+            refusal = _busy("too many parallel requests; retry later")
         if refusal is not None:
             await refusal(scope, receive, send)
             return
         self._num_requests += 1
         try:
-            await self._app(_as_get(scope), _replay(body, receive), send)
+            await self._app(_as_get(scope), receive, send)
         finally:
             self._num_requests -= 1
 
 
 async def _read_body(receive: Receive, *, max_bytes: int) -> bytes | None:
     """Read a body to its end and return its first `max_bytes` + 1 bytes; return None if the client disconnects."""
-    body, more = b"", True
+    body, more = bytearray(), True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body, more = (body + message.get("body", b""))[: max_bytes + 1], message.get("more_body", False)
-    return body
+        body += message.get("body", b"")[: max_bytes + 1 - len(body)]
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -209,6 +233,15 @@ def _as_get(scope: Scope) -> Scope:
 def _announced_bytes(headers: Headers) -> int:
     length = headers.get("content-length", "0")  # uvicorn refuses values that are not digits
     return int(length) if len(length) <= MAX_DIGITS else sys.maxsize
+
+
+def _may_exceed(headers: Headers, num_bytes: int) -> bool:
+    """Return whether a body may have more bytes than this; one that is sent in chunks announces no length."""
+    return "transfer-encoding" in headers or _announced_bytes(headers) > num_bytes
+
+
+def _busy(message: str) -> JSONResponse:
+    return error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "busy", message)
 
 
 def _too_large(limit: int) -> JSONResponse:

@@ -10,8 +10,10 @@ from longvideo.errors import UserError
 from longvideo.files import locked, reason
 from longvideo.permissions import make_private, private_umask
 
-STREAMS, VIDEOS, DATABASE, LOCK = "streams", "videos", "jobs.sqlite", "lock"
-OWN_NAMES = frozenset({STREAMS, VIDEOS, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK})
+STREAMS, VIDEOS, PICTURES = "streams", "videos", "pictures"
+DATABASE, LOCK = "jobs.sqlite", "lock"
+FOLDERS = (STREAMS, VIDEOS, PICTURES)
+OWN_NAMES = frozenset({*FOLDERS, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK})
 
 
 @contextmanager
@@ -34,12 +36,12 @@ def served_folder(folder: Path) -> Iterator[None]:
 
 
 def _make_private(folder: Path) -> None:
-    for name in (STREAMS, VIDEOS):
+    for name in FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     entries = sorted(folder.iterdir())
     if all(entry.name in OWN_NAMES for entry in entries):
         make_private(folder)
     own = [entry for entry in entries if entry.name in OWN_NAMES]
-    for entry in (*own, *(folder / STREAMS).iterdir(), *(folder / VIDEOS).iterdir()):
+    for entry in (*own, *(file for name in FOLDERS for file in (folder / name).iterdir())):
         if not entry.is_symlink():
             make_private(entry)

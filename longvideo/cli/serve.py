@@ -104,7 +104,7 @@ def serve(
     choice = ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or []))
     decoder_name = one_decoder(decoder)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
-    for package in ("fastapi", "uvicorn", "httptools"):
+    for package in ("fastapi", "uvicorn", "httptools", "python_multipart"):
         require(package, extra="serve", purpose="longvideo serve")
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.server.limits import Limits, ServerSettings

@@ -53,7 +53,22 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return _fitted(_decoded(data, str(path)), size)
+    return decode_image(data, str(path), size=size)
+
+
+def decode_image(
+    data: bytes,
+    name: str,
+    *,
+    size: tuple[int, int] | None = None,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Decode the content of a file as `read_image` does. name: start of errors.
+
+    formats: names of Pillow's formats that are accepted; None means all. max_pixels: number of pixels of the file.
+    """
+    return _fitted(_decoded(data, name, formats, max_pixels), size)
 
 
 def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
@@ -85,7 +100,7 @@ class _White:
     is_least: bool = False
 
 
-def _decoded(data: bytes, name: str) -> np.ndarray:
+def _decoded(data: bytes, name: str, formats: tuple[str, ...] | None, max_pixels: int) -> np.ndarray:
     """Return uint8 [H, W, 3]."""
     import imageio.v3 as iio
     from PIL import Image, UnidentifiedImageError
@@ -93,8 +108,8 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes, which are checked here, and about unusual metadata
-            with Image.open(io.BytesIO(data)) as header:
-                _check_size(header, name)
+            with Image.open(io.BytesIO(data), formats=formats) as header:
+                _check_size(header, name, max_pixels)
                 several = getattr(header, "n_frames", 1)
                 if several > 1 and header.format not in ONE_OF_SEVERAL:
                     raise UserError(f"{name} contains {several} pictures; save the first frame of the video as a PNG")
@@ -107,7 +122,7 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image in a supported format; use a PNG or JPEG file") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels; use a smaller picture") from error
+        raise UserError(f"{name} has more than {max_pixels:,} pixels; use a smaller picture") from error
     except DAMAGE as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is a damaged image ({problem}); copy or download it again") from error
@@ -116,7 +131,7 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 def _of_pillow(image: Image) -> np.ndarray:
     from PIL import ImageOps
 
-    _check_size(image, "image")
+    _check_size(image, "image", MAX_PIXELS)
     white = _white(image, "image")
     try:
         upright = ImageOps.exif_transpose(image)
@@ -126,10 +141,10 @@ def _of_pillow(image: Image) -> np.ndarray:
     return _eight_bits(values, white, "image")
 
 
-def _check_size(image: Image, name: str) -> None:
+def _check_size(image: Image, name: str, max_pixels: int) -> None:
     width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise UserError(f"{name} has {width} x {height} pixels; expected from 1 to {MAX_PIXELS:,}")
+    if not 0 < width * height <= max_pixels:
+        raise UserError(f"{name} has {width} x {height} pixels; expected from 1 to {max_pixels:,}")
 
 
 def _white(image: Image, name: str) -> _White | None:

@@ -35,11 +35,12 @@ def read_to_end(connection: socket.socket) -> bytes:
     return data
 
 
-def answer_of(data: bytes) -> tuple[int, dict]:
-    """Return the status and the error of data that holds one answer."""
+def answer_of(data: bytes) -> tuple[int, str, str]:
+    """Return the status of data that holds one answer, and the code and the message of its error."""
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower()
-    return int(head.split()[1]), json.loads(body)["error"]
+    error = json.loads(body)["error"]
+    return int(head.split()[1]), error["code"], error["message"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,8 @@ def test_a_request_that_is_never_finished_is_answered_and_closed(serve: Serve, d
         last = read_to_end(connection)
     assert answer_of(last[last.rindex(b"HTTP/1.1 ") :]) == (
         408,
-        {"code": "timeout", "message": "the request was not complete in time"},
+        "timeout",
+        "the request was not complete in time",
     )
     assert len(server.waiting) == 0
 
@@ -158,7 +160,8 @@ def test_invalid_http_gets_an_error_as_json(serve: Serve, data: bytes) -> None:
     with raw(serve(), data) as connection:
         assert answer_of(read_to_end(connection)) == (
             400,
-            {"code": "bad_request", "message": "the request is not valid HTTP"},
+            "bad_request",
+            "the request is not valid HTTP",
         )
 
 

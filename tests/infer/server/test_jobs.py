@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from longvideo.infer.script import ShotRequest
-from longvideo.infer.server.job_store import Job, JobStore
+from longvideo.infer.server.job_store import LATER_COLUMNS, Job, JobStore
 from longvideo.infer.server.limits import Limits
 from longvideo.infer.server.security import new_id
 from tests.infer.server.conftest import PROMPT, Serve, serve_process, wait_until
@@ -49,7 +49,7 @@ def test_a_job_produces_a_file_that_plays(serve: Serve) -> None:
         job = create(http, seconds=3, seed=2)
         assert job["decoder"] is None
         assert (job["object"], job["model"], job["status"], job["progress"]) == ("video", "small", "queued", 0)
-        assert (job["seconds"], job["size"], job["seed"], job["expires_at"]) == (3, "64x32", 2, None)
+        assert (job["seconds"], job["size"], job["seed"], job["expires_at"]) == ("3", "64x32", 2, None)
         done = wait_for(http, job, *OVER)
         assert (done["status"], done["progress"], done["frames"], done["error"]) == ("completed", 100, 72, None)
         assert done["decoder"] == "the autoencoder in fp32"
@@ -169,11 +169,13 @@ def test_a_list_of_an_earlier_version_opens(tmp_path: Path) -> None:
     store.add(job, max_queued=9)
     store.close()
     with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE jobs DROP COLUMN decoder")
+        for column in LATER_COLUMNS:
+            connection.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
     store = JobStore(path)
     store.set_decoder(job.id, "TAEW2.2 in bf16")
     stored = store.get(job.id)
     assert stored is not None and (stored.decoder, stored.shots) == ("TAEW2.2 in bf16", job.shots)
+    assert (stored.has_picture, stored.remixed_from) == (False, None)
     store.close()
 
 
@@ -221,6 +223,6 @@ def test_bad_requests_are_refused_as_json(serve: Serve, body: bytes) -> None:
     with serve().http() as http:
         answer = http.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code in (400, 413, 422)
-        assert set(answer.json()["error"]) == {"code", "message"}
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.text) < 1000
         assert http.get("/v1/videos").json()["data"] == []
