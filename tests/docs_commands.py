@@ -19,7 +19,7 @@ from tests.docs_blocks import python_files
 from tests.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
-OTHER_PROGRAMS = frozenset({"git", "cd", "python3", "pre-commit", "gh", "source", "hf", "ssh"})
+OTHER_PROGRAMS = frozenset({"git", "cd", "python3", "curl", "pre-commit", "gh", "source", "hf", "ssh"})
 """Programs of others, whose options are not checked."""
 
 
