@@ -29,8 +29,10 @@ STEPS_BACK = (0, 1, 4, 16, 64)
 """Seconds before the target to which a jump is tried, one after another, before reading from the beginning."""
 REORDERED = 16
 """Largest number of frames by which AVI may give times in another order than frames, as H.264 and MPEG-4 allow."""
-COUNTED_FORMATS = ("mpeg", "mpegvideo", "h264", "hevc", "m4v", "vc1")
-"""FFmpeg's names of formats, MPEG-PS and raw streams, in which not every frame has its own time."""
+COUNTED_FORMATS = ("mpeg", "mpegvideo")
+"""FFmpeg's names of formats of MPEG-1 and MPEG-2 in which not every frame has its own time."""
+RAW_FORMATS = ("h264", "hevc", "m4v", "vc1")
+"""FFmpeg's names of raw streams, which have no times and no certain frame rate."""
 COPY_AGAIN = "copy or download it again"
 
 
@@ -51,6 +53,12 @@ class OpenVideo:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open()
+        if self.container.format.name in RAW_FORMATS:
+            self.container.close()
+            raise UserError(
+                f"{path} is a raw stream without the times of its frames; put it into a container with its frame rate:"
+                " `ffmpeg -r RATE -i FILE -c copy FILE.mp4`"
+            )
         rate: Fraction | None = self.stream.average_rate or self.stream.guessed_rate
         if not rate:
             self.container.close()

@@ -215,3 +215,9 @@ def _shot(_video: str, start: int, end: int, caption: str) -> dict[str, object]:
 def test_the_first_picture_is_time_zero(tmp_path: Path) -> None:
     path = clock.write(tmp_path / "late.ts", CONSTANT[:60], begin=7.0)
     assert clock.shown_times(read_video(path, fps=24, max_frames=3)) == pytest.approx(np.arange(3) / 24, abs=0.006)
+
+
+def test_raw_streams_without_times_are_refused(tmp_path: Path) -> None:
+    path = clock.write(tmp_path / "raw.h264", CONSTANT[:30], base=Fraction(1, 24))
+    with pytest.raises(UserError, match="raw.h264 is a raw stream without the times of its frames; put it into"):
+        probe_video(path)
