@@ -34,6 +34,7 @@ DISTRIBUTIONS = {
 }
 """Names of distributions that differ from those under which they are imported."""
 OWNED = {
+    "longvideo.checkpoint.gguf_file": "gguf",
     "longvideo.infer.server": "serve",
     "longvideo.distill": "train",
     "longvideo.quantization.lora": "train",
@@ -168,7 +169,7 @@ def test_messages_about_a_missing_package_name_the_extra_that_brings_it() -> Non
                 extras = re.findall(r"pip install '?\"?longvideo\[(\w+)\]", node.value)
                 assert set(extras) <= set(EXTRAS), module
                 named += extras
-    assert {"train", "serve", "wandb", "te", "cudnn", "diffusers"} <= set(named)
+    assert {"train", "serve", "wandb", "te", "cudnn", "diffusers", "gguf"} <= set(named)
 
 
 # each extra alone, in an environment of its own
