@@ -13,10 +13,9 @@ import torch
 from longvideo.checkpoint.safetensors_file import encode_header
 from longvideo.checkpoint.tensors import TensorInfo
 from longvideo.errors import UserError
-from longvideo.files import check_target, locked_target, write_file
+from longvideo.files import locked_target, write_file
 from longvideo.infer.containers import CONTAINERS
 from longvideo.infer.pictures import PNG
-from longvideo.infer.writer import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,14 +29,10 @@ SUFFIXES = (*CONTAINERS, PNG, NUMPY, SAFETENSORS)
 WHITE = np.float32(255)
 
 
-def check_frame_file(path: Path, *, overwrite: bool) -> None:
-    """Raise UserError for a file that cannot be written. Nothing on the disk is changed."""
+def check_suffix(path: Path) -> None:
+    """Raise UserError for a name that does not end in the suffix of a file of frames."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}, or a folder")
-    if is_video(path):
-        check_output(path, overwrite=overwrite)
-    else:
-        check_target(path, overwrite=overwrite)
 
 
 def is_video(path: Path) -> bool:

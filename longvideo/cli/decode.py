@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +17,15 @@ from longvideo.cli.printing import STDERR, STDOUT, printable, without_reader
 from longvideo.cli.progress import items_progress
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.errors import UserError
+from longvideo.files import check_target
 
 if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.saved_latents import SavedLatents
+    from longvideo.infer.writer import VideoWriter
 
 
 def decode(
@@ -76,9 +80,9 @@ def decode(
     """
     from longvideo.infer.fit.formats import check_hardware, decoding_line
     from longvideo.infer.fit.placement import Placement
-    from longvideo.infer.frame_files import check_frame_file
+    from longvideo.infer.frame_files import check_suffix, is_video
     from longvideo.infer.saved_latents import LatentsDecoder, decode_videos, open_saved
-    from longvideo.infer.writer import check_fps
+    from longvideo.infer.writer import check_fps, check_output, open_writer
     from longvideo.quantization.number_formats import NumberFormats
 
     formats = NumberFormats.parse(decoder=decoder_precision)
@@ -92,7 +96,9 @@ def decode(
     outputs = output_files(saved, output)
     for file in outputs:
         if output.suffix or file.parent.is_dir():  # a missing folder is created later
-            check_frame_file(file, overwrite=overwrite)
+            check_suffix(file)
+            check = check_output if is_video(file) else check_target
+            check(file, overwrite=overwrite)
             _check_differs(file, saved)
     chosen = LatentsDecoder.choose(saved, open_model(saved, model, base), one_decoder(decoder), placement)
     num_frames = chosen.check(saved, formats, placement)
@@ -105,8 +111,9 @@ def decode(
             shape = (num_frames, scale * height, scale * width, 3)
             if not output.suffix:
                 create_folder(output)
+            open_video = partial(open_writer, overwrite=overwrite)
             for (_, frames), path in zip(videos, outputs, strict=True):
-                _write(path, frames, shape, fps=fps or saved.header.fps or chosen.settings.fps, overwrite=overwrite)
+                _write(path, frames, shape, fps=fps or saved.header.fps or chosen.settings.fps, open_video=open_video)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
@@ -159,16 +166,18 @@ def _write(
     shape: tuple[int, int, int, int],
     *,
     fps: float,
-    overwrite: bool,
+    open_video: Callable[..., VideoWriter | PictureWriter],
 ) -> None:
-    """Write a file of frames and print one line about it. A signal finishes a video before Stopped is raised."""
+    """Write a file of frames and print one line about it. A signal finishes a video before Stopped is raised.
+
+    open_video: function of a path and `fps` that opens a video, or pictures.
+    """
     from longvideo.infer.frame_files import is_video, write_array
-    from longvideo.infer.writer import open_writer
 
     total, interruption, num_frames = shape[0], None, shape[0]
     with closing(frames), _progress(path.name, frames, total) as chunks:
         if is_video(path):
-            with open_writer(path, fps=fps, overwrite=overwrite) as writer:
+            with open_video(path, fps=fps) as writer:
                 try:
                     for part in chunks:
                         writer.write(part)

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.latents import LatentsHeader, LatentsWriter
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.generation import GeneratedChunk
+    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.writer import VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
@@ -147,7 +149,7 @@ def generate(
     `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
     start = time.perf_counter()
-    from longvideo.infer.writer import check_output
+    from longvideo.infer.writer import check_output, open_writer
     from longvideo.quantization.number_formats import NumberFormats
 
     choice, decoder_name = (
@@ -181,7 +183,8 @@ def generate(
                 _take_part(video, load)
                 return
             with nullcontext() if latents is None else LatentsWriter(latents) as latents_writer:
-                _write(video, load, output, latents_writer, overwrite=overwrite, start=start)
+                open_output = partial(open_writer, output, overwrite=overwrite)
+                _write(video, load, open_output, latents_writer, start=start)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
@@ -203,19 +206,17 @@ class VideoChoice:
 def _write(
     video: VideoChoice,
     load: Callable[[], tuple[StreamingPipeline, LatentsHeader]],
-    output: Path,
+    open_output: Callable[..., VideoWriter | PictureWriter],
     latents: LatentsWriter | None,
     *,
-    overwrite: bool,
     start: float,
 ) -> None:
     """Generate the video and write it, and its latents if there is a writer for them.
 
-    start: time at which the command started, on `time.perf_counter`.
+    open_output: function of `fps` that opens the output. start: time at which the command started, on
+    `time.perf_counter`.
     A signal stops the generation; the file is finished before Stopped is raised.
     """
-    from longvideo.infer.writer import open_writer
-
     interruption = None
     with new_display() as display:
         display.set_stage("loading")
@@ -225,7 +226,7 @@ def _write(
         plan = pipeline.plan(video.script)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
         display.set_stage("generating the first chunk")
-        with open_writer(output, fps=pipeline.fps, overwrite=overwrite) as writer:
+        with open_output(fps=pipeline.fps) as writer:
             try:
                 with closing(chunks):
                     for chunk in chunks:
