@@ -34,7 +34,6 @@ DISTRIBUTIONS = {
 }
 """Names of distributions that differ from those under which they are imported."""
 OWNED = {
-    "longvideo.checkpoint.gguf_file": "gguf",
     "longvideo.infer.server": "serve",
     "longvideo.distill": "train",
     "longvideo.quantization.lora": "train",
