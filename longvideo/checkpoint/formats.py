@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from longvideo.checkpoint import (
@@ -51,9 +52,12 @@ from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Like: TypeAlias = Mapping[str, ModelPart]
+Read: TypeAlias = "Callable[[Weights, Path | None, str], StoredModel]"
+"""`_stored_model` with the parts of another model."""
 NOTHING: Like = {}
 LONGLIVE = "longlive-2.0-5b"
 RUN = "checkpoint of a training run"
@@ -86,6 +90,7 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
     shapes do not determine: the number of heads of a transformer of equal width, and the statistics of an autoencoder's
     latents. Raises CheckpointError, naming the file, for a damaged file and for an unknown format.
     """
+    read = partial(_stored_model, like=like)
     if path.is_dir():
         check_links(path)
         if entry is not None and (is_diffusers_folder(path) or (path / PEFT_CONFIG).is_file()):
@@ -96,13 +101,13 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
             return StoredModel("LoRA folder (peft)", {}, adapter=open_adapter_folder(path))
         if run_checkpoint.is_run_checkpoint(path):
             modules, notes = run_checkpoint.open_run_checkpoint(path, entry, MARKS)
-            stored = [(path, _stored_model(weights, None, like, RUN)) for weights in modules]
+            stored = [(path, read(weights, None, RUN)) for weights in modules]
             return replace(_combined(path, stored, {}), format=RUN, notes=notes)
-        return _loose_files(path, entry, like)
+        return _loose_files(path, partial(_open_one_of_several, entry=entry), read)
     if path.name == f"{PEFT_STEM}.safetensors" and (path.parent / PEFT_CONFIG).is_file():
         return recognize(path.parent, entry=entry)
     weights = open_set(shards_of(path), entry=entry)
-    return _one_or_more(path, weights, path.parent / "config.json", like, "single file")
+    return _one_or_more(path, weights, path.parent / "config.json", "single file", read)
 
 
 def _open_one_of_several(files: list[Path], entry: str | None) -> Weights:
@@ -115,25 +120,25 @@ def _open_one_of_several(files: list[Path], entry: str | None) -> Weights:
         return open_set(files)
 
 
-def _one_or_more(path: Path, weights: Weights, config: Path | None, like: Like, label: str) -> StoredModel:
+def _one_or_more(path: Path, weights: Weights, config: Path | None, label: str, read: Read) -> StoredModel:
     """Return the part, adapter or parts of one set of weights. Other arguments: as of `_stored_model`."""
     if is_adapter(weights.infos) or part_of(weights) is not None:
-        return _stored_model(weights, config, like, label)
+        return read(weights, config, label)
     divided = prefixes.divide(weights)
     if len(divided) == 1:
         (own,) = divided.values()
-        return _stored_model(own, config, like, label)
+        return read(own, config, label)
     kinds = [part_of(own) for own in divided.values()]
     for prefix, kind in zip(divided, kinds, strict=True):
         if kinds.count(kind) > 1:
             raise CheckpointError(
                 f"{path} has more than one {kind}, one of them under {prefix!r}; save it in a file of its own"
             )
-    stored = [(path, _stored_model(own, None, like, "")) for own in divided.values()]
+    stored = [(path, read(own, None, "")) for own in divided.values()]
     return replace(_combined(path.parent, stored, {}), format="file with several parts", tokenizer=None)
 
 
-def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
+def _loose_files(folder: Path, open_files: Callable[[list[Path]], Weights], read: Read) -> StoredModel:
     """Combine the parts whose files are in one folder, as in Wan's official folder."""
     sets = sets_of_weights(folder, suffixes=(SAFETENSORS, gguf_file.SUFFIX, *pickle_file.SUFFIXES))
     if not sets and (nested := sorted(folder.glob(f"*/{PEFT_CONFIG}"))):
@@ -150,12 +155,12 @@ def _loose_files(folder: Path, entry: str | None, like: Like) -> StoredModel:
     stored: list[tuple[Path, StoredModel]] = []
     unused: dict[Path, str] = {}
     for files in sets:
-        file, weights = files[0], _open_one_of_several(files, entry)
+        file, weights = files[0], open_files(files)
         divided = {} if is_adapter(weights.infos) else prefixes.divide(weights)
         if divided and all(part_of(own) is None for own in divided.values()):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue
-        stored.append((file, _one_or_more(file, weights, config, like, "")))
+        stored.append((file, _one_or_more(file, weights, config, "", read)))
     if not stored:
         reasons = "; ".join(f"{file.name}: {reason}" for file, reason in unused.items())
         raise CheckpointError(f"{folder} has no part of a Wan model: {reasons}")
@@ -196,7 +201,7 @@ def _combined(folder: Path, stored: list[tuple[Path, StoredModel]], unused: dict
     )
 
 
-def _stored_model(weights: Weights, config: Path | None, like: Like, label: str) -> StoredModel:
+def _stored_model(weights: Weights, config: Path | None, label: str, *, like: Like) -> StoredModel:
     """Return the part or adapter of one set of weights.
 
     config: its configuration file, if any. label: description of the format; "" uses the kind of the part.
