@@ -335,6 +335,7 @@ def test_wandb_gets_every_number_and_one_run_for_a_run_that_is_resumed(
         for step in (until - 1, until):
             log.record({"step": step, "loss": 0.125 * step, "val_object": 31.0})
         log.close()
+    wandb.teardown()  # the process of wandb writes the last records of a file as it ends
     records = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(records) == 2 and len({record.stem.removeprefix("run-") for record in records}) == 1
     for record in records:
