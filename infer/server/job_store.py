@@ -32,15 +32,11 @@ CREATE TABLE IF NOT EXISTS jobs (
     frames INTEGER NOT NULL DEFAULT 0,
     created_at INTEGER NOT NULL,
     completed_at INTEGER,
-    error TEXT,
-    decoder TEXT,
-    has_picture INTEGER NOT NULL DEFAULT 0,
-    remixed_from TEXT
+    error TEXT
 )
 """
+"""The table of the first version; `LATER_COLUMNS` are added to it."""
 LATER_COLUMNS = {"decoder": "TEXT", "has_picture": "INTEGER NOT NULL DEFAULT 0", "remixed_from": "TEXT"}
-"""Columns that lists of earlier versions do not have."""
-
 
 log = logging.getLogger(__name__)
 

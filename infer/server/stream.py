@@ -17,7 +17,6 @@ from longvideo.infer.server.messages import (
     Continue,
     ErrorCode,
     FirstMessage,
-    LaterMessage,
     Refusal,
     Start,
     error_text,
@@ -197,13 +196,9 @@ async def _read_all(client: ClientSocket, video: LiveVideo, settings: ServerSett
         await video.outbox.wait_for_fewer(limits.waiting_messages)
         try:
             message = read_message(text, max_bytes=limits.message_bytes, max_prompt=limits.prompt_length)
-            await asyncio.to_thread(_act, video, message)
+            await asyncio.to_thread(video.act, message)
         except Refusal as refusal:
             video.outbox.put(Outgoing(error_text(refusal.code, str(refusal))))
-
-
-def _act(video: LiveVideo, message: FirstMessage | LaterMessage) -> None:
-    video.act(message)
 
 
 async def _send_all(client: ClientSocket, video: LiveVideo) -> None:
