@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from longvideo.kernels.backends import DecoderOperations, decoder_operations
 from longvideo.streaming.decoder_convolutions import HISTORY
 from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
 from longvideo.streaming.decoder_stages import Activations, Target, hand_over
+from longvideo.streaming.recording import GraphRecorder
 
 if TYPE_CHECKING:
     from longvideo.streaming.decoder_convolutions import Grid
@@ -146,8 +148,8 @@ class StreamingDecoder:
             self.begin()
             return
         self.opened = True
-        for conv, remembered in zip(self._convolutions, state, strict=True):
-            conv.buffer[:, :HISTORY].copy_(remembered)
+        for conv, frames in zip(self._convolutions, state, strict=True):
+            conv.buffer[:, :HISTORY].copy_(frames)
 
     def _step(self, x_BTHWz: Tensor, *, opening: bool) -> Tensor:
         activations = Activations(x_BTHWz)
@@ -182,7 +184,8 @@ class _Part:
             own.copy_(inputs)
             with _measured_convolutions():
                 result = self._run(own, opening=False)
-                self._recording = self._record(own)
+                graph, recorded = GraphRecorder(self.device).record(partial(self._run, own, opening=False))
+                self._recording = _Recording(graph, own, recorded)
             return result
 
     def _run(self, inputs: Activations, *, opening: bool) -> Activations:
@@ -193,19 +196,6 @@ class _Part:
             target = Target() if following is None else following.target(frames, opening)
             inputs = stage(inputs, target, opening)
         return inputs
-
-    def _record(self, inputs: Activations) -> _Recording:
-        # not torch.cuda.graph, which waits for the whole device, where another thread may be recording as well
-        graph = torch.cuda.CUDAGraph()
-        # a graph keeps the priority of the stream it was recorded on
-        priority = torch.cuda.current_stream(self.device).priority
-        with torch.cuda.stream(torch.cuda.Stream(self.device, priority=priority)):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                result = self._run(inputs, opening=False)
-            finally:
-                graph.capture_end()
-        return _Recording(graph, inputs, result)
 
 
 @dataclass(frozen=True)

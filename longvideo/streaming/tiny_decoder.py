@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.pixels import to_uint8
+from longvideo.streaming.recording import GraphRecorder
 
 if TYPE_CHECKING:
     from longvideo.streaming.decoder_convolutions import Grid
@@ -63,19 +65,7 @@ class TinyStreamingDecoder:
             return
         self._run(self._inputs)
         self._run(self._inputs[:, :, :1])
-        graph = torch.cuda.CUDAGraph()
-        # not torch.cuda.graph, which waits for the whole device, where another thread may be recording as well
-        priority = torch.cuda.current_stream(device).priority
-        stream = torch.cuda.Stream(device, priority=priority)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._pixels = self._run(self._inputs)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = graph
+        self._graph, self._pixels = GraphRecorder(device).record(partial(self._run, self._inputs))
         self.begin()
         torch.cuda.empty_cache()
 

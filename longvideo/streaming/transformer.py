@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.block import ResidualStream, StreamingBlock
 from longvideo.streaming.inputs import inputs_of
 from longvideo.streaming.parallel import Sharing, sharing_of
+from longvideo.streaming.recording import GraphRecorder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,8 +113,7 @@ class StreamingTransformer:
                 batch, tokens, own_heads, head_dim, dtype=self._attend.dtype, device=self.device
             )
         self._graphs: dict[tuple[PassKind, int], torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pool: Any = None
+        self._recorder = GraphRecorder(self.device) if self.device.type == "cuda" else None
 
     @property
     def cache_bytes(self) -> int:
@@ -186,7 +187,7 @@ class StreamingTransformer:
 
     def _run(self, kind: PassKind) -> None:
         num_slots = self._window.num_slots
-        if self._stream is None:
+        if self._recorder is None:
             self._compute(kind, num_slots)
         elif (graph := self._graphs.get((kind, num_slots))) is not None:
             graph.replay()
@@ -195,18 +196,13 @@ class StreamingTransformer:
 
     def _record(self, kind: PassKind, num_slots: int) -> None:
         """Run a pass once, so that libraries choose kernels and Triton compiles, then record it."""
-        assert self._stream is not None
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        assert self._recorder is not None
+        current, own = torch.cuda.current_stream(self.device), self._recorder.stream
+        own.wait_stream(current)
+        with torch.cuda.stream(own):
             self._compute(kind, num_slots)
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread decodes at the same time
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._compute(kind, num_slots)
-        self._pool = graph.pool()
-        self._graphs[kind, num_slots] = graph
+        current.wait_stream(own)
+        self._graphs[kind, num_slots], _ = self._recorder.record(partial(self._compute, kind, num_slots))
 
     def _compute(self, kind: PassKind, num_slots: int) -> None:
         with preferred_attention(self.device):
