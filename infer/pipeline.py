@@ -31,6 +31,7 @@ from longvideo.infer.fit.shapes import folder_shapes
 from longvideo.infer.generation import GeneratedChunk, Models, Stages, VideoInputs, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
+from longvideo.infer.reconstruction import reconstruction_warning
 from longvideo.infer.script import (
     ChunkPlan,
     ChunkTiming,
@@ -229,7 +230,7 @@ class StreamingPipeline:
         classifier-free guidance. None means the model's own for both. seed: seed of the noise. image: first frame: a
         file, a Pillow image, or uint8 [H, W, 3] of numpy or torch; it is scaled and cropped to the size of the video.
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
-        about words that the model has not learned.
+        about words that the model has not learned, and about a picture that its autoencoder cannot hold.
         """
         script, options = as_script(prompts, seconds), SamplingOptions(steps, guidance, seed)
         self._warn_unknown_words([shot.prompt for shot in script.shots])
@@ -360,7 +361,9 @@ class StreamingPipeline:
     def _fingerprint(self) -> dict[str, Any]:
         transformer = asdict(self.models.transformer.config)
         adapters = {"adapters": self.models.adapters} if self.models.adapters else {}
-        return json.loads(json.dumps({**asdict(self.models.settings), **transformer, **adapters}))  # as JSON returns it
+        settings = asdict(self.models.settings)
+        del settings["trained_on"]  # it affects no video
+        return json.loads(json.dumps({**settings, **transformer, **adapters}))  # as JSON returns it
 
     def _inputs(
         self,
@@ -416,13 +419,20 @@ class StreamingPipeline:
             self._idle = stages
 
     def first_latent(self, image: FirstPicture | None) -> Tensor | None:
-        """Return the latent of a first picture, as `VideoInputs` needs it; None for None. image: as in `stream`."""
+        """Return the latent of a first picture, as `VideoInputs` needs it; None for None. image: as in `stream`.
+
+        Warns (UserWarning) about a picture that the model's autoencoder cannot hold.
+        """
         if image is None:
             return None
         from longvideo.data.pictures import as_picture
 
         size = (self.models.settings.height, self.models.settings.width)
-        return encode_first_frame(self.models, as_picture(image, size=size))
+        pixels_HWC = as_picture(image, size=size)
+        latent = encode_first_frame(self.models, pixels_HWC)
+        if message := reconstruction_warning(self.models, pixels_HWC[None], latent, name="the picture"):
+            warnings.warn(message, UserWarning, stacklevel=3)
+        return latent
 
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
         """Return a warning that names the words of prompts that the model's vocabulary does not contain, or None."""

@@ -36,6 +36,7 @@ class ModelSettings:
     positions, tokens. steps: denoising steps of a chunk. guidance: guidance scale. shift: of the noise schedule.
     clean_pass: whether the keys and values of a finished chunk come from a clean pass, or else from its last denoising
     step, for which a model must be trained. cut_prefix: text before the prompt of the first chunk after a cut.
+    trained_on: name of the data that the model was trained on, for warnings; empty if it is unknown.
     """
 
     chunk_frames: int = 8
@@ -52,6 +53,7 @@ class ModelSettings:
     shift: float = 5.0
     clean_pass: bool = True
     cut_prefix: str = ""
+    trained_on: str = ""
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -60,8 +62,9 @@ class ModelSettings:
         check_number("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
         if self.window_frames < self.chunk_frames:
             raise ConfigError(f"window_frames={self.window_frames}, expected at least chunk_frames={self.chunk_frames}")
-        if len(self.cut_prefix) > MAX_PREFIX:
-            raise ConfigError(f"cut_prefix has {len(self.cut_prefix)} characters, expected at most {MAX_PREFIX}")
+        for name in ("cut_prefix", "trained_on"):
+            if (length := len(getattr(self, name))) > MAX_PREFIX:
+                raise ConfigError(f"{name} has {length} characters, expected at most {MAX_PREFIX}")
 
 
 PRESETS = {

@@ -15,6 +15,7 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+WORLD_NAME = "ShapeWorld"
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (224, 32, 38),

@@ -20,7 +20,7 @@ from longvideo.model.config import PRESETS, TransformerConfig
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption, vocabulary
-from longvideo.shapeworld.world import Split, recolor, sample_scenes
+from longvideo.shapeworld.world import WORLD_NAME, Split, recolor, sample_scenes
 from longvideo.text.encoder import TextEncoder
 from longvideo.train.batch import ViewStage
 from longvideo.train.nvfp4 import NVFP4Config, prepare
@@ -343,7 +343,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         """Write a complete model folder."""
         ModelFolder.save(
             folder,
-            settings=replace(self.config.settings, text_len=self.transformer.config.text_len),
+            settings=replace(self.config.settings, text_len=self.transformer.config.text_len, trained_on=WORLD_NAME),
             transformer=self.transformer,
             other_parts=self.vae_folder,
             text_encoder=self.text_encoder,

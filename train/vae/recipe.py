@@ -15,7 +15,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.fields import Bounded, bounded, seed_field, share
 from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
-from longvideo.shapeworld.world import Split, sample_scenes
+from longvideo.shapeworld.world import WORLD_NAME, Split, sample_scenes
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.train.vae.clips import ClipStage, ReconstructionSource
 from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, psnr
@@ -173,9 +173,8 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
         exported = Autoencoder(replace(self.autoencoder.config, latents_mean=mean, latents_std=std))
         exported.load_state_dict(self.autoencoder.state_dict())
         scenes = self.config.scenes
-        ModelFolder.save(
-            folder, settings=ModelSettings(height=scenes.height, width=scenes.width), vae=exported, overwrite=True
-        )
+        settings = ModelSettings(height=scenes.height, width=scenes.width, trained_on=WORLD_NAME)
+        ModelFolder.save(folder, settings=settings, vae=exported, overwrite=True)
 
     def facts(self) -> list[str]:
         return [compile_fact(self.config.loss.compile, self.device)]
