@@ -16,6 +16,7 @@ from longvideo.cli.model_options import (
     DecoderName,
     DecodeShare,
     Device,
+    DeviceChoice,
     Entry,
     Guidance,
     KVCacheFormat,
@@ -85,7 +86,7 @@ def doctor(
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
-        placement = _placement(device, decode_device, decode_share, text_encoder)
+        placement = _placement(DeviceChoice(device, decode_device, decode_share, text_encoder))
         question = _question(choice, preset, guidance, formats, placement, one_decoder(decoder))
     elif formats != NumberFormats() or any(
         option is not None for option in (base, entry, guidance, decode_device, decode_share, decoder, text_encoder)
@@ -146,16 +147,15 @@ def _open(choice: ModelChoice) -> ModelFolder:
     return choice.open()
 
 
-def _placement(
-    device: str | None, decode_device: str | None, decode_share: float | None, text_encoder: str | None
-) -> Placement:
+def _placement(choice: DeviceChoice) -> Placement:
     """Return a placement on devices of this machine; if it has no GPU, on devices of a machine with GPUs."""
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.fit.refusal import cuda_devices
     from longvideo.machine.devices import named_device
 
     if cuda_devices():
-        return Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
-    own = named_device("cuda:0" if device is None else device)
-    other = own if decode_device is None else named_device(decode_device)
-    return Placement(own, other, 0.0 if decode_share is None else decode_share, text_on_cpu=text_encoder == "cpu")
+        return choice.place()
+    own = named_device("cuda:0" if choice.device is None else choice.device)
+    other = own if choice.decode_device is None else named_device(choice.decode_device)
+    share = 0.0 if choice.decode_share is None else choice.decode_share
+    return Placement(own, other, share, text_on_cpu=choice.text_encoder == "cpu")

@@ -262,7 +262,7 @@ def quantization(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]...", help="One chunk is generated for each prompt.  [default: two prompts of ShapeWorld]"
+            metavar="PROMPT", help="One chunk is generated for each prompt.  [default: two prompts of ShapeWorld]"
         ),
     ] = None,
     model: Annotated[

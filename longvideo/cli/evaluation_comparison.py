@@ -78,8 +78,8 @@ def difference_table(parts: Sequence[ComparedPart], bar: float | None) -> Table:
         table.add_column(f"within {bar:g}", no_wrap=True)
     for part in parts:
         for question, difference in part.differences.items():
-            shown = [f"{difference.base:.1f}", f"{difference.other:.1f}", f"{difference.points:+.2f}"]
-            cells = [part.heading, HEADINGS[question], *shown, interval(difference), str(difference.num_videos)]
+            numbers = [f"{difference.base:.1f}", f"{difference.other:.1f}", f"{difference.points:+.2f}"]
+            cells = [part.heading, HEADINGS[question], *numbers, interval(difference), str(difference.num_videos)]
             if bar is not None:
                 cells.append("yes" if difference.is_within(bar) else "no")
             table.add_row(*cells)

@@ -27,7 +27,7 @@ from longvideo.errors import UserError
 def sheet(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]...", help="One prompt for each clip.  [default: six prompts of ShapeWorld]"),
+        typer.Argument(metavar="PROMPT", help="One prompt for each clip.  [default: six prompts of ShapeWorld]"),
     ] = None,
     model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id.")] = "tiny",
     seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 5.0,
@@ -66,8 +66,8 @@ def sheet(
     SamplingOptions(steps, guidance, seed)
     check_seconds(seconds, "each video")
     warn_of_missing_quotes(prompts or [], command="longvideo eval sheet")
-    shown = list(prompts or PROMPTS)
-    for prompt in shown:
+    texts = list(prompts or PROMPTS)
+    for prompt in texts:
         check_prompt(prompt, "a prompt")
     name = name or Path(model).resolve().name
     targets = out / f"{name}.png", out / f"{name}{'.webp' if webp else '.gif'}"
@@ -76,19 +76,19 @@ def sheet(
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
     pipeline = ModelChoice(model).load(Placement.choose(device), formats, one_decoder(decoder))
     typer.echo(pipeline.start_line(), err=True)
-    streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in shown]
+    streams = [pipeline.stream(prompt, seconds=seconds, steps=steps, guidance=guidance, seed=seed) for prompt in texts]
     # before the work: a folder that cannot be created is an error at once
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with items_progress(console) as progress:
         clips = [np.concatenate(list(stream)) for stream in progress.track(streams, description="clips")]
-    write_showcase(clips, shown, targets, fps=pipeline.fps)
+    write_showcase(clips, texts, targets, fps=pipeline.fps)
     console.print(f"written: {', '.join(map(str, targets))}", soft_wrap=True)
 
 
 def curves(
     metrics: Annotated[
-        list[Path], typer.Argument(metavar="METRICS...", help="metrics.jsonl of one or more training runs.")
+        list[Path], typer.Argument(metavar="METRICS", help="metrics.jsonl of one or more training runs.")
     ],
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric to draw; repeat the option for more.  [default: loss]")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.checkpoint.choices import adapter_choices
-from longvideo.cli.generate_prompts import VideoBatch, generate_batch, refuse_options
+from longvideo.cli.generate_prompts import VideoBatch, generate_listed_videos, refuse_options
 from longvideo.cli.model_options import (
     AdapterNames,
     AttentionFormat,
@@ -25,6 +25,7 @@ from longvideo.cli.model_options import (
     DecoderName,
     DecodeShare,
     Device,
+    DeviceChoice,
     Entry,
     Guidance,
     KVCacheFormat,
@@ -152,10 +153,8 @@ def generate(
     from longvideo.infer.writer import check_output, open_writer
     from longvideo.quantization.number_formats import NumberFormats
 
-    choice, decoder_name = (
-        ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or [])),
-        one_decoder(decoder),
-    )
+    choice = ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or []))
+    devices, decoder_name = DeviceChoice(device, decode_device, decode_share, text_encoder), one_decoder(decoder)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
@@ -164,7 +163,7 @@ def generate(
         settings = {**asdict(choice), "steps": steps, "guidance": guidance, "decoder": decoder_name, **asdict(formats)}
         length = DEFAULT_SECONDS if seconds is None else seconds
         batch = VideoBatch(prompts_file, output, length, options, settings, overwrite)
-        generate_batch(batch, choice, formats, decoder_name, (device, decode_device, decode_share, text_encoder))
+        generate_listed_videos(batch, choice, formats, decoder_name, devices)
         return
     video = VideoChoice(_read_script(prompts or [], script, seconds), options, image)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
@@ -172,12 +171,11 @@ def generate(
         if latents is not None:
             _check_latents_file(latents, overwrite=overwrite)
     from longvideo.checkpoint.latents import LatentsWriter
-    from longvideo.infer.fit.placement import Placement
     from longvideo.streaming.parallel import launched_ranks
 
     try:
-        with stop_signals(), launched_ranks(device) as (own_device, group):
-            placement = Placement.choose(own_device, decode_device, decode_share, text_encoder=text_encoder)
+        with stop_signals(), launched_ranks(devices.device) as (own_device, group):
+            placement = replace(devices, device=own_device).place()
             load = partial(_load, choice, video, placement, formats, decoder_name, group)
             if group is not None and group.rank() > 0:
                 _take_part(video, load)

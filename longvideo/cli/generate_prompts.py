@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from longvideo.infer.script import Script
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.cli.model_options import ModelChoice
+    from longvideo.cli.model_options import DeviceChoice, ModelChoice
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.video_folder import ListedVideo, VideoFolder
     from longvideo.quantization.number_formats import NumberFormats
@@ -94,31 +94,26 @@ def refuse_options(**others: object) -> None:
             raise UserError(f"--prompts and {option} exclude each other; use one of them")
 
 
-def generate_batch(
+def generate_listed_videos(
     batch: VideoBatch,
     choice: ModelChoice,
     formats: NumberFormats,
     decoder_name: str | None,
-    devices: tuple[str | None, str | None, float | None, str | None],
+    devices: DeviceChoice,
 ) -> None:
-    """Generate the videos of a batch, with other ranks if a launcher started them.
-
-    devices: options --device, --decode-device, --decode-share and --text-encoder.
-    """
+    """Generate the videos of a batch, with other ranks if a launcher started them."""
     from longvideo.distributed import build_mesh
-    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.video_folder import VideoFolder
     from longvideo.streaming.parallel import launched_ranks
 
-    device, decode_device, decode_share, text_encoder = devices
     try:
         with stop_signals(), closing(VideoFolder(batch.output)) as videos:
-            with launched_ranks(device) as (own_device, _):
+            with launched_ranks(devices.device) as (own_device, _):
                 mesh = build_mesh(1)
                 with mesh.one_voice():
-                    placement = Placement.choose(own_device, decode_device, decode_share, text_encoder=text_encoder)
+                    placement = replace(devices, device=own_device).place()
                     folder = choice.open()
                     waiting = mesh.on_main(lambda: batch.begin(folder, videos))
             if not waiting:

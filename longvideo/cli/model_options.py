@@ -89,6 +89,7 @@ DecoderName: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--decoder",
+        metavar="NAME",
         help="`wan` for the model's autoencoder, `small` for the small decoder in its folder, or a file: TAEW2.2, its"
         " super form, lighttae, MG-LightVAE, or one of your own.  [default: small on a CPU if there is one, else wan]",
     ),
@@ -101,7 +102,6 @@ DecoderFormat: TypeAlias = Annotated[
         " `auto` is bf16 on a GPU, and on a CPU the faster of fp32 and bf16, which is measured.",
     ),
 ]
-
 
 Size: TypeAlias = Annotated[
     str | None,
@@ -118,6 +118,22 @@ TextEncoderChoice: TypeAlias = Annotated[
         " `nvfp4` for --device with weights in 8 or 4 bits.  [default: on --device]",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """The devices that a user chose, as the arguments of `Placement.choose`."""
+
+    device: str | None = None
+    decode_device: str | None = None
+    decode_share: float | None = None
+    text_encoder: str | None = None
+
+    def place(self) -> Placement:
+        """Return the placement on devices of this machine. Raises UserError as `Placement.choose` does."""
+        from longvideo.infer.fit.placement import Placement
+
+        return Placement.choose(self.device, self.decode_device, self.decode_share, text_encoder=self.text_encoder)
 
 
 def one_decoder(names: Sequence[str] | None) -> str | None:

@@ -18,6 +18,7 @@ from longvideo.cli.model_options import (
     DecoderName,
     DecodeShare,
     Device,
+    DeviceChoice,
     Entry,
     KVCacheFormat,
     ModelChoice,
@@ -106,7 +107,6 @@ def serve(
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     for package in ("fastapi", "uvicorn", "httptools", "python_multipart"):
         require(package, extra="serve", purpose="longvideo serve")
-    from longvideo.infer.fit.placement import Placement
     from longvideo.infer.server.limits import Limits, ServerSettings
     from longvideo.infer.server.run import VideoServer, listen
     from longvideo.infer.server.security import check_listening, check_public_hosts
@@ -120,7 +120,7 @@ def serve(
         public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
-    placement = Placement.choose(device, decode_device, decode_share, text_encoder=text_encoder)
+    placement = DeviceChoice(device, decode_device, decode_share, text_encoder).place()
     with listen(host, port) as socket:
         print("loading", file=sys.stderr)
         model_folder = choice.open()

@@ -46,11 +46,11 @@ def index_colors(frames: Sequence[np.ndarray] | np.ndarray, *, limit: int) -> In
     nearest = np.zeros(len(colors), np.uint8)
     palette: list[np.ndarray] = []
     while len(palette) < limit and distance.max() > COLOR_TOLERANCE:
-        chosen = (distance > COLOR_TOLERANCE).argmax() if len(palette) < limit // 2 else distance.argmax()
-        new_distance = np.abs(colors - colors[chosen]).max(-1)
+        index = (distance > COLOR_TOLERANCE).argmax() if len(palette) < limit // 2 else distance.argmax()
+        new_distance = np.abs(colors - colors[index]).max(-1)
         nearer = new_distance < distance
         nearest[nearer], distance[nearer] = len(palette), new_distance[nearer]
-        palette.append(colors[chosen])
+        palette.append(colors[index])
     table = np.zeros(NUM_LEVELS**3, np.uint8)
     table[packed] = nearest
     return IndexedFrames(np.stack(palette).astype(np.uint8), np.stack([table[_pack(frame)] for frame in frames]))
@@ -63,10 +63,10 @@ def hold_colors(frames: IndexedFrames) -> IndexedFrames:
     """
     colors = frames.palette.astype(np.int16)
     distance = np.abs(colors[:, None] - colors).max(-1)
-    held = frames.indices.copy()
-    for shown, indices in zip(held[:-1], held[1:], strict=True):
-        indices[:] = np.where(distance[indices, shown] > HOLD_TOLERANCE, indices, shown)
-    return IndexedFrames(frames.palette, held)
+    indices = frames.indices.copy()
+    for before, now in zip(indices[:-1], indices[1:], strict=True):
+        now[:] = np.where(distance[now, before] > HOLD_TOLERANCE, now, before)
+    return IndexedFrames(frames.palette, indices)
 
 
 def _pack(frame: np.ndarray) -> np.ndarray:

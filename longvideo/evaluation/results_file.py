@@ -124,6 +124,6 @@ def _take(record: Any, name: str, kind: type[T], where: str) -> T:
     value = record[name]
     # not isinstance: a bool is an int in Python
     if type(value) is not kind:
-        got = KINDS.get(type(value), "a number with decimals")
-        raise _FieldError(f"{name} of {where} is {got}, expected {KINDS[kind]}")
+        actual = KINDS.get(type(value), "a number with decimals")
+        raise _FieldError(f"{name} of {where} is {actual}, expected {KINDS[kind]}")
     return value

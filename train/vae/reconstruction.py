@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 VIDEO_RANGE = 2.0
+"""Difference of the largest and the smallest pixel value, in [-1, 1]."""
 SMALLEST_ERROR = 1e-10
 """Lower bound of a mean squared error in a peak signal-to-noise ratio, which would be infinite without an error."""
-"""Difference of the largest and the smallest pixel value, in [-1, 1]."""
 
 
 @dataclass(frozen=True)
