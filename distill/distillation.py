@@ -41,6 +41,7 @@ from longvideo.machine.launcher import launched
 from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.slots import CacheSizes
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
@@ -111,7 +112,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         student = self._backbone(self.folder)
         teacher = None if config.teacher is None else self._backbone(teacher_folder)
         self.roles = LoraRoles(
-            student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student.config), seed=config.seed
+            student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student), seed=config.seed
         )
         if adapter is not None:
             put(adapter, self.roles)
@@ -327,16 +328,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             seed=self.config.seed,
         )
 
-    def _new_cache(self, model: TransformerConfig, batch: int) -> ChunkCache:
-        return self.cache_type(
-            self.spec,
-            num_layers=model.num_layers,
-            num_heads=model.num_attention_heads,
-            head_dim=model.attention_head_dim,
-            batch=batch,
-            dtype=self.dtype,
-            device=self.device,
-        )
+    def _new_cache(self, model: CausalTransformer, batch: int) -> ChunkCache:
+        return self.cache_type(CacheSizes.of(model, self.spec, batch=batch))
 
     def _latent_shape(self, model: TransformerConfig) -> tuple[int, int, int, int]:
         _, p, q = model.patch_size

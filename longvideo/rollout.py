@@ -16,6 +16,7 @@ from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.attention import AttentionPattern, Cached, Filling
 from longvideo.model.cache import ChunkCache, ChunkWindow, KVCache
 from longvideo.model.layout import TokenLayout
+from longvideo.model.slots import CacheSizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -80,16 +81,7 @@ class CachedTransformer:
             q * spec.grid_width,
         )
         self._model, self.spec = model, spec
-        self._new_cache = partial(
-            cache_type,
-            spec,
-            num_layers=model.config.num_layers,
-            num_heads=model.config.num_attention_heads,
-            head_dim=model.config.attention_head_dim,
-            batch=batch,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self._new_cache = partial(cache_type, CacheSizes.of(model, spec, batch=batch))
         self._cache = self._new_cache()
         self._text: TextContext | None = None
         self._rope: Rope | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.model.rope import Rope, rotate
-from longvideo.model.slots import NVFP4MixedSlots, NVFP4Slots, PlainSlots, Slots, SlotsInUse
+from longvideo.model.slots import CacheSizes, NVFP4MixedSlots, NVFP4Slots, PlainSlots, Slots, SlotsInUse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,10 @@ class ChunkWindow:
         self._copied: list[int | None] = [None] * spec.exact_chunks  # chunk in each place of an exact copy
 
     def begin(self) -> int:
-        """Return the slot of the live chunk, after evicting a chunk if all slots are in use. Repeated calls agree."""
+        """Return the slot of the live chunk, after evicting a chunk if all slots are in use.
+
+        Later calls for the same chunk return the same slot.
+        """
         if self.live_slot is None:
             if len(self.chunks) < self.spec.window_chunks:
                 self.live_slot = len(self.chunks)
@@ -118,28 +121,10 @@ class ChunkCache:
 
     slots_type: type[Slots] = PlainSlots
 
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.spec = spec
-        self.window = ChunkWindow(spec)
-        self._slots = self.slots_type(
-            spec,
-            num_layers=num_layers,
-            batch=batch,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=torch.device(device),
-        )
+    def __init__(self, sizes: CacheSizes) -> None:
+        self.spec = sizes.spec
+        self.window = ChunkWindow(sizes.spec)
+        self._slots = self.slots_type(sizes)
         self._has_begun = False
 
     def attended(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
@@ -147,8 +132,8 @@ class ChunkCache:
 
         They are valid until the next call, for any layer.
         """
-        keys_BSLNK, values_BSLNK = opened = self._opened(layer)
-        self._write_live_slot(opened, keys_BLNK, values_BLNK, rope)
+        keys_BSLNK, values_BSLNK = layer_slots = self._opened(layer)
+        self._write_live_slot(layer_slots, keys_BLNK, values_BLNK, rope)
         end = self.window.num_slots
         return keys_BSLNK[:, :end].flatten(1, 2), values_BSLNK[:, :end].flatten(1, 2)
 
@@ -193,9 +178,9 @@ class ChunkCache:
         return self._slots.open(layer, self.window.num_slots - 1)
 
     def _write_live_slot(
-        self, opened_BSLNK: tuple[Tensor, Tensor], keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope
+        self, slots_BSLNK: tuple[Tensor, Tensor], keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope
     ) -> None:
-        keys_BSLNK, values_BSLNK = opened_BSLNK
+        keys_BSLNK, values_BSLNK = slots_BSLNK
         live = self._begin()
         keys_BSLNK[:, live] = rotate(keys_BLNK, rope).to(keys_BSLNK.dtype)
         values_BSLNK[:, live] = values_BLNK.to(values_BSLNK.dtype)

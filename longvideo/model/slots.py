@@ -16,12 +16,41 @@ from torch import Tensor
 
 from longvideo.kernels.backends import kv_operations
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
+from longvideo.model.spec import ChunkSpec
 
 if TYPE_CHECKING:
-    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer
 
 WORD = torch.int64
 """Dtype in which keys and values are copied or exchanged: no operation needs to support FP8 or moves single bytes."""
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Sizes of the storage of keys and values, its dtype and its device.
+
+    num_heads: heads whose keys and values are stored, of every layer. batch: number of samples, with the copies for
+    guidance.
+    """
+
+    spec: ChunkSpec
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> CacheSizes:
+        """Return the sizes for all layers and heads of a transformer, in its dtype and on its device."""
+        config, weight = model.config, model.patch_embedding.weight
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return cls(spec, config.num_layers, heads, head_dim, batch, weight.dtype, weight.device)
+
+    def of_chunks(self, count: int) -> tuple[int, int, int, int, int]:
+        """Return the shape [B, S, L, N, K] of the keys of a number of chunks in one layer."""
+        return self.batch, count, self.spec.tokens_per_chunk, self.num_heads, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -50,17 +79,7 @@ class Slots(Protocol):
     copies: bool
     live: Tensor
 
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None: ...
+    def __init__(self, sizes: CacheSizes, /) -> None: ...
 
     def begin(self, slots: SlotsInUse, /) -> None:
         """Set the slot of the live chunk and the slots that it attends to, without waiting for the device."""
@@ -95,20 +114,13 @@ class PlainSlots:
 
     copies = False
 
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (batch, spec.window_chunks, spec.tokens_per_chunk, num_heads, head_dim)
-        self._stored = [tuple(torch.empty(2, *shape, dtype=dtype, device=device).unbind()) for _ in range(num_layers)]
-        self.live = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, sizes: CacheSizes) -> None:
+        shape = sizes.of_chunks(sizes.spec.window_chunks)
+        self._stored = [
+            tuple(torch.empty(2, *shape, dtype=sizes.dtype, device=sizes.device).unbind())
+            for _ in range(sizes.num_layers)
+        ]
+        self.live = torch.zeros((), dtype=torch.int64, device=sizes.device)
 
     def begin(self, slots: SlotsInUse) -> None:
         self.live.fill_(slots.live)
@@ -141,30 +153,25 @@ class NVFP4Slots:
 
     copies = True
 
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        slots, tokens = spec.window_chunks, spec.tokens_per_chunk
+    def __init__(self, sizes: CacheSizes) -> None:
+        slots, tokens, device = sizes.spec.window_chunks, sizes.spec.tokens_per_chunk, sizes.device
 
         def allocate(count: int) -> QuantizedSlots:
             return QuantizedSlots.allocate(
-                slots=count, batch=batch, tokens=tokens, heads=num_heads, head_dim=head_dim, device=device
+                slots=count,
+                batch=sizes.batch,
+                tokens=tokens,
+                heads=sizes.num_heads,
+                head_dim=sizes.head_dim,
+                device=device,
             )
 
         self._operations = kv_operations(device)
-        self._layers, self._fresh = [allocate(slots) for _ in range(num_layers)], allocate(1)
-        shape = (batch, slots, tokens, num_heads, head_dim)
+        self._layers, self._fresh = [allocate(slots) for _ in range(sizes.num_layers)], allocate(1)
         # zeros: the workspace may be attended to before all of its slots have been written
-        self._keys, self._values = torch.zeros(2, *shape, dtype=dtype, device=device).unbind()
-        self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, head_dim // 2, device=device).unbind()
+        workspace = torch.zeros(2, *sizes.of_chunks(slots), dtype=sizes.dtype, device=device)
+        self._keys, self._values = workspace.unbind()
+        self._cos_SLH, self._sin_SLH = torch.zeros(2, slots, tokens, sizes.head_dim // 2, device=device).unbind()
         self.live = torch.zeros((), dtype=torch.int64, device=device)
         self._past = torch.zeros(slots, dtype=torch.int32, device=device)
 
@@ -205,29 +212,14 @@ class NVFP4MixedSlots(NVFP4Slots):
     of each is read on the device. Every chunk has its 4-bit form, from which it is read once it is not one of these.
     """
 
-    def __init__(
-        self,
-        spec: ChunkSpec,
-        *,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(
-            spec,
-            num_layers=num_layers,
-            batch=batch,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        shape = (2, batch, spec.exact_chunks, spec.tokens_per_chunk, num_heads, head_dim)
-        self._copies = [torch.empty(shape, dtype=dtype, device=device).view(WORD) for _ in range(num_layers)]
-        self._exact = torch.zeros(spec.exact_chunks, dtype=torch.int64, device=device)
+    def __init__(self, sizes: CacheSizes) -> None:
+        super().__init__(sizes)
+        count, device = sizes.spec.exact_chunks, sizes.device
+        self._copies = [
+            torch.empty(2, *sizes.of_chunks(count), dtype=sizes.dtype, device=device).view(WORD)
+            for _ in range(sizes.num_layers)
+        ]
+        self._exact = torch.zeros(count, dtype=torch.int64, device=device)
         self._live_place = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, slots: SlotsInUse) -> None:

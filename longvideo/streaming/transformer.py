@@ -25,6 +25,7 @@ from longvideo.kernels.backends import norm_operations
 from longvideo.model.cache import CACHES, ChunkWindow
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import rope_from_positions
+from longvideo.model.slots import CacheSizes
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.attention import slot_attention
 from longvideo.streaming.block import ResidualStream, StreamingBlock
@@ -91,15 +92,8 @@ class StreamingTransformer:
         self._means: _ValueMeans | None = None
         if attention in FP8_FORMATS:
             self._means = _ValueMeans(config.num_layers, heads, head_dim, self._sharing, self.device)
-        self._slots: Slots = CACHES[kv_cache].slots_type(
-            spec,
-            num_layers=config.num_layers,
-            batch=batch,
-            num_heads=own_heads,
-            head_dim=head_dim,
-            dtype=self._attend.dtype,
-            device=self.device,
-        )
+        sizes = CacheSizes(spec, config.num_layers, own_heads, head_dim, batch, self._attend.dtype, self.device)
+        self._slots: Slots = CACHES[kv_cache].slots_type(sizes)
         self._position_L3 = TokenLayout.one_chunk(spec, 0).position_BL3[0].to(self.device)
         with torch.inference_mode():
             self._velocity = torch.zeros(self.latent_shape, device=self.device)

@@ -14,6 +14,7 @@ from longvideo.flow.schedule import expand
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope
+from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import TextContext
 
@@ -105,7 +106,7 @@ class ThreeNetworks:
         return dict(self.networks[role].named_parameters())
 
     def new_cache(self, _batch: int) -> KVCache:
-        return KVCache(SPEC, num_layers=0, num_heads=1, head_dim=2)
+        return KVCache(CacheSizes(SPEC, num_layers=0, num_heads=1, head_dim=2))
 
 
 def clip(step: int, samples: int = 16) -> VideoRequest:

@@ -13,6 +13,7 @@ from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
 from longvideo.model.cache import ChunkCache, KVCache
+from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.model import small
@@ -24,16 +25,7 @@ SHAPE = (small.CONFIG.in_channels, SPEC.chunk_frames, 2 * SPEC.grid_height, 2 * 
 
 
 def cache_of(model: CausalTransformer, cache_type: type[ChunkCache], batch: int) -> ChunkCache:
-    config = model.config
-    return cache_type(
-        SPEC,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        batch=batch,
-        dtype=model.patch_embedding.weight.dtype,
-        device=model.patch_embedding.weight.device,
-    )
+    return cache_type(CacheSizes.of(model, SPEC, batch=batch))
 
 
 def roles(

@@ -17,6 +17,7 @@ from longvideo.model.cache import CACHES, CachePrecision, ChunkCache, KVCache, N
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rope_from_positions, rotate
+from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.golden import relative_error
@@ -27,7 +28,7 @@ HEADS, HEAD_DIM, BATCH = 2, 32, 2
 
 
 def new_cache(kind: type[ChunkCache], dtype: torch.dtype = torch.float32) -> ChunkCache:
-    return kind(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype)
+    return kind(CacheSizes(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype))
 
 
 def chunk(number: int) -> tuple[Tensor, Tensor, Rope]:
@@ -98,7 +99,7 @@ def test_a_mixed_cache_is_exact_for_sink_and_newest_chunk_and_else_the_one_in_fo
 ) -> None:
     spec, layers, cuts = MIXED_SPECS[name], 2, {1, 3, 4, 9, 12}
     caches = mixed, packed = [
-        kind(spec, num_layers=layers, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype)
+        kind(CacheSizes(spec, num_layers=layers, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH, dtype=dtype))
         for kind in (NVFP4MixedKVCache, NVFP4KVCache)
     ]
     newest, num_packed = None, 0
@@ -142,7 +143,7 @@ def kept_at(number: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def test_a_mixed_cache_whose_past_is_all_exact_is_the_plain_one(window_frames: int) -> None:
     spec = dataclasses.replace(SPEC, window_frames=window_frames, pin_shots=False)
     caches = [
-        kind(spec, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH)
+        kind(CacheSizes(spec, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, batch=BATCH))
         for kind in (NVFP4MixedKVCache, KVCache)
     ]
     for number in range(7):
@@ -172,7 +173,8 @@ def test_every_format_has_a_cache() -> None:
 
 def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     keys, values, rope = chunk(0)
-    both, alone = new_cache(NVFP4KVCache), NVFP4KVCache(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM)
+    both = new_cache(NVFP4KVCache)
+    alone = NVFP4KVCache(CacheSizes(SPEC, num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM))
     for cache, rows in ((both, slice(None)), (alone, slice(1))):
         cache.keep(0, keys[rows], values[rows], rope)
         cache.commit()
@@ -193,7 +195,7 @@ def test_rollout_with_four_bits_is_near_the_exact_one() -> None:
     model = CausalTransformer(config).eval()
     outputs = []
     for kind in (KVCache, NVFP4KVCache, NVFP4MixedKVCache):
-        cache = kind(SPEC, num_layers=config.num_layers, num_heads=2, head_dim=32)
+        cache = kind(CacheSizes.of(model, SPEC, batch=1))
         with torch.no_grad():
             text = model.encode_text(small.features(1))
             for number in range(3):
@@ -214,12 +216,14 @@ def test_five_billion_parameters_keep_their_past_in_at_most_029_of_the_bytes() -
     spec = ChunkSpec(grid_height=22, grid_width=40)
     sizes = [
         kind(
-            spec,
-            num_layers=config.num_layers,
-            num_heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            dtype=torch.bfloat16,
-            device="meta",
+            CacheSizes(
+                spec,
+                num_layers=config.num_layers,
+                num_heads=config.num_attention_heads,
+                head_dim=config.attention_head_dim,
+                dtype=torch.bfloat16,
+                device=torch.device("meta"),
+            )
         ).num_bytes
         for kind in (NVFP4KVCache, KVCache)
     ]
@@ -228,7 +232,7 @@ def test_five_billion_parameters_keep_their_past_in_at_most_029_of_the_bytes() -
 
 def test_a_head_dim_without_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="head_dim is 24; expected a multiple of 16"):
-        NVFP4KVCache(SPEC, num_layers=1, num_heads=1, head_dim=24)
+        NVFP4KVCache(CacheSizes(SPEC, num_layers=1, num_heads=1, head_dim=24))
 
 
 def test_scales_that_do_not_fit_their_codes_are_refused() -> None:

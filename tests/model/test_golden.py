@@ -8,6 +8,7 @@ import torch
 from longvideo.model.attention import Cached, Filling, Masked
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
+from longvideo.model.slots import CacheSizes
 from tests import golden
 
 
@@ -16,10 +17,7 @@ from tests import golden
 def test_a_rollout_equals_the_reference(name: str) -> None:
     facts, case, model = golden.sizes()["rollouts"][name], golden.load(f"rollout_a_{name}"), golden.model()
     spec = golden.spec(multi_shot=facts["multi_shot"])
-    config = model.config
-    cache = KVCache(
-        spec, num_layers=config.num_layers, num_heads=config.num_attention_heads, head_dim=config.attention_head_dim
-    )
+    cache = KVCache(CacheSizes.of(model, spec, batch=1))
     attention, shot = Cached(cache), 0
     for chunk in range(golden.sizes()["chunks"]):
         cut = chunk in facts["cuts"]

@@ -14,6 +14,7 @@ from longvideo.model.cache import ChunkWindow, KVCache, visible_chunks
 from longvideo.model.config import PRESETS
 from longvideo.model.layout import TokenLayout
 from longvideo.model.rope import Rope, rope_from_positions, rotate
+from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.golden import relative_error
@@ -24,10 +25,7 @@ def cached_rollout(
     model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
 ) -> Tensor:
     """Return the velocity of every noisy chunk after the clean chunks that the cache still holds."""
-    config = model.config
-    cache = KVCache(
-        spec, num_layers=config.num_layers, num_heads=config.num_attention_heads, head_dim=config.attention_head_dim
-    )
+    cache = KVCache(CacheSizes.of(model, spec, batch=1))
     attention, text, shot, out = Cached(cache), model.encode_text(small.features(len(cuts))), 0, []
     for chunk, cut in enumerate(cuts):
         shot += cut and chunk > 0
@@ -145,7 +143,7 @@ def test_pin_equals_the_reference_trace() -> None:
 
 def test_nothing_is_moved_when_the_window_slides() -> None:
     spec = dataclasses.replace(small.SPEC, window_frames=6, sink_frames=2)
-    cache = KVCache(spec, num_layers=1, num_heads=1, head_dim=2)
+    cache = KVCache(CacheSizes(spec, num_layers=1, num_heads=1, head_dim=2))
     addresses, still = (
         None,
         Rope(torch.ones(1, spec.tokens_per_chunk, 1, 1), torch.zeros(1, spec.tokens_per_chunk, 1, 1)),
@@ -204,8 +202,8 @@ def test_gradient_flows_to_every_parameter() -> None:
 
 def test_no_gradient_through_the_cache() -> None:
     """Under autograd a chunk has the same context, and no gradient reaches an earlier chunk."""
-    model, spec, config = small.model(), small.SPEC, small.CONFIG
-    cache = KVCache(spec, num_layers=config.num_layers, num_heads=2, head_dim=config.attention_head_dim)
+    model, spec = small.model(), small.SPEC
+    cache = KVCache(CacheSizes.of(model, spec, batch=1))
     text = model.encode_text(small.features(1))
     first, second = (small.latents(1, seed=s).requires_grad_() for s in (3, 4))
     sigma = torch.full((1, spec.chunk_frames), 0.5)

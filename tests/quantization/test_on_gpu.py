@@ -12,6 +12,7 @@ from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import CACHES, ChunkCache, NVFP4KVCache, NVFP4MixedKVCache
 from longvideo.model.layout import TokenLayout
+from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
@@ -39,15 +40,7 @@ def roll_out(
     model: CausalTransformer, cache_type: type[ChunkCache], device: str, *, watch: bool = False
 ) -> list[torch.Tensor]:
     """Return the velocities of five chunks. watch: whether waiting for the device raises within a step."""
-    config = model.config
-    cache = cache_type(
-        SPEC,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        dtype=torch.bfloat16,
-        device=device,
-    )
+    cache = cache_type(CacheSizes.of(model, SPEC, batch=1))
     flows = []
     with torch.no_grad():
         text = model.encode_text(small.features(1).to(device))
@@ -86,7 +79,7 @@ def test_a_step_never_waits_for_the_host(cache_type: type[ChunkCache], inputs: b
 def test_a_layer_is_rebuilt_in_one_launch() -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    cache = NVFP4KVCache(SPEC, num_layers=1, num_heads=2, head_dim=16, dtype=torch.bfloat16, device="cuda")
+    cache = NVFP4KVCache(CacheSizes(SPEC, 1, 2, 16, dtype=torch.bfloat16, device=torch.device("cuda")))
     x = torch.randn(1, SPEC.tokens_per_chunk, 2, 16, device="cuda", dtype=torch.bfloat16)
     rope = small.model().to("cuda").rope(TokenLayout.one_chunk(SPEC, 0).to("cuda"))
     for _ in range(3):

@@ -14,6 +14,7 @@ from longvideo.infer.fit.memory import CONTEXT, GRAPHS, MemoryPart, estimate
 from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.model.cache import CACHES, CachePrecision
 from longvideo.model.config import PRESETS
+from longvideo.model.slots import CacheSizes
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder import StreamingDecoder
@@ -21,7 +22,7 @@ from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
-from tests.infer.workloads import CPU, FIRST, SECOND, named, shapes, total, workload
+from tests.infer.workloads import FIRST, SECOND, named, shapes, total, workload
 
 # torch.cuda.max_memory_allocated in GB from `longvideo bench stream` on H200s, random weights, 704x1280, 2 steps, a
 # window of 32 latent frames: precision, cache, attention, share, GB on the GPU that denoises and on the other one
@@ -110,13 +111,14 @@ def test_the_estimate_of_the_cache_is_what_it_allocates(
     small = replace(small, spec=replace(small.spec, sink_frames=sink_frames, pin_shots=pin_shots))
     config = small.transformer
     slots = CACHES[kv_cache].slots_type(
-        small.spec,
-        num_layers=config.num_layers,
-        batch=2,
-        num_heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        dtype=torch.bfloat16,
-        device=CPU,
+        CacheSizes(
+            small.spec,
+            config.num_layers,
+            config.num_attention_heads,
+            config.attention_head_dim,
+            batch=2,
+            dtype=torch.bfloat16,
+        )
     )
     tensors, waiting = {}, list(vars(slots).values())
     while waiting:
