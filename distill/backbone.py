@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longvideo.checkpoint.adapters import UP, Adapter
+from longvideo.checkpoint.adapters import UP_NAME, Adapter
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.errors import CheckpointError
@@ -65,10 +65,10 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def put(adapter: Adapter, roles: LoraRoles) -> None:
+def set_student(adapter: Adapter, roles: LoraRoles) -> None:
     """Set the student's adapter to stored weights."""
     for name, weight in roles.trained(Role.STUDENT).items():
         if name not in adapter.weights:
             raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers of the adapter")
-        scale = adapter.scaling / roles.scaling if name.endswith(UP) else 1.0
+        scale = adapter.scaling / roles.scaling if name.endswith(UP_NAME) else 1.0
         weight.copy_(scale * adapter.weights[name])

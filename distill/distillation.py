@@ -12,7 +12,7 @@ from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, check_settings, chunk_spec
 from longvideo.data.encoded import EncodedDataset
-from longvideo.distill.backbone import compile_blocks, compute_dtype, load_backbone, put
+from longvideo.distill.backbone import compile_blocks, compute_dtype, load_backbone, set_student
 from longvideo.distill.compatibility import check_adapter, check_same_shape
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
@@ -115,7 +115,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             student, config.lora, teacher=teacher, new_cache=partial(self._new_cache, student), seed=config.seed
         )
         if adapter is not None:
-            put(adapter, self.roles)
+            set_student(adapter, self.roles)
         if config.compile and device.type == "cuda":
             compile_blocks(student, teacher)
         shape = self._latent_shape(student.config)

@@ -117,7 +117,7 @@ class LoraRoles:
             for role, backbone in self.backbones.items()
         }
         self._new_cache = new_cache
-        self._playing: Role | None = None
+        self._active: Role | None = None
         self.scaling = lora.alpha / lora.rank
         generator = torch.Generator().manual_seed(seed)
         for role in (Role.STUDENT, Role.CRITIC):
@@ -125,12 +125,12 @@ class LoraRoles:
         self.switch(Role.STUDENT)
 
     def switch(self, role: Role) -> CausalTransformer:
-        if role is not self._playing:
+        if role is not self._active:
             for layer in self._layers[role]:
                 layer.enable_adapters(role is not Role.TEACHER)
                 if role is not Role.TEACHER:
                     layer.set_adapter(role.value)
-            self._playing = role
+            self._active = role
         return self.backbones[role]
 
     def trained(self, role: Role) -> dict[str, nn.Parameter]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from longvideo.checkpoint import names
 from longvideo.checkpoint.adapter_files import (
     DIFFUSERS_PREFIX,
+    DOWN,
     PEFT_CONFIG,
     PEFT_PREFIX,
     PEFT_STEM,
+    UP,
     open_adapter,
     open_adapter_folder,
 )
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.updates import LowRank, StoredAdapter
 
 DIFFUSERS_STEM = "pytorch_lora_weights"
-DOWN, UP = ".lora_A", ".lora_B"
+DOWN_NAME, UP_NAME = f".{DOWN}", f".{UP}"
+"""Ends of the names of the weights of a trained adapter."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Adapter:
     @property
     def layers(self) -> list[str]:
         """Official names of the layers that it updates."""
-        return [name.removesuffix(DOWN) for name in self.weights if name.endswith(DOWN)]
+        return [name.removesuffix(DOWN_NAME) for name in self.weights if name.endswith(DOWN_NAME)]
 
     def stored(self) -> StoredAdapter:
         """Return the adapter as one that was opened; the digest of its weights takes the place of file names."""
@@ -82,7 +85,7 @@ class Adapter:
         }
         write_json(folder / PEFT_CONFIG, config)
         diffusers = {
-            _diffusers_name(name): x * self.scaling if name.endswith(UP) else x for name, x in self.weights.items()
+            _diffusers_name(name): x * self.scaling if name.endswith(UP_NAME) else x for name, x in self.weights.items()
         }
         save_weights(folder, DIFFUSERS_STEM, diffusers, dtype=torch.float32)
 
@@ -111,7 +114,7 @@ class Adapter:
         scaling = stored.scales[0] if len(stored.scales) == 1 else 1.0
         weights: dict[str, Tensor] = {}
         for layer, update in low_rank.items():
-            weights[layer + DOWN], weights[layer + UP] = _widened(update, rank, scaling)
+            weights[layer + DOWN_NAME], weights[layer + UP_NAME] = _widened(update, rank, scaling)
         return cls(weights, rank, scaling)
 
     def check_fits(self, sizes: Mapping[str, tuple[int, int]], model: str, adapter: str) -> None:
@@ -125,7 +128,7 @@ class Adapter:
                     f"{adapter} updates {layer}, which is not a layer of {model}; use the model that it was trained on"
                 )
             rows, columns = sizes[layer]
-            up, down = tuple(self.weights[layer + UP].shape), tuple(self.weights[layer + DOWN].shape)
+            up, down = tuple(self.weights[layer + UP_NAME].shape), tuple(self.weights[layer + DOWN_NAME].shape)
             if (up, down) != ((rows, self.rank), (self.rank, columns)):
                 raise CheckpointError(
                     f"{adapter}: the update of {layer} is {list(up)} x {list(down)}, expected"

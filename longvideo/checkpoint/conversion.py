@@ -22,7 +22,7 @@ from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.checkpoint.formats import recognize
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
-from longvideo.checkpoint.saving import MAX_SHARD_BYTES
+from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
 from longvideo.checkpoint.targets import TARGETS, ConversionTask
 from longvideo.checkpoint.tensors import Expanded, Weights, is_one_byte_float
 from longvideo.errors import CheckpointError, UserError
@@ -111,7 +111,8 @@ def convert_model(
     def write(path: Path) -> None:
         _check_free_space(destination.parent, total - _bytes_done(path))
         progress.on_total(total)
-        target.write(ConversionTask(path, source, weights, options.max_shard_bytes, progress.on_bytes))
+        saving = SaveOptions(options.max_shard_bytes, resume=True, on_bytes=progress.on_bytes)
+        target.write(ConversionTask(path, source, weights, saving))
         if _stamps(weights) != stamps:
             raise CheckpointError(f"{source.path} changed during the conversion; convert it again")
 

@@ -11,7 +11,7 @@ from longvideo.checkpoint import diffusers_json, names, packed
 from longvideo.checkpoint.locations import SHIPPED, check_inside, check_links, locate
 from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
-from longvideo.checkpoint.saving import save_weights
+from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.loading import load_config
 from longvideo.errors import CheckpointError, UserError
@@ -148,30 +148,20 @@ def write_part(
     weights: Weights,
     config: PartConfig,
     *,
-    max_shard_bytes: int,
-    resume: bool = False,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    options: SaveOptions,
 ) -> None:
-    """Write the folder of a part. weights: under this project's names. Other options: as in `save_weights`."""
+    """Write the folder of a part. weights: under this project's names."""
     metadata = packed.header_metadata(weights)
     if part == TRANSFORMER:
         weights = weights.renamed(names.to_diffusers)
-    save_weights(
-        folder / part,
-        WEIGHT_STEMS[part],
-        weights,
-        max_shard_bytes=max_shard_bytes,
-        metadata=metadata,
-        resume=resume,
-        on_bytes=on_bytes,
-    )
+    save_weights(folder / part, WEIGHT_STEMS[part], weights, metadata=metadata, options=options)
     _write_config(folder / part, config, metadata)
 
 
-def copy_part(folder: Path, part: str, source: ModelPart, *, max_shard_bytes: int) -> None:
+def copy_part(folder: Path, part: str, source: ModelPart, *, options: SaveOptions) -> None:
     """Copy a part of another model unchanged: the files of its weights, or its tensors where it has another layout."""
     if source.folder is None:
-        write_part(folder, part, source.weights, source.config, max_shard_bytes=max_shard_bytes)
+        write_part(folder, part, source.weights, source.config, options=options)
         return
     (folder / part).mkdir(parents=True, exist_ok=True)
     files = {*source.weights.files, *source.folder.glob(f"{WEIGHT_STEMS[part]}.safetensors.index.json")}

@@ -22,7 +22,7 @@ from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_t
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
-from longvideo.checkpoint.saving import MAX_SHARD_BYTES
+from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import StoredAdapter, merged
@@ -300,15 +300,16 @@ class ModelFolder:
         tokenizer = None if text_encoder is None else text_encoder.tokenizer
         if other_parts is not None and TEXT_ENCODER in copied:
             tokenizer = other_parts._load_tokenizer()
+        options = SaveOptions(max_shard_bytes)
         with locked_target(folder), write_folder(folder, overwrite=overwrite) as temporary:
             for name, (weights, config) in parts.items():
                 cast = weights.cast(dtype, keep=packed.is_of_packed_layer)
-                write_part(temporary, name, cast, config, max_shard_bytes=max_shard_bytes)
+                write_part(temporary, name, cast, config, options=options)
             small = None if other_parts is None or VAE not in copied else copied[VAE].folder
             if small is not None and (small.parent / SMALL_FILE).is_file():
                 copy_file(small.parent / SMALL_FILE, temporary / SMALL_FILE)
             for name, part in copied.items():
-                copy_part(temporary, name, part, max_shard_bytes=max_shard_bytes)
+                copy_part(temporary, name, part, options=options)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary / "tokenizer", text_len=settings.text_len)
             write_index(temporary, [*parts, *copied], settings)

@@ -40,7 +40,7 @@ from longvideo.checkpoint.diffusers_folder import (
     read_folder,
 )
 from longvideo.checkpoint.locations import check_inside, check_links
-from longvideo.checkpoint.opening import SAFETENSORS, open_set, sets_of_weights, shards_of
+from longvideo.checkpoint.opening import SAFETENSORS, WeightReader, sets_of_weights, shards_of
 from longvideo.checkpoint.packed import CONVENTION_KEY
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, StoredModel
 from longvideo.checkpoint.settings import PRESETS
@@ -103,21 +103,11 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
             modules, notes = run_checkpoint.open_run_checkpoint(path, entry, MARKS)
             stored = [(path, read(weights, None, RUN)) for weights in modules]
             return replace(_combined(path, stored, {}), format=RUN, notes=notes)
-        return _loose_files(path, partial(_open_one_of_several, entry=entry), read)
+        return _loose_files(path, WeightReader(entry).open_one_of_several, read)
     if path.name == f"{PEFT_STEM}.safetensors" and (path.parent / PEFT_CONFIG).is_file():
         return recognize(path.parent, entry=entry)
-    weights = open_set(shards_of(path), entry=entry)
+    weights = WeightReader(entry).open_set(shards_of(path))
     return _one_or_more(path, weights, path.parent / "config.json", "single file", read)
-
-
-def _open_one_of_several(files: list[Path], entry: str | None) -> Weights:
-    """Open a set of weights of a folder. entry: which weights to open; ignored for a file without that entry."""
-    if files[0].suffix not in pickle_file.SUFFIXES:
-        return open_set(files)
-    try:
-        return open_set(files, entry=entry)
-    except pickle_file.MissingEntry:
-        return open_set(files)
 
 
 def _one_or_more(path: Path, weights: Weights, config: Path | None, label: str, read: Read) -> StoredModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,38 +24,53 @@ TRANSFORMERS_STEM = "pytorch_model"
 MAX_SHARDS = 10000
 
 
-def open_weights(path: Path, *, stem: str | None = None, entry: str | None = None) -> Weights:
+@dataclass(frozen=True)
+class WeightReader:
+    """Opens weight files of any kind. entry: dict of a .pt file that has the weights, for example "generator_ema".
+
+    Layers with scales of other programs become those of this project, see `scaled.as_own_layers`. Methods raise
+    CheckpointError, naming the file, if it is missing, truncated or in an unknown format.
+    """
+
+    entry: str | None = None
+
+    def open_set(self, files: Sequence[Path]) -> Weights:
+        """Open the files of one set of weights."""
+        return as_own_layers(join([self._open_file(file) for file in files]))
+
+    def open_one_of_several(self, files: Sequence[Path]) -> Weights:
+        """Open one of the sets of weights in a folder. The entry is ignored for a file that does not have it."""
+        if files[0].suffix in pickle_file.SUFFIXES:
+            try:
+                return self.open_set(files)
+            except pickle_file.MissingEntry:
+                pass
+        return WeightReader().open_set(files)
+
+    def _open_file(self, path: Path) -> Weights:
+        if not path.is_file():
+            raise CheckpointError(f"there is no weight file {path}")
+        if path.suffix in pickle_file.SUFFIXES:
+            return pickle_file.open_file(path, self.entry)
+        if self.entry is not None:
+            raise CheckpointError(f"{path} has one set of weights and no entry {self.entry!r}; leave --entry out")
+        if path.name.endswith(".index.json"):
+            return _open_index(path)
+        if path.suffix == SAFETENSORS:
+            return safetensors_file.open_file(path)
+        if path.suffix == gguf_file.SUFFIX:
+            return gguf_file.open_file(path)
+        raise CheckpointError(
+            f"{path} is not a weight file; expected .safetensors, .safetensors.index.json, .pt, .pth or .gguf"
+        )
+
+
+def open_weights(path: Path, *, stem: str | None = None) -> Weights:
     """Open a .safetensors file, an .index.json, a .pt, .pth or .gguf file, or a folder with one set of safetensors.
 
-    stem: file name in a folder, without .safetensors or .safetensors.index.json.
-    entry: dict of a .pt file that has the weights, for example "generator_ema".
-    Layers with scales of other programs become those of this project, see `scaled.as_own_layers`.
-    Raises CheckpointError, naming the file, if it is missing, truncated or in an unknown format.
+    stem: file name in a folder, without .safetensors or .safetensors.index.json. Errors are those of `WeightReader`.
     """
-    return as_own_layers(_open_folder(path, stem) if path.is_dir() else _open_file(path, entry))
-
-
-def open_set(files: Sequence[Path], *, entry: str | None = None) -> Weights:
-    """Open the files of one set of weights. entry: as in `open_weights`."""
-    return as_own_layers(join([_open_file(file, entry) for file in files]))
-
-
-def _open_file(path: Path, entry: str | None = None) -> Weights:
-    if not path.is_file():
-        raise CheckpointError(f"there is no weight file {path}")
-    if entry is not None and path.suffix not in pickle_file.SUFFIXES:
-        raise CheckpointError(f"{path} has one set of weights and no entry {entry!r}; leave --entry out")
-    if path.name.endswith(".index.json"):
-        return _open_index(path)
-    if path.suffix == ".safetensors":
-        return safetensors_file.open_file(path)
-    if path.suffix in pickle_file.SUFFIXES:
-        return pickle_file.open_file(path, entry)
-    if path.suffix == gguf_file.SUFFIX:
-        return gguf_file.open_file(path)
-    raise CheckpointError(
-        f"{path} is not a weight file; expected .safetensors, .safetensors.index.json, .pt, .pth or .gguf"
-    )
+    return WeightReader().open_set(_files_of_folder(path, stem) if path.is_dir() else [path])
 
 
 def join(parts: Sequence[Weights]) -> Weights:
@@ -115,8 +131,11 @@ def shards_of(file: Path) -> list[Path]:
     return shards
 
 
-def _open_folder(folder: Path, stem: str | None) -> Weights:
-    """Open the only set of weights, or that of a stem: safetensors, then a variant such as fp16, then .bin files."""
+def _files_of_folder(folder: Path, stem: str | None) -> list[Path]:
+    """Return the files of the only set of weights, or of that with a stem.
+
+    With a stem, safetensors come first, then a variant such as fp16, then .bin files.
+    """
     choices = [sets_of_weights(folder, stem or "*")]
     if stem is not None:
         choices.append(sets_of_weights(folder, f"{stem}.*"))
@@ -130,7 +149,7 @@ def _open_folder(folder: Path, stem: str | None) -> Weights:
     if len(sets) > 1:
         names = ", ".join(files[0].name for files in sets)
         raise CheckpointError(f"{folder} has several sets of weights ({names}); use one of these files")
-    return join([_open_file(file) for file in sets[0]])
+    return sets[0]
 
 
 def _open_index(path: Path) -> Weights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longvideo.checkpoint import safetensors_file
@@ -9,7 +11,7 @@ from longvideo.checkpoint.tensors import Weights
 from longvideo.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -18,22 +20,34 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 5 * 2**30
 
 
+@dataclass(frozen=True)
+class SaveOptions:
+    """Options of writing weights.
+
+    max_shard_bytes: largest file, bytes. resume: whether shards are kept that an interrupted save of the same tensors
+    has finished. on_bytes: called with the number of bytes that are written or kept, for progress.
+    """
+
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    resume: bool = False
+    on_bytes: Callable[[int], None] = lambda _: None
+
+
+SAVE = SaveOptions()
+
+
 def save_weights(
     folder: Path,
     stem: str,
     weights: Weights | Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-    resume: bool = False,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    options: SaveOptions = SAVE,
 ) -> None:
-    """Write folder/stem.safetensors, or numbered shards with an index if one file would exceed max_shard_bytes.
+    """Write folder/stem.safetensors, or numbered shards with an index if one file would be too large.
 
-    dtype: of floating tensors; None keeps their own. metadata: texts for the header of every file. resume: keep the
-    shards that an interrupted save of the same tensors has finished. on_bytes: called with the number of bytes that are
-    written or kept, for progress.
+    dtype: of floating tensors; None keeps their own. metadata: texts for the header of every file.
 
     Each file is written under a temporary name and renamed, the index last; shards of an earlier save are deleted after
     that.
@@ -44,14 +58,14 @@ def save_weights(
     before = {file for file in folder.glob(f"{stem}*.safetensors*") if file.is_file()}
     written: set[Path] = set()
     weight_map: dict[str, str] = {}
-    shards = plan_shards(weights, max_shard_bytes)
+    shards = plan_shards(weights, options.max_shard_bytes)
     for number, names in enumerate(shards, start=1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = Weights({key: weights.tensors[key] for key in names}, weights.files)
-        if resume and safetensors_file.is_complete(folder / name, shard, metadata=header):
-            on_bytes(shard.num_bytes)
+        if options.resume and safetensors_file.is_complete(folder / name, shard, metadata=header):
+            options.on_bytes(shard.num_bytes)
         else:
-            safetensors_file.write_weights(folder / name, shard, metadata=header, on_bytes=on_bytes)
+            safetensors_file.write_weights(folder / name, shard, metadata=header, on_bytes=options.on_bytes)
         weight_map.update(dict.fromkeys(names, name))
         written.add(folder / name)
     if len(shards) > 1:

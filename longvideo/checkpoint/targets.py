@@ -19,7 +19,7 @@ from longvideo.checkpoint.diffusers_folder import (
 )
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
-from longvideo.checkpoint.saving import save_weights
+from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
 from longvideo.files import copy_file, read_json, write_json
@@ -40,23 +40,21 @@ class ConversionTask:
     """A conversion in progress.
 
     path: folder or file to write; files that are in the folder already are finished. model: the source. weights: of the
-    parts to write, under this project's names and in their final precision. max_shard_bytes: largest safetensors file.
-    on_bytes: called with the number of bytes written, for progress.
+    parts to write, under this project's names and in their final precision. options: how safetensors are written.
     """
 
     path: Path
     model: ModelFolder
     weights: Mapping[str, Weights]
-    max_shard_bytes: int
-    on_bytes: Callable[[int], None]
+    options: SaveOptions
 
     def write_pickle(self, name: str, weights: Weights) -> None:
         """Write a .pth file, unless it exists."""
         file = self.path / name
         if file.is_file():  # a file gets its name when it is complete
-            self.on_bytes(weights.num_bytes)
+            self.options.on_bytes(weights.num_bytes)
         else:
-            pickle_file.write_weights(file, weights, on_bytes=self.on_bytes)
+            pickle_file.write_weights(file, weights, on_bytes=self.options.on_bytes)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Copy the files of the tokenizer. folder: relative to `path`."""
@@ -83,15 +81,7 @@ class TargetFormat:
 
 def _write_diffusers(task: ConversionTask) -> None:
     for part, weights in task.weights.items():
-        write_part(
-            task.path,
-            part,
-            weights,
-            task.model.stored[part].config,
-            max_shard_bytes=task.max_shard_bytes,
-            resume=True,
-            on_bytes=task.on_bytes,
-        )
+        write_part(task.path, part, weights, task.model.stored[part].config, options=task.options)
     if TEXT_ENCODER in task.weights:
         task.copy_tokenizer(Path("tokenizer"))
     write_index(task.path, task.weights, task.model.settings)
@@ -108,14 +98,7 @@ def _write_longvideo(task: ConversionTask) -> None:
 
 def _write_official(task: ConversionTask) -> None:
     model, weights = task.model, task.weights
-    save_weights(
-        task.path,
-        OFFICIAL_STEM,
-        weights[TRANSFORMER],
-        max_shard_bytes=task.max_shard_bytes,
-        resume=True,
-        on_bytes=task.on_bytes,
-    )
+    save_weights(task.path, OFFICIAL_STEM, weights[TRANSFORMER], options=task.options)
     write_json(task.path / "config.json", diffusers_json.official_json(model.transformer_config))
     if VAE in weights:
         config = model.vae_config
@@ -130,13 +113,13 @@ def _write_official(task: ConversionTask) -> None:
 
 def _write_longlive(task: ConversionTask) -> None:
     own = longlive_packed.to_longlive(task.weights[TRANSFORMER]).renamed(lambda name: f"{names.MODEL_PREFIX}{name}")
-    pickle_file.write_weights(task.path, own, within=("generator",), on_bytes=task.on_bytes)
+    pickle_file.write_weights(task.path, own, within=("generator",), on_bytes=task.options.on_bytes)
 
 
 def _write_safetensors(task: ConversionTask) -> None:
     own = task.weights[TRANSFORMER]
     header = {"format": "pt", **packed.header_metadata(own)}
-    safetensors_file.write_weights(task.path, own, metadata=header, on_bytes=task.on_bytes)
+    safetensors_file.write_weights(task.path, own, metadata=header, on_bytes=task.options.on_bytes)
 
 
 def _write_modelopt(task: ConversionTask) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.opening import open_weights
-from longvideo.checkpoint.saving import save_weights
+from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.errors import CheckpointError
 from longvideo.model.transformer import CausalTransformer
 from tests.checkpoint import official, small
@@ -159,7 +159,7 @@ def test_a_diffusers_folder_opens_in_its_variants(variant: str, tmp_path: Path) 
             name = "pytorch_model" if part == "text_encoder" else stem
             torch.save(tensors, folder / f"{name}.bin")
         elif variant == "in shards":
-            save_weights(folder, f"{stem}.fp16", tensors, max_shard_bytes=200_000)
+            save_weights(folder, f"{stem}.fp16", tensors, options=SaveOptions(200_000))
             index = folder / f"{stem}.fp16.safetensors.index.json"
             assert index.is_file()
             index.rename(folder / f"{stem}.safetensors.index.fp16.json")

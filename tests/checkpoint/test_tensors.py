@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint import pickle_file
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
-from longvideo.checkpoint.opening import open_weights
-from longvideo.checkpoint.saving import save_weights
+from longvideo.checkpoint.opening import WeightReader, open_weights
+from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.errors import CheckpointError
 
 
@@ -87,7 +87,7 @@ def test_dtype_applies_to_floating_tensors_only(tmp_path: Path) -> None:
 
 def test_shards_stay_below_the_limit_and_read_back_equal(tmp_path: Path) -> None:
     tensors = linear_tensors(5)
-    save_weights(tmp_path, "model", tensors, max_shard_bytes=2 * 4 * 4 * 4)
+    save_weights(tmp_path, "model", tensors, options=SaveOptions(2 * 4 * 4 * 4))
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)] + ["model.safetensors.index.json"]
     assert json.loads((tmp_path / names[-1]).read_text())["metadata"] == {"total_size": 5 * 64}
@@ -171,12 +171,12 @@ def test_a_training_checkpoint_gives_the_chosen_entry(tmp_path: Path, entry: str
     ema = {name: tensor + 1 for name, tensor in linear_tensors(2).items()}
     torch.save({"generator": linear_tensors(2), "generator_ema": ema, "step": 7}, file)
     module = stack(2)
-    load_weights(module, open_weights(file, entry=entry))
+    load_weights(module, WeightReader(entry).open_set([file]))
     assert module.state_dict()["1.weight"].unique().tolist() == [1.0]
-    load_weights(module, open_weights(file, entry="generator_ema"))
+    load_weights(module, WeightReader("generator_ema").open_set([file]))
     assert module.state_dict()["1.weight"].unique().tolist() == [2.0]
     with pytest.raises(CheckpointError, match="no entry 'critic'; use one of generator, generator_ema, step"):
-        open_weights(file, entry="critic")
+        WeightReader("critic").open_set([file])
 
 
 class Harmful:
