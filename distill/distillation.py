@@ -41,7 +41,6 @@ from longvideo.machine.launcher import launched
 from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.conditioning import chunk_text
 from longvideo.model.config import PRESETS, TransformerConfig
-from longvideo.model.slots import CacheSizes
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
@@ -329,7 +328,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         )
 
     def _new_cache(self, model: CausalTransformer, batch: int) -> ChunkCache:
-        return self.cache_type(CacheSizes.of(model, self.spec, batch=batch))
+        return self.cache_type(model.cache_sizes(self.spec, batch=batch))
 
     def _latent_shape(self, model: TransformerConfig) -> tuple[int, int, int, int]:
         _, p, q = model.patch_size

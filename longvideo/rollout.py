@@ -16,7 +16,6 @@ from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.attention import AttentionPattern, Cached, Filling
 from longvideo.model.cache import ChunkCache, ChunkWindow, KVCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.slots import CacheSizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +80,7 @@ class CachedTransformer:
             q * spec.grid_width,
         )
         self._model, self.spec = model, spec
-        self._new_cache = partial(cache_type, CacheSizes.of(model, spec, batch=batch))
+        self._new_cache = partial(cache_type, model.cache_sizes(spec, batch=batch))
         self._cache = self._new_cache()
         self._text: TextContext | None = None
         self._rope: Rope | None = None

@@ -15,7 +15,6 @@ from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import KVCache, past_chunks, visible_chunks
 from longvideo.model.conditioning import Conditioning
 from longvideo.model.layout import TokenLayout
-from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer, TextContext
 from longvideo.rollout import CachedTransformer, MadeChunk, branches, rollout
@@ -117,7 +116,7 @@ def test_a_cut_moves_positions_by_the_offset_from_there_on() -> None:
 
 def prefilled(model: CausalTransformer, text: TextContext, chunks: dict[int, Tensor]) -> KVCache:
     """Return a cache that holds only these chunks, under a text."""
-    cache = KVCache(CacheSizes.of(model, small.SPEC, batch=1))
+    cache = KVCache(model.cache_sizes(small.SPEC, batch=1))
     for index, latents in chunks.items():
         rope = model.rope(TokenLayout.one_chunk(small.SPEC, index))
         model.fill_cache(latents, torch.zeros(1, latents.shape[2]), text, rope=rope, attention=Filling(cache))

@@ -11,7 +11,6 @@ from longvideo.infer.bench.timing import median_ms
 from longvideo.model.attention import Cached, Filling
 from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.slots import CacheSizes
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.products import W4A16, choose_w4a4
@@ -85,7 +84,7 @@ def _time(
     config = model.config
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    cache = cache_type(CacheSizes.of(model, spec, batch=1))
+    cache = cache_type(model.cache_sizes(spec, batch=1))
     text = model.encode_text(torch.zeros(1, config.text_len, config.text_dim, device=device))
     _, height, width = config.patch_size
     shape = (1, config.in_channels, spec.chunk_frames, spec.grid_height * height, spec.grid_width * width)

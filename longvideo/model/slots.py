@@ -9,7 +9,7 @@ Shapes: B samples, S slots, L tokens of a chunk, N heads, K head dim, H = K / 2 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch import Tensor
 from longvideo.kernels.backends import kv_operations
 from longvideo.kernels.kv_dequant.format import QuantizedSlots
 from longvideo.model.spec import ChunkSpec
-
-if TYPE_CHECKING:
-    from longvideo.model.transformer import CausalTransformer
 
 WORD = torch.int64
 """Dtype in which keys and values are copied or exchanged: no operation needs to support FP8 or moves single bytes."""
@@ -40,13 +37,6 @@ class CacheSizes:
     batch: int = 1
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-
-    @classmethod
-    def of(cls, model: CausalTransformer, spec: ChunkSpec, *, batch: int) -> CacheSizes:
-        """Return the sizes for all layers and heads of a transformer, in its dtype and on its device."""
-        config, weight = model.config, model.patch_embedding.weight
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        return cls(spec, config.num_layers, heads, head_dim, batch, weight.dtype, weight.device)
 
     def of_chunks(self, count: int) -> tuple[int, int, int, int, int]:
         """Return the shape [B, S, L, N, K] of the keys of a number of chunks in one layer."""

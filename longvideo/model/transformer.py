@@ -21,11 +21,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from longvideo.model.attention import AttentionPattern, attend
 from longvideo.model.rope import Rope, rope_from_positions
+from longvideo.model.slots import CacheSizes
 
 if TYPE_CHECKING:
     from longvideo.model.attention import Filling
     from longvideo.model.config import TransformerConfig
     from longvideo.model.layout import TokenLayout
+    from longvideo.model.spec import ChunkSpec
 
 TIMESTEPS = 1000.0
 MAX_PERIOD = 10000.0
@@ -225,6 +227,12 @@ class CausalTransformer(nn.Module):
         for modulation in (self.head.modulation, *(block.modulation for block in self._blocks())):
             nn.init.normal_(modulation, std=self.config.dim**-0.5, generator=generator)
         nn.init.zeros_(self.head.head.weight)
+
+    def cache_sizes(self, spec: ChunkSpec, *, batch: int) -> CacheSizes:
+        """Return the sizes of a KV cache for all layers and heads, in the dtype and on the device of the model."""
+        config, weight = self.config, self.patch_embedding.weight
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return CacheSizes(spec, config.num_layers, heads, head_dim, batch, weight.dtype, weight.device)
 
     def rope(self, layout: TokenLayout) -> Rope:
         """Return the rotation of every token of a layout, on the device of the layout."""

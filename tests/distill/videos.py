@@ -13,7 +13,6 @@ from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
 from longvideo.model.cache import ChunkCache, KVCache
-from longvideo.model.slots import CacheSizes
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from tests.model import small
@@ -25,7 +24,7 @@ SHAPE = (small.CONFIG.in_channels, SPEC.chunk_frames, 2 * SPEC.grid_height, 2 * 
 
 
 def cache_of(model: CausalTransformer, cache_type: type[ChunkCache], batch: int) -> ChunkCache:
-    return cache_type(CacheSizes.of(model, SPEC, batch=batch))
+    return cache_type(model.cache_sizes(SPEC, batch=batch))
 
 
 def roles(

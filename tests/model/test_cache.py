@@ -195,7 +195,7 @@ def test_rollout_with_four_bits_is_near_the_exact_one() -> None:
     model = CausalTransformer(config).eval()
     outputs = []
     for kind in (KVCache, NVFP4KVCache, NVFP4MixedKVCache):
-        cache = kind(CacheSizes.of(model, SPEC, batch=1))
+        cache = kind(model.cache_sizes(SPEC, batch=1))
         with torch.no_grad():
             text = model.encode_text(small.features(1))
             for number in range(3):

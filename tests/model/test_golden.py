@@ -8,7 +8,6 @@ import torch
 from longvideo.model.attention import Cached, Filling, Masked
 from longvideo.model.cache import KVCache
 from longvideo.model.layout import TokenLayout
-from longvideo.model.slots import CacheSizes
 from tests import golden
 
 
@@ -17,7 +16,7 @@ from tests import golden
 def test_a_rollout_equals_the_reference(name: str) -> None:
     facts, case, model = golden.sizes()["rollouts"][name], golden.load(f"rollout_a_{name}"), golden.model()
     spec = golden.spec(multi_shot=facts["multi_shot"])
-    cache = KVCache(CacheSizes.of(model, spec, batch=1))
+    cache = KVCache(model.cache_sizes(spec, batch=1))
     attention, shot = Cached(cache), 0
     for chunk in range(golden.sizes()["chunks"]):
         cut = chunk in facts["cuts"]

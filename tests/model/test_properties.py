@@ -25,7 +25,7 @@ def cached_rollout(
     model: CausalTransformer, clean: Tensor, noisy: Tensor, sigma: Tensor, spec: ChunkSpec, cuts: list[bool]
 ) -> Tensor:
     """Return the velocity of every noisy chunk after the clean chunks that the cache still holds."""
-    cache = KVCache(CacheSizes.of(model, spec, batch=1))
+    cache = KVCache(model.cache_sizes(spec, batch=1))
     attention, text, shot, out = Cached(cache), model.encode_text(small.features(len(cuts))), 0, []
     for chunk, cut in enumerate(cuts):
         shot += cut and chunk > 0
@@ -203,7 +203,7 @@ def test_gradient_flows_to_every_parameter() -> None:
 def test_no_gradient_through_the_cache() -> None:
     """Under autograd a chunk has the same context, and no gradient reaches an earlier chunk."""
     model, spec = small.model(), small.SPEC
-    cache = KVCache(CacheSizes.of(model, spec, batch=1))
+    cache = KVCache(model.cache_sizes(spec, batch=1))
     text = model.encode_text(small.features(1))
     first, second = (small.latents(1, seed=s).requires_grad_() for s in (3, 4))
     sigma = torch.full((1, spec.chunk_frames), 0.5)

@@ -40,7 +40,7 @@ def roll_out(
     model: CausalTransformer, cache_type: type[ChunkCache], device: str, *, watch: bool = False
 ) -> list[torch.Tensor]:
     """Return the velocities of five chunks. watch: whether waiting for the device raises within a step."""
-    cache = cache_type(CacheSizes.of(model, SPEC, batch=1))
+    cache = cache_type(model.cache_sizes(SPEC, batch=1))
     flows = []
     with torch.no_grad():
         text = model.encode_text(small.features(1).to(device))
