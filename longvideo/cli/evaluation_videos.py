@@ -95,13 +95,11 @@ def read_videos(folder: Path, tasks: list[Task]) -> Iterator[tuple[Task, np.ndar
     shot and after the last one."""
     from longvideo.data.manifest import read_manifest
     from longvideo.data.timing import measure
-    from longvideo.data.video import read_video
+    from longvideo.data.video import VideoReader
     from longvideo.evaluation.shapeworld import FPS
 
     videos = measure(read_manifest(folder / "manifest.jsonl"))
     for task, video in zip(tasks, videos, strict=False):
         first = video.shots[0].start
-        frames = read_video(
-            video.video, fps=FPS, start_seconds=first, max_frames=max(1, round(sum(task.seconds) * FPS))
-        )
-        yield task, frames.numpy()
+        count = max(1, round(sum(task.seconds) * FPS))
+        yield task, VideoReader(FPS).read(video.video, start_seconds=first, max_frames=count).numpy()

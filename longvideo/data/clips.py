@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longvideo.data.container import TIME_TOLERANCE
 from longvideo.data.timing import TimedVideo, measure
-from longvideo.data.video import read_video
+from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,27 @@ class ChunkFrames:
 
 
 @dataclass(frozen=True)
+class ClipSpec:
+    """How clips are cut from videos.
+
+    num_chunks: chunks of a clip. fps: frames per second at which videos are read. chunks: pixel frames of each chunk.
+    """
+
+    num_chunks: int
+    fps: float = 24.0
+    chunks: ChunkFrames = ChunkFrames()
+
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames of a clip."""
+        return self.chunks.start(self.num_chunks)
+
+    def frames_of(self, video: TimedVideo) -> int:
+        """Return the number of frames that are read from a whole video."""
+        return int(video.read_end * self.fps - TIME_TOLERANCE) + 1
+
+
+@dataclass(frozen=True)
 class Footage:
     """A stretch of one file: `num_frames` frames at the clip's frame rate, from `start_seconds` on."""
 
@@ -64,12 +85,13 @@ class ClipReference:
     """The place of a clip in its video files, small enough to shuffle and distribute millions of them.
 
     footage: stretches in the order of time; several if a clip continues in the next file of its sample. captions: one
-    for each chunk. cuts: for each chunk, whether it begins a shot.
+    for each chunk. cuts: for each chunk, whether it begins a shot. fps: frames per second of the clip.
     """
 
     footage: tuple[Footage, ...]
     captions: tuple[str, ...]
     cuts: tuple[bool, ...]
+    fps: float
 
     @property
     def video(self) -> Path:
@@ -109,21 +131,18 @@ def plan_clips(
     is left out if no shot covers at least half of one of its chunks. Raises UserError if no video is long enough, and
     for a line of the manifest that does not fit its file.
     """
-    return clips_of(measure(entries), num_chunks=num_chunks, fps=fps, chunks=chunks or ChunkFrames())
+    return clips_of(measure(entries), ClipSpec(num_chunks, fps, chunks or ChunkFrames()))
 
 
-def clips_of(videos: Sequence[TimedVideo], *, num_chunks: int, fps: float, chunks: ChunkFrames) -> list[ClipReference]:
+def clips_of(videos: Sequence[TimedVideo], spec: ClipSpec) -> list[ClipReference]:
     """Return the clips of measured videos; see `plan_clips`."""
     references = [
-        reference
-        for sample in group_samples(videos)
-        for reference in sample_clips(lay_out(sample, fps=fps, chunks=chunks), num_chunks, fps=fps, chunks=chunks)
+        reference for sample in group_samples(videos) for reference in sample_clips(lay_out(sample, spec), spec)
     ]
     if not references:
-        expected = chunks.start(num_chunks) / fps
         raise UserError(
-            f"none of the {len(videos)} videos has {expected:.2f} s with captions, the length of {num_chunks} chunks;"
-            " use fewer chunks"
+            f"none of the {len(videos)} videos has {spec.num_frames / spec.fps:.2f} s with captions, the length of"
+            f" {spec.num_chunks} chunks; use fewer chunks"
         )
     return references
 
@@ -134,65 +153,55 @@ def group_samples(videos: Iterable[TimedVideo]) -> list[tuple[TimedVideo, ...]]:
     return [tuple(video for _, video in group) for _, group in groupby(named, lambda pair: pair[0])]
 
 
-def lay_out(sample: Sequence[TimedVideo], *, fps: float, chunks: ChunkFrames) -> list[FilePlace]:
+def lay_out(sample: Sequence[TimedVideo], spec: ClipSpec) -> list[FilePlace]:
     """Return the frames of a sample that each of its files provides, in whole chunks and one file after another."""
     places: list[FilePlace] = []
     begin = 0
     for video in sample:
-        end = max(begin, chunks.whole(begin + frames_at(video, fps)))
+        end = max(begin, spec.chunks.whole(begin + spec.frames_of(video)))
         places.append(FilePlace(video, begin, end))
         begin = end
     return places
 
 
-def frames_at(video: TimedVideo, fps: float) -> int:
-    """Return the number of frames of a video that is read at `fps`."""
-    return int(video.read_end * fps - TIME_TOLERANCE) + 1
-
-
-def sample_clips(
-    places: Sequence[FilePlace], num_chunks: int, *, fps: float, chunks: ChunkFrames
-) -> list[ClipReference]:
+def sample_clips(places: Sequence[FilePlace], spec: ClipSpec) -> list[ClipReference]:
     """Return the clips of one sample; see `plan_clips`."""
-    begins = range(0, places[-1].end - chunks.start(num_chunks) + 1, num_chunks * chunks.later)
-    references = (_reference(places, begin, num_chunks=num_chunks, fps=fps, chunks=chunks) for begin in begins)
+    begins = range(0, places[-1].end - spec.num_frames + 1, spec.num_chunks * spec.chunks.later)
+    references = (_reference(places, begin, spec) for begin in begins)
     return [reference for reference in references if reference is not None]
 
 
-def read_clip(
-    reference: ClipReference, *, size: tuple[int, int], fps: float = 24.0, chunks: ChunkFrames | None = None
-) -> Clip:
-    """Read a clip. size: height and width in pixels. fps: frames per second."""
-    expected = (chunks or ChunkFrames()).start(len(reference.captions))
-    assert sum(footage.num_frames for footage in reference.footage) == expected, "planned with other chunks"
-    frames = [_read_footage(footage, size=size, fps=fps) for footage in reference.footage]
+def read_clip(reference: ClipReference, *, size: tuple[int, int]) -> Clip:
+    """Read a clip. size: height and width in pixels."""
+    reader = VideoReader(reference.fps, size)
+    frames = [_read_footage(footage, reader) for footage in reference.footage]
     return Clip(torch.cat(frames), reference.captions, reference.cuts)
 
 
-def read_frames(reference: ClipReference, first: int, last: int, *, size: tuple[int, int], fps: float = 24.0) -> Tensor:
+def read_frames(reference: ClipReference, first: int, last: int, *, size: tuple[int, int]) -> Tensor:
     """Read only the frames [first, last) of a clip: uint8 [last - first, H, W, 3]."""
+    reader = VideoReader(reference.fps, size)
     parts, begin = [], 0
     for footage in reference.footage:
         start, stop = max(first, begin), min(last, begin + footage.num_frames)
         if start < stop:
-            later = footage.start_seconds + (start - begin) / fps
-            part = replace(footage, start_seconds=later, num_frames=stop - start)
-            parts.append(_read_footage(part, size=size, fps=fps))
+            later = footage.start_seconds + (start - begin) / reference.fps
+            parts.append(_read_footage(replace(footage, start_seconds=later, num_frames=stop - start), reader))
         begin += footage.num_frames
     if not 0 <= first < last <= begin:
         raise UserError(f"frames {first} to {last} of a clip of {begin} frames; expected 0 <= first < last <= {begin}")
     return torch.cat(parts)
 
 
-def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int], fps: float = 24.0) -> Iterator[Clip]:
+def iterate_clips(references: Iterable[ClipReference], *, size: tuple[int, int]) -> Iterator[Clip]:
     """Read clips one after another."""
     for reference in references:
-        yield read_clip(reference, size=size, fps=fps)
+        yield read_clip(reference, size=size)
 
 
-def _read_footage(footage: Footage, *, size: tuple[int, int], fps: float) -> Tensor:
+def _read_footage(footage: Footage, reader: VideoReader) -> Tensor:
     start, expected = footage.start_seconds, footage.num_frames
-    frames = read_video(footage.video, fps=fps, size=size, start_seconds=start, max_frames=expected)
+    frames = reader.read(footage.video, start_seconds=start, max_frames=expected)
     if len(frames) < expected:
         raise UserError(
             f"{footage.video} has {len(frames)} frames after {start:.2f} s, expected {expected}; repair the video, or"
@@ -201,19 +210,19 @@ def _read_footage(footage: Footage, *, size: tuple[int, int], fps: float) -> Ten
     return frames
 
 
-def _reference(
-    places: Sequence[FilePlace], begin: int, *, num_chunks: int, fps: float, chunks: ChunkFrames
-) -> ClipReference | None:
+def _reference(places: Sequence[FilePlace], begin: int, spec: ClipSpec) -> ClipReference | None:
+    """Return the clip that begins at a frame of a sample; None if no shot covers at least half of one of its chunks."""
+    fps, start = spec.fps, spec.chunks.start
     shots: list[tuple[int, int]] = []
-    for chunk in range(num_chunks):
-        span = ((begin + chunks.start(chunk)) / fps, (begin + chunks.start(chunk + 1)) / fps)
+    for chunk in range(spec.num_chunks):
+        span = ((begin + start(chunk)) / fps, (begin + start(chunk + 1)) / fps)
         shot = _main_shot(places, span, fps)
         if shot is None:
             return None
         shots.append(shot)
-    cuts = tuple(i == 0 or shots[i] != shots[i - 1] for i in range(num_chunks))
+    cuts = tuple(i == 0 or shots[i] != shots[i - 1] for i in range(spec.num_chunks))
     captions = tuple(places[file].video.shots[shot].caption for file, shot in shots)
-    return ClipReference(_footage(places, begin, begin + chunks.start(num_chunks), fps), captions, cuts)
+    return ClipReference(_footage(places, begin, begin + spec.num_frames, fps), captions, cuts, fps)
 
 
 def _footage(places: Sequence[FilePlace], begin: int, end: int, fps: float) -> tuple[Footage, ...]:

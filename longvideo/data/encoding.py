@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.data.clips import ChunkFrames, ClipReference, Footage, clips_of
+from longvideo.data.clips import ChunkFrames, ClipReference, ClipSpec, Footage, clips_of
 from longvideo.data.encoded import (
     DATASET_FILE,
     FINGERPRINT,
@@ -109,7 +109,7 @@ def plan_encoding(
             raise UserError(f"--{name} is {pixels}, expected a multiple of {unit}; use {nearest}")
     chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
     videos = measure(read_manifest(manifest))
-    clips = clips_of(videos, num_chunks=num_chunks, fps=settings.fps, chunks=chunks)
+    clips = clips_of(videos, ClipSpec(num_chunks, settings.fps, chunks))
     plain = [caption for clip in clips for caption in clip.captions]
     read = [text for clip in clips for text in video_texts(clip.captions, clip.cuts, cut_prefix=settings.cut_prefix)]
     captions = tuple(dict.fromkeys(["", *plain, *read]))
@@ -235,7 +235,7 @@ def encode_clips(
     """
     skipped = skipped_clips(plan, share)
     clips = [plan.clips[number] for shard in shards for number in shard.numbers]
-    results = read_in_order(clips, size=plan.size, fps=plan.info.fps, chunks=plan.chunks, workers=workers)
+    results = read_in_order(clips, size=plan.size, workers=workers)
     with closing(results):
         for shard in shards:
             latents: dict[str, Tensor] = {}

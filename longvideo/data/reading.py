@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.data.clips import ChunkFrames, ClipReference, read_clip
+from longvideo.data.clips import ClipReference, read_clip
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def read_in_order(
-    clips: Sequence[ClipReference], *, size: tuple[int, int], fps: float, chunks: ChunkFrames, workers: int
+    clips: Sequence[ClipReference], *, size: tuple[int, int], workers: int
 ) -> Generator[Tensor | str, None, None]:
     """Yield for each clip its frames uint8 [T, H, W, 3], or the reason why it cannot be read.
 
     size: height and width in pixels. workers: processes, each of which reads one clip ahead; 0 reads in this process.
     Frames are sent through pipes, so no shared memory is needed.
     """
-    read = partial(_read_frames, size=size, fps=fps, chunks=chunks)
+    read = partial(_read_frames, size=size)
     if workers == 0:
         yield from (_to_tensor(read(clip)) for clip in clips)
         return
@@ -53,9 +53,9 @@ def read_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_frames(clip: ClipReference, *, size: tuple[int, int], fps: float, chunks: ChunkFrames) -> np.ndarray | str:
+def _read_frames(clip: ClipReference, *, size: tuple[int, int]) -> np.ndarray | str:
     try:
-        return read_clip(clip, size=size, fps=fps, chunks=chunks).frames.numpy()
+        return read_clip(clip, size=size).frames.numpy()
     except UserError as error:
         return str(error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longvideo.data.clips import ChunkFrames, FilePlace, frames_at, group_samples, lay_out, sample_clips
+from longvideo.data.clips import ChunkFrames, ClipSpec, FilePlace, group_samples, lay_out, sample_clips
 from longvideo.data.container import COPY_AGAIN
 from longvideo.data.manifest import iterate_manifest
 from longvideo.data.timing import (
@@ -64,7 +64,7 @@ def validate_manifest(
     instead of reading the header and checking that the file is complete. on_line: called with the number of finished
     lines and of all lines.
     """
-    chunks = chunks or ChunkFrames()
+    spec = ClipSpec(num_chunks, fps, chunks or ChunkFrames())
     lines = list(iterate_manifest(path))
     problems: list[Problem] = []
     good: list[tuple[int, TimedVideo]] = []
@@ -87,11 +87,11 @@ def validate_manifest(
     used: list[TimedVideo] = []
     for sample in group_samples(video for _, video in good):
         own_numbers = [next(numbers) for _ in sample]
-        places = lay_out(sample, fps=fps, chunks=chunks)
-        clips = sample_clips(places, num_chunks, fps=fps, chunks=chunks)
+        places = lay_out(sample, spec)
+        clips = sample_clips(places, spec)
         num_clips += len(clips)
         used += [place.video for place in places if clips and place.begin < place.end]
-        too_short = _length_problems(places, num_chunks, has_clips=bool(clips), fps=fps, chunks=chunks)
+        too_short = _length_problems(places, spec, has_clips=bool(clips))
         problems += [Problem(own_numbers[file], why) for file, why in too_short]
     return ManifestReport(
         problems=tuple(sorted(problems, key=lambda problem: problem.line)),
@@ -113,21 +113,21 @@ def _checked(path: Path, *, decode: bool) -> VideoInfo:
     return info
 
 
-def _length_problems(
-    places: Sequence[FilePlace], num_chunks: int, *, has_clips: bool, fps: float, chunks: ChunkFrames
-) -> Iterator[tuple[int, str]]:
+def _length_problems(places: Sequence[FilePlace], spec: ClipSpec, *, has_clips: bool) -> Iterator[tuple[int, str]]:
     """Yield the number of a file in its sample, and the reason why no part of it is used."""
-    expected = chunks.start(num_chunks)
-    for_clip = f"{expected} for a clip of {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
-    if places[-1].end < expected:
-        got = f"{sum(frames_at(place.video, fps) for place in places)} frames at {fps:g} a second"
+    for_clip = f"{spec.num_frames} for a clip of {spec.num_chunks} chunk{'s' if spec.num_chunks > 1 else ''}"
+    if places[-1].end < spec.num_frames:
+        got = f"{sum(spec.frames_of(place.video) for place in places)} frames at {spec.fps:g} a second"
         if len(places) > 1:
             got = f"the {len(places)} files of its sample give {places[-1].end} of their {got} as whole chunks"
         yield 0, f"too short: {got}, expected {for_clip}"
         return
     for file, place in enumerate(places):
         if place.begin == place.end:
-            frames, least = frames_at(place.video, fps), chunks.later if place.begin else chunks.first
-            yield file, f"too short: {frames} frames at {fps:g} a second, expected {least} for one chunk of its sample"
+            frames, least = spec.frames_of(place.video), spec.chunks.later if place.begin else spec.chunks.first
+            yield (
+                file,
+                f"too short: {frames} frames at {spec.fps:g} a second, expected {least} for one chunk of its sample",
+            )
     if not has_clips:
-        yield 0, f"no clip: no {num_chunks} chunks in a row are covered by shots to at least a half"
+        yield 0, f"no clip: no {spec.num_chunks} chunks in a row are covered by shots to at least a half"

@@ -115,48 +115,42 @@ def count_frames(path: Path) -> int:
     return count
 
 
-def read_video(
-    path: Path,
-    *,
-    fps: float | None = None,
-    size: tuple[int, int] | None = None,
-    start_seconds: float = 0.0,
-    max_frames: int | None = None,
-) -> Tensor:
-    """Read frames as one tensor [T, H, W, 3]; see `iterate_frames`."""
-    frames = list(iterate_frames(path, fps=fps, size=size, start_seconds=start_seconds, max_frames=max_frames))
-    if not frames:
-        raise UserError(f"{path} has no frame at {start_seconds:g} s or later; use an earlier start")
-    return torch.stack(frames)
-
-
-def iterate_frames(
-    path: Path,
-    *,
-    fps: float | None = None,
-    size: tuple[int, int] | None = None,
-    start_seconds: float = 0.0,
-    max_frames: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield frames uint8 [H, W, 3] one by one.
+@dataclass(frozen=True)
+class VideoReader:
+    """Reads frames of files at one rate and size.
 
     fps: frames per second of the result, each the nearest frame of the file in time (the later of two equally near);
         None takes the rate of the header.
     size: height and width of the result in pixels, by scaling and cropping at the center; None keeps those of the file.
-    start_seconds: time of the first frame. max_frames: largest number of frames; None reads to the end.
-    Raises UserError if the file is missing, not a video, or damaged.
     """
-    emitted = 0
-    with OpenVideo(path) as video, _damage_named(path, lambda: f" after {emitted} frames"):
-        step = 1 / (fps or video.rate)
-        frames = deinterlaced(video.frames(start_seconds), video.stream)
-        for frame, begin, end in _shown_until_next(frames, video.step):
-            # a frame of the file is used for all times that are nearer to it than to its neighbors
-            while begin - TIME_TOLERANCE <= start_seconds + emitted * step < end - TIME_TOLERANCE:
-                if emitted == max_frames:
-                    return
-                yield picture(frame, size, _pixel_aspect(video.stream))
-                emitted += 1
+
+    fps: float | None = None
+    size: tuple[int, int] | None = None
+
+    def read(self, path: Path, *, start_seconds: float = 0.0, max_frames: int | None = None) -> Tensor:
+        """Read frames as one tensor uint8 [T, H, W, 3]; see `frames`. Raises UserError if there is none."""
+        frames = list(self.frames(path, start_seconds=start_seconds, max_frames=max_frames))
+        if not frames:
+            raise UserError(f"{path} has no frame at {start_seconds:g} s or later; use an earlier start")
+        return torch.stack(frames)
+
+    def frames(self, path: Path, *, start_seconds: float = 0.0, max_frames: int | None = None) -> Iterator[Tensor]:
+        """Yield frames uint8 [H, W, 3] one by one.
+
+        start_seconds: time of the first frame. max_frames: largest number of frames; None reads to the end.
+        Raises UserError if the file is missing, not a video, or damaged.
+        """
+        number = 0
+        with OpenVideo(path) as video, _damage_named(path, lambda: f" after {number} frames"):
+            step = 1 / (self.fps or video.rate)
+            frames = deinterlaced(video.frames(start_seconds), video.stream)
+            for frame, begin, end in _shown_until_next(frames, video.step):
+                # a frame of the file is used for all times that are nearer to it than to its neighbors
+                while begin - TIME_TOLERANCE <= start_seconds + number * step < end - TIME_TOLERANCE:
+                    if number == max_frames:
+                        return
+                    yield picture(frame, self.size, _pixel_aspect(video.stream))
+                    number += 1
 
 
 def write_video(

@@ -9,7 +9,7 @@ import torch
 
 from longvideo.cli.main import main
 from longvideo.data.manifest import ShotEntry, read_manifest
-from longvideo.data.video import read_video
+from longvideo.data.video import VideoReader
 from longvideo.shapeworld.dataset import render_script, sample_script
 
 
@@ -32,7 +32,7 @@ def test_videos_and_manifest_equal_the_scripts(folder: Path) -> None:
         assert (entry.fps, entry.num_frames) == (24.0, 189)
         assert list(entry.shots) == [ShotEntry(s.start, s.end, s.shot.caption) for s in script.frames()]
         rendered = torch.cat(list(render_script(script, height=64, width=112))).float()
-        error = (read_video(entry.video).float() - rendered).square().mean()
+        error = (VideoReader().read(entry.video).float() - rendered).square().mean()
         assert 10 * torch.log10(255**2 / error) > 33
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from longvideo.cli.main import main
 from longvideo.cli.model_options import warn_of_missing_quotes
 from longvideo.data.pictures import read_image
-from longvideo.data.video import read_video
+from longvideo.data.video import VideoReader
 from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline
@@ -88,7 +88,7 @@ def test_a_video_starts_with_a_frame_of_real_footage(
     pipeline: StreamingPipeline, model_folder: Path, tmp_path: Path
 ) -> None:
     picture, out = tmp_path / "first.png", tmp_path / "out.mp4"
-    real = read_video(real_clip("bikes.mp4"), start_seconds=3.0, max_frames=1)[0]
+    real = VideoReader().read(real_clip("bikes.mp4"), start_seconds=3.0, max_frames=1)[0]
     Image.fromarray(real.numpy()).save(picture)
     assert run(model_folder, "a red ball", "--seconds", "1", "--image", str(picture), "-o", str(out)) == 0
     latent = encode_first_frame(pipeline.models, read_image(picture, size=(32, 64)))

@@ -10,7 +10,7 @@ from longvideo.cli.main import main
 from longvideo.data.clips import ChunkFrames, Footage, group_samples, iterate_clips, plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest
 from longvideo.data.timing import measure
-from longvideo.data.video import read_video
+from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
 from longvideo.shapeworld.dataset import chunk_start
 
@@ -44,7 +44,7 @@ def test_clips_keep_cuts_on_chunk_boundaries(folder: Path) -> None:
             assert reference.cuts[1] == (reference.captions[0] != reference.captions[1])
     clips = list(iterate_clips(references, size=SIZE))
     assert all(clip.frames.shape == (61, *SIZE, 3) for clip in clips)
-    assert torch.equal(clips[1].frames, read_video(entries[0].video)[64:125])
+    assert torch.equal(clips[1].frames, VideoReader().read(entries[0].video)[64:125])
 
 
 def test_chunks_without_a_shot_are_left_out(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_clips_of_a_sample_continue_in_the_next_file(tmp_path: Path) -> None:
     files = [entry.video for entry in entries]
     assert references[0].footage == (Footage(files[0], 0.0, 61), Footage(files[1], 0.0, 32))
     clip = read_clip(references[0], size=SIZE)
-    assert torch.equal(clip.frames[:61], read_video(files[0], size=SIZE)[:61])
-    assert torch.equal(clip.frames[61:], read_video(files[1], size=SIZE)[:32])
+    assert torch.equal(clip.frames[:61], VideoReader(size=SIZE).read(files[0])[:61])
+    assert torch.equal(clip.frames[61:], VideoReader(size=SIZE).read(files[1])[:32])
     short = plan_clips(entries, num_chunks=1)
     assert [reference.captions[0] for reference in short] == ["SQUARE 40"] * 2 + ["SQUARE 80"] * 2 + ["SQUARE 160"]
     # clips begin at multiples of 32 frames, files after the first at 29 + 32 k
     assert [round(reference.start_seconds * 24) for reference in short] == [0, 32, 3, 35, 3]
-    assert torch.equal(read_clip(short[4], size=SIZE).frames, read_video(files[3], fps=24, size=SIZE)[3:32])
+    assert torch.equal(read_clip(short[4], size=SIZE).frames, VideoReader(24, size=SIZE).read(files[3])[3:32])
 
 
 def test_other_videos_end_a_sample(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from longvideo.cli.main import main
 from longvideo.data.tone_mapping import HLG, PQ, hlg_light, pq_light, to_sdr
-from longvideo.data.video import probe_video, read_video
+from longvideo.data.video import VideoReader, probe_video
 from longvideo.errors import UserError
 
 from . import clock
@@ -66,10 +66,10 @@ def test_curves_have_the_values_of_the_recommendations() -> None:
 def test_hdr_is_tone_mapped_and_reported(transfer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = hdr(tmp_path / "phone.mp4", transfer)
     assert probe_video(path).transfer == transfer
-    frame = read_video(path, fps=24, max_frames=1)[0].numpy().astype(int)
+    frame = VideoReader(24).read(path, max_frames=1)[0].numpy().astype(int)
     white, gray = frame[8:-8, 8:40].reshape(-1, 3), frame[8:-8, 56:-8].reshape(-1, 3)
     assert abs(white - 252).max() <= 2 and abs(gray - 118).max() <= 2
-    small = read_video(path, fps=24, size=(32, 48), max_frames=1)[0].numpy().astype(int)
+    small = VideoReader(24, size=(32, 48)).read(path, max_frames=1)[0].numpy().astype(int)
     assert abs(small[4:-4, 4:20] - 252).max() <= 2
     (tmp_path / "m.jsonl").write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
     assert main(["data", "validate", str(tmp_path / "m.jsonl")]) == 0
@@ -106,7 +106,7 @@ def test_interlaced_frames_are_deinterlaced_and_reported(
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     assert probe_video(path).is_interlaced
-    frames = read_video(path).numpy().astype(int)
+    frames = VideoReader().read(path).numpy().astype(int)
     assert len(frames) == 40
 
     def comb(pictures: np.ndarray) -> float:
@@ -116,7 +116,7 @@ def test_interlaced_frames_are_deinterlaced_and_reported(
     assert comb(np.stack(combed(40)).astype(int)) > 10
     assert comb(frames[2:-2]) < 2
     # the frame of a time does not depend on where reading begins
-    later = read_video(path, fps=25, start_seconds=1.0).numpy().astype(int)
+    later = VideoReader(25).read(path, start_seconds=1.0).numpy().astype(int)
     assert len(later) == 15 and np.abs(later[1:] - frames[26:]).mean() < 1
     (tmp_path / "m.jsonl").write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
     assert main(["data", "validate", str(tmp_path / "m.jsonl")]) == 0
@@ -141,7 +141,7 @@ MATRICES = {
 def test_pictures_are_turned_and_mirrored_as_the_file_states(name: str, tmp_path: Path) -> None:
     (a, b, c, d), turn = MATRICES[name]
     path = clock.write(tmp_path / "a.mp4", TIMES[20:30])
-    plain = read_video(path, max_frames=1)[0].numpy()
+    plain = VideoReader().read(path, max_frames=1)[0].numpy()
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 44
     data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -149,9 +149,9 @@ def test_pictures_are_turned_and_mirrored_as_the_file_states(name: str, tmp_path
     turned = turn(plain)
     info = probe_video(path)
     assert (info.height, info.width) == turned.shape[:2]
-    assert np.array_equal(read_video(path, max_frames=1)[0].numpy(), turned)
+    assert np.array_equal(VideoReader().read(path, max_frames=1)[0].numpy(), turned)
     size = (48, 32) if turned.shape[0] > turned.shape[1] else (32, 48)
-    small = read_video(path, size=size, max_frames=1)[0].numpy()
+    small = VideoReader(size=size).read(path, max_frames=1)[0].numpy()
     assert small.shape == (*size, 3)
     assert np.abs(small.astype(int) - turned.reshape(size[0], 2, size[1], 2, 3).mean((1, 3))).mean() < 4
 
@@ -182,7 +182,7 @@ def test_a_cover_is_not_the_video(tmp_path: Path) -> None:
     path = write("film.mp4", with_video=True)
     info = probe_video(path)
     assert (info.height, info.width, info.num_frames) == (64, 96, 40)
-    assert clock.error(read_video(path, fps=24), TIMES) <= 0.006
+    assert clock.error(VideoReader(24).read(path), TIMES) <= 0.006
     with pytest.raises(UserError, match=r"song.mp4 has no video stream, only a cover picture; use a video file"):
         probe_video(write("song.mp4", with_video=False))
 
@@ -216,4 +216,4 @@ def test_the_matrix_and_the_range_of_the_file_are_used(
             frame.pts = None
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    assert np.abs(read_video(path)[0].numpy().astype(int) - color).max() <= 3
+    assert np.abs(VideoReader().read(path)[0].numpy().astype(int) - color).max() <= 3

@@ -11,7 +11,7 @@ from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.longlive import NO_CAPTION, NO_VIDEO, UNNUMBERED, UNREADABLE, read_longlive
 from longvideo.data.manifest import read_manifest
 from longvideo.data.validation import validate_manifest
-from longvideo.data.video import read_video
+from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
 
 from . import footage
@@ -59,7 +59,7 @@ def test_a_folder_becomes_a_manifest(data: Path, tmp_path: Path, capsys: pytest.
     assert reference.captions == ("a man walks", "a man walks", "he stops")
     assert reference.cuts == (True, False, True)
     frames = read_clip(reference, size=SIZE).frames
-    expected = [read_video(entry.video)[:count] for entry, count in zip(entries[1:], (61, 32), strict=True)]
+    expected = [VideoReader().read(entry.video)[:count] for entry, count in zip(entries[1:], (61, 32), strict=True)]
     assert torch.equal(frames, torch.cat(expected))
 
 

@@ -12,7 +12,7 @@ from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
 from longvideo.data.pictures import read_image
-from longvideo.data.video import probe_video, read_video
+from longvideo.data.video import VideoReader, probe_video
 from longvideo.errors import UserError
 from tests.checkpoint import small
 
@@ -43,27 +43,27 @@ def test_sizes_and_rates(name: str, height: int, width: int, fps: float, count: 
     assert (info.height, info.width) == (height, width)
     assert info.fps == pytest.approx(fps)
     assert info.seconds == pytest.approx(count / fps, abs=0.01)
-    frames = read_video(path, fps=24, size=(128, 224))
+    frames = VideoReader(24, size=(128, 224)).read(path)
     assert frames.shape == (count_at_24, 128, 224, 3)
-    assert len(read_video(path, size=(32, 56))) == count
+    assert len(VideoReader(size=(32, 56)).read(path)) == count
     assert frames.float().std() > 20
 
 
 @pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4"])
 def test_resampled_frames_are_the_nearest_frames_of_the_file(name: str) -> None:
     path = real_clip(name)
-    every = read_video(path, size=(64, 112))
+    every = VideoReader(size=(64, 112)).read(path)
     fps = probe_video(path).fps
     nearest = [math.floor(i / 24 * fps + 0.5) for i in range(60)]
-    assert torch.equal(read_video(path, fps=24, size=(64, 112), max_frames=60), every[nearest])
-    later = read_video(path, fps=24, size=(64, 112), start_seconds=32 / 24, max_frames=20)
+    assert torch.equal(VideoReader(24, size=(64, 112)).read(path, max_frames=60), every[nearest])
+    later = VideoReader(24, size=(64, 112)).read(path, start_seconds=32 / 24, max_frames=20)
     assert torch.equal(later, every[nearest][32:52])
 
 
 def test_the_aspect_is_kept() -> None:
     path = real_clip("bikes.mp4")
-    whole = read_video(path, max_frames=1)[0].float()
-    wide = read_video(path, size=(136, 224), max_frames=1)[0].float()
+    whole = VideoReader().read(path, max_frames=1)[0].float()
+    wide = VideoReader(size=(136, 224)).read(path, max_frames=1)[0].float()
     # 272 x 640 scaled by a half is 136 x 320: the crop is its middle 224 columns
     half = torch.nn.functional.avg_pool2d(whole.permute(2, 0, 1), 2).permute(1, 2, 0)[:, 48:272]
     assert (wide - half).abs().mean() < 3
@@ -73,7 +73,7 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
     data = real_clip("bikes.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cut.mp4 is (not a video|damaged)"):
-        read_video(tmp_path / "cut.mp4", size=(32, 56))
+        VideoReader(size=(32, 56)).read(tmp_path / "cut.mp4")
 
 
 def test_real_clips_pass_through_a_manifest(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_real_clips_are_checked_and_encoded(tmp_path: Path) -> None:
 def test_a_frame_of_real_footage_serves_as_first_image(tmp_path: Path) -> None:
     from PIL import Image
 
-    frame = read_video(real_clip("carphone_pristine.mp4"), max_frames=1)[0]
+    frame = VideoReader().read(real_clip("carphone_pristine.mp4"), max_frames=1)[0]
     Image.fromarray(frame.numpy()).save(tmp_path / "first.png")
     assert torch.equal(read_image(tmp_path / "first.png"), frame)
     assert read_image(tmp_path / "first.png", size=(128, 224)).shape == (128, 224, 3)

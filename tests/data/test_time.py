@@ -11,7 +11,7 @@ from longvideo.cli.main import main
 from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, TimedShotEntry, VideoEntry, iterate_manifest, read_manifest
 from longvideo.data.validation import validate_manifest
-from longvideo.data.video import check_whole, probe_video, read_video
+from longvideo.data.video import VideoReader, check_whole, probe_video
 from longvideo.errors import UserError
 
 from . import clock
@@ -53,7 +53,7 @@ def test_every_frame_is_read_at_its_time_from_every_start(name: str, tmp_path: P
     assert abs(info.num_frames - 150) <= 1 and info.seconds == pytest.approx(6.25, abs=0.05)
     assert info.fps == pytest.approx(24, rel=1e-3)
     for start in (0.0, 29 / 24, 61 / 24, 125 / 24):
-        frames = read_video(path, fps=24, start_seconds=start)
+        frames = VideoReader(24).read(path, start_seconds=start)
         assert len(frames) == 150 - round(start * 24)
         assert clock.error(frames, CONSTANT, start_seconds=start) <= 0.006
 
@@ -63,7 +63,7 @@ def test_cuts_of_a_variable_rate_are_put_where_their_frames_are(suffix: str, tmp
     path = clock.write(tmp_path / f"phone.{suffix}", PHONE, rate=30, base=Fraction(1, 1000), options=clock.X264)
     info = probe_video(path)
     assert info.num_frames == 150 and info.seconds == pytest.approx(7, abs=0.1)
-    assert clock.error(read_video(path, fps=24), PHONE) <= 0.006
+    assert clock.error(VideoReader(24).read(path), PHONE) <= 0.006
     line = {"video": path.name, "fps": info.header_fps, "num_frames": 150}
     in_frames = [{"start": 0, "end": 90, "caption": "light"}, {"start": 90, "end": 150, "caption": "dark"}]
     in_seconds = [{"end_seconds": 3, "caption": "light"}, {"start_seconds": 3.0, "caption": "dark"}]
@@ -82,7 +82,7 @@ def test_frames_before_a_lossless_cut_do_not_count(tmp_path: Path) -> None:
     path = clock.cut(whole, tmp_path / "cut.mp4", 0.5)
     info = probe_video(path)
     assert (info.num_frames, info.seconds) == (138, pytest.approx(138 / 24, abs=0.02))
-    frames = read_video(path, fps=24)
+    frames = VideoReader(24).read(path)
     assert clock.shown_times(frames)[[0, -1]] == pytest.approx([0.5, 149 / 24], abs=0.006)
     entry = VideoEntry(path, info.fps, info.num_frames, (ShotEntry(0, info.num_frames, "one"),))
     assert len(plan_clips([entry], num_chunks=4)) == 1
@@ -214,7 +214,7 @@ def _shot(_video: str, start: int, end: int, caption: str) -> dict[str, object]:
 
 def test_the_first_picture_is_time_zero(tmp_path: Path) -> None:
     path = clock.write(tmp_path / "late.ts", CONSTANT[:60], begin=7.0)
-    assert clock.shown_times(read_video(path, fps=24, max_frames=3)) == pytest.approx(np.arange(3) / 24, abs=0.006)
+    assert clock.shown_times(VideoReader(24).read(path, max_frames=3)) == pytest.approx(np.arange(3) / 24, abs=0.006)
 
 
 def test_raw_streams_without_times_are_refused(tmp_path: Path) -> None:

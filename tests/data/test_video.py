@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.data.video import iterate_frames, probe_video, read_video, write_video
+from longvideo.data.video import VideoReader, probe_video, write_video
 from longvideo.errors import UserError
 from longvideo.files import WriteError
 from tests.test_files import no_file_longer_than
@@ -53,7 +53,7 @@ def test_a_full_disk_while_a_video_is_written_is_one_line_and_keeps_nothing(long
 
 
 def test_a_written_video_reads_back(video: Path) -> None:
-    frames = read_video(video)
+    frames = VideoReader().read(video)
     assert frames.shape == (50, 32, 48, 3) and frames.dtype == torch.uint8
     assert numbers(frames) == list(range(50))
     assert (frames.int() - numbered(50).int()).abs().max() <= 2
@@ -63,27 +63,27 @@ def test_a_written_video_reads_back(video: Path) -> None:
 
 
 def test_resampling_takes_the_nearest_frame(video: Path) -> None:
-    assert numbers(read_video(video, fps=24)) == [math.floor(i * 25 / 24 + 0.5) for i in range(48)]
-    assert numbers(read_video(video, fps=12.5)) == list(range(0, 50, 2))
-    doubled = numbers(read_video(video, fps=50))
+    assert numbers(VideoReader(24).read(video)) == [math.floor(i * 25 / 24 + 0.5) for i in range(48)]
+    assert numbers(VideoReader(12.5).read(video)) == list(range(0, 50, 2))
+    doubled = numbers(VideoReader(50).read(video))
     assert len(doubled) == 99 and sorted(doubled) == doubled and set(doubled) == set(range(50))
 
 
 def test_reading_may_start_anywhere_and_stop(video: Path) -> None:
-    assert numbers(read_video(video, start_seconds=1.0)) == list(range(25, 50))
-    assert numbers(read_video(video, fps=25, start_seconds=0.4, max_frames=3)) == [10, 11, 12]
-    whole = read_video(video, fps=24)
-    assert torch.equal(read_video(video, fps=24, start_seconds=20 / 24, max_frames=5), whole[20:25])
-    assert len(list(iterate_frames(video, max_frames=0))) == 0
+    assert numbers(VideoReader().read(video, start_seconds=1.0)) == list(range(25, 50))
+    assert numbers(VideoReader(25).read(video, start_seconds=0.4, max_frames=3)) == [10, 11, 12]
+    whole = VideoReader(24).read(video)
+    assert torch.equal(VideoReader(24).read(video, start_seconds=20 / 24, max_frames=5), whole[20:25])
+    assert len(list(VideoReader().frames(video, max_frames=0))) == 0
     with pytest.raises(UserError, match="no frame at 9 s"):
-        read_video(video, start_seconds=9)
+        VideoReader().read(video, start_seconds=9)
 
 
 @pytest.mark.parametrize("size", [(32, 56), (64, 64), (96, 56), (128, 224), (48, 200)])
 def test_any_size_is_cropped_never_stretched(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "disc.mp4"
     write_video(path, [disc(96, 160, 22).expand(2, -1, -1, -1)], fps=24)
-    frames = read_video(path, size=size)
+    frames = VideoReader(size=size).read(path)
     assert frames.shape == (2, *size, 3)
     scale = max(size[0] / 96, size[1] / 160)
     if 44 * scale < min(size):
@@ -97,15 +97,15 @@ def test_colors_survive(tmp_path: Path) -> None:
     frames = colors[:, None, None].expand(-1, 32, 32, 3).contiguous()
     for pixel_format in ("yuv420p", "yuv444p"):
         write_video(tmp_path / "c.mp4", [frames], fps=24, pixel_format=pixel_format)
-        assert (read_video(tmp_path / "c.mp4").int() - frames.int()).abs().max() <= 5
+        assert (VideoReader().read(tmp_path / "c.mp4").int() - frames.int()).abs().max() <= 5
 
 
 def test_files_that_are_no_video_are_named(tmp_path: Path, video: Path) -> None:
     with pytest.raises(UserError, match="there is no video .*none.mp4"):
-        read_video(tmp_path / "none.mp4")
+        VideoReader().read(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("hello " * 100)
     with pytest.raises(UserError, match="text.mp4 is not a video"):
-        read_video(tmp_path / "text.mp4")
+        VideoReader().read(tmp_path / "text.mp4")
     (tmp_path / "short.mp4").write_bytes(video.read_bytes()[:400])
     with pytest.raises(UserError, match="short.mp4 is not a video"):
         probe_video(tmp_path / "short.mp4")

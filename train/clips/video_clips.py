@@ -36,11 +36,11 @@ class VideoClips:
                 " folder, or encode the videos first"
             )
         settings = folder.settings
-        self.size, self.fps = (settings.height, settings.width), float(settings.fps)
+        self.size = (settings.height, settings.width)
         self.num_chunks, self.chunk_frames = chunks, settings.chunk_frames
         self.scale = folder.vae_config.scale_factor_temporal
         frames = ChunkFrames.of_latents(settings.chunk_frames, self.scale)
-        self.clips = plan_clips(read_manifest(manifest), num_chunks=chunks, fps=self.fps, chunks=frames)
+        self.clips = plan_clips(read_manifest(manifest), num_chunks=chunks, fps=float(settings.fps), chunks=frames)
         self.autoencoder = folder.load_vae(device=device, dtype=torch.float32).requires_grad_(False)
         self.text_encoder = folder.load_text_encoder(device=device).requires_grad_(False)
         self.lookback = temporal_lookback(folder.vae_config)
@@ -52,7 +52,7 @@ class VideoClips:
     def latents(self, index: int, first: int, last: int) -> Tensor:
         """Read and encode latent frames [first, last): float32 [C, t, H, W], on the CPU."""
         window = encode_window(first, last, self.lookback, temporal_scale=self.scale)
-        frames_THWC = read_frames(self.clips[index], window.first_frame, window.end_frame, size=self.size, fps=self.fps)
+        frames_THWC = read_frames(self.clips[index], window.first_frame, window.end_frame, size=self.size)
         video = from_uint8(frames_THWC.to(self.device)).permute(3, 0, 1, 2).unsqueeze(0)
         with autocast(self.precision, self.device):
             return encode_latents(self.autoencoder, video, window)[0].cpu()
