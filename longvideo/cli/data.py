@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.data.encoded import SkippedClip
-    from longvideo.data.encoding import EncodingPlan
+    from longvideo.data.encoding import EncodingShare
     from longvideo.data.manifest import ShotEntry
     from longvideo.shapeworld.dataset import SceneScript
 
@@ -28,8 +28,6 @@ HELP = "Create, check, import and encode data sets, which are videos with a mani
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
 SIZE_STEP = 16
-BAD_CLIPS, BAD_SHARE = 10, 0.01
-"""Default of --max-bad: this number of clips, or this share of all clips if it is larger."""
 EXIT_PROBLEMS = 2
 NAMED_WORDS = 5
 """Largest number of unknown words that a warning names."""
@@ -222,10 +220,10 @@ def encode(
     from rich.console import Console
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.data.encoding import open_output, plan_encoding
+    from longvideo.data.encoding import EncodingShare, open_output, plan_encoding
     from longvideo.machine.devices import pick_device
 
-    share, shares = _parse_share(shard_of)
+    number, shares = _parse_share(shard_of)
     where = pick_device(device)
     folder = ModelFolder.open(model)
     plan = plan_encoding(
@@ -239,35 +237,20 @@ def encode(
         precision="bf16" if where.type == "cuda" else "fp32",
         model=model,
     )
-    console = Console(stderr=True)
-    with open_output(plan, share, overwrite=overwrite):
-        encode_share(plan, folder, share, device=where, workers=workers, max_bad=max_bad, console=console)
+    share = EncodingShare(plan, number, workers, max_bad)
+    with open_output(share, overwrite=overwrite):
+        encode_share(share, folder, device=where, console=Console(stderr=True))
 
 
-def encode_share(
-    plan: EncodingPlan,
-    folder: ModelFolder,
-    share: int,
-    *,
-    device: torch.device,
-    workers: int,
-    max_bad: int | None,
-    console: Console,
-) -> None:
-    """Encode the missing shards of a share. An encoder is loaded only if it is needed.
-
-    max_bad: number of unreadable clips to skip before stopping; None is 1 % of the clips, but at least 10.
-    """
+def encode_share(share: EncodingShare, folder: ModelFolder, *, device: torch.device, console: Console) -> None:
+    """Encode the missing shards of a share. An encoder is loaded only if it is needed."""
     import torch
 
     from longvideo.data.encoded import LATENTS, TEXT
-    from longvideo.data.encoding import encode_captions, encode_clips, missing_shards, skipped_clips, unknown_words
+    from longvideo.data.encoding import encode_captions, encode_clips, unknown_words
 
-    num_clips = sum(len(shard.numbers) for shard in plan.info.latents_shards[share])
-    if max_bad is None:
-        # a share without any readable clip is always an error
-        max_bad = min(max(BAD_CLIPS, int(BAD_SHARE * num_clips)), max(0, num_clips - 1))
-    text, latents = (missing_shards(plan, kind, share) for kind in (TEXT, LATENTS))
+    plan = share.plan
+    text, latents = (share.missing_shards(kind) for kind in (TEXT, LATENTS))
 
     def on_skip(clip: SkippedClip) -> None:
         console.print(f"left out clip {clip.number}: {clip.why}", highlight=False, soft_wrap=True)
@@ -285,23 +268,14 @@ def encode_share(
             del text_encoder
         if latents:
             missing = sum(len(shard.numbers) for shard in latents)
-            clip_bar = progress.add_task("clips encoded", total=num_clips, completed=num_clips - missing)
+            clip_bar = progress.add_task("clips encoded", total=share.num_clips, completed=share.num_clips - missing)
             autoencoder = folder.load_vae(device=device, dtype=torch.float32)
-            encode_clips(
-                plan,
-                latents,
-                autoencoder,
-                share=share,
-                workers=workers,
-                max_bad=max_bad,
-                on_clip=lambda: progress.advance(clip_bar),
-                on_skip=on_skip,
-            )
-    skipped = len(skipped_clips(plan, share))
-    label = f"share {share} of {plan.info.shares}: " if plan.info.shares > 1 else ""
+            encode_clips(share, latents, autoencoder, on_clip=lambda: progress.advance(clip_bar), on_skip=on_skip)
+    skipped = len(share.skipped_clips())
+    label = f"share {share.number} of {plan.info.shares}: " if plan.info.shares > 1 else ""
     before = "" if text or latents else ", all encoded before"
     console.print(
-        f"{plan.out}: {label}{_count(num_clips - skipped, 'clip')}{before}, {skipped} damaged and left out",
+        f"{plan.out}: {label}{_count(share.num_clips - skipped, 'clip')}{before}, {skipped} damaged and left out",
         highlight=False,
         soft_wrap=True,
     )

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 STORED = torch.bfloat16
 MAX_NAMED = 5
+BAD_CLIPS, BAD_SHARE = 10, 0.01
+"""Default of the unreadable clips that are skipped: this number, or this share of all clips if it is larger."""
 
 
 @dataclass(frozen=True)
@@ -140,21 +142,72 @@ def plan_encoding(
     return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions, tuple(notices(videos)))
 
 
+@dataclass(frozen=True)
+class EncodingShare:
+    """The part of a plan that one process encodes.
+
+    number: from 0. workers: processes that decode video; 0 decodes in this process. bad_limit: number of unreadable
+    clips to skip before stopping, those of earlier runs included; None is 1 % of the clips, but at least 10.
+    """
+
+    plan: EncodingPlan
+    number: int
+    workers: int
+    bad_limit: int | None = None
+
+    @property
+    def num_clips(self) -> int:
+        """Number of planned clips."""
+        return sum(len(shard.numbers) for shard in self.plan.info.latents_shards[self.number])
+
+    @property
+    def max_bad(self) -> int:
+        """Number of unreadable clips to skip before stopping."""
+        if self.bad_limit is not None:
+            return self.bad_limit
+        # a share without any readable clip is always an error
+        return min(max(BAD_CLIPS, int(BAD_SHARE * self.num_clips)), max(0, self.num_clips - 1))
+
+    def missing_shards(self, kind: ShardKind) -> list[Shard]:
+        """Return the incomplete shards. kind: LATENTS or TEXT. Raises UserError for a shard of another run."""
+        shards = [shard for shard in _shards(self.plan.info, share=self.number) if shard.kind == kind]
+        return [shard for shard in shards if not _is_complete(self.plan, shard)]
+
+    def skipped_clips(self) -> list[SkippedClip]:
+        """Return the clips of complete shards that could not be read."""
+        shards = [shard for shard in self.plan.info.latents_shards[self.number] if _is_complete(self.plan, shard)]
+        entries = [entry for shard in shards for entry in read_index(self.plan.out, shard)]
+        return [entry for entry in entries if isinstance(entry, SkippedClip)]
+
+    def check_limit(self, skipped: Sequence[SkippedClip]) -> None:
+        """Raise UserError, naming the unreadable clips, if there are more than `max_bad`."""
+        if len(skipped) > self.max_bad:
+            named = "; ".join(f"clip {clip.number}: {clip.why}" for clip in skipped[:MAX_NAMED])
+            more = f"; and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
+            raise UserError(
+                f"unreadable clips: {len(skipped)}, more than --max-bad {self.max_bad} ({named}{more}); repair the"
+                " videos that `longvideo data validate --frames` lists, or increase --max-bad"
+            )
+
+
 @contextmanager
-def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Generator[None]:
+def open_output(share: EncodingShare, *, overwrite: bool) -> Generator[None]:
     """Hold the lock of a share while it is written; write dataset.json, or check that it equals the plan's.
 
     overwrite: delete the files of this share, and those of another number of shares.
     Raises UserError if the folder contains other clips, and if another process encodes the same share. A WriteError
     inside the block gets the remedy: complete files stay, and the command continues after them.
     """
-    out, info = plan.out, plan.info
+    out, info = share.plan.out, share.plan.info
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; use a folder")
     out.mkdir(parents=True, exist_ok=True)
-    busy = f"share {share} of {info.shares} of {out} is being encoded by another process; wait for it"
-    with locked(out / f".share-{share}-of-{info.shares}.lock", busy=busy):
-        _prepare(plan, share, overwrite=overwrite)
+    name = f"share {share.number} of {info.shares}"
+    with locked(
+        out / f".share-{share.number}-of-{info.shares}.lock",
+        busy=f"{name} of {out} is being encoded by another process; wait for it",
+    ):
+        _prepare(share, overwrite=overwrite)
         try:
             yield
         except WriteError as error:
@@ -164,9 +217,9 @@ def open_output(plan: EncodingPlan, share: int, *, overwrite: bool) -> Generator
             ) from error
 
 
-def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
-    out, info = plan.out, plan.info
-    own = {name for shard in _shards(info, share=share) for name in shard.files}
+def _prepare(share: EncodingShare, *, overwrite: bool) -> None:
+    out, info = share.plan.out, share.plan.info
+    own = {name for shard in _shards(info, share=share.number) for name in shard.files}
     for abandoned in [path for name in own for path in temporary_names(out / name)]:
         abandoned.unlink()
     if overwrite:
@@ -189,19 +242,6 @@ def _prepare(plan: EncodingPlan, share: int, *, overwrite: bool) -> None:
         write_json(file, asdict(info))
 
 
-def missing_shards(plan: EncodingPlan, kind: ShardKind, share: int) -> list[Shard]:
-    """Return the incomplete shards of a share. kind: LATENTS or TEXT. Raises UserError for a shard of another run."""
-    shards = [shard for shard in _shards(plan.info, share=share) if shard.kind == kind]
-    return [shard for shard in shards if not _is_complete(plan, shard)]
-
-
-def skipped_clips(plan: EncodingPlan, share: int) -> list[SkippedClip]:
-    """Return the clips of complete shards that could not be read."""
-    shards = [shard for shard in plan.info.latents_shards[share] if _is_complete(plan, shard)]
-    entries = [entry for shard in shards for entry in read_index(plan.out, shard)]
-    return [entry for entry in entries if isinstance(entry, SkippedClip)]
-
-
 def encode_captions(
     plan: EncodingPlan, shards: Sequence[Shard], text_encoder: TextEncoder, *, on_caption: Callable[[], None]
 ) -> None:
@@ -216,26 +256,21 @@ def encode_captions(
 
 
 def encode_clips(
-    plan: EncodingPlan,
+    share: EncodingShare,
     shards: Sequence[Shard],
     autoencoder: Autoencoder,
     *,
-    share: int,
-    workers: int,
-    max_bad: int,
     on_clip: Callable[[], None],
     on_skip: Callable[[SkippedClip], None],
 ) -> None:
     """Write shards of latents.
 
-    workers: processes that decode video; 0 decodes in this process. max_bad: number of unreadable clips to skip before
-    stopping, those of earlier runs of the share included. on_clip: called after each clip. on_skip: called for a clip
-    that cannot be read; it is left out, and its error is written to the shard's index. Raises UserError, naming the
-    unreadable clips, if there are more than max_bad.
+    on_clip: called after each clip. on_skip: called for a clip that cannot be read; it is left out, and its error is
+    written to the shard's index. Raises UserError as `EncodingShare.check_limit` does.
     """
-    skipped = skipped_clips(plan, share)
+    plan, skipped = share.plan, share.skipped_clips()
     clips = [plan.clips[number] for shard in shards for number in shard.numbers]
-    results = read_in_order(clips, size=plan.size, workers=workers)
+    results = read_in_order(clips, size=plan.size, workers=share.workers)
     with closing(results):
         for shard in shards:
             latents: dict[str, Tensor] = {}
@@ -248,7 +283,7 @@ def encode_clips(
                     index.append(skip)
                     skipped.append(skip)
                     on_skip(skip)
-                    _check_limit(skipped, max_bad)
+                    share.check_limit(skipped)
                 else:
                     encoded = encode_clip(autoencoder, frames, chunks=plan.chunks, precision=plan.info.precision)
                     latents[latents_key(number)] = encoded
@@ -326,16 +361,6 @@ def _is_complete(plan: EncodingPlan, shard: Shard) -> bool:
 def _write_shard(plan: EncodingPlan, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
     header = {FINGERPRINT: plan.info.fingerprint}
     write_file(plan.out / shard.file, lambda target: save_file(dict(tensors), target, metadata=header))
-
-
-def _check_limit(skipped: Sequence[SkippedClip], max_bad: int) -> None:
-    if len(skipped) > max_bad:
-        named = "; ".join(f"clip {clip.number}: {clip.why}" for clip in skipped[:MAX_NAMED])
-        more = f"; and {len(skipped) - MAX_NAMED} more" if len(skipped) > MAX_NAMED else ""
-        raise UserError(
-            f"unreadable clips: {len(skipped)}, more than --max-bad {max_bad} ({named}{more}); repair the videos"
-            " that `longvideo data validate --frames` lists, or increase --max-bad"
-        )
 
 
 def _below(footage: Footage, root: Path) -> Footage:

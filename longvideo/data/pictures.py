@@ -46,14 +46,7 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
     its size. The rotation in the file is applied, and transparent parts become black. Raises UserError if the file is
     not a picture, or if the meaning of its values is unknown, as for animations or floats above 1.
     """
-    check_file(path, "image")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; use a smaller picture")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return decode_image(data, str(path), size=size)
+    return decode_image(_content(path), str(path), size=size)
 
 
 def decode_image(
@@ -79,7 +72,7 @@ def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
     from PIL import Image
 
     if isinstance(image, str | Path):
-        return read_image(Path(image), size=size)
+        return decode_image(_content(Path(image)), str(image), size=size)
     if isinstance(image, Image.Image):
         return _fitted(_of_pillow(image), size)
     if isinstance(image, Tensor):
@@ -90,6 +83,16 @@ def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UserError(f"image is {image.dtype} {list(image.shape)}; use uint8 [H, W, 3], 0 for black, 255 for white")
     return _fitted(image, size)
+
+
+def _content(path: Path) -> bytes:
+    check_file(path, "image")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; use a smaller picture")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
