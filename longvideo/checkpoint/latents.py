@@ -50,7 +50,7 @@ MOST = {"B": 10**4, "C": 4096, "T": 10**7, "H": 1024, "W": 1024}
 MAX_FPS, MAX_CHUNK_FRAMES, MAX_FRAMES = 1000, 1024, 10**9
 MAX_NAME, MAX_SHOWN = 4096, 40
 SHARD_PREFIX = "clip/"
-"""Start of the names of tensors in the shards of encoded clips (`longvideo.data.encoded`)."""
+"""Start of the names of tensors in the shards of encoded clips (`longvideo.data.encoded_format`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

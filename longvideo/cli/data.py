@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.data.encoded import SkippedClip
+    from longvideo.data.encoded_format import SkippedClip
     from longvideo.data.encoding import EncodingShare
     from longvideo.data.manifest import ShotEntry
     from longvideo.shapeworld.dataset import SceneScript
@@ -246,7 +246,7 @@ def encode_share(share: EncodingShare, folder: ModelFolder, *, device: torch.dev
     """Encode the missing shards of a share. An encoder is loaded only if it is needed."""
     import torch
 
-    from longvideo.data.encoded import LATENTS, TEXT
+    from longvideo.data.encoded_format import LATENTS, TEXT
     from longvideo.data.encoding import encode_captions, encode_clips, unknown_words
 
     plan = share.plan

@@ -1,4 +1,4 @@
-"""Encode the clips and captions of a manifest once for all training runs; `encoded` describes the format.
+"""Encode the clips and captions of a manifest once for all training runs; `encoded_format` describes the files.
 
 The work is planned first. The plan, and therefore every byte of the result, depends only on the manifest, the model and
 the options. Then each process writes the missing shards of its own share, each under a temporary name first.
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvideo.data.clips import ChunkFrames, ClipReference, ClipSpec, Footage, clips_of
-from longvideo.data.encoded import (
+from longvideo.data.encoded_format import (
     DATASET_FILE,
     FINGERPRINT,
     LATENTS,

@@ -16,7 +16,7 @@ from longvideo.data.timing import (
     shot_differences,
     time_entry,
 )
-from longvideo.data.video import VideoInfo, check_whole, count_frames, probe_video
+from longvideo.data.video import VideoInfo, check_complete, count_frames, probe_video
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def validate_manifest(
 def _checked(path: Path, *, decode: bool) -> VideoInfo:
     """Probe a video. Raises UserError if it cannot be read as a whole. decode: decode every frame to find damage."""
     info = probe_video(path)
-    check_whole(path)
+    check_complete(path)
     if decode and (count := count_frames(path)) < info.num_frames - FRAMES_TOLERANCE:
         raise UserError(f"{path} is damaged: {count} of {info.num_frames} frames can be decoded; {COPY_AGAIN}")
     return info

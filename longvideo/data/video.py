@@ -83,7 +83,7 @@ def probe_video(path: Path) -> VideoInfo:
         )
 
 
-def check_whole(path: Path) -> None:
+def check_complete(path: Path) -> None:
     """Raise UserError if the data is shorter than the header states, as after an interrupted copy.
 
     Reads from the last key frame on and decodes nothing; `count_frames` detects damage before that.

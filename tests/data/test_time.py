@@ -11,7 +11,7 @@ from longvideo.cli.main import main
 from longvideo.data.clips import plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, TimedShotEntry, VideoEntry, iterate_manifest, read_manifest
 from longvideo.data.validation import validate_manifest
-from longvideo.data.video import VideoReader, check_whole, probe_video
+from longvideo.data.video import VideoReader, check_complete, probe_video
 from longvideo.errors import UserError
 
 from . import clock
@@ -48,7 +48,7 @@ def test_every_frame_is_read_at_its_time_from_every_start(name: str, tmp_path: P
     if name.endswith((".mpg", ".avi", ".vob")):
         options["base"] = Fraction(1, 24)
     path = clock.write(tmp_path / name, CONSTANT, **options)
-    check_whole(path)
+    check_complete(path)
     info = probe_video(path)
     assert abs(info.num_frames - 150) <= 1 and info.seconds == pytest.approx(6.25, abs=0.05)
     assert info.fps == pytest.approx(24, rel=1e-3)

@@ -8,7 +8,7 @@ import pytest
 from longvideo.cli.main import main
 from longvideo.data.manifest import iterate_manifest
 from longvideo.data.validation import validate_manifest
-from longvideo.data.video import check_whole, count_frames
+from longvideo.data.video import check_complete, count_frames
 from longvideo.errors import UserError
 
 from . import footage
@@ -135,9 +135,9 @@ def test_a_file_cut_short_is_found_from_its_end(folder: Path, tmp_path: Path) ->
             if packet.dts is not None:
                 packet.stream = stream
                 out.mux(packet)
-    check_whole(whole)
+    check_complete(whole)
     assert count_frames(whole) == 61
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
     with pytest.raises(UserError, match=r"cut.mp4 is truncated: it ends after \d\.\d\d of 2\.54 s"):
-        check_whole(cut)
+        check_complete(cut)

@@ -17,7 +17,7 @@ import pytest
 from av.error import InvalidDataError
 from PIL import Image, ImageSequence
 
-from longvideo.data.video import check_whole, probe_video
+from longvideo.data.video import check_complete, probe_video
 from longvideo.errors import UserError
 from longvideo.infer.containers import FragmentedMP4
 from longvideo.infer.fragments import VideoFormat
@@ -257,7 +257,7 @@ def test_a_finished_file_has_its_length_and_an_index(tmp_path: Path, suffix: str
             assert seconds - 2.0 < frame.time <= seconds and frame.key_frame
     probed = probe_video(path)
     assert (probed.num_frames, probed.fps) == (161, 24.0)
-    check_whole(path)
+    check_complete(path)
 
 
 def test_a_finished_matroska_file_has_its_size(tmp_path: Path) -> None:
