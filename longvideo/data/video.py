@@ -128,7 +128,7 @@ class VideoReader:
     size: tuple[int, int] | None = None
 
     def read(self, path: Path, *, start_seconds: float = 0.0, max_frames: int | None = None) -> Tensor:
-        """Read frames as one tensor uint8 [T, H, W, 3]; see `frames`. Raises UserError if there is none."""
+        """Read frames as one tensor uint8 [T, H, W, 3]; see `frames`. Raises UserError if no frame is left."""
         frames = list(self.frames(path, start_seconds=start_seconds, max_frames=max_frames))
         if not frames:
             raise UserError(f"{path} has no frame at {start_seconds:g} s or later; use an earlier start")
