@@ -1,5 +1,7 @@
-"""Generate chunks from steps: denoise in one thread, decode in another, return frames. All chunks of the project that
-have pixels come from `generate_chunks`."""
+"""Generate chunks from steps: denoise in one thread, decode in another, return frames.
+
+All chunks of the project that have pixels come from `generate_chunks`.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ class Models:
 
     @property
     def device(self) -> torch.device:
-        """Device of the text encoder and of the transformer."""
+        """Device of the transformer."""
         return self.placement.device
 
     @property

@@ -6,7 +6,6 @@ import json
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,19 +16,15 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.choices import adapter_choices
-from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
-from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
-from longvideo.infer.fit.formats import check_formats, check_hardware, start_line
-from longvideo.infer.fit.memory import Workload
+from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.fit.refusal import check_memory
-from longvideo.infer.fit.shapes import folder_shapes
 from longvideo.infer.generation import GeneratedChunk, Models, Stages, VideoInputs, encode_first_frame, generate_chunks
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
+from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
 from longvideo.infer.reconstruction import reconstruction_warning
 from longvideo.infer.script import (
@@ -43,20 +38,13 @@ from longvideo.infer.script import (
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
-from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
 from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
-from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch.distributed import ProcessGroup
 
-    from longvideo.checkpoint.settings import ModelSettings
-    from longvideo.streaming.decoders import DecoderConfig
-
-DEFAULT_FORMATS = NumberFormats()
 MAX_HISTORY_CHUNKS = 2**31
 FirstPicture: TypeAlias = "Path | str | np.ndarray | Tensor | Image"
 
@@ -71,7 +59,7 @@ class StreamingPipeline:
     """
 
     def __init__(self, models: Models) -> None:
-        """Take loaded models; use `from_pretrained` to load them."""
+        """Take loaded models; use `from_pretrained` to load them, or `load_models` for an opened folder."""
         self.models = models
         self._idle: Stages | None = None
         self._lock = threading.Lock()
@@ -130,56 +118,7 @@ class StreamingPipeline:
         folder = ModelFolder.open(name, base=base, preset=preset, adapters=adapter_choices(adapters))
         if picture_size is not None:
             folder = folder.resized(picture_size)
-        return cls.load(folder, placement, formats=formats, decoder_name=decoder)
-
-    @classmethod
-    def load(
-        cls,
-        folder: ModelFolder,
-        placement: Placement,
-        *,
-        formats: NumberFormats = DEFAULT_FORMATS,
-        decoder_name: str | None = None,
-        group: ProcessGroup | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> StreamingPipeline:
-        """Load the weights of an opened folder.
-
-        formats: number formats; the default is that of the files. decoder_name: as `decoder` of `from_pretrained`.
-        group: ranks that share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same
-        calls, and rank 0 gets the frames. prompts: all prompts that will be used, where they are known. On a GPU they
-        are then encoded before anything else is loaded, and the text encoder is freed.
-        Raises UserError, before any weight is read, where a GPU has too little free memory.
-        """
-        chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
-        shapes = folder_shapes(folder, chosen)
-        check_formats(shapes, formats, placement, name=str(folder.path))
-        frees_text = prompts is not None and placement.text_device.type == "cuda"
-        check_memory(Workload(shapes=shapes, formats=formats, placement=placement, frees_text=frees_text))
-        packed = folder.is_packed
-        formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
-        denoising = {"device": placement.device, "dtype": placement.denoise_dtype}
-        with ThreadPoolExecutor() as pool:
-            if frees_text:
-                text_encoder = pool.submit(encode_prompts, folder, placement, formats, prompts)
-                text_encoder.result()  # the encoder is freed before anything else is loaded
-            else:
-                text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
-            transformer = pool.submit(folder.load_transformer, **denoising)
-            decoder, encoder = load_decoder(folder, chosen, placement, formats)
-            models = Models(
-                transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
-                decoder=decoder,
-                encoder=encoder,
-                text_encoder=text_encoder.result(),
-                settings=folder.settings,
-                spec=folder.spec,
-                placement=placement,
-                formats=formats,
-                group=group,
-                adapters=tuple(adapter.short_description for adapter in folder.adapters),
-            )
-        return cls(models)
+        return cls(load_models(folder, placement, formats=formats, decoder_name=decoder))
 
     @property
     def formats(self) -> NumberFormats:
@@ -200,7 +139,7 @@ class StreamingPipeline:
     @property
     def chunk_timing(self) -> ChunkTiming:
         """How pixel frames are divided into chunks."""
-        return chunk_timing(self.models.settings, self.models.decoder.config)
+        return ChunkTiming.of(self.models.settings, self.models.decoder.config)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -211,7 +150,7 @@ class StreamingPipeline:
 
     def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
         """Return the chunks that `stream` generates from the same prompts and seconds."""
-        return plan_chunks(as_script(prompts, seconds), self.chunk_timing)
+        return plan_chunks(Script.from_prompts(prompts, seconds=seconds), self.chunk_timing)
 
     def stream(
         self,
@@ -232,9 +171,9 @@ class StreamingPipeline:
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
         about words that the model has not learned, and about a picture that its autoencoder cannot hold.
         """
-        script, options = as_script(prompts, seconds), SamplingOptions(steps, guidance, seed)
+        script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
         self._warn_unknown_words([shot.prompt for shot in script.shots])
-        return _frames_only(self._video(script, options, image))
+        return _frames_only(self._video(script, options, self.first_latent(image)))
 
     def stream_chunks(
         self,
@@ -250,9 +189,9 @@ class StreamingPipeline:
 
         The first chunk is returned twice: with its first frame, and with the others.
         """
-        script, options = as_script(prompts, seconds), SamplingOptions(steps, guidance, seed)
+        script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
         self._warn_unknown_words([shot.prompt for shot in script.shots])
-        return self._video(script, options, image)
+        return self._video(script, options, self.first_latent(image))
 
     def session(
         self,
@@ -334,11 +273,11 @@ class StreamingPipeline:
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
-        self, script: Script, options: SamplingOptions, image: FirstPicture | None
+        self, script: Script, options: SamplingOptions, first_latent: Tensor | None
     ) -> Generator[GeneratedChunk, None, None]:
         shots = [shot.prompt for shot in script.shots]
         timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
-        inputs = self._inputs(timeline, options, [options.seed], first_latent=self.first_latent(image))
+        inputs = self._inputs(timeline, options, [options.seed], first_latent=first_latent)
         return self.generate(inputs)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
@@ -445,28 +384,6 @@ class StreamingPipeline:
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
         if message := self.unknown_words_warning(prompts):
             warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def as_script(prompts: str | Sequence[str] | Script, seconds: float | None) -> Script:
-    """Return a script with shots of equal length, `seconds` together. A Script is returned unchanged.
-
-    Raises UserError for a Script with seconds, and for prompts without.
-    """
-    if isinstance(prompts, Script):
-        if seconds is not None:
-            raise UserError(
-                "seconds and a Script exclude each other: a script has the length of each shot; leave seconds out"
-            )
-        return prompts
-    if seconds is None:
-        raise UserError("seconds is missing; give the length of the video")
-    return Script.from_prompts(prompts, seconds=seconds)
-
-
-def chunk_timing(settings: ModelSettings, decoder: DecoderConfig) -> ChunkTiming:
-    """Return how pixel frames are divided into chunks of a model."""
-    scale = decoder.scale_factor_temporal
-    return ChunkTiming.of(chunk_frames=settings.chunk_frames, temporal_scale=scale, fps=settings.fps)
 
 
 def _named_shots(prompts: object) -> list[tuple[str, object]]:

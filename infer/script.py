@@ -12,10 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Rational, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.files import check_text
 from longvideo.infer.options import shown
+
+if TYPE_CHECKING:
+    from longvideo.checkpoint.settings import ModelSettings
+    from longvideo.streaming.decoders import DecoderConfig
 
 MAX_SECONDS = 24 * 3600.0
 
@@ -52,11 +57,19 @@ class Script:
         check_seconds(self.seconds, "the script")
 
     @classmethod
-    def from_prompts(cls, prompts: str | Sequence[str], *, seconds: float) -> Script:
-        """Return a script with shots of equal length, one for each prompt.
+    def from_prompts(cls, prompts: str | Sequence[str] | Script, *, seconds: float | None) -> Script:
+        """Return a script with shots of equal length, one for each prompt. A Script is returned unchanged.
 
-        seconds: length of the whole video.
+        seconds: length of the whole video. Raises UserError for a Script with seconds, and for prompts without.
         """
+        if isinstance(prompts, Script):
+            if seconds is not None:
+                raise UserError(
+                    "seconds and a Script exclude each other: a script has the length of each shot; leave seconds out"
+                )
+            return prompts
+        if seconds is None:
+            raise UserError("seconds is missing; give the length of the video")
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, Sequence):
@@ -99,12 +112,10 @@ class ChunkTiming:
     fps: float
 
     @classmethod
-    def of(cls, *, chunk_frames: int, temporal_scale: int, fps: float) -> ChunkTiming:
-        """Return the timing of chunks.
-
-        chunk_frames: latent frames of a chunk. temporal_scale: pixel frames of a latent frame.
-        """
-        return cls(1 + (chunk_frames - 1) * temporal_scale, chunk_frames * temporal_scale, fps)
+    def of(cls, settings: ModelSettings, decoder: DecoderConfig) -> ChunkTiming:
+        """Return the timing of the chunks of a model. decoder: sizes of its decoder."""
+        frames, scale = settings.chunk_frames, decoder.scale_factor_temporal
+        return cls(1 + (frames - 1) * scale, frames * scale, settings.fps)
 
     def start(self, chunk: int) -> int:
         """Return the pixel frame at which a chunk starts."""

@@ -15,7 +15,7 @@ from longvideo.errors import UserError
 from longvideo.files import WriteError
 from longvideo.infer.fragments import FragmentedVideo, VideoFormat
 from longvideo.infer.generation import GeneratedChunk
-from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
+from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.media import StreamFile
 from longvideo.infer.server.messages import (
@@ -80,7 +80,7 @@ class LiveVideo:
         self.failure: ErrorCode | None = None
         self._first, self._pipeline, self._settings, self._metrics = first, pipeline, settings, metrics
         self._loop = loop
-        self._timing = chunk_timing(pipeline.models.settings, pipeline.models.decoder.config)
+        self._timing = pipeline.chunk_timing
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._record: StreamRecord | None = None

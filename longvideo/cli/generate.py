@@ -301,13 +301,14 @@ def _load(
     from longvideo.checkpoint.locations import lasting_name, locate
     from longvideo.data.pictures import read_image
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline, chunk_timing
-    from longvideo.infer.script import plan_chunks
+    from longvideo.infer.loading import load_models
+    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.script import ChunkTiming, plan_chunks
 
     if video.image is not None:
         read_image(video.image)
     folder = choice.open()
-    plan_chunks(video.script, chunk_timing(folder.settings, folder.latents_config))
+    plan_chunks(video.script, ChunkTiming.of(folder.settings, folder.latents_config))
     release_large_blocks()
     header = LatentsHeader(
         model=lasting_name(folder.path),
@@ -316,7 +317,5 @@ def _load(
         chunk_frames=folder.settings.chunk_frames,
     )
     prompts = [shot.prompt for shot in video.script.shots]
-    pipeline = StreamingPipeline.load(
-        folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts
-    )
-    return pipeline, header
+    models = load_models(folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts)
+    return StreamingPipeline(models), header

@@ -23,6 +23,7 @@ from longvideo.infer.script import Script
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.cli.model_options import DeviceChoice, ModelChoice
+    from longvideo.infer.generation import Models
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.video_folder import ListedVideo, VideoFolder
     from longvideo.quantization.number_formats import NumberFormats
@@ -66,11 +67,10 @@ class VideoBatch:
 
     def begin(self, folder: ModelFolder, video_folder: VideoFolder) -> int:
         """Check all videos, then create or continue their list; return the number of videos to generate."""
-        from longvideo.infer.pipeline import chunk_timing
-        from longvideo.infer.script import plan_chunks
+        from longvideo.infer.script import ChunkTiming, plan_chunks
 
         videos = self.read()
-        timing = chunk_timing(folder.settings, folder.latents_config)
+        timing = ChunkTiming.of(folder.settings, folder.latents_config)
         for video in videos:
             try:
                 plan_chunks(script_of(video), timing)
@@ -104,7 +104,7 @@ def generate_listed_videos(
     """Generate the videos of a batch, with other ranks if a launcher started them."""
     from longvideo.distributed import build_mesh
     from longvideo.infer.host_memory import release_large_blocks
-    from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.loading import load_models
     from longvideo.infer.video_folder import VideoFolder
     from longvideo.streaming.parallel import launched_ranks
 
@@ -120,22 +120,22 @@ def generate_listed_videos(
                 return
             videos.join()
             release_large_blocks()
-            load = partial(StreamingPipeline.load, folder, placement, formats=formats, decoder_name=decoder_name)
+            load = partial(load_models, folder, placement, formats=formats, decoder_name=decoder_name)
             _generate_videos(batch, load, videos, ranks=mesh.world)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
 
-def _generate_videos(
-    batch: VideoBatch, load: Callable[[], StreamingPipeline], videos: VideoFolder, *, ranks: int
-) -> None:
+def _generate_videos(batch: VideoBatch, load: Callable[[], Models], videos: VideoFolder, *, ranks: int) -> None:
     """Generate waiting videos until all are finished. A signal ends the current one, which stays waiting.
 
     load: loads the model. videos: a folder that this process has joined. ranks: number of processes that print.
     """
+    from longvideo.infer.pipeline import StreamingPipeline
+
     with new_display(ranks=ranks) as display:
         display.set_stage("loading")
-        pipeline = load()
+        pipeline = StreamingPipeline(load())
         if ranks == 1:
             print(pipeline.start_line(), file=sys.stderr)
         while (video := videos.claim()) is not None:

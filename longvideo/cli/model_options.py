@@ -176,10 +176,11 @@ class ModelChoice:
     def load(self, placement: Placement, formats: NumberFormats, decoder: str | None) -> StreamingPipeline:
         """Open and load the model. decoder: as in `longvideo.checkpoint.decoders.choose_decoder`."""
         from longvideo.infer.fit.formats import check_hardware
+        from longvideo.infer.loading import load_models
         from longvideo.infer.pipeline import StreamingPipeline
 
         check_hardware(formats, placement)  # before a model is downloaded
-        return StreamingPipeline.load(self.open(), placement, formats=formats, decoder_name=decoder)
+        return StreamingPipeline(load_models(self.open(), placement, formats=formats, decoder_name=decoder))
 
 
 def warn_of_missing_quotes(prompts: Sequence[str], *, command: str) -> None:

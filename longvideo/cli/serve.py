@@ -139,12 +139,13 @@ def _load(
     import warnings
 
     from longvideo.infer.host_memory import release_large_blocks
+    from longvideo.infer.loading import load_models
     from longvideo.infer.pipeline import StreamingPipeline
 
     # clients receive these warnings; the log of the server does not need them
     for message in ("the model's vocabulary does not contain", "the frames so far were decoded by"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
     release_large_blocks()
-    pipeline = StreamingPipeline.load(folder, placement, formats=formats, decoder_name=decoder_name)
+    pipeline = StreamingPipeline(load_models(folder, placement, formats=formats, decoder_name=decoder_name))
     pipeline.warm_up()
     return pipeline

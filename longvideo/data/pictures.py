@@ -69,12 +69,19 @@ def as_picture(image: object, *, size: tuple[int, int] | None = None) -> Tensor:
 
     image: path of a file, a Pillow image, or uint8 [H, W, 3] of numpy or torch. Raises UserError for anything else.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(image, str | Path):
         return decode_image(_content(Path(image)), str(image), size=size)
     if isinstance(image, Image.Image):
-        return _fitted(_of_pillow(image), size)
+        _check_size(image, "image", MAX_PIXELS)
+        white = _white(image, "image")
+        try:
+            upright = ImageOps.exif_transpose(image)
+            values = np.asarray(upright if white else upright.convert("RGBA"))
+        except DAMAGE as error:  # Pillow reads the file of an image late
+            raise UserError(f"image cannot be read: {' '.join(str(error).split())}") from error
+        return _fitted(_eight_bits(values, white, "image"), size)
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy() if image.dtype == torch.uint8 else image
     if not isinstance(image, np.ndarray):
@@ -131,38 +138,25 @@ def _decoded(data: bytes, name: str, formats: tuple[str, ...] | None, max_pixels
         raise UserError(f"{name} is a damaged image ({problem}); copy or download it again") from error
 
 
-def _of_pillow(image: Image) -> np.ndarray:
-    from PIL import ImageOps
-
-    _check_size(image, "image", MAX_PIXELS)
-    white = _white(image, "image")
-    try:
-        upright = ImageOps.exif_transpose(image)
-        values = np.asarray(upright if white else upright.convert("RGBA"))
-    except DAMAGE as error:  # Pillow reads the file of an image late
-        raise UserError(f"image cannot be read: {' '.join(str(error).split())}") from error
-    return _eight_bits(values, white, "image")
-
-
-def _check_size(image: Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(header: Image, name: str, max_pixels: int) -> None:
+    width, height = header.size
     if not 0 < width * height <= max_pixels:
         raise UserError(f"{name} has {width} x {height} pixels; expected from 1 to {max_pixels:,}")
 
 
-def _white(image: Image, name: str) -> _White | None:
+def _white(header: Image, name: str) -> _White | None:
     """Return the white of a picture with more than 8 bits; None if Pillow's own conversion is correct."""
-    tags = getattr(image, "tag_v2", {})
-    if image.mode in EIGHT_BITS:
+    tags = getattr(header, "tag_v2", {})
+    if header.mode in EIGHT_BITS:
         return None
-    if image.mode in SIXTEEN_BITS:
+    if header.mode in SIXTEEN_BITS:
         bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
         return _White(2**bits - 1, is_least=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
-    if image.mode == "I" and image.format in WHITE_OF_32_BITS:
-        return _White(WHITE_OF_32_BITS[image.format])
-    if image.mode == "F":
+    if header.mode == "I" and header.format in WHITE_OF_32_BITS:
+        return _White(WHITE_OF_32_BITS[header.format])
+    if header.mode == "F":
         return _White(1.0, is_least=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
-    raise UserError(f"{name} has pixels of mode {image.mode!r}, whose white is unknown; save it as an 8-bit PNG")
+    raise UserError(f"{name} has pixels of mode {header.mode!r}, whose white is unknown; save it as an 8-bit PNG")
 
 
 def _eight_bits(values: np.ndarray, white: _White | None, name: str) -> np.ndarray:

@@ -32,6 +32,7 @@ from longvideo.errors import UserError, known
 from longvideo.files import write_json
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import VideoInputs
+from longvideo.infer.loading import load_models
 from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.timeline import Step, planned_steps
@@ -340,7 +341,8 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 text_encoder="cpu" if text_device.type == "cpu" != device.type else None,
             )
             formats = NumberFormats(decoder=DECODER_PRECISIONS.get(self.vae.dtype, "auto"))
-            self._streaming = state, StreamingPipeline.load(folder, placement, formats=formats, decoder_name="wan")
+            models = load_models(folder, placement, formats=formats, decoder_name="wan")
+            self._streaming = state, StreamingPipeline(models)
         return self._streaming[1]
 
     def _until_interrupted(self, steps: Iterator[Step]) -> Iterator[Step]:

@@ -21,6 +21,7 @@ from longvideo.infer.fit.formats import check_shapes
 from longvideo.infer.fit.memory import Workload, estimate
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.shapes import folder_shapes, preset_shapes
+from longvideo.infer.loading import load_models
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.streaming.decoder_convolutions import Grid
@@ -245,7 +246,7 @@ def test_a_tiny_decoder_is_not_shared_and_has_no_fp8(files: Path, model_folder: 
     folder = ModelFolder.open(model_folder)
     placement = Placement(FIRST, SECOND, 0.2)
     with pytest.raises(UserError, match="decode_share is 0.2, but the decoder is TAEW2.2, which runs on one device"):
-        StreamingPipeline.load(folder, placement, decoder_name=str(files / "taew2_2.pth"))
+        load_models(folder, placement, decoder_name=str(files / "taew2_2.pth"))
     with pytest.raises(UserError, match="the decoder is TAEW2.2, which has no FP8 form; use --decoder-precision bf16"):
         open_pipeline(model_folder, files / "taew2_2.pth", decoder_precision="fp8-emulated")
     with pytest.raises(UserError, match="autoencoder, whose levels have 8, 16 channels; FP8 needs multiples of 16"):

@@ -12,7 +12,7 @@ import pytest
 from longvideo.errors import UserError
 from longvideo.infer.script import ChunkTiming, Script, ShotRequest, plan_chunks
 
-TIMING = ChunkTiming.of(chunk_frames=8, temporal_scale=4, fps=24)
+TIMING = ChunkTiming(first_frames=29, later_frames=32, fps=24)
 
 
 def test_timing_of_eight_latents_a_chunk() -> None:

@@ -14,6 +14,7 @@ import torch
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.fit.placement import Placement
+from longvideo.infer.loading import load_models
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.text_encoder import encode_prompts
 from longvideo.quantization.number_formats import NumberFormats
@@ -32,7 +33,7 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
         encoders.append(weakref.ref(encoder))
         return encoder
 
-    pipeline = StreamingPipeline.load(ModelFolder.open("tiny"), PLACEMENT, decoder_name="wan")
+    pipeline = StreamingPipeline(load_models(ModelFolder.open("tiny"), PLACEMENT, decoder_name="wan"))
     monkeypatch.setattr(ModelFolder, "load_text_encoder", watched)
     known = encode_prompts(ModelFolder.open("tiny"), PLACEMENT, NumberFormats(), PROMPTS)
     gc.collect()
@@ -55,7 +56,7 @@ def test_another_prompt_is_refused() -> None:
 def test_a_gpu_frees_the_encoder_before_the_transformer_is_loaded() -> None:
     placement = Placement.choose("cuda")
     folder = ModelFolder.open("tiny")
-    known, own = (StreamingPipeline.load(folder, placement, prompts=prompts) for prompts in (PROMPTS, None))
+    known, own = (StreamingPipeline(load_models(folder, placement, prompts=prompts)) for prompts in (PROMPTS, None))
     assert not isinstance(known.models.text_encoder, TextEncoder)
     frames, expected = (
         np.concatenate(list(pipeline.stream(PROMPTS, seconds=2, steps=2, seed=4))) for pipeline in (known, own)

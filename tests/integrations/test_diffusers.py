@@ -27,6 +27,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.names import to_official
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.fit.placement import Placement
+from longvideo.infer.loading import load_models
 from longvideo.integrations import diffusers as integration
 from longvideo.integrations.diffusers import CausalWanPipeline
 from longvideo.text.tokenizer import word_tokenizer
@@ -315,7 +316,7 @@ def test_a_saved_pipeline_opens_here_and_in_diffusers(pipe: CausalWanPipeline, t
     pipe.save_pretrained(tmp_path / "saved")
     stored = ModelFolder.open(tmp_path / "saved")
     assert stored.settings == small.SETTINGS and stored.missing == ()
-    streaming = StreamingPipeline.load(stored, CPU)
+    streaming = StreamingPipeline(load_models(stored, CPU))
     assert np.array_equal(expected(streaming), as_bytes(frames(pipe)[0]))
     assert np.array_equal(frames(load(tmp_path / "saved")), frames(pipe))
     assert WanPipeline.from_pretrained(tmp_path / "saved").transformer.config.num_layers == 2
@@ -352,7 +353,7 @@ def test_a_folder_of_diffusers_has_the_settings_of_wan(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="trained for 1280x704"):
         own = frames(pipe, height=64, width=96, num_frames=3)
     small_video = replace(ModelFolder.open(path), settings=ModelSettings(height=64, width=96))
-    streaming = StreamingPipeline.load(small_video, CPU)
+    streaming = StreamingPipeline(load_models(small_video, CPU))
     assert np.array_equal(as_bytes(own[0]), expected(streaming, 3 / FPS))
 
 

@@ -13,6 +13,7 @@ from longvideo.cli.main import main
 from longvideo.errors import UserError
 from longvideo.infer.fit.formats import start_line
 from longvideo.infer.fit.placement import Placement
+from longvideo.infer.loading import load_models
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.number_formats import KV_CACHES, NumberFormats
@@ -23,9 +24,8 @@ FLOAT32 = Placement.choose("cpu", dtype=torch.float32)
 
 def load(folder: Path, **formats: str) -> StreamingPipeline:
     # the folder holds float32; a cast before packing would round twice
-    return StreamingPipeline.load(
-        ModelFolder.open(folder), FLOAT32, formats=NumberFormats.parse(formats.pop("precision", None), **formats)
-    )
+    own = NumberFormats.parse(formats.pop("precision", None), **formats)
+    return StreamingPipeline(load_models(ModelFolder.open(folder), FLOAT32, formats=own))
 
 
 def video(pipeline: StreamingPipeline) -> np.ndarray:

@@ -15,7 +15,7 @@ from longvideo.infer.fit import placement, refusal
 from longvideo.infer.fit.memory import decoding_parts, estimate
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
-from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.loading import load_models
 from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
 from longvideo.streaming.decoder_convolutions import Grid
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
@@ -166,4 +166,4 @@ def test_load_refuses_before_any_weight_is_read(
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
         monkeypatch.setattr(ModelFolder, name, lambda *_arguments, **_options: pytest.fail("a weight was read"))
     with pytest.raises(UserError, match=r"cuda:0 has 0\.5 GB free; streaming needs about 1\.\d GB: CUDA context 1\.0"):
-        StreamingPipeline.load(folder, placement.Placement.choose())
+        load_models(folder, placement.Placement.choose())

@@ -1,0 +1,73 @@
+"""Load the weights of an opened model folder for generation."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from longvideo.checkpoint.decoders import choose_decoder
+from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
+from longvideo.infer.fit.formats import check_formats
+from longvideo.infer.fit.memory import Workload
+from longvideo.infer.fit.refusal import check_memory
+from longvideo.infer.fit.shapes import folder_shapes
+from longvideo.infer.generation import Models
+from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
+from longvideo.quantization.convert import with_precision
+from longvideo.quantization.number_formats import NumberFormats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.fit.placement import Placement
+
+DEFAULT_FORMATS = NumberFormats()
+
+
+def load_models(
+    folder: ModelFolder,
+    placement: Placement,
+    *,
+    formats: NumberFormats = DEFAULT_FORMATS,
+    decoder_name: str | None = None,
+    group: ProcessGroup | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Models:
+    """Load the weights of an opened folder.
+
+    formats: number formats; the default is that of the files. decoder_name: as in `choose_decoder`. group: ranks that
+    share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same calls, and rank 0
+    gets the frames. prompts: all prompts that will be used, where they are known. On a GPU they are then encoded before
+    anything else is loaded, and the text encoder is freed.
+    Raises UserError, before any weight is read, where a GPU has too little free memory.
+    """
+    chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
+    shapes = folder_shapes(folder, chosen)
+    check_formats(shapes, formats, placement, name=str(folder.path))
+    known = prompts if placement.text_device.type == "cuda" else None
+    check_memory(Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None))
+    packed = folder.is_packed
+    formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
+    with ThreadPoolExecutor() as pool:
+        if known is not None:
+            text_encoder = pool.submit(encode_prompts, folder, placement, formats, known)
+            text_encoder.result()  # the encoder is freed before anything else is loaded
+        else:
+            text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
+        transformer = pool.submit(folder.load_transformer, device=placement.device, dtype=placement.denoise_dtype)
+        decoder, encoder = load_decoder(folder, chosen, placement, formats)
+        return Models(
+            transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
+            decoder=decoder,
+            encoder=encoder,
+            text_encoder=text_encoder.result(),
+            settings=folder.settings,
+            spec=folder.spec,
+            placement=placement,
+            formats=formats,
+            group=group,
+            adapters=tuple(adapter.short_description for adapter in folder.adapters),
+        )
