@@ -50,14 +50,14 @@ class GIF:
         table = indexed.palette.tobytes().ljust(GIF_TABLE, b"\x00")
         data = []
         for number, indices in enumerate(indexed.indices):
-            shown = indices
+            changes = indices
             if number > 0:
-                shown = np.where(indices == indexed.indices[number - 1], np.uint8(UNCHANGED), indices)
+                changes = np.where(indices == indexed.indices[number - 1], np.uint8(UNCHANGED), indices)
             delay = _duration(start + number, self._format.fps, GIF_TICKS_PER_SECOND)
             flags = GIF_KEEP | (GIF_TRANSPARENT if number > 0 else 0)
             control = struct.pack("<3BBHBB", GIF_EXTENSION, 0xF9, 4, flags, delay, UNCHANGED, 0)
             descriptor = struct.pack("<B4HB", GIF_IMAGE, 0, 0, self._format.width, self._format.height, GIF_TABLE_FLAGS)
-            data.append(control + descriptor + table + _gif_pixels(shown))
+            data.append(control + descriptor + table + _gif_pixels(changes))
         return b"".join(data)
 
     def patch(self, _num_frames: int, size: int) -> tuple[int, bytes] | None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from longvideo.infer.closing import ClosedAtEnd
 
 T = TypeVar("T")
 
 
-class BackgroundIterator(Iterator[T], Generic[T]):
+class BackgroundIterator(ClosedAtEnd, Iterator[T], Generic[T]):
     """Iterates over a generator in a thread that runs ahead.
 
     An error in the thread is raised at once by the call that waits for the next item; finished items before it are
@@ -53,14 +52,6 @@ class BackgroundIterator(Iterator[T], Generic[T]):
         self._ended = self._stopping = True
         self._slots.release()
         self._thread.join()
-
-    def __enter__(self) -> BackgroundIterator[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run(self) -> None:
         iterator = None

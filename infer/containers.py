@@ -32,7 +32,7 @@ class Container(Protocol):
         """
         ...
 
-    def end(self, entries: list[tuple[int, int]], offset: int) -> list[tuple[int, bytes]]:
+    def end(self, entries: list[tuple[int, int]], offset: int, /) -> list[tuple[int, bytes]]:
         """Return offsets and bytes to write at the end.
 
         entries: first frame and offset of each part. offset: size of the file so far, in bytes.
@@ -66,9 +66,9 @@ class FragmentedMP4:
 
 
 class Clusters:
-    """A file of the family of Matroska, without an encoder: a cluster for each part, and their index at the end.
+    """A file in the format of Matroska, without an encoder: a cluster for each part, and their index at the end.
 
-    The header has the length of the video, and once it is finished the place of the index.
+    The header states the length of the video, and once it is finished the place of the index.
     """
 
     def __init__(self, video_format: VideoFormat, *, doc_type: bytes, codec: bytes, private: bytes = b"") -> None:

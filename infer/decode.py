@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     import numpy as np
 
@@ -160,7 +160,7 @@ class ChunkDecoder:
         return PendingFrames(host, *events)
 
     @contextmanager
-    def _own_streams(self, *devices: torch.device) -> Iterator[None]:
+    def _own_streams(self, *devices: torch.device) -> Generator[None]:
         """Make a stream of this decoder the current one on each CUDA device.
 
         A new stream starts after the work that is queued on its device. Latents leave their device on such a stream

@@ -33,10 +33,10 @@ START_CODE = re.compile(b"\x00\x00\x00?\x01")
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """Size, rate and quality of an H.264 video.
+    """Size, rate and quality of a video.
 
-    width, height: pixels, both even. fps: frames per second. crf: quality, 0 to 51; lower values give better pictures
-    and larger files. profile: profile of H.264.
+    width, height: pixels, both even for H.264 and VP9. fps: frames per second. crf: quality in H.264's scale, 0 to 51;
+    lower values give better pictures and larger files. profile: profile of H.264.
     """
 
     width: int

@@ -12,11 +12,10 @@ from PIL import Image
 
 from longvideo.errors import UserError
 from longvideo.files import WriteError, check_target, locked_target, write_bytes
+from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.options import check_frames
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import numpy as np
 
 PNG = ".png"
@@ -54,7 +53,7 @@ def pictures_of(pattern: Path) -> list[Path]:
     return sorted(path for path in pattern.parent.iterdir() if name.fullmatch(path.name))
 
 
-class PictureWriter:
+class PictureWriter(ClosedAtEnd):
     """Writes frames to numbered PNG files, each of which is complete when it has its name.
 
     Older files of the pattern are deleted when the first frame is written.
@@ -65,21 +64,13 @@ class PictureWriter:
         self.path = Path(pattern)
         check_pictures(self.path, overwrite=overwrite)
         self._overwrite, self._lock = overwrite, ExitStack()
-        self._begun = False
+        self._is_locked = False
         self.num_frames = self.num_bytes = 0
-
-    def __enter__(self) -> PictureWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, frames: np.ndarray) -> None:
         """Write frames, uint8 [T, H, W, 3]. Raises WriteError when the disk refuses one; those before it stay."""
         check_frames(frames)
-        if not self._begun:
+        if not self._is_locked:
             self._begin()
         for pixels in frames:
             memory = io.BytesIO()
@@ -94,7 +85,7 @@ class PictureWriter:
 
     def _begin(self) -> None:
         self._lock.enter_context(locked_target(self.path))
+        self._is_locked = True
         check_pictures(self.path, overwrite=self._overwrite)
         for older in pictures_of(self.path):
             older.unlink()
-        self._begun = True

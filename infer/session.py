@@ -7,18 +7,17 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.options import check_path, whole_number
 from longvideo.infer.snapshot import SessionOptions, Snapshot, write_snapshot
 from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from longvideo.infer.history import History, Past
 
 
-class Session(Iterator[GeneratedChunk]):
+class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
     """An iterator over the chunks of a running video: frames, the step (number and prompt), and the time they took.
 
     One thread iterates; every other method may be called at any time, from any thread. Close a session, or use it as a
@@ -167,11 +166,3 @@ class Session(Iterator[GeneratedChunk]):
             if self._chunks is not None:
                 self._chunks.close()
                 self._chunks = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -17,7 +17,7 @@ from longvideo.files import check_file, check_target, parse_json, reason, write_
 from longvideo.infer.history import ChunkRecord
 from longvideo.infer.options import SamplingOptions, shown, whole_number
 from longvideo.infer.script import check_prompt
-from longvideo.infer.timeline import MODES, Shots, Step, SwitchMode
+from longvideo.infer.timeline import MODES, Shots, Step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -195,10 +195,7 @@ def _read_shots(entries: list[Any], path: Path) -> Shots:
                 f"{path} is damaged: a shot is {shown(entry)}; expected a chunk, a prompt and one of {', '.join(MODES)}"
             )
         check_prompt(entry[1], f"{path}: the prompt of a shot")
-        shots[whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)] = (
-            entry[1],
-            cast("SwitchMode", entry[2]),
-        )
+        shots[whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)] = entry[1], entry[2]
     if 0 not in shots:
         raise UserError(f"{path} is damaged: no shot starts at chunk 0; expected one")
     return shots

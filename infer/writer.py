@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
+from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.containers import CONTAINERS, EVEN_SIDES, MAX_RATES
 from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.options import check_frames, shown, whole_number
@@ -31,39 +33,46 @@ MAX_PART_SECONDS = 2.0
 """Largest length of a part. Each part starts with a key frame, which players need to seek."""
 
 
-def check_output(path: str | Path, *, overwrite: bool) -> Path:
-    """Return the path of a file, or the pattern of files, that can be written. Nothing on the disk is changed.
+@dataclass(frozen=True)
+class OutputFile:
+    """The place for the frames of a video.
 
-    Raises UserError for an unknown suffix, for what `longvideo.files.check_target` or `check_pictures` refuses, and for
-    a file that another process is writing.
+    path: video file, or the pattern of numbered pictures, such as `frames/%05d.png`. overwrite: whether files that
+    exist are replaced.
     """
-    path = Path(path)
-    if path.suffix.lower() == PNG:
-        check_pictures(path, overwrite=overwrite)
-        return path
-    if path.suffix.lower() not in CONTAINERS:
-        raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(CONTAINERS)}, or {EXAMPLE}")
-    check_target(path, overwrite=overwrite)
-    if path.exists():
-        with path.open("r+b") as file:
-            _lock(file.fileno(), path)
-    return path
+
+    path: Path
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for a file that cannot be written. Nothing on the disk is changed.
+
+        It is refused for an unknown suffix, for what `longvideo.files.check_target` or `check_pictures` refuses, and
+        where another process is writing it.
+        """
+        suffix = self.path.suffix.lower()
+        if suffix == PNG:
+            check_pictures(self.path, overwrite=self.overwrite)
+            return
+        if suffix not in CONTAINERS:
+            expected = f"expected a name that ends in {', '.join(CONTAINERS)}, or {EXAMPLE}"
+            raise UserError(f"cannot write {self.path}: {expected}")
+        check_target(self.path, overwrite=self.overwrite)
+        if self.path.exists():
+            with self.path.open("r+b") as file:
+                _lock(file.fileno(), self.path)
+
+    def open(self, *, fps: float) -> VideoWriter | PictureWriter:
+        """Return a writer. Pictures have no frame rate. The errors are those of `VideoWriter`."""
+        if self.path.suffix.lower() == PNG:
+            return PictureWriter(self.path, overwrite=self.overwrite)
+        return VideoWriter(self.path, fps=fps, overwrite=self.overwrite)
 
 
-def check_fps(fps: object) -> None:
+def check_fps(fps: float) -> None:
     """Raise UserError for a value that is not a number of frames per second of a video."""
     if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps <= MAX_FPS:
         raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
-
-
-def open_writer(path: str | Path, *, fps: float, overwrite: bool = False) -> VideoWriter | PictureWriter:
-    """Return the writer of a video file, or of numbered pictures for a name such as `frames/%05d.png`.
-
-    The arguments and errors are those of `VideoWriter`.
-    """
-    if Path(path).suffix.lower() == PNG:
-        return PictureWriter(path, overwrite=overwrite)
-    return VideoWriter(path, fps=fps, overwrite=overwrite)
 
 
 def count_frames(path: Path) -> int:
@@ -80,7 +89,7 @@ def count_frames(path: Path) -> int:
     return frames
 
 
-class VideoWriter:
+class VideoWriter(ClosedAtEnd):
     """Writes frames to a video file. Frames that were written can be played, even if the process is killed.
 
     The file gets its name once its first frames are in it; an older file keeps the name until then. If the path is a
@@ -100,8 +109,8 @@ class VideoWriter:
             raise UserError(f"cannot write {path} as one file; expected a name that ends in {', '.join(CONTAINERS)}")
         if fps > (most := MAX_RATES.get(suffix, MAX_FPS)):
             raise UserError(f"fps is {fps:g}; expected at most {most} in {suffix}; use .webp or .webm")
-        self.path = check_output(path, overwrite=overwrite)
-        self._overwrite = overwrite
+        self.path, self._overwrite = Path(path), overwrite
+        OutputFile(self.path, overwrite).check()
         self._fps = Fraction(float(fps)).limit_denominator(1001)
         self._crf = whole_number(crf, "crf", 0, MAX_CRF)
         self._output: _Output | None = None
@@ -118,14 +127,6 @@ class VideoWriter:
     def num_bytes(self) -> int:
         """Size of the file under its name."""
         return self.path.stat().st_size if self.num_frames else 0
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, frames: np.ndarray) -> None:
         """Encode frames and write them to the disk.

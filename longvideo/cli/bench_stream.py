@@ -90,7 +90,7 @@ def stream(
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.options import SamplingOptions
-    from longvideo.infer.writer import VideoWriter, check_output
+    from longvideo.infer.writer import OutputFile, VideoWriter
     from longvideo.quantization.number_formats import NumberFormats
 
     if model is not None and preset is not None:
@@ -107,7 +107,7 @@ def stream(
     if timeline is not None and (placement.device.type != "cuda" or timeline.suffix != ".png"):
         raise UserError(f"--timeline {timeline} needs a GPU and a file name that ends in .png")
     if video is not None:
-        check_output(video, overwrite=True)
+        OutputFile(video, overwrite=True).check()
     name = model or preset_name(preset, placement.device)
     release_large_blocks()
     console = Console(width=120, stderr=True)

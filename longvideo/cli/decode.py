@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.checkpoint.folder import ModelFolder
-    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.saved_latents import SavedLatents
-    from longvideo.infer.writer import VideoWriter
+    from longvideo.infer.writer import OutputFile
 
 
 def decode(
@@ -82,7 +80,7 @@ def decode(
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.frame_files import check_suffix, is_video
     from longvideo.infer.saved_latents import LatentsDecoder, decode_videos, open_saved
-    from longvideo.infer.writer import check_fps, check_output, open_writer
+    from longvideo.infer.writer import OutputFile, check_fps
     from longvideo.quantization.number_formats import NumberFormats
 
     formats = NumberFormats.parse(decoder=decoder_precision)
@@ -97,8 +95,10 @@ def decode(
     for file in outputs:
         if output.suffix or file.parent.is_dir():  # a missing folder is created later
             check_suffix(file)
-            check = check_output if is_video(file) else check_target
-            check(file, overwrite=overwrite)
+            if is_video(file):
+                OutputFile(file, overwrite).check()
+            else:
+                check_target(file, overwrite=overwrite)
             _check_differs(file, saved)
     chosen = LatentsDecoder.choose(saved, open_model(saved, model, base), one_decoder(decoder), placement)
     num_frames = chosen.check(saved, formats, placement)
@@ -111,9 +111,9 @@ def decode(
             shape = (num_frames, scale * height, scale * width, 3)
             if not output.suffix:
                 create_folder(output)
-            open_video = partial(open_writer, overwrite=overwrite)
+            fps = fps or saved.header.fps or chosen.settings.fps
             for (_, frames), path in zip(videos, outputs, strict=True):
-                _write(path, frames, shape, fps=fps or saved.header.fps or chosen.settings.fps, open_video=open_video)
+                _write(OutputFile(path, overwrite), frames, shape, fps=fps)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
@@ -161,23 +161,16 @@ def open_model(saved: SavedLatents, model: str | None, base: str | None) -> Mode
 
 
 def _write(
-    path: Path,
-    frames: Generator[np.ndarray, None, None],
-    shape: tuple[int, int, int, int],
-    *,
-    fps: float,
-    open_video: Callable[..., VideoWriter | PictureWriter],
+    file: OutputFile, frames: Generator[np.ndarray, None, None], shape: tuple[int, int, int, int], *, fps: float
 ) -> None:
-    """Write a file of frames and print one line about it. A signal finishes a video before Stopped is raised.
-
-    open_video: function of a path and `fps` that opens a video, or pictures.
-    """
+    """Write a file of frames and print one line about it. A signal finishes a video before Stopped is raised."""
     from longvideo.infer.frame_files import is_video, write_array
 
+    path = file.path
     total, interruption, num_frames = shape[0], None, shape[0]
     with closing(frames), _progress(path.name, frames, total) as chunks:
         if is_video(path):
-            with open_video(path, fps=fps) as writer:
+            with file.open(fps=fps) as writer:
                 try:
                     for part in chunks:
                         writer.write(part)

@@ -54,9 +54,8 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.latents import LatentsHeader, LatentsWriter
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.generation import GeneratedChunk
-    from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.pipeline import StreamingPipeline
-    from longvideo.infer.writer import VideoWriter
+    from longvideo.infer.writer import OutputFile
     from longvideo.quantization.number_formats import NumberFormats
 
 DEFAULT_SECONDS = 10.0
@@ -150,7 +149,7 @@ def generate(
     `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
     start = time.perf_counter()
-    from longvideo.infer.writer import check_output, open_writer
+    from longvideo.infer.writer import OutputFile
     from longvideo.quantization.number_formats import NumberFormats
 
     choice = ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or []))
@@ -166,8 +165,9 @@ def generate(
         generate_listed_videos(batch, choice, formats, decoder_name, devices)
         return
     video = VideoChoice(_read_script(prompts or [], script, seconds), options, image)
+    video_file = OutputFile(output, overwrite)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
-        check_output(output, overwrite=overwrite)
+        video_file.check()
         if latents is not None:
             _check_latents_file(latents, overwrite=overwrite)
     from longvideo.checkpoint.latents import LatentsWriter
@@ -181,8 +181,7 @@ def generate(
                 _take_part(video, load)
                 return
             with nullcontext() if latents is None else LatentsWriter(latents) as latents_writer:
-                open_output = partial(open_writer, output, overwrite=overwrite)
-                _write(video, load, open_output, latents_writer, start=start)
+                _write(video, load, video_file, latents_writer, start=start)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
@@ -204,15 +203,14 @@ class VideoChoice:
 def _write(
     video: VideoChoice,
     load: Callable[[], tuple[StreamingPipeline, LatentsHeader]],
-    open_output: Callable[..., VideoWriter | PictureWriter],
+    video_file: OutputFile,
     latents: LatentsWriter | None,
     *,
     start: float,
 ) -> None:
     """Generate the video and write it, and its latents if there is a writer for them.
 
-    open_output: function of `fps` that opens the output. start: time at which the command started, on
-    `time.perf_counter`.
+    start: time at which the command started, on `time.perf_counter`.
     A signal stops the generation; the file is finished before Stopped is raised.
     """
     interruption = None
@@ -224,7 +222,7 @@ def _write(
         plan = pipeline.plan(video.script)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
         display.set_stage("generating the first chunk")
-        with open_output(fps=pipeline.fps) as writer:
+        with video_file.open(fps=pipeline.fps) as writer:
             try:
                 with closing(chunks):
                     for chunk in chunks:

@@ -22,7 +22,7 @@ from longvideo.errors import UserError
 from longvideo.infer.containers import FragmentedMP4
 from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.matroska import UNKNOWN_SIZE
-from longvideo.infer.writer import VideoWriter, _Output, check_output, open_writer
+from longvideo.infer.writer import OutputFile, VideoWriter, _Output
 from tests.folders import file_names
 
 SIZES = [29, 32, 32]
@@ -121,7 +121,7 @@ def test_a_webp_file_ends_before_its_size_no_longer_fits(tmp_path: Path, monkeyp
 
 def test_pictures_are_numbered_exact_and_replace_older_ones(tmp_path: Path) -> None:
     pattern, frames = tmp_path / "frames" / "a%03d.png", moving_disc(0, 5, height=31, width=33)
-    with open_writer(pattern, fps=24) as writer:
+    with OutputFile(pattern).open(fps=24) as writer:
         writer.write(frames[:1])
         writer.write(frames[1:])
     names = [f"a{number:03d}.png" for number in range(5)]
@@ -131,11 +131,11 @@ def test_pictures_are_numbered_exact_and_replace_older_ones(tmp_path: Path) -> N
     assert np.array_equal(np.stack(read), frames)
     (pattern.parent / "b000.png").write_text("of another pattern")
     with pytest.raises(UserError, match=r"a000.png exists; choose another name or add --overwrite"):
-        open_writer(pattern, fps=24)
-    with open_writer(pattern, fps=24, overwrite=True) as writer:
+        OutputFile(pattern).open(fps=24)
+    with OutputFile(pattern, overwrite=True).open(fps=24) as writer:
         assert len(file_names(pattern.parent)) == 6  # nothing changes before the first frame
         writer.write(frames[:2])
-        other = open_writer(pattern, fps=24, overwrite=True)
+        other = OutputFile(pattern, overwrite=True).open(fps=24)
         with pytest.raises(UserError, match="is being written by another process"):
             other.write(frames[:1])
     assert file_names(pattern.parent) == ["a000.png", "a001.png", "b000.png"]
@@ -155,7 +155,7 @@ def test_pictures_are_numbered_exact_and_replace_older_ones(tmp_path: Path) -> N
 def test_bad_patterns_are_refused_before_anything_is_written(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(UserError, match=message):
-        check_output(tmp_path / name, overwrite=False)
+        OutputFile(tmp_path / name).check()
     assert file_names(tmp_path) == ["file"]
 
 
@@ -238,8 +238,8 @@ def test_a_file_that_is_being_written_is_not_replaced(tmp_path: Path) -> None:
     with VideoWriter(path, fps=24) as writer:
         writer.write(moving_disc(0, 2))
         with pytest.raises(UserError, match="another process is writing it"):
-            check_output(path, overwrite=True)
-    check_output(path, overwrite=True)
+            OutputFile(path, overwrite=True).check()
+    OutputFile(path, overwrite=True).check()
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -394,11 +394,11 @@ def test_bad_outputs_are_refused_before_anything_is_written(tmp_path: Path, name
     (tmp_path / "old.mp4").write_text("old")
     before = file_names(tmp_path)
     with pytest.raises(UserError, match=message):
-        check_output(tmp_path / name, overwrite=False)
+        OutputFile(tmp_path / name).check()
     assert file_names(tmp_path) == before and (tmp_path / "old.mp4").read_text() == "old"
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no process may write: /proc")
 def test_an_unwritable_folder_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write /proc/self/out.mp4"):
-        check_output("/proc/self/out.mp4", overwrite=False)
+        OutputFile(Path("/proc/self/out.mp4")).check()
