@@ -108,7 +108,8 @@ class Trainer:
 
         Both leave a checkpoint and a model folder. SIGTERM, SIGINT and SIGHUP leave a checkpoint and raise RunStopped.
         config_text: text for `config.yaml` of the run folder. Raises ConfigError if `resume` is "never" and the run
-        folder holds checkpoints, and Diverged if too many steps have no finite gradient.
+        folder holds checkpoints, UserError if the deadline passes before the first step, and Diverged if too many steps
+        have no finite gradient.
         """
         step = self.restore(resume)
         with private(self.folder, self.mesh):
@@ -136,6 +137,12 @@ class Trainer:
         window = Window(self.device, self.mesh)
         starts = segment_starts(self.recipe.segments)
         ending = self.ending(deadline, signals)
+        if ending.late and not ending.number and step < self.total_steps:
+            # a scheduler that starts the run again would do so forever
+            raise UserError(
+                "the time of this run was over before its first step, and nothing was trained; raise --max-minutes, which"
+                " also counts the time of loading"
+            )
         while step < self.total_steps and not ending:
             if step in starts and step > saved:
                 # the first step of a stage may compile for longer than the remaining time

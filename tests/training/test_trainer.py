@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError
 from longvideo.files import WriteError, write_text
 from longvideo.training.checkpoint import layout
 from longvideo.training.ema import ExponentialMovingAverage
@@ -65,13 +66,25 @@ def test_loss_falls_thirtyfold(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 30
 
 
-def test_run_stops_at_the_deadline_and_goes_on(tmp_path: Path) -> None:
+def test_run_stops_at_the_deadline_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("longvideo.training.trainer.time.monotonic", lambda: float(next(clock)))
     stopped = toy_trainer(tmp_path, 20)
-    assert not stopped.run(deadline=-math.inf)
+    assert not stopped.run(deadline=8.0)
     assert (tmp_path / "model").is_dir()
+    assert len(stopped.checkpoints.steps()) == 1 and 0 < stopped.checkpoints.steps()[0] < 8
+    monkeypatch.undo()
     again = toy_trainer(tmp_path, 20)
     assert again.run(resume="auto")
-    assert again.checkpoints.steps() == [10, 20]
+    assert again.checkpoints.steps()[-2:] == [10, 20]
+
+
+def test_a_run_without_time_for_a_step_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="before its first step.*raise --max-minutes"):
+        toy_trainer(tmp_path, 20).run(deadline=-math.inf)
+    assert not (tmp_path / "model").exists()
+    toy_trainer(tmp_path, 20).run()
+    assert toy_trainer(tmp_path, 20).run(deadline=-math.inf)
 
 
 def test_checkpoint_stands_where_a_segment_begins(tmp_path: Path) -> None:
