@@ -8,9 +8,7 @@ be checked, and they are always read from the beginning.
 
 from __future__ import annotations
 
-from collections import deque
-from heapq import heappop, heappush
-from itertools import chain
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from longvideo.errors import UserError
@@ -27,8 +25,8 @@ TIME_TOLERANCE = 1e-6
 """Largest difference in seconds of two times that count as equal."""
 STEPS_BACK = (0, 1, 4, 16, 64)
 """Seconds before the target to which a jump is tried, one after another, before reading from the beginning."""
-REORDERED = 16
-"""Largest number of frames by which AVI may give times in another order than frames, as H.264 and MPEG-4 allow."""
+FIRST_FRAMES = 32
+"""Number of frames after which B-frames have been seen; H.264 and HEVC reorder at most 16."""
 COUNTED_FORMATS = ("mpeg", "mpegvideo")
 """FFmpeg's names of formats of MPEG-1 and MPEG-2 in which not every frame has its own time."""
 RAW_FORMATS = ("h264", "hevc", "m4v", "vc1")
@@ -45,8 +43,9 @@ class OpenVideo:
     """An open file with its main video stream, which is never a cover picture.
 
     container, stream: PyAV's objects. rate: frames per second in the header. step: shortest usual distance of two
-    frames in seconds, by the header; the last frame is shown for this time. reorders_times: whether the times of the
-    file are not in the order of frames. can_jump: whether the time of a frame is certain after a jump.
+    frames in seconds, by the header; the last frame is shown for this time. has_decoding_times: whether the file has
+    only times of decoding, as AVI with B-frames: a frame is shown when the decoder returns it. can_jump: whether the
+    time of a frame is certain after a jump.
     Raises UserError for files that cannot be opened or have no video.
     """
 
@@ -65,8 +64,8 @@ class OpenVideo:
             raise UserError(f"{path} has no frame rate, as a picture; use a video file")
         self.rate = float(rate)
         self.step = 1 / max(self.rate, float(self.stream.guessed_rate or 0))
-        self.reorders_times = self.container.format.name == "avi" and bool(self.stream.codec_context.has_b_frames)
-        self.can_jump = not self.reorders_times and self.container.format.name not in COUNTED_FORMATS
+        self.has_decoding_times = self.container.format.name == "avi" and bool(self.stream.codec_context.has_b_frames)
+        self.can_jump = not self.has_decoding_times and self.container.format.name not in COUNTED_FORMATS
 
     def __enter__(self) -> OpenVideo:
         return self
@@ -94,9 +93,22 @@ class OpenVideo:
         return self._relative(all_frames, first)
 
     def first_picture(self) -> tuple[av.VideoFrame, float] | None:
-        """Return the first frame and its time in the file; None if no frame can be decoded. Changes the position."""
+        """Return the first frame and its time in the file; None if no frame can be decoded. Changes the position.
+
+        Raises UserError if B-frames have the times of decoding, as in packed MPEG-4 that was copied from AVI.
+        """
         self.reopen()
-        return next(self._from_beginning()[1], None)
+        may_lack_times = self._may_lack_times()
+        self.reopen()
+        frames = islice(self._from_beginning()[1], FIRST_FRAMES if may_lack_times else 1)
+        first = next(frames, None)
+        times = [time for _, time in chain([] if first is None else [first], frames)]
+        if any(later < earlier - TIME_TOLERANCE for earlier, later in pairwise(times)):
+            raise UserError(
+                f"{self.path} has B-frames with the times at which they are decoded, not shown, as after a copy from"
+                " AVI; encode it again"
+            )
+        return first
 
     def backward(self, later: float, earlier: float) -> UserError:
         """Return the error for times that go from `later` back to `earlier`, seconds."""
@@ -131,11 +143,16 @@ class OpenVideo:
         self.stream: Any = videos.get(best.index) or next(iter(videos.values()))
         self.stream.thread_type = "AUTO"
 
+    def _may_lack_times(self) -> bool:
+        """Return whether the file has B-frames, but no packet is shown at another time than it is decoded."""
+        if self.has_decoding_times or not self.stream.codec_context.has_b_frames:
+            return False
+        packets = islice(self.container.demux(self.stream), FIRST_FRAMES)
+        return all(packet.pts == packet.dts for packet in packets if packet.pts is not None)
+
     def _from_beginning(self) -> tuple[float, Iterator[tuple[av.VideoFrame, float]]]:
         """Return the time of the first frame in the file, and all frames with such times."""
         frames = self._timed(self.container.decode(self.stream))
-        if self.reorders_times:
-            frames = _reordered(frames)
         held = next(frames, None)
         return (0.0, iter(())) if held is None else (held[1], chain([held], frames))
 
@@ -162,14 +179,22 @@ class OpenVideo:
     def _timed(
         self, frames: Iterable[av.VideoFrame], *, after: float | None = None
     ) -> Iterator[tuple[av.VideoFrame, float]]:
-        """Add the times of the file to frames; one without a time follows the one before it, at the header's rate."""
-        previous = after
+        """Add the times of the file to frames; one without a time follows the one before it, at the header's rate.
+
+        The last frames have no times of decoding, because the decoder returns them after the last packet. They follow
+        at the last distance.
+        """
+        previous, step = after, 1 / self.rate
         for frame in frames:
-            if frame.pts is not None and frame.time_base is not None:
-                previous = float(frame.pts * frame.time_base)
+            stamp = frame.dts if self.has_decoding_times else frame.pts
+            if stamp is None or frame.time_base is None:
+                time = 0.0 if previous is None else previous + step
             else:
-                previous = 0.0 if previous is None else previous + 1 / self.rate
-            yield frame, previous
+                time = float(stamp * frame.time_base)
+                if self.has_decoding_times and previous is not None:
+                    step = time - previous
+            previous = time
+            yield frame, time
 
     def _relative(
         self, frames: Iterable[tuple[av.VideoFrame, float]], first: float
@@ -180,16 +205,3 @@ class OpenVideo:
                 raise self.backward(latest, time - first)
             latest = time - first
             yield frame, latest
-
-
-def _reordered(frames: Iterable[tuple[av.VideoFrame, float]]) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Give the earliest of the next times to each frame: frames come in order, but AVI's times may not."""
-    held: deque[av.VideoFrame] = deque()
-    times: list[float] = []
-    for frame, time in frames:
-        held.append(frame)
-        heappush(times, time)
-        if len(held) > REORDERED:
-            yield held.popleft(), heappop(times)
-    while held:
-        yield held.popleft(), heappop(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,45 +13,79 @@ from longvideo.data.tone_mapping import BT2020_PRIMARIES, TRANSFERS, to_sdr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from fractions import Fraction
 
 MATRIX = "DISPLAYMATRIX"
+NO_CHROMA_LOCATION = "setparams", "chroma_location=unspecified"
+"""FFmpeg's filter that removes the place of color samples, by which PyAV would move colors by a part of a pixel."""
 
 
-def picture(frame: Any, size: tuple[int, int] | None, pixel_aspect: Fraction) -> Tensor:
-    """Return uint8 [H, W, 3].
+class PictureConversion:
+    """Converts the frames of one stream to pictures.
 
-    size: height and width of the result in pixels, by scaling with the aspect ratio and cropping at the center; None
-    keeps the height of the file before it is turned. pixel_aspect: width of a pixel of the file relative to its height.
+    stream: PyAV's video stream. size: height and width of the result in pixels, by scaling with the aspect ratio and
+    cropping at the center; None keeps the size of the first frame.
     """
-    orient, is_turned = orientation(frame)
-    target = size if size is None or not is_turned else (size[1], size[0])
-    height, width = square_size(frame.height, frame.width, pixel_aspect)
-    if target is not None:
-        scale = max(target[0] / height, target[1] / width)
-        height, width = max(target[0], round(height * scale)), max(target[1], round(width * scale))
-    interpolation = "AREA" if height < frame.height else "BICUBIC"
-    transfer = TRANSFERS.get(int(frame.color_trc or 0))
-    values = frame.reformat(
-        width=width, height=height, format="rgb48le" if transfer else "rgb24", interpolation=interpolation
-    ).to_ndarray()
-    if target is not None:
-        top, left = (height - target[0]) // 2, (width - target[1]) // 2
-        values = values[top : top + target[0], left : left + target[1]]
-    if transfer:
-        values = to_sdr(values, transfer, wide=int(frame.color_primaries or 0) == BT2020_PRIMARIES)
-    return torch.from_numpy(np.ascontiguousarray(orient(values)))
+
+    def __init__(self, stream: Any, size: tuple[int, int] | None) -> None:
+        self._stream, self._size = stream, size
+        self._graph: Any = None
+        self._graph_format: tuple[int, int, str] | None = None
+
+    def __call__(self, frame: Any) -> Tensor:
+        """Return uint8 [H, W, 3]."""
+        orient, is_turned = orientation(frame)
+        target = self._size if self._size is None or not is_turned else (self._size[1], self._size[0])
+        height, width = square_size(frame, self._stream)
+        if target is not None:
+            scale = max(target[0] / height, target[1] / width)
+            height, width = max(target[0], round(height * scale)), max(target[1], round(width * scale))
+        transfer = TRANSFERS.get(int(frame.color_trc or 0))
+        values = (
+            self._without_chroma_location(frame)
+            .reformat(
+                width=width,
+                height=height,
+                format="rgb48le" if transfer else "rgb24",
+                interpolation="AREA" if height < frame.height else "BICUBIC",
+            )
+            .to_ndarray()
+        )
+        if target is not None:
+            top, left = (height - target[0]) // 2, (width - target[1]) // 2
+            values = values[top : top + target[0], left : left + target[1]]
+        if transfer:
+            values = to_sdr(values, transfer, wide=int(frame.color_primaries or 0) == BT2020_PRIMARIES)
+        result = torch.from_numpy(np.ascontiguousarray(orient(values)))
+        self._size = (result.shape[0], result.shape[1])
+        return result
+
+    def _without_chroma_location(self, frame: Any) -> Any:
+        frame_format = (frame.width, frame.height, frame.format.name)
+        if frame_format != self._graph_format:
+            self._graph, self._graph_format = filter_graph(self._stream, *NO_CHROMA_LOCATION), frame_format
+        self._graph.vpush(frame)
+        return self._graph.vpull()
 
 
-def shown_size(frame: Any, pixel_aspect: Fraction) -> tuple[int, int]:
-    """Return height and width of the picture that a viewer sees, in square pixels."""
-    height, width = square_size(frame.height, frame.width, pixel_aspect)
+def filter_graph(stream: Any, name: str, options: str) -> Any:
+    """Return a graph of one of FFmpeg's filters. stream: PyAV's video stream, of which a frame is decoded."""
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.link_nodes(graph.add_buffer(template=stream), graph.add(name, options), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def shown_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """Return height and width of the picture that a viewer sees, in square pixels. stream: PyAV's video stream."""
+    height, width = square_size(frame, stream)
     return (width, height) if orientation(frame)[1] else (height, width)
 
 
-def square_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, int]:
+def square_size(frame: Any, stream: Any) -> tuple[int, int]:
     """Return height and width in square pixels, before a frame is turned; the height of the file is kept."""
-    return height, round(width * pixel_aspect)
+    return frame.height, round(frame.width * (stream.sample_aspect_ratio or Fraction(1)))
 
 
 def orientation(frame: Any) -> tuple[Callable[[np.ndarray], np.ndarray], bool]:

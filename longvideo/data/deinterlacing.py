@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from longvideo.data.conversion import filter_graph
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import av
 
-FILTER, OPTIONS = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
+    from longvideo.data.container import OpenVideo
+
+BWDIF = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 
-def deinterlaced(frames: Iterator[tuple[av.VideoFrame, float]], stream: Any) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Yield frames and their times; from the first frame that is flagged as interlaced on, flagged frames are filtered.
+def deinterlaced(video: OpenVideo, start_seconds: float) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Yield frames and their times from a frame at or before `start_seconds` on.
 
-    The filter looks at the frames before and after, so it returns frames one later than it gets them. stream: PyAV's
-    video stream.
+    From the first frame that is flagged as interlaced on, flagged frames are filtered. The filter looks at the frames
+    before and after, so reading begins before the first frame that is needed.
     """
-    for frame, time in frames:
+    frames = video.frames(start_seconds)
+    first = next(frames, None)
+    if first is not None and first[0].interlaced_frame and first[1] > max(0.0, start_seconds - video.step):
+        video.reopen()
+        frames = video.frames(max(0.0, start_seconds - 2 * video.step))
+        first = next(frames, None)
+    for frame, time in chain([] if first is None else [first], frames):
         if frame.interlaced_frame:
-            yield from _filtered(frame, time, frames, stream)
+            yield from _filtered(chain([(frame, time)], frames), video.stream)
             return
         yield frame, time
 
 
-def _filtered(
-    first: av.VideoFrame, first_time: float, frames: Iterator[tuple[av.VideoFrame, float]], stream: Any
-) -> Iterator[tuple[av.VideoFrame, float]]:
-    from itertools import chain
-
+def _filtered(frames: Iterable[tuple[av.VideoFrame, float]], stream: Any) -> Iterator[tuple[av.VideoFrame, float]]:
     from av.error import BlockingIOError, EOFError
-    from av.filter import Graph
 
-    graph = Graph()
-    source = graph.add_buffer(template=stream)
-    bwdif, sink = graph.add(FILTER, OPTIONS), graph.add("buffersink")
-    source.link_to(bwdif)
-    bwdif.link_to(sink)
-    graph.configure()
+    graph = filter_graph(stream, *BWDIF)
     times: list[float] = []
-    for frame, time in chain([(first, first_time)], frames, [(None, 0.0)]):
+    for frame, time in chain(frames, [(None, 0.0)]):
         if frame is not None:
             times.append(time)
         graph.vpush(frame)

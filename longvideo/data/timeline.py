@@ -94,13 +94,19 @@ def _of_packets(video: OpenVideo, first_seconds: float) -> np.ndarray | None:
     for packet in video.container.demux(video.stream):
         if not packet.size or packet.is_discard:
             continue
-        if packet.pts is None:
+        stamp = packet.dts if video.has_decoding_times else packet.pts
+        if stamp is None:
             return None
         if packet.dts is not None:
             time = float(packet.dts * packet.time_base)
             if time < decoding:
                 raise video.backward(decoding - first_seconds, time - first_seconds)
             decoding = time
-        times.append(float(packet.pts * packet.time_base))
-    ordered = np.sort(np.array(times)) - (min(times, default=0.0) if video.reorders_times else first_seconds)
-    return ordered[ordered > -video.step / 2]
+        times.append(float(stamp * packet.time_base))
+    ordered = np.sort(np.array(times)) - first_seconds
+    shown = ordered[ordered > -video.step / 2]
+    if video.has_decoding_times and len(shown) > 1:
+        # as for decoded frames: the last ones have no time and follow at the last distance
+        later = np.arange(1, len(ordered) - len(shown) + 1) * (shown[-1] - shown[-2])
+        shown = np.append(shown, shown[-1] + later)
+    return shown

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longvideo.data.container import COPY_AGAIN, COUNTED_FORMATS, TIME_TOLERANCE, OpenVideo, file_url
-from longvideo.data.conversion import picture, shown_size
+from longvideo.data.conversion import PictureConversion, shown_size
 from longvideo.data.deinterlacing import deinterlaced
 from longvideo.data.timeline import Timeline, read_timeline
 from longvideo.data.tone_mapping import TRANSFERS
@@ -69,7 +69,7 @@ def probe_video(path: Path) -> VideoInfo:
             raise UserError(f"{path} has no frame that can be decoded; {COPY_AGAIN}")
         frame, time = first
         timeline = read_timeline(video, time)
-        height, width = shown_size(frame, _pixel_aspect(video.stream))
+        height, width = shown_size(frame, video.stream)
         return VideoInfo(
             height=height,
             width=width,
@@ -121,7 +121,8 @@ class VideoReader:
 
     fps: frames per second of the result, each the nearest frame of the file in time (the later of two equally near);
         None takes the rate of the header.
-    size: height and width of the result in pixels, by scaling and cropping at the center; None keeps those of the file.
+    size: height and width of the result in pixels, by scaling and cropping at the center; None keeps those of the first
+        frame.
     """
 
     fps: float | None = None
@@ -143,13 +144,14 @@ class VideoReader:
         number = 0
         with OpenVideo(path) as video, _damage_named(path, lambda: f" after {number} frames"):
             step = 1 / (self.fps or video.rate)
-            frames = deinterlaced(video.frames(start_seconds), video.stream)
-            for frame, begin, end in _shown_until_next(frames, video.step):
+            picture: PictureConversion | None = None
+            for frame, begin, end in _shown_until_next(deinterlaced(video, start_seconds), video.step):
+                picture = picture or PictureConversion(video.stream, self.size)
                 # a frame of the file is used for all times that are nearer to it than to its neighbors
                 while begin - TIME_TOLERANCE <= start_seconds + number * step < end - TIME_TOLERANCE:
                     if number == max_frames:
                         return
-                    yield picture(frame, self.size, _pixel_aspect(video.stream))
+                    yield picture(frame)
                     number += 1
 
 
@@ -253,10 +255,6 @@ def _end_of_data(container: Any, stream: Any, seconds: float, tolerance: float, 
 def _origin(stream: Any) -> float:
     """Return the time of the first frame, in seconds."""
     return float((stream.start_time or 0) * stream.time_base)
-
-
-def _pixel_aspect(stream: Any) -> Fraction:
-    return stream.sample_aspect_ratio or Fraction(1)
 
 
 def _duration(container: Any, stream: Any) -> float:

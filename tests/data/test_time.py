@@ -58,9 +58,11 @@ def test_every_frame_is_read_at_its_time_from_every_start(name: str, tmp_path: P
         assert clock.error(frames, CONSTANT, start_seconds=start) <= 0.006
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
 def test_cuts_of_a_variable_rate_are_put_where_their_frames_are(suffix: str, tmp_path: Path) -> None:
-    path = clock.write(tmp_path / f"phone.{suffix}", PHONE, rate=30, base=Fraction(1, 1000), options=clock.X264)
+    # AVI has no times of B-frames, only an empty place for each frame that is missing
+    base = Fraction(1, 30 if suffix == "avi" else 1000)
+    path = clock.write(tmp_path / f"phone.{suffix}", PHONE, rate=30, base=base, options=clock.X264)
     info = probe_video(path)
     assert info.num_frames == 150 and info.seconds == pytest.approx(7, abs=0.1)
     assert clock.error(VideoReader(24).read(path), PHONE) <= 0.006
@@ -122,6 +124,27 @@ def test_validation_and_planning_give_one_verdict(tmp_path: Path, capsys: pytest
         else:
             with pytest.raises(UserError, match="expected"):
                 plan_clips(read_manifest(manifest), num_chunks=4)
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", clock.X264), ("mpeg4", MPEG)])
+def test_b_frames_with_times_of_decoding_are_one_problem(codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    import av
+
+    whole = clock.write(tmp_path / "whole.mp4", CONSTANT[:60], codec=codec, options=options)
+    path = tmp_path / "copied.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as out:
+        copy = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.pts, packet.stream = packet.dts, copy
+                out.mux(packet)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
+    (problem,) = validate_manifest(manifest).problems
+    assert "has B-frames with the times at which they are decoded" in problem.why and "encode it again" in problem.why
+    with pytest.raises(UserError, match="has B-frames with the times at which they are decoded"):
+        plan_clips(read_manifest(manifest), num_chunks=1)
+    assert len(validate_manifest(_manifest_of(whole)).problems) == 0
 
 
 def test_recordings_that_are_joined_are_one_problem(tmp_path: Path) -> None:
@@ -206,6 +229,12 @@ def test_mistakes_in_tables_arrays_and_seconds_are_named(name: str, text: str, m
     if message == "lists no video":
         with pytest.raises(UserError, match=message):
             list(iterate_manifest(tmp_path / name))
+
+
+def _manifest_of(path: Path) -> Path:
+    manifest = path.with_name("whole.jsonl")
+    manifest.write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
+    return manifest
 
 
 def _shot(_video: str, start: int, end: int, caption: str) -> dict[str, object]:
