@@ -140,8 +140,8 @@ class Trainer:
         if ending.late and not ending.number and step < self.total_steps:
             # a scheduler that starts the run again would do so forever
             raise UserError(
-                "the time of this run was over before its first step, and nothing was trained; raise --max-minutes, which"
-                " also counts the time of loading"
+                "the time of this run was over before its first step, and nothing was trained; raise --max-minutes,"
+                " which also counts the time of loading"
             )
         while step < self.total_steps and not ending:
             if step in starts and step > saved:
