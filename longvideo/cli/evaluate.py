@@ -13,7 +13,14 @@ from longvideo.cli.evaluation_comparison import compare
 from longvideo.cli.evaluation_decoders import decoder
 from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
-from longvideo.cli.evaluation_videos import SWITCH_CHUNKS, generate_videos, read_tasks, read_videos, show_switch
+from longvideo.cli.evaluation_videos import (
+    SWITCH_CHUNKS,
+    generate_videos,
+    read_tasks,
+    read_videos,
+    show_switch,
+    shown_chunks,
+)
 from longvideo.cli.model_options import (
     AttentionFormat,
     DecoderFormat,
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from longvideo.evaluation.shapeworld import Task
+    from longvideo.evaluation.switches import SwitchResult
     from longvideo.infer.timeline import SwitchMode
 
 app = typer.Typer(no_args_is_help=True, help="Measure models, and the judge that the measurements use.")
@@ -195,12 +203,12 @@ def switches(
 
     Example: `longvideo eval switches --change scene --mode cut --output runs/cuts`
     """
-    from dataclasses import asdict
+    from itertools import product
 
     from rich.console import Console
 
     from longvideo.evaluation.sheet import film_strip, spaced_indices, write_picture
-    from longvideo.evaluation.switches import build_switches, summarize_switches
+    from longvideo.evaluation.switches import build_switches, latest_switch, summarize_switches, switches_record
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.timeline import MODES
@@ -218,35 +226,27 @@ def switches(
     pipeline = ModelChoice(model).load(Placement.choose(device), NumberFormats(), None)
     typer.echo(pipeline.start_line(), err=True)
     out.mkdir(parents=True, exist_ok=True)
-    console, record, rows = Console(stderr=True), {}, {}
+    console = Console(stderr=True)
+    results: dict[SwitchMode, list[SwitchResult]] = {name: [] for name in modes}
     strips: list[tuple[int, np.ndarray, str]] = []
     with items_progress(console) as progress:
         bar = progress.add_task("switches", total=num * len(modes))
-        for name in modes:
-            results = []
-            for number, task in enumerate(tasks):
-                result, frames = show_switch(pipeline, task, name, steps)
-                results.append(result)
-                if number < SHOWN_SWITCHES:
-                    chunks = ", ".join(str(chunk) for chunk, shown in enumerate(result.shown, 1) if shown) or "none"
-                    few = frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)]
-                    strips.append((number, few, f"{name}: {task.prompts[1]} (shown in chunks: {chunks})"))
-                progress.advance(bar)
-            rows[name] = summarize_switches(results)
-            late = [result.late for result in results]
-            record[name] = {
-                **{key: score.record() for key, score in rows[name].items()},
-                "late_at_most": None if None in late else max(late),
-                "never_shown": late.count(None),
-                "switches": [asdict(result) for result in results],
-            }
+        for name, (number, task) in product(modes, enumerate(tasks)):
+            result, frames = show_switch(pipeline, task, name, steps)
+            results[name].append(result)
+            if number < SHOWN_SWITCHES:
+                few = frames[spaced_indices(len(frames), 2 * SWITCH_CHUNKS)]
+                strips.append((number, few, f"{name}: {task.prompts[1]} ({shown_chunks(result)})"))
+            progress.advance(bar)
     strips.sort(key=lambda strip: strip[0])
     clips, captions = [clip for _, clip, _ in strips], [text for _, _, text in strips]
     write_picture(film_strip(clips, captions=captions, scale=0.6), out / "switches.png")
-    write_json(out / "results.json", record)
-    console.print(score_table(f"new {change}, {num} each", rows, list(next(iter(rows.values())))))
-    for name, entry in record.items():
-        most = "some videos never show it" if entry["late_at_most"] is None else f"at most {entry['late_at_most']}"
+    scores = {name: summarize_switches(own) for name, own in results.items()}
+    write_json(out / "results.json", {name: switches_record(own, scores[name]) for name, own in results.items()})
+    console.print(score_table(f"new {change}, {num} each", scores, list(next(iter(scores.values())))))
+    for name, own in results.items():
+        late = latest_switch(own)
+        most = "some videos never show it" if late is None else f"at most {late}"
         console.print(f"{name}: chunks from the one in progress to the first that shows the new prompt: {most}")
     console.print(f"written: {out}", soft_wrap=True)
 

@@ -74,6 +74,12 @@ def show_switch(
     return result, np.concatenate(whole[receipt.effective_at - SWITCH_CHUNKS :])
 
 
+def shown_chunks(result: SwitchResult) -> str:
+    """Return which of the chunks after a change of prompt show the new one, as text."""
+    numbers = [str(number) for number, is_shown in enumerate(result.shown, 1) if is_shown]
+    return f"shown in chunks: {', '.join(numbers) or 'none'}"
+
+
 def read_tasks(folder: Path) -> list[Task]:
     """Return the tasks of a folder's manifest.jsonl; the captions describe the expected content of each shot."""
     from longvideo.data.manifest import read_manifest

@@ -10,8 +10,8 @@ whether two remain at the end.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from longvideo.evaluation.judge import compare, perceive
 from longvideo.evaluation.shapeworld import FPS, SECOND_STRIDE, Score
@@ -19,7 +19,7 @@ from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import COLORS, Scene, sample_scene
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -107,6 +107,22 @@ def summarize_switches(results: Sequence[SwitchResult]) -> dict[str, Score]:
     for name in ("number", "continues"):
         scores[name] = Score(sum(getattr(result, name) for result in results), len(results))
     return scores
+
+
+def latest_switch(results: Sequence[SwitchResult]) -> int | None:
+    """Return the largest `late` of results; None if a video never shows its new prompt."""
+    late = [result.late for result in results if result.late is not None]
+    return max(late) if len(late) == len(results) else None
+
+
+def switches_record(results: Sequence[SwitchResult], scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Return results and their scores for JSON."""
+    return {
+        **{name: score.record() for name, score in scores.items()},
+        "late_at_most": latest_switch(results),
+        "never_shown": [result.late for result in results].count(None),
+        "switches": [asdict(result) for result in results],
+    }
 
 
 def _continues(before: np.ndarray, after: np.ndarray, scene: Scene) -> bool:
