@@ -19,7 +19,7 @@ from longvideo.text.tokenizer import PAD_ID, UNKNOWN, encode, word_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from tokenizers import Encoding, Tokenizer
@@ -98,10 +98,7 @@ class TextEncoder(nn.Module):
         Every distinct prompt is encoded once and alone, so its features do not depend on the other prompts. Those of
         the latest 64 prompts are cached until a weight changes.
         """
-        cleaned = [clean_prompt(prompt) for prompt in prompts]
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(cleaned))}
-        features_PLD = torch.stack([self._encode_one(prompt) for prompt in row_of])
-        return features_PLD, torch.tensor([row_of[prompt] for prompt in cleaned], device=features_PLD.device)
+        return stack_features([clean_prompt(prompt) for prompt in prompts], self._encode_one)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
@@ -147,6 +144,16 @@ class TextEncoder(nn.Module):
                 f"{self._tokenizer_file or 'the tokenizer'} cannot encode the prompt {shown_prompt(text)}: {error};"
                 " change the prompt, or use the tokenizer of google/umt5-xxl"
             ) from error
+
+
+def stack_features(prompts: Sequence[str], features_of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the features [P, L, D] of the distinct prompts, and the row of each prompt, int64 [len(prompts)].
+
+    features_of: function that returns the features [L, D] of a prompt.
+    """
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    features_PLD = torch.stack([features_of(prompt) for prompt in row_of])
+    return features_PLD, torch.tensor([row_of[prompt] for prompt in prompts], device=features_PLD.device)
 
 
 def shown_prompt(text: str) -> str:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
 from longvideo.errors import UserError
-from longvideo.text.encoder import clean_prompt, shown_prompt
+from longvideo.text.encoder import clean_prompt, shown_prompt, stack_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
 
     from longvideo.text.encoder import TextEncoder
 
@@ -45,10 +44,7 @@ class KnownPrompts:
 
         Raises UserError for a prompt that was not encoded.
         """
-        cleaned = [self._known(prompt) for prompt in prompts]
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(cleaned))}
-        features_PLD = torch.stack([self._features_LD[prompt] for prompt in row_of])
-        return features_PLD, torch.tensor([row_of[prompt] for prompt in cleaned], device=features_PLD.device)
+        return stack_features([self._known(prompt) for prompt in prompts], self._features_LD.__getitem__)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words that are not in the vocabulary. Raises UserError for a prompt that was not encoded."""
