@@ -10,6 +10,7 @@ from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
 from longvideo.infer.fit.formats import check_formats
 from longvideo.infer.fit.memory import Workload
 from longvideo.infer.fit.refusal import check_memory
+from longvideo.infer.fit.resident import resident_bytes
 from longvideo.infer.fit.shapes import folder_shapes
 from longvideo.infer.generation import Models
 from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
@@ -48,7 +49,10 @@ def load_models(
     shapes = folder_shapes(folder, chosen)
     check_formats(shapes, formats, placement, name=str(folder.path))
     known = prompts if placement.text_device.type == "cuda" else None
-    check_memory(Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None))
+    resident = resident_bytes(folder, placement, formats)
+    check_memory(
+        Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None, resident=resident)
+    )
     packed = folder.is_packed
     formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
     with ThreadPoolExecutor() as pool:

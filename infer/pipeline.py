@@ -370,7 +370,7 @@ class StreamingPipeline:
         pixels_HWC = as_picture(image, size=size)
         latent = encode_first_frame(self.models, pixels_HWC)
         if message := reconstruction_warning(self.models, pixels_HWC[None], latent, name="the picture"):
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warnings.warn(message, UserWarning, stacklevel=4)
         return latent
 
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -40,7 +41,7 @@ output of attention, two updates."""
 QUANTIZING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
 """Bytes for each weight of a layer while it is quantized, with the result: the tensors alive in `from_linear`."""
 
-GRAPHS, CONTEXT = "CUDA graphs", "CUDA context"
+GRAPHS, CONTEXT, RESIDENT = "CUDA graphs", "CUDA context", "loaded before"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Workload:
     batch: number of videos that are generated together, with the guidance of the settings. loaded_in: data type of a
     transformer that is not packed before it is converted to `formats.precision`; None means that of the placement.
     frees_text: whether the text encoder encodes all prompts before anything else is loaded, and is freed then.
+    resident: bytes of the weights that are on a device already, which the model uses where they are.
     """
 
     shapes: ModelShapes
@@ -58,6 +60,7 @@ class Workload:
     batch: int = 1
     loaded_in: torch.dtype | None = None
     frees_text: bool = False
+    resident: Mapping[torch.device, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> TransformerPrecision:
@@ -67,7 +70,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """A part of the memory that streaming needs on a device. name: what takes it."""
+    """A part of the memory that streaming needs on a device.
+
+    name: what takes it. bytes: its size, negative for memory that is not needed again.
+    """
 
     name: str
     device: torch.device
@@ -109,6 +115,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
             autoencoder=autoencoders.get(place, 0),
             frees_text=workload.frees_text,
         )
+        peak[RESIDENT] = -workload.resident.get(place, 0)
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
 

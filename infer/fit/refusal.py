@@ -123,9 +123,10 @@ class _Change:
     devices: dict[str, torch.device | bool] = field(default_factory=dict)
 
     def applied(self, workload: Workload) -> Workload:
-        """Return the workload with this option."""
+        """Return the workload with this option. What is on a device already is then not counted as used."""
         return replace(
             workload,
+            resident={},
             formats=replace(workload.formats, **self.formats),
             placement=replace(workload.placement, **self.devices),
         )

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -28,16 +27,16 @@ from longvideo.checkpoint.parts import TEXT_ENCODER, VAE
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.settings import BOUNDS, ModelSettings
 from longvideo.config.bounds import check_whole
-from longvideo.errors import UserError, known
+from longvideo.errors import UserError
 from longvideo.files import write_json
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import VideoInputs
 from longvideo.infer.loading import load_models
-from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.timeline import Step, planned_steps
 from longvideo.integrations.diffusers_arguments import (
-    OUTPUT_TYPES,
+    TENSOR_INPUTS,
+    CallOptions,
     check_noise,
     frames_of,
     generators_of,
@@ -52,11 +51,10 @@ from longvideo.machine.packages import require
 from longvideo.quantization.number_formats import DecoderPrecision, NumberFormats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+    from collections.abc import Generator, Hashable, Iterator
 
-    from longvideo.infer.pipeline import FirstPicture
     from longvideo.infer.script import Script
-    from longvideo.integrations.diffusers_arguments import Frames, Generators
+    from longvideo.integrations.diffusers_arguments import Frames
 
 DECODER_PRECISIONS: dict[torch.dtype, DecoderPrecision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "force_download", "proxies")
@@ -75,7 +73,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     _optional_components = ["transformer_2"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = list(TENSOR_INPUTS)
 
     def __init__(
         self,
@@ -187,134 +185,71 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt: str | list[str] | Script,
         negative_prompt: str | list[str] | None = None,
         *,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_videos_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        image: FirstPicture | None = None,
-        output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int | None = None,
+        **options: Any,
     ) -> WanPipelineOutput | tuple[Frames]:
-        """Generate videos; the other arguments are those of `stream`.
+        """Generate videos.
 
-        return_dict: whether to return WanPipelineOutput, with `frames`, or else a tuple of the frames.
+        prompt: text, a list with a text for each video of a batch, or a Script, which has shots and their lengths.
+        negative_prompt: text that guidance leads away from, or one for each video. return_dict: whether to return
+        WanPipelineOutput, with `frames`, or else a tuple of the frames. options: fields of `CallOptions`, such as
+        num_frames and generator.
+        Raises UserError for a value that cannot be used.
         """
-        parts = self.stream(
-            prompt,
-            negative_prompt,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt,
-            generator=generator,
-            latents=latents,
-            image=image,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
-        frames = joined(list(parts), known("output_type", output_type, OUTPUT_TYPES))
+        call = CallOptions(**options)
+        frames = joined(list(self._generate(prompt, negative_prompt, call)), call.output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)  # pyright: ignore[reportArgumentType]
 
     def stream(
-        self,
-        prompt: str | list[str] | Script,
-        negative_prompt: str | list[str] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_videos_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        image: FirstPicture | None = None,
-        output_type: str = "np",
-        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int | None = None,
+        self, prompt: str | list[str] | Script, negative_prompt: str | list[str] | None = None, **options: Any
     ) -> Generator[Frames, None, None]:
         """Generate videos; yield their frames chunk by chunk. The first chunk comes in two parts: its first frame, then
         the others.
 
-        prompt: text, a list with a text for each video of a batch, or a Script, which has shots and their lengths.
-        negative_prompt: text that guidance leads away from, or one for each video. height, width: pixels; None means
-        the model's own. num_frames: frames of a video, 81 by default. Every number is possible: the last chunk is
-        generated whole, and the frames after the last one are dropped. num_inference_steps: steps for each chunk.
-        guidance_scale: scale of guidance, which is used above 1. None means the model's own for both.
-        num_videos_per_prompt: videos of each prompt. generator: CPU generators of the noise, one for all videos or one
-        for each; None means torch's global one. A generator with the seed of `StreamingPipeline.stream` gives the same
-        video. latents: noise of all chunks, [B, C, T, H, W], in place of what is drawn. image: first frame, as in
-        `StreamingPipeline.stream`. output_type: "np" for float32 [B, T, H, W, 3] from 0 to 1, "pt" for [B, T, 3, H, W],
-        "pil" for a list of pictures for each video, "latent" for normalized latents [B, C, T, H, W].
-        callback_on_step_end: function that is called as `callback(pipeline, step, timestep, {"latents": ...})` after
-        every step, with the latents of the chunk in progress, and may return others under "latents". Steps are numbered
-        over all chunks; `num_timesteps` is their number. It runs in the thread that denoises.
-        callback_on_step_end_tensor_inputs: names of the tensors that it receives, of which "latents" is the only one.
-        max_sequence_length: text positions; None means the model's own.
+        The arguments are those of a call, without return_dict.
         Raises UserError for a value that cannot be used, when it is called and not while iterating.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]:
-            raise UserError(f"callback_on_step_end_tensor_inputs has {shown(unknown[0])}; expected only 'latents'")
-        form = known("output_type", output_type, OUTPUT_TYPES)
-        guidance = SamplingOptions(guidance=guidance_scale).guidance
-        if num_inference_steps is not None:
-            num_inference_steps = whole_number(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-        shots = shots_of(prompt, num_videos_per_prompt)
+        return self._generate(prompt, negative_prompt, CallOptions(**options))
+
+    def _generate(
+        self, prompt: str | list[str] | Script, negative_prompt: str | list[str] | None, call: CallOptions
+    ) -> Generator[Frames, None, None]:
+        shots = shots_of(prompt, call.num_videos_per_prompt)
         negative = negative_prompts_of(negative_prompt, len(shots))
-        generators = generators_of(generator, len(shots))
-        streaming = self.streaming(height=height, width=width, max_sequence_length=max_sequence_length)
-        plan = plan_of(prompt, num_frames, streaming.chunk_timing)
-        check_noise(latents, (len(shots), *streaming.latent_shape), plan.num_chunks)
+        generators = generators_of(call.generator, len(shots))
+        streaming = self.streaming(height=call.height, width=call.width, max_sequence_length=call.max_sequence_length)
+        plan = plan_of(prompt, call.num_frames, streaming.chunk_timing)
+        check_noise(call.latents, (len(shots), *streaming.latent_shape), plan.num_chunks)
         if message := streaming.unknown_words_warning([text for video in shots for text in video]):
-            warnings.warn(message, UserWarning, stacklevel=2)
-        model = streaming.models.settings
-        steps = model.steps if num_inference_steps is None else num_inference_steps
-        self._guidance_scale = max(1.0, model.guidance if guidance is None else guidance)
+            warnings.warn(message, UserWarning, stacklevel=3)
+        model, sampling = streaming.models.settings, call.sampling
+        steps = model.steps if sampling.steps is None else sampling.steps
+        self._guidance_scale = max(1.0, model.guidance if sampling.guidance is None else sampling.guidance)
         self._num_timesteps, self._interrupt = steps * plan.num_chunks, False
         progress = self.progress_bar(total=self._num_timesteps)  # pyright: ignore[reportCallIssue]
         numbers = count()
 
         def after_step(timestep: int, sample: Tensor) -> Tensor:
             progress.update()
-            if callback_on_step_end is None:
-                return sample
-            tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
-            result = callback_on_step_end(self, next(numbers), timestep, tensors)
-            if not isinstance(result, dict):
-                raise UserError(f"callback_on_step_end returned {shown(result)}; expected its dict of tensors")
-            return result.get("latents", sample)
+            return call.after_step(self, next(numbers), timestep, sample)
 
         inputs = VideoInputs(
             steps=self._until_interrupted(planned_steps(plan, shots)),
-            solver=ObservedSolver(steps, model.shift, after_step=after_step, noise=latents),
+            solver=ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents),
             guidance=self._guidance_scale,
             generators=generators,
-            first_latent=streaming.first_latent(image),
+            first_latent=streaming.first_latent(call.image),
             negative_prompts=negative,
         )
         scale = streaming.models.decoder.config.scale_factor_temporal
-        return frames_of(streaming.generate(inputs), form, progress, temporal_scale=scale)
+        return frames_of(streaming.generate(inputs), call.output_type, progress, temporal_scale=scale)
 
     def streaming(
         self, *, height: int | None = None, width: int | None = None, max_sequence_length: int | None = None
     ) -> StreamingPipeline:
         """Return the pipeline that computes, for sessions and everything else that diffusers has no name for.
 
-        The arguments are those of `stream`. Raises UserError for modules and sizes that cannot be used.
+        The arguments are those of `CallOptions`. Raises UserError for modules and sizes that cannot be used.
         """
         settings = self.settings
         if max_sequence_length is not None:

@@ -2,32 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, known
 from longvideo.infer.frame_files import WHITE
 from longvideo.infer.generation import NEGATIVE_PROMPT, GeneratedChunk
-from longvideo.infer.options import shown, whole_number
+from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
+from longvideo.infer.pipeline import FirstPicture
 from longvideo.infer.script import MAX_SECONDS, ChunkPlan, ChunkTiming, Script, check_prompt, plan_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+
 OutputType = Literal["np", "pil", "pt", "latent"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("np", "pil", "pt", "latent")
 Frames: TypeAlias = "np.ndarray | Tensor | list[list[Image.Image]]"
 Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
+StepCallback: TypeAlias = "Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks"
 NUM_FRAMES = 81
 """Default number of frames, that of diffusers' WanPipeline."""
 MAX_VIDEOS = 1024
+TENSOR_INPUTS = ("latents",)
+"""Names of the tensors that a callback may receive."""
 TIME_AXIS = {"np": 1, "pt": 1, "latent": 2}
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """Options of a call of the pipeline, with the names and meanings of diffusers' WanPipeline.
+
+    height, width: pixels; None means the model's own. num_frames: frames of a video; None means 81, or the length of a
+    Script. Every number is possible: the last chunk is generated whole, and the frames after the last one are dropped.
+    num_inference_steps: steps for each chunk. guidance_scale: scale of guidance, which is used above 1. None means the
+    model's own for both. num_videos_per_prompt: videos of each prompt. generator: CPU generators of the noise, one for
+    all videos or one for each; None means torch's global one. A generator with the seed of `StreamingPipeline.stream`
+    gives the same video. latents: noise of all chunks, [B, C, T, H, W], in place of what is drawn. image: first frame,
+    as in `StreamingPipeline.stream`. output_type: "np" for float32 [B, T, H, W, 3] from 0 to 1, "pt" for
+    [B, T, 3, H, W], "pil" for a list of pictures for each video, "latent" for normalized latents [B, C, T, H, W].
+    callback_on_step_end: function that is called as `callback(pipeline, step, timestep, {"latents": ...})` after every
+    step, with the latents of the chunk in progress, and may return others under "latents". Steps are numbered over all
+    chunks; `num_timesteps` is their number. It runs in the thread that denoises. callback_on_step_end_tensor_inputs:
+    names of the tensors that it receives, of which "latents" is the only one. max_sequence_length: text positions; None
+    means the model's own.
+    Raises UserError for an output type, a number or a name that cannot be used.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_videos_per_prompt: int = 1
+    generator: Generators = None
+    latents: Tensor | None = None
+    image: FirstPicture | None = None
+    output_type: OutputType = "np"
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = TENSOR_INPUTS
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        known("output_type", self.output_type, OUTPUT_TYPES)
+        for name in self.tensor_inputs:
+            if name not in TENSOR_INPUTS:
+                raise UserError(f"callback_on_step_end_tensor_inputs has {shown(name)}; expected only 'latents'")
+        if self.num_inference_steps is not None:
+            whole_number(self.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+        SamplingOptions(guidance=self.guidance_scale)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """Steps and guidance, as Python's numbers."""
+        return SamplingOptions(self.num_inference_steps, self.guidance_scale)
+
+    @property
+    def tensor_inputs(self) -> Sequence[str]:
+        """Names of the tensors that the callback receives; a callback object of diffusers has its own."""
+        if isinstance(self.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            return self.callback_on_step_end.tensor_inputs
+        return self.callback_on_step_end_tensor_inputs
+
+    def after_step(self, pipeline: object, step: int, timestep: int, sample: Tensor) -> Tensor:
+        """Call the callback, if there is one, and return the latents with which the next step continues."""
+        if self.callback_on_step_end is None:
+            return sample
+        tensors = dict.fromkeys(self.tensor_inputs, sample)
+        result = self.callback_on_step_end(pipeline, step, timestep, tensors)
+        if not isinstance(result, dict):
+            raise UserError(f"callback_on_step_end returned {shown(result)}; expected its dict of tensors")
+        return result.get("latents", sample)
 
 
 def shots_of(prompt: object, videos_per_prompt: object) -> list[list[str]]:

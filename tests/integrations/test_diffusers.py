@@ -28,8 +28,11 @@ from longvideo.checkpoint.names import to_official
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.loading import load_models
+from longvideo.infer.fit.resident import resident_bytes
 from longvideo.integrations import diffusers as integration
 from longvideo.integrations.diffusers import CausalWanPipeline
+from longvideo.integrations.diffusers_modules import model_folder
+from longvideo.quantization.number_formats import NumberFormats
 from longvideo.text.tokenizer import word_tokenizer
 from tests.checkpoint import small
 
@@ -284,6 +287,28 @@ def test_weights_are_shared_and_the_streaming_pipeline_is_kept(pipe: CausalWanPi
     shared = {name for name, tensor in ours.items() if tensor.data_ptr() == theirs[name].data_ptr()}
     copied = {name for name in ours if name not in shared}
     assert len(shared) > len(copied) and all(".self_attn." in name for name in copied)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_memory_check_counts_shared_weights_once(folder: Path, tmp_path: Path, lora: bool) -> None:
+    pipe = load(folder)
+    if lora:
+        adapter(1.0).save(tmp_path / "lora", base="small")
+        pipe.load_lora_weights(str(tmp_path / "lora"))
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    frames(pipe, num_frames=1)
+    models = pipe.streaming().models
+    theirs = {tensor.data_ptr() for part in parts for tensor in part.state_dict().values()}
+    autoencoder: Any = models.decoder._autoencoder  # pyright: ignore[reportAttributeAccessIssue]
+    text_encoder: Any = models.text_encoder
+    own = [tensor for part in (models.transformer, autoencoder, text_encoder.model) for tensor in part.parameters()]
+    shared = sum(tensor.nbytes for tensor in own if tensor.data_ptr() in theirs)
+    formats = NumberFormats(decoder="fp32")
+    in_memory = model_folder(*parts, tokenizer=folder / "tokenizer", settings=pipe.settings)
+    assert resident_bytes(in_memory, CPU, formats) == {CPU.device: shared} and shared > 0
+    halved = replace(CPU, dtype=torch.bfloat16)
+    assert resident_bytes(in_memory, halved, formats)[CPU.device] == sum(x.nbytes for x in autoencoder.parameters())
+    assert resident_bytes(ModelFolder.open(folder), CPU, formats) == {}
 
 
 def test_a_changed_weight_counts_from_the_next_call(folder: Path) -> None:

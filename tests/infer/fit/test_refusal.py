@@ -80,6 +80,19 @@ def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_fi
     assert "\n" not in message
 
 
+def test_weights_that_are_on_the_gpu_already_are_needed_once(gpus: SetFree) -> None:
+    loaded = 4 * 10**9
+    needed = total(estimate(workload(resident={FIRST: loaded})))
+    assert needed == total(estimate(workload())) - loaded
+    gpus(needed / 1e9 + 0.1)
+    check(resident={FIRST: loaded})
+    with pytest.raises(UserError, match="streaming needs about"):
+        check()
+    gpus(needed / 1e9 - 0.2)
+    with pytest.raises(UserError, match=r"loaded before -4\.0"):
+        check(resident={FIRST: loaded})
+
+
 def test_remedies_are_joined_where_one_is_not_enough(gpus: SetFree) -> None:
     gpus(26.0)
     with pytest.raises(UserError, match=r"with --precision nvfp4-weights --kv-cache nvfp4 it needs 2\d\.\d GB$"):
