@@ -20,8 +20,8 @@ from longvideo.shapeworld.render import render
 from longvideo.shapeworld.world import sample_scene
 
 HEIGHT, WIDTH = 128, 224
-OWN_LEAST = 35.0
-"""Least PSNR of tiny for pictures of ShapeWorld, dB: 36.9 of 100 held-out scenes."""
+OWN_LEAST = 34.0
+"""Least PSNR of tiny for pictures of ShapeWorld, dB: 34.6 of 500 held-out scenes."""
 
 
 @cache
