@@ -26,9 +26,11 @@ from longvideo.cli.model_options import (
     DecoderFormat,
     DecoderName,
     Device,
+    DeviceChoice,
     KVCacheFormat,
     ModelChoice,
     Precision,
+    TextEncoderChoice,
     one_decoder,
 )
 from longvideo.cli.output import OUTPUT
@@ -125,6 +127,7 @@ def shapeworld(
     attention: AttentionFormat = "bf16",
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
+    text_encoder: TextEncoderChoice = None,
     out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and pictures.")] = Path("runs/eval"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
 ) -> None:
@@ -156,12 +159,12 @@ def shapeworld(
         tasks = read_tasks(videos)[:num]
         source = read_videos(videos, tasks)
     else:
-        from longvideo.infer.fit.placement import Placement
         from longvideo.quantization.number_formats import NumberFormats
 
-        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
+        formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
+        placement = DeviceChoice(device, text_encoder=text_encoder).place()
         tasks = build_tasks(num, seconds=seconds, shots=shots, seed=seed)
-        pipeline = ModelChoice(model).load(Placement.choose(device), formats, one_decoder(decoder))
+        pipeline = ModelChoice(model).load(placement, formats, one_decoder(decoder))
         typer.echo(pipeline.start_line(), err=True)
         source = generate_videos(pipeline, tasks, batch=batch, steps=steps, guidance=guidance)
     # before the work: a folder that cannot be created is an error at once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_nan_is_named() -> None:
     model.shared.weight[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"shared.weight \[50, 48\] holds NaN or infinity"):
         quantize_weights(model, "fp8", CPU)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp8", 0.2), ("nvfp4", 0.5)])
+def test_features_of_random_weights_with_the_depth_of_umt5_xxl_change_little(
+    precision: WeightPrecision, bound: float
+) -> None:
+    xxl = UMT5Config.xxl()
+    config = replace(xxl, vocab_size=1000, d_model=256, d_ff=256 * xxl.d_ff // xxl.d_model, num_heads=4)
+    model = UMT5Encoder(config).eval().requires_grad_(False)
+    model.initialize(torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 1000, (4, 64), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, torch.ones_like(ids))
+    quantize_weights(model, precision, CPU, keep=POSITION_BIASES)
+    features = model(ids, torch.ones_like(ids))
+    error = ((features - expected).norm() / expected.norm()).item()
+    print(f"relative error of features of random weights in {precision}: {error:.4f}")
+    assert 0.001 < error < bound
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp8", 0.06), ("nvfp4", 0.2)])
