@@ -24,8 +24,8 @@ JOINED = re.compile(r"\.self_attn\.[qkv]\.(weight|bias)$")
 def resident_bytes(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> dict[torch.device, int]:
     """Return the bytes of weights on each device that a model in memory shares; nothing for a model in files.
 
-    placement, formats: those with which the model is loaded, with its own decoder. Weights that are cast, quantized, moved or updated by an
-    adapter are copied, and do not count.
+    placement, formats: those with which the model is loaded, with its own decoder. Weights that are cast, quantized,
+    moved or updated by an adapter are copied, and do not count.
     """
     places = {TRANSFORMER: (placement.device, placement.denoise_dtype)}
     if formats.precision not in (None, "bf16"):

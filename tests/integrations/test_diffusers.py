@@ -27,8 +27,8 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.names import to_official
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.loading import load_models
 from longvideo.infer.fit.resident import resident_bytes
+from longvideo.infer.loading import load_models
 from longvideo.integrations import diffusers as integration
 from longvideo.integrations.diffusers import CausalWanPipeline
 from longvideo.integrations.diffusers_modules import model_folder
