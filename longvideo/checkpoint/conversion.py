@@ -25,6 +25,7 @@ from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
 from longvideo.checkpoint.targets import TARGETS, ConversionTask
 from longvideo.checkpoint.tensors import Expanded, Weights, is_one_byte_float
+from longvideo.checkpoint.updates import report_widened
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
@@ -98,6 +99,8 @@ def convert_model(
     for part in weights:
         source.check(part)
     if TRANSFORMER in weights:
+        if options.precision is None:
+            report_widened(source.base_weights, source.adapters)
         weights[TRANSFORMER] = _in_precision(source, options, progress.on_packed)
     if options.precision != FULL:
         weights = {part: _without_padding(own) for part, own in weights.items()}

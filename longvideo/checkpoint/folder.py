@@ -14,16 +14,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from longvideo.checkpoint import packed
+from longvideo.checkpoint.branches import Branches
+from longvideo.checkpoint.chosen_adapters import open_choice
 from longvideo.checkpoint.diffusers_folder import SETTINGS_FILE, SMALL_FILE, copy_part, write_index, write_part
 from longvideo.checkpoint.formats import recognize
-from longvideo.checkpoint.locations import HUB_ID, HUB_PREFIX, WEIGHT_SUFFIXES, is_local, locate
+from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.modules import OnMeta, check_fits, load_weights, own_tensors
-from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
+from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
-from longvideo.checkpoint.settings import PRESETS, ModelSettings
+from longvideo.checkpoint.settings import ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import StoredAdapter, merged
 from longvideo.errors import CheckpointError, ConfigError
@@ -39,7 +43,6 @@ from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
     from torch import nn
 
@@ -60,8 +63,9 @@ class ModelFolder:
 
     path: the folder or file. format: description of the recognized format. stored: its parts, of transformer, vae and
     text_encoder. tokenizer: folder with tokenizer.json. notes: numbers and texts stored with the weights. unused: files
-    that belong to no part, with the reason. adapters: added to the transformer, in this order; `stored` has the sum.
-    originals: the transformer's weights without them; None without adapters.
+    that belong to no part, with the reason. adapters: added to the transformer, in this order; `stored` has the sum,
+    and `load_transformer` keeps them next to packed layers. originals: the transformer's weights without them; None
+    without adapters.
     """
 
     path: Path
@@ -101,7 +105,7 @@ class ModelFolder:
         base_model = None if base is None else cls.open(base)
         stored = recognize(path, entry=entry, like={} if base_model is None else base_model.stored)
         parts = {**(base_model.stored if base_model else {}), **stored.parts}
-        settings = _settings(stored, base_model, preset)
+        settings = stored.settings_of(preset, base=None if base_model is None else base_model.settings)
         if stored.adapter is not None and TRANSFORMER not in parts:
             raise MissingBase(f"{path} is a LoRA; use --base with the model that it belongs to", stored.adapter)
         if TRANSFORMER in parts:
@@ -120,12 +124,14 @@ class ModelFolder:
 
         Raises CheckpointError for an update that does not fit the transformer.
         """
-        if not adapters:
-            return self
-        part, every = self._part(TRANSFORMER), (*self.adapters, *adapters)
-        originals = part.weights if self.originals is None else self.originals
-        changed = {TRANSFORMER: part.with_weights(merged(originals, every))}
-        return replace(self, stored={**self.stored, **changed}, adapters=every, originals=originals)
+        return self.with_other_adapters((*self.adapters, *adapters)) if adapters else self
+
+    def with_other_adapters(self, adapters: Sequence[StoredAdapter]) -> ModelFolder:
+        """Return the model with these adapters in place of all that it has. Raises as `with_adapters` does."""
+        part, base = self._part(TRANSFORMER), self.base_weights
+        changed = {TRANSFORMER: part.with_weights(merged(base, adapters) if adapters else base)}
+        originals = base if adapters else None
+        return replace(self, stored={**self.stored, **changed}, adapters=tuple(adapters), originals=originals)
 
     def resized(self, size: PictureSize) -> ModelFolder:
         """Return the model with another picture size. Warns (UserWarning) that the model was not trained for it.
@@ -209,9 +215,19 @@ class ModelFolder:
         return self._part(part).kind
 
     @property
+    def base_weights(self) -> Weights:
+        """Weights of the transformer without adapters."""
+        return self.weights(TRANSFORMER) if self.originals is None else self.originals
+
+    @property
     def is_packed(self) -> bool:
-        """Whether the transformer's weights are packed to NVFP4."""
-        return packed.is_packed(self.weights(TRANSFORMER))
+        """Whether the transformer's weights, without adapters, are packed to NVFP4."""
+        return packed.is_packed(self.base_weights)
+
+    @cached_property
+    def branches(self) -> Branches:
+        """Adapters as `load_transformer` applies them."""
+        return Branches.of(self.base_weights, self.adapters)
 
     def check(self, part: str) -> None:
         """Raise CheckpointError unless a part's weight files match its configuration. Only headers are read."""
@@ -226,20 +242,29 @@ class ModelFolder:
                 return Autoencoder(self.vae_config)
             if part == TEXT_ENCODER:
                 return UMT5Encoder(self.text_encoder_config)
+        return self._build_transformer(self.weights(TRANSFORMER))
+
+    def _build_transformer(self, weights: Weights) -> CausalTransformer:
+        with OnMeta():
             model = CausalTransformer(self.transformer_config)
-        expect_packed(model, self.weights(TRANSFORMER).infos)
+        expect_packed(model, weights.infos)
         return model
 
     def load_transformer(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> CausalTransformer:
-        """Load the transformer. dtype: of the weights; None keeps the stored one. Packed layers always stay packed."""
-        module = self.build(TRANSFORMER)
-        assert isinstance(module, CausalTransformer)
-        weights = self.weights(TRANSFORMER)
-        if self.originals is not None and dtype is not None and not self.is_packed:
-            weights = merged(self.originals, self.adapters, dtype=dtype)  # rounded once, to the dtype of the model
+        """Load the transformer with its adapters. dtype: of the weights; None keeps the stored one.
+
+        Packed layers stay packed, with their low-rank updates as branches next to them. A packed layer with another
+        update gets `dtype`, or bf16, and a line is logged. All other updates are added to the weights in fp32.
+        """
+        branches = self.branches
+        branches.report(str(self.path), dtype or torch.bfloat16)
+        # rounded once, to the dtype of the model
+        weights = merged(self.base_weights, branches.others, dtype=dtype) if self.adapters else self.base_weights
+        module = self._build_transformer(weights)
         load_weights(module, weights, device=device, dtype=dtype)
+        branches.attach(module)
         return module.eval()
 
     def load_vae(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
@@ -347,35 +372,6 @@ class ModelFolder:
                 f"{self.path} has no {part}, only {available}; use --base with a model folder that has it"
             )
         return self.stored[part]
-
-
-def open_choice(choice: AdapterChoice) -> StoredAdapter:
-    """Open an adapter that a user chose. Raises CheckpointError if it is something else."""
-    is_hub_id = HUB_ID.fullmatch(choice.name.removeprefix(HUB_PREFIX)) and not choice.name.endswith(WEIGHT_SUFFIXES)
-    if not is_hub_id and not is_local(choice.name):
-        raise CheckpointError(
-            f"there is no adapter {choice.name!r}; use a file, a folder or a Hugging Face id like org/name"
-        )
-    stored = recognize(locate(choice.name))
-    if stored.adapter is None:
-        raise CheckpointError(f"{choice.name} is not an adapter but a {stored.format}; use it as the model")
-    return replace(stored.adapter, strength=choice.strength)
-
-
-def _settings(stored: StoredModel, base_model: ModelFolder | None, preset: str | None) -> ModelSettings:
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
-        return PRESETS[preset]
-    if stored.settings is not None:
-        return stored.settings
-    if base_model is not None:
-        return base_model.settings
-    own = stored.parts.get(TRANSFORMER)
-    if own is None:
-        return ModelSettings()
-    assert isinstance(own.config, TransformerConfig)
-    return ModelSettings(text_len=own.config.text_len)
 
 
 def _check_text_len(

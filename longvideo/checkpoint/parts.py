@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import StoredAdapter
+from longvideo.errors import ConfigError
 from longvideo.model.config import TransformerConfig
 from longvideo.text.umt5 import UMT5Config
 from longvideo.vae.config import AutoencoderConfig
@@ -51,3 +52,20 @@ class StoredModel:
     adapter: StoredAdapter | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[Path, str] = field(default_factory=dict)
+
+    def settings_of(self, preset: str | None, *, base: ModelSettings | None) -> ModelSettings:
+        """Return the settings of a preset, or else those in the files, those of the base, or those of a new model.
+
+        base: settings of the model with the missing parts. Raises ConfigError for an unknown preset.
+        """
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ConfigError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+            return PRESETS[preset]
+        if (settings := self.settings or base) is not None:
+            return settings
+        own = self.parts.get(TRANSFORMER)
+        if own is None:
+            return ModelSettings()
+        assert isinstance(own.config, TransformerConfig)
+        return ModelSettings(text_len=own.config.text_len)

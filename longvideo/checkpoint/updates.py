@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,45 +166,51 @@ def merged(base: Weights, adapters: Sequence[StoredAdapter], *, dtype: torch.dty
     """Return a transformer's weights with adapters added in their order; each sum is computed when it is read.
 
     dtype: of the sums, which are computed in fp32 and rounded once. None means the dtype of each parameter, but bf16
-    for a weight of 4 or 8 bits, because so few bits would round most of an update away; this is logged.
+    for a weight of 4 or 8 bits, because so few bits would round most of an update away. An adapter of strength 0
+    changes nothing.
     Raises CheckpointError for an update of a parameter that the base does not have, or that has another shape.
     """
     changes: dict[str, Lazy | None] = {}
-    widened: dict[str, int] = {}
     names = dict.fromkeys(name for adapter in adapters for name in adapter.updates)
-    checked = [adapter.finite() for adapter in adapters]
+    active = [adapter.finite() for adapter in adapters if adapter.strength]
     unpacked = unpack(base)
     for name in names:
         for adapter in adapters:
             _check_fits(adapter, name, unpacked)
-        weight, (stored, rounded) = unpacked.tensors[name], _formats(base, name)
+        steps = [(update, one.strength) for one in active for update in one.updates.get(name, ())]
+        if not steps:
+            continue
         if name not in base.tensors:
             layer = name.removesuffix(".weight")
             changes |= dict.fromkeys(f"{layer}.{leaf}" for leaf in PACKED_LEAVES)
-        if rounded != stored and dtype is None:
-            widened[stored] = widened.get(stored, 0) + 1
-        steps = [(update, one.strength) for one in checked for update in one.updates.get(name, ())]
-        result = dtype or getattr(torch, rounded)
+        weight, result = unpacked.tensors[name], dtype or _formats(base, name)[1]
         changes[name] = Computed(TensorInfo(weight.info.shape, result), partial(_read_sum, weight, steps, result))
-    for stored, count in widened.items():
-        logger.warning(
-            "%s: the %d layers that the adapter updates become bf16; %s would round most of the update away",
-            *(base.label, count, stored),
-        )
     files = tuple(dict.fromkeys((*base.files, *(file for adapter in adapters for file in adapter.files))))
     notes = {f"adapter_{number}": adapter.digest() for number, adapter in enumerate(adapters)}
     return Weights(base.replaced(changes).tensors, files, {**base.metadata, **notes})
 
 
-def _formats(base: Weights, name: str) -> tuple[str, str]:
-    """Return the stored format of a parameter, and the dtype of its sum."""
+def report_widened(base: Weights, adapters: Sequence[StoredAdapter]) -> None:
+    """Log one line for each stored format that is too narrow for an update, with the number of its layers."""
+    names = dict.fromkeys(name for adapter in adapters if adapter.strength for name in adapter.updates)
+    formats = Counter(stored for stored, _ in (_formats(base, name) for name in names) if stored is not None)
+    for stored, count in formats.items():
+        logger.warning(
+            "%s: the %d layers that the adapter updates become bf16; %s would round most of the update away",
+            *(base.label, count, stored),
+        )
+
+
+def _formats(base: Weights, name: str) -> tuple[str | None, torch.dtype]:
+    """Return the stored format of a parameter if it is too narrow for an update, and the dtype of its sum."""
     if name not in base.tensors:
-        return "NVFP4", "bfloat16"
+        return "NVFP4", torch.bfloat16
     if isinstance(base.tensors[name], Expanded):
-        return "scaled FP8", "bfloat16"
+        return "scaled FP8", torch.bfloat16
     dtype = base.infos[name].dtype
-    stored = str(dtype).removeprefix("torch.")
-    return stored, "bfloat16" if is_one_byte_float(dtype) else stored
+    if is_one_byte_float(dtype):
+        return str(dtype).removeprefix("torch."), torch.bfloat16
+    return None, dtype
 
 
 def _check_fits(adapter: StoredAdapter, name: str, base: Weights) -> None:

@@ -180,14 +180,17 @@ def with_precision(
 
 
 def set_inputs(model: CausalTransformer, product: W4A4 | None) -> None:
-    """Set whether norms and GELUs round inputs that only packed layers read, so that q, k and v share one input.
+    """Set whether norms and GELUs round inputs that only packed layers without a branch read.
+
+    q, k and v then share one rounded input.
 
     product: product whose rounding is used; None removes the rounding. A layer with an unrounded input rounds it
         itself, so no result changes.
     """
 
     def rounding_of(*readers: nn.Module) -> W4A4 | None:
-        return product if all(isinstance(reader, NVFP4Linear) for reader in readers) else None
+        rounds = all(isinstance(reader, NVFP4Linear) and reader.branch is None for reader in readers)
+        return product if rounds else None
 
     eps = model.config.eps
     for block in model.modules():

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule, check_groups
+from longvideo.quantization.branch import LowRankBranch
+from longvideo.quantization.products import InputPair
 
 if TYPE_CHECKING:
     from longvideo.quantization.products import W4A4, Input, Product, Weight
@@ -18,7 +20,7 @@ CODES, SCALES, TENSOR_SCALE = "weight_codes", "weight_scales", "weight_tensor_sc
 
 
 class NVFP4Linear(nn.Module):
-    """A linear layer with a frozen packed weight [out, in], in groups of 16 along `in`, and a bias.
+    """A linear layer with a frozen packed weight [out, in], in groups of 16 along `in`, a bias, and perhaps a branch.
 
     The input may require a gradient, which is computed with the dequantized weight; the rounding of inputs counts as
     the identity. `set_product` must be called before the layer is run, on the device where the weight will stay.
@@ -31,6 +33,7 @@ class NVFP4Linear(nn.Module):
         check_groups(torch.Size((out_features, in_features)))
         self.in_features, self.out_features = in_features, out_features
         self.product: Product | None = None
+        self.branch: LowRankBranch | None = None
         self._operand: Weight | None = None
         codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device)
         scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float8_e4m3fn, device=device)
@@ -62,15 +65,25 @@ class NVFP4Linear(nn.Module):
     def quantized_weight(self) -> NVFP4Tensor:
         return NVFP4Tensor(self.get_buffer(CODES), self.get_buffer(SCALES), self.get_buffer(TENSOR_SCALE))
 
-    def forward(self, x: Input) -> Tensor:
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            output = _FrozenProduct.apply(x, self)
+    def add_branch(self, down: Tensor, up: Tensor) -> None:
+        """Add the product of the unrounded input and `up @ down` to every output; see `LowRankBranch`."""
+        assert self.branch is None, "a layer has one branch, with the ranks of all updates"
+        self.branch = LowRankBranch(down, up)
+
+    def forward(self, x: Input | InputPair) -> Tensor:
+        rounded, exact = (x.rounded, x.exact) if isinstance(x, InputPair) else (x, x)
+        if isinstance(rounded, Tensor) and rounded.requires_grad and torch.is_grad_enabled():
+            output = _FrozenProduct.apply(rounded, self)
             assert isinstance(output, Tensor)
+        else:
+            output = self.multiply(rounded)
+        if self.branch is None:
             return output
-        return self.multiply(x)
+        assert isinstance(exact, Tensor), "a layer with a branch needs the unrounded input"
+        return self.branch(output, exact)
 
     def multiply(self, x: Input) -> Tensor:
-        """Return the output, without a gradient. Raises RuntimeError before `set_product`."""
+        """Return the output without the branch and without a gradient. Raises RuntimeError before `set_product`."""
         if self.product is None or self._operand is None:
             raise RuntimeError("this NVFP4Linear has no product; call its set_product")
         return self.product(x, self._operand, self.bias)

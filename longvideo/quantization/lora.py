@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from longvideo.quantization.branch import add_low_rank
 from longvideo.quantization.convert import set_inputs
 from longvideo.quantization.linear import NVFP4Linear
 
@@ -24,9 +23,8 @@ TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 class LoraLinear(nn.Module, LoraLayer):
     """A frozen layer with low-rank updates (LoRA, arXiv 2106.09685; on 4-bit weights, QeRL, arXiv 2510.11696).
 
-    An update is computed in the dtype of the input: with fp32 weights and bf16 inputs the weights are rounded, since
-        the inputs are far larger. An update is not merged in place, since rounding would remove it from a packed layer;
-        `longvideo merge` adds it to the unpacked weights.
+    An update is not merged in place, since rounding would remove it from a packed layer; `longvideo merge` adds it to
+    the unpacked weights.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -49,9 +47,7 @@ class LoraLinear(nn.Module, LoraLayer):
             if name in self.lora_A:
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
                 assert isinstance(down, Tensor) and isinstance(up, Tensor)
-                narrow = F.linear(self.lora_dropout[name](x), down.to(x.dtype)).flatten(0, -2)
-                wide = torch.addmm(output.flatten(0, -2), narrow, up.to(x.dtype).T, alpha=self.scaling[name])
-                output = wide.view(output.shape)
+                output = add_low_rank(output, self.lora_dropout[name](x), down, up, scale=self.scaling[name])
         return output
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:

@@ -27,6 +27,16 @@ class FlatOperand:
 
 
 Input = Tensor | ExactOperand | FlatOperand
+
+
+@dataclass(frozen=True)
+class InputPair:
+    """An input of layers of which some have a branch. rounded: for their products. exact: for the branches."""
+
+    rounded: Input
+    exact: Tensor
+
+
 Weight = NVFP4Tensor | scaled_mm.ScaledOperand
 
 

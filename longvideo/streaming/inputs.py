@@ -16,7 +16,7 @@ from longvideo.kernels.backends import FP8Operations, NormOperations, fp8_operat
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import W4A4, W4A16
+from longvideo.quantization.products import W4A4, W4A16, InputPair
 
 
 class Inputs(Protocol):
@@ -68,7 +68,7 @@ class Unrounded:
         return _unrounded(x, self._dtype)
 
     def gelu(self, layer: nn.Module, x: Any) -> Tensor:
-        weight = _weight(layer, x.dtype) if x.is_cuda else None
+        weight = _weight(layer, x.dtype) if isinstance(x, Tensor) and x.is_cuda else None
         if weight is None:
             return F.gelu(layer(x), approximate="tanh")
         # bias and GELU in the epilogue of the product save a pass over the widest activation
@@ -136,11 +136,39 @@ class RoundedToNVFP4:
         return self._product.prepare_gelu(layer(x))
 
 
+class RoundedWithExact:
+    """Inputs in 4 bits together with their exact values, for layers of which some have a branch."""
+
+    def __init__(self, exact: Unrounded, product: W4A4) -> None:
+        self._exact, self._product = exact, product
+
+    def norm(
+        self,
+        h_BLD: Tensor,
+        update_BLD: Tensor | None,
+        gate: Tensor | None,
+        multiplier: Tensor,
+        shift: Tensor,
+        *,
+        bias_D: Tensor | None = None,
+    ) -> InputPair:
+        return self._pair(self._exact.norm(h_BLD, update_BLD, gate, multiplier, shift, bias_D=bias_D))
+
+    def round(self, x: Tensor | FP8Rows) -> InputPair:
+        return self._pair(self._exact.round(x))
+
+    def gelu(self, layer: nn.Module, x: Any) -> InputPair:
+        return self._pair(self._exact.gelu(layer, x))
+
+    def _pair(self, x: Tensor) -> InputPair:
+        return InputPair(self._product.prepare(x), x)
+
+
 def _weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """Return the weight with which a layer multiplies unrounded inputs; None if it rounds them."""
+    """Return the weight with which a layer multiplies unrounded inputs; None if it rounds them or has a branch."""
     if isinstance(layer, nn.Linear):
         return layer.weight
-    if isinstance(layer, NVFP4Linear) and isinstance(layer.product, W4A16):
+    if isinstance(layer, NVFP4Linear) and isinstance(layer.product, W4A16) and layer.branch is None:
         return layer.product.unpacked(layer.quantized_weight, dtype)
     return None
 
@@ -156,7 +184,9 @@ def inputs_of(readers: list[nn.Module], device: torch.device, dtype: torch.dtype
     operations = norm_operations(device)
     if all(isinstance(reader, FP8Linear) for reader in readers):
         return RoundedToFP8(operations, eps, fp8_operations(device))
-    products = [reader.product for reader in readers if isinstance(reader, NVFP4Linear)]
-    if len(products) == len(readers) and isinstance(product := products[0], W4A4):
-        return RoundedToNVFP4(operations, eps, dtype, product)
-    return Unrounded(operations, eps, dtype)
+    packed = [reader for reader in readers if isinstance(reader, NVFP4Linear)]
+    if len(packed) < len(readers) or not isinstance(product := packed[0].product, W4A4):
+        return Unrounded(operations, eps, dtype)
+    if any(reader.branch is not None for reader in packed):
+        return RoundedWithExact(Unrounded(operations, eps, dtype), product)
+    return RoundedToNVFP4(operations, eps, dtype, product)

@@ -18,8 +18,9 @@ from longvideo.checkpoint import names
 from longvideo.checkpoint.adapter_files import open_adapter
 from longvideo.checkpoint.adapters import Adapter, layer_sizes
 from longvideo.checkpoint.choices import AdapterChoice
+from longvideo.checkpoint.chosen_adapters import open_choice
 from longvideo.checkpoint.conversion import convert_adapter
-from longvideo.checkpoint.folder import ModelFolder, open_choice
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import merged
 from longvideo.cli.main import main

@@ -11,7 +11,7 @@ from torch import Tensor
 from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapter_files import open_adapter
 from longvideo.checkpoint.tensors import Weights
-from longvideo.checkpoint.updates import StoredAdapter, merged
+from longvideo.checkpoint.updates import StoredAdapter, merged, report_widened
 from longvideo.kernels.nvfp4.format import Rule
 
 LAYER = "blocks.0.ffn.0"
@@ -34,7 +34,9 @@ def test_an_update_survives_in_a_base_of_8_bits(
     weight = (0.02 * torch.randn(256, 256, generator=torch.Generator().manual_seed(0))).to(dtype)
     adapter, update = adapter_of_size(weight, share)
     with caplog.at_level(logging.WARNING):
-        result = merged(Weights.of({f"{LAYER}.weight": weight, "head.bias": weight[0]}), [adapter])
+        base = Weights.of({f"{LAYER}.weight": weight, "head.bias": weight[0]})
+        result = merged(base, [adapter])
+        report_widened(base, [adapter])
     assert result.read("head.bias").dtype == dtype
     sum_of_both = result.read(f"{LAYER}.weight")
     assert sum_of_both.dtype == torch.bfloat16
@@ -51,7 +53,10 @@ def test_a_packed_base_and_one_of_16_bits(caplog: pytest.LogCaptureFixture) -> N
     base = Weights.of({f"{LAYER}.weight": weight})
     with caplog.at_level(logging.WARNING):
         assert merged(base, [adapter]).read(f"{LAYER}.weight").dtype == torch.bfloat16
+        report_widened(base, [adapter])
         assert caplog.text == ""
-        result = merged(packed.pack(base, [LAYER], Rule.ADAPTIVE), [adapter])
+        narrow = packed.pack(base, [LAYER], Rule.ADAPTIVE)
+        result = merged(narrow, [adapter])
+        report_widened(narrow, [adapter])
     assert result.infos.keys() == {f"{LAYER}.weight"} and result.read(f"{LAYER}.weight").dtype == torch.bfloat16
     assert "updates become bf16; NVFP4 would" in caplog.text
