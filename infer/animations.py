@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from longvideo.data.pictures import DAMAGE
 from longvideo.evaluation.palette import hold_colors, index_colors
 
 if TYPE_CHECKING:
     from fractions import Fraction
+    from pathlib import Path
 
     from longvideo.infer.fragments import VideoFormat
 
@@ -34,6 +36,20 @@ WEBP_TICKS_PER_SECOND = 1000
 WEBP_ANIMATION, WEBP_NO_BLEND = 0x02, 0x02
 MAX_RIFF_BYTES = 2**32 - 2
 WEBP_BEST_QUALITY = 100
+
+
+def count_pictures(path: Path) -> int:
+    """Return the number of whole pictures of a GIF or WebP file; 0 for a missing file or another one."""
+    count = 0
+    try:
+        with Image.open(path) as animation:
+            for number in range(getattr(animation, "n_frames", 1)):
+                animation.seek(number)
+                animation.load()
+                count += 1
+    except DAMAGE:
+        pass  # the end of the file is damaged; the pictures before it are shown
+    return count
 
 
 class GIF:

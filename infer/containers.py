@@ -126,6 +126,8 @@ CONTAINERS: dict[str, Callable[[VideoFormat], Container]] = {
     ".gif": GIF,
     ".webp": WebP,
 }
+ANIMATIONS = frozenset({".gif", ".webp"})
+"""Formats of pictures that move."""
 EVEN_SIDES = frozenset({".mp4", ".mkv", ".webm"})
 """Formats whose color has half the resolution, so that width and height are even."""
 MAX_RATES = {".gif": 50}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -67,7 +67,7 @@ class VideoFolder:
         The others call `join` after it.
 
         A video is finished if its line and its file exist. settings: what else decides how the videos look.
-        overwrite: delete the videos of an earlier list and begin again.
+        overwrite: delete the videos of an earlier list, and begin again.
         Raises UserError, before anything is changed, for a folder with other videos or settings, or a damaged list,
         and BusyError if other processes generate its videos.
         """
@@ -79,8 +79,11 @@ class VideoFolder:
         self._take_part(fcntl.LOCK_EX)
         earlier: list[ListedVideo] = []
         if overwrite:
-            for video in videos:
+            with suppress(UserError):  # a damaged list names no files
+                earlier = self._read()
+            for video in (*earlier, *videos):
                 (self._folder / video.file).unlink(missing_ok=True)
+            earlier = []
         elif (self._folder / LIST).exists():
             earlier = self._read()
             self._check_settings(settings)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
+from longvideo.infer.animations import count_pictures
 from longvideo.infer.closing import ClosedAtEnd
-from longvideo.infer.containers import CONTAINERS, EVEN_SIDES, MAX_RATES
+from longvideo.infer.containers import ANIMATIONS, CONTAINERS, EVEN_SIDES, MAX_RATES
 from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.options import check_frames, shown, whole_number
 from longvideo.infer.pictures import EXAMPLE, PNG, PictureWriter, check_pictures
@@ -75,10 +76,18 @@ def check_fps(fps: float) -> None:
         raise UserError(f"fps is {shown(fps)}; expected a number above 0 and at most {MAX_FPS}")
 
 
+def check_rate(fps: float, suffix: str) -> None:
+    """Raise UserError for more frames per second than the format of a suffix can show."""
+    if fps > (most := MAX_RATES.get(suffix, MAX_FPS)):
+        raise UserError(f"fps is {fps:g}; expected at most {most} in {suffix}; use .webp or .webm")
+
+
 def count_frames(path: Path) -> int:
     """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
     import av
 
+    if path.suffix.lower() in ANIMATIONS:
+        return count_pictures(path)
     frames = 0
     try:
         with av.open(str(path)) as container:
@@ -107,8 +116,7 @@ class VideoWriter(ClosedAtEnd):
         check_fps(fps)
         if (suffix := Path(path).suffix.lower()) == PNG:
             raise UserError(f"cannot write {path} as one file; expected a name that ends in {', '.join(CONTAINERS)}")
-        if fps > (most := MAX_RATES.get(suffix, MAX_FPS)):
-            raise UserError(f"fps is {fps:g}; expected at most {most} in {suffix}; use .webp or .webm")
+        check_rate(fps, suffix)
         self.path, self._overwrite = Path(path), overwrite
         OutputFile(self.path, overwrite).check()
         self._fps = Fraction(float(fps)).limit_denominator(1001)

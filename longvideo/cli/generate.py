@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longvideo.checkpoint.choices import adapter_choices
-from longvideo.cli.generate_prompts import VideoBatch, generate_listed_videos, refuse_options
+from longvideo.cli.generate_prompts import BatchFormat, VideoBatch, generate_listed_videos, refuse_options
 from longvideo.cli.model_options import (
     AdapterNames,
     AttentionFormat,
@@ -82,6 +82,9 @@ def generate(
             " in the folder `-o`.",
         ),
     ] = None,
+    batch_format: Annotated[
+        BatchFormat | None, typer.Option("--format", help="Format of the videos of `--prompts`.  [default: mp4]")
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(help=f"Length of the whole video; its shots have equal lengths.  [default: {DEFAULT_SECONDS:g}]"),
@@ -142,9 +145,10 @@ def generate(
 
     `torchrun --no-python --nproc-per-node 2 longvideo generate -o film.mp4 ...`
 
-    With `--prompts` every GPU generates other videos. Line 1 becomes `00000.mp4`, and the seed of each further line is
-    one more. `videos.jsonl` lists them; the same command continues after a stop. A line of a `.jsonl` is
-    `{"prompts": ["first shot", "second shot"], "seconds": 10, "seed": 3}`, where the last two may be missing.
+    With `--prompts` every GPU generates other videos. Line 1 becomes `00000.mp4`, or has the suffix that `--format`
+    names, and the seed of each further line is one more. `videos.jsonl` lists them; the same command continues after a
+    stop. A line of a `.jsonl` is `{"prompts": ["first shot", "second shot"], "seconds": 10, "seed": 3}`, where the last
+    two may be missing.
 
     `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
@@ -161,9 +165,11 @@ def generate(
         refuse_options(prompts=prompts, script=script, image=image, latents=latents)
         settings = {**asdict(choice), "steps": steps, "guidance": guidance, "decoder": decoder_name, **asdict(formats)}
         length = DEFAULT_SECONDS if seconds is None else seconds
-        batch = VideoBatch(prompts_file, output, length, options, settings, overwrite)
+        batch = VideoBatch(prompts_file, output, batch_format or "mp4", length, options, settings, overwrite)
         generate_listed_videos(batch, choice, formats, decoder_name, devices)
         return
+    if batch_format is not None:
+        raise UserError("--format needs --prompts; the name of the output states its format, such as -o out.webm")
     video = VideoChoice(_read_script(prompts or [], script, seconds), options, image)
     video_file = OutputFile(output, overwrite)
     if is_main_process():  # other ranks may get here after rank 0 has created the file

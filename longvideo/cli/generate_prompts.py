@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from longvideo.infer.video_folder import ListedVideo, VideoFolder
     from longvideo.quantization.number_formats import NumberFormats
 
+BatchFormat = Literal["mp4", "mkv", "webm", "gif", "webp"]
+
 
 @dataclass(frozen=True)
 class VideoBatch:
@@ -35,11 +37,12 @@ class VideoBatch:
 
     file: prompts, as `longvideo.text.prompt_file` reads them. seconds: length of a video whose line has none. options:
     sampling; the seed is that of the first line, and each further line has the next one unless it states its own.
-    settings: what else decides how the videos look, to continue only with the same.
+    format: suffix of the files. settings: what else decides how the videos look, to continue only with the same.
     """
 
     file: Path
     output: Path
+    format: BatchFormat
     seconds: float
     options: SamplingOptions
     settings: Mapping[str, Any]
@@ -51,12 +54,15 @@ class VideoBatch:
         from longvideo.text.prompt_file import read_prompt_file
 
         if self.output.suffix:
-            raise UserError(f"the output is {self.output}; expected a name without suffix, for a folder of .mp4 files")
+            raise UserError(
+                f"the output is {self.output}; expected a name without suffix, for a folder; --format states the format"
+                " of its videos"
+            )
         videos = []
         for index, line in enumerate(read_prompt_file(self.file)):
             seconds = self.seconds if line.seconds is None else float(line.seconds)
             seed = self.options.seed + index if line.seed is None else line.seed
-            video = ListedVideo(f"{index:05d}.mp4", index + 1, line.shots, seconds, seed)
+            video = ListedVideo(f"{index:05d}.{self.format}", index + 1, line.shots, seconds, seed)
             try:
                 script_of(video)
                 SamplingOptions(seed=seed)
@@ -68,15 +74,18 @@ class VideoBatch:
     def begin(self, folder: ModelFolder, video_folder: VideoFolder) -> int:
         """Check all videos, then create or continue their list; return the number of videos to generate."""
         from longvideo.infer.script import ChunkTiming, plan_chunks
+        from longvideo.infer.writer import check_rate
 
         videos = self.read()
+        check_rate(folder.settings.fps, f".{self.format}")
         timing = ChunkTiming.of(folder.settings, folder.latents_config)
         for video in videos:
             try:
                 plan_chunks(script_of(video), timing)
             except UserError as error:
                 raise UserError(f"{self.file}:{video.line}: {error}") from error
-        done = video_folder.begin(videos, self.settings, overwrite=self.overwrite)
+        settings = {"format": self.format, **self.settings}
+        done = video_folder.begin(videos, settings, overwrite=self.overwrite)
         print(printable(f"{self.output}: {done} of {len(videos)} videos are finished"), file=sys.stderr, flush=True)
         return len(videos) - done
 

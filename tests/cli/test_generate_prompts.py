@@ -10,10 +10,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from longvideo.cli.generate_prompts import BatchFormat
 from longvideo.cli.main import main
+from longvideo.infer.containers import CONTAINERS
+from longvideo.infer.writer import count_frames
 from tests.cli.test_generate import probe, restore_signals
 from tests.folders import file_names
 
@@ -75,6 +79,48 @@ def test_a_complete_video_whose_line_was_not_written_is_kept(
     assert [row["status"] for row in listed(out)] == ["done", "done"]
 
 
+@pytest.mark.parametrize("suffix", get_args(BatchFormat))
+def test_every_format_is_written_and_continued(
+    suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text("a red ball\na blue ball\n")
+    options = ["--seconds", "0.5", "-o", str(out), "--format", suffix]
+    assert run(model_folder, file, *options) == 0
+    first, second = (out / f"0000{number}.{suffix}" for number in range(2))
+    assert [row["file"] for row in listed(out)] == [first.name, second.name]
+    assert count_frames(first) == count_frames(second) == 12
+    rows = [{**row, "status": "generating"} for row in listed(out)]
+    (out / "videos.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    before = first.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(model_folder, file, *options) == 0
+    printed = capsys.readouterr().out
+    assert f"{first.name}: 12 frames, complete before" in printed and f"{second.name}: 12 frames, 0.50 s" in printed
+    assert first.stat().st_mtime_ns == before and second.read_bytes() == whole
+
+
+def test_formats_are_those_of_one_video() -> None:
+    assert {f".{suffix}" for suffix in get_args(BatchFormat)} == set(CONTAINERS)
+
+
+def test_another_format_is_refused_or_begins_again(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text("a red ball\na blue ball\n")
+    assert run(model_folder, file, "--seconds", "0.5", "-o", str(out)) == 0
+    capsys.readouterr()
+    file.write_text("a red ball\n")
+    options = ["--seconds", "0.5", "-o", str(out), "--format", "webm"]
+    assert run(model_folder, file, *options) == 2
+    assert "were begun with format='mp4', got 'webm'" in capsys.readouterr().err
+    assert run(model_folder, file, *options, "--overwrite") == 0
+    assert file_names(out) == [".videos.lock", "00000.webm", "settings.json", "videos.jsonl"]
+
+
 BAD = {
     "a damaged line": (["-o", "{tmp}/out"], "bad.jsonl", "bad.jsonl:2 is not JSON"),
     "a shot that is too short": (["-o", "{tmp}/out"], "short.jsonl", "short.jsonl:2: shot 2 cannot start at"),
@@ -102,6 +148,14 @@ def test_bad_input_is_one_line_before_loading(
     code = run(model_folder, tmp_path / file, *(word.replace("{tmp}", str(tmp_path)) for word in arguments))
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2 and message in line and file_names(tmp_path) == before
+
+
+def test_a_format_without_a_file_of_prompts_is_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "a red ball", "--model", str(model_folder), "--format", "webm"]
+    assert main([*arguments, "-o", str(tmp_path / "out.mp4")]) == 2
+    assert "--format needs --prompts; the name of the output states its format" in capsys.readouterr().err
 
 
 def launch(model_folder: Path, file: Path, out: Path) -> subprocess.Popen[str]:
