@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
@@ -50,8 +51,8 @@ class Models:
 
     encoder: encoder of first pictures, which may be loaded with the first one. placement: devices and data type.
     formats: number formats; the precisions are not None and not "auto". group: ranks that share the denoising of every
-    chunk, of which rank 0 decodes; None means one rank. adapters: names and strengths of the adapters in the
-    transformer.
+    chunk, of which rank 0 decodes; None means one rank. folder: model that the transformer was loaded from, with its
+    adapters; None for random weights.
     """
 
     transformer: CausalTransformer
@@ -63,7 +64,12 @@ class Models:
     placement: Placement
     formats: NumberFormats
     group: ProcessGroup | None = None
-    adapters: tuple[str, ...] = ()
+    folder: ModelFolder | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names and strengths of the adapters in the transformer, for people."""
+        return () if self.folder is None else tuple(one.short_description for one in self.folder.adapters)
 
     @property
     def decodes(self) -> bool:

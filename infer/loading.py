@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
+    from longvideo.model.transformer import CausalTransformer
 
 DEFAULT_FORMATS = NumberFormats()
 
@@ -53,18 +54,17 @@ def load_models(
     check_memory(
         Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None, resident=resident)
     )
-    packed = folder.is_packed
-    formats = with_decoder_precision(formats.effective(packed=packed), shapes.decoder_config, placement)
+    formats = with_decoder_precision(formats.effective(packed=folder.is_packed), shapes.decoder_config, placement)
     with ThreadPoolExecutor() as pool:
         if known is not None:
             text_encoder = pool.submit(encode_prompts, folder, placement, formats, known)
             text_encoder.result()  # the encoder is freed before anything else is loaded
         else:
             text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
-        transformer = pool.submit(folder.load_transformer, device=placement.device, dtype=placement.denoise_dtype)
+        transformer = pool.submit(load_transformer, folder, placement, formats)
         decoder, encoder = load_decoder(folder, chosen, placement, formats)
         return Models(
-            transformer=with_precision(transformer.result(), formats.precision_of(packed=packed), packed=packed),
+            transformer=transformer.result(),
             decoder=decoder,
             encoder=encoder,
             text_encoder=text_encoder.result(),
@@ -73,5 +73,12 @@ def load_models(
             placement=placement,
             formats=formats,
             group=group,
-            adapters=tuple(adapter.short_description for adapter in folder.adapters),
+            folder=folder,
         )
+
+
+def load_transformer(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> CausalTransformer:
+    """Load a transformer with the adapters of its folder, and with the products of a precision."""
+    packed = folder.is_packed
+    transformer = folder.load_transformer(device=placement.device, dtype=placement.denoise_dtype)
+    return with_precision(transformer, formats.precision_of(packed=packed), packed=packed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.choices import adapter_choices
+from longvideo.checkpoint.chosen_adapters import open_choice
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.generation import GeneratedChunk, Models, Stages, VideoInputs, encode_first_frame, generate_chunks
+from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs, encode_first_frame
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
@@ -38,6 +38,7 @@ from longvideo.infer.script import (
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
+from longvideo.infer.stage_pool import StagePool
 from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
@@ -60,9 +61,7 @@ class StreamingPipeline:
 
     def __init__(self, models: Models) -> None:
         """Take loaded models; use `from_pretrained` to load them, or `load_models` for an opened folder."""
-        self.models = models
-        self._idle: Stages | None = None
-        self._lock = threading.Lock()
+        self.stages = StagePool(models)
 
     @classmethod
     def from_pretrained(
@@ -120,10 +119,30 @@ class StreamingPipeline:
             folder = folder.resized(picture_size)
         return cls(load_models(folder, placement, formats=formats, decoder_name=decoder))
 
+    def set_adapters(self, adapters: Sequence[str | Path]) -> None:
+        """Use these adapters in all later videos, in place of all that the model has; an empty list removes them.
+
+        adapters: as in `from_pretrained`. The transformer is read from its files again, after the old weights are
+        freed: its bits are those of a new pipeline with these adapters, it takes the time of loading, no more memory
+        than loading, and no copy of weights without adapters is kept.
+        Raises UserError while a video is generated and for a model without files, and CheckpointError for adapters that
+        cannot be used. The earlier adapters then stay.
+        """
+        folder = self.models.folder
+        if folder is None:
+            raise UserError("the model has random weights; use adapters with a model that was loaded from files")
+        changed = folder.with_other_adapters([open_choice(one) for one in adapter_choices(adapters)])
+        self.stages.replace_transformer(changed)
+
     @property
     def formats(self) -> NumberFormats:
         """The number formats in which this pipeline computes."""
         return self.models.formats
+
+    @property
+    def models(self) -> Models:
+        """The loaded parts of the model."""
+        return self.stages.models
 
     def start_line(self) -> str:
         """Return one line with the devices, the backends, what is emulated, and the adapters."""
@@ -282,13 +301,18 @@ class StreamingPipeline:
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
         sampling = options.sampling
+
+        def generate(steps: LiveSteps, past: Past | None) -> Generator[GeneratedChunk, None, None]:
+            if options.model != self._fingerprint:
+                raise UserError("the adapters have changed since the session began; start another session")
+            inputs = self._inputs(steps, sampling, [sampling.seed], first_latent=options.first_latent, past=past)
+            return self.generate(inputs)
+
         return Session(
             LiveSteps(shots, self.chunk_timing, num_frames=options.num_frames, first=len(history)),
             options,
             history,
-            generate=lambda steps, past: self.generate(
-                self._inputs(steps, sampling, [sampling.seed], first_latent=options.first_latent, past=past)
-            ),
+            generate=generate,
             check_words=lambda prompt: self._warn_unknown_words([prompt]),
         )
 
@@ -328,34 +352,11 @@ class StreamingPipeline:
 
         The first chunk is returned twice, as in `stream_chunks`.
         """
-        stages = self.acquire(batch=len(inputs.generators), copies=branches(inputs.guidance))
-        chunks = generate_chunks(self.models, stages, inputs)
-        try:
-            with closing(chunks):
-                yield from chunks
-        except GeneratorExit:  # the caller stops before the end
-            self.release(stages)
-            raise
-        self.release(stages)  # not after an error: the state of the stages is unknown then
+        return self.stages.generate(inputs)
 
     def warm_up(self) -> None:
         """Prepare the first video with the model's own guidance, so that it does not wait for compilation."""
-        self.release(self.acquire(batch=1, copies=branches(self.models.settings.guidance)))
-
-    def acquire(self, *, batch: int, copies: int) -> Stages:
-        """Return the idle stages if they have this size, else new ones, warmed up. Arguments are those of `Stages`."""
-        with self._lock:
-            stages, self._idle = self._idle, None
-        if stages is None or stages.size != (batch, copies):
-            stages = None  # its memory is freed before new memory is allocated
-            stages = Stages(self.models, batch=batch, copies=copies)
-        return stages
-
-    def release(self, stages: Stages) -> None:
-        """Return stages that are no longer used; the latest ones are kept for the next video."""
-        stages.reset()
-        with self._lock:
-            self._idle = stages
+        self.stages.release(self.stages.acquire(batch=1, copies=branches(self.models.settings.guidance)))
 
     def first_latent(self, image: FirstPicture | None) -> Tensor | None:
         """Return the latent of a first picture, as `VideoInputs` needs it; None for None. image: as in `stream`.

@@ -136,7 +136,7 @@ def measure(
     gpus = sorted({device for device in (models.device, models.decode_device) if device.type == "cuda"}, key=str)
     on_stage("warming up")
     start = time.perf_counter()
-    stages = pipeline.acquire(batch=1, copies=branches(guidance))
+    stages = pipeline.stages.acquire(batch=1, copies=branches(guidance))
     wait_for(gpus)
     warm_up_s = time.perf_counter() - start
     on_stage("checking velocities and pixels")
@@ -144,7 +144,7 @@ def measure(
     on_stage("timing the parts")
     step_ms, clean_pass_ms = time_passes(models, stages.denoiser)
     decode_ms = time_decoding(models, stages)
-    pipeline.release(stages)
+    pipeline.stages.release(stages)
     for gpu in gpus:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longvideo.checkpoint.adapters import layer_sizes
+from longvideo.checkpoint.choices import StoredPrecision
+from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.cli.main import main
@@ -104,3 +107,50 @@ def test_adapters_that_cannot_be_used_are_refused_before_the_output_is_created(
         StreamingPipeline.from_pretrained(model_folder, adapters="lora", device="cpu")
     assert main(["bench", "stream", "--adapter", "lora"]) == 2
     assert "--adapter is an option of a model; use --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
+def test_set_adapters_gives_the_bits_of_a_new_pipeline_and_none_those_of_the_base(
+    model_folder: Path, adapter: Path, tmp_path: Path, precision: StoredPrecision
+) -> None:
+    convert_model(ModelFolder.open(model_folder), tmp_path / "base", ConversionOptions(precision=precision))
+    cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    pipeline = StreamingPipeline.from_pretrained(tmp_path / "base", **cpu)
+    before = video(pipeline)
+    pipeline.set_adapters([f"{adapter}:0.5", adapter])
+    place = "/".join(adapter.parts[-2:])
+    assert pipeline.start_line().endswith(f" | adapters: {place}:0.5, {place}")
+    new = StreamingPipeline.from_pretrained(tmp_path / "base", adapters=[f"{adapter}:0.5", adapter], **cpu)
+    changed = video(pipeline)
+    assert np.array_equal(changed, video(new)) and not np.array_equal(changed, before)
+    pipeline.set_adapters([])
+    assert np.array_equal(video(pipeline), before) and "adapters" not in pipeline.start_line()
+
+
+def test_adapters_change_only_between_videos(model_folder: Path, adapter: Path) -> None:
+    pipeline = StreamingPipeline.from_pretrained(model_folder, device="cpu", dtype=torch.float32)
+    with pipeline.session(PROMPT) as session:
+        next(session)
+        with pytest.raises(UserError, match="cannot change while a video is generated; finish or close it first"):
+            pipeline.set_adapters([adapter])
+        assert pipeline.models.adapters == ()
+    waiting = pipeline.session(PROMPT)
+    pipeline.set_adapters([f"{adapter}:0.5"])
+    with pytest.raises(UserError, match="adapters have changed since the session began; start another session"):
+        next(waiting)
+
+
+def test_after_an_adapter_that_cannot_be_read_the_earlier_ones_stay(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    pipeline = StreamingPipeline.from_pretrained(
+        model_folder, adapters=[f"{adapter}:0.5"], device="cpu", dtype=torch.float32
+    )
+    before, tensors = video(pipeline), load_file(adapter)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_file({**tensors, name: tensors[name] * float("nan")}, tmp_path / "damaged.safetensors")
+    for wrong, message in ((tmp_path / "damaged.safetensors", "NaN or infinity"), (tmp_path / "none", "no adapter")):
+        with pytest.raises(UserError, match=message):
+            pipeline.set_adapters([wrong])
+    assert np.array_equal(video(pipeline), before)
+    assert pipeline.models.adapters == ("/".join(adapter.parts[-2:]) + ":0.5",)
