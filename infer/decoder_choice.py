@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longvideo.infer.decode import decoding_threads
-from longvideo.infer.encode import PictureEncoder
+from longvideo.infer.encode import FrameEncoder
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.decoders import OWN_DECODER, DecoderConfig, DecoderModel, TinyDecoderModel, WanDecoderModel
 from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
@@ -65,21 +65,21 @@ def faster_precision(seconds: Callable[[torch.dtype], float]) -> DecoderPrecisio
 
 def load_decoder(
     folder: ModelFolder, stored: StoredDecoder | None, placement: Placement, formats: NumberFormats
-) -> tuple[DecoderModel, PictureEncoder]:
-    """Load a decoder, and the encoder of first pictures that belongs to it.
+) -> tuple[DecoderModel, FrameEncoder]:
+    """Load a decoder, and the encoder of given frames that belongs to it.
 
     stored: a decoder in a file; None means the model's autoencoder. formats: those that `with_decoder_precision`
-    returned. The encoder is the model's own, or that of the file if the model has none. It is loaded for the first
-    picture if another decoder is used.
+    returned. The encoder is the model's own, or that of the file if the model has none. It is loaded when frames
+    are first given if another decoder is used.
     """
     device = placement.decode_device
     if stored is None:
         autoencoder = folder.load_vae(device=device, dtype=placement.decoder_dtype(formats.decoder))
         decoder = WanDecoderModel(autoencoder, name=OWN_DECODER, fp8=formats.decoder in FP8_FORMATS)
-        return decoder, PictureEncoder(lambda: autoencoder)
+        return decoder, FrameEncoder(lambda: autoencoder)
     dtype = placement.decoder_dtype(formats.decoder)
     load = partial(folder.load_vae if "vae" in folder.parts else stored.load_encoder, device=device, dtype=dtype)
-    return load_decoder_file(stored, placement, formats), PictureEncoder(load)
+    return load_decoder_file(stored, placement, formats), FrameEncoder(load)
 
 
 def load_decoder_file(stored: StoredDecoder, placement: Placement, formats: NumberFormats) -> DecoderModel:

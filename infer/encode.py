@@ -1,4 +1,4 @@
-"""Encode a first picture as a latent frame."""
+"""Encode given frames, a first picture or the footage that a video continues, as latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longvideo.vae.autoencoder import Autoencoder
 
 
-class PictureEncoder:
+class FrameEncoder:
     """The encoder of a model, loaded when it is first used."""
 
     def __init__(self, load: Callable[[], Autoencoder | TinyEncoder]) -> None:
@@ -26,17 +26,20 @@ class PictureEncoder:
         self._encoder: Autoencoder | TinyEncoder | None = None
 
     @torch.inference_mode()
-    def encode(self, pixels_HWC: Tensor) -> Tensor:
-        """Return the normalized latent of a picture, float32 [1, C, 1, h, w], on the device of the encoder.
+    def encode(self, frames_THWC: Tensor) -> Tensor:
+        """Return the normalized latents of the opening of a video, float32 [1, C, 1 + n, h, w].
 
-        pixels_HWC: uint8, of the size of the video. Raises CheckpointError if the model has no encoder.
+        They are on the device of the encoder. frames_THWC: uint8, 1 + 4 n frames of the size of the video; a picture is
+        one frame. Raises CheckpointError if the model has no encoder.
         """
+        from longvideo.data.clips import ChunkFrames
+        from longvideo.data.encoding import encode_frames
+
         with self._lock:
             if self._encoder is None:
                 self._encoder = self._load()
+        if not isinstance(self._encoder, TinyEncoder):
+            return encode_frames(self._encoder, frames_THWC, chunks=ChunkFrames())
         weight = next(self._encoder.parameters())
-        video_BCTHW = from_uint8(pixels_HWC.to(weight.device)).permute(2, 0, 1)[None, :, None].to(weight.dtype)
-        if isinstance(self._encoder, TinyEncoder):
-            return self._encoder.encode_video(video_BCTHW).float()
-        moments_BCTHW, _ = self._encoder.encode(video_BCTHW)
-        return self._encoder.normalize(moments_BCTHW.chunk(2, dim=1)[0].float())
+        video_BCTHW = from_uint8(frames_THWC.to(weight.device)).permute(3, 0, 1, 2)[None].to(weight.dtype)
+        return self._encoder.encode_video(video_BCTHW).float()

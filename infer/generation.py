@@ -22,7 +22,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, decoding_threads, mark_ready
-from longvideo.infer.encode import PictureEncoder
+from longvideo.infer.encode import FrameEncoder
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.history import ChunkRecord, Past
 from longvideo.infer.timeline import Step
@@ -49,7 +49,7 @@ CHUNKS_AHEAD = 1  # enough to keep both threads busy; with more, a new prompt wo
 class Models:
     """The loaded parts of a model, and their placement and number formats.
 
-    encoder: encoder of first pictures, which may be loaded with the first one. placement: devices and data type.
+    encoder: encoder of given frames, which may be loaded with the first ones. placement: devices and data type.
     formats: number formats; the precisions are not None and not "auto". group: ranks that share the denoising of every
     chunk, of which rank 0 decodes; None means one rank. folder: model that the transformer was loaded from, with its
     adapters; None for random weights.
@@ -57,7 +57,7 @@ class Models:
 
     transformer: CausalTransformer
     decoder: DecoderModel
-    encoder: PictureEncoder
+    encoder: FrameEncoder
     text_encoder: PromptEncoder
     settings: ModelSettings
     spec: ChunkSpec
@@ -209,7 +209,7 @@ def encode_first_frame(models: Models, pixels_HWC: Tensor) -> Tensor:
 
     pixels_HWC: uint8, of the size of the video. Returns the normalized latent, float32 [1, C, 1, H, W].
     """
-    return models.encoder.encode(pixels_HWC).to(models.device)
+    return models.encoder.encode(pixels_HWC[None]).to(models.device)
 
 
 def _with_threads(count: int, source: Callable[[], Generator[T, None, None]]) -> Generator[T, None, None]:

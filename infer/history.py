@@ -15,6 +15,7 @@ from longvideo.model.cache import ChunkWindow, past_chunks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from longvideo.infer.script import ChunkTiming
     from longvideo.model.spec import ChunkSpec
 
 HISTORY_CHUNKS = 64
@@ -174,6 +175,20 @@ class History:
             shot += step.cut
             shots.append(shot)
         return shots
+
+
+def footage_records(chunks: Sequence[Tensor], prompt: str, timing: ChunkTiming, *, seed: int) -> list[ChunkRecord]:
+    """Return the records of footage, as if it had been generated as the first chunks of a video.
+
+    chunks: latents, [1, C, T, H, W] each. prompt: prompt of their clean pass. seed: seed of the video's noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    records = []
+    for index, latents in enumerate(chunks):
+        step = Step(index, (prompt,), cut=False, num_frames=timing.start(index + 1) - timing.start(index))
+        records.append(ChunkRecord(step, latents, (generator.get_state(),)))
+        generator = _advanced(generator.get_state(), latents)
+    return records
 
 
 def _advanced(state: Tensor, latents: Tensor) -> torch.Generator:

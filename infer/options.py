@@ -72,6 +72,14 @@ def check_frames(frames: np.ndarray) -> None:
         raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
 
 
+def check_beginning(image: object, video: object, video_seconds: object) -> None:
+    """Raise UserError for a first picture together with a video to continue, and for the length of no video."""
+    if image is not None and video is not None:
+        raise UserError("image and video exclude each other: a video is continued from its own frames; use one of them")
+    if video is None and video_seconds is not None:
+        raise UserError(f"video_seconds is {shown(video_seconds)}, but there is no video; leave it out")
+
+
 def check_path(value: object, name: str) -> None:
     """Raise UserError for a value that is not a path or a name. name: what the path is, for the error."""
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):

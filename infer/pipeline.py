@@ -22,10 +22,11 @@ from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
+from longvideo.infer.footage import Beginning, FootageReader, FootageSource
 from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs, encode_first_frame
-from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past
+from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
-from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
+from longvideo.infer.options import SamplingOptions, check_beginning, check_path, shown, whole_number
 from longvideo.infer.reconstruction import reconstruction_warning
 from longvideo.infer.script import (
     ChunkPlan,
@@ -167,9 +168,15 @@ class StreamingPipeline:
         _, p, q = config.patch_size
         return config.in_channels, spec.chunk_frames, p * spec.grid_height, q * spec.grid_width
 
-    def plan(self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None) -> ChunkPlan:
-        """Return the chunks that `stream` generates from the same prompts and seconds."""
-        return plan_chunks(Script.from_prompts(prompts, seconds=seconds), self.chunk_timing)
+    def plan(
+        self, prompts: str | Sequence[str] | Script, *, seconds: float | None = None, continues: bool = False
+    ) -> ChunkPlan:
+        """Return the chunks that `stream` generates from the same prompts and seconds.
+
+        continues: whether they continue a video; they are numbered from 0 either way.
+        """
+        timing = self.chunk_timing.after_footage if continues else self.chunk_timing
+        return plan_chunks(Script.from_prompts(prompts, seconds=seconds), timing)
 
     def stream(
         self,
@@ -180,6 +187,8 @@ class StreamingPipeline:
         guidance: float | None = None,
         seed: int = 0,
         image: FirstPicture | None = None,
+        video: FootageSource | None = None,
+        video_seconds: float | None = None,
     ) -> Generator[np.ndarray, None, None]:
         """Generate a video; yield frames, uint8 [T, H, W, 3], chunk by chunk.
 
@@ -187,12 +196,16 @@ class StreamingPipeline:
         length of the whole video; None with a Script. steps: number of solver steps for each chunk. guidance: scale of
         classifier-free guidance. None means the model's own for both. seed: seed of the noise. image: first frame: a
         file, a Pillow image, or uint8 [H, W, 3] of numpy or torch; it is scaled and cropped to the size of the video.
+        video: footage that the video continues, without being part of it: a file, or uint8 [T, H, W, 3] at the model's
+        frame rate. Its last whole chunks are used. video_seconds: length of them at most; None means as much as the
+        model attends to.
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
-        about words that the model has not learned, and about a picture that its autoencoder cannot hold.
+        about words that the model has not learned, and about a picture or a video that its autoencoder cannot
+        hold.
         """
         script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
         self._warn_unknown_words([shot.prompt for shot in script.shots])
-        return _frames_only(self._video(script, options, self.first_latent(image)))
+        return _frames_only(self._video(script, options, self.beginning(image, video, video_seconds)))
 
     def stream_chunks(
         self,
@@ -203,14 +216,17 @@ class StreamingPipeline:
         guidance: float | None = None,
         seed: int = 0,
         image: FirstPicture | None = None,
+        video: FootageSource | None = None,
+        video_seconds: float | None = None,
     ) -> Generator[GeneratedChunk, None, None]:
         """Generate a video; yield its chunks, with frames and latents. Arguments and errors are those of `stream`.
 
-        The first chunk is returned twice: with its first frame, and with the others.
+        The first chunk is returned twice: with its first frame, and with the others. Chunks that continue a video are
+        numbered after its chunks, and all are returned once.
         """
         script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
         self._warn_unknown_words([shot.prompt for shot in script.shots])
-        return self._video(script, options, self.first_latent(image))
+        return self._video(script, options, self.beginning(image, video, video_seconds))
 
     def session(
         self,
@@ -221,27 +237,35 @@ class StreamingPipeline:
         guidance: float | None = None,
         seed: int = 0,
         image: FirstPicture | None = None,
+        video: FootageSource | None = None,
+        video_seconds: float | None = None,
         history_chunks: int = HISTORY_CHUNKS,
     ) -> Session:
         """Start a video that is steered while it is generated. Arguments and errors are those of `stream`.
 
-        seconds: length of the video; None means that it has no end. history_chunks: number of the latest chunks that
-        `seek` can go back to; their latents are stored in host memory. Those that the next chunk needs are always
-        stored.
+        seconds: length of the video; None means that it has no end. The chunks of a `video` that is continued are the
+        first ones of the session, with the first prompt; `seek` cannot change them. history_chunks: number of the
+        latest chunks that `seek` can go back to; their latents are stored in host memory. Those that the next chunk
+        needs are always stored.
         """
         check_prompt(prompt, "the prompt")
         history_chunks = whole_number(history_chunks, "history_chunks", 0, MAX_HISTORY_CHUNKS)
         if seconds is not None:
             check_seconds(seconds, "the video")
+        sampling, beginning = SamplingOptions(steps, guidance, seed), self.beginning(image, video, video_seconds)
+        footage = beginning.footage
+        footage_frames = self.chunk_timing.start(len(footage))
         options = SessionOptions(
-            SamplingOptions(steps, guidance, seed),
+            sampling,
             self._fingerprint,
-            None if seconds is None else max(1, round(seconds * self.fps)),
-            self.first_latent(image),
+            None if seconds is None else footage_frames + max(1, round(seconds * self.fps)),
+            beginning.first_latent,
             self.models.decoder_label,
+            len(footage),
         )
         self._warn_unknown_words([prompt])
-        return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks))
+        records = footage_records(footage, prompt, self.chunk_timing, seed=sampling.seed)
+        return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks, records))
 
     def restore(self, path: Path | str) -> Session:
         """Continue a session after the last chunk that it had returned when its snapshot was written.
@@ -252,7 +276,7 @@ class StreamingPipeline:
         """
         check_path(path, "the snapshot")
         snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=self.latent_shape)
-        history = self._new_history(HISTORY_CHUNKS, snapshot.steps, snapshot.records)
+        history = self._new_history(HISTORY_CHUNKS, snapshot.records, snapshot.steps)
         before, now = snapshot.options.decoder, self.models.decoder_label
         session = self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
         if before not in ("", now):
@@ -292,11 +316,18 @@ class StreamingPipeline:
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
-        self, script: Script, options: SamplingOptions, first_latent: Tensor | None
+        self, script: Script, options: SamplingOptions, beginning: Beginning
     ) -> Generator[GeneratedChunk, None, None]:
-        shots = [shot.prompt for shot in script.shots]
-        timeline = planned_steps(plan_chunks(script, self.chunk_timing), [shots])
-        inputs = self._inputs(timeline, options, [options.seed], first_latent=first_latent)
+        shots, footage = [shot.prompt for shot in script.shots], beginning.footage
+        plan = self.plan(script, continues=bool(footage))
+        records = footage_records(footage, shots[0], self.chunk_timing, seed=options.seed)
+        inputs = self._inputs(
+            planned_steps(plan, [shots], first=len(footage)),
+            options,
+            [options.seed],
+            first_latent=beginning.first_latent,
+            past=self._new_history(0, records).past_of(len(footage)),
+        )
         return self.generate(inputs)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
@@ -316,7 +347,11 @@ class StreamingPipeline:
             check_words=lambda prompt: self._warn_unknown_words([prompt]),
         )
 
-    def _new_history(self, capacity: int, steps: Sequence[Step] = (), records: Sequence[ChunkRecord] = ()) -> History:
+    def _new_history(
+        self, capacity: int, records: Sequence[ChunkRecord] = (), steps: Sequence[Step] | None = None
+    ) -> History:
+        """Return a history of chunks. steps: of all chunks; None means that every chunk has a record."""
+        steps = [record.step for record in records] if steps is None else steps
         lookback = self.models.decoder.lookback
         return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, records=records)
 
@@ -373,6 +408,22 @@ class StreamingPipeline:
         if message := reconstruction_warning(self.models, pixels_HWC[None], latent, name="the picture"):
             warnings.warn(message, UserWarning, stacklevel=4)
         return latent
+
+    def beginning(
+        self, image: FirstPicture | None, video: FootageSource | None, video_seconds: float | None
+    ) -> Beginning:
+        """Encode what a video begins with. Arguments and errors are those of `stream`."""
+        check_beginning(image, video, video_seconds)
+        if video is None:
+            return Beginning(self.first_latent(image))
+        models = self.models
+        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
+        frames_THWC = reader.read(video, seconds=video_seconds)
+        latents = models.encoder.encode(frames_THWC).cpu()
+        # the first frame, which is the first latent frame: a whole clip would take the memory of a whole decoding
+        if message := reconstruction_warning(models, frames_THWC[:1], latents[:, :, :1], name="the video"):
+            warnings.warn(message, UserWarning, stacklevel=3)
+        return Beginning(footage=latents.split(models.spec.chunk_frames, dim=2))
 
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
         """Return a warning that names the words of prompts that the model's vocabulary does not contain, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Rational, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +117,11 @@ class ChunkTiming:
         frames, scale = settings.chunk_frames, decoder.scale_factor_temporal
         return cls(1 + (frames - 1) * scale, frames * scale, settings.fps)
 
+    @property
+    def after_footage(self) -> ChunkTiming:
+        """The timing of the chunks that continue footage, counted from the first of them."""
+        return replace(self, first_frames=self.later_frames)
+
     def start(self, chunk: int) -> int:
         """Return the pixel frame at which a chunk starts."""
         return 0 if chunk == 0 else self.first_frames + (chunk - 1) * self.later_frames
@@ -126,6 +131,10 @@ class ChunkTiming:
         if frame * 2 <= self.first_frames:
             return 0
         return 1 + max(0, math.floor((frame - self.first_frames) / self.later_frames + 0.5))
+
+    def whole_chunks(self, frames: int) -> int:
+        """Return the number of whole chunks in this many pixel frames of a video."""
+        return 0 if frames < self.first_frames else 1 + (frames - self.first_frames) // self.later_frames
 
     def chunks_for(self, frames: int) -> int:
         """Return the number of chunks that hold this many pixel frames."""

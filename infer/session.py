@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longvideo.errors import UserError
 from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.options import check_path, whole_number
@@ -103,9 +104,12 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         that have not begun stay. mode: as in `set_prompt`.
         The chunks that it attends to get a prefill. If they had attended to chunks that have left the window, the
         result is close to the first one, but not equal.
-        Raises UserError for a chunk that is not generated yet, or so far back that latents it needs are deleted.
+        Raises UserError for a chunk that is footage or not generated yet, and for one so far back that latents it
+        needs are deleted.
         """
         chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
+        if chunk < self.options.footage_chunks:
+            raise UserError(f"chunk {chunk} is footage; use {self.options.footage_chunks} or a later one")
         with self._lock:
             past, next_step = self._history.past_of(chunk), self._steps.next_chunk
             shots = {first: shot for first, shot in self._steps.shots.items() if first <= chunk or first >= next_step}

@@ -36,7 +36,8 @@ class SessionOptions:
     model: sizes and settings of the model, but not its weights; a snapshot is restored only with equal ones.
     num_frames: pixel frames of the whole video; None means that it has no end. first_latent: [1, C, 1, H, W], latent of
     a given first frame. decoder: name and precision of the decoder, for people; a session may be continued with
-    another. "" in snapshots that do not state it.
+    another. "" in snapshots that do not state it. footage_chunks: number of the first chunks that are not generated but
+    were given as footage; num_frames includes theirs.
     """
 
     sampling: SamplingOptions
@@ -44,6 +45,7 @@ class SessionOptions:
     num_frames: int | None = None
     first_latent: Tensor | None = None
     decoder: str = ""
+    footage_chunks: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
         "model": options.model,
         "num_frames": options.num_frames,
         "decoder": options.decoder,
+        "footage_chunks": options.footage_chunks,
         "shots": [[chunk, prompt, mode] for chunk, (prompt, mode) in sorted(snapshot.shots.items())],
         "steps": [asdict(step) for step in snapshot.steps],
     }
@@ -117,6 +120,7 @@ def read_snapshot(path: Path, *, model: dict[str, Any], latent_shape: tuple[int,
         None if num_frames is None else whole_number(num_frames, f"{path}: num_frames", 1, MAX_COUNT),
         tensors.get(FIRST_LATENT),
         session.text("decoder", default=""),
+        whole_number(session.value("footage_chunks", default=0), f"{path}: footage_chunks", 0, len(steps)),
     )
     return Snapshot(options, _read_shots(session.sequence("shots"), path), steps, records)
 
@@ -129,10 +133,11 @@ class _Fields:
             raise UserError(f"{where} is damaged: it is {shown(data)}; expected an object")
         self._data, self._where = data, where
 
-    def value(self, name: str) -> Any:
-        if name not in self._data:
+    def value(self, name: str, *, default: Any = None) -> Any:
+        """Return a value. default: that of a value that older snapshots do not have."""
+        if name not in self._data and default is None:
             raise UserError(f"{self._where} is damaged: it has no {name}; expected one")
-        return self._data[name]
+        return self._data.get(name, default)
 
     def text(self, name: str, *, default: str) -> str:
         return cast("str", self._of_type(name, str)) if name in self._data else default

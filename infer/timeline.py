@@ -50,10 +50,13 @@ class Receipt:
     effective_at: int
 
 
-def planned_steps(plan: ChunkPlan, prompts: Sequence[Sequence[str]]) -> Iterator[Step]:
-    """Yield the steps of a plan. prompts: the prompts of each sample, one for each shot."""
+def planned_steps(plan: ChunkPlan, prompts: Sequence[Sequence[str]], *, first: int = 0) -> Iterator[Step]:
+    """Yield the steps of a plan.
+
+    prompts: the prompts of each sample, one for each shot. first: number of the plan's first chunk in the video.
+    """
     for chunk in plan:
-        yield Step(chunk.index, tuple(shots[chunk.shot] for shots in prompts), chunk.cut, chunk.num_frames)
+        yield Step(first + chunk.index, tuple(shots[chunk.shot] for shots in prompts), chunk.cut, chunk.num_frames)
 
 
 Shots = dict[int, tuple[str, SwitchMode]]

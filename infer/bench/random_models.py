@@ -10,7 +10,7 @@ from torch import Tensor
 from longvideo.errors import UserError
 from longvideo.infer.bench.step import random_model
 from longvideo.infer.decoder_choice import with_decoder_precision
-from longvideo.infer.encode import PictureEncoder
+from longvideo.infer.encode import FrameEncoder
 from longvideo.infer.generation import Models
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import FP8_FORMATS
@@ -36,7 +36,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
     return Models(
         transformer=transformer.eval().requires_grad_(False),
         decoder=decoder,
-        encoder=PictureEncoder(_no_encoder),
+        encoder=FrameEncoder(_no_encoder),
         text_encoder=_RandomText(config.text_len, config.text_dim, device),
         settings=shapes.settings,
         spec=shapes.spec,
@@ -57,7 +57,7 @@ def _random_decoder(config: DecoderConfig, placement: Placement, formats: Number
 
 
 def _no_encoder() -> Autoencoder:
-    raise UserError("random models encode no pictures; leave the picture out")
+    raise UserError("random models encode no frames; leave the picture or the video out")
 
 
 class _RandomText:

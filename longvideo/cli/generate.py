@@ -43,7 +43,7 @@ from longvideo.cli.printing import STDOUT, without_reader
 from longvideo.cli.stopping import Stopped, exit_code, stop_signals
 from longvideo.cli.video_progress import VideoTally, new_display, summary, with_warnings
 from longvideo.errors import UserError
-from longvideo.infer.options import SamplingOptions
+from longvideo.infer.options import SamplingOptions, check_beginning
 from longvideo.infer.script import Script
 from longvideo.machine.launcher import is_main_process
 
@@ -100,6 +100,20 @@ def generate(
     image: Annotated[
         Path | None,
         typer.Option(help="Picture for the first frame; it is scaled and cropped to the size of the video."),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            help="Video to continue, in any format of FFmpeg. The output begins after its last frame and does not"
+            " contain it."
+        ),
+    ] = None,
+    video_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Length of the end of --video that is used, in whole chunks.  [default: as much as the model attends"
+            " to]"
+        ),
     ] = None,
     model: ModelName = "tiny",
     base: Base = None,
@@ -162,7 +176,8 @@ def generate(
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
     if prompts_file is not None:
-        refuse_options(prompts=prompts, script=script, image=image, latents=latents)
+        beginning = {"image": image, "video": video, "video_seconds": video_seconds}
+        refuse_options(prompts=prompts, script=script, latents=latents, **beginning)
         settings = {**asdict(choice), "steps": steps, "guidance": guidance, "decoder": decoder_name, **asdict(formats)}
         length = DEFAULT_SECONDS if seconds is None else seconds
         batch = VideoBatch(prompts_file, output, batch_format or "mp4", length, options, settings, overwrite)
@@ -170,8 +185,11 @@ def generate(
         return
     if batch_format is not None:
         raise UserError("--format needs --prompts; the name of the output states its format, such as -o out.webm")
-    video = VideoChoice(_read_script(prompts or [], script, seconds), options, image)
     video_file = OutputFile(output, overwrite)
+    check_beginning(image, video, video_seconds)
+    if video is not None and latents is not None:
+        raise UserError("--latents and --video exclude each other: latents are decoded from the beginning of a video")
+    chosen = VideoChoice(_read_script(prompts or [], script, seconds), options, image, video, video_seconds)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         video_file.check()
         if latents is not None:
@@ -182,28 +200,41 @@ def generate(
     try:
         with stop_signals(), launched_ranks(devices.device) as (own_device, group):
             placement = replace(devices, device=own_device).place()
-            load = partial(_load, choice, video, placement, formats, decoder_name, group)
+            load = partial(_load, choice, chosen, placement, formats, decoder_name, group)
             if group is not None and group.rank() > 0:
-                _take_part(video, load)
+                _take_part(chosen, load)
                 return
             with nullcontext() if latents is None else LatentsWriter(latents) as latents_writer:
-                _write(video, load, video_file, latents_writer, start=start)
+                _write(chosen, load, video_file, latents_writer, start=start)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None
 
 
 @dataclass(frozen=True)
 class VideoChoice:
-    """The video that a user chose. image: file of its first frame."""
+    """The video that a user chose.
+
+    image: file of its first frame. footage, footage_seconds: `video` and `video_seconds` of the pipeline.
+    """
 
     script: Script
     options: SamplingOptions
     image: Path | None
+    footage: Path | None
+    footage_seconds: float | None
 
     def stream(self, pipeline: StreamingPipeline) -> Generator[GeneratedChunk, None, None]:
         """Return the chunks as `StreamingPipeline.stream_chunks` does."""
         steps, guidance, seed = self.options.steps, self.options.guidance, self.options.seed
-        return pipeline.stream_chunks(self.script, steps=steps, guidance=guidance, seed=seed, image=self.image)
+        return pipeline.stream_chunks(
+            self.script,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            image=self.image,
+            video=self.footage,
+            video_seconds=self.footage_seconds,
+        )
 
 
 def _write(
@@ -225,7 +256,7 @@ def _write(
         pipeline, header = load()
         print(pipeline.start_line(), file=sys.stderr)
         chunks = with_warnings(lambda: video.stream(pipeline))
-        plan = pipeline.plan(video.script)
+        plan = pipeline.plan(video.script, continues=video.footage is not None)
         tally = VideoTally(start, plan.num_chunks, plan.num_frames)
         display.set_stage("generating the first chunk")
         with video_file.open(fps=pipeline.fps) as writer:
@@ -304,6 +335,8 @@ def _load(
     from longvideo.checkpoint.latents import LatentsHeader
     from longvideo.checkpoint.locations import lasting_name, locate
     from longvideo.data.pictures import read_image
+    from longvideo.files import check_file
+    from longvideo.infer.footage import FootageReader
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.loading import load_models
     from longvideo.infer.pipeline import StreamingPipeline
@@ -311,8 +344,15 @@ def _load(
 
     if video.image is not None:
         read_image(video.image)
+    if video.footage is not None:
+        check_file(video.footage, "video")
     folder = choice.open()
-    plan_chunks(video.script, ChunkTiming.of(folder.settings, folder.latents_config))
+    timing = ChunkTiming.of(folder.settings, folder.latents_config)
+    if video.footage is not None:
+        reader = FootageReader.of(folder.settings, folder.spec, folder.latents_config)
+        reader.check(video.footage, seconds=video.footage_seconds)
+        timing = timing.after_footage
+    plan_chunks(video.script, timing)
     release_large_blocks()
     header = LatentsHeader(
         model=lasting_name(folder.path),

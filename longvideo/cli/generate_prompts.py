@@ -99,7 +99,7 @@ def refuse_options(**others: object) -> None:
     """Raise UserError if an option was given that --prompts excludes."""
     for name, value in others.items():
         if value:
-            option = "prompts on the command line" if name == "prompts" else f"--{name}"
+            option = "prompts on the command line" if name == "prompts" else f"--{name.replace('_', '-')}"
             raise UserError(f"--prompts and {option} exclude each other; use one of them")
 
 

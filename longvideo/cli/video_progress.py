@@ -29,7 +29,8 @@ class VideoTally:
     """Counts and times of a video.
 
     start, first_at, last_at: times on `time.perf_counter` of the start, of the first part of the video and of the
-    latest one. The first chunk has two parts, every other chunk one. first_frames: frames of the first part. name:
+    latest one. The opening frame of a video is a part of its own, and so is the rest of its chunk and every further
+    chunk; a video that continues footage has no opening frame. first_frames: frames of the first part. name:
     start of its lines, if there are several videos.
     """
 
@@ -65,7 +66,7 @@ class VideoTally:
         """Return the state of the run as text."""
         rate = self.frames_per_second
         speed = f"{rate:.1f} frames/s" if rate is not None else "-"
-        chunk = max(1, self.parts - 1)
+        chunk = max(1, self.parts - (self.first_frames == 1))
         first = f"first frame after {self.seconds_to_first_frame:.1f} s"
         name = f"{self.name}: " if self.name else ""
         return f"{name}chunk {chunk}/{self.num_chunks} | {speed} | {first}"

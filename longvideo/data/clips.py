@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.data.container import TIME_TOLERANCE
+from longvideo.data.timeline import frames_until
 from longvideo.data.timing import TimedVideo, measure
 from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
@@ -68,7 +68,7 @@ class ClipSpec:
 
     def frames_of(self, video: TimedVideo) -> int:
         """Return the number of frames that are read from a whole video."""
-        return int(video.read_end * self.fps - TIME_TOLERANCE) + 1
+        return frames_until(video.read_end, self.fps)
 
 
 @dataclass(frozen=True)

@@ -303,23 +303,33 @@ def unknown_words(plan: EncodingPlan, text_encoder: TextEncoder) -> dict[str, in
 def encode_clip(
     autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames, precision: EncodingPrecision
 ) -> Tensor:
-    """Encode frames uint8 [T, H, W, 3] chunk by chunk, as a stream.
+    """Encode frames uint8 [T, H, W, 3] as `encode_frames` does.
 
-    Returns the mean latents, normalized, bf16 [T, C, H, W], on the CPU. Raises UserError if they are not finite.
+    Returns bf16 [T, C, H, W], on the CPU. Raises UserError if the latents are not finite.
     """
     device = next(autoencoder.parameters()).device
-    state, latents, chunk = None, [], 0
-    while chunks.start(chunk) < len(frames_THWC):
-        part_THWC = frames_THWC[chunks.start(chunk) : chunks.start(chunk + 1)].to(device)
-        video_BCTHW = from_uint8(part_THWC).permute(3, 0, 1, 2)[None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            moments, state = autoencoder.encode(video_BCTHW, state)
-        latents.append(autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
-        chunk += 1
-    latents_CTHW = torch.cat(latents, dim=2)[0]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        latents_CTHW = encode_frames(autoencoder, frames_THWC, chunks=chunks)[0]
     if not latents_CTHW.isfinite().all():
         raise UserError("the latents are not finite; check the weights of the autoencoder with `longvideo info`")
     return latents_CTHW.transpose(0, 1).to(STORED).contiguous().cpu()
+
+
+@torch.no_grad()
+def encode_frames(autoencoder: Autoencoder, frames_THWC: Tensor, *, chunks: ChunkFrames) -> Tensor:
+    """Encode 1 + 4 n frames uint8 [T, H, W, 3] chunk by chunk, as a stream.
+
+    Returns the mean latents, normalized, float32 [1, C, 1 + n, H, W], on the device of the autoencoder.
+    """
+    weight = next(autoencoder.parameters())
+    state, latents, chunk = None, [], 0
+    while chunks.start(chunk) < len(frames_THWC):
+        part_THWC = frames_THWC[chunks.start(chunk) : chunks.start(chunk + 1)].to(weight.device)
+        video_BCTHW = from_uint8(part_THWC).permute(3, 0, 1, 2)[None].to(weight.dtype)
+        moments, state = autoencoder.encode(video_BCTHW, state)
+        latents.append(autoencoder.normalize(moments.float().chunk(2, dim=1)[0]))
+        chunk += 1
+    return torch.cat(latents, dim=2)
 
 
 @torch.no_grad()

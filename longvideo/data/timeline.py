@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longvideo.data.container import TIME_TOLERANCE
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Timeline:
             return header
         mean = (len(self.times) - 1) / float(self.times[-1])
         return header if abs(mean - header) <= SAME_RATE * header else mean
+
+
+def frames_until(read_end: float, fps: float) -> int:
+    """Return the number of frames that are read from a whole video at `fps`. read_end: as in `Timeline`."""
+    return int(read_end * fps - TIME_TOLERANCE) + 1
 
 
 def read_timeline(video: OpenVideo, first_seconds: float) -> Timeline:

@@ -29,6 +29,7 @@ from longvideo.infer.decode import ChunkDecoder
 from longvideo.infer.generation import encode_first_frame
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.streaming.decoder_convolutions import Grid
+from tests.data.footage import write
 from tests.data.test_real_footage import real_clip
 from tests.folders import file_names
 
@@ -99,6 +100,24 @@ def test_a_video_starts_with_a_frame_of_real_footage(
         first = next(container.decode(video=0)).to_ndarray(format="rgb24")
     luma = np.array([0.2126, 0.7152, 0.0722])  # the file halves the resolution of color, not of brightness
     assert np.corrcoef((first @ luma).ravel(), (expected @ luma).ravel())[0, 1] > 0.98
+
+
+def test_a_video_continues_another(
+    pipeline: StreamingPipeline, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    footage, out = write(tmp_path / "clip.mp4", 90, fps=30).video, tmp_path / "out.mkv"
+    assert run(model_folder, "a red ball", "--seconds", "3", "--video", str(footage), "-o", str(out)) == 0
+    printed = capsys.readouterr()
+    assert probe(out)[0] == 72
+    assert re.findall("chunk ([0-9])/([0-9])", printed.err) == [("1", "3"), ("2", "3"), ("3", "3")]
+    assert "warning: the video comes back from the model's autoencoder with a PSNR of" in printed.err
+    expected = np.concatenate(list(pipeline.stream("a red ball", seconds=3, video=footage)))
+    frames = np.stack(list(iio.imiter(out, plugin="pyav")))
+    luma = np.array([0.2126, 0.7152, 0.0722])  # the file halves the resolution of color, not of brightness
+    assert np.corrcoef((frames @ luma).ravel(), (expected @ luma).ravel())[0, 1] > 0.98
+    options = ("--video", str(footage), "--video-seconds", "9", "--overwrite", "-o", str(out))
+    assert run(model_folder, "a red ball", *options) == 2
+    assert "video_seconds is 9; expected from 1.21, one chunk, to 2.54" in capsys.readouterr().err
 
 
 def restore_signals() -> None:
@@ -278,6 +297,17 @@ BAD = {
     "absent device": (["a", "--decode-device", "cuda:64"], "device 'cuda:64' does not exist"),
     "file that is not a picture": (["a", "--image", "{tmp}/text.png"], "text.png is not an image"),
     "picture that is absent": (["a", "--image", "{tmp}/none.png"], "there is no image"),
+    "picture and video": (
+        ["a", "--image", "{tmp}/text.png", "--video", "{tmp}/old.mp4"],
+        "image and video exclude each",
+    ),
+    "latents and video": (
+        ["a", "--latents", "a.safetensors", "--video", "{tmp}/old.mp4"],
+        "--latents and --video exclude",
+    ),
+    "file that is not a video": (["a", "--video", "{tmp}/old.mp4"], "old.mp4 is not a video in a supported format"),
+    "video that is absent": (["a", "--video", "{tmp}/none.mp4"], "there is no video"),
+    "length of no video": (["a", "--video-seconds", "2"], "video_seconds is 2.0, but there is no video"),
     "script and prompt": (["a", "--script", "{tmp}/good.yaml"], "prompts and --script exclude each other"),
     "script and seconds": (["--script", "{tmp}/good.yaml", "--seconds", "3"], "exclude each other"),
     "absent script": (["--script", "{tmp}/none.yaml"], "cannot read the script"),

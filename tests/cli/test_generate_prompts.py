@@ -132,6 +132,7 @@ BAD = {
     "prompts twice": (["a ball", "-o", "{tmp}/out"], "good.txt", "--prompts and prompts on the command line exclude"),
     "a script": (["--script", "a.yaml", "-o", "{tmp}/out"], "good.txt", "--prompts and --script exclude each other"),
     "a picture": (["--image", "a.png", "-o", "{tmp}/out"], "good.txt", "--prompts and --image exclude each other"),
+    "a video": (["--video", "a.mp4", "-o", "{tmp}/out"], "good.txt", "--prompts and --video exclude each other"),
 }
 
 
