@@ -28,6 +28,7 @@ HELP = "Create, check, import and encode data sets, which are videos with a mani
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
 SIZE_STEP = 16
+CLIP_CHUNKS = 4
 EXIT_PROBLEMS = 2
 NAMED_WORDS = 5
 """Largest number of unknown words that a warning names."""
@@ -99,26 +100,40 @@ def validate(
     frames: Annotated[
         bool, typer.Option("--frames", help="Decode every frame, instead of only reading header and end of the file.")
     ] = False,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a training clip: 29 frames, then 32 each.")] = 1,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a training clip.")] = CLIP_CHUNKS,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model whose frame rate and chunks count.  [default: 24 frames per second, 29 frames, then 32 each]"
+        ),
+    ] = None,
 ) -> None:
     """Check every line of a manifest and every video, and print all problems.
 
     Prints each problem with its line of the manifest: errors in JSON and keys, missing files, empty captions, shots out
     of range, unreadable or truncated videos, a length or frame rate that differs from the file, and videos too short
-    for a clip. Then prints what training would use of the other videos, at 24 frames per second, and how many of them
-    are HDR or interlaced. The exit code is 0 if there are no problems, and 2 otherwise.
+    for a clip. Then prints what training would use of the other videos, how many of them are HDR or interlaced, and how
+    many of their clips are left out, because shots cover less than half of a chunk. `longvideo data encode` with the
+    same model and number of chunks leaves out the same, and finds no other problem than those of `--frames`. The exit
+    code is 0 if there are no problems, and 2 otherwise.
 
     Example: `longvideo data validate footage/manifest.jsonl --chunks 4 --frames`
     """
     from rich.console import Console
 
+    from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.data.clips import ClipSpec
     from longvideo.data.validation import validate_manifest
 
+    spec = ClipSpec(chunks)
+    if model is not None:
+        folder = ModelFolder.open(model)
+        spec = ClipSpec.of_model(chunks, folder.settings, folder.vae_config.scale_factor_temporal)
     with items_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("videos checked", total=None)
         report = validate_manifest(
             manifest,
-            num_chunks=chunks,
+            spec,
             decode=frames,
             on_line=lambda done, total: progress.update(bar, completed=done, total=total),
         )
@@ -185,7 +200,7 @@ def encode(
     manifest: ManifestArgument,
     model: Annotated[str, typer.Option(help="`tiny`, a model folder, or a Hugging Face id; its encoders are used.")],
     out: Annotated[Path, typer.Option(*OUTPUT, help="Folder to write; an unfinished one is continued.")],
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a clip.")] = 4,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of a clip.")] = CLIP_CHUNKS,
     height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the model's]")] = None,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest file, bytes; one file is in memory.")] = 2**30,

@@ -26,6 +26,7 @@ from longvideo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from longvideo.checkpoint.settings import ModelSettings
     from longvideo.data.manifest import VideoEntry
 
 
@@ -60,6 +61,11 @@ class ClipSpec:
     num_chunks: int
     fps: float = 24.0
     chunks: ChunkFrames = ChunkFrames()
+
+    @classmethod
+    def of_model(cls, num_chunks: int, settings: ModelSettings, temporal_scale: int) -> ClipSpec:
+        """Return the clips of a model. temporal_scale: pixel frames for each latent frame."""
+        return cls(num_chunks, settings.fps, ChunkFrames.of_latents(settings.chunk_frames, temporal_scale))
 
     @property
     def num_frames(self) -> int:
@@ -122,29 +128,34 @@ class FilePlace:
     end: int
 
 
-def plan_clips(
-    entries: Sequence[VideoEntry], *, num_chunks: int, fps: float = 24.0, chunks: ChunkFrames | None = None
-) -> list[ClipReference]:
-    """Return the clips of `num_chunks` chunks in all videos, in order and without overlap.
+@dataclass(frozen=True)
+class SampleClips:
+    """The clips of one sample. num_uncaptioned: clips that are left out, because shots cover too little of a chunk."""
+
+    places: tuple[FilePlace, ...]
+    clips: tuple[ClipReference, ...]
+    num_uncaptioned: int
+
+
+def plan_clips(entries: Sequence[VideoEntry], spec: ClipSpec) -> list[ClipReference]:
+    """Return the clips in all videos, in order and without overlap.
 
     Opens every video for the times of its frames. A chunk gets the caption of the shot that covers most of it. A clip
     is left out if no shot covers at least half of one of its chunks. Raises UserError if no video is long enough, and
     for a line of the manifest that does not fit its file.
     """
-    return clips_of(measure(entries), ClipSpec(num_chunks, fps, chunks or ChunkFrames()))
+    return [clip for sample in clips_of(measure(entries), spec) for clip in sample.clips]
 
 
-def clips_of(videos: Sequence[TimedVideo], spec: ClipSpec) -> list[ClipReference]:
-    """Return the clips of measured videos; see `plan_clips`."""
-    references = [
-        reference for sample in group_samples(videos) for reference in sample_clips(lay_out(sample, spec), spec)
-    ]
-    if not references:
+def clips_of(videos: Sequence[TimedVideo], spec: ClipSpec) -> list[SampleClips]:
+    """Return the clips of each sample of measured videos. Raises UserError if there is no clip; see `plan_clips`."""
+    samples = [sample_clips(sample, spec) for sample in group_samples(videos)]
+    if not any(sample.clips for sample in samples):
         raise UserError(
             f"none of the {len(videos)} videos has {spec.num_frames / spec.fps:.2f} s with captions, the length of"
             f" {spec.num_chunks} chunks; use fewer chunks"
         )
-    return references
+    return samples
 
 
 def group_samples(videos: Iterable[TimedVideo]) -> list[tuple[TimedVideo, ...]]:
@@ -153,7 +164,16 @@ def group_samples(videos: Iterable[TimedVideo]) -> list[tuple[TimedVideo, ...]]:
     return [tuple(video for _, video in group) for _, group in groupby(named, lambda pair: pair[0])]
 
 
-def lay_out(sample: Sequence[TimedVideo], spec: ClipSpec) -> list[FilePlace]:
+def sample_clips(sample: Sequence[TimedVideo], spec: ClipSpec) -> SampleClips:
+    """Return the clips of the files of one sample; see `plan_clips`."""
+    places = _lay_out(sample, spec)
+    begins = range(0, places[-1].end - spec.num_frames + 1, spec.num_chunks * spec.chunks.later)
+    references = [_reference(places, begin, spec) for begin in begins]
+    clips = tuple(reference for reference in references if reference is not None)
+    return SampleClips(tuple(places), clips, len(references) - len(clips))
+
+
+def _lay_out(sample: Sequence[TimedVideo], spec: ClipSpec) -> list[FilePlace]:
     """Return the frames of a sample that each of its files provides, in whole chunks and one file after another."""
     places: list[FilePlace] = []
     begin = 0
@@ -162,13 +182,6 @@ def lay_out(sample: Sequence[TimedVideo], spec: ClipSpec) -> list[FilePlace]:
         places.append(FilePlace(video, begin, end))
         begin = end
     return places
-
-
-def sample_clips(places: Sequence[FilePlace], spec: ClipSpec) -> list[ClipReference]:
-    """Return the clips of one sample; see `plan_clips`."""
-    begins = range(0, places[-1].end - spec.num_frames + 1, spec.num_chunks * spec.chunks.later)
-    references = (_reference(places, begin, spec) for begin in begins)
-    return [reference for reference in references if reference is not None]
 
 
 def read_clip(reference: ClipReference, *, size: tuple[int, int]) -> Clip:

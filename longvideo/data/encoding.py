@@ -39,6 +39,7 @@ from longvideo.data.encoded_format import (
     read_info,
     text_key,
 )
+from longvideo.data.left_out import clip_notices, video_notices
 from longvideo.data.manifest import read_manifest
 from longvideo.data.reading import read_in_order
 from longvideo.data.timing import measure, notices
@@ -65,7 +66,7 @@ class EncodingPlan:
     """The items to encode, their division into shares, and the folder to write.
 
     out: folder to write. root: the manifest's folder. chunks: sizes in pixel frames. clips, captions: of all shares.
-    notices: what is converted while videos are read, in words.
+    notices: what is converted while videos are read, and what is left out, in words.
     """
 
     out: Path
@@ -109,9 +110,10 @@ def plan_encoding(
         if pixels < unit or pixels % unit:
             nearest = max(1, pixels // unit) * unit
             raise UserError(f"--{name} is {pixels}, expected a multiple of {unit}; use {nearest}")
-    chunks = ChunkFrames.of_latents(settings.chunk_frames, vae.scale_factor_temporal)
+    spec = ClipSpec.of_model(num_chunks, settings, vae.scale_factor_temporal)
     videos = measure(read_manifest(manifest))
-    clips = clips_of(videos, ClipSpec(num_chunks, settings.fps, chunks))
+    samples = clips_of(videos, spec)
+    clips = [clip for sample in samples for clip in sample.clips]
     plain = [caption for clip in clips for caption in clip.captions]
     read = [text for clip in clips for text in video_texts(clip.captions, clip.cuts, cut_prefix=settings.cut_prefix)]
     captions = tuple(dict.fromkeys(["", *plain, *read]))
@@ -139,7 +141,8 @@ def plan_encoding(
         clips_per_shard=max(1, shard_bytes // clip_bytes),
         captions_per_shard=max(1, shard_bytes // (settings.text_len * text_dim * STORED.itemsize)),
     )
-    return EncodingPlan(out, manifest.parent, info, chunks, tuple(clips), captions, tuple(notices(videos)))
+    sentences = (*notices(videos), *video_notices(samples, spec), *clip_notices(samples))
+    return EncodingPlan(out, manifest.parent, info, spec.chunks, tuple(clips), captions, sentences)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longvideo.data.clips import ChunkFrames, ClipSpec, FilePlace, group_samples, lay_out, sample_clips
+from longvideo.data.clips import SampleClips, group_samples, sample_clips
 from longvideo.data.container import COPY_AGAIN
+from longvideo.data.left_out import clip_notices, unused_files
 from longvideo.data.manifest import iterate_manifest
 from longvideo.data.timing import (
     FRAMES_TOLERANCE,
@@ -20,8 +21,10 @@ from longvideo.data.video import VideoInfo, check_complete, count_frames, probe_
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
     from pathlib import Path
+
+    from longvideo.data.clips import ClipSpec
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class ManifestReport:
     """The result of a check.
 
     problems: in the order of lines. lines: number of videos in the manifest. videos, seconds, shots: of the videos that
-    training would use. clips: number of clips that training would get. notices: what is converted in these videos.
+    training would use. clips: number of clips that training would get. notices: what is converted in
+    these videos, and which clips are left out.
     """
 
     problems: tuple[Problem, ...]
@@ -51,20 +55,16 @@ class ManifestReport:
 
 def validate_manifest(
     path: Path,
+    spec: ClipSpec,
     *,
-    num_chunks: int = 1,
     decode: bool = False,
-    fps: float = 24.0,
-    chunks: ChunkFrames | None = None,
     on_line: Callable[[int, int], None] | None = None,
 ) -> ManifestReport:
     """Check every line and every video. Raises UserError only if the manifest cannot be read.
 
-    num_chunks: chunks of a clip; a video without a clip of this length is a problem. decode: decode every frame,
-    instead of reading the header and checking that the file is complete. on_line: called with the number of finished
-    lines and of all lines.
+    A video without a clip is a problem. decode: decode every frame, instead of reading the header and checking that the
+    file is complete. on_line: called with the number of finished lines and of all lines.
     """
-    spec = ClipSpec(num_chunks, fps, chunks or ChunkFrames())
     lines = list(iterate_manifest(path))
     problems: list[Problem] = []
     good: list[tuple[int, TimedVideo]] = []
@@ -83,24 +83,22 @@ def validate_manifest(
         if on_line is not None:
             on_line(done, len(lines))
     numbers = iter([number for number, _ in good])
-    num_clips = 0
+    samples: list[SampleClips] = []
     used: list[TimedVideo] = []
-    for sample in group_samples(video for _, video in good):
-        own_numbers = [next(numbers) for _ in sample]
-        places = lay_out(sample, spec)
-        clips = sample_clips(places, spec)
-        num_clips += len(clips)
-        used += [place.video for place in places if clips and place.begin < place.end]
-        too_short = _length_problems(places, spec, has_clips=bool(clips))
-        problems += [Problem(own_numbers[file], why) for file, why in too_short]
+    for videos in group_samples(video for _, video in good):
+        own_numbers = [next(numbers) for _ in videos]
+        sample = sample_clips(videos, spec)
+        samples.append(sample)
+        used += [place.video for place in sample.places if sample.clips and place.begin < place.end]
+        problems += [Problem(own_numbers[file], why) for file, why in unused_files(sample, spec)]
     return ManifestReport(
         problems=tuple(sorted(problems, key=lambda problem: problem.line)),
         lines=len(lines),
         videos=len(used),
         seconds=sum(video.seconds for video in used),
         shots=sum(len(video.shots) for video in used),
-        clips=num_clips,
-        notices=tuple(notices(used)),
+        clips=sum(len(sample.clips) for sample in samples),
+        notices=(*notices(used), *clip_notices(samples)),
     )
 
 
@@ -111,23 +109,3 @@ def _checked(path: Path, *, decode: bool) -> VideoInfo:
     if decode and (count := count_frames(path)) < info.num_frames - FRAMES_TOLERANCE:
         raise UserError(f"{path} is damaged: {count} of {info.num_frames} frames can be decoded; {COPY_AGAIN}")
     return info
-
-
-def _length_problems(places: Sequence[FilePlace], spec: ClipSpec, *, has_clips: bool) -> Iterator[tuple[int, str]]:
-    """Yield the number of a file in its sample, and the reason why no part of it is used."""
-    for_clip = f"{spec.num_frames} for a clip of {spec.num_chunks} chunk{'s' if spec.num_chunks > 1 else ''}"
-    if places[-1].end < spec.num_frames:
-        got = f"{sum(spec.frames_of(place.video) for place in places)} frames at {spec.fps:g} a second"
-        if len(places) > 1:
-            got = f"the {len(places)} files of its sample give {places[-1].end} of their {got} as whole chunks"
-        yield 0, f"too short: {got}, expected {for_clip}"
-        return
-    for file, place in enumerate(places):
-        if place.begin == place.end:
-            frames, least = spec.frames_of(place.video), spec.chunks.later if place.begin else spec.chunks.first
-            yield (
-                file,
-                f"too short: {frames} frames at {spec.fps:g} a second, expected {least} for one chunk of its sample",
-            )
-    if not has_clips:
-        yield 0, f"no clip: no {spec.num_chunks} chunks in a row are covered by shots to at least a half"

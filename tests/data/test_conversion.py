@@ -73,7 +73,7 @@ def test_hdr_is_tone_mapped_and_reported(transfer: str, tmp_path: Path, capsys: 
     small = VideoReader(24, size=(32, 48)).read(path, max_frames=1)[0].numpy().astype(int)
     assert abs(small[4:-4, 4:20] - 252).max() <= 2
     (tmp_path / "m.jsonl").write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
-    assert main(["data", "validate", str(tmp_path / "m.jsonl")]) == 0
+    assert main(["data", "validate", str(tmp_path / "m.jsonl"), "--chunks", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"1 video is HDR ({transfer}), tone-mapped to SDR"
 
 
@@ -120,7 +120,7 @@ def test_interlaced_frames_are_deinterlaced_and_reported(
     later = VideoReader(25).read(path, start_seconds=1.0).numpy().astype(int)
     assert np.array_equal(later, frames[25:])
     (tmp_path / "m.jsonl").write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
-    assert main(["data", "validate", str(tmp_path / "m.jsonl")]) == 0
+    assert main(["data", "validate", str(tmp_path / "m.jsonl"), "--chunks", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 video is interlaced, deinterlaced when read"
 
 

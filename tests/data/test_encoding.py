@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.main import main
-from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import TimedShotEntry, VideoEntry, read_manifest, write_manifest
 from longvideo.errors import UserError
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_latents_are_those_of_encoding_by_hand(manifest: Path, model: Path, encoded: Path) -> None:
     dataset = EncodedDataset.open(encoded)
     autoencoder = ModelFolder.open(model).load_vae()
-    references = plan_clips(read_manifest(manifest), num_chunks=2)
+    references = plan_clips(read_manifest(manifest), ClipSpec(2))
     assert len(dataset) == len(references) == 6
     assert (dataset.num_chunks, dataset.chunk_frames, dataset.channels, dataset.latent_size) == (2, 8, 4, (4, 6))
     for index, reference in enumerate(references):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longvideo.cli.main import main
-from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, plan_clips, read_clip
 from longvideo.data.longlive import NO_CAPTION, NO_VIDEO, UNNUMBERED, UNREADABLE, read_longlive
 from longvideo.data.manifest import read_manifest
 from longvideo.data.validation import validate_manifest
@@ -54,8 +54,8 @@ def test_a_folder_becomes_a_manifest(data: Path, tmp_path: Path, capsys: pytest.
         ("walk", 24, 40),
     ]
     assert [entry.shots[0].caption for entry in entries] == ["a dog runs", "a man walks", "he stops"]
-    assert validate_manifest(out).problems == ()
-    (reference,) = plan_clips(entries, num_chunks=3)
+    assert validate_manifest(out, ClipSpec(1)).problems == ()
+    (reference,) = plan_clips(entries, ClipSpec(3))
     assert reference.captions == ("a man walks", "a man walks", "he stops")
     assert reference.cuts == (True, False, True)
     frames = read_clip(reference, size=SIZE).frames

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longvideo.cli.main import main
-from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, plan_clips, read_clip
 from longvideo.data.encoded import EncodedDataset
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest, write_manifest
 from longvideo.data.pictures import read_image
@@ -81,7 +81,7 @@ def test_real_clips_pass_through_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "bikes.mp4").symlink_to(path)
     shots = (ShotEntry(0, 100, "a street"), ShotEntry(100, 250, "bikes in a city"))
     write_manifest(tmp_path / "manifest.jsonl", [VideoEntry(Path("bikes.mp4"), 25, 250, shots)])
-    clips = plan_clips(read_manifest(tmp_path / "manifest.jsonl"), num_chunks=3)
+    clips = plan_clips(read_manifest(tmp_path / "manifest.jsonl"), ClipSpec(3))
     assert [clip.start_seconds for clip in clips] == [0.0, 4.0]
     first = read_clip(clips[0], size=(128, 224))
     assert first.frames.shape == (93, 128, 224, 3)
@@ -112,7 +112,7 @@ def test_real_clips_are_checked_and_encoded(tmp_path: Path) -> None:
         ("a man talks", "a man talks", "a man talks, later"),
     ]
     assert [clip.cuts for clip in dataset.clips] == [(True, False, True), (True, False, False), (True, False, True)]
-    references = plan_clips(read_manifest(path), num_chunks=3)
+    references = plan_clips(read_manifest(path), ClipSpec(3))
     frames = read_clip(references[2], size=(64, 96)).frames
     with torch.no_grad():
         video = frames[:29].permute(3, 0, 1, 2)[None].float() / 127.5 - 1

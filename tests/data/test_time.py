@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longvideo.cli.main import main
-from longvideo.data.clips import plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, TimedShotEntry, VideoEntry, iterate_manifest, read_manifest
 from longvideo.data.validation import validate_manifest
 from longvideo.data.video import VideoReader, check_complete, probe_video
@@ -71,9 +71,9 @@ def test_cuts_of_a_variable_rate_are_put_where_their_frames_are(suffix: str, tmp
     in_seconds = [{"end_seconds": 3, "caption": "light"}, {"start_seconds": 3.0, "caption": "dark"}]
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line | {"shots": shots}) + "\n" for shots in (in_frames, in_seconds)))
-    assert validate_manifest(manifest, num_chunks=5).problems == ()
-    assert validate_manifest(manifest, num_chunks=5, decode=True).problems == ()
-    for reference in plan_clips(read_manifest(manifest), num_chunks=5):
+    assert validate_manifest(manifest, ClipSpec(5)).problems == ()
+    assert validate_manifest(manifest, ClipSpec(5), decode=True).problems == ()
+    for reference in plan_clips(read_manifest(manifest), ClipSpec(5)):
         assert reference.captions == ("light", "light", "dark", "dark", "dark")
         assert reference.cuts == (True, False, True, False, False)
         assert clock.error(read_clip(reference, size=(64, 96)).frames, PHONE) <= 0.006
@@ -87,21 +87,21 @@ def test_frames_before_a_lossless_cut_do_not_count(tmp_path: Path) -> None:
     frames = VideoReader(24).read(path)
     assert clock.shown_times(frames)[[0, -1]] == pytest.approx([0.5, 149 / 24], abs=0.006)
     entry = VideoEntry(path, info.fps, info.num_frames, (ShotEntry(0, info.num_frames, "one"),))
-    assert len(plan_clips([entry], num_chunks=4)) == 1
+    assert len(plan_clips([entry], ClipSpec(4))) == 1
     counted_by_header = VideoEntry(path, 24, 150, (ShotEntry(0, 150, "one"),))
     with pytest.raises(UserError, match="num_frames is 150, expected 138 as in .*cut.mp4"):
-        plan_clips([counted_by_header], num_chunks=4)
+        plan_clips([counted_by_header], ClipSpec(4))
 
 
 def test_numbers_of_frames_may_be_left_out(tmp_path: Path) -> None:
     path = clock.write(tmp_path / "a.mp4", CONSTANT)
     shots = (TimedShotEntry("one", 0.0, 1.5), TimedShotEntry("two", 1.75))
-    (reference,) = plan_clips([VideoEntry(path, None, None, shots)], num_chunks=4)
+    (reference,) = plan_clips([VideoEntry(path, None, None, shots)], ClipSpec(4))
     assert reference.captions == ("one", "two", "two", "two")
     with pytest.raises(UserError, match=r"shots\[0\]: end_seconds is 9, expected at most 6.250 as in .*a.mp4"):
-        plan_clips([VideoEntry(path, None, None, (TimedShotEntry("one", 0.0, 9.0),))], num_chunks=1)
+        plan_clips([VideoEntry(path, None, None, (TimedShotEntry("one", 0.0, 9.0),))], ClipSpec(1))
     with pytest.raises(UserError, match=r"shots\[0\]: end is 200, expected at most 150"):
-        plan_clips([VideoEntry(path, None, None, (ShotEntry(0, 200, "one"),))], num_chunks=1)
+        plan_clips([VideoEntry(path, None, None, (ShotEntry(0, 200, "one"),))], ClipSpec(1))
 
 
 def test_validation_and_planning_give_one_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +120,10 @@ def test_validation_and_planning_give_one_verdict(tmp_path: Path, capsys: pytest
             assert main(["data", "validate", str(manifest), *flags]) == (0 if is_good else 2)
         capsys.readouterr()
         if is_good:
-            assert len(plan_clips(read_manifest(manifest), num_chunks=4)) == 1
+            assert len(plan_clips(read_manifest(manifest), ClipSpec(4))) == 1
         else:
             with pytest.raises(UserError, match="expected"):
-                plan_clips(read_manifest(manifest), num_chunks=4)
+                plan_clips(read_manifest(manifest), ClipSpec(4))
 
 
 @pytest.mark.parametrize(("codec", "options"), [("libx264", clock.X264), ("mpeg4", MPEG)])
@@ -140,11 +140,11 @@ def test_b_frames_with_times_of_decoding_are_one_problem(codec: str, options: di
                 out.mux(packet)
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(json.dumps({"video": path.name, "shots": [{"caption": "one"}]}))
-    (problem,) = validate_manifest(manifest).problems
+    (problem,) = validate_manifest(manifest, ClipSpec(1)).problems
     assert "has B-frames with the times at which they are decoded" in problem.why and "encode it again" in problem.why
     with pytest.raises(UserError, match="has B-frames with the times at which they are decoded"):
-        plan_clips(read_manifest(manifest), num_chunks=1)
-    assert len(validate_manifest(_manifest_of(whole)).problems) == 0
+        plan_clips(read_manifest(manifest), ClipSpec(1))
+    assert len(validate_manifest(_manifest_of(whole), ClipSpec(1)).problems) == 0
 
 
 def test_recordings_that_are_joined_are_one_problem(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_recordings_that_are_joined_are_one_problem(tmp_path: Path) -> None:
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(json.dumps({"video": "joined.ts", "shots": [{"caption": "one"}]}))
-    (problem,) = validate_manifest(manifest).problems
+    (problem,) = validate_manifest(manifest, ClipSpec(1)).problems
     assert "time goes from" in problem.why and "split the file there" in problem.why
 
 
@@ -180,7 +180,7 @@ def test_tables_and_arrays_are_manifests(name: str, tmp_path: Path) -> None:
         tmp_path / "0.mp4", 24.0, 70, (ShotEntry(0, 29, "a man, walking"), ShotEntry(29, 70, 'he calls "hi"'))
     )
     assert second.shots == (ShotEntry(0, 70, "a dog"),)
-    assert validate_manifest(path, num_chunks=2).problems == ()
+    assert validate_manifest(path, ClipSpec(2)).problems == ()
 
 
 def test_a_table_of_videos_and_captions_is_enough(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_table_of_videos_and_captions_is_enough(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("caption,video\n1984,12.mp4\n")
     (entry,) = read_manifest(tmp_path / "a.csv")
     assert entry == VideoEntry(tmp_path / "12.mp4", None, None, (TimedShotEntry("1984"),))
-    assert [reference.captions for reference in plan_clips([entry], num_chunks=2)] == [("1984", "1984")]
+    assert [reference.captions for reference in plan_clips([entry], ClipSpec(2))] == [("1984", "1984")]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from longvideo.cli.main import main
+from longvideo.data.clips import ClipSpec
 from longvideo.data.manifest import iterate_manifest
 from longvideo.data.validation import validate_manifest
 from longvideo.data.video import check_complete, count_frames
@@ -59,13 +60,13 @@ def test_every_planted_mistake_is_reported(folder: Path, capsys: pytest.CaptureF
     ]
     path = manifest(folder, *(line for line, _ in lines))
     expected = [(number, text) for number, (_, texts) in enumerate(lines, 1) for text in texts]
-    report = validate_manifest(path)
+    report = validate_manifest(path, ClipSpec(1))
     assert [problem.line for problem in report.problems] == [number for number, _ in expected]
     for problem, (_, text) in zip(report.problems, expected, strict=True):
         assert text in problem.why
     assert (report.lines, report.videos, report.shots, report.clips) == (10, 2, 2, 3)
     assert report.seconds == pytest.approx(61 / 24 + 75 / 30)
-    assert main(["data", "validate", str(path)]) == 2
+    assert main(["data", "validate", str(path), "--chunks", "1"]) == 2
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{path}:2: the line is not JSON")
     assert len(out) == len(expected) + 2
@@ -85,9 +86,9 @@ def test_what_is_good_ends_with_code_0_and_counts_clips(folder: Path, capsys: py
 
 def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
     path = manifest(folder, GOOD | {"video": "damaged.mp4", "num_frames": 125}, GOOD | {"num_frames": 63})
-    (second,) = validate_manifest(path).problems
+    (second,) = validate_manifest(path, ClipSpec(1)).problems
     assert (second.line, "num_frames is 63, expected 61" in second.why) == (2, True)
-    first, second = validate_manifest(path, decode=True).problems
+    first, second = validate_manifest(path, ClipSpec(1), decode=True).problems
     assert (first.line, second.line) == (1, 2)
     assert "damaged.mp4 is damaged after" in first.why
     assert "num_frames is 63, expected 61" in second.why
@@ -96,16 +97,16 @@ def test_damage_in_the_middle_is_found_by_decoding(folder: Path) -> None:
 def test_shots_of_a_sample_are_measured_together(folder: Path) -> None:
     part = GOOD | {"sample": "a"}
     short = part | {"video": "short.mp4", "num_frames": 20, "shots": [SHOT | {"end": 20}]}
-    report = validate_manifest(manifest(folder, part, part, short), num_chunks=3)
+    report = validate_manifest(manifest(folder, part, part, short), ClipSpec(3))
     (problem,) = report.problems
     assert (problem.line, report.clips) == (3, 1)
     assert problem.why == "too short: 20 frames at 24 a second, expected 32 for one chunk of its sample"
-    (problem,) = validate_manifest(manifest(folder, part, part), num_chunks=4).problems
+    (problem,) = validate_manifest(manifest(folder, part, part), ClipSpec(4)).problems
     assert (
         "the 2 files of its sample give 93 of their 122 frames at 24 a second as whole chunks, expected 125"
         in problem.why
     )
-    problems = validate_manifest(manifest(folder, part, GOOD, "{", part)).problems
+    problems = validate_manifest(manifest(folder, part, GOOD, "{", part), ClipSpec(1)).problems
     assert [problem.line for problem in problems] == [3, 4]
     assert 'sample "a" continues after other lines, its last one was line 1' in problems[1].why
 

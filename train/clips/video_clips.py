@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.data.clips import ChunkFrames, plan_clips, read_frames
+from longvideo.data.clips import ClipSpec, plan_clips, read_frames
 from longvideo.data.manifest import read_manifest
 from longvideo.errors import ConfigError
 from longvideo.pixels import from_uint8
@@ -39,8 +39,7 @@ class VideoClips:
         self.size = (settings.height, settings.width)
         self.num_chunks, self.chunk_frames = chunks, settings.chunk_frames
         self.scale = folder.vae_config.scale_factor_temporal
-        frames = ChunkFrames.of_latents(settings.chunk_frames, self.scale)
-        self.clips = plan_clips(read_manifest(manifest), num_chunks=chunks, fps=float(settings.fps), chunks=frames)
+        self.clips = plan_clips(read_manifest(manifest), ClipSpec.of_model(chunks, settings, self.scale))
         self.autoencoder = folder.load_vae(device=device, dtype=torch.float32).requires_grad_(False)
         self.text_encoder = folder.load_text_encoder(device=device).requires_grad_(False)
         self.lookback = temporal_lookback(folder.vae_config)
