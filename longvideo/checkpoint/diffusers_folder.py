@@ -13,6 +13,7 @@ from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, PartConfig, StoredModel
 from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.stored_tokenizer import TokenizerFolder, take_tokenizer
 from longvideo.config.loading import load_config
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import copy_file, read_json, write_json
@@ -73,7 +74,7 @@ def read_folder(path: Path) -> StoredModel:
         "longvideo folder (diffusers' layout)" if stored else "diffusers folder",
         parts,
         stored.settings if stored else None,
-        places[TEXT_ENCODER] / "tokenizer" if TEXT_ENCODER in parts else None,
+        TokenizerFolder(places[TEXT_ENCODER] / "tokenizer") if TEXT_ENCODER in parts else None,
         notes={part: f"from {folder}" for part, folder in elsewhere.items()},
     )
 
@@ -218,7 +219,7 @@ def _read_part(folder: Path, part: str, kind: str, *, text_len: int) -> ModelPar
         return AutoencoderConfig.from_dict(json) if part == VAE else UMT5Config.from_dict(json)
 
     config = read_config(folder / "config.json", parse)
-    weights = open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers)
+    weights, _ = take_tokenizer(open_weights(folder, stem=WEIGHT_STEMS[part]).renamed(names.strip_wrappers))
     weights = official_transformer(weights) if part == TRANSFORMER else weights
     return ModelPart(kind, weights, config, folder)
 

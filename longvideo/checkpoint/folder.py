@@ -28,6 +28,7 @@ from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.run_checkpoint import exported_model, is_run_checkpoint
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.stored_tokenizer import StoredTokenizer
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import StoredAdapter, merged
 from longvideo.errors import CheckpointError, ConfigError
@@ -37,7 +38,7 @@ from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import expect_packed
 from longvideo.text.encoder import TextEncoder
-from longvideo.text.tokenizer import TOKENIZER_FILE, load_tokenizer, save_tokenizer
+from longvideo.text.tokenizer import save_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.config import AutoencoderConfig
@@ -62,17 +63,16 @@ class ModelFolder:
     """An opened model: its configurations are read and consistent, but no weights are loaded.
 
     path: the folder or file. format: description of the recognized format. stored: its parts, of transformer, vae and
-    text_encoder. tokenizer: folder with tokenizer.json. notes: numbers and texts stored with the weights. unused: files
-    that belong to no part, with the reason. adapters: added to the transformer, in this order; `stored` has the sum,
-    and `load_transformer` keeps them next to packed layers. originals: the transformer's weights without them; None
-    without adapters.
+    text_encoder. notes: numbers and texts stored with the weights. unused: files that belong to no part, with the
+    reason. adapters: added to the transformer, in this order; `stored` has the sum, and `load_transformer` keeps them
+    next to packed layers. originals: the transformer's weights without them; None without adapters.
     """
 
     path: Path
     format: str
     settings: ModelSettings
     stored: Mapping[str, ModelPart]
-    tokenizer: Path | None = None
+    tokenizer: StoredTokenizer | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[Path, str] = field(default_factory=dict)
     adapters: tuple[StoredAdapter, ...] = ()
@@ -285,7 +285,7 @@ class ModelFolder:
             module,
             tokenizer,
             text_len=self.settings.text_len,
-            tokenizer_file=self.tokenizer / TOKENIZER_FILE,
+            tokenizer_name=self.tokenizer.name,
         ).eval()
 
     @classmethod
@@ -347,7 +347,7 @@ class ModelFolder:
             raise CheckpointError(
                 f"{self.path} has no tokenizer.json; copy it from google/umt5-xxl of Wan's official folder"
             )
-        return load_tokenizer(self.tokenizer, rows=self.text_encoder_config.vocab_size)
+        return self.tokenizer.load(rows=self.text_encoder_config.vocab_size)
 
     def _check_configs(self) -> None:
         parts = set(self.parts)

@@ -44,6 +44,7 @@ from longvideo.checkpoint.opening import SAFETENSORS, WeightReader, sets_of_weig
 from longvideo.checkpoint.packed import CONVENTION_KEY
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart, StoredModel
 from longvideo.checkpoint.settings import PRESETS
+from longvideo.checkpoint.stored_tokenizer import TokenizerFolder, take_tokenizer
 from longvideo.checkpoint.tensors import Weights, listing
 from longvideo.errors import CheckpointError
 from longvideo.model.config import PRESETS as MODELS
@@ -112,6 +113,9 @@ def recognize(path: Path, *, entry: str | None = None, like: Like = NOTHING) -> 
 
 def _one_or_more(path: Path, weights: Weights, config: Path | None, label: str, read: Read) -> StoredModel:
     """Return the part, adapter or parts of one set of weights. Other arguments: as of `_stored_model`."""
+    weights, tokenizer = take_tokenizer(weights)
+    if tokenizer is not None:
+        return replace(_one_or_more(path, weights, config, label, read), tokenizer=tokenizer)
     if is_adapter(weights.infos) or part_of(weights) is not None:
         return read(weights, config, label)
     divided = prefixes.divide(weights)
@@ -146,7 +150,7 @@ def _loose_files(folder: Path, open_files: Callable[[list[Path]], Weights], read
     unused: dict[Path, str] = {}
     for files in sets:
         file, weights = files[0], open_files(files)
-        divided = {} if is_adapter(weights.infos) else prefixes.divide(weights)
+        divided = {} if is_adapter(weights.infos) else prefixes.divide(take_tokenizer(weights)[0])
         if divided and all(part_of(own) is None for own in divided.values()):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue
@@ -184,7 +188,7 @@ def _combined(folder: Path, stored: list[tuple[Path, StoredModel]], unused: dict
         else "loose files",
         parts,
         settings,
-        _tokenizer(folder),
+        _tokenizer(folder) or next((one.tokenizer for _, one in stored if one.tokenizer is not None), None),
         adapters[0].adapter if adapters else None,
         notes,
         unused,
@@ -328,10 +332,10 @@ def _width(weights: Weights) -> int | None:
     return None if info is None or not info.shape else info.shape[0]
 
 
-def _tokenizer(folder: Path) -> Path | None:
-    """Return the folder with tokenizer.json, at most two levels below; Wan's is google/umt5-xxl."""
+def _tokenizer(folder: Path) -> TokenizerFolder | None:
+    """Return the tokenizer in a folder, at most two levels below; Wan's is google/umt5-xxl."""
     for depth in ("tokenizer.json", "*/tokenizer.json", "*/*/tokenizer.json"):
         if files := sorted(folder.glob(depth)):
             check_inside(files[0], os.path.realpath(folder))
-            return files[0].parent
+            return TokenizerFolder(files[0].parent)
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
+from longvideo.checkpoint.stored_tokenizer import StoredTokenizer
 from longvideo.checkpoint.tensors import Weights
 from longvideo.checkpoint.updates import StoredAdapter
 from longvideo.errors import ConfigError
@@ -41,14 +42,14 @@ class ModelPart:
 class StoredModel:
     """The contents of a path.
 
-    settings: None where the files have none. tokenizer: folder with tokenizer.json. notes: numbers and texts stored
-    with the weights, such as the training step. unused: files that belong to no part, with the reason.
+    settings: None where the files have none. notes: numbers and texts stored with the weights, such as the training
+    step. unused: files that belong to no part, with the reason.
     """
 
     format: str
     parts: Mapping[str, ModelPart]
     settings: ModelSettings | None = None
-    tokenizer: Path | None = None
+    tokenizer: StoredTokenizer | None = None
     adapter: StoredAdapter | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[Path, str] = field(default_factory=dict)

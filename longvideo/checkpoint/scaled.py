@@ -32,8 +32,8 @@ WEIGHT, SCALE, OLD_SCALE, SECOND_SCALE = "weight", "weight_scale", "scale_weight
 INPUT_SCALES = ("input_scale", "scale_input")
 LAYER_MARK, HEADER_MARK = "comfy_quant", "_quantization_metadata"
 """ComfyUI's marks of a layer, and of a file, whose 4-bit scales are in the order of tensor cores."""
-MARKS = ("scaled_fp8", "spiece_model", LAYER_MARK)
-"""Tensors that are not weights: two marks of formats, and the tokenizer in ComfyUI's file of the text encoder."""
+MARKS = ("scaled_fp8", LAYER_MARK)
+"""Tensors that are not weights but marks of formats."""
 SMOOTHING = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 """Tensors of AWQ and SVDQuant, without which a layer has another result."""
 VALUES_AT_ONCE = 2**22

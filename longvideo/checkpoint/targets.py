@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 OFFICIAL_STEM = "diffusion_pytorch_model"
 OFFICIAL_VAE, OFFICIAL_TEXT_ENCODER = "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_TOKENIZER = Path("google/umt5-xxl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,10 @@ class ConversionTask:
             pickle_file.write_weights(file, weights, on_bytes=self.options.on_bytes)
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the files of the tokenizer. folder: relative to `path`."""
-        assert self.model.tokenizer is not None
-        (self.path / folder).mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (file := self.model.tokenizer / name).is_file():
-                copy_file(file, self.path / folder / name)
+        """Write the files of the tokenizer. folder: relative to `path`."""
+        tokenizer, rows = self.model.tokenizer, self.model.text_encoder_config.vocab_size
+        assert tokenizer is not None
+        tokenizer.write(self.path / folder, rows=rows, text_len=self.model.settings.text_len)
 
 
 @dataclass(frozen=True)

@@ -303,5 +303,5 @@ def _modules_elsewhere(path: Path, *, dtype: torch.dtype | None) -> dict[str, An
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         modules[TEXT_ENCODER] = UMT5EncoderModel.from_pretrained(places[TEXT_ENCODER])
-        modules["tokenizer"] = AutoTokenizer.from_pretrained(str(folder.tokenizer))
+        modules["tokenizer"] = AutoTokenizer.from_pretrained(str(Path(places[TEXT_ENCODER]).parent / "tokenizer"))
     return modules

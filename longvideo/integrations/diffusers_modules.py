@@ -15,6 +15,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import own_tensors
 from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER, VAE, ModelPart
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.stored_tokenizer import TokenizerFolder
 from longvideo.checkpoint.tensors import InMemory, Weights
 from longvideo.checkpoint.updates import LowRank, StoredAdapter
 from longvideo.errors import UserError
@@ -60,7 +61,7 @@ def model_folder(
         VAE: _part(vae, AutoencoderConfig.from_dict(dict(vae.config))),
         TEXT_ENCODER: _part(text_encoder, UMT5Config.from_dict(text_encoder.config.to_dict())),
     }
-    folder = ModelFolder(tokenizer.parent, "diffusers pipeline", settings, parts, tokenizer)
+    folder = ModelFolder(tokenizer.parent, "diffusers pipeline", settings, parts, TokenizerFolder(tokenizer))
     return folder.with_adapters(active_adapters(transformer))
 
 

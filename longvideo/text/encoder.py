@@ -20,7 +20,6 @@ from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from tokenizers import Encoding, Tokenizer
 
@@ -34,21 +33,21 @@ TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_laye
 class TextEncoder(nn.Module):
     """Tokenizer and UMT5 encoder. Features have text_len positions and are zero at padded ones.
 
-    tokenizer: must end each prompt with </s> and pad with id 0. text_len: text positions, tokens. tokenizer_file: file
-    that the tokenizer was read from, for errors.
+    tokenizer: must end each prompt with </s> and pad with id 0. text_len: text positions, tokens. tokenizer_name:
+    file that the tokenizer was read from, for errors.
     """
 
     model: UMT5Encoder
     tokenizer: Tokenizer
 
     def __init__(
-        self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512, tokenizer_file: Path | None = None
+        self, model: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int = 512, tokenizer_name: str = "the tokenizer"
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
-        self._tokenizer_file = tokenizer_file
+        self._tokenizer_name = tokenizer_name
         self._features: dict[str, Tensor] = {}
         self._features_version = 0
 
@@ -141,7 +140,7 @@ class TextEncoder(nn.Module):
             return encode(self.tokenizer, text)
         except TokenizerError as error:
             raise CheckpointError(
-                f"{self._tokenizer_file or 'the tokenizer'} cannot encode the prompt {shown_prompt(text)}: {error};"
+                f"{self._tokenizer_name} cannot encode the prompt {shown_prompt(text)}: {error};"
                 " change the prompt, or use the tokenizer of google/umt5-xxl"
             ) from error
 

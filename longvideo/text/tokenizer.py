@@ -16,6 +16,7 @@ from longvideo.errors import CheckpointError
 from longvideo.files import read_text, write_json, write_text
 from longvideo.text import charsmap
 from longvideo.text.panics import TokenizerError, guarded
+from longvideo.text.sentencepiece import tokenizer_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -52,12 +53,29 @@ def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
     text = read_text(path, what="tokenizer")
     try:
         values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer: it is not JSON, or nested too deep") from error
+    return _checked_tokenizer(values, rows, str(path))
+
+
+def tokenizer_of_sentencepiece(data: bytes, *, rows: int, name: str) -> Tokenizer:
+    """Return the tokenizer of a SentencePiece model, as `load_tokenizer` does. name: of the model, for errors."""
+    try:
+        values = tokenizer_json(data)
+    except TokenizerError as error:
+        raise CheckpointError(f"{name} is not a usable SentencePiece model: {error}") from error
+    return _checked_tokenizer(values, rows, name)
+
+
+def _checked_tokenizer(values: object, rows: int, path: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json. path: name of the file, for errors."""
+    try:
         _check(values, rows)
         text = json.dumps(values)  # of repeated keys, only the value that was checked
     except TokenizerError as error:
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer: it is not JSON, or nested too deep") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is not a tokenizer: it is nested too deep") from error
     try:
         tokenizer = guarded(Tokenizer.from_str, text)
         tokenizer.no_padding()

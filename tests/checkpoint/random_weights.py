@@ -16,6 +16,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta, own_tensors
 from longvideo.checkpoint.parts import ModelPart, PartConfig
 from longvideo.checkpoint.settings import ModelSettings
+from longvideo.checkpoint.stored_tokenizer import TokenizerFolder
 from longvideo.checkpoint.tensors import PIECE_BYTES, TensorInfo, Weights, as_bytes
 from longvideo.model.config import TransformerConfig
 from longvideo.model.transformer import CausalTransformer
@@ -69,7 +70,7 @@ def random_model(
         name: ModelPart(type(module).__name__, weights_of(module, dtype), config)
         for name, (module, config, dtype) in built.items()
     }
-    return ModelFolder(Path("random"), "random", settings, stored, tokenizer)
+    return ModelFolder(Path("random"), "random", settings, stored, TokenizerFolder(tokenizer))
 
 
 def fingerprints(model: ModelFolder) -> dict[str, str]:

@@ -83,7 +83,6 @@ def test_all_parts_open_from_one_file_of_comfyui(
         **prefixed(wan["vae"], "vae."),
         **prefixed(wan["text_encoder"], f"{encoder}transformer."),
         f"{encoder}logit_scale": torch.tensor(4.6),
-        f"{encoder}spiece_model": torch.arange(9, dtype=torch.uint8),
     }
     save_file(tensors, tmp_path / "all.safetensors")
     alone = ModelFolder.open(tmp_path / "all.safetensors")
