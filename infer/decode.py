@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from longvideo.streaming.decoder_convolutions import Grid
     from longvideo.streaming.decoders import DecoderModel
+    from longvideo.streaming.recording import GraphRecorder
 
 SMALL_GRID = 512
 """Largest number of latent pixels in a frame for which a CPU decodes the frames of a chunk together."""
@@ -66,8 +67,8 @@ class ChunkDecoder:
     """Decodes the chunks of a video (or of a batch), one after the other, and then those of the next video.
 
     On CUDA the work runs on streams of the decoder, on the device of its weights and, where two devices share the work,
-    on `first_device`; the latents may be on another device. Frames are converted to uint8 on the GPU and copied
-    to pinned memory. Latents that no returned frame needs are not decoded.
+    on `first_device`; with a `recorder` it runs on the current streams. The latents may be on another device. Frames
+    are converted to uint8 on the GPU and copied to pinned memory. Latents that no returned frame needs are not decoded.
     """
 
     def __init__(
@@ -77,18 +78,23 @@ class ChunkDecoder:
         *,
         first_device: torch.device | None = None,
         first_share: float = 0.0,
+        recorder: GraphRecorder | None = None,
     ) -> None:
         """Allocate the buffers of a decoder.
 
         chunk: sizes of the latents of a chunk. first_device: device that runs the first layers, if it shares the work.
         first_share: fraction of the work of `first_device`; 0 leaves all of it to the device of the weights.
+        recorder: recorder of graphs whose memory the denoiser uses too, so the two must take turns on one stream.
         """
         device, config = model.device, model.config
         self._scale, self._pixels = config.scale_factor_temporal, config.scale_factor_spatial
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._takes_turns = recorder is not None
         sharing = () if first_device is None or not first_share else (first_device,)
         with self._own_streams(device, *sharing):
-            self._decoder = model.start(step_of(chunk, device), first_device=first_device, first_share=first_share)
+            self._decoder = model.start(
+                step_of(chunk, device), first_device=first_device, first_share=first_share, recorder=recorder
+            )
 
     def warm_up(self) -> None:
         """Compile kernels and record graphs on CUDA, so that the first video does not wait for it; begin a video."""
@@ -164,11 +170,15 @@ class ChunkDecoder:
         """Make a stream of this decoder the current one on each CUDA device.
 
         A new stream starts after the work that is queued on its device. Latents leave their device on such a stream
-        too, so they do not wait for the next chunk.
+        too, so they do not wait for the next chunk. A decoder that takes turns with the denoiser stays on the current
+        streams.
         """
         with ExitStack() as stack:
             for device in devices:
                 if device.type != "cuda":
+                    continue
+                if self._takes_turns:
+                    self._streams[device] = torch.cuda.current_stream(device)
                     continue
                 if device not in self._streams:
                     # a higher priority than denoising: the caller waits for pixels

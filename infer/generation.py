@@ -33,6 +33,7 @@ from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import Denoiser, MadeChunk, branches, rollout
 from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoders import DecoderModel
+from longvideo.streaming.recording import GraphRecorder
 from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.known_prompts import PromptEncoder
 
@@ -121,7 +122,8 @@ class Stages:
 
         batch: number of videos. copies: number of times each video is run in a step; see `longvideo.rollout.branches`.
         """
-        self.size = (batch, copies)
+        self.size, placement = (batch, copies), models.placement
+        recorder = GraphRecorder(models.device) if placement.takes_turns and models.device.type == "cuda" else None
         self.denoiser = StreamingTransformer(
             models.transformer,
             models.spec,
@@ -129,8 +131,9 @@ class Stages:
             kv_cache=models.formats.kv_cache,
             attention=models.formats.attention,
             group=models.group,
+            recorder=recorder,
         )
-        self.decoder = self._new_decoder(models, batch) if models.decodes else None
+        self.decoder = self._new_decoder(models, batch, recorder) if models.decodes else None
         if models.device.type == "cuda":
             self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
 
@@ -141,13 +144,15 @@ class Stages:
             self.decoder.reset()
 
     @staticmethod
-    def _new_decoder(models: Models, batch: int) -> ChunkDecoder:
-        settings, scale = models.settings, models.decoder.config.scale_factor_spatial
+    def _new_decoder(models: Models, batch: int, recorder: GraphRecorder | None) -> ChunkDecoder:
+        settings, scale, placement = models.settings, models.decoder.config.scale_factor_spatial, models.placement
+        height, width = settings.height // scale, settings.width // scale
         decoder = ChunkDecoder(
             models.decoder,
-            Grid(batch, settings.chunk_frames, settings.height // scale, settings.width // scale),
+            Grid(batch, settings.chunk_frames, height, width, shares_buffer=placement.low_memory),
             first_device=models.device,
-            first_share=models.placement.decode_share,
+            first_share=placement.decode_share,
+            recorder=recorder,
         )
         # now, not while chunks are denoised: cuDNN times its convolutions, for which the GPU must be idle
         decoder.warm_up()
@@ -177,7 +182,8 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
     """Generate the chunks of a video, in order. stages: new ones, or reset.
 
     Denoising runs in one thread and decoding in another, each at most one finished chunk ahead of its reader. On a CPU
-    each thread gets half of torch's threads; if torch has only one, denoising and decoding alternate in the caller's.
+    each thread gets half of torch's threads; if torch has only one, or if both use the same memory, denoising and
+    decoding alternate in the caller's.
     If several ranks share the denoising, the ranks that do not decode get chunks without frames.
     """
     denoise = partial(_denoise, models, stages.denoiser, inputs)
@@ -185,7 +191,8 @@ def generate_chunks(models: Models, stages: Stages, inputs: VideoInputs) -> Gene
         yield from _without_pixels(denoise())
         return
     cpu_threads = torch.get_num_threads()
-    if cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu":
+    has_one_thread = cpu_threads == 1 and models.device.type == models.decode_device.type == "cpu"
+    if has_one_thread or models.placement.takes_turns:
         yield from _decode(stages.decoder, inputs.past, denoise())
         return
     # On two cores, one thread each for denoising and decoding is faster than two threads for one after the other (86

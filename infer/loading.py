@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
@@ -16,6 +19,7 @@ from longvideo.infer.generation import Models
 from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.number_formats import NumberFormats
+from longvideo.quantization.offloading import offload_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
+    from longvideo.kernels.backends import TransformerPrecision
     from longvideo.model.transformer import CausalTransformer
 
 DEFAULT_FORMATS = NumberFormats()
@@ -55,12 +60,14 @@ def load_models(
         Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None, resident=resident)
     )
     formats = with_decoder_precision(formats.effective(packed=folder.is_packed), shapes.decoder_config, placement)
+    load_text = partial(load_text_encoder, folder, placement, formats)
     with ThreadPoolExecutor() as pool:
         if known is not None:
-            text_encoder = pool.submit(encode_prompts, folder, placement, formats, known)
+            prefix, device = folder.settings.cut_prefix, placement.text_device
+            text_encoder = pool.submit(encode_prompts, load_text, known, cut_prefix=prefix, device=device)
             text_encoder.result()  # the encoder is freed before anything else is loaded
         else:
-            text_encoder = pool.submit(load_text_encoder, folder, placement, formats)
+            text_encoder = pool.submit(load_text)
         transformer = pool.submit(load_transformer, folder, placement, formats)
         decoder, encoder = load_decoder(folder, chosen, placement, formats)
         return Models(
@@ -78,7 +85,28 @@ def load_models(
 
 
 def load_transformer(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> CausalTransformer:
-    """Load a transformer with the adapters of its folder, and with the products of a precision."""
+    """Load a transformer with the adapters of its folder, with the products of a precision, to where it stays."""
     packed = folder.is_packed
-    transformer = folder.load_transformer(device=placement.device, dtype=placement.denoise_dtype)
-    return with_precision(transformer, formats.precision_of(packed=packed), packed=packed)
+    transformer = folder.load_transformer(device=loading_device(placement), dtype=placement.denoise_dtype)
+    return place_transformer(transformer, placement, formats.precision_of(packed=packed), packed=packed)
+
+
+def loading_device(placement: Placement) -> torch.device:
+    """Return the device to which the weights of the transformer are read, before `place_transformer`."""
+    return torch.device("cpu") if placement.low_memory or placement.offload_weights else placement.device
+
+
+def place_transformer(
+    transformer: CausalTransformer, placement: Placement, precision: TransformerPrecision, *, packed: bool
+) -> CausalTransformer:
+    """Return a transformer in its number format, with its weights where a placement has them.
+
+    transformer: on `loading_device`. packed: whether its layers hold 4-bit weights already.
+    """
+    if precision != "bf16" or not placement.offload_weights:  # in bf16 they go to pinned memory at once
+        transformer = with_precision(transformer, precision, packed=packed, device=placement.device)
+    if placement.offload_weights:
+        offload_blocks(transformer, placement.device)
+    if placement.device.type == "cuda":
+        torch.cuda.empty_cache()  # torch would keep the memory of layers that are replaced
+    return transformer

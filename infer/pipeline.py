@@ -81,6 +81,8 @@ class StreamingPipeline:
         decoder: str | None = None,
         decoder_precision: str = "auto",
         text_encoder: str | None = None,
+        low_memory: bool = False,
+        offload_weights: bool = False,
         size: str | None = None,
         adapters: Sequence[str | Path] = (),
     ) -> StreamingPipeline:
@@ -102,14 +104,25 @@ class StreamingPipeline:
         means the small one on a CPU, if there is one, else the autoencoder. decoder_precision: "fp32", "bf16" or "fp8";
         "auto" means bf16 on a GPU, and what is measured to be the fastest on a CPU.
         text_encoder: "cuda" for `device`, "cpu" for the CPU, or "fp8" or "nvfp4" for `device` with weights in 8 or 4
-        bits; None means `device`. size: width and height of videos in pixels, such as "1280x704"; None means those of
-        the model. adapters: LoRA files or folders that are added to the transformer in this order, each PATH or
+        bits; None means `device`. low_memory: whether denoising and decoding on one device never overlap and use the
+        same memory, and the decoder has one buffer for all convolutions. offload_weights: whether the weights of the
+        transformer's blocks stay in host memory, from which each block is copied to the device before it runs. Both
+        take time and change no result. size: width and height of videos in pixels, such as "1280x704"; None means those
+        of the model. adapters: LoRA files or folders that are added to the transformer in this order, each PATH or
         PATH:STRENGTH (docs/checkpoints.md).
         Raises UserError for a value that cannot be used, such as a device that does not exist, and CheckpointError for
         files that are missing, damaged or do not fit.
         """
         formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
-        placement = Placement.choose(device, decode_device, decode_share, dtype, text_encoder)
+        placement = Placement.choose(
+            device,
+            decode_device,
+            decode_share,
+            dtype,
+            text_encoder,
+            low_memory=low_memory,
+            offload_weights=offload_weights,
+        )
         check_hardware(formats, placement)  # before a model is downloaded
         check_path(name, "the model")
         if base is not None:

@@ -9,11 +9,11 @@ import torch
 from longvideo.infer.generation import NEGATIVE_PROMPT
 from longvideo.model.conditioning import chunk_text
 from longvideo.quantization.weights_only import quantize_weights
-from longvideo.text.known_prompts import KnownPrompts
+from longvideo.text.known_prompts import KnownPrompts, PromptEncoder
 from longvideo.text.umt5 import POSITION_BIASES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
@@ -36,12 +36,14 @@ def load_text_encoder(folder: ModelFolder, placement: Placement, formats: Number
 
 
 def encode_prompts(
-    folder: ModelFolder, placement: Placement, formats: NumberFormats, prompts: Sequence[str]
+    load: Callable[[], PromptEncoder], prompts: Sequence[str], *, cut_prefix: str, device: torch.device
 ) -> KnownPrompts:
-    """Load the text encoder, encode prompts with and without the words that announce a cut, and free the encoder."""
-    prefix = folder.settings.cut_prefix
-    texts = [chunk_text(prompt, cut=cut, cut_prefix=prefix) for prompt in prompts for cut in (False, True)]
-    known = KnownPrompts(load_text_encoder(folder, placement, formats), [*texts, NEGATIVE_PROMPT])
-    if placement.text_device.type == "cuda":
+    """Load a text encoder, encode prompts with and without the words that announce a cut, and free the encoder.
+
+    load: function that loads it. device: device of the encoder.
+    """
+    texts = [chunk_text(prompt, cut=cut, cut_prefix=cut_prefix) for prompt in prompts for cut in (False, True)]
+    known = KnownPrompts(load(), [*texts, NEGATIVE_PROMPT])
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # torch would keep the memory in blocks of the encoder's sizes
     return known

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longvideo.infer.bench.passes import wait_for
 from longvideo.vae.autoencoder import Autoencoder
 from longvideo.vae.halo import EncodeWindow, encode_latents, encode_window, temporal_lookback
 
@@ -62,10 +63,10 @@ def time_encoding(
     video = torch.rand(1, 3, whole.num_frames, *size, device=device, dtype=dtype) * 2 - 1
 
     def encode(window: EncodeWindow) -> tuple[Tensor, float]:
-        _wait(device)
+        wait_for([device])
         start = time.perf_counter()
         encoded = encode_latents(autoencoder, video[:, :, window.first_frame : window.end_frame], window)
-        _wait(device)
+        wait_for([device])
         return encoded, time.perf_counter() - start
 
     encode(encode_window(0, min(latents, 8), 0, temporal_scale=scale))  # so that cuDNN has chosen its algorithms
@@ -80,8 +81,3 @@ def time_encoding(
         part_frames=[part.num_frames for part in parts],
         relative_error=float((result - expected).norm() / expected.norm()),
     )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

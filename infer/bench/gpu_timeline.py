@@ -40,9 +40,9 @@ def record(work: Callable[[], object]) -> list[Span]:
     """Call a function and return everything that ran on the GPUs; times are relative to the first kernel."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA]) as session:
         work()
-    profiler = recorded.profiler
+    profiler = session.profiler
     assert profiler is not None and profiler.kineto_results is not None
     events = [event for event in profiler.kineto_results.events() if event.device_type().name == "CUDA"]
     first = min((event.start_ns() for event in events), default=0)

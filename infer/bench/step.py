@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from longvideo.infer.bench.random_weights import random_weights
 from longvideo.infer.bench.timing import median_ms
 from longvideo.model.attention import Cached, Filling
 from longvideo.model.cache import CACHES, ChunkCache
@@ -38,17 +40,11 @@ class StepTiming:
     peak_bytes: int
 
 
-@torch.no_grad()
 def random_model(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> CausalTransformer:
     """Return a transformer with random weights."""
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.device(device):
-        model = CausalTransformer(config).to(dtype)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02, generator=generator)
-    return model.eval()
+    return random_weights(partial(CausalTransformer, config), device, dtype)
 
 
 @torch.inference_mode()
@@ -89,11 +85,11 @@ def _time(
     _, height, width = config.patch_size
     shape = (1, config.in_channels, spec.chunk_frames, spec.grid_height * height, spec.grid_width * width)
     latents, sigma = torch.randn(shape, device=device), torch.full((1, spec.chunk_frames), 0.5, device=device)
-    for index in range(spec.window_chunks + 1):
+    for index in range(spec.window_chunks):
         rope = model.rope(TokenLayout.one_chunk(spec, index, shot=0).to(device))
-        if index < spec.window_chunks:
-            model.fill_cache(latents, 0 * sigma, text, rope=rope, attention=Filling(cache))
-            cache.commit()
+        model.fill_cache(latents, 0 * sigma, text, rope=rope, attention=Filling(cache))
+        cache.commit()
+    rope = model.rope(TokenLayout.one_chunk(spec, spec.window_chunks, shot=0).to(device))
     ms = median_ms(lambda: model(latents, sigma, text, rope=rope, attention=Cached(cache)), device)
     tensors = (*model.parameters(), *model.buffers())
     return StepTiming(

@@ -23,12 +23,13 @@ from longvideo.kernels.backends import attention_backend, convolution_backend, k
 from longvideo.rollout import branches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
     from io import FileIO
     from pathlib import Path
 
     from PIL import Image
 
+    from longvideo.infer.bench.reserved_memory import ReservedMemory
     from longvideo.infer.generation import Models
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.infer.session import Session
@@ -43,9 +44,10 @@ class StreamReport:
     errors: errors against the plain path. first_frame_s: time from the request to the first frame, when everything is
     warm. chunk_s: times between one chunk written and the next, with a full window. peak_bytes: peak memory of tensors
     on each GPU. reserved_bytes: peak of everything that torch reserves there, with the memory of recorded graphs and
-    without the CUDA context. peak_rss_bytes: peak memory of the process after each part of the video; a part is a
-    chunk, but the opening frame of the first chunk is a part of its own. kernel_shares: fraction of the time by GPU and
-    kind of kernel, if a timeline was drawn.
+    without the CUDA context. process_bytes: peak of each GPU since the process started, with loading, the text encoder,
+    recording and the CUDA context; the comparison with the plain path is left out. peak_rss_bytes: peak memory of the
+    process on the host after each part of the video; a part is a chunk, but the opening frame of the first chunk is a
+    part of its own. kernel_shares: fraction of the time by GPU and kind of kernel, if a timeline was drawn.
     """
 
     steps: int
@@ -62,6 +64,7 @@ class StreamReport:
     end_to_end_fps: float
     peak_bytes: dict[str, int]
     reserved_bytes: dict[str, int]
+    process_bytes: dict[str, int]
     peak_rss_bytes: tuple[int, ...]
     kernel_shares: dict[str, dict[str, float]]
 
@@ -98,6 +101,7 @@ class StreamReport:
             ("decoding alone", f"{self.decode_fps:.1f} frames/s"),
             ("end to end", f"{self.end_to_end_fps:.1f} frames/s"),
             *peaks,
+            *((f"peak of the process on {gpu}", f"{size / 1e9:.2f} GB") for gpu, size in self.process_bytes.items()),
             *(
                 (f"{gpu}, {kind}", f"{share:.1%} of the time")
                 for gpu, kinds in self.kernel_shares.items()
@@ -119,13 +123,15 @@ def measure(
     steps: int | None,
     guidance: float | None,
     chunks: int,
+    memory: ReservedMemory,
     sink: FrameSink | None = None,
     timeline: Path | None = None,
     on_stage: Callable[[str], None],
 ) -> StreamReport:
     """Measure a pipeline over a number of chunks, after as many chunks as the window holds.
 
-    steps, guidance: None means the model's own. sink: destination of the frames; None writes their bytes to a temporary
+    steps, guidance: None means the model's own. memory: memory of the process, counted since before the pipeline was
+    loaded. sink: destination of the frames; None writes their bytes to a temporary
     file. timeline: file for a picture of what the GPUs do during three more chunks. on_stage: called with the name of
     each stage of the measurement as it starts.
     Raises UserError, with the numbers, where the fast path does not compute what the plain path computes.
@@ -140,14 +146,15 @@ def measure(
     wait_for(gpus)
     warm_up_s = time.perf_counter() - start
     on_stage("checking velocities and pixels")
-    errors = compare_stages(replace(models, settings=replace(settings, steps=steps, guidance=guidance)), stages)
+    with memory.suspended():  # the plain path has a cache and activations of its own
+        errors = compare_stages(replace(models, settings=replace(settings, steps=steps, guidance=guidance)), stages)
     on_stage("timing the parts")
     step_ms, clean_pass_ms = time_passes(models, stages.denoiser)
     decode_ms = time_decoding(models, stages)
     pipeline.stages.release(stages)
-    for gpu in gpus:
+    if gpus:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(gpu)
+    memory.begin_part()
     num_chunks = models.spec.window_chunks + chunks
     on_stage(f"streaming {models.spec.window_chunks} + {chunks} chunks")
     log, kernel_shares = _Log(), {}
@@ -173,6 +180,7 @@ def measure(
         end_to_end_fps=sum(log.frames[-chunks:]) / (times[-1] - times[0]),
         peak_bytes={str(gpu): torch.cuda.max_memory_allocated(gpu) for gpu in gpus},
         reserved_bytes={str(gpu): torch.cuda.max_memory_reserved(gpu) for gpu in gpus},
+        process_bytes=memory.peaks(),
         peak_rss_bytes=tuple(log.peak_rss_bytes),
         kernel_shares=kernel_shares,
     )
@@ -227,12 +235,12 @@ def _backends(models: Models) -> dict[str, str]:
         "decoder": models.decoder.name,
         "convolutions": str(convolution_backend(models.formats.decoder, decode_device)),
         "between convolutions": kernels_on(decode_device),
-        "passes": "CUDA graphs" if device.type == "cuda" else "eager",
+        "passes": "CUDA graphs" if device.type == "cuda" and not models.placement.offload_weights else "eager",
     }
 
 
 @contextmanager
-def _sink_or_file(sink: FrameSink | None) -> Iterator[FrameSink]:
+def _sink_or_file(sink: FrameSink | None) -> Generator[FrameSink, None, None]:
     if sink is not None:
         yield sink
         return

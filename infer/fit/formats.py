@@ -62,7 +62,7 @@ def check_hardware(formats: NumberFormats, placement: Placement) -> None:
 
 
 def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, decoder: str) -> str:
-    """Return one line with the devices, the backends, and what is emulated and why.
+    """Return one line with the devices, the backends, how memory is saved, and what is emulated and why.
 
     packed: whether the weights of the model are packed in 4 bits. decoder: name of the decoder.
     """
@@ -75,7 +75,9 @@ def start_line(formats: NumberFormats, placement: Placement, *, packed: bool, de
         f"attention {_format(formats.attention, name)}: {attention_backend(formats.attention, device)}",
         decoding_line(formats, placement, decoder=decoder),
     )
-    return " | ".join([*parts, *_text_encoder(formats, placement)])
+    memory = ["low memory"] if placement.low_memory else []
+    memory += ["weights in host memory"] if placement.offload_weights else []
+    return " | ".join([*parts, *_text_encoder(formats, placement), *memory])
 
 
 def decoding_line(formats: NumberFormats, placement: Placement, *, decoder: str) -> str:

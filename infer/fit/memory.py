@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,6 +17,7 @@ from longvideo.infer.fit.shapes import ModelShapes
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.number_formats import FP8_FORMATS, PACKED_CACHES, NumberFormats
+from longvideo.quantization.offloading import NUM_BUFFERS
 from longvideo.quantization.selection import linear_layers
 from longvideo.quantization.weights_only import quantized_bytes
 from longvideo.rollout import branches
@@ -27,8 +29,10 @@ from longvideo.vae.tae import TinyAutoencoderConfig, TinyDecoder
 
 if TYPE_CHECKING:
     from longvideo.kernels.backends import TransformerPrecision
+    from longvideo.model.config import TransformerConfig
     from longvideo.quantization.number_formats import DecoderPrecision
     from longvideo.streaming.decoders import DecoderConfig
+    from longvideo.text.umt5 import UMT5Config
 
 CONTEXT_BYTES = 10**9
 """CUDA's context, kernels and libraries, which torch's allocator does not count."""
@@ -48,17 +52,15 @@ GRAPHS, CONTEXT, RESIDENT = "CUDA graphs", "CUDA context", "loaded before"
 class Workload:
     """A model to stream, with its number formats and placement.
 
-    batch: number of videos that are generated together, with the guidance of the settings. loaded_in: data type of a
-    transformer that is not packed before it is converted to `formats.precision`; None means that of the placement.
-    frees_text: whether the text encoder encodes all prompts before anything else is loaded, and is freed then.
-    resident: bytes of the weights that are on a device already, which the model uses where they are.
+    batch: number of videos that are generated together, with the guidance of the settings. frees_text: whether the text
+    encoder encodes all prompts before anything else is loaded, and is freed then. resident: bytes of the weights that
+    are on a device already, which the model uses where they are.
     """
 
     shapes: ModelShapes
     formats: NumberFormats
     placement: Placement
     batch: int = 1
-    loaded_in: torch.dtype | None = None
     frees_text: bool = False
     resident: Mapping[torch.device, int] = field(default_factory=dict)
 
@@ -84,17 +86,18 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     """Return the parts of each device's peak: the peak of loading or that of streaming, whichever is larger.
 
     "CUDA graphs" is the memory of recorded passes, or the additional memory while they are recorded, whichever is
-    larger: a pass runs once before it is recorded, and torch returns no memory to the GPU while it records.
+    larger: a pass runs once before it is recorded, and torch returns no memory to the GPU while it records. Denoiser
+    and decoder use the same memory where they take turns.
     `torch.cuda.max_memory_allocated` counts neither "CUDA graphs" nor "CUDA context".
     """
     shapes, placement = workload.shapes, workload.placement
     device, decode_device = numbered(placement.device), numbered(placement.decode_device)
-    with OnMeta():
-        transformer = CausalTransformer(shapes.transformer)
-        text_encoder = None if shapes.text_encoder is None else UMT5Encoder(shapes.text_encoder)
+    transformer = _transformer(shapes.transformer)
+    text_encoder = None if shapes.text_encoder is None else _text_encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
     settings, fp8 = shapes.settings, workload.formats.decoder in FP8_FORMATS
-    chunk = Grid(workload.batch, settings.chunk_frames, settings.height // scale, settings.width // scale, fp8)
+    height, width = settings.height // scale, settings.width // scale
+    chunk = Grid(workload.batch, settings.chunk_frames, height, width, fp8, shares_buffer=placement.low_memory)
     config, own_dtype = shapes.decoder_config, placement.decoder_dtype(workload.formats.decoder)
     decoders = decoder_bytes(
         config,
@@ -114,6 +117,7 @@ def estimate(workload: Workload) -> list[MemoryPart]:
             text_encoder=text_encoders.get(place, 0),
             autoencoder=autoencoders.get(place, 0),
             frees_text=workload.frees_text,
+            takes_turns=placement.takes_turns,
         )
         peak[RESIDENT] = -workload.resident.get(place, 0)
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
@@ -131,7 +135,7 @@ def decoding_parts(
     grid = replace(step_of(chunk, device), fp8=decoder in FP8_FORMATS)
     sizes = decoder_bytes(config, grid, dtype=dtype, devices=(device, device), share=0.0)[device]
     autoencoder = _decoder_values(config) * dtype.itemsize
-    peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=autoencoder, frees_text=False)
+    peak = _peak(_DenoiserBytes(), sizes, text_encoder=0, autoencoder=autoencoder, frees_text=False, takes_turns=False)
     return [MemoryPart(name, device, size) for name, size in peak.items() if size]
 
 
@@ -139,9 +143,9 @@ def decoding_parts(
 class _DenoiserBytes:
     """Bytes of the transformer, its cache and its text.
 
-    loading: peak while it is loaded, 0 for packed weights. text: keys and values of the prompts. later_text: the part
-    of them that is allocated with the first prompt. queries: rotated queries. one_pass: peak of the activations of a
-    pass.
+    loading: peak while it is loaded, 0 where it needs no more than later. text: keys and values of the prompts.
+    later_text: the part of them that is allocated with the first prompt. queries: rotated queries. one_pass: peak of
+    the activations of a pass.
     """
 
     loading: int = 0
@@ -154,15 +158,29 @@ class _DenoiserBytes:
 
 
 def _peak(
-    denoiser: _DenoiserBytes, decoder: DecoderBytes, *, text_encoder: int, autoencoder: int, frees_text: bool
+    denoiser: _DenoiserBytes,
+    decoder: DecoderBytes,
+    *,
+    text_encoder: int,
+    autoencoder: int,
+    frees_text: bool,
+    takes_turns: bool,
 ) -> dict[str, int]:
-    """Return the parts of a device's peak. text_encoder, autoencoder: bytes of their weights."""
+    """Return the parts of a device's peak.
+
+    text_encoder, autoencoder: bytes of their weights. takes_turns: whether denoiser and decoder use the same memory.
+    """
     encoding = {"text encoder": text_encoder, CONTEXT: CONTEXT_BYTES}
     loaded = {"text encoder": 0 if frees_text else text_encoder, "autoencoder": autoencoder}
     loading = {"transformer while loading": denoiser.loading, **loaded, CONTEXT: CONTEXT_BYTES}
-    streaming = decoder.later + denoiser.one_pass
+    if takes_turns:
+        streaming = max(decoder.later, denoiser.one_pass)
+        recording = streaming + max(decoder.later, denoiser.one_pass)
+    else:
+        streaming = decoder.later + denoiser.one_pass
+        recording = decoder.later + max(decoder.later, 2 * denoiser.one_pass)
     # the decoder is recorded first, before there is a prompt or an opening frame
-    recording = decoder.later + max(decoder.later, 2 * denoiser.one_pass) - denoiser.later_text - decoder.opening
+    recording -= denoiser.later_text + decoder.opening
     running = {
         "transformer": denoiser.weights,
         "KV cache": denoiser.cache,
@@ -212,26 +230,27 @@ def _denoiser(model: CausalTransformer, workload: Workload) -> _DenoiserBytes:
 
 
 def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[int, int]:
-    """Return the peak while the transformer is loaded, 0 for packed weights, and the size of its weights after that."""
-    precision, dtype = workload.precision, workload.placement.denoise_dtype
-    num_values, size = _num_values(model), dtype.itemsize
+    """Return the peak while the transformer is loaded, 0 where it needs no more than later, and its size after that."""
+    precision, placement = workload.precision, workload.placement
+    num_values, size = _num_values(model), placement.denoise_dtype.itemsize
     layers = [cast("nn.Linear", model.get_submodule(name)) for name in linear_layers(model)]
-    num_weights = sum(layer.weight.numel() for layer in layers)
-    if precision == "bf16":
-        weights, quantizing = num_values * size, 0
-    else:
-        num_scales = sum(layer.out_features for layer in layers)
-        quantized = (
-            num_weights + 4 * num_scales if precision in FP8_FORMATS else num_weights // 2 + num_weights // GROUP
-        )
-        if precision == "nvfp4":
-            quantized += num_weights // GROUP  # FP4 units need a copy of the scales in another order
-        weights = (num_values - num_weights) * size + quantized
-        quantizing = QUANTIZING_BYTES[precision] * max(layer.weight.numel() for layer in layers)
-    if workload.shapes.packed:
-        return 0, weights
-    loaded_in = workload.loaded_in or dtype
-    return max(num_values * loaded_in.itemsize, num_values * size + quantizing), weights
+    num_weights, largest = (function(layer.weight.numel() for layer in layers) for function in (sum, max))
+    matrices, more = num_weights * size, 0  # what is offloaded, and what is not
+    if precision in FP8_FORMATS:
+        matrices, more = num_weights, 4 * sum(layer.out_features for layer in layers)
+    elif precision != "bf16":
+        # FP4 units need a copy of the scales in another order
+        matrices, more = num_weights // 2 + num_weights // GROUP, num_weights // GROUP if precision == "nvfp4" else 0
+    weights = (num_values - num_weights) * size + matrices + more
+    quantizing = 0 if precision == "bf16" else QUANTIZING_BYTES[precision] * largest
+    loading = num_values * size + quantizing
+    if placement.low_memory or placement.offload_weights:  # layers come from the host one by one
+        loading = weights + size * largest + quantizing
+    if workload.shapes.packed or not quantizing:
+        loading = 0
+    if placement.offload_weights:
+        weights += NUM_BUFFERS * matrices // model.config.num_layers - matrices
+    return loading, weights
 
 
 def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:
@@ -243,6 +262,19 @@ def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:
     return quantized_bytes(model, precision, dtype, keep=POSITION_BIASES)
 
 
+@cache
+def _transformer(config: TransformerConfig) -> CausalTransformer:
+    with OnMeta():
+        return CausalTransformer(config)
+
+
+@cache
+def _text_encoder(config: UMT5Config) -> UMT5Encoder:
+    with OnMeta():
+        return UMT5Encoder(config)
+
+
+@cache
 def _decoder_values(config: DecoderConfig) -> int:
     """Return the number of weights of a decoder; one of Wan's form counts with its encoder, as a model's own has it."""
     with OnMeta():

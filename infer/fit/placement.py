@@ -25,7 +25,9 @@ class Placement:
     device: device of the transformer, which denoises. decode_device: device of the autoencoder, which decodes latents
     to frames. decode_share: fraction of the decoding that runs on `device`, from 0 to below 1. dtype: data type of
     weights and activations on all devices; None means `pick_dtype` of each device. text_on_cpu: whether the text
-    encoder is on the CPU instead of on `device`.
+    encoder is on the CPU instead of on `device`. low_memory: whether what may be used in turn has one workspace: the
+    convolutions of the decoder, and on one GPU the decoder and the transformer. offload_weights: whether the weights of
+    the transformer's blocks are in host memory, from which each is copied before it runs.
     Raises UserError for a share or a data type that cannot be used. The devices are not checked; see `choose`.
     """
 
@@ -34,6 +36,8 @@ class Placement:
     decode_share: float = 0.0
     dtype: torch.dtype | None = None
     text_on_cpu: bool = False
+    low_memory: bool = False
+    offload_weights: bool = False
 
     def __post_init__(self) -> None:
         share = self.decode_share
@@ -55,24 +59,32 @@ class Placement:
         decode_share: float | None = None,
         dtype: torch.dtype | None = None,
         text_encoder: str | None = None,
+        low_memory: bool = False,
+        offload_weights: bool = False,
     ) -> Placement:
         """Return a placement on devices of this machine, by their names.
 
         device: None chooses the current CUDA device if there is one, else the CPU. decode_device: None means `device`.
         decode_share: None means 0. text_encoder: "cpu" for the CPU, "cuda" for `device`, which then must be a GPU; None
-        and names of formats mean `device`.
+        and names of formats mean `device`. The others are those of the constructor.
         Raises UserError for a device that does not exist, and as the constructor does.
         """
         own = _with_index(pick_device(device))
         other = own if decode_device is None else _with_index(pick_device(decode_device))
         if text_encoder == "cuda" and own.type != "cuda":
             raise UserError(f"text_encoder is cuda, but the model runs on {own}; leave text_encoder out, or use a GPU")
-        return cls(own, other, 0.0 if decode_share is None else decode_share, dtype, text_encoder == "cpu")
+        share = 0.0 if decode_share is None else decode_share
+        return cls(own, other, share, dtype, text_encoder == "cpu", low_memory, offload_weights)
 
     @property
     def text_device(self) -> torch.device:
         """Device of the text encoder."""
         return torch.device("cpu") if self.text_on_cpu else self.device
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether denoising and decoding never overlap, so that they can use the same memory."""
+        return self.low_memory and numbered(self.device) == numbered(self.decode_device)
 
     @property
     def denoise_dtype(self) -> torch.dtype:

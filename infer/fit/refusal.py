@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,19 +10,31 @@ import torch
 from longvideo.errors import UserError
 from longvideo.infer.fit.memory import MemoryPart, Workload, estimate
 from longvideo.infer.fit.placement import numbered
+from longvideo.kernels.backends import convolution_backend, product_backend
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.number_formats import FP8_FORMATS
+from longvideo.streaming.decoders import check_fp8
+from longvideo.vae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Options of the command line with which streaming fits. needed: bytes of each GPU with these options."""
+    """Options of the command line with which streaming fits.
+
+    prices: what each option costs, for people. needed: bytes of each GPU with these options.
+    """
 
     options: tuple[str, ...]
+    prices: tuple[str, ...]
     needed: dict[torch.device, int]
+
+    def explained(self) -> str:
+        """Return what the options cost, in words."""
+        pairs = zip(self.options, self.prices, strict=True)
+        return ", ".join(f"{option.split()[0]} {price}" for option, price in pairs)
 
     def sizes(self) -> str:
         """Return the bytes as text, with their devices if there are several."""
@@ -37,12 +48,14 @@ class Fit:
     """Memory of GPUs that streaming needs, and their free memory.
 
     parts: parts of the memory of GPUs; CPUs are left out. free: free bytes of each GPU, if this machine has it.
-    options: options of the command line that reduce the memory. remedy: the smallest set of them that is enough; None
-    if all together are not, and if no GPU is insufficient.
+    has_small_decoder: whether the decoder is a tiny one. options: options of the command line that reduce the memory,
+    the stronger ones last. remedy: the fastest set of them that is enough; None if
+    all together are not, and if no GPU is insufficient.
     """
 
     parts: tuple[MemoryPart, ...]
     free: dict[torch.device, int]
+    has_small_decoder: bool = False
     options: tuple[str, ...] = ()
     remedy: Remedy | None = None
 
@@ -66,7 +79,8 @@ def assess(workload: Workload) -> Fit:
     present = [device for device in _totals(parts) if device in cuda_devices()]
     if present:
         torch.cuda.empty_cache()  # memory that torch has cached in this process counts as free
-    fit = Fit(tuple(parts), {device: _free_bytes(device) for device in present})
+    is_small = not isinstance(workload.shapes.decoder_config, AutoencoderConfig)
+    fit = Fit(tuple(parts), {device: _free_bytes(device) for device in present}, is_small)
     if not fit.insufficient:
         return fit
     changes = _changes(workload)
@@ -83,9 +97,10 @@ def check_memory(workload: Workload) -> None:
     if not fit.insufficient:
         return
     if fit.remedy is not None:
-        advice = f"with {' '.join(fit.remedy.options)} it needs {fit.remedy.sizes()}"
+        options = " ".join(fit.remedy.options)
+        advice = f"with {options} it needs {fit.remedy.sizes()} ({fit.remedy.explained()})"
     else:
-        advice = no_remedy(fit.options)
+        advice = no_remedy(fit)
     raise UserError("; ".join([*(_shortage(fit, device) for device in fit.insufficient), advice]))
 
 
@@ -97,11 +112,13 @@ def check_decoding_memory(parts: Sequence[MemoryPart]) -> None:
             raise UserError(f"{shortage}; use another --device, or --decoder with a small decoder")
 
 
-def no_remedy(options: Sequence[str]) -> str:
-    """Return the advice where no options make streaming fit. options: options that reduce the memory."""
-    if not options:
-        return "use a GPU with more memory"
-    return f"it does not fit with {' '.join(options)} either; use a GPU with more memory"
+def no_remedy(fit: Fit) -> str:
+    """Return the advice where no options make streaming fit."""
+    advice = (
+        "use a GPU with more memory" if fit.has_small_decoder else "use a small --decoder or a GPU with more memory"
+    )
+    strongest = {option.split()[0]: option for option in fit.options}
+    return f"it does not fit with {' '.join(strongest.values())} either; {advice}" if strongest else advice
 
 
 def gigabytes(size: int) -> str:
@@ -116,11 +133,15 @@ def cuda_devices() -> list[torch.device]:
 
 @dataclass(frozen=True)
 class _Change:
-    """An option of the command line, and the fields of `NumberFormats` or `Placement` that it changes."""
+    """An option of the command line, and the fields of `NumberFormats` or `Placement` that it changes.
+
+    price: what it costs, for people, after the name of the option.
+    """
 
     option: str
+    price: str
     formats: dict[str, str] = field(default_factory=dict)
-    devices: dict[str, torch.device | bool] = field(default_factory=dict)
+    placement: dict[str, torch.device | bool] = field(default_factory=dict)
 
     def applied(self, workload: Workload) -> Workload:
         """Return the workload with this option. What is on a device already is then not counted as used."""
@@ -128,37 +149,84 @@ class _Change:
             workload,
             resident={},
             formats=replace(workload.formats, **self.formats),
-            placement=replace(workload.placement, **self.devices),
+            placement=replace(workload.placement, **self.placement),
         )
 
 
 def _changes(workload: Workload) -> list[_Change]:
-    """Return the options that reduce the memory of a workload, from the one with the smallest loss."""
-    config, formats, changes = workload.shapes.transformer, workload.formats, []
-    has_text = workload.shapes.text_encoder is not None and workload.placement.text_device.type == "cuda"
-    if has_text and formats.text_encoder == "bf16":
-        changes.append(_Change("--text-encoder cpu", devices={"text_on_cpu": True}))
+    """Return the options that reduce the memory of a workload, from the one that costs the least time.
+
+    Of those that cost nearly none, the ones that change no result come first.
+    """
+    return [*_same_results(workload), *_other_devices(workload), *_fewer_bits(workload), *_last_resort(workload)]
+
+
+def _same_results(workload: Workload) -> Iterator[_Change]:
+    placement = workload.placement
+    if (
+        workload.shapes.text_encoder is not None
+        and placement.text_device.type == "cuda"
+        and workload.formats.text_encoder == "bf16"
+    ):
+        yield _Change("--text-encoder cpu", "takes longer for each prompt", placement={"text_on_cpu": True})
+    if not placement.low_memory:
+        price = "makes denoising and decoding take turns"
+        yield _Change("--low-memory", price, placement={"low_memory": True})
+
+
+def _other_devices(workload: Workload) -> Iterator[_Change]:
+    device, decode_device = numbered(workload.placement.device), numbered(workload.placement.decode_device)
+    if device != decode_device or (other := _other_device(device)) is None:
+        return
+    yield _Change(f"--decode-device {other}", "uses a second GPU", placement={"decode_device": other})
+    devices: dict[str, torch.device | bool] = {"device": other, "decode_device": other}
+    yield _Change(f"--device {other}", "uses another GPU", placement=devices)
+
+
+def _fewer_bits(workload: Workload) -> Iterator[_Change]:
+    config, formats, placement = workload.shapes.transformer, workload.formats, workload.placement
+    is_wan = isinstance(workload.shapes.decoder_config, AutoencoderConfig)
+    if is_wan and formats.decoder in ("auto", "bf16") and _runs_fp8_decoder(workload):
+        price = "rounds the decoder's convolutions to 8 bits"
+        yield _Change("--decoder-precision fp8", price, formats={"decoder": "fp8"})
+    is_unpacked = not workload.shapes.packed and formats.precision in (None, "bf16")
+    if is_unpacked and product_backend("fp8", placement.device).name is not None:
+        yield _Change("--precision fp8", "rounds weights and their inputs to 8 bits", formats={"precision": "fp8"})
+    if formats.kv_cache != "nvfp4" and config.attention_head_dim % GROUP == 0:
+        yield _Change("--kv-cache nvfp4", "rounds the cache to 4 bits", formats={"kv_cache": "nvfp4"})
     packs = not any(width % GROUP for width in (config.dim, config.ffn_dim))
     if not workload.shapes.packed and formats.precision in (None, "bf16", *FP8_FORMATS) and packs:
-        changes.append(_Change("--precision nvfp4-weights", formats={"precision": "nvfp4-weights"}))
-    if formats.kv_cache != "nvfp4" and config.attention_head_dim % GROUP == 0:
-        changes.append(_Change("--kv-cache nvfp4", formats={"kv_cache": "nvfp4"}))
-    device, decode_device = numbered(workload.placement.device), numbered(workload.placement.decode_device)
-    if device == decode_device and (other := _other_device(device)) is not None:
-        changes.append(_Change(f"--decode-device {other}", devices={"decode_device": other}))
-        changes.append(_Change(f"--device {other}", devices={"device": other, "decode_device": other}))
-    return changes
+        price = "rounds weights to 4 bits"
+        yield _Change("--precision nvfp4-weights", price, formats={"precision": "nvfp4-weights"})
+
+
+def _last_resort(workload: Workload) -> Iterator[_Change]:
+    if not workload.placement.offload_weights:
+        price = "copies the transformer to the GPU in each step"
+        yield _Change("--offload-weights", price, placement={"offload_weights": True})
+
+
+def _runs_fp8_decoder(workload: Workload) -> bool:
+    try:
+        check_fp8(workload.shapes.decoder_config, workload.shapes.decoder_name)
+    except UserError:
+        return False
+    return convolution_backend("fp8", workload.placement.decode_device).name is not None
 
 
 def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
-    """Return the first change that is enough, or the smallest set of changes that is; None if no set is."""
-    for choice in (subset for count in range(1, len(changes) + 1) for subset in combinations(changes, count)):
+    """Return the fastest set of changes that is enough; None if no set is.
+
+    A set is slower than another one if the slowest change in which they differ is its own.
+    """
+    for number in range(1, 2 ** len(changes)):
+        choice = [change for index, change in enumerate(changes) if number >> index & 1]
         smaller = workload
         for change in choice:
             smaller = change.applied(smaller)
         needed = _totals(_gpu_parts(smaller))
         if all(size <= _free_bytes(device) for device, size in needed.items()):
-            return Remedy(tuple(change.option for change in choice), needed)
+            return Remedy(tuple(change.option for change in choice), tuple(change.price for change in choice), needed)
     return None
 
 

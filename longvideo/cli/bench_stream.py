@@ -18,8 +18,11 @@ from longvideo.cli.model_options import (
     DecoderName,
     DecodeShare,
     Device,
+    DeviceChoice,
     KVCacheFormat,
+    LowMemory,
     ModelChoice,
+    OffloadWeights,
     Precision,
     one_decoder,
 )
@@ -28,7 +31,7 @@ from longvideo.files import write_json
 
 if TYPE_CHECKING:
     from longvideo.infer.bench.stream import StreamReport
-    from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.fit.memory import Workload
     from longvideo.infer.fit.shapes import ModelShapes
     from longvideo.infer.pipeline import StreamingPipeline
     from longvideo.quantization.number_formats import NumberFormats
@@ -63,6 +66,21 @@ def stream(
     device: Device = None,
     decode_device: DecodeDevice = None,
     decode_share: DecodeShare = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode the prompt with a text encoder: `cuda`, `cpu`, `fp8` or `nvfp4`; on a GPU before anything else"
+            " is loaded.  [default: with a preset, features are random]"
+        ),
+    ] = None,
+    low_memory: LowMemory = False,
+    offload_weights: OffloadWeights = False,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", help="Hold the process to this memory on each GPU, of which the CUDA context takes 1 GB."
+        ),
+    ] = None,
     video: Annotated[Path | None, typer.Option(help="Also encode the video and write it to this .mp4 or .mkv.")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Draw what the GPUs do during three more chunks to this .png.")
@@ -78,6 +96,8 @@ def stream(
 
     `longvideo bench stream --precision fp8 --attention fp8 --decoder-precision fp8 --decode-device cuda:1`
 
+    `longvideo bench stream --decoder taew2_2 --low-memory --text-encoder nvfp4 --memory-limit 16`
+
     With a preset, `--decoder` is `wan`, `taew2_2`, `taew2_2_super`, `mg-lightvae` or `mg-lightvae-v2`, with random
     weights.
     """
@@ -86,8 +106,9 @@ def stream(
     from rich.console import Console
     from rich.table import Table
 
+    from longvideo.infer.bench.reserved_memory import ReservedMemory
     from longvideo.infer.bench.stream import measure
-    from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.fit.memory import Workload
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.writer import OutputFile, VideoWriter
@@ -101,8 +122,8 @@ def stream(
     if model is None and adapters:
         raise UserError("--adapter is an option of a model; use --model, or leave it out")
     sampling = SamplingOptions(steps, guidance)
-    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision)
-    placement = Placement.choose(device, decode_device, decode_share)
+    formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)
+    placement = DeviceChoice(device, decode_device, decode_share, text_encoder, low_memory, offload_weights).place()
     check_outputs(out, timeline)
     if timeline is not None and (placement.device.type != "cuda" or timeline.suffix != ".png"):
         raise UserError(f"--timeline {timeline} needs a GPU and a file name that ends in .png")
@@ -110,13 +131,19 @@ def stream(
         OutputFile(video, overwrite=True).check()
     name = model or preset_name(preset, placement.device)
     release_large_blocks()
+    memory = ReservedMemory((placement.device, placement.decode_device), memory_limit)
+    workload = None
     console = Console(width=120, stderr=True)
     with console.status("loading") as status:
         if model is not None:
             pipeline = ModelChoice(model, adapters=adapters).load(placement, formats, one_decoder(decoder))
         else:
             shapes = _preset_shapes(name, size, window, guidance, one_decoder(decoder))
-            pipeline = _random_pipeline(name, shapes, placement, formats)
+            if text_encoder is None:
+                shapes = replace(shapes, text_encoder=None)
+            frees_text = placement.text_device.type == "cuda"
+            workload = Workload(shapes=shapes, formats=formats, placement=placement, frees_text=frees_text)
+            pipeline = _random_pipeline(name, workload)
         console.print(pipeline.start_line(), soft_wrap=True, highlight=False, markup=False)
         writer = VideoWriter(video, fps=pipeline.fps, overwrite=True) if video else None
         with writer or nullcontext():
@@ -125,6 +152,7 @@ def stream(
                 steps=sampling.steps,
                 guidance=sampling.guidance,
                 chunks=chunks,
+                memory=memory,
                 sink=writer,
                 timeline=timeline,
                 on_stage=status.update,
@@ -135,7 +163,8 @@ def stream(
         table.add_row(*row)
     Console(width=120).print(table)
     if out is not None:
-        write_json(out, _facts(name, pipeline, formats, report))
+        facts = {"memory_limit_gb": memory_limit, "estimated_bytes": None if workload is None else _estimate(workload)}
+        write_json(out, {**_facts(name, pipeline, formats, report), **facts})
 
 
 def parallel(
@@ -186,25 +215,24 @@ def parallel(
             write_json(out, {**facts, **asdict(report)})
 
 
-def _random_pipeline(name: str, shapes: ModelShapes, placement: Placement, formats: NumberFormats) -> StreamingPipeline:
+def _random_pipeline(name: str, workload: Workload) -> StreamingPipeline:
     """Return a pipeline with random weights. Raises UserError where it cannot run on the devices."""
-    import torch
-
     from longvideo.infer.bench.random_models import random_models
-    from longvideo.infer.fit.formats import check_hardware, check_shapes
-    from longvideo.infer.fit.memory import Workload
+    from longvideo.infer.fit.formats import check_formats
     from longvideo.infer.fit.refusal import check_memory
     from longvideo.infer.pipeline import StreamingPipeline
 
-    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
-    check_hardware(formats, placement)
-    # there is no text encoder, and the random weights are float32 before they are cast
-    check_memory(
-        Workload(
-            shapes=replace(shapes, text_encoder=None), formats=formats, placement=placement, loaded_in=torch.float32
-        )
-    )
+    shapes, formats, placement = workload.shapes, workload.formats, workload.placement
+    check_formats(shapes, formats, placement, name=name)
+    check_memory(workload)
     return StreamingPipeline(random_models(shapes, placement, formats=formats))
+
+
+def _estimate(workload: Workload) -> dict[str, int]:
+    """Return the estimated peak of each GPU in bytes."""
+    from longvideo.infer.fit.refusal import assess
+
+    return {str(device): size for device, size in assess(workload).needed.items()}
 
 
 def _preset_shapes(
@@ -227,6 +255,8 @@ def _facts(name: str, pipeline: StreamingPipeline, formats: NumberFormats, repor
         "model": name,
         "decode_device": str(models.decode_device),
         "decode_share": models.placement.decode_share,
+        "low_memory": models.placement.low_memory,
+        "offload_weights": models.placement.offload_weights,
         "size": [models.settings.height, models.settings.width],
         "window_frames": models.spec.window_frames,
         "formats": asdict(formats),

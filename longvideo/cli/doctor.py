@@ -20,7 +20,9 @@ from longvideo.cli.model_options import (
     Entry,
     Guidance,
     KVCacheFormat,
+    LowMemory,
     ModelChoice,
+    OffloadWeights,
     Precision,
     TextEncoderChoice,
     one_decoder,
@@ -56,20 +58,24 @@ def doctor(
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
     text_encoder: TextEncoderChoice = None,
+    low_memory: LowMemory = False,
+    offload_weights: OffloadWeights = False,
     self_test: Annotated[bool, typer.Option("--self-test", help="Run small numeric checks on the device.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
     """Describe this machine and the backend of each operation, and estimate whether a model fits.
 
     `longvideo doctor` lists GPUs and their connections, memory, disks, versions, and for each operation the backend and
-    why the others do not run. If there is no GPU, or a value is unknown, it prints the reason.
+    why the others do not run. If there is no GPU, or a value is unknown, it prints the reason. It also lists settings
+    with which the 5B fits into GPUs of 12 to 80 GB.
 
     `longvideo doctor --self-test` also runs small numeric checks: a round trip, kernels against their definition, a
     product, a gradient, the 4-bit cache.
 
     `longvideo doctor --model FOLDER --precision fp8` also estimates the memory that streaming needs on each GPU, part
     by part, and compares it with the free memory. If that is not enough, it names options that help. The options are
-    those of `longvideo generate`; no weight is read.
+    those of `longvideo generate`, which frees the text encoder of a GPU, and `longvideo serve`, which keeps it; no
+    weight is read.
 
     `longvideo doctor --preset wan2.2-ti2v-5b --decode-device cuda:1` estimates without weights. On a machine without a
     GPU, both print the memory that GPUs need.
@@ -86,10 +92,22 @@ def doctor(
     question = None
     if model is not None or preset is not None:
         choice = None if model is None else ModelChoice(model, base, None, entry)
-        placement = _placement(DeviceChoice(device, decode_device, decode_share, text_encoder))
+        devices = DeviceChoice(device, decode_device, decode_share, text_encoder, low_memory, offload_weights)
+        placement = _placement(devices)
         question = _question(choice, preset, guidance, formats, placement, one_decoder(decoder))
     elif formats != NumberFormats() or any(
-        option is not None for option in (base, entry, guidance, decode_device, decode_share, decoder, text_encoder)
+        option not in (None, False)
+        for option in (
+            base,
+            entry,
+            guidance,
+            decode_device,
+            decode_share,
+            decoder,
+            text_encoder,
+            low_memory,
+            offload_weights,
+        )
     ):
         raise UserError("there are options of a model, but no model; name one with --model or --preset")
     # without a GPU, --device is that of another machine; the operations are those of this machine's CPU
@@ -158,4 +176,11 @@ def _placement(choice: DeviceChoice) -> Placement:
     own = named_device("cuda:0" if choice.device is None else choice.device)
     other = own if choice.decode_device is None else named_device(choice.decode_device)
     share = 0.0 if choice.decode_share is None else choice.decode_share
-    return Placement(own, other, share, text_on_cpu=choice.text_encoder == "cpu")
+    return Placement(
+        own,
+        other,
+        share,
+        text_on_cpu=choice.text_encoder == "cpu",
+        low_memory=choice.low_memory,
+        offload_weights=choice.offload_weights,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from longvideo.infer.fit.formats import start_line
 from longvideo.infer.fit.memory import Workload
 from longvideo.infer.fit.placement import numbered
 from longvideo.infer.fit.refusal import Fit, assess, cuda_devices, no_remedy
+from longvideo.infer.fit.settings_table import SettingPeak, fitting_sizes, setting_peaks
 from longvideo.machine.gpus import GPU, Link, driver, gpus, links, why_none
 from longvideo.machine.host import Disk, HostMemory, Unknown, bytes_on_disk, disks, host_memory, versions
 
@@ -51,10 +52,14 @@ class Graphics:
 
 @dataclass(frozen=True)
 class Answer:
-    """The memory and the files of a model. file_bytes: size of its folder; None for a preset."""
+    """The memory and the files of a model.
+
+    fits: memory by command: `generate` frees the text encoder of a GPU before it loads the rest, `serve` keeps it.
+    file_bytes: size of its folder; None for a preset.
+    """
 
     question: Question
-    fit: Fit
+    fits: dict[str, Fit]
     file_bytes: int | None
 
 
@@ -62,7 +67,8 @@ class Answer:
 class MachineReport:
     """Everything that the command prints.
 
-    versions: versions of packages, processor and system. disks: disks by their use. answer: None without a model.
+    versions: versions of packages, processor and system. disks: disks by their use. settings: what fits into GPUs of
+    common sizes. answer: None without a model.
     """
 
     versions: dict[str, str]
@@ -71,6 +77,7 @@ class MachineReport:
     disks: dict[str, Disk | Unknown]
     operations: list[Operation]
     checks: list[Check]
+    settings: list[SettingPeak]
     answer: Answer | None
 
     @classmethod
@@ -82,6 +89,7 @@ class MachineReport:
             memory=host_memory(),
             disks=disks(),
             operations=operations(device),
+            settings=setting_peaks(),
             answer=None if question is None else _answer(question),
             checks=run_checks(device) if self_test else [],
         )
@@ -89,7 +97,7 @@ class MachineReport:
     @property
     def failed(self) -> bool:
         """Whether a check failed, or a GPU of this machine has too little free memory."""
-        insufficient = self.answer is not None and bool(self.answer.fit.insufficient)
+        insufficient = self.answer is not None and any(fit.insufficient for fit in self.answer.fits.values())
         return insufficient or not all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +109,7 @@ class MachineReport:
             "disks": {use: asdict(disk) for use, disk in self.disks.items()},
             "operations": [asdict(operation) for operation in self.operations],
             "checks": [asdict(check) for check in self.checks],
+            "settings": [asdict(setting) for setting in self.settings],
             "model": None if self.answer is None else _answer_dict(self.answer),
         }
 
@@ -115,6 +124,8 @@ class MachineReport:
             yield ""
         for check in self.checks:
             yield f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.measured}"
+        yield ""
+        yield from _setting_lines(self.settings)
         if self.answer is not None:
             yield ""
             yield from _answer_lines(self.answer, self.memory)
@@ -129,14 +140,27 @@ class MachineReport:
 
 
 def _answer(question: Question) -> Answer:
-    return Answer(
-        question, assess(question.workload), None if question.folder is None else bytes_on_disk(question.folder)
-    )
+    workload, folder = question.workload, question.folder
+    frees_text = workload.placement.text_device.type == "cuda"
+    fits = {"generate": assess(replace(workload, frees_text=frees_text)), "serve": assess(workload)}
+    return Answer(question, fits, None if folder is None else bytes_on_disk(folder))
+
+
+def _setting_lines(settings: list[SettingPeak]) -> Iterator[str]:
+    """Yield a table of settings, with the estimated peaks and the sizes of GPUs with that much memory."""
+    yield "estimated peak of the 5B, 704 x 1280 pixels, a window of 32 latent frames, on one GPU; GB with enough memory"
+    width = max(len(setting.options) for setting in settings) + 2
+    for command in ("generate", "serve"):
+        yield f"\n{f'longvideo {command}':<{width}}{'peak':>10}  fits"
+        for setting in settings:
+            peak = setting.generate_bytes if command == "generate" else setting.serve_bytes
+            sizes = ", ".join(map(str, fitting_sizes(peak)))
+            yield f"{setting.options or '(no option)':<{width}}{_gb(peak):>10}  {sizes or 'none'}"
 
 
 def _answer_dict(answer: Answer) -> dict[str, Any]:
-    question, fit, workload = answer.question, answer.fit, answer.question.workload
-    settings, remedy = workload.shapes.settings, fit.remedy
+    question, workload = answer.question, answer.question.workload
+    settings = workload.shapes.settings
     return {
         "name": question.name,
         "folder": None if question.folder is None else str(question.folder),
@@ -148,6 +172,16 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
         "formats": {**asdict(workload.formats), "precision": workload.precision},
         "decoder": workload.shapes.decoder_name,
         "decode_share": workload.placement.decode_share,
+        "low_memory": workload.placement.low_memory,
+        "offload_weights": workload.placement.offload_weights,
+        **{command: _fit_dict(fit) for command, fit in answer.fits.items()},
+        "not_estimated": _cpus(workload),
+    }
+
+
+def _fit_dict(fit: Fit) -> dict[str, Any]:
+    remedy = fit.remedy
+    return {
         "devices": {
             str(device): {
                 "parts": {part.name: part.bytes for part in fit.parts if part.device == device},
@@ -157,7 +191,6 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
             }
             for device, needed in fit.needed.items()
         },
-        "not_estimated": _cpus(workload),
         "remedy": None
         if remedy is None
         else {"options": list(remedy.options), "needed_bytes": {str(x): size for x, size in remedy.needed.items()}},
@@ -165,7 +198,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
 
 
 def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]:
-    fit, workload = answer.fit, answer.question.workload
+    workload = answer.question.workload
     settings, formats = workload.shapes.settings, workload.formats
     yield (
         f"{answer.question.name}: {settings.width} x {settings.height} pixels, a window of {settings.window_frames}"
@@ -178,17 +211,24 @@ def _answer_lines(answer: Answer, memory: HostMemory | Unknown) -> Iterator[str]
         yield start_line(formats, placement, packed=workload.shapes.packed, decoder=workload.shapes.decoder_name)
     if answer.file_bytes is not None:
         yield f"files: {_gb(answer.file_bytes, 3)}, {answer.question.folder}"
-    for device, needed in fit.needed.items():
-        yield f"\n{device} for {answer.question.name}"
-        sizes = {part.name: part.bytes for part in fit.parts if part.device == device}
-        for name, size in {**sizes, "total": needed}.items():
-            yield f"    {name:<{NAME_WIDTH}}{_gb(size, 3):>12}"
-        yield f"    {_verdict(fit, device)}"
-    if "fp8" in (formats.precision, formats.attention, formats.decoder) and not set(fit.needed) <= set(fit.free):
+    for command, fit in answer.fits.items():
+        yield from _fit_lines(fit, f"longvideo {command} with {answer.question.name}")
+    devices = {numbered(device) for device in devices if device.type == "cuda"}
+    if "fp8" in (formats.precision, formats.attention, formats.decoder) and not devices <= set(cuda_devices()):
         yield "\nwhether that GPU supports fp8 is unknown here; run `longvideo doctor` on its machine"
     for cpu in _cpus(workload):
         available = _text(memory, lambda x: f"{_gb(x.available_bytes)} of memory are available")
         yield f"\n{cpu}: the memory of a CPU is not estimated; {available}"
+
+
+def _fit_lines(fit: Fit, use: str) -> Iterator[str]:
+    """Yield the parts of the memory of each GPU. use: the command and the model."""
+    for device, needed in fit.needed.items():
+        yield f"\n{device} for {use}"
+        sizes = {part.name: part.bytes for part in fit.parts if part.device == device}
+        for name, size in {**sizes, "total": needed}.items():
+            yield f"    {name:<{NAME_WIDTH}}{_gb(size, 3):>12}"
+        yield f"    {_verdict(fit, device)}"
 
 
 def _verdict(fit: Fit, device: torch.device) -> str:
@@ -200,9 +240,10 @@ def _verdict(fit: Fit, device: torch.device) -> str:
     if device not in fit.insufficient:
         return f"fits: {_gb(free)} are free"
     if fit.remedy is not None:
-        advice = f"with {' '.join(fit.remedy.options)} it fits into {fit.remedy.sizes()}"
+        options = " ".join(fit.remedy.options)
+        advice = f"with {options} it fits into {fit.remedy.sizes()} ({fit.remedy.explained()})"
     else:
-        advice = no_remedy(fit.options)
+        advice = no_remedy(fit)
     return f"does not fit: {_gb(free)} are free, {_gb(needed - free)} are missing; {advice}"
 
 

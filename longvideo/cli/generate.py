@@ -29,8 +29,10 @@ from longvideo.cli.model_options import (
     Entry,
     Guidance,
     KVCacheFormat,
+    LowMemory,
     ModelChoice,
     ModelName,
+    OffloadWeights,
     Precision,
     SettingsPreset,
     Size,
@@ -130,6 +132,8 @@ def generate(
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
     text_encoder: TextEncoderChoice = None,
+    low_memory: LowMemory = False,
+    offload_weights: OffloadWeights = False,
     latents: Annotated[
         Path | None,
         typer.Option(help="File for the latents of the video, .safetensors, which `longvideo decode` decodes again."),
@@ -171,7 +175,8 @@ def generate(
     from longvideo.quantization.number_formats import NumberFormats
 
     choice = ModelChoice(model, base, preset, entry, size, adapter_choices(adapter or []))
-    devices, decoder_name = DeviceChoice(device, decode_device, decode_share, text_encoder), one_decoder(decoder)
+    devices = DeviceChoice(device, decode_device, decode_share, text_encoder, low_memory, offload_weights)
+    decoder_name = one_decoder(decoder)
     warn_of_missing_quotes(prompts or [], command="longvideo generate")
     options = SamplingOptions(steps, guidance, seed)
     formats = NumberFormats.parse(precision, kv_cache, attention, decoder_precision, text_encoder)

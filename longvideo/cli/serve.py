@@ -21,8 +21,10 @@ from longvideo.cli.model_options import (
     DeviceChoice,
     Entry,
     KVCacheFormat,
+    LowMemory,
     ModelChoice,
     ModelName,
+    OffloadWeights,
     Precision,
     SettingsPreset,
     Size,
@@ -88,6 +90,8 @@ def serve(
     decoder: DecoderName = None,
     decoder_precision: DecoderFormat = "auto",
     text_encoder: TextEncoderChoice = None,
+    low_memory: LowMemory = False,
+    offload_weights: OffloadWeights = False,
 ) -> None:
     """Serve a page that plays videos while they are generated, and changes their prompts.
 
@@ -120,7 +124,8 @@ def serve(
         public_hosts=check_public_hosts(public_host or []),
         limits=Limits(sessions=max_sessions, stream_seconds=max_seconds),
     )
-    placement = DeviceChoice(device, decode_device, decode_share, text_encoder).place()
+    devices = DeviceChoice(device, decode_device, decode_share, text_encoder, low_memory, offload_weights)
+    placement = devices.place()
     with listen(host, port) as socket:
         print("loading", file=sys.stderr)
         model_folder = choice.open()

@@ -10,8 +10,9 @@ embeddings per frame (1, or tokens per frame), P prompts, J text positions, G gr
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from longvideo.model.rope import Rope, rope_from_positions
 from longvideo.model.slots import CacheSizes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from longvideo.model.attention import Filling
     from longvideo.model.config import TransformerConfig
     from longvideo.model.layout import TokenLayout
@@ -198,6 +201,25 @@ class Head(nn.Module):
         return self.head(self.norm(h_BLD, shift, scale))
 
 
+class BlockWeights(Protocol):
+    """Place of the weights of blocks. recordable: whether CUDA graphs may record the blocks."""
+
+    recordable: bool
+
+    def in_turn(self, blocks: list[Block]) -> AbstractContextManager[Iterator[Block]]:
+        """Return all blocks in order. The weights of each may be read until the next one is returned."""
+        ...
+
+
+class ResidentWeights:
+    """Weights that stay where the blocks are."""
+
+    recordable = True
+
+    def in_turn(self, blocks: list[Block]) -> AbstractContextManager[Iterator[Block]]:
+        return nullcontext(iter(blocks))
+
+
 class CausalTransformer(nn.Module):
     """The diffusion transformer, which predicts the velocity of noisy latents; see `forward`."""
 
@@ -213,6 +235,7 @@ class CausalTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.block_weights: BlockWeights = ResidentWeights()
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw new weights for training: Xavier for all layers but the head, which starts at zero velocity."""
@@ -250,7 +273,8 @@ class CausalTransformer(nn.Module):
                 f" expected [prompts, {self.config.text_len}, {self.config.text_dim}]"
             )
         text_PJD = self.text_embedding(features_PJD.to(self.patch_embedding.weight.dtype))
-        pairs = [block.cross_attn.keys_values(text_PJD) for block in self._blocks()]
+        with self.in_turn() as blocks:
+            pairs = [block.cross_attn.keys_values(text_PJD) for block in blocks]
         return TextContext(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
 
     def forward(
@@ -273,10 +297,11 @@ class CausalTransformer(nn.Module):
         """
         h_BLD, time_BTSD, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
         assert rope.cos.shape[1] == h_BLD.shape[1], (rope.cos.shape, latents_BCTHW.shape)
-        for layer, block in enumerate(self._blocks()):
-            pair = (text.keys[layer], text.values[layer])
-            inputs = (h_BLD, time_BTS6D, pair, rope, attention, layer)
-            h_BLD = recompute(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
+        with self.in_turn() as blocks:
+            for layer, block in enumerate(blocks):
+                pair = (text.keys[layer], text.values[layer])
+                inputs = (h_BLD, time_BTS6D, pair, rope, attention, layer)
+                h_BLD = recompute(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
         return self.unpatch(self.head(h_BLD, time_BTSD).float(), latents_BCTHW.shape)
 
     def fill_cache(
@@ -291,12 +316,13 @@ class CausalTransformer(nn.Module):
         """Store the keys and values of finished latents; the pass ends with those of the last block."""
         h_BLD, _, time_BTS6D = self.embed(latents_BCTHW, sigma_BT)
         last = len(self.blocks) - 1
-        for layer, block in enumerate(self._blocks()):
-            if layer == last:
-                attention.keep(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
-                return
-            pair = (text.keys[layer], text.values[layer])
-            h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
+        with self.in_turn() as blocks:
+            for layer, block in enumerate(blocks):
+                if layer == last:
+                    attention.keep(layer, *block.self_keys_values(h_BLD, time_BTS6D), rope)
+                    return
+                pair = (text.keys[layer], text.values[layer])
+                h_BLD = block(h_BLD, time_BTS6D, pair, rope, attention, layer)
 
     def embed(self, latents_BCTHW: Tensor, sigma_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens [B, L, D] and time embeddings, the head's [B, T, S, D] and the blocks' [B, T, S, 6, D]."""
@@ -317,6 +343,10 @@ class CausalTransformer(nn.Module):
         return rearrange(
             patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=frames, h=height // p, w=width // q, p=p, q=q
         )
+
+    def in_turn(self) -> AbstractContextManager[Iterator[Block]]:
+        """Return the blocks in order, as `BlockWeights` does."""
+        return self.block_weights.in_turn(self._blocks())
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

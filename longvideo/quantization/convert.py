@@ -22,6 +22,8 @@ from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import torch
+
     from longvideo.kernels.backends import TransformerPrecision
 
 TrainingBackend = Literal["te", "emulated"]
@@ -33,12 +35,14 @@ def quantize_layers(
     rule: Rule = Rule.ADAPTIVE,
     *,
     keep: Sequence[str] = (),
+    device: torch.device | None = None,
     on_layer: Callable[[str, nn.Linear, NVFP4Linear], None] = lambda _name, _old, _new: None,
 ) -> list[str]:
     """Replace linear layers by packed ones in place and return their names.
 
     rule: rule for the scales of groups.
     keep: patterns of layers that are not replaced, see `layers_to_quantize`.
+    device: device to which each layer is moved before it is packed; None leaves it where it is.
     on_layer: function that is called with the name, the layer and the packed layer, for progress and errors.
     Raises the errors of `layers_to_quantize`, and ValueError for NaN or infinity in a weight.
     """
@@ -46,7 +50,7 @@ def quantize_layers(
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        packed = NVFP4Linear.from_linear(linear, rule, name=f"{name}.weight")
+        packed = NVFP4Linear.from_linear(linear.to(device), rule, name=f"{name}.weight")
         model.set_submodule(name, packed)
         on_layer(name, linear, packed)
     return names
@@ -157,25 +161,29 @@ def set_product(model: CausalTransformer, product: Product) -> None:
 
 
 def with_precision(
-    transformer: CausalTransformer, precision: TransformerPrecision, *, packed: bool = False
+    transformer: CausalTransformer,
+    precision: TransformerPrecision,
+    *,
+    packed: bool = False,
+    device: torch.device | None = None,
 ) -> CausalTransformer:
     """Return a transformer with the products of a precision; its layers are replaced in place.
 
-    packed: whether its layers hold 4-bit weights already.
-    Raises UserError where its device has no FP8 products, and for FP8 with packed layers.
+    packed: whether its layers hold 4-bit weights already. device: device where it will run, to which its layers are
+    moved one after another, so that the device never holds more than one unquantized layer; None means where it is.
+    Raises UserError where the device has no FP8 products, and for FP8 with packed layers.
     """
-    if precision == "bf16":
-        return transformer
-    device = transformer.patch_embedding.weight.device
+    device = device or transformer.patch_embedding.weight.device
     if precision in FP8_FORMATS:
         backend = product_backend(precision, device)
         if backend.name is None:
             raise UserError(str(backend.reason))
-        quantize_layers_fp8(transformer)
-        return transformer
-    if not packed:
-        quantize_layers(transformer)
-    set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
+        quantize_layers_fp8(transformer, device=device)
+    elif precision != "bf16" and not packed:
+        quantize_layers(transformer, device=device)
+    transformer.to(device)
+    if precision in ("nvfp4", "nvfp4-weights"):
+        set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
     return transformer
 
 

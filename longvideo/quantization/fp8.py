@@ -72,9 +72,10 @@ class FP8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def quantize_layers_fp8(model: CausalTransformer) -> list[str]:
+def quantize_layers_fp8(model: CausalTransformer, *, device: torch.device | None = None) -> list[str]:
     """Replace the linear layers of the blocks by FP8 ones in place and return their names.
 
+    device: device to which each layer is moved before it is quantized; None leaves it where it is.
     Raises UserError for a layer with sizes that are not multiples of 16, before any is replaced, and ValueError for NaN
     or infinity in a weight.
     """
@@ -87,7 +88,8 @@ def quantize_layers_fp8(model: CausalTransformer) -> list[str]:
                 f"{SIZE_MULTIPLE} for FP8; use --precision bf16"
             )
     for name in names:
-        model.set_submodule(name, FP8Linear.from_linear(_linear(model, name), name=f"{name}.weight"))
+        linear = _linear(model, name).to(device)
+        model.set_submodule(name, FP8Linear.from_linear(linear, name=f"{name}.weight"))
     return names
 
 

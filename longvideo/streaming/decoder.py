@@ -1,6 +1,7 @@
 """The decoder of the autoencoder for streaming: the same weights, arranged for speed, with buffers at fixed addresses.
 
-Every causal convolution has a buffer for its input frames, after the last two frames of the previous call. The
+Every causal convolution has a buffer for its input frames, after the last two frames of the previous call; in little
+memory all of them use one buffer in turn, and keep the last two frames elsewhere. The
 operation before a convolution writes to the buffer, so nothing is concatenated or padded. Biases, norms, SiLU and
 shortcuts between convolutions are one pass over memory. A 2x upsampling and the 3x3 convolution after it are one 2x2
 convolution at the low resolution with four times the outputs, since a result depends on at most two different pixels
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from longvideo.errors import UserError
 from longvideo.kernels.backends import DecoderOperations, decoder_operations
-from longvideo.streaming.decoder_convolutions import HISTORY
 from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
 from longvideo.streaming.decoder_stages import Activations, Target, hand_over
 from longvideo.streaming.recording import GraphRecorder
 
 if TYPE_CHECKING:
-    from longvideo.streaming.decoder_convolutions import Grid
+    from collections.abc import Sequence
+
+    from longvideo.streaming.decoder_convolutions import Convolution, Grid
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import State
 
@@ -52,6 +54,7 @@ class StreamingDecoder:
         *,
         devices: tuple[torch.device, torch.device] | None = None,
         first_share: float = 0.5,
+        recorder: GraphRecorder | None = None,
     ) -> None:
         """Arrange the weights of an autoencoder and allocate the buffers.
 
@@ -61,6 +64,7 @@ class StreamingDecoder:
             the pixels.
         first_share: share of the multiply-adds of the first device, as near as the ends of residual blocks and
             upsamplings allow.
+        recorder: recorder of the graphs; None means one for each device.
         Raises UserError for a share outside (0, 1).
         """
         weight = autoencoder.post_quant_conv.weight
@@ -68,11 +72,12 @@ class StreamingDecoder:
         self.shape = (grid.batch, grid.height, grid.width)
         plan = plan_stages(autoencoder, grid)
         if devices is None:
-            self._parts = [_Part(plan, weight.device)]
+            self._parts = [_Part(plan, weight.device, grid, recorder)]
         else:
             boundary = boundary_of(plan, first_share)
             places = [torch.empty(0, device=device).device for device in devices]  # "cuda" becomes "cuda:0"
-            self._parts = [_Part(plan[:boundary], places[0]), _Part(plan[boundary:], places[1])]
+            stages = plan[:boundary], plan[boundary:]
+            self._parts = [_Part(*part, grid, recorder) for part in zip(stages, places, strict=True)]
         self.devices = tuple(part.device for part in self._parts)
         total = sum(stage.multiply_adds for stage in plan)
         self.shares = tuple(part.multiply_adds / total for part in self._parts)
@@ -132,7 +137,7 @@ class StreamingDecoder:
 
     def state(self) -> State:
         """Return copies of the frames that the convolutions keep; empty before the first frame of a video."""
-        return tuple(conv.buffer[:, :HISTORY].clone() for conv in self._convolutions) if self.opened else ()
+        return tuple(conv.history.clone() for conv in self._convolutions) if self.opened else ()
 
     @torch.inference_mode()
     def begin(self, *, inside: bool = False) -> None:
@@ -149,7 +154,7 @@ class StreamingDecoder:
             return
         self.opened = True
         for conv, frames in zip(self._convolutions, state, strict=True):
-            conv.buffer[:, :HISTORY].copy_(frames)
+            conv.history.copy_(frames)
 
     def _step(self, x_BTHWz: Tensor, *, opening: bool) -> Tensor:
         activations = Activations(x_BTHWz)
@@ -162,10 +167,14 @@ class StreamingDecoder:
 class _Part:
     """Consecutive stages on one device: all of them, or the first or second of two parts."""
 
-    def __init__(self, plan: list[PlannedStage], device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, plan: list[PlannedStage], device: torch.device, grid: Grid, recorder: GraphRecorder | None
+    ) -> None:
+        self.device, self._recorder = device, recorder
         self.multiply_adds = sum(stage.multiply_adds for stage in plan)
         self.stages = [stage.build(device) for stage in plan]
+        if grid.shares_buffer:
+            _share_buffer([conv for stage in self.stages for conv in stage.convolutions], device)
         self._operations: DecoderOperations = decoder_operations(device)
         self._recording: _Recording | None = None
 
@@ -184,7 +193,8 @@ class _Part:
             own.copy_(inputs)
             with _measured_convolutions():
                 result = self._run(own, opening=False)
-                graph, recorded = GraphRecorder(self.device).record(partial(self._run, own, opening=False))
+                recorder = self._recorder or GraphRecorder(self.device)
+                graph, recorded = recorder.record(partial(self._run, own, opening=False))
                 self._recording = _Recording(graph, own, recorded)
             return result
 
@@ -210,6 +220,14 @@ class _Recording:
         self.inputs.copy_(inputs)
         self.graph.replay()
         return self.result
+
+
+def _share_buffer(convolutions: Sequence[Convolution], device: torch.device) -> None:
+    """Give convolutions one buffer. A stage has read the buffer of one before it writes to that of the next."""
+    size = max((conv.buffer_bytes for conv in convolutions), default=0)
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    for conv in convolutions:
+        conv.share(memory)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

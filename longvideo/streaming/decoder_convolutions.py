@@ -6,8 +6,9 @@ Shapes: B batch, T frames, H W grid, C channels; buffers are stored as BTHWC.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,11 @@ LARGEST_OWN_CONV3D = 20480
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of latents, or of the activations at a stage, and the number format of the large convolutions.
+    """Sizes of latents, or of the activations at a stage, and how the large convolutions compute.
 
     batch: number of videos. frames: largest number of frames in a step. height, width: size of a frame. fp8: whether
-    the 3x3x3 convolutions of residual blocks and the convolutions of upsamplings compute in E4M3.
+    the 3x3x3 convolutions of residual blocks and the convolutions of upsamplings compute in E4M3. shares_buffer:
+    whether the causal convolutions of a device use one buffer in turn, so that each keeps only its last frames.
     """
 
     batch: int
@@ -39,40 +41,76 @@ class Grid:
     height: int
     width: int
     fp8: bool = False
+    shares_buffer: bool = False
 
     @property
     def pixels(self) -> int:
         return self.batch * self.frames * self.height * self.width
 
 
-class Convolution(Protocol):
+class Convolution(ABC):
     """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
 
-    bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the inputs in the
-    buffer. kernel: weights in E4M3, if it computes in them.
+    history: the frames that it keeps from one call to the next; a part of the buffer, unless other convolutions use the
+    buffer in turn. bias: the bias, where the operation after the convolution adds it. inverse_scale: factor of the
+    inputs in the buffer. kernel: weights in E4M3, if it computes in them. border: number of zeros on each side of each
+    frame in the buffer.
     """
 
     buffer: Tensor
+    history: Tensor
     bias: Tensor | None
     inverse_scale: float
     kernel: FP8Kernel | None = None
+    border: int = 0
+    _shape: torch.Size
+
+    def allocate(self, grid: Grid, channels: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the buffer, or the kept frames alone if the buffer is shared, which `share` sets."""
+        height, width = (size + 2 * self.border for size in (grid.height, grid.width))
+        frames = HISTORY if grid.shares_buffer else HISTORY + grid.frames
+        stored = torch.zeros(grid.batch, frames, height, width, channels, dtype=dtype, device=device)
+        self.history = stored[:, :HISTORY]
+        self.buffer = stored.new_empty(0) if grid.shares_buffer else stored
+        self._shape = torch.Size((grid.batch, HISTORY + grid.frames, height, width, channels))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of the buffer, its own or a shared one."""
+        return self._shape.numel() * self.history.element_size()
+
+    def share(self, memory: Tensor) -> None:
+        """Use memory as the buffer, in turn with other convolutions. memory: `buffer_bytes` bytes or more, uint8."""
+        self.buffer = memory[: self.buffer_bytes].view(self.history.dtype).view(self._shape)
 
     def inputs(self, frames: int) -> Tensor:
         """Return the part of the buffer for the input frames of a call."""
-        return self.buffer[:, HISTORY : HISTORY + frames]
+        rows, columns = (slice(self.border, size - self.border) for size in self._shape[2:4])
+        return self.buffer[:, HISTORY : HISTORY + frames, rows, columns]
 
     def clear(self) -> None:
         """Make zeros of the frames that it keeps, as before a video."""
-        self.buffer[:, :HISTORY].view(torch.uint8 if self.buffer.dtype == E4M3 else self.buffer.dtype).zero_()
+        _zero(self.history)
+
+    def recall(self, frames: int) -> None:
+        """Restore a shared buffer before a call: the frames that it keeps, and the zeros around the new ones."""
+        if self.history.data_ptr() == self.buffer.data_ptr():
+            return
+        self.buffer[:, :HISTORY].copy_(self.history)
+        if self.border:
+            new = self.buffer[:, HISTORY : HISTORY + frames]
+            for edge in (slice(None, self.border), slice(-self.border, None)):
+                _zero(new[:, :, edge])
+                _zero(new[:, :, :, edge])
 
     def keep_last(self, frames: int) -> None:
         """Keep the last frames of a call."""
         for index in range(HISTORY):  # one after the other, since they overlap if there is one new frame
-            self.buffer[:, index].copy_(self.buffer[:, frames + index])
+            self.history[:, index].copy_(self.buffer[:, frames + index])
 
+    @abstractmethod
     def __call__(self, frames: int) -> Tensor:
         """Return the convolution of the buffer, without `bias`, and keep the last frames."""
-        ...
 
 
 class PlainConvolution(Convolution):
@@ -92,7 +130,7 @@ class PlainConvolution(Convolution):
         # cuDNN adds a bias in a pass of its own, so the operation after the convolution adds it
         bias = conv.bias.detach().to(device)
         self.own_bias, self.bias = (None, bias) if bias.is_cuda else (bias, None)
-        self.buffer = weight.new_zeros(grid.batch, HISTORY + grid.frames, grid.height, grid.width, conv.in_channels)
+        self.allocate(grid, conv.in_channels, dtype=weight.dtype, device=device)
         is_small = conv.in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
         self._weights: tuple[Tensor, ...]
         if is_small and device.type == "cpu" and weight.dtype == torch.float32:
@@ -101,6 +139,7 @@ class PlainConvolution(Convolution):
             self._weights = (weight.contiguous(memory_format=torch.channels_last_3d),)
 
     def __call__(self, frames: int) -> Tensor:
+        self.recall(frames)
         if len(self._weights) == 1:
             x = self.buffer[:, : HISTORY + frames].permute(0, 4, 1, 2, 3)
             y = F.conv3d(x, self._weights[0], self.own_bias, padding=self.padding).permute(0, 2, 3, 4, 1)
@@ -125,18 +164,15 @@ class ProductConvolution(Convolution):
 
     bias = None
     inverse_scale = 1.0
+    border = 1
 
     def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
         assert conv.bias is not None
         self._matrix, self._bias = conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
-        self.buffer = self._matrix.new_zeros(
-            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels
-        )
-
-    def inputs(self, frames: int) -> Tensor:
-        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+        self.allocate(grid, conv.in_channels, dtype=self._matrix.dtype, device=device)
 
     def __call__(self, frames: int) -> Tensor:
+        self.recall(frames)
         taps = self.buffer[:, : HISTORY + frames].unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)
         y = F.linear(taps.flatten(4), self._matrix, self._bias)
         self.keep_last(frames)
@@ -150,6 +186,8 @@ class FP8Convolution(Convolution):
     larger. This bound sets the scale of the input: no value saturates, and no step measures anything.
     """
 
+    border = 1
+
     def __init__(self, conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> None:
         """gamma: weight of the norm before the convolution, [C]."""
         bound = math.sqrt(conv.in_channels) * float(gamma.detach().abs().max())
@@ -159,14 +197,10 @@ class FP8Convolution(Convolution):
         self.kernel = FP8Kernel.quantize(weight, bound=bound)
         self._operations = decoder_operations(device)
         self.inverse_scale = self.kernel.inverse_scale
-        self.buffer = weight.new_zeros(
-            grid.batch, HISTORY + grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
-        )
-
-    def inputs(self, frames: int) -> Tensor:
-        return super().inputs(frames)[:, :, 1:-1, 1:-1]
+        self.allocate(grid, conv.in_channels, dtype=E4M3, device=device)
 
     def __call__(self, frames: int) -> Tensor:
+        self.recall(frames)
         batch, _, height, width, _ = self.buffer.shape
         assert self.bias is not None
         y = self.bias.new_empty(batch, frames, height - 2, width - 2, len(self.bias))
@@ -179,3 +213,8 @@ class FP8Convolution(Convolution):
 def convolution_after_norm(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> Convolution:
     """Return a convolution of a residual block. gamma: weight of the norm before it, [C]."""
     return FP8Convolution(conv, gamma, grid, device) if grid.fp8 else PlainConvolution(conv, grid, device)
+
+
+def _zero(x: Tensor) -> None:
+    # as bytes: not every device fills E4M3
+    x.view(torch.uint8 if x.dtype == E4M3 else x.dtype).zero_()

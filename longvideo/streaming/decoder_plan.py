@@ -41,13 +41,15 @@ WIDTHS_OF_ATTENTION = 6
 class StageMemory:
     """Bytes that a stage takes on its device.
 
-    kept: weights and buffers.
+    kept: weights, and buffers, or the frames that convolutions keep if all use one buffer in turn.
+    buffer: size that the stage needs of that one buffer, 0 if its convolutions have their own.
     opening: activations held at once for the opening frame of a video, which no graph records.
     later: activations held at once for a whole step of later frames.
     result: activations that a whole step of later frames gives to the next stage.
     """
 
     kept: int
+    buffer: int
     opening: int
     later: int
     result: int
@@ -184,10 +186,13 @@ def _memory(
     """
     frame = grid.pixels // grid.frames
     kept_frame, itemsize = (grid.batch * _framed(grid), 1) if fp8 else (frame, dtype.itemsize)
-    buffers = sum(conv.in_channels for conv in convolutions) * kept_frame * (HISTORY + grid.frames)
+    channels = [conv.in_channels for conv in convolutions]
+    buffers = sum(channels) * kept_frame * (HISTORY if grid.shares_buffer else HISTORY + grid.frames)
+    shared = max(channels, default=0) * kept_frame * (HISTORY + grid.frames) if grid.shares_buffer else 0
     weights = sum(conv.weight.numel() for conv in convolutions)
     return StageMemory(
         kept=(weights + buffers) * itemsize + more_kept,
+        buffer=shared * itemsize,
         opening=frame * (held if held_for_opening is None else held_for_opening) * dtype.itemsize,
         later=grid.pixels * held * dtype.itemsize,
         result=grid.pixels * result * dtype.itemsize,

@@ -7,6 +7,7 @@ The pipeline, the memory estimate, the benchmarks and the server use nothing els
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from longvideo.streaming.decoder_convolutions import Grid
+    from longvideo.streaming.recording import GraphRecorder
     from longvideo.vae.layers import State
 
 DecoderConfig: TypeAlias = AutoencoderConfig | TinyAutoencoderConfig
@@ -89,12 +91,20 @@ class DecoderModel(Protocol):
         """Device of the weights."""
         ...
 
-    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
+    def start(
+        self,
+        grid: Grid,
+        *,
+        first_device: torch.device | None = None,
+        first_share: float = 0.0,
+        recorder: GraphRecorder | None = None,
+    ) -> VideoDecoder:
         """Return a decoder of new videos.
 
         grid: sizes of the latents. Its frames are those that are decoded together where the decoder lets the caller
         choose; its number format is that of the model. first_device, first_share: device that does this fraction of the
-        work, before the device of the weights does the rest.
+        work, before the device of the weights does the rest. recorder: recorder of its CUDA graphs, whose memory they
+        share with others; None means one of its own.
         """
         ...
 
@@ -119,13 +129,21 @@ class WanDecoderModel:
     def device(self) -> torch.device:
         return self._autoencoder.post_quant_conv.weight.device
 
-    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
+    def start(
+        self,
+        grid: Grid,
+        *,
+        first_device: torch.device | None = None,
+        first_share: float = 0.0,
+        recorder: GraphRecorder | None = None,
+    ) -> VideoDecoder:
         # more latent frames in a step of a GPU take more memory, and do not make it faster
         return StreamingDecoder(
             self._autoencoder,
             replace(grid, frames=1 if self.device.type == "cuda" else grid.frames, fp8=self._fp8),
             devices=None if first_device is None or not first_share else (first_device, self.device),
             first_share=first_share,
+            recorder=recorder,
         )
 
     @torch.inference_mode()
@@ -149,10 +167,17 @@ class TinyDecoderModel:
     def device(self) -> torch.device:
         return next(self._decoder.parameters()).device
 
-    def start(self, grid: Grid, *, first_device: torch.device | None = None, first_share: float = 0.0) -> VideoDecoder:
+    def start(
+        self,
+        grid: Grid,
+        *,
+        first_device: torch.device | None = None,
+        first_share: float = 0.0,
+        recorder: GraphRecorder | None = None,
+    ) -> VideoDecoder:
         if first_device is not None:
             check_share(self.config, first_share, self.name)
-        return TinyStreamingDecoder(self._decoder, grid)
+        return TinyStreamingDecoder(self._decoder, grid, recorder=recorder)
 
     @torch.inference_mode()
     def plain(self, latents_BzTHW: Tensor) -> Tensor:
@@ -188,9 +213,7 @@ def decoder_bytes(
     """
     if isinstance(config, TinyAutoencoderConfig):
         return {devices[1]: _tiny_bytes(config, dtype, grid)}
-    with OnMeta():
-        autoencoder = Autoencoder(config).to(dtype)
-    plan = plan_stages(autoencoder, replace(grid, frames=1))
+    plan = plan_stages(_on_meta(config, dtype), replace(grid, frames=1))
     boundary = boundary_of(plan, share) if share else 0
     copied = plan[boundary - 1].memory.result if boundary else 0
     decoders = {devices[1]: _stage_bytes(plan[boundary:], copied)}
@@ -220,13 +243,19 @@ def check_fp8(config: DecoderConfig, name: str) -> None:
         )
 
 
+@cache
+def _on_meta(config: AutoencoderConfig, dtype: torch.dtype) -> Autoencoder:
+    with OnMeta():
+        return Autoencoder(config).to(dtype)
+
+
 def _stage_bytes(stages: Sequence[PlannedStage], copied: int) -> DecoderBytes:
     """Return the sum over the stages of a device.
 
     copied: bytes that are copied from one device to the other, for which both have a buffer.
     """
     return DecoderBytes(
-        kept=sum(stage.memory.kept for stage in stages) + copied,
+        kept=sum(stage.memory.kept for stage in stages) + max(stage.memory.buffer for stage in stages) + copied,
         opening=max(stage.memory.opening for stage in stages),
         later=max(stage.memory.later for stage in stages),
     )

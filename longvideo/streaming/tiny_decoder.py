@@ -25,13 +25,18 @@ class TinyStreamingDecoder:
     opening frame and shorter steps are not recorded.
     """
 
-    def __init__(self, decoder: TinyDecoder, grid: Grid) -> None:
-        """Allocate the state. grid: sizes of the latents of a whole step of later latent frames."""
+    def __init__(self, decoder: TinyDecoder, grid: Grid, *, recorder: GraphRecorder | None = None) -> None:
+        """Allocate the state.
+
+        grid: sizes of the latents of a whole step of later latent frames. recorder: recorder of the graph; None means
+        one of its own.
+        """
         weight = next(decoder.parameters())
         self._decoder, self._dtype = decoder, weight.dtype
         self.shape, self.latents_per_step = (grid.batch, decoder.config.z_dim, grid.height, grid.width), grid.frames
         self.devices, self.opened = (weight.device,), False
         self._kept = decoder.blank_state(grid.batch, grid.height, grid.width)
+        self._recorder = recorder
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs = weight.new_zeros(*self.shape[:2], grid.frames, *self.shape[2:])
         self._pixels: Tensor | None = None
@@ -65,7 +70,8 @@ class TinyStreamingDecoder:
             return
         self._run(self._inputs)
         self._run(self._inputs[:, :, :1])
-        self._graph, self._pixels = GraphRecorder(device).record(partial(self._run, self._inputs))
+        recorder = self._recorder or GraphRecorder(device)
+        self._graph, self._pixels = recorder.record(partial(self._run, self._inputs))
         self.begin()
         torch.cuda.empty_cache()
 

@@ -63,6 +63,7 @@ class StreamingTransformer:
         kv_cache: CachePrecision = "bf16",
         attention: AttentionPrecision = "bf16",
         group: ProcessGroup | None = None,
+        recorder: GraphRecorder | None = None,
     ) -> None:
         """Arrange a model in place: the weights of q, k and v are stored one after the other, for one product.
 
@@ -71,6 +72,8 @@ class StreamingTransformer:
         attention: number format of attention; "bf16" is the dtype of the model.
         group: ranks that compute every chunk together, each with its part of the cache. All have the model, receive the
             same calls and return the whole velocity.
+        recorder: recorder of the graphs on CUDA; None means one of its own. Without effect where the weights of the
+            blocks are in host memory: no graph is recorded then.
         Raises UserError where FP8 attention cannot run, and for a group whose ranks do not divide the heads and the
         frames of a chunk.
         """
@@ -83,9 +86,10 @@ class StreamingTransformer:
         operations = norm_operations(self.device)
         self._sharing = sharing_of(group, self.device, chunk_frames=spec.chunk_frames, heads=heads, head_dim=head_dim)
         own_heads = heads // self._sharing.ranks
-        blocks = cast("list[Block]", list(model.blocks))
-        self._blocks = [StreamingBlock(block, operations, eps=config.eps) for block in blocks]
-        self._modulation = torch.cat([block.modulation.detach() for block in blocks]).float()
+        with model.in_turn() as blocks:
+            self._blocks = [StreamingBlock(block, operations, eps=config.eps) for block in blocks]
+        modulations = [cast("Block", block).modulation.detach() for block in model.blocks]
+        self._modulation = torch.cat(modulations).float()
         self._head_inputs = inputs_of([model.head.head], self.device, weight.dtype, eps=config.eps)
         self._window = ChunkWindow(spec)
         self._attend = slot_attention(attention, self.device, weight.dtype)
@@ -107,7 +111,8 @@ class StreamingTransformer:
                 batch, tokens, own_heads, head_dim, dtype=self._attend.dtype, device=self.device
             )
         self._graphs: dict[tuple[PassKind, int], torch.cuda.CUDAGraph] = {}
-        self._recorder = GraphRecorder(self.device) if self.device.type == "cuda" else None
+        records = self.device.type == "cuda" and model.block_weights.recordable
+        self._recorder = (recorder or GraphRecorder(self.device)) if records else None
 
     @property
     def cache_bytes(self) -> int:
@@ -206,20 +211,21 @@ class StreamingTransformer:
         """Run the model over the live chunk, block by block: attention to the slots, to the text, feed-forward."""
         h_BLD, time_BTSD, time_BTS6D = self._model.embed(self._latents, self._sigma)
         stream, modulation = ResidualStream(h_BLD), self._modulation_of(time_BTS6D)
-        for layer, block in enumerate(self._blocks):
-            shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(2)
-            q_BLNK, k_BLNK, v_BLNK = block.project(stream, scale1, shift1)
-            mean_NK, mean_out_D = self._value_mean(layer, v_BLNK, is_first_chunk=num_slots == 1)
-            keys_BSLNK, values_BSLNK = self._slots.open(layer, num_slots - 1)
-            self._write_live_slot(block, q_BLNK, k_BLNK, v_BLNK, keys_BSLNK, values_BSLNK, mean_NK)
-            if kind is not PassKind.STEP and self._slots.copies:
-                self._keep(layer, k_BLNK, v_BLNK, mean_NK)
-            if kind is PassKind.FILL and layer == len(self._blocks) - 1:
-                return
-            attended = self._sharing.tokens(self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots))
-            stream.add(block.out_of_attention(attended), gate1, mean_out_D)
-            stream.add(block.attend_to_text(stream, self._text[layer]), None)
-            stream.add(block.feed_forward(stream, scale2, shift2), gate2)
+        with self._model.in_turn() as loaded:
+            for layer, (block, _) in enumerate(zip(self._blocks, loaded, strict=True)):
+                shift1, scale1, gate1, shift2, scale2, gate2 = modulation[layer].unbind(2)
+                q_BLNK, k_BLNK, v_BLNK = block.project(stream, scale1, shift1)
+                mean_NK, mean_out_D = self._value_mean(layer, v_BLNK, is_first_chunk=num_slots == 1)
+                keys_BSLNK, values_BSLNK = self._slots.open(layer, num_slots - 1)
+                self._write_live_slot(block, q_BLNK, k_BLNK, v_BLNK, keys_BSLNK, values_BSLNK, mean_NK)
+                if kind is not PassKind.STEP and self._slots.copies:
+                    self._keep(layer, k_BLNK, v_BLNK, mean_NK)
+                if kind is PassKind.FILL and layer == len(self._blocks) - 1:
+                    return
+                attended = self._sharing.tokens(self._attend(self._rotated, keys_BSLNK, values_BSLNK, num_slots))
+                stream.add(block.out_of_attention(attended), gate1, mean_out_D)
+                stream.add(block.attend_to_text(stream, self._text[layer]), None)
+                stream.add(block.feed_forward(stream, scale2, shift2), gate2)
         self._velocity.copy_(self._head(stream, time_BTSD))
 
     def _modulation_of(self, time_BTS6D: Tensor) -> Tensor:

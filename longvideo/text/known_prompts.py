@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from longvideo.text.encoder import TextEncoder
-
 
 class PromptEncoder(Protocol):
     """What generation needs of a text encoder: a `TextEncoder`, or `KnownPrompts` in its place."""
@@ -33,7 +31,7 @@ class PromptEncoder(Protocol):
 class KnownPrompts:
     """The features and the unknown words of prompts, without the encoder that made them."""
 
-    def __init__(self, encoder: TextEncoder, prompts: Iterable[str]) -> None:
+    def __init__(self, encoder: PromptEncoder, prompts: Iterable[str]) -> None:
         """Encode prompts one by one, as `TextEncoder.encode` does."""
         distinct = dict.fromkeys(map(clean_prompt, prompts))
         self._features_LD = {prompt: encoder.encode([prompt])[0][0].clone() for prompt in distinct}

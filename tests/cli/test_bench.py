@@ -87,9 +87,23 @@ def test_the_command_writes_what_it_shows(
     assert subprocess.run(compare, cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
+def test_a_stream_in_little_memory_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "stream.json"
+    command = ["bench", "stream", "--preset", "tiny", "--steps", "1", "--device", "cpu", "--chunks", "2"]
+    saving = ["--text-encoder", "nvfp4", "--low-memory", "--offload-weights"]
+    assert main([*command, *saving, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert (report["low_memory"], report["offload_weights"], report["memory_limit_gb"]) == (True, True, None)
+    assert report["formats"]["text_encoder"] == "nvfp4"
+    assert report["estimated_bytes"] == report["process_bytes"] == {}  # that of a CPU is neither estimated nor counted
+    line = "text encoder with weights in nvfp4 | low memory | weights in host memory"
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--device", "cpu", "--memory-limit", "24"], "--memory-limit is 24, but there is no GPU; leave it out"),
         (["--model", "tiny", "--preset", "tiny"], "--model and --preset exclude each other"),
         (
             ["--preset", "wan2.2-ti2v-5b", "--size", "large"],

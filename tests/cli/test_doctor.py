@@ -128,7 +128,7 @@ def test_a_check_that_cannot_run_has_failed(
 
 def test_the_report_has_every_section(doctor_json: DoctorJson) -> None:
     report = doctor_json("--device", "cpu")
-    assert report.keys() == {"machine", "graphics", "memory", "disks", "operations", "checks", "model"}
+    assert report.keys() == {"machine", "graphics", "memory", "disks", "operations", "checks", "settings", "model"}
     assert report["graphics"].keys() == {"gpus", "none_because", "links", "driver", "torch_cuda"}
     assert report["machine"]["torch"] == torch.__version__ and report["graphics"]["torch_cuda"] == torch.version.cuda
     assert report["memory"].keys() == {"total_bytes", "available_bytes"}
@@ -167,7 +167,7 @@ def test_gpus_are_listed_with_their_free_memory(
 @pytest.mark.parametrize("source", [("--model", "tiny"), ("--preset", WAN), ("--preset", "tiny")])
 def test_the_parts_add_up_to_the_total(gpus: SetFree, doctor_json: DoctorJson, source: tuple[str, str]) -> None:
     gpus(70.0, 70.0)
-    devices = doctor_json(*source, "--decode-device", "cuda:1")["model"]["devices"]
+    devices = doctor_json(*source, "--decode-device", "cuda:1")["model"]["serve"]["devices"]
     assert devices.keys() == {"cuda:0", "cuda:1"}
     for device in devices.values():
         assert sum(device["parts"].values()) == device["needed_bytes"] > GB
@@ -179,7 +179,7 @@ def test_a_preset_takes_two_bytes_for_each_parameter_of_its_transformer_and_text
 ) -> None:
     gpus(70.0)
     model = doctor_json("--preset", WAN)["model"]
-    parts = model["devices"]["cuda:0"]["parts"]
+    parts = model["serve"]["devices"]["cuda:0"]["parts"]
     with torch.device("meta"):
         transformer = CausalTransformer(PRESETS[WAN])
     assert parts["transformer"] == pytest.approx(2 * sum(x.numel() for x in transformer.parameters()), rel=0.01)
@@ -187,9 +187,14 @@ def test_a_preset_takes_two_bytes_for_each_parameter_of_its_transformer_and_text
     assert parts["KV cache"] == pytest.approx(10.4 * GB, rel=0.01)
     assert (model["folder"], model["file_bytes"]) == (None, None)
     guided = doctor_json("--preset", WAN, "--guidance", "5")["model"]
-    assert guided["guidance"] == 5.0 and guided["devices"]["cuda:0"]["parts"]["KV cache"] == 2 * parts["KV cache"]
     assert (
-        doctor_json("--preset", WAN, "--precision", "fp8")["model"]["devices"]["cuda:0"]["parts"]["transformer"] < 5.2e9
+        guided["guidance"] == 5.0 and guided["serve"]["devices"]["cuda:0"]["parts"]["KV cache"] == 2 * parts["KV cache"]
+    )
+    assert (
+        doctor_json("--preset", WAN, "--precision", "fp8")["model"]["serve"]["devices"]["cuda:0"]["parts"][
+            "transformer"
+        ]
+        < 5.2e9
     )
 
 
@@ -207,26 +212,30 @@ def test_a_model_that_does_not_fit_names_the_option_with_which_it_fits(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(70.0)
-    needed = doctor_json("--preset", WAN)["model"]["devices"]["cuda:0"]["needed_bytes"]
-    smaller = doctor_json("--preset", WAN, "--text-encoder", "cpu")["model"]["devices"]["cuda:0"]["needed_bytes"]
+    needed = doctor_json("--preset", WAN)["model"]["serve"]["devices"]["cuda:0"]["needed_bytes"]
+    smaller = doctor_json("--preset", WAN, "--text-encoder", "cpu")["model"]["serve"]["devices"]["cuda:0"][
+        "needed_bytes"
+    ]
     gpus((needed - 2 * GB) / GB)
     model = doctor_json("--preset", WAN, code=1)["model"]
-    assert model["devices"]["cuda:0"]["fits"] is False
-    assert model["remedy"] == {"options": ["--text-encoder cpu"], "needed_bytes": {"cuda:0": smaller}}
+    assert model["serve"]["devices"]["cuda:0"]["fits"] is False
+    assert model["serve"]["remedy"] == {"options": ["--text-encoder cpu"], "needed_bytes": {"cuda:0": smaller}}
     assert main(["doctor", "--preset", WAN]) == 1
     out = capsys.readouterr().out
     assert f"does not fit: {(needed - 2 * GB) / GB:.1f} GB are free, 2.0 GB are missing; with --text" in out
-    assert f"with --text-encoder cpu it fits into {smaller / GB:.1f} GB\n" in out
+    price = "--text-encoder takes longer for each prompt"
+    assert f"with --text-encoder cpu it fits into {smaller / GB:.1f} GB ({price})\n" in out
 
 
 def test_a_model_that_fits_with_no_option_needs_more_memory(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(5.0)
-    assert doctor_json("--preset", WAN, code=1)["model"]["remedy"] is None
+    assert doctor_json("--preset", WAN, code=1)["model"]["serve"]["remedy"] is None
     assert main(["doctor", "--preset", WAN]) == 1
     assert (
-        "it does not fit with --text-encoder cpu --precision nvfp4-weights --kv-cache nvfp4 either"
+        "it does not fit with --text-encoder cpu --low-memory --decoder-precision fp8 --precision nvfp4-weights"
+        " --kv-cache nvfp4 --offload-weights either; use a small --decoder or a GPU with more memory\n"
         in capsys.readouterr().out
     )
 
@@ -235,11 +244,40 @@ def test_loading_and_doctor_refuse_with_the_same_numbers(
     gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(0.5)
-    model = doctor_json("--model", "tiny", code=1)["model"]["devices"]["cuda:0"]
+    model = doctor_json("--model", "tiny", code=1)["model"]["generate"]["devices"]["cuda:0"]
     assert main(["generate", "a red ball", "-o", "never.mp4"]) == 2
     needed = f"{model['needed_bytes'] / GB:.1f} GB"
     assert f"cuda:0 has 0.5 GB free; streaming needs about {needed}" in capsys.readouterr().err
     assert not Path("never.mp4").exists()
+
+
+def test_generate_needs_less_than_serve_since_it_frees_the_text_encoder(
+    gpus: SetFree, doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(40.0)
+    model = doctor_json("--preset", WAN, code=1)["model"]
+    generating, serving = (model[command]["devices"]["cuda:0"] for command in ("generate", "serve"))
+    assert serving["needed_bytes"] - generating["needed_bytes"] == serving["parts"]["text encoder"] > 11 * GB
+    assert "text encoder" not in generating["parts"]
+    assert (generating["fits"], model["generate"]["remedy"]) == (True, None)
+    assert (serving["fits"], model["serve"]["remedy"]["options"]) == (False, ["--text-encoder cpu"])
+    assert main(["doctor", "--preset", WAN]) == 1
+    out = capsys.readouterr().out
+    assert f"cuda:0 for longvideo generate with {WAN}\n" in out and f"cuda:0 for longvideo serve with {WAN}\n" in out
+
+
+def test_settings_for_gpus_of_common_sizes_are_listed(
+    doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {row["options"]: row for row in doctor_json()["settings"]}
+    needed = settings[""]["generate_bytes"]
+    assert doctor_json("--preset", WAN)["model"]["generate"]["devices"]["cuda:0"]["needed_bytes"] == needed
+    for size in (12, 16, 24, 32, 48, 80):
+        assert any(row["serve_bytes"] <= size * GB for row in settings.values())
+    assert all(row["generate_bytes"] <= row["serve_bytes"] for row in settings.values())
+    assert main(["doctor"]) == 0
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("(no option)")]
+    assert [row[-1].strip() for row in rows] == ["48, 80", "80"]
 
 
 @without_gpu
@@ -247,7 +285,7 @@ def test_a_machine_without_a_gpu_gets_the_needed_memory(
     doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--preset", WAN, "--device", "cuda", "--decode-device", "cuda:1", "--decode-share", "0.1")
-    devices = doctor_json(*options)["model"]["devices"]
+    devices = doctor_json(*options)["model"]["serve"]["devices"]
     assert [(device["fits"], device["free_bytes"]) for device in devices.values()] == [(None, None)] * 2
     assert main(["doctor", *options]) == 0
     out = capsys.readouterr().out
@@ -262,7 +300,7 @@ def test_a_small_decoder_is_named_and_needs_less(
 ) -> None:
     own, small = (doctor_json("--preset", WAN, *more)["model"] for more in ((), ("--decoder", "taew2_2")))
     assert (own["decoder"], small["decoder"]) == ("the autoencoder", "taew2_2")
-    assert small["devices"]["cuda:0"]["needed_bytes"] < own["devices"]["cuda:0"]["needed_bytes"] - 5e9
+    assert small["serve"]["devices"]["cuda:0"]["needed_bytes"] < own["serve"]["devices"]["cuda:0"]["needed_bytes"] - 5e9
     shared = ("--decoder", "taew2_2", "--decode-device", "cuda:1", "--decode-share", "0.1")
     assert main(["doctor", "--preset", WAN, *shared]) == 2
     assert "decode_share is 0.1, but the decoder is taew2_2, which runs on one device" in capsys.readouterr().err
@@ -270,7 +308,7 @@ def test_a_small_decoder_is_named_and_needs_less(
     file = save(tmp_path / "lighttaew2_2.pth", tiny_weights())
     options = ("--model", str(tmp_path / "model"), "--decoder", str(file))
     model = doctor_json(*options)["model"]
-    assert model["decoder"] == "lighttae" and model["devices"]["cuda:0"]["parts"]["decoder"] > 0
+    assert model["decoder"] == "lighttae" and model["serve"]["devices"]["cuda:0"]["parts"]["decoder"] > 0
     assert main(["doctor", *options, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "decoding on cpu by lighttae in float32 or bfloat16, whichever is measured to be faster" in out
@@ -284,7 +322,7 @@ def test_whether_a_gpu_of_another_machine_has_fp8_is_unknown(capsys: pytest.Capt
 
 def test_a_cpu_is_not_estimated(doctor_json: DoctorJson, capsys: pytest.CaptureFixture[str]) -> None:
     model = doctor_json("--model", "tiny", "--device", "cpu")["model"]
-    assert (model["devices"], model["not_estimated"]) == ({}, ["cpu"])
+    assert (model["serve"]["devices"], model["not_estimated"]) == ({}, ["cpu"])
     assert main(["doctor", "--model", "tiny", "--device", "cpu"]) == 0
     assert "cpu: the memory of a CPU is not estimated" in capsys.readouterr().out
 
@@ -329,7 +367,7 @@ def test_a_second_gpu_that_does_not_exist_is_an_error(gpus: SetFree, capsys: pyt
 @pytest.mark.gpu
 def test_tiny_fits_on_a_real_gpu_and_its_checks_pass(doctor_json: DoctorJson) -> None:
     report = doctor_json("--model", "tiny", "--self-test", "--device", "cuda")
-    assert report["model"]["devices"]["cuda:0"]["fits"] is True
+    assert report["model"]["serve"]["devices"]["cuda:0"]["fits"] is True
     backends = {row["name"]: row["backend"] for row in report["operations"]}
     assert backends["norms and rotation between a transformer's products"] == "triton"
     assert backends["attention in bf16"] != "reference"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ from longvideo.errors import UserError
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.loading import load_models
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.text_encoder import encode_prompts
+from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.text.encoder import TextEncoder
+from longvideo.text.known_prompts import KnownPrompts
 
 PROMPTS = ["a red ball bounces", "a blue square spins"]
 PLACEMENT = Placement.choose("cpu", dtype=torch.float32)
+
+
+def encoded() -> KnownPrompts:
+    load = partial(load_text_encoder, ModelFolder.open("tiny"), PLACEMENT, NumberFormats())
+    return encode_prompts(load, PROMPTS, cut_prefix="", device=PLACEMENT.text_device)
 
 
 def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +42,7 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
 
     pipeline = StreamingPipeline(load_models(ModelFolder.open("tiny"), PLACEMENT, decoder_name="wan"))
     monkeypatch.setattr(ModelFolder, "load_text_encoder", watched)
-    known = encode_prompts(ModelFolder.open("tiny"), PLACEMENT, NumberFormats(), PROMPTS)
+    known = encoded()
     gc.collect()
     assert [encoder() for encoder in encoders] == [None]
     other = StreamingPipeline(replace(pipeline.models, text_encoder=known))
@@ -46,7 +53,7 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_another_prompt_is_refused() -> None:
-    known = encode_prompts(ModelFolder.open("tiny"), PLACEMENT, NumberFormats(), PROMPTS)
+    known = encoded()
     assert known.unknown_words("a  red ball bounces") == []
     with pytest.raises(UserError, match="freed after 3 prompts, and 'a green star' is not one of them; load the model"):
         known.encode(["a green star"])

@@ -267,3 +267,20 @@ def test_fp8_on_cuda_makes_the_pixels_of_its_definition() -> None:
 def test_latents_of_another_shape_are_refused() -> None:
     with pytest.raises(UserError, match=r"latents are \[1, 6, 2, 2, 3\]; expected \[2, 6, 1 or more, 2, 3\]"):
         decoder().decode(latents(2, batch=1))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("latents_per_step", [1, 3])
+def test_a_shared_buffer_changes_no_bit(latents_per_step: int, fp8: bool) -> None:
+    grid = Grid(2, latents_per_step, 2, 3, fp8)
+    autoencoder = wide() if fp8 else ours()
+    own, sharing = (StreamingDecoder(autoencoder, x) for x in (grid, replace(grid, shares_buffer=True)))
+    for z in latents(7).split([1, 3, 2, 1], dim=2):
+        assert torch.equal(sharing.decode(z), own.decode(z))
+    state = sharing.state()
+    once = sharing.decode(latents(2, seed=1))
+    sharing.begin(inside=True)
+    sharing.decode(latents(2, seed=2))
+    sharing.restore(state)
+    assert torch.equal(sharing.decode(latents(2, seed=1)), once)
+    assert torch.equal(own.decode(latents(2, seed=1)), once)

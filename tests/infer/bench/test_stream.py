@@ -10,12 +10,14 @@ import torch
 
 from longvideo.infer.bench import gpu_timeline, stream
 from longvideo.infer.bench.gpu_timeline import Span
+from longvideo.infer.bench.reserved_memory import ReservedMemory
 from longvideo.infer.pipeline import StreamingPipeline
 
 
 def measured(folder: Path, **options: Any) -> stream.StreamReport:
     pipeline = StreamingPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    return stream.measure(pipeline, steps=1, guidance=None, chunks=2, on_stage=lambda _stage: None, **options)
+    options = {"steps": 1, "guidance": None, "chunks": 2, "memory": ReservedMemory([]), **options}
+    return stream.measure(pipeline, on_stage=lambda _stage: None, **options)
 
 
 class CountingSink:

@@ -16,6 +16,7 @@ from longvideo.infer.fit.memory import decoding_parts, estimate
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.fit.refusal import assess, check_decoding_memory, check_memory
 from longvideo.infer.loading import load_models
+from longvideo.kernels.backends import Backend
 from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
 from longvideo.streaming.decoder_convolutions import Grid
 from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
@@ -35,6 +36,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
             return int(free[device.index] * 1e9), 10**12
 
         monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+        for function in ("product_backend", "convolution_backend"):
+            monkeypatch.setattr(refusal, function, lambda _name, _device: Backend(None, reason="no FP8 units"))
         monkeypatch.setattr(
             refusal, "cuda_devices", lambda: [torch.device("cuda", index) for index in range(len(free))]
         )
@@ -75,8 +78,9 @@ def test_a_refusal_names_the_device_what_is_free_and_needed_its_parts_and_the_fi
         assert f"{part.name} {part.bytes / 1e9:.1f}" in message
     listed = message.partition("GB: ")[2].partition(";")[0].split(", ")
     assert sum(float(part.rpartition(" ")[2]) for part in listed) == pytest.approx(needed, abs=0.05 * len(listed))
-    packed = total(estimate(workload(formats=NumberFormats("nvfp4-weights")))) / 1e9
-    assert message.endswith(f"; with --precision nvfp4-weights it needs {packed:.1f} GB")
+    low = total(estimate(workload(low_memory=True))) / 1e9
+    price = "--low-memory makes denoising and decoding take turns"
+    assert message.endswith(f"; with --low-memory it needs {low:.1f} GB ({price})")
     assert "\n" not in message
 
 
@@ -93,41 +97,78 @@ def test_weights_that_are_on_the_gpu_already_are_needed_once(gpus: SetFree) -> N
         check(resident={FIRST: loaded})
 
 
-def test_remedies_are_joined_where_one_is_not_enough(gpus: SetFree) -> None:
-    gpus(26.0)
-    with pytest.raises(UserError, match=r"with --precision nvfp4-weights --kv-cache nvfp4 it needs 2\d\.\d GB$"):
+def test_the_fastest_options_that_are_enough_are_joined(gpus: SetFree) -> None:
+    gpus(27.0)
+    with pytest.raises(UserError, match=r"with --low-memory --kv-cache nvfp4 it needs 2\d\.\d GB \("):
+        check()
+    gpus(22.0)
+    with pytest.raises(UserError, match=r"with --low-memory --kv-cache nvfp4 --precision nvfp4-weights it needs"):
+        check()
+    gpus(17.5)
+    with pytest.raises(UserError) as error:
+        check()
+    message = str(error.value)
+    assert "with --low-memory --kv-cache nvfp4 --precision nvfp4-weights --offload-weights it needs 17." in message
+    assert message.endswith("--offload-weights copies the transformer to the GPU in each step)")
+
+
+def test_what_changes_no_result_comes_before_fewer_bits(gpus: SetFree) -> None:
+    gpus(total(estimate(workload(low_memory=True))) / 1e9)
+    with pytest.raises(UserError, match="; with --low-memory it needs"):
+        check()
+
+
+@pytest.mark.parametrize(("free", "options"), [(32.0, ""), (27.0, " --precision fp8")])
+def test_fp8_is_proposed_where_the_gpu_has_it(
+    gpus: SetFree, monkeypatch: pytest.MonkeyPatch, free: float, options: str
+) -> None:
+    gpus(free)
+    for function in ("product_backend", "convolution_backend"):
+        monkeypatch.setattr(refusal, function, lambda _name, _device: Backend("FP8 units"))
+    with pytest.raises(UserError, match=f"; with --low-memory --decoder-precision fp8{options} it needs"):
         check()
 
 
 def test_four_bits_alone_are_a_remedy_of_a_mixed_cache(gpus: SetFree) -> None:
     packed, mixed = (
-        total(estimate(workload(formats=NumberFormats("nvfp4-weights", kv_cache), shapes=shapes(packed=True)))) / 1e9
+        total(
+            estimate(
+                workload(formats=NumberFormats("nvfp4-weights", kv_cache), shapes=shapes(packed=True), low_memory=True)
+            )
+        )
+        / 1e9
         for kv_cache in PACKED_CACHES
     )
     gpus(mixed - 1)
-    with pytest.raises(UserError, match=rf"with --kv-cache nvfp4 it needs {packed:.1f} GB$"):
-        check(formats=NumberFormats("nvfp4-weights", "nvfp4-mixed"), shapes=shapes(packed=True))
+    with pytest.raises(UserError, match=rf"with --kv-cache nvfp4 it needs {packed:.1f} GB \("):
+        check(formats=NumberFormats("nvfp4-weights", "nvfp4-mixed"), shapes=shapes(packed=True), low_memory=True)
 
 
 def test_another_gpu_is_a_remedy(gpus: SetFree) -> None:
-    gpus(20.0, 40.0)
+    gpus(19.5, 40.0)
     formats = NumberFormats("nvfp4-weights", "nvfp4")
-    with pytest.raises(UserError, match=r"with --decode-device cuda:1 it needs \S+ GB on cuda:0 and \S+ GB on cuda:1$"):
+    with pytest.raises(
+        UserError, match=r"with --decode-device cuda:1 it needs \S+ GB on cuda:0 and \S+ GB on cuda:1 \("
+    ):
         check(formats=formats, shapes=shapes(packed=True))
 
 
 def test_the_other_gpu_alone_is_a_remedy(gpus: SetFree) -> None:
     gpus(5.0, 60.0)
-    with pytest.raises(UserError, match=rf"with --device cuda:1 it needs {total(estimate(workload())) / 1e9:.1f} GB$"):
+    with pytest.raises(
+        UserError, match=rf"with --device cuda:1 it needs {total(estimate(workload())) / 1e9:.1f} GB \("
+    ):
         check()
 
 
 def test_where_no_option_helps_the_refusal_states_it(gpus: SetFree) -> None:
     gpus(5.0)
-    with pytest.raises(UserError, match="it does not fit with --precision nvfp4-weights --kv-cache nvfp4 either"):
+    options = "--low-memory --kv-cache nvfp4 --precision nvfp4-weights --offload-weights"
+    with pytest.raises(UserError, match=f"it does not fit with {options} either; use a small --decoder or a GPU with"):
         check()
-    with pytest.raises(UserError, match="; use a GPU with more memory$"):
-        check(formats=NumberFormats("nvfp4-weights", "nvfp4"))
+    smallest = {"low_memory": True, "offload_weights": True, "shapes": shapes().with_decoder("taew2_2")}
+    with pytest.raises(UserError, match="[0-9]; use a GPU with more memory$"):
+        check(formats=NumberFormats("nvfp4-weights", "nvfp4"), **smallest)
 
 
 def test_every_gpu_with_too_little_memory_is_named(gpus: SetFree) -> None:
