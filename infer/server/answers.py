@@ -127,6 +127,7 @@ class VideoAnswer(BaseModel):
     seed: int
     frames: int
     decoder: str | None
+    adapters: list[str] | None
     error: JobError | None
 
     @classmethod
@@ -147,6 +148,7 @@ class VideoAnswer(BaseModel):
             seed=job.seed,
             frames=job.frames,
             decoder=job.decoder,
+            adapters=None if job.adapters is None else list(job.adapters),
             error=None if job.error is None else JobError(code=job.status, message=job.error),
         )
 
@@ -191,6 +193,7 @@ class ServerAnswer(BaseModel):
     steps: int
     guidance: float
     decoder: str
+    adapters: list[str]
     examples: list[str]
 
 

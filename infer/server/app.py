@@ -132,6 +132,7 @@ def _add_routes(
             steps=model.steps,
             guidance=model.guidance,
             decoder=pipeline.models.decoder_label,
+            adapters=list(pipeline.models.adapters),
             examples=TINY_EXAMPLES if settings.model == "tiny" else [],
         )
 

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,12 @@ CREATE TABLE IF NOT EXISTS jobs (
 )
 """
 """The table of the first version; `LATER_COLUMNS` are added to it."""
-LATER_COLUMNS = {"decoder": "TEXT", "has_picture": "INTEGER NOT NULL DEFAULT 0", "remixed_from": "TEXT"}
+LATER_COLUMNS = {
+    "decoder": "TEXT",
+    "has_picture": "INTEGER NOT NULL DEFAULT 0",
+    "remixed_from": "TEXT",
+    "adapters": "TEXT",
+}
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ class Job:
     created_at, completed_at: seconds since 1970.
     error: reason of a failure, for the client.
     decoder: name and precision of the decoder of its video; None before it is generated.
+    adapters: names and strengths of the adapters in the transformer; None before it is generated.
     has_picture: whether the first frame is given, as a file of the server.
     remixed_from: id of the job whose settings it repeats with another prompt, or None.
     """
@@ -67,6 +73,7 @@ class Job:
     decoder: str | None = None
     has_picture: bool = False
     remixed_from: str | None = None
+    adapters: tuple[str, ...] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -83,6 +90,7 @@ class Job:
             completed_at=None,
             error=None,
             decoder=None,
+            adapters=None,
             remixed_from=self.id,
         )
 
@@ -156,8 +164,9 @@ class JobStore:
     def set_frames(self, name: str, frames: int) -> None:
         self._change(name, frames=frames)
 
-    def set_decoder(self, name: str, decoder: str) -> None:
-        self._change(name, decoder=decoder)
+    def set_models(self, name: str, *, decoder: str, adapters: Sequence[str]) -> None:
+        """Set the decoder and the adapters with which a video is generated."""
+        self._change(name, decoder=decoder, adapters=json.dumps(list(adapters)))
 
     def delete(self, name: str) -> None:
         """Delete a finished job. Raises StoreError."""
@@ -230,4 +239,5 @@ def _job(row: Mapping[str, Any]) -> Job:
     fields["shots"] = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
     fields["status"] = cast("JobStatus", row["status"])
     fields["has_picture"] = bool(row["has_picture"])
+    fields["adapters"] = None if row["adapters"] is None else tuple(json.loads(row["adapters"]))
     return Job(**fields)

@@ -74,7 +74,8 @@ class JobWorker:
     def _run(self, job: Job) -> None:
         if self._closing.is_set() or not self._store.change(job.id, "in_progress", among=("queued",)):
             return
-        self._store.set_decoder(job.id, self._pipeline.models.decoder_label)
+        models = self._pipeline.models
+        self._store.set_models(job.id, decoder=models.decoder_label, adapters=models.adapters)
         picture = self.picture_path(job.id) if job.has_picture else None
         chunks = self._pipeline.stream(
             Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed, image=picture

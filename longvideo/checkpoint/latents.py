@@ -59,7 +59,7 @@ class LatentsHeader:
 
     model: name or path of the model that made them. base: model with the parts that are missing in `model`. fps: frames
     per second. chunk_frames: latent frames of a chunk. num_frames: frames of each video, if its last latent frame
-    shows fewer than it could.
+    shows fewer than it could. adapters: names and strengths of the adapters in the transformer, for people.
     """
 
     model: str | None = None
@@ -67,6 +67,7 @@ class LatentsHeader:
     fps: float | None = None
     chunk_frames: int | None = None
     num_frames: int | None = None
+    adapters: str | None = None
 
     @classmethod
     def parse(cls, file: Path, metadata: Mapping[str, str]) -> LatentsHeader:
@@ -77,6 +78,7 @@ class LatentsHeader:
             fps=_number(file, metadata, "fps", MAX_FPS),
             chunk_frames=_whole(file, metadata, "chunk_frames", MAX_CHUNK_FRAMES),
             num_frames=_whole(file, metadata, "num_frames", MAX_FRAMES),
+            adapters=_text(file, metadata, "adapters"),
         )
 
     def metadata(self) -> dict[str, str]:

@@ -364,6 +364,7 @@ def _load(
         base=None if choice.base is None else lasting_name(locate(choice.base)),
         fps=folder.settings.fps,
         chunk_frames=folder.settings.chunk_frames,
+        adapters=", ".join(one.short_description for one in folder.adapters) or None,
     )
     prompts = [shot.prompt for shot in video.script.shots]
     models = load_models(folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts)

@@ -73,12 +73,15 @@ def test_other_dtypes_are_cast_to_float32(dtype: torch.dtype, tmp_path: Path) ->
 
 
 def test_notes_are_those_that_were_written(tmp_path: Path) -> None:
-    header = LatentsHeader(model="tiny", base="/models/b", fps=23.976, chunk_frames=8, num_frames=15)
+    header = LatentsHeader(
+        model="tiny", base="/models/b", fps=23.976, chunk_frames=8, num_frames=15, adapters="a:0.5, b"
+    )
     save_latents(tmp_path / "a.safetensors", latents(), header)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("latents"), latents())
         assert file.metadata() == {
-            "model": "tiny", "base": "/models/b", "fps": "23.976", "chunk_frames": "8", "num_frames": "15"
+            "model": "tiny", "base": "/models/b", "fps": "23.976", "chunk_frames": "8", "num_frames": "15",
+            "adapters": "a:0.5, b",
         }  # fmt: skip
     assert open_latents(tmp_path / "a.safetensors").header == header
     torch.save({LATENTS: latents(), "fps": 24, "model": "tiny", "step": 7}, tmp_path / "a.pt")

@@ -14,6 +14,7 @@ from longvideo.checkpoint.adapters import layer_sizes
 from longvideo.checkpoint.choices import StoredPrecision
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.latents import open_latents
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.cli.main import main
 from longvideo.errors import UserError
@@ -68,6 +69,9 @@ def test_generate_with_an_adapter_writes_the_latents_of_the_merged_model(
         command = ["generate", PROMPT, "--seconds", "2", "--device", "cpu", "--model", *model]
         command += ["-o", str(tmp_path / f"{name}.mp4"), "--latents", str(tmp_path / f"{name}.safetensors")]
         assert main(command) == 0, capsys.readouterr().err
+    adapters = "/".join(adapter.parts[-2:]) + ":0.5"
+    headers = [open_latents(tmp_path / f"{name}.safetensors").header for name in runs]
+    assert [header.adapters for header in headers] == [adapters, None]
     added, merged = (load_file(tmp_path / f"{name}.safetensors") for name in runs)
     assert added.keys() == merged.keys()
     for name, tensor in added.items():

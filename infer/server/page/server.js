@@ -36,9 +36,9 @@ export class Server extends EventTarget {
   }
 
   _show() {
-    const { model, width, height, fps, steps, decoder, needs_token, max_seconds, examples } = this.description;
+    const { model, width, height, fps, steps, decoder, adapters, needs_token, max_seconds, examples } = this.description;
     $("model").textContent = `${model} · ${width} × ${height} · ${fps} frames per second`;
-    $("model").title = `decoded by ${decoder}`;
+    $("model").title = [`decoded by ${decoder}`, ...(adapters ?? []).map((one) => `adapter ${one}`)].join(", ");
     $("stage").style.setProperty("--ratio", `${width} / ${height}`);
     $("steps").placeholder = String(steps);
     if (max_seconds) {

@@ -47,6 +47,7 @@ def test_the_server_describes_its_model(serve: Serve) -> None:
             "steps": 2,
             "guidance": 1,
             "decoder": "the autoencoder in fp32",
+            "adapters": [],
             "examples": [],
         }
         assert http.get("/healthz").json() == {"status": "ok"}

@@ -54,7 +54,7 @@ def test_json_and_forms_create_the_same_job(serve: Serve) -> None:
             http.post("/v1/videos", files={name: (None, value) for name, value in {**fields, "seconds": "4"}.items()}),
         ]
         jobs = [answer.json() for answer in answers]
-        own = ("id", "created_at", "status", "frames", "progress", "decoder")
+        own = ("id", "created_at", "status", "frames", "progress", "decoder", "adapters")
         shared = [{name: value for name, value in job.items() if name not in own} for job in jobs]
         assert shared == [shared[0]] * 4 and len({job["id"] for job in jobs}) == 4
         assert (shared[0]["seconds"], shared[0]["size"], shared[0]["seed"]) == ("4", "64x32", 7)

@@ -47,12 +47,12 @@ def wait_for(http: httpx.Client, job: dict[str, Any], *statuses: str) -> dict[st
 def test_a_job_produces_a_file_that_plays(serve: Serve) -> None:
     with serve().http() as http:
         job = create(http, seconds=3, seed=2)
-        assert job["decoder"] is None
+        assert job["decoder"] is None and job["adapters"] is None
         assert (job["object"], job["model"], job["status"], job["progress"]) == ("video", "small", "queued", 0)
         assert (job["seconds"], job["size"], job["seed"], job["expires_at"]) == ("3", "64x32", 2, None)
         done = wait_for(http, job, *OVER)
         assert (done["status"], done["progress"], done["frames"], done["error"]) == ("completed", 100, 72, None)
-        assert done["decoder"] == "the autoencoder in fp32"
+        assert done["decoder"] == "the autoencoder in fp32" and done["adapters"] == []
         assert done["completed_at"] >= done["created_at"] > 1.7e9
         whole = http.get(f"/v1/videos/{job['id']}/content")
         assert whole.headers["content-type"] == "video/mp4" and num_frames(whole.content) == 72
@@ -172,10 +172,10 @@ def test_a_list_of_an_earlier_version_opens(tmp_path: Path) -> None:
         for column in LATER_COLUMNS:
             connection.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
     store = JobStore(path)
-    store.set_decoder(job.id, "TAEW2.2 in bf16")
+    store.set_models(job.id, decoder="TAEW2.2 in bf16", adapters=["style:0.5"])
     stored = store.get(job.id)
     assert stored is not None and (stored.decoder, stored.shots) == ("TAEW2.2 in bf16", job.shots)
-    assert (stored.has_picture, stored.remixed_from) == (False, None)
+    assert (stored.has_picture, stored.remixed_from, stored.adapters) == (False, None, ("style:0.5",))
     store.close()
 
 
