@@ -225,7 +225,7 @@ def _denoiser(model: CausalTransformer, workload: Workload) -> _DenoiserBytes:
         later_text=later_text,
         queries=tokens * config.dim * attended_size,
         # activations as wide as the model, and the widest layer and its GELU
-        one_pass=tokens * (WIDTHS_OF_PASS * config.dim + 2 * config.ffn_dim) * size,
+        one_pass=tokens * (WIDTHS_OF_PASS * config.dim + 2 * config.ffn_dim + workload.shapes.branch_rank) * size,
     )
 
 
@@ -233,24 +233,32 @@ def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[
     """Return the peak while the transformer is loaded, 0 where it needs no more than later, and its size after that."""
     precision, placement = workload.precision, workload.placement
     num_values, size = _num_values(model), placement.denoise_dtype.itemsize
-    layers = [cast("nn.Linear", model.get_submodule(name)) for name in linear_layers(model)]
-    num_weights, largest = (function(layer.weight.numel() for layer in layers) for function in (sum, max))
-    matrices, more = num_weights * size, 0  # what is offloaded, and what is not
+    shapes, layers = workload.shapes, {name: _linear(model, name) for name in linear_layers(model)}
+    num_weights, largest = (function(layer.weight.numel() for layer in layers.values()) for function in (sum, max))
+    quantized = [] if precision == "bf16" else [layer for name, layer in layers.items() if name not in shapes.unpacked]
+    num_quantized = sum(layer.weight.numel() for layer in quantized)
+    matrices, more = (num_weights - num_quantized + shapes.branch_values) * size, 0  # what is offloaded, and the rest
     if precision in FP8_FORMATS:
-        matrices, more = num_weights, 4 * sum(layer.out_features for layer in layers)
+        matrices += num_quantized
+        more = 4 * sum(layer.out_features for layer in quantized)
     elif precision != "bf16":
+        matrices += num_quantized // 2 + num_quantized // GROUP
         # FP4 units need a copy of the scales in another order
-        matrices, more = num_weights // 2 + num_weights // GROUP, num_weights // GROUP if precision == "nvfp4" else 0
+        more = num_quantized // GROUP if precision == "nvfp4" else 0
     weights = (num_values - num_weights) * size + matrices + more
     quantizing = 0 if precision == "bf16" else QUANTIZING_BYTES[precision] * largest
     loading = num_values * size + quantizing
     if placement.low_memory or placement.offload_weights:  # layers come from the host one by one
         loading = weights + size * largest + quantizing
-    if workload.shapes.packed or not quantizing:
+    if shapes.packed or not quantizing:
         loading = 0
     if placement.offload_weights:
         weights += NUM_BUFFERS * matrices // model.config.num_layers - matrices
     return loading, weights
+
+
+def _linear(model: CausalTransformer, name: str) -> nn.Linear:
+    return cast("nn.Linear", model.get_submodule(name))
 
 
 def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from longvideo.checkpoint.decoders import WAN, StoredDecoder
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.packed import unpacked_matrices
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
 from longvideo.errors import UserError
@@ -34,6 +35,8 @@ class ModelShapes:
 
     text_encoder: None if prompts are given as features. packed: whether the weights of the transformer are packed in 4
     bits. decoder: another decoder than the autoencoder's. decoder_name: kind of the decoder, for people.
+    Of a packed transformer, unpacked: layers of the blocks that are not packed. branch_values: values of the adapters
+    next to packed layers. branch_rank: largest of their ranks.
     """
 
     transformer: TransformerConfig
@@ -44,6 +47,9 @@ class ModelShapes:
     packed: bool = False
     decoder: DecoderConfig | None = None
     decoder_name: str = OWN_DECODER
+    unpacked: frozenset[str] = frozenset()
+    branch_values: int = 0
+    branch_rank: int = 0
 
     @property
     def decoder_config(self) -> DecoderConfig:
@@ -73,6 +79,8 @@ def folder_shapes(folder: ModelFolder, decoder: StoredDecoder | None = None) -> 
 
     decoder: another decoder than the folder's autoencoder, which may be missing then.
     """
+    branches = folder.branches
+    unpacked = (*unpacked_matrices(folder.base_weights), *branches.widened) if folder.is_packed else ()
     return ModelShapes(
         transformer=folder.transformer_config,
         autoencoder=folder.vae_config if decoder is None else folder.latents_config,
@@ -82,6 +90,9 @@ def folder_shapes(folder: ModelFolder, decoder: StoredDecoder | None = None) -> 
         packed=folder.is_packed,
         decoder=None if decoder is None else decoder.config,
         decoder_name=OWN_DECODER if decoder is None else decoder.kind,
+        unpacked=frozenset(unpacked),
+        branch_values=branches.num_values,
+        branch_rank=max(branches.ranks.values(), default=0),
     )
 
 

@@ -64,6 +64,12 @@ class Branches:
         """Rank of each layer's branch: the sum of those of its updates."""
         return {layer: sum(update.rank for update, _ in updates) for layer, updates in self.updates.items()}
 
+    @property
+    def num_values(self) -> int:
+        """Number of values of all branches."""
+        every = (update for updates in self.updates.values() for update, _ in updates)
+        return sum(update.down.info.num_values + update.up.info.num_values for update in every)
+
     def report(self, label: str, dtype: torch.dtype) -> None:
         """Log one line about the layers that are unpacked. label: name of the base. dtype: of these layers."""
         if self.widened:

@@ -20,12 +20,14 @@ from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import GROUP, NVFP4Tensor, Rule
 from longvideo.kernels.nvfp4.rounding import largest_magnitude, tensor_scale_of
 from longvideo.quantization.linear import CODES, SCALES, TENSOR_SCALE
+from longvideo.quantization.selection import BLOCKS
 
 CONVENTION_KEY = "nvfp4_convention"
 CONVENTION = (
     "1: e2m1 codes, low nibble first; e4m3 scale of 16 along in, row-major; value = code * scale * tensor_scale"
 )
 PACKED_LEAVES = (CODES, SCALES, TENSOR_SCALE)
+MATRIX_AXES = 2
 DTYPES = {CODES: torch.uint8, SCALES: torch.float8_e4m3fn, TENSOR_SCALE: torch.float32}
 
 
@@ -66,6 +68,16 @@ def header_metadata(weights: Weights) -> dict[str, str]:
 def is_of_packed_layer(name: str) -> bool:
     """Return whether a tensor belongs to a packed layer, whose dtypes must not change."""
     return _leaf(name) in PACKED_LEAVES
+
+
+def unpacked_matrices(weights: Weights) -> list[str]:
+    """Return the names of the layers of blocks whose weights are not packed."""
+    suffix = ".weight"
+    return [
+        name.removesuffix(suffix)
+        for name, info in weights.infos.items()
+        if name.startswith(BLOCKS) and name.endswith(suffix) and len(info.shape) == MATRIX_AXES
+    ]
 
 
 VALUES_AT_ONCE = 2**17
