@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NEGATIVE_PROMPT = ""
 CHUNKS_AHEAD = 1  # enough to keep both threads busy; with more, a new prompt would take effect later
 
 
@@ -99,7 +98,6 @@ class VideoInputs:
 
     steps: one for each chunk. generators: one for each sample of the batch; noise is drawn from them. first_latent:
     [B, C, 1, H, W], normalized, fixed as the first latent frame. past: chunks that the first step continues.
-    negative_prompts: what guidance leads away from, one text for all samples or one for each; unused without guidance.
     """
 
     steps: Iterator[Step]
@@ -108,7 +106,6 @@ class VideoInputs:
     generators: tuple[torch.Generator, ...]
     first_latent: Tensor | None = None
     past: Past | None = None
-    negative_prompts: tuple[str, ...] = (NEGATIVE_PROMPT,)
 
 
 class Stages:
@@ -242,13 +239,13 @@ class _LatentChunk:
 
 def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generator[_LatentChunk, None, None]:
     waiting: deque[tuple[Step, tuple[Tensor, ...], float]] = deque()
-    prompts = _Prompts(models, inputs.negative_prompts if branches(inputs.guidance) == 2 else ())
+    prompts = _Prompts(models, is_guided=branches(inputs.guidance) == 2)
 
     def conditionings() -> Iterator[Conditioning]:
         for step in inputs.steps:
             noise = tuple(generator.get_state() for generator in inputs.generators)
             waiting.append((step, noise, time.perf_counter()))
-            conditioning = prompts.conditioning(step.prompts, cut=step.cut)
+            conditioning = prompts.conditioning(step.prompts, step.negative_prompts, cut=step.cut)
             first = inputs.first_latent if step.index == 0 else None
             yield replace(conditioning, cut=step.cut, recache=step.recache, first_latent=first)
 
@@ -263,7 +260,7 @@ def _denoise(models: Models, denoiser: Denoiser, inputs: VideoInputs) -> Generat
         past=(
             (
                 MadeChunk(chunk.index, chunk.shot, chunk.cut, chunk.latents.to(models.device)),
-                prompts.conditioning(chunk.prompts, cut=chunk.announces),
+                prompts.conditioning(chunk.prompts, chunk.negative_prompts, cut=chunk.announces),
             )
             for chunk in (inputs.past.context if inputs.past else ())
         ),
@@ -327,25 +324,26 @@ def _finished(
 class _Prompts:
     """The encoded text of the current prompts. It is encoded when they change, and the previous text is freed."""
 
-    def __init__(self, models: Models, negative: tuple[str, ...]) -> None:
-        """negative: as `negative_prompts` of `VideoInputs`; none without guidance."""
-        self._models, self._negative = models, negative
+    def __init__(self, models: Models, *, is_guided: bool) -> None:
+        """is_guided: whether negative prompts are used."""
+        self._models, self._is_guided = models, is_guided
         self._texts: tuple[str, ...] | None = None
         self._conditioning: Conditioning | None = None
 
     @torch.inference_mode()
-    def conditioning(self, prompts: tuple[str, ...], *, cut: bool) -> Conditioning:
-        """Return the conditioning of a chunk. cut: whether the text has the words that announce a cut."""
+    def conditioning(self, prompts: tuple[str, ...], negative_prompts: tuple[str, ...], *, cut: bool) -> Conditioning:
+        """Return the conditioning of a chunk. cut: whether the prompts have the words that announce a cut."""
         prefix = self._models.settings.cut_prefix
         texts = tuple(chunk_text(prompt, cut=cut, cut_prefix=prefix) for prompt in prompts)
+        if self._is_guided:
+            texts += negative_prompts
         if self._conditioning is None or texts != self._texts:
-            features_PLD, rows = self._models.text_encoder.encode([*texts, *self._negative])
-            rows = rows.to(self._models.device)
-            batch = len(texts)
+            features_PLD, rows = self._models.text_encoder.encode(texts)
+            rows, batch = rows.to(self._models.device), len(prompts)
             self._conditioning = Conditioning(
                 text=self._models.transformer.encode_text(features_PLD.to(self._models.device)),
                 prompt_index=rows[:batch],
-                negative_index=rows[batch:].expand(batch) if self._negative else None,
+                negative_index=rows[batch:] if self._is_guided else None,
             )
             self._texts = texts
         return self._conditioning

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from longvideo.infer.script import ChunkTiming
+    from longvideo.infer.timeline import LiveShot
     from longvideo.model.spec import ChunkSpec
 
 HISTORY_CHUNKS = 64
@@ -39,14 +40,15 @@ class PastStep:
     """A chunk that the next one attends to.
 
     index: its number in the video. shot: number of cuts up to and including this chunk. cut: whether it starts a shot.
-    prompts: prompts of its latest clean pass. announces: whether the text of that clean pass has the words that
-    announce a cut; after a recache it has not. latents: [B, C, T, H, W].
+    prompts, negative_prompts: those of its latest clean pass. announces: whether the prompts of that clean pass have
+    the words that announce a cut; after a recache they have not. latents: [B, C, T, H, W].
     """
 
     index: int
     shot: int
     cut: bool
     prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
     announces: bool
     latents: Tensor
 
@@ -159,13 +161,13 @@ class History:
     def _context(self, chunk: int) -> list[int]:
         return past_chunks(self._spec, [step.cut for step in self._steps[:chunk]])
 
-    def _texts(self, chunk: int) -> list[tuple[tuple[str, ...], bool]]:
-        """Return `PastStep.prompts` and `PastStep.announces` of each chunk before this one."""
-        texts: list[tuple[tuple[str, ...], bool]] = []
+    def _texts(self, chunk: int) -> list[tuple[tuple[str, ...], tuple[str, ...], bool]]:
+        """Return the prompts and negative prompts, and `PastStep.announces`, of each chunk before this one."""
+        texts: list[tuple[tuple[str, ...], tuple[str, ...], bool]] = []
         for step in self._steps[:chunk]:
             if step.recache:
-                texts = [(step.prompts, False)] * len(texts)
-            texts.append((step.prompts, step.cut))
+                texts = [(step.prompts, step.negative_prompts, False)] * len(texts)
+            texts.append((step.prompts, step.negative_prompts, step.cut))
         return texts
 
     def _shots(self, chunk: int) -> list[int]:
@@ -177,15 +179,16 @@ class History:
         return shots
 
 
-def footage_records(chunks: Sequence[Tensor], prompt: str, timing: ChunkTiming, *, seed: int) -> list[ChunkRecord]:
+def footage_records(chunks: Sequence[Tensor], shot: LiveShot, timing: ChunkTiming, *, seed: int) -> list[ChunkRecord]:
     """Return the records of footage, as if it had been generated as the first chunks of a video.
 
-    chunks: latents, [1, C, T, H, W] each. prompt: prompt of their clean pass. seed: seed of the video's noise.
+    chunks: latents, [1, C, T, H, W] each. shot: that of their clean pass. seed: seed of the video's noise.
     """
     generator = torch.Generator().manual_seed(seed)
     records = []
     for index, latents in enumerate(chunks):
-        step = Step(index, (prompt,), cut=False, num_frames=timing.start(index + 1) - timing.start(index))
+        num_frames = timing.start(index + 1) - timing.start(index)
+        step = Step(index, (shot.prompt,), (shot.negative_prompt,), cut=False, num_frames=num_frames)
         records.append(ChunkRecord(step, latents, (generator.get_state(),)))
         generator = _advanced(generator.get_state(), latents)
     return records

@@ -22,12 +22,11 @@ from longvideo.quantization.number_formats import NumberFormats
 from longvideo.quantization.offloading import offload_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch.distributed import ProcessGroup
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.script import Script
     from longvideo.kernels.backends import TransformerPrecision
     from longvideo.model.transformer import CausalTransformer
 
@@ -41,20 +40,20 @@ def load_models(
     formats: NumberFormats = DEFAULT_FORMATS,
     decoder_name: str | None = None,
     group: ProcessGroup | None = None,
-    prompts: Sequence[str] | None = None,
+    script: Script | None = None,
 ) -> Models:
     """Load the weights of an opened folder.
 
     formats: number formats; the default is that of the files. decoder_name: as in `choose_decoder`. group: ranks that
     share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same calls, and rank 0
-    gets the frames. prompts: all prompts that will be used, where they are known. On a GPU they are then encoded before
-    anything else is loaded, and the text encoder is freed.
+    gets the frames. script: the only one that will be used, where it is known. On a GPU its prompts are then encoded
+    before anything else is loaded, and the text encoder is freed.
     Raises UserError, before any weight is read, where a GPU has too little free memory.
     """
     chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
     shapes = folder_shapes(folder, chosen)
     check_formats(shapes, formats, placement, name=str(folder.path))
-    known = prompts if placement.text_device.type == "cuda" else None
+    known = script if placement.text_device.type == "cuda" else None
     resident = resident_bytes(folder, placement, formats)
     check_memory(
         Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None, resident=resident)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
+from longvideo.infer.batch import batch_scripts
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.footage import Beginning, FootageReader, FootageSource
@@ -27,24 +27,26 @@ from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs, enco
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_beginning, check_path, shown, whole_number
+from longvideo.infer.prompt_rules import PromptRules
 from longvideo.infer.reconstruction import reconstruction_warning
 from longvideo.infer.script import (
     ChunkPlan,
     ChunkTiming,
     Script,
     ShotRequest,
-    check_prompt,
     check_seconds,
     plan_chunks,
 )
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, read_snapshot
 from longvideo.infer.stage_pool import StagePool
-from longvideo.infer.timeline import LiveSteps, Shots, Step, SwitchMode, planned_steps
+from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, Step, SwitchMode, planned_steps
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
     from PIL.Image import Image
 
 MAX_HISTORY_CHUNKS = 2**31
@@ -202,6 +204,7 @@ class StreamingPipeline:
         image: FirstPicture | None = None,
         video: FootageSource | None = None,
         video_seconds: float | None = None,
+        negative_prompt: str = "",
     ) -> Generator[np.ndarray, None, None]:
         """Generate a video; yield frames, uint8 [T, H, W, 3], chunk by chunk.
 
@@ -211,13 +214,16 @@ class StreamingPipeline:
         file, a Pillow image, or uint8 [H, W, 3] of numpy or torch; it is scaled and cropped to the size of the video.
         video: footage that the video continues, without being part of it: a file, or uint8 [T, H, W, 3] at the model's
         frame rate. Its last whole chunks are used. video_seconds: length of them at most; None means as much as the
-        model attends to.
+        model attends to. negative_prompt: text that guidance leads away from, in shots that state none; it needs
+        guidance other than 1.
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
         about words that the model has not learned, and about a picture or a video that its autoencoder cannot
         hold.
         """
-        script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
-        self._warn_unknown_words([shot.prompt for shot in script.shots])
+        script = Script.from_prompts(prompts, seconds=seconds, negative_prompt=negative_prompt)
+        options = SamplingOptions(steps, guidance, seed)
+        self.prompt_rules(options).check_script(script)
+        self._warn_unknown_words(script.texts)
         return _frames_only(self._video(script, options, self.beginning(image, video, video_seconds)))
 
     def stream_chunks(
@@ -231,14 +237,17 @@ class StreamingPipeline:
         image: FirstPicture | None = None,
         video: FootageSource | None = None,
         video_seconds: float | None = None,
+        negative_prompt: str = "",
     ) -> Generator[GeneratedChunk, None, None]:
         """Generate a video; yield its chunks, with frames and latents. Arguments and errors are those of `stream`.
 
         The first chunk is returned twice: with its first frame, and with the others. Chunks that continue a video are
         numbered after its chunks, and all are returned once.
         """
-        script, options = Script.from_prompts(prompts, seconds=seconds), SamplingOptions(steps, guidance, seed)
-        self._warn_unknown_words([shot.prompt for shot in script.shots])
+        script = Script.from_prompts(prompts, seconds=seconds, negative_prompt=negative_prompt)
+        options = SamplingOptions(steps, guidance, seed)
+        self.prompt_rules(options).check_script(script)
+        self._warn_unknown_words(script.texts)
         return self._video(script, options, self.beginning(image, video, video_seconds))
 
     def session(
@@ -252,6 +261,7 @@ class StreamingPipeline:
         image: FirstPicture | None = None,
         video: FootageSource | None = None,
         video_seconds: float | None = None,
+        negative_prompt: str = "",
         history_chunks: int = HISTORY_CHUNKS,
     ) -> Session:
         """Start a video that is steered while it is generated. Arguments and errors are those of `stream`.
@@ -261,11 +271,12 @@ class StreamingPipeline:
         latest chunks that `seek` can go back to; their latents are stored in host memory. Those that the next chunk
         needs are always stored.
         """
-        check_prompt(prompt, "the prompt")
         history_chunks = whole_number(history_chunks, "history_chunks", 0, MAX_HISTORY_CHUNKS)
         if seconds is not None:
             check_seconds(seconds, "the video")
-        sampling, beginning = SamplingOptions(steps, guidance, seed), self.beginning(image, video, video_seconds)
+        sampling, shot = SamplingOptions(steps, guidance, seed), LiveShot(prompt, negative_prompt=negative_prompt)
+        self.prompt_rules(sampling).check_shot(shot)
+        beginning = self.beginning(image, video, video_seconds)
         footage = beginning.footage
         footage_frames = self.chunk_timing.start(len(footage))
         options = SessionOptions(
@@ -276,9 +287,10 @@ class StreamingPipeline:
             self.models.decoder_label,
             len(footage),
         )
-        self._warn_unknown_words([prompt])
-        records = footage_records(footage, prompt, self.chunk_timing, seed=sampling.seed)
-        return self._session({0: (prompt, "cut")}, options, self._new_history(history_chunks, records))
+        records = footage_records(footage, shot, self.chunk_timing, seed=sampling.seed)
+        session = self._session({0: shot}, options, self._new_history(history_chunks, records))
+        self._warn_unknown_words([prompt, negative_prompt])
+        return session
 
     def restore(self, path: Path | str) -> Session:
         """Continue a session after the last chunk that it had returned when its snapshot was written.
@@ -311,31 +323,23 @@ class StreamingPipeline:
         prompts: for every video, a prompt for each shot. seconds: length of each shot, the same in all videos. seeds:
         seed of each video; its noise depends on no other seed. steps, guidance: as in `stream`.
         """
-        for name, values in (("prompts", prompts), ("seconds", seconds), ("seeds", seeds), *_named_shots(prompts)):
-            is_number = isinstance(values, np.ndarray) and not values.ndim
-            if is_number or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-                raise UserError(f"{name} is {shown(values)}; expected a sequence with one item for each video or shot")
-        if not len(prompts) or len(prompts) != len(seeds):
-            raise UserError(f"there are {len(prompts)} videos and {len(seeds)} seeds; expected one seed for each video")
-        if any(len(shots) != len(seconds) for shots in prompts):
-            raise UserError(
-                f"every video needs {len(seconds)} prompts, one for each length; give as many prompts as seconds"
-            )
-        scripts = [Script(tuple(map(ShotRequest, shots, seconds))) for shots in prompts]
+        scripts = batch_scripts(prompts, seconds, seeds)
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
-        timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), prompts)
-        self._warn_unknown_words([prompt for shots in prompts for prompt in shots])
+        for script in scripts:
+            self.prompt_rules(options[0]).check_script(script)
+        timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), scripts)
+        self._warn_unknown_words([text for script in scripts for text in script.texts])
         inputs = self._inputs(timeline, options[0], [option.seed for option in options])
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
         self, script: Script, options: SamplingOptions, beginning: Beginning
     ) -> Generator[GeneratedChunk, None, None]:
-        shots, footage = [shot.prompt for shot in script.shots], beginning.footage
+        footage, first = beginning.footage, LiveShot(script.shots[0].prompt, negative_prompt=script.negative_prompts[0])
         plan = self.plan(script, continues=bool(footage))
-        records = footage_records(footage, shots[0], self.chunk_timing, seed=options.seed)
+        records = footage_records(footage, first, self.chunk_timing, seed=options.seed)
         inputs = self._inputs(
-            planned_steps(plan, [shots], first=len(footage)),
+            planned_steps(plan, [script], first=len(footage)),
             options,
             [options.seed],
             first_latent=beginning.first_latent,
@@ -344,7 +348,7 @@ class StreamingPipeline:
         return self.generate(inputs)
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
-        sampling = options.sampling
+        sampling, check = options.sampling, self.prompt_rules(options.sampling).check_shot
 
         def generate(steps: LiveSteps, past: Past | None) -> Generator[GeneratedChunk, None, None]:
             if options.model != self._fingerprint:
@@ -353,11 +357,11 @@ class StreamingPipeline:
             return self.generate(inputs)
 
         return Session(
-            LiveSteps(shots, self.chunk_timing, num_frames=options.num_frames, first=len(history)),
+            LiveSteps(shots, self.chunk_timing, check=check, num_frames=options.num_frames, first=len(history)),
             options,
             history,
             generate=generate,
-            check_words=lambda prompt: self._warn_unknown_words([prompt]),
+            check_words=lambda *texts: self._warn_unknown_words(texts),
         )
 
     def _new_history(
@@ -438,6 +442,10 @@ class StreamingPipeline:
             warnings.warn(message, UserWarning, stacklevel=3)
         return Beginning(footage=latents.split(models.spec.chunk_frames, dim=2))
 
+    def prompt_rules(self, options: SamplingOptions) -> PromptRules:
+        """Return the rules for the prompts of a video."""
+        return PromptRules(self.models.text_encoder, self.models.settings, guidance=options.guidance)
+
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
         """Return a warning that names the words of prompts that the model's vocabulary does not contain, or None."""
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
@@ -449,11 +457,6 @@ class StreamingPipeline:
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
         if message := self.unknown_words_warning(prompts):
             warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def _named_shots(prompts: object) -> list[tuple[str, object]]:
-    videos = prompts if isinstance(prompts, Sequence) else ()
-    return [(f"prompts[{index}]", shots) for index, shots in enumerate(videos)]
 
 
 def _frames_only(chunks: Generator[GeneratedChunk, None, None]) -> Generator[np.ndarray, None, None]:

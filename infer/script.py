@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Rational, Real
 from pathlib import Path
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from longvideo.streaming.decoders import DecoderConfig
 
 MAX_SECONDS = 24 * 3600.0
+SCRIPT_KEYS = ("negative_prompt", "shots")
+
+
+class PromptError(UserError):
+    """A prompt, or a negative prompt, cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,25 @@ class ShotRequest:
     """A shot of a script.
 
     prompt: text of the shot. seconds: its length, above 0. cut: whether the shot starts a new scene; otherwise the
-    scene continues, and only the text changes.
+    scene continues, and only the text changes. negative_prompt: text that guidance leads away from; None means that of
+    the script.
     """
 
     prompt: str
     seconds: float
     cut: bool = True
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
 class Script:
-    """Shots in the order in which they are shown. Raises UserError for a shot that cannot be generated."""
+    """Shots in the order in which they are shown. Raises UserError for a shot that cannot be generated.
+
+    negative_prompt: text that guidance leads away from in shots that state none.
+    """
 
     shots: tuple[ShotRequest, ...]
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.shots, Sequence) or not all(isinstance(shot, ShotRequest) for shot in self.shots):
@@ -53,21 +64,34 @@ class Script:
             if not isinstance(shot.cut, bool):
                 raise UserError(f"shot {number}: cut is {shown(shot.cut)}; expected true or false")
             check_prompt(shot.prompt, f"the prompt of shot {number}")
+            if shot.negative_prompt is not None:
+                check_negative_prompt(shot.negative_prompt, f"the negative prompt of shot {number}")
             check_seconds(shot.seconds, f"shot {number}")
+        check_negative_prompt(self.negative_prompt, "the negative prompt")
         check_seconds(self.seconds, "the script")
 
     @classmethod
-    def from_prompts(cls, prompts: str | Sequence[str] | Script, *, seconds: float | None) -> Script:
-        """Return a script with shots of equal length, one for each prompt. A Script is returned unchanged.
+    def from_prompts(
+        cls, prompts: str | Sequence[str] | Script, *, seconds: float | None, negative_prompt: str = ""
+    ) -> Script:
+        """Return a script with shots of equal length, one for each prompt.
 
-        seconds: length of the whole video. Raises UserError for a Script with seconds, and for prompts without.
+        prompts: texts, or a Script, to which a negative prompt is added if one is given. seconds: length of the whole
+        video. negative_prompt: as in `Script`. Raises UserError for a Script with seconds, and for prompts without.
         """
         if isinstance(prompts, Script):
             if seconds is not None:
                 raise UserError(
                     "seconds and a Script exclude each other: a script has the length of each shot; leave seconds out"
                 )
-            return prompts
+            if not negative_prompt:
+                return prompts
+            if prompts.negative_prompt:
+                raise UserError(
+                    f"the script has the negative prompt {shown(prompts.negative_prompt)}; leave the other one,"
+                    f" {shown(negative_prompt)}, out"
+                )
+            return replace(prompts, negative_prompt=negative_prompt)
         if seconds is None:
             raise UserError("seconds is missing; give the length of the video")
         if isinstance(prompts, str):
@@ -77,21 +101,42 @@ class Script:
         for number, prompt in enumerate(prompts, 1):
             check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         check_seconds(seconds, "the video")
-        return cls(tuple(ShotRequest(prompt, seconds / len(prompts)) for prompt in prompts))
+        return cls(tuple(ShotRequest(prompt, seconds / len(prompts)) for prompt in prompts), negative_prompt)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Script:
-        """Read a YAML list of shots, each with the keys prompt, seconds and cut (default: true).
+        """Read a YAML list of shots, each with the keys prompt, seconds, cut (default: true) and negative_prompt.
 
+        Or read a mapping with such a list as shots, and a negative_prompt for those that state none.
         Raises UserError with the file, the line and the shot for anything else.
         """
         from longvideo.config.yaml_reader import read_yaml
 
         document = read_yaml(Path(path), what="script")
-        if not isinstance(document.value, list) or not document.value:
+        entries, lines, negative_prompt = document.value, document.lines, None
+        if isinstance(entries, dict):
+            negative_prompt = entries.get("negative_prompt")
+            entries, lines = entries.get("shots"), document.lines_of.get("shots", ())
+        if not isinstance(entries, list) or not entries:
             raise UserError(f"{path} holds no list; expected a list of shots, each with prompt and seconds")
-        numbered = enumerate(zip(document.value, document.lines, strict=True), 1)
-        return cls(tuple(_read_shot(entry, f"{path}:{line}: shot {number}") for number, (entry, line) in numbered))
+        if isinstance(document.value, dict):
+            _check_keys(document.value, SCRIPT_KEYS, str(path))
+        if negative_prompt is not None:
+            check_negative_prompt(negative_prompt, f"{path}: the negative prompt")
+        numbered = enumerate(zip(entries, lines, strict=True), 1)
+        shots = tuple(_read_shot(entry, f"{path}:{line}: shot {number}") for number, (entry, line) in numbered)
+        return cls(shots, negative_prompt or "")
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """The negative prompt of each shot."""
+        own = (shot.negative_prompt for shot in self.shots)
+        return tuple(self.negative_prompt if text is None else text for text in own)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All prompts and negative prompts."""
+        return (*(shot.prompt for shot in self.shots), *self.negative_prompts)
 
     @property
     def seconds(self) -> float:
@@ -213,12 +258,20 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
 
 
 def check_prompt(prompt: str, name: str) -> None:
-    """Raise UserError for a prompt that is not text, is empty, or holds half a character. name: start of the error."""
-    if not isinstance(prompt, str):
-        raise UserError(f"{name} is {shown(prompt)}; expected text")
-    check_text(prompt, name)
+    """Raise PromptError for a prompt that is not text, is empty, or has half a character. name: start of the error."""
+    check_negative_prompt(prompt, name)
     if not prompt.strip():
-        raise UserError(f"{name} is empty; describe what the video shows")
+        raise PromptError(f"{name} is empty; describe what the video shows")
+
+
+def check_negative_prompt(text: str, name: str) -> None:
+    """Raise PromptError for a negative prompt that is not text or holds half a character. name: start of the error."""
+    if not isinstance(text, str):
+        raise PromptError(f"{name} is {shown(text)}; expected text")
+    try:
+        check_text(text, name)
+    except UserError as error:
+        raise PromptError(str(error)) from error
 
 
 def check_seconds(seconds: float, name: str) -> None:
@@ -236,10 +289,9 @@ def _read_shot(entry: object, where: str) -> ShotRequest:
     known = [field.name for field in fields(ShotRequest)]
     if not isinstance(entry, dict):
         raise UserError(f"{where} is {shown(entry)}; expected a mapping with the keys {', '.join(known)}")
-    for key in entry:
-        if key not in known:
-            raise UserError(f"{where} has the unknown key {shown(key)}; {_nearest_key(str(key), known)}")
+    _check_keys(entry, known, where)
     prompt, seconds, cut = entry.get("prompt"), entry.get("seconds"), entry.get("cut", True)
+    negative_prompt = entry.get("negative_prompt")
     if prompt is None:
         raise UserError(f"{where} has no prompt; add 'prompt: what the shot shows'")
     check_prompt(prompt, f"{where}: the prompt")
@@ -248,9 +300,15 @@ def _read_shot(entry: object, where: str) -> ShotRequest:
     check_seconds(seconds, where)
     if not isinstance(cut, bool):
         raise UserError(f"{where}: cut is {shown(cut)}; expected true or false")
-    return ShotRequest(prompt, float(seconds), cut)
+    if negative_prompt is not None:
+        check_negative_prompt(negative_prompt, f"{where}: the negative prompt")
+    return ShotRequest(prompt, float(seconds), cut, negative_prompt)
 
 
-def _nearest_key(key: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
-    return f"did you mean '{nearest[0]}'?" if nearest else f"the keys are {', '.join(known)}"
+def _check_keys(entry: Mapping[object, object], known: Sequence[str], where: str) -> None:
+    """Raise UserError, with the nearest known key, for a key that is unknown. where: start of the error."""
+    for key in entry:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.5)
+            advice = f"did you mean '{nearest[0]}'?" if nearest else f"the keys are {', '.join(known)}"
+            raise UserError(f"{where} has the unknown key {shown(key)}; {advice}")

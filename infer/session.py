@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from longvideo.errors import UserError
 from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.options import check_path, whole_number
+from longvideo.infer.script import PromptError
 from longvideo.infer.snapshot import SessionOptions, Snapshot, write_snapshot
-from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode
+from longvideo.infer.timeline import MAX_CHUNK, LiveSteps, Receipt, Shots, SwitchMode, shot_at
 
 if TYPE_CHECKING:
     from longvideo.infer.history import History, Past
@@ -32,12 +34,13 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         history: History,
         *,
         generate: Callable[[LiveSteps, Past | None], Generator[GeneratedChunk, None, None]],
-        check_words: Callable[[str], None],
+        check_words: Callable[[str, str], None],
     ) -> None:
         """Start a video, or continue one.
 
         steps: those after the history. history: chunks to continue; empty for a new video. generate: generates the
-        chunks of steps after a past. check_words: warns about words of a prompt that the model has not learned.
+        chunks of steps after a past. check_words: warns about words of a prompt and a negative prompt that the
+        model has not learned.
         """
         self.options = options
         self.notice: str | None = None  # what changed since the snapshot that the session was restored from
@@ -66,25 +69,30 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         with self._lock:
             return self._steps.is_paused
 
-    def set_prompt(self, prompt: str, mode: SwitchMode = "cut") -> Receipt:
+    def set_prompt(self, prompt: str, mode: SwitchMode = "cut", *, negative_prompt: str | None = None) -> Receipt:
         """Show another prompt from the next chunk that begins; chunks that have begun keep theirs.
 
         mode: "cut" starts a new shot. "keep" continues the scene under the new text. "recache" does so as well, and
-        first runs the clean pass of the window again under the new text.
+        first runs the clean pass of the window again under the new text. negative_prompt: text that guidance leads away
+        from; None keeps that of the shot before.
+        Raises PromptError for texts that cannot be used, such as a negative prompt without guidance.
         """
         with self._lock:
-            receipt = self._steps.add_shot(prompt, mode)
-        self._check_words(prompt)
+            receipt = self._steps.add_shot(prompt, mode, negative_prompt=negative_prompt)
+        self._check_words(prompt, negative_prompt or "")
         return receipt
 
-    def add_shot(self, prompt: str, *, chunk: int, mode: SwitchMode = "cut") -> Receipt:
-        """Show another prompt from a later chunk. mode: as in `set_prompt`.
+    def add_shot(
+        self, prompt: str, *, chunk: int, mode: SwitchMode = "cut", negative_prompt: str | None = None
+    ) -> Receipt:
+        """Show another prompt from a later chunk. mode, negative_prompt: as in `set_prompt`.
 
-        Raises UserError for a chunk that has begun, or after the end of the video.
+        Raises PromptError as `set_prompt` does, and UserError for a chunk that has begun, or after the end of the
+        video.
         """
         with self._lock:
-            receipt = self._steps.add_shot(prompt, mode, chunk=chunk)
-        self._check_words(prompt)
+            receipt = self._steps.add_shot(prompt, mode, negative_prompt=negative_prompt, chunk=chunk)
+        self._check_words(prompt, negative_prompt or "")
         return receipt
 
     def pause(self) -> None:
@@ -97,11 +105,13 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         with self._lock:
             self._steps.resume()
 
-    def seek(self, chunk: int, *, prompt: str | None = None, mode: SwitchMode = "cut") -> Receipt:
+    def seek(
+        self, chunk: int, *, prompt: str | None = None, mode: SwitchMode = "cut", negative_prompt: str | None = None
+    ) -> Receipt:
         """Go back: the iterator returns `chunk` next, generated again, and later chunks are deleted.
 
         prompt: prompt of another branch that starts there; without one, the chunk is generated as it was. Planned shots
-        that have not begun stay. mode: as in `set_prompt`.
+        that have not begun stay. mode, negative_prompt: as in `set_prompt`; they need a prompt.
         The chunks that it attends to get a prefill. If they had attended to chunks that have left the window, the
         result is close to the first one, but not equal.
         Raises UserError for a chunk that is footage or not generated yet, and for one so far back that latents it
@@ -110,25 +120,30 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
         if chunk < self.options.footage_chunks:
             raise UserError(f"chunk {chunk} is footage; use {self.options.footage_chunks} or a later one")
+        if prompt is None and negative_prompt is not None:
+            raise PromptError("there is a negative prompt without a prompt; give both, or none to repeat the chunk")
         with self._lock:
             past, next_step = self._history.past_of(chunk), self._steps.next_chunk
             shots = {first: shot for first, shot in self._steps.shots.items() if first <= chunk or first >= next_step}
+            before = shot_at(shots, chunk)
             if prompt is not None:
+                # the mode of another branch replaces that of the shot, so the shot is removed, or has the weakest mode
                 if chunk > 0:
                     shots.pop(chunk, None)
                 else:
-                    shots[0] = (prompt, "keep")
+                    shots[0] = replace(shots[0], mode="keep")
             steps = self._steps.branch(shots, first=chunk)
             receipt = Receipt(max(0, next_step - 1), chunk)
             if prompt is not None:
-                steps.add_shot(prompt, mode)
+                own = before.negative_prompt if negative_prompt is None else negative_prompt
+                steps.add_shot(prompt, mode, negative_prompt=own)
             if self._steps.is_paused:
                 steps.pause()
             self._history.truncate(chunk)
             self._steps.close()
             self._steps, self._past, self._is_outdated = steps, past, True
         if prompt is not None:
-            self._check_words(prompt)
+            self._check_words(prompt, negative_prompt or "")
         return receipt
 
     def snapshot(self, path: str | Path) -> None:

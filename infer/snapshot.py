@@ -16,8 +16,8 @@ from longvideo.errors import UserError
 from longvideo.files import check_file, check_target, parse_json, reason, write_file
 from longvideo.infer.history import ChunkRecord
 from longvideo.infer.options import SamplingOptions, shown, whole_number
-from longvideo.infer.script import check_prompt
-from longvideo.infer.timeline import MODES, Shots, Step
+from longvideo.infer.script import check_negative_prompt, check_prompt
+from longvideo.infer.timeline import MODES, LiveShot, Shots, Step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +81,9 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
         "num_frames": options.num_frames,
         "decoder": options.decoder,
         "footage_chunks": options.footage_chunks,
-        "shots": [[chunk, prompt, mode] for chunk, (prompt, mode) in sorted(snapshot.shots.items())],
+        "shots": [
+            [chunk, shot.prompt, shot.mode, shot.negative_prompt] for chunk, shot in sorted(snapshot.shots.items())
+        ],
         "steps": [asdict(step) for step in snapshot.steps],
     }
     metadata = {"format": FORMAT, "session": json.dumps(session)}
@@ -145,7 +147,9 @@ class _Fields:
     def mapping(self, name: str) -> dict[str, Any]:
         return cast("dict[str, Any]", self._of_type(name, dict))
 
-    def sequence(self, name: str) -> list[Any]:
+    def sequence(self, name: str, *, default: list[Any] | None = None) -> list[Any]:
+        if default is not None and name not in self._data:
+            return default
         return cast("list[Any]", self._of_type(name, list))
 
     def boolean(self, name: str) -> bool:
@@ -188,19 +192,28 @@ def _read_step(data: object, index: int, path: Path) -> Step:
     if len(prompts) != 1:
         raise UserError(f"{where} is damaged: it has {len(prompts)} prompts; expected 1")
     check_prompt(prompts[0], f"{where}: the prompt")
+    negative_prompts = values.sequence("negative_prompts", default=[""])
+    if len(negative_prompts) != 1:
+        raise UserError(f"{where} is damaged: it has {len(negative_prompts)} negative prompts; expected 1")
+    check_negative_prompt(negative_prompts[0], f"{where}: the negative prompt")
     num_frames = whole_number(values.value("num_frames"), f"{where}: num_frames", 1, MAX_COUNT)
-    return Step(index, (prompts[0],), values.boolean("cut"), num_frames, values.boolean("recache"))
+    cut, recache = values.boolean("cut"), values.boolean("recache")
+    return Step(index, (prompts[0],), (negative_prompts[0],), cut, num_frames, recache)
 
 
 def _read_shots(entries: list[Any], path: Path) -> Shots:
     shots: Shots = {}
     for entry in entries:
-        if not isinstance(entry, list) or len(entry) != 3 or entry[2] not in MODES:
+        if not isinstance(entry, list) or len(entry) not in (3, 4) or entry[2] not in MODES:
             raise UserError(
-                f"{path} is damaged: a shot is {shown(entry)}; expected a chunk, a prompt and one of {', '.join(MODES)}"
+                f"{path} is damaged: a shot is {shown(entry)}; expected a chunk, a prompt, one of {', '.join(MODES)},"
+                " and a negative prompt"
             )
         check_prompt(entry[1], f"{path}: the prompt of a shot")
-        shots[whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)] = entry[1], entry[2]
+        negative_prompt = entry[3] if len(entry) == 4 else ""  # earlier versions had none
+        check_negative_prompt(negative_prompt, f"{path}: the negative prompt of a shot")
+        chunk = whole_number(entry[0], f"{path}: the chunk of a shot", 0, MAX_COUNT)
+        shots[chunk] = LiveShot(entry[1], entry[2], negative_prompt)
     if 0 not in shots:
         raise UserError(f"{path} is damaged: no shot starts at chunk 0; expected one")
     return shots

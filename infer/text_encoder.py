@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longvideo.infer.generation import NEGATIVE_PROMPT
 from longvideo.model.conditioning import chunk_text
 from longvideo.quantization.weights_only import quantize_weights
 from longvideo.text.known_prompts import KnownPrompts, PromptEncoder
 from longvideo.text.umt5 import POSITION_BIASES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
+    from longvideo.infer.script import Script
     from longvideo.quantization.number_formats import NumberFormats
     from longvideo.text.encoder import TextEncoder
 
@@ -36,14 +36,15 @@ def load_text_encoder(folder: ModelFolder, placement: Placement, formats: Number
 
 
 def encode_prompts(
-    load: Callable[[], PromptEncoder], prompts: Sequence[str], *, cut_prefix: str, device: torch.device
+    load: Callable[[], PromptEncoder], script: Script, *, cut_prefix: str, device: torch.device
 ) -> KnownPrompts:
-    """Load a text encoder, encode prompts with and without the words that announce a cut, and free the encoder.
+    """Load a text encoder, encode all prompts and negative prompts of a script, and free the encoder.
 
-    load: function that loads it. device: device of the encoder.
+    Prompts are encoded with and without the words that announce a cut. load: function that loads the encoder. device:
+    device of the encoder.
     """
-    texts = [chunk_text(prompt, cut=cut, cut_prefix=cut_prefix) for prompt in prompts for cut in (False, True)]
-    known = KnownPrompts(load(), [*texts, NEGATIVE_PROMPT])
+    texts = [chunk_text(shot.prompt, cut=cut, cut_prefix=cut_prefix) for shot in script.shots for cut in (False, True)]
+    known = KnownPrompts(load(), [*texts, *script.negative_prompts])
     if device.type == "cuda":
         torch.cuda.empty_cache()  # torch would keep the memory in blocks of the encoder's sizes
     return known

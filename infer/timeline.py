@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from longvideo.errors import UserError
 from longvideo.infer.options import shown, whole_number
-from longvideo.infer.script import ChunkPlan, ChunkTiming, check_prompt
+
+if TYPE_CHECKING:
+    from longvideo.infer.script import ChunkPlan, ChunkTiming, Script
 
 MAX_CHUNK = 2**31
 SwitchMode = Literal["keep", "recache", "cut"]
@@ -26,13 +28,14 @@ MODES: tuple[SwitchMode, ...] = ("keep", "recache", "cut")
 class Step:
     """A chunk to generate.
 
-    index: its number in the video. prompts: the prompt of each sample. cut: whether the chunk starts a new scene.
-    num_frames: pixel frames that are kept. recache: whether the clean pass of the past is run again, under the prompts
-    of this chunk, before it begins.
+    index: its number in the video. prompts, negative_prompts: those of each sample. cut: whether the chunk starts a new
+    scene. num_frames: pixel frames that are kept. recache: whether the clean pass of the past is run again, under the
+    prompts of this chunk, before it begins.
     """
 
     index: int
     prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
     cut: bool
     num_frames: int
     recache: bool = False
@@ -50,17 +53,34 @@ class Receipt:
     effective_at: int
 
 
-def planned_steps(plan: ChunkPlan, prompts: Sequence[Sequence[str]], *, first: int = 0) -> Iterator[Step]:
+def planned_steps(plan: ChunkPlan, scripts: Sequence[Script], *, first: int = 0) -> Iterator[Step]:
     """Yield the steps of a plan.
 
-    prompts: the prompts of each sample, one for each shot. first: number of the plan's first chunk in the video.
+    scripts: that of each sample, whose shots have the lengths of the plan. first: number of the plan's first chunk in
+    the video.
     """
     for chunk in plan:
-        yield Step(first + chunk.index, tuple(shots[chunk.shot] for shots in prompts), chunk.cut, chunk.num_frames)
+        prompts = tuple(script.shots[chunk.shot].prompt for script in scripts)
+        negative_prompts = tuple(script.negative_prompts[chunk.shot] for script in scripts)
+        yield Step(first + chunk.index, prompts, negative_prompts, chunk.cut, chunk.num_frames)
 
 
-Shots = dict[int, tuple[str, SwitchMode]]
-"""The prompt and the mode of each shot, by the number of its first chunk. There is always a shot at chunk 0."""
+@dataclass(frozen=True)
+class LiveShot:
+    """A shot of a video whose shots change while it runs. mode: how it replaces the shot before."""
+
+    prompt: str
+    mode: SwitchMode = "cut"
+    negative_prompt: str = ""
+
+
+Shots = dict[int, LiveShot]
+"""The shots of a video by the number of their first chunk. There is always one at chunk 0."""
+
+
+def shot_at(shots: Shots, chunk: int) -> LiveShot:
+    """Return the shot that a chunk belongs to."""
+    return shots[max(first for first in shots if first <= chunk)]
 
 
 class LiveSteps(Iterator[Step]):
@@ -69,14 +89,24 @@ class LiveSteps(Iterator[Step]):
     One thread iterates; every other method may be called from any thread.
     """
 
-    def __init__(self, shots: Shots, timing: ChunkTiming, *, num_frames: int | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        shots: Shots,
+        timing: ChunkTiming,
+        *,
+        check: Callable[[LiveShot], None],
+        num_frames: int | None = None,
+        first: int = 0,
+    ) -> None:
         """Start at a chunk of a video.
 
-        num_frames: pixel frames of the whole video; None means that it has no end. first: number of the first chunk.
+        check: raises PromptError for a shot whose texts cannot be used. num_frames: pixel frames of the whole video;
+        None means that it has no end. first: number of the first chunk.
         """
-        for prompt, _ in shots.values():
-            check_prompt(prompt, "the prompt")
+        for shot in shots.values():
+            check(shot)
         self._shots, self._timing, self._num_frames, self._next = dict(shots), timing, num_frames, first
+        self._check = check
         self._paused = self._closed = False
         self._changed = threading.Condition()
 
@@ -98,10 +128,14 @@ class LiveSteps(Iterator[Step]):
         with self._changed:
             return self._paused
 
-    def add_shot(self, prompt: str, mode: SwitchMode, *, chunk: int | None = None) -> Receipt:
-        """Show another prompt from a chunk; None means the next one that begins.
+    def add_shot(
+        self, prompt: str, mode: SwitchMode, *, negative_prompt: str | None = None, chunk: int | None = None
+    ) -> Receipt:
+        """Show another prompt from a chunk.
 
-        Raises UserError for a chunk that has begun or that is after the end of the video, and for other wrong values.
+        negative_prompt: None keeps that of the shot before. chunk: None means the next one that begins.
+        Raises PromptError for texts that cannot be used, and UserError for a chunk that has begun or that is after the
+        end of the video, and for other wrong values.
         """
         if chunk is not None:
             chunk = whole_number(chunk, "chunk", 0, MAX_CHUNK)
@@ -109,20 +143,22 @@ class LiveSteps(Iterator[Step]):
             first = self._next if chunk is None else chunk
             if first < self._next:
                 raise UserError(f"chunk {first} has already begun; use {self._next} or a later one")
-            check_prompt(prompt, "the prompt")
             if not isinstance(mode, str) or mode not in MODES:
                 raise UserError(f"mode is {shown(mode)}; expected one of {', '.join(MODES)}")
+            if negative_prompt is None:
+                negative_prompt = shot_at(self._shots, first).negative_prompt
+            self._check(LiveShot(prompt, mode, negative_prompt))
             if self._num_frames is not None and self._timing.start(first) >= self._num_frames:
                 last = self._timing.chunks_for(self._num_frames) - 1
                 raise UserError(f"the video ends before chunk {first}; use {last}, its last one, or an earlier one")
             if first in self._shots:
-                mode = MODES[max(MODES.index(mode), MODES.index(self._shots[first][1]))]
-            self._shots[first] = (prompt, mode)
+                mode = MODES[max(MODES.index(mode), MODES.index(self._shots[first].mode))]
+            self._shots[first] = LiveShot(prompt, mode, negative_prompt)
             return Receipt(accepted_at=max(0, self._next - 1), effective_at=first)
 
     def branch(self, shots: Shots, *, first: int) -> LiveSteps:
         """Return steps of the same video with other shots, from a chunk on."""
-        return LiveSteps(shots, self._timing, num_frames=self._num_frames, first=first)
+        return LiveSteps(shots, self._timing, check=self._check, num_frames=self._num_frames, first=first)
 
     def pause(self) -> None:
         """Begin no chunk until `resume` or `close`."""
@@ -148,15 +184,14 @@ class LiveSteps(Iterator[Step]):
             if self._closed or end <= start:
                 raise StopIteration
             self._next = index + 1
-            shot = max(chunk for chunk in self._shots if chunk <= index)
-            prompt, mode = self._shots[shot]
-            begins = shot == index and index > 0
+            shot, begins = shot_at(self._shots, index), index in self._shots and index > 0
             return Step(
                 index,
-                (prompt,),
-                cut=begins and mode == "cut",
+                (shot.prompt,),
+                (shot.negative_prompt,),
+                cut=begins and shot.mode == "cut",
                 num_frames=end - start,
-                recache=begins and mode == "recache",
+                recache=begins and shot.mode == "recache",
             )
 
     def _set(self, *, paused: bool) -> None:

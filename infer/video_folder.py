@@ -42,13 +42,14 @@ VideoStatus = Literal["waiting", "generating", "done"]
 class ListedVideo:
     """A line of the list.
 
-    file: name of the video in the folder. line: its line in the file of prompts, from 1. prompt: prompt of each shot.
-    seconds: its length. seed: seed of its noise.
+    file: name of the video in the folder. line: its line in the file of prompts, from 1. prompt, negative_prompt: those
+    of each shot. seconds: its length. seed: seed of its noise.
     """
 
     file: str
     line: int
     prompt: tuple[str, ...]
+    negative_prompt: tuple[str, ...]
     seconds: float
     seed: int
     status: VideoStatus = "waiting"
@@ -172,7 +173,7 @@ class VideoFolder:
             if replace(before, status=now.status) != now:
                 raise UserError(
                     f"line {now.line} of the file of prompts is not what {self._folder / now.file} was begun with;"
-                    f" restore its prompt, seconds and seed, or {OTHER_FOLDER}"
+                    f" restore its prompts, seconds and seed, or {OTHER_FOLDER}"
                 )
 
 
@@ -181,4 +182,5 @@ def _read_video(line: str, where: str) -> ListedVideo:
     known = {field.name for field in fields(ListedVideo)}
     if not isinstance(value, dict) or value.keys() != known or value["status"] not in get_args(VideoStatus):
         raise UserError(f"{where} is damaged: it is not a line of a list of videos; {OTHER_FOLDER}")
-    return ListedVideo(**{**value, "prompt": tuple(value["prompt"])})
+    texts = {name: tuple(value[name]) for name in ("prompt", "negative_prompt")}
+    return ListedVideo(**{**value, **texts})

@@ -144,6 +144,32 @@ def test_recache_equals_a_fresh_prefill_of_the_window_under_the_new_text() -> No
     assert relative_error(kept[5], latents[5]) > 1e-3
 
 
+@torch.no_grad()
+def test_guidance_leads_away_from_a_negative_prompt_and_recache_prefills_its_cache_too() -> None:
+    model, guidance = small.model(), 2.5
+    old = conditioning(model, [0])
+    new = dataclasses.replace(conditioning(model, [2], recache=True), negative_index=torch.tensor([1]))
+    latents = make(model, [old] * 5 + [new], [5], guidance).split(small.SPEC.chunk_frames, 2)
+    texts = [new.text.select(torch.tensor([row])) for row in (2, 1)]
+    # the sink, and the other chunks in the window
+    caches = [prefilled(model, text, {index: latents[index] for index in (0, 3, 4)}) for text in texts]
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randn(latents[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
+    trajectory = UniPC(STEPS).start(noise)
+    for timestep in UniPC(STEPS).timesteps:
+        sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
+        rope = model.rope(TokenLayout.one_chunk(small.SPEC, 5))
+        conditional, unconditional = (
+            model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache))
+            for text, cache in zip(texts, caches, strict=True)
+        )
+        trajectory.step(unconditional + guidance * (conditional - unconditional))
+    assert relative_error(latents[5], trajectory.sample) < 1e-5
+    same = dataclasses.replace(new, negative_index=old.negative_index)
+    other = make(model, [old] * 5 + [same], [5], guidance).split(small.SPEC.chunk_frames, 2)
+    assert relative_error(other[5], latents[5]) > 1e-3
+
+
 def test_a_rollout_continues_after_chunks_of_another() -> None:
     model, first = small.model(), conditioning(small.model(), [1])
     chunks = [dataclasses.replace(first, cut=index == 2) for index in range(4)]

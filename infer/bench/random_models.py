@@ -16,6 +16,7 @@ from longvideo.infer.decoder_choice import with_decoder_precision
 from longvideo.infer.encode import FrameEncoder
 from longvideo.infer.generation import Models
 from longvideo.infer.loading import loading_device, place_transformer
+from longvideo.infer.script import Script
 from longvideo.infer.text_encoder import encode_prompts
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.quantization.weights_only import quantize_weights
@@ -63,7 +64,8 @@ def _text_encoder(shapes: ModelShapes, placement: Placement, formats: NumberForm
     load = partial(_random_encoder, shapes.text_encoder, config.text_len, placement, formats)
     if placement.text_device.type != "cuda":
         return load()
-    return encode_prompts(load, [PROMPT], cut_prefix=shapes.settings.cut_prefix, device=placement.text_device)
+    script = Script.from_prompts(PROMPT, seconds=1.0)
+    return encode_prompts(load, script, cut_prefix=shapes.settings.cut_prefix, device=placement.text_device)
 
 
 def _random_encoder(
@@ -105,6 +107,10 @@ class _RandomFeatures:
         features = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(0))
         return features.to(self._device), torch.arange(len(prompts), device=self._device)
 
+    def num_tokens(self, prompt: str) -> int:  # noqa: ARG002 - the name is that of the protocol
+        """Return 1: features do not depend on the prompt."""
+        return 1
+
     def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - the name is that of the protocol
         return []
 
@@ -120,6 +126,9 @@ class _RandomTextEncoder:
         shape, generator = (len(prompts), self._length), torch.Generator().manual_seed(0)
         ids = torch.randint(self._model.config.vocab_size, shape, generator=generator).to(self._device)
         return self._model(ids, torch.ones_like(ids)), torch.arange(len(prompts), device=self._device)
+
+    def num_tokens(self, prompt: str) -> int:  # noqa: ARG002 - the name is that of the protocol
+        return self._length
 
     def unknown_words(self, prompt: str) -> list[str]:  # noqa: ARG002 - the name is that of the protocol
         return []

@@ -37,7 +37,7 @@ from longvideo.model.config import TransformerConfig
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import expect_packed
-from longvideo.text.encoder import TextEncoder
+from longvideo.text.encoder import PromptTokenizer, TextEncoder
 from longvideo.text.tokenizer import save_tokenizer
 from longvideo.text.umt5 import UMT5Config, UMT5Encoder
 from longvideo.vae.autoencoder import Autoencoder
@@ -273,6 +273,12 @@ class ModelFolder:
         assert isinstance(module, Autoencoder)
         load_weights(module, self.weights(VAE), device=device, dtype=dtype)
         return module.eval()
+
+    def load_prompt_tokenizer(self) -> PromptTokenizer:
+        """Load the tokenizer alone."""
+        tokenizer = self._load_tokenizer()
+        assert self.tokenizer is not None
+        return PromptTokenizer(tokenizer, name=self.tokenizer.name)
 
     def load_text_encoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
         """Load the tokenizer and the text encoder. dtype: of the weights; None keeps the stored one."""

@@ -72,7 +72,8 @@ def generate(
     script: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with a list of shots, each with `prompt`, `seconds` and `cut`, instead of prompts."
+            help="YAML file with a list of shots, each with `prompt`, `seconds`, `cut` and `negative_prompt` instead"
+            " of prompts."
         ),
     ] = None,
     prompts_file: Annotated[
@@ -98,6 +99,14 @@ def generate(
         ),
     ] = None,
     guidance: Guidance = None,
+    negative_prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="What to keep out of the video, for shots that state none; needs guidance other than 1.",
+            show_default=False,
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same video.")] = 0,
     image: Annotated[
         Path | None,
@@ -165,8 +174,9 @@ def generate(
 
     With `--prompts` every GPU generates other videos. Line 1 becomes `00000.mp4`, or has the suffix that `--format`
     names, and the seed of each further line is one more. `videos.jsonl` lists them; the same command continues after a
-    stop. A line of a `.jsonl` is `{"prompts": ["first shot", "second shot"], "seconds": 10, "seed": 3}`, where the last
-    two may be missing.
+    stop. A line of a `.jsonl` is
+    `{"prompts": ["first shot", "second shot"], "negative_prompt": "blurry", "seconds": 10, "seed": 3}`, where the last
+    three may be missing.
 
     `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
@@ -185,7 +195,9 @@ def generate(
         refuse_options(prompts=prompts, script=script, latents=latents, **beginning)
         settings = {**asdict(choice), "steps": steps, "guidance": guidance, "decoder": decoder_name, **asdict(formats)}
         length = DEFAULT_SECONDS if seconds is None else seconds
-        batch = VideoBatch(prompts_file, output, batch_format or "mp4", length, options, settings, overwrite)
+        batch = VideoBatch(
+            prompts_file, output, batch_format or "mp4", length, negative_prompt, options, settings, overwrite
+        )
         generate_listed_videos(batch, choice, formats, decoder_name, devices)
         return
     if batch_format is not None:
@@ -194,7 +206,8 @@ def generate(
     check_beginning(image, video, video_seconds)
     if video is not None and latents is not None:
         raise UserError("--latents and --video exclude each other: latents are decoded from the beginning of a video")
-    chosen = VideoChoice(_read_script(prompts or [], script, seconds), options, image, video, video_seconds)
+    own_script = _read_script(prompts or [], script, seconds, negative_prompt)
+    chosen = VideoChoice(own_script, options, image, video, video_seconds)
     if is_main_process():  # other ranks may get here after rank 0 has created the file
         video_file.check()
         if latents is not None:
@@ -315,14 +328,15 @@ def _check_latents_file(path: Path, *, overwrite: bool) -> None:
     check_target(path, overwrite=overwrite)
 
 
-def _read_script(prompts: list[str], script: Path | None, seconds: float | None) -> Script:
+def _read_script(prompts: list[str], script: Path | None, seconds: float | None, negative_prompt: str) -> Script:
     if script is None:
-        return Script.from_prompts(prompts, seconds=DEFAULT_SECONDS if seconds is None else seconds)
+        length = DEFAULT_SECONDS if seconds is None else seconds
+        return Script.from_prompts(prompts, seconds=length, negative_prompt=negative_prompt)
     if prompts:
         raise UserError("prompts and --script exclude each other; use one of them")
     if seconds is not None:
         raise UserError(f"--seconds and --script exclude each other: {script} sets the length of each shot")
-    return Script.from_yaml(script)
+    return Script.from_prompts(Script.from_yaml(script), seconds=None, negative_prompt=negative_prompt)
 
 
 def _load(
@@ -345,6 +359,7 @@ def _load(
     from longvideo.infer.host_memory import release_large_blocks
     from longvideo.infer.loading import load_models
     from longvideo.infer.pipeline import StreamingPipeline
+    from longvideo.infer.prompt_rules import PromptRules
     from longvideo.infer.script import ChunkTiming, plan_chunks
 
     if video.image is not None:
@@ -358,6 +373,8 @@ def _load(
         reader.check(video.footage, seconds=video.footage_seconds)
         timing = timing.after_footage
     plan_chunks(video.script, timing)
+    tokenizer = folder.load_prompt_tokenizer()
+    PromptRules(tokenizer, folder.settings, guidance=video.options.guidance).check_script(video.script)
     release_large_blocks()
     header = LatentsHeader(
         model=lasting_name(folder.path),
@@ -366,6 +383,5 @@ def _load(
         chunk_frames=folder.settings.chunk_frames,
         adapters=", ".join(one.short_description for one in folder.adapters) or None,
     )
-    prompts = [shot.prompt for shot in video.script.shots]
-    models = load_models(folder, placement, formats=formats, decoder_name=decoder_name, group=group, prompts=prompts)
-    return StreamingPipeline(models), header
+    options = {"formats": formats, "decoder_name": decoder_name, "group": group}
+    return StreamingPipeline(load_models(folder, placement, script=video.script, **options)), header

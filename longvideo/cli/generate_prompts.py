@@ -35,15 +35,17 @@ BatchFormat = Literal["mp4", "mkv", "webm", "gif", "webp"]
 class VideoBatch:
     """The videos that a user chose.
 
-    file: prompts, as `longvideo.text.prompt_file` reads them. seconds: length of a video whose line has none. options:
-    sampling; the seed is that of the first line, and each further line has the next one unless it states its own.
-    format: suffix of the files. settings: what else decides how the videos look, to continue only with the same.
+    file: prompts, as `longvideo.text.prompt_file` reads them. seconds: length of a video whose line has none.
+    negative_prompt: that of a video whose line has none. options: sampling; the seed is that of the first line, and
+    each further line has the next one unless it states its own. format: suffix of the files. settings: what else
+    decides how the videos look, to continue only with the same.
     """
 
     file: Path
     output: Path
     format: BatchFormat
     seconds: float
+    negative_prompt: str
     options: SamplingOptions
     settings: Mapping[str, Any]
     overwrite: bool
@@ -62,7 +64,9 @@ class VideoBatch:
         for index, line in enumerate(read_prompt_file(self.file)):
             seconds = self.seconds if line.seconds is None else float(line.seconds)
             seed = self.options.seed + index if line.seed is None else line.seed
-            video = ListedVideo(f"{index:05d}.{self.format}", index + 1, line.shots, seconds, seed)
+            negative_prompts = line.negative_prompts or (self.negative_prompt,) * len(line.shots)
+            name = f"{index:05d}.{self.format}"
+            video = ListedVideo(name, index + 1, line.shots, negative_prompts, seconds, seed)
             try:
                 script_of(video)
                 SamplingOptions(seed=seed)
@@ -73,15 +77,19 @@ class VideoBatch:
 
     def begin(self, folder: ModelFolder, video_folder: VideoFolder) -> int:
         """Check all videos, then create or continue their list; return the number of videos to generate."""
+        from longvideo.infer.prompt_rules import PromptRules
         from longvideo.infer.script import ChunkTiming, plan_chunks
         from longvideo.infer.writer import check_rate
 
         videos = self.read()
         check_rate(folder.settings.fps, f".{self.format}")
         timing = ChunkTiming.of(folder.settings, folder.latents_config)
+        rules = PromptRules(folder.load_prompt_tokenizer(), folder.settings, guidance=self.options.guidance)
         for video in videos:
             try:
-                plan_chunks(script_of(video), timing)
+                script = script_of(video)
+                plan_chunks(script, timing)
+                rules.check_script(script)
             except UserError as error:
                 raise UserError(f"{self.file}:{video.line}: {error}") from error
         settings = {"format": self.format, **self.settings}
@@ -92,7 +100,9 @@ class VideoBatch:
 
 def script_of(video: ListedVideo) -> Script:
     """Return the script of a video. Raises UserError for a length that is out of range."""
-    return Script.from_prompts(video.prompt, seconds=video.seconds)
+    script = Script.from_prompts(video.prompt, seconds=video.seconds)
+    pairs = zip(script.shots, video.negative_prompt, strict=True)
+    return Script(tuple(replace(shot, negative_prompt=negative_prompt) for shot, negative_prompt in pairs))
 
 
 def refuse_options(**others: object) -> None:

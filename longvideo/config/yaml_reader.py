@@ -6,7 +6,8 @@ Numbers such as 1e-4 are floats and dates are text, as OmegaConf reads them. A k
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -36,10 +37,15 @@ FLOATS = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """The value of a YAML document. lines: line of each item of a list, counted from 1."""
+    """The value of a YAML document.
+
+    lines: line of each item of a list, counted from 1. lines_of: the same of each list that is a value of a mapping, by
+    its key.
+    """
 
     value: Any
     lines: tuple[int, ...] = ()
+    lines_of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_yaml(path: Path, *, what: str) -> Document:
@@ -58,8 +64,9 @@ def parse_yaml(text: str, *, where: str) -> Document:
             if node is None:
                 return Document(None)
             _check_expansion(node)
-            lines = [item.start_mark.line + 1 for item in node.value] if isinstance(node, yaml.SequenceNode) else []
-            return Document(loader.construct_document(node), tuple(lines))
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            lines_of = {key.value: _item_lines(value) for key, value in pairs if isinstance(key, yaml.ScalarNode)}
+            return Document(loader.construct_document(node), _item_lines(node), lines_of)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -67,6 +74,11 @@ def parse_yaml(text: str, *, where: str) -> Document:
         raise UserError(f"{where}: not valid YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _item_lines(node: yaml.Node) -> tuple[int, ...]:
+    """Return the line of each item of a list; none for other nodes."""
+    return tuple(item.start_mark.line + 1 for item in node.value) if isinstance(node, yaml.SequenceNode) else ()
 
 
 class _Loader(BASE):

@@ -32,7 +32,9 @@ from longvideo.files import write_json
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import VideoInputs
 from longvideo.infer.loading import load_models
+from longvideo.infer.options import SamplingOptions
 from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.script import plan_chunks
 from longvideo.infer.timeline import Step, planned_steps
 from longvideo.integrations.diffusers_arguments import (
     TENSOR_INPUTS,
@@ -41,9 +43,8 @@ from longvideo.integrations.diffusers_arguments import (
     frames_of,
     generators_of,
     joined,
-    negative_prompts_of,
-    plan_of,
-    shots_of,
+    scripts_of,
+    with_negative_prompts,
 )
 from longvideo.integrations.diffusers_modules import model_folder, state_of, stored_settings
 from longvideo.integrations.observed_solver import ObservedSolver
@@ -214,17 +215,20 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _generate(
         self, prompt: str | list[str] | Script, negative_prompt: str | list[str] | None, call: CallOptions
     ) -> Generator[Frames, None, None]:
-        shots = shots_of(prompt, call.num_videos_per_prompt)
-        negative = negative_prompts_of(negative_prompt, len(shots))
-        generators = generators_of(call.generator, len(shots))
+        own_scripts = with_negative_prompts(scripts_of(prompt, call.num_frames, fps=self.settings.fps), negative_prompt)
+        scripts = [script for script in own_scripts for _ in range(call.num_videos_per_prompt)]
+        generators = generators_of(call.generator, len(scripts))
         streaming = self.streaming(height=call.height, width=call.width, max_sequence_length=call.max_sequence_length)
-        plan = plan_of(prompt, call.num_frames, streaming.chunk_timing)
-        check_noise(call.latents, (len(shots), *streaming.latent_shape), plan.num_chunks)
-        if message := streaming.unknown_words_warning([text for video in shots for text in video]):
-            warnings.warn(message, UserWarning, stacklevel=3)
         model, sampling = streaming.models.settings, call.sampling
         steps = model.steps if sampling.steps is None else sampling.steps
         self._guidance_scale = max(1.0, model.guidance if sampling.guidance is None else sampling.guidance)
+        rules = streaming.prompt_rules(SamplingOptions(guidance=self._guidance_scale))
+        for script in own_scripts:
+            rules.check_script(script)
+        plan = plan_chunks(scripts[0], streaming.chunk_timing)
+        check_noise(call.latents, (len(scripts), *streaming.latent_shape), plan.num_chunks)
+        if message := streaming.unknown_words_warning([text for script in own_scripts for text in script.texts]):
+            warnings.warn(message, UserWarning, stacklevel=3)
         self._num_timesteps, self._interrupt = steps * plan.num_chunks, False
         progress = self.progress_bar(total=self._num_timesteps)  # pyright: ignore[reportCallIssue]
         numbers = count()
@@ -234,12 +238,11 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return call.after_step(self, next(numbers), timestep, sample)
 
         inputs = VideoInputs(
-            steps=self._until_interrupted(planned_steps(plan, shots)),
+            steps=self._until_interrupted(planned_steps(plan, scripts)),
             solver=ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents),
             guidance=self._guidance_scale,
             generators=generators,
             first_latent=streaming.first_latent(call.image),
-            negative_prompts=negative,
         )
         scale = streaming.models.decoder.config.scale_factor_temporal
         return frames_of(streaming.generate(inputs), call.output_type, progress, temporal_scale=scale)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from longvideo.errors import UserError, known
 from longvideo.infer.frame_files import WHITE
-from longvideo.infer.generation import NEGATIVE_PROMPT, GeneratedChunk
+from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
 from longvideo.infer.pipeline import FirstPicture
-from longvideo.infer.script import MAX_SECONDS, ChunkPlan, ChunkTiming, Script, check_prompt, plan_chunks
+from longvideo.infer.script import MAX_SECONDS, Script, check_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -76,6 +76,7 @@ class CallOptions:
         for name in self.tensor_inputs:
             if name not in TENSOR_INPUTS:
                 raise UserError(f"callback_on_step_end_tensor_inputs has {shown(name)}; expected only 'latents'")
+        whole_number(self.num_videos_per_prompt, "num_videos_per_prompt", 1, MAX_VIDEOS)
         if self.num_inference_steps is not None:
             whole_number(self.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         SamplingOptions(guidance=self.guidance_scale)
@@ -103,27 +104,37 @@ class CallOptions:
         return result.get("latents", sample)
 
 
-def shots_of(prompt: object, videos_per_prompt: object) -> list[list[str]]:
-    """Return the prompt of every shot of every video of a batch. prompt: text, a list of texts, or a Script."""
-    copies = whole_number(videos_per_prompt, "num_videos_per_prompt", 1, MAX_VIDEOS)
+def scripts_of(prompt: object, num_frames: object, *, fps: int) -> list[Script]:
+    """Return the script of every prompt.
+
+    prompt: text, a list of texts, or a Script, which has its own length. num_frames: 81 for None. fps: frames per
+    second.
+    """
     if isinstance(prompt, Script):
-        return [[shot.prompt for shot in prompt.shots]] * copies
+        if num_frames is not None:
+            raise UserError(
+                "num_frames and a Script exclude each other: a script has the length of each shot; leave num_frames out"
+            )
+        return [prompt]
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list) or not texts:
         raise UserError(f"prompt is {shown(prompt)}; expected text, a list with a text for each video, or a Script")
+    most = round(MAX_SECONDS * fps)
+    frames = whole_number(NUM_FRAMES if num_frames is None else num_frames, "num_frames", 1, most)
     for text in texts:
         check_prompt(text, "the prompt")
-    return [[text] for text in texts for _ in range(copies)]
+    return [Script.from_prompts(text, seconds=frames / fps) for text in texts]
 
 
-def negative_prompts_of(negative_prompt: object, num_videos: int) -> tuple[str, ...]:
-    """Return one negative prompt for all videos of a batch, or one for each."""
-    texts = [negative_prompt or NEGATIVE_PROMPT] if isinstance(negative_prompt, str | None) else negative_prompt
+def with_negative_prompts(scripts: list[Script], negative_prompt: object) -> list[Script]:
+    """Return scripts with a negative prompt: one text for all, a list with a text for each, or None."""
+    texts = [negative_prompt or ""] * len(scripts) if isinstance(negative_prompt, str | None) else negative_prompt
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"negative_prompt is {shown(negative_prompt)}; expected text, or a list with a text for each")
-    if num_videos % len(texts or [""]) or not texts:
+    if len(texts) != len(scripts):
         raise UserError(f"there are {len(texts)} negative prompts; expected one for each prompt, or one text for all")
-    return tuple(text for text in texts for _ in range(num_videos // len(texts)))
+    pairs = zip(scripts, texts, strict=True)
+    return [Script.from_prompts(script, seconds=None, negative_prompt=text) for script, text in pairs]
 
 
 def generators_of(generator: object, num_videos: int) -> tuple[torch.Generator, ...]:
@@ -143,19 +154,6 @@ def generators_of(generator: object, num_videos: int) -> tuple[torch.Generator, 
             )
         generators.append(one)
     return tuple(generators)
-
-
-def plan_of(prompt: object, num_frames: object, timing: ChunkTiming) -> ChunkPlan:
-    """Return the chunks of a video. num_frames: 81 for None; a Script has its own length."""
-    if isinstance(prompt, Script):
-        if num_frames is not None:
-            raise UserError(
-                "num_frames and a Script exclude each other: a script has the length of each shot; leave num_frames out"
-            )
-        return plan_chunks(prompt, timing)
-    most = round(MAX_SECONDS * timing.fps)
-    frames = whole_number(NUM_FRAMES if num_frames is None else num_frames, "num_frames", 1, most)
-    return ChunkPlan(timing, (0,), (True,), frames)
 
 
 def check_noise(latents: Tensor | None, chunk_shape: Sequence[int], num_chunks: int) -> None:

@@ -30,6 +30,41 @@ MAX_SHOWN = 40
 TINY_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2}
 
 
+class PromptTokenizer:
+    """Counts and looks up the tokens of prompts, without the encoder."""
+
+    def __init__(self, tokenizer: Tokenizer, *, name: str) -> None:
+        """tokenizer: must end each prompt with </s>. name: file that it was read from, for errors."""
+        self.tokenizer, self._name = tokenizer, name
+
+    def num_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt, with its </s>, before it is cut to the positions of a model."""
+        return len(self.ids(prompt))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
+        text = clean_prompt(prompt)
+        encoding = self._encoding(text)
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
+        return list(dict.fromkeys(text[start:end] for start, end in spans))
+
+    def ids(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt. Raises UserError for text that is not valid."""
+        text = clean_prompt(prompt)
+        check_text(text, "the prompt")
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return encode(self.tokenizer, text)
+        except TokenizerError as error:
+            raise CheckpointError(
+                f"{self._name} cannot encode the prompt {shown_prompt(text)}: {error};"
+                " change the prompt, or use the tokenizer of google/umt5-xxl"
+            ) from error
+
+
 class TextEncoder(nn.Module):
     """Tokenizer and UMT5 encoder. Features have text_len positions and are zero at padded ones.
 
@@ -47,7 +82,7 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
-        self._tokenizer_name = tokenizer_name
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, name=tokenizer_name)
         self._features: dict[str, Tensor] = {}
         self._features_version = 0
 
@@ -74,7 +109,7 @@ class TextEncoder(nn.Module):
 
         Prompts are cleaned first. A prompt of more than text_len tokens is cut with a warning; its </s> is kept.
         """
-        rows = [self._ids(clean_prompt(prompt)) for prompt in prompts]
+        rows = [self._ids(prompt) for prompt in prompts]
         longest = max((len(row) for row in rows), default=1)
         num_tokens = min(-(-longest // TOKENS_MULTIPLE) * TOKENS_MULTIPLE, self.text_len)
         ids_PS = torch.full((len(rows), num_tokens), PAD_ID)
@@ -101,11 +136,11 @@ class TextEncoder(nn.Module):
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
-        text = clean_prompt(prompt)
-        encoding = self._encoding(text)
-        unknown = self.tokenizer.token_to_id(UNKNOWN)
-        spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
-        return list(dict.fromkeys(text[start:end] for start, end in spans))
+        return self.prompt_tokenizer.unknown_words(prompt)
+
+    def num_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt, as `PromptTokenizer.num_tokens` does."""
+        return self.prompt_tokenizer.num_tokens(prompt)
 
     def _encode_one(self, prompt: str) -> Tensor:
         # tensors of inference mode have no version counter, and cannot be changed outside of it
@@ -124,25 +159,13 @@ class TextEncoder(nn.Module):
             self._features.pop(oldest, None)
         return nn.functional.pad(features_SD, (0, 0, 0, self.text_len - features_SD.shape[0]))
 
-    def _ids(self, text: str) -> list[int]:
-        check_text(text, "the prompt")
-        ids = self._encoding(text).ids
+    def _ids(self, prompt: str) -> list[int]:
+        ids = self.prompt_tokenizer.ids(prompt)
         if len(ids) > self.text_len:
-            warnings.warn(
-                f"prompt {shown_prompt(text)} has {len(ids)} tokens; only the first {self.text_len} are used",
-                stacklevel=3,
-            )
+            name = shown_prompt(clean_prompt(prompt))
+            warnings.warn(f"prompt {name} has {len(ids)} tokens; only the first {self.text_len} are used", stacklevel=3)
             ids = ids[: self.text_len - 1] + ids[-1:]
         return ids
-
-    def _encoding(self, text: str) -> Encoding:
-        try:
-            return encode(self.tokenizer, text)
-        except TokenizerError as error:
-            raise CheckpointError(
-                f"{self._tokenizer_name} cannot encode the prompt {shown_prompt(text)}: {error};"
-                " change the prompt, or use the tokenizer of google/umt5-xxl"
-            ) from error
 
 
 def stack_features(prompts: Sequence[str], features_of: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:

@@ -27,15 +27,20 @@ class PromptEncoder(Protocol):
         """Return the words that are not in the vocabulary, once each, as they are written in the prompt."""
         ...
 
+    def num_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt, before it is cut to the positions of the model."""
+        ...
+
 
 class KnownPrompts:
-    """The features and the unknown words of prompts, without the encoder that made them."""
+    """The features of prompts, their unknown words and numbers of tokens, without the encoder."""
 
     def __init__(self, encoder: PromptEncoder, prompts: Iterable[str]) -> None:
         """Encode prompts one by one, as `TextEncoder.encode` does."""
         distinct = dict.fromkeys(map(clean_prompt, prompts))
         self._features_LD = {prompt: encoder.encode([prompt])[0][0].clone() for prompt in distinct}
         self._unknown = {prompt: encoder.unknown_words(prompt) for prompt in distinct}
+        self._num_tokens = {prompt: encoder.num_tokens(prompt) for prompt in distinct}
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the features [P, L, D] of the distinct prompts, and the row of each prompt, int64 [len(prompts)].
@@ -47,6 +52,10 @@ class KnownPrompts:
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words that are not in the vocabulary. Raises UserError for a prompt that was not encoded."""
         return self._unknown[self._known(prompt)]
+
+    def num_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt. Raises UserError for a prompt that was not encoded."""
+        return self._num_tokens[self._known(prompt)]
 
     def _known(self, prompt: str) -> str:
         cleaned = clean_prompt(prompt)

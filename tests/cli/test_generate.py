@@ -290,6 +290,19 @@ BAD = {
     "too many steps": (["a", "--steps", "5000"], "steps is 5000"),
     "negative guidance": (["a", "--guidance", "-1"], "guidance is -1; expected a number from 0 to 50"),
     "absurd guidance": (["a", "--guidance", "1000"], "guidance is 1000"),
+    "negative prompt without guidance": (
+        ["a", "--negative-prompt", "b"],
+        "guidance is 1; set guidance above 1",
+    ),
+    "negative prompt of a shot": (
+        ["--script", "{tmp}/away.yaml"],
+        "the negative prompt has no effect",
+    ),
+    "two negative prompts": (
+        ["--script", "{tmp}/away.yaml", "--negative-prompt", "c", "--guidance", "2"],
+        "the script has the negative prompt 'b'; leave the other one, 'c', out",
+    ),
+    "too many tokens": (["ball " * 40], "the prompt has 41 tokens; expected at most 32; shorten 'ball ball"),
     "negative seed": (["a", "--seed", "-1"], "seed is -1"),
     "unknown model": (["a", "--model", "{tmp}/nothing"], "nothing"),
     "model that is a file": (["a", "--model", "{tmp}/text.png"], "expected a model folder"),
@@ -332,6 +345,7 @@ def test_bad_input_is_one_line_and_code_two(
         "text.png": "no picture",
         "good.yaml": "- {prompt: a, seconds: 2}",
         "key.yaml": "- {prompt: a, secs: 2}",
+        "away.yaml": "negative_prompt: b\nshots:\n- {prompt: a, seconds: 2}",
         "negative.yaml": "- {prompt: a, seconds: 2}\n- {prompt: b, seconds: -1}",
     }
     for file, text in files.items():

@@ -123,6 +123,12 @@ def test_another_format_is_refused_or_begins_again(
 
 BAD = {
     "a damaged line": (["-o", "{tmp}/out"], "bad.jsonl", "bad.jsonl:2 is not JSON"),
+    "a negative prompt without guidance": (["-o", "{tmp}/out"], "away.jsonl", "away.jsonl:2: the negative prompt has"),
+    "too many tokens": (
+        ["-o", "{tmp}/out"],
+        "tokens.txt",
+        "tokens.txt:1: the prompt has 41 tokens; expected",
+    ),
     "a shot that is too short": (["-o", "{tmp}/out"], "short.jsonl", "short.jsonl:2: shot 2 cannot start at"),
     "a length out of range": (["-o", "{tmp}/out"], "long.jsonl", "long.jsonl:1: the video: seconds is 1e+09"),
     "a seed out of range": (["-o", "{tmp}/out", "--seed", str(2**63 - 1)], "good.txt", "good.txt:2: seed is 92233"),
@@ -144,6 +150,8 @@ def test_bad_input_is_one_line_before_loading(
     (tmp_path / "bad.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["a"\n')
     (tmp_path / "short.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["a", "b"], "seconds": 0.5}\n')
     (tmp_path / "long.jsonl").write_text('{"prompts": ["a"], "seconds": 1000000000}\n')
+    (tmp_path / "away.jsonl").write_text('{"prompts": ["a"]}\n{"prompts": ["a"], "negative_prompt": "b"}\n')
+    (tmp_path / "tokens.txt").write_text("ball " * 40)
     before = file_names(tmp_path)
     arguments, file, message = BAD[name]
     code = run(model_folder, tmp_path / file, *(word.replace("{tmp}", str(tmp_path)) for word in arguments))

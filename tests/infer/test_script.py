@@ -83,9 +83,33 @@ def test_yaml_script_is_read(tmp_path: Path) -> None:
     assert script.seconds == 6.5
 
 
+def test_negative_prompts_of_a_script_are_for_shots_that_state_none(tmp_path: Path) -> None:
+    path = tmp_path / "shots.yaml"
+    shots = "- {prompt: a, seconds: 2}\n- {prompt: b, seconds: 2, negative_prompt: rain}\n"
+    shots += "- {prompt: c, seconds: 2, negative_prompt: ''}\n"
+    path.write_text(f"negative_prompt: fog\nshots:\n{shots}", encoding="utf-8")
+    script = Script.from_yaml(path)
+    assert script.negative_prompts == ("fog", "rain", "")
+    assert script.texts == ("a", "b", "c", "fog", "rain", "")
+    path.write_text(shots, encoding="utf-8")
+    script = Script.from_yaml(path)
+    assert script.negative_prompts == ("", "rain", "")
+    assert Script.from_prompts(script, seconds=None, negative_prompt="fog").negative_prompts == ("fog", "rain", "")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "negative_prompt: 7\nshots:\n- {prompt: a, seconds: 3}",
+            "shots.yaml: the negative prompt is 7; expected",
+        ),
+        ("negativ: a\nshots:\n- {prompt: a, seconds: 3}", "unknown key 'negativ'; did you mean 'negative_prompt'?"),
+        ("shots:\n\n- {prompt: a, secnds: 3}", "shots.yaml:3: shot 1 has the unknown key 'secnds'"),
+        (
+            "- {prompt: a, seconds: 3, negative_prompt: 7}",
+            "yaml:1: shot 1: the negative prompt is 7; expected text",
+        ),
         ("- {prompt: a, secnds: 3}", "shots.yaml:1: shot 1 has the unknown key 'secnds'; did you mean 'seconds'?"),
         ("- {prompt: a, seconds: 3}\n- {promt: a, seconds: 3}", "shot 2 .*'promt'; did you mean 'prompt'?"),
         ("- {prompt: a, seconds: 3, fps: 3}", "unknown key 'fps'; the keys are prompt, seconds, cut"),

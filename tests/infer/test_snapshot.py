@@ -82,7 +82,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "cut of another kind": (put("steps.1.cut", "yes"), "cut is 'yes'"),
     "negative frames": (put("steps.0.num_frames", -1), "num_frames is -1"),
     "no shots": (put("shots", []), "no shot starts at chunk 0"),
-    "unknown mode": (put("shots.0.2", "fade"), "'fade'.*; expected a chunk, a prompt and one of keep, recache, cut"),
+    "unknown mode": (put("shots.0.2", "fade"), "'fade'.*; expected a chunk, a prompt, one of keep, recache, cut"),
     "no sampling": (deleted("sampling"), "it has no sampling"),
     "other sampling": (put("sampling", {"steps": 4}), "its sampling has .'steps'.; expected guidance, seed, steps"),
     "seed of another kind": (put("sampling.seed", "1"), "seed is '1'; expected a whole number"),

@@ -16,19 +16,22 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.errors import UserError
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.loading import load_models
-from longvideo.infer.pipeline import StreamingPipeline
+from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
 from longvideo.infer.text_encoder import encode_prompts, load_text_encoder
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.text.encoder import TextEncoder
 from longvideo.text.known_prompts import KnownPrompts
 
-PROMPTS = ["a red ball bounces", "a blue square spins"]
+SCRIPT = Script(
+    (ShotRequest("a red ball bounces", 1.0), ShotRequest("a blue square spins", 1.0, negative_prompt="a circle")),
+    negative_prompt="a star",
+)
 PLACEMENT = Placement.choose("cpu", dtype=torch.float32)
 
 
 def encoded() -> KnownPrompts:
     load = partial(load_text_encoder, ModelFolder.open("tiny"), PLACEMENT, NumberFormats())
-    return encode_prompts(load, PROMPTS, cut_prefix="", device=PLACEMENT.text_device)
+    return encode_prompts(load, SCRIPT, cut_prefix="", device=PLACEMENT.text_device)
 
 
 def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +50,7 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
     assert [encoder() for encoder in encoders] == [None]
     other = StreamingPipeline(replace(pipeline.models, text_encoder=known))
     frames, expected = (
-        np.concatenate(list(own.stream(PROMPTS, seconds=2, steps=2, guidance=2.0, seed=4))) for own in (other, pipeline)
+        np.concatenate(list(own.stream(SCRIPT, steps=2, guidance=2.0, seed=4))) for own in (other, pipeline)
     )
     assert np.array_equal(frames, expected)
 
@@ -55,7 +58,7 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_prompt_is_refused() -> None:
     known = encoded()
     assert known.unknown_words("a  red ball bounces") == []
-    with pytest.raises(UserError, match="freed after 3 prompts, and 'a green star' is not one of them; load the model"):
+    with pytest.raises(UserError, match="freed after 4 prompts, and 'a green star' is not one of them; load the model"):
         known.encode(["a green star"])
 
 
@@ -63,9 +66,9 @@ def test_another_prompt_is_refused() -> None:
 def test_a_gpu_frees_the_encoder_before_the_transformer_is_loaded() -> None:
     placement = Placement.choose("cuda")
     folder = ModelFolder.open("tiny")
-    known, own = (StreamingPipeline(load_models(folder, placement, prompts=prompts)) for prompts in (PROMPTS, None))
+    known, own = (StreamingPipeline(load_models(folder, placement, script=script)) for script in (SCRIPT, None))
     assert not isinstance(known.models.text_encoder, TextEncoder)
     frames, expected = (
-        np.concatenate(list(pipeline.stream(PROMPTS, seconds=2, steps=2, seed=4))) for pipeline in (known, own)
+        np.concatenate(list(pipeline.stream(SCRIPT, guidance=2.0, steps=2, seed=4))) for pipeline in (known, own)
     )
     assert np.array_equal(frames, expected)

@@ -15,7 +15,8 @@ from longvideo.infer.video_folder import ListedVideo, VideoFolder
 from tests.folders import file_names
 
 SETTINGS = {"model": Path("tiny"), "steps": 2, "adapters": ("a", "b")}
-VIDEOS = [ListedVideo(f"{index:05d}.mp4", index + 1, ("a ball", "a cube"), 2.0, index) for index in range(4)]
+PROMPTS, NEGATIVE_PROMPTS = ("a ball", "a cube"), ("", "rain")
+VIDEOS = [ListedVideo(f"{index:05d}.mp4", index + 1, PROMPTS, NEGATIVE_PROMPTS, 2.0, index) for index in range(4)]
 
 
 def statuses(folder: Path) -> list[str]:
@@ -43,7 +44,8 @@ def test_finished_videos_are_skipped_and_others_begin_again(tmp_path: Path) -> N
             listed.set_status(video, "done")
     assert statuses(folder) == ["done", "done", "generating", "waiting"]
     assert json.loads((folder / "videos.jsonl").read_text().splitlines()[1]) == {
-        "file": "00001.mp4", "line": 2, "prompt": ["a ball", "a cube"], "seconds": 2.0, "seed": 1, "status": "done",
+        "file": "00001.mp4", "line": 2, "prompt": ["a ball", "a cube"], "negative_prompt": ["", "rain"],
+        "seconds": 2.0, "seed": 1, "status": "done",
     }  # fmt: skip
     listed.close()
     (folder / "00000.mp4").unlink()  # its line is done, and its file is gone
