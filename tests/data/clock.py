@@ -1,4 +1,5 @@
-"""Videos whose frames show their own time as a bar code, in forms that other programs write; made with PyAV."""
+"""Videos whose frames show their own time as a bar code above colors, in forms that other programs write; made with
+PyAV."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ if TYPE_CHECKING:
 
 BITS = 10
 HEIGHT, WIDTH = 64, 96
+COLORS = ((200, 40, 40), (40, 180, 60), (40, 60, 200), (220, 210, 40), (180, 60, 180), (240, 240, 240))
 X264 = {"crf": "12", "preset": "veryfast", "g": "40", "bf": "2", "x264-params": "b-adapt=0:threads=1"}
 
 
 def picture(seconds: float) -> np.ndarray:
-    """Return uint8 [64, 96, 3] with the time in hundredths of a second in black and white bars."""
+    """Return uint8 [64, 96, 3] with the time in hundredths of a second in black and white bars, and with COLORS."""
     number = round(seconds * 100)
     frame = np.full((HEIGHT, WIDTH, 3), 110, np.uint8)
     for bit in range(BITS):
         frame[20:44, 8 + 8 * bit : 16 + 8 * bit] = 235 if number >> (BITS - 1 - bit) & 1 else 20
+    for i, color in enumerate(COLORS):
+        frame[50:, 16 * i : 16 * (i + 1)] = color
     return frame
 
 
@@ -94,6 +98,23 @@ def cut(source: Path, path: Path, start_seconds: float) -> Path:
                 packet.stream = copy
                 out.mux(packet)
     return path
+
+
+def converted(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return the first frame as FFmpeg's own filter converts it to `size`, height and width: uint8 [H, W, 3]."""
+    import av
+    from av.filter import Graph
+
+    with av.open(f"file:{path}") as file:
+        frame = next(file.decode(video=0))
+        graph = Graph()
+        kernel = "area" if size[0] < frame.height else "bicubic"
+        scale = graph.add("scale", f"{size[1]}:{size[0]}:flags={kernel}")
+        source = graph.add_buffer(template=file.streams.video[0])
+        graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        graph.vpush(frame)
+        result: Any = graph.vpull()
+        return result.to_ndarray()
 
 
 def error(frames: Tensor, times: Sequence[float] | np.ndarray, *, start_seconds: float = 0.0, fps: float = 24) -> float:

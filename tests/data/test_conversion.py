@@ -223,26 +223,8 @@ def test_the_matrix_and_the_range_of_the_file_are_used(
 @pytest.mark.parametrize("size", [(64, 96), (48, 72), (96, 144)])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv420p10le", "yuv422p10le", "yuv444p10le"])
 def test_colors_are_those_of_ffmpegs_own_scaling(pixel_format: str, size: tuple[int, int], tmp_path: Path) -> None:
-    import av
-    from av.filter import Graph
-
-    colors = np.array([[200, 40, 40], [40, 180, 60], [40, 60, 200], [220, 210, 40]], np.uint8)
-    path = tmp_path / "patches.mp4"
-    with av.open(str(path), "w") as out:
-        stream: Any = out.add_stream("libx264", rate=24)
-        stream.width, stream.height, stream.pix_fmt = clock.WIDTH, clock.HEIGHT, pixel_format
-        stream.options = {"crf": "4"}
-        pixels = np.broadcast_to(colors.repeat(24, 0), (clock.HEIGHT, clock.WIDTH, 3))
-        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
-        out.mux(stream.encode())
-    with av.open(str(path)) as file:
-        graph = Graph()
-        kernel = "area" if size[0] < clock.HEIGHT else "bicubic"
-        scale = graph.add("scale", f"{size[1]}:{size[0]}:flags={kernel}")
-        source = graph.add_buffer(template=file.streams.video[0])
-        graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
-        graph.vpush(next(file.decode(video=0)))
-        expected = graph.vpull().to_ndarray().astype(int)
+    path = clock.write(tmp_path / "patches.mp4", TIMES[:1], pixel_format=pixel_format)
+    expected = clock.converted(path, size).astype(int)
     assert np.abs(VideoReader(size=size).read(path)[0].numpy() - expected).max() <= 4
 
 

@@ -21,6 +21,8 @@ PHONE = [i / 30 for i in range(90)] + [3 + i / 15 for i in range(60)]
 """A phone that halves its rate in the dark, after 3 s."""
 OPEN_GOP = {**clock.X264, "x264-params": "b-adapt=0:open-gop=1:b-pyramid=0:threads=1"}
 MPEG = {"g": "18", "bf": "2", "qmin": "2", "qmax": "2"}
+X265 = {"crf": "8", "preset": "veryfast", "x265-params": "log-level=none:pools=1"}
+INTRA = {"qmin": "2", "qmax": "2"}
 FORMS = {
     "plain.mp4": {},
     "short_jumps.ts": {},
@@ -37,11 +39,33 @@ FORMS = {
     "late.mkv": {"begin": 1.5, "sound": 8.0, "base": Fraction(1, 1000)},
     "a:b %d.mp4": {},
     "fragments.mov": {"container": "mov"},
+    "plain.m2ts": {"container": "mpegts"},
+    "plain.3gp": {},
+    "hevc.mp4": {"codec": "libx265", "options": X265},
+    "hevc.mkv": {"codec": "libx265", "options": X265, "pixel_format": "yuv420p10le"},
+    "open_hevc.ts": {"codec": "libx265", "options": {"x265-params": f"{X265['x265-params']}:open-gop=1:keyint=24"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "crf": "8", "b": "0"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "8", "crf": "4"}},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": MPEG, "base": Fraction(1, 24)},
+    "mpeg1.mpg": {"codec": "mpeg1video", "options": MPEG},
+    "mpeg4.mp4": {"codec": "mpeg4", "options": MPEG},
+    "mjpeg.avi": {"codec": "mjpeg", "options": INTRA, "pixel_format": "yuvj420p"},
+    "mjpeg.mov": {"codec": "mjpeg", "options": INTRA, "pixel_format": "yuvj422p"},
+    "prores.mov": {"codec": "prores_ks", "options": {"profile": "3"}, "pixel_format": "yuv422p10le"},
+    "alpha.mov": {"codec": "prores_ks", "options": {"profile": "4"}, "pixel_format": "yuva444p10le"},
+    "ffv1.mkv": {"codec": "ffv1", "options": {}, "pixel_format": "bgr0"},
+    "huffyuv.avi": {"codec": "huffyuv", "options": {}, "pixel_format": "yuv422p"},
+    "raw.mkv": {"codec": "rawvideo", "options": {}},
+    "rgb.mp4": {"codec": "libx264rgb", "options": {"crf": "4"}, "pixel_format": "rgb24"},
+    "full.mp4": {"pixel_format": "yuvj444p"},
+    "gray.mp4": {"pixel_format": "gray"},
+    "wmv2.wmv": {"codec": "wmv2", "options": INTRA, "base": Fraction(1, 24)},
+    "flv1.flv": {"codec": "flv", "options": INTRA, "base": Fraction(1, 24)},
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_frame_is_read_at_its_time_from_every_start(name: str, tmp_path: Path) -> None:
+def test_every_frame_is_read_at_its_time_and_in_its_colors(name: str, tmp_path: Path) -> None:
     options = dict(FORMS[name])
     if name.endswith((".mkv", ".webm")):
         options["base"] = Fraction(1, 1000)
@@ -56,6 +80,9 @@ def test_every_frame_is_read_at_its_time_from_every_start(name: str, tmp_path: P
         frames = VideoReader(24).read(path, start_seconds=start)
         assert len(frames) == 150 - round(start * 24)
         assert clock.error(frames, CONSTANT, start_seconds=start) <= 0.006
+    for size in ((64, 96), (32, 48)):
+        frame = VideoReader(size=size).read(path, max_frames=1)[0].numpy()
+        assert np.abs(frame - clock.converted(path, size).astype(int)).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
