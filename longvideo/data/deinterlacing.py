@@ -39,7 +39,7 @@ def deinterlaced(video: OpenVideo, start_seconds: float) -> Iterator[tuple[av.Vi
 def _filtered(frames: Iterable[tuple[av.VideoFrame, float]], stream: Any) -> Iterator[tuple[av.VideoFrame, float]]:
     from av.error import BlockingIOError, EOFError
 
-    graph = filter_graph(stream, *BWDIF)
+    graph = filter_graph(stream, [BWDIF])
     times: list[float] = []
     for frame, time in chain(frames, [(None, 0.0)]):
         if frame is not None:

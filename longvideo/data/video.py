@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longvideo.data.container import COPY_AGAIN, COUNTED_FORMATS, TIME_TOLERANCE, OpenVideo, file_url
-from longvideo.data.conversion import PictureConversion, shown_size
+from longvideo.data.conversion import PictureConversion, picture_size
 from longvideo.data.deinterlacing import deinterlaced
 from longvideo.data.timeline import Timeline, read_timeline
 from longvideo.data.tone_mapping import TRANSFERS
@@ -69,7 +69,7 @@ def probe_video(path: Path) -> VideoInfo:
             raise UserError(f"{path} has no frame that can be decoded; {COPY_AGAIN}")
         frame, time = first
         timeline = read_timeline(video, time)
-        height, width = shown_size(frame, video.stream)
+        height, width = picture_size(frame, video.stream)
         return VideoInfo(
             height=height,
             width=width,

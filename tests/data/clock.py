@@ -100,8 +100,11 @@ def cut(source: Path, path: Path, start_seconds: float) -> Path:
     return path
 
 
-def converted(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Return the first frame as FFmpeg's own filter converts it to `size`, height and width: uint8 [H, W, 3]."""
+def converted(path: Path, size: tuple[int, int], *, filters: Sequence[tuple[str, str | None]] = ()) -> np.ndarray:
+    """Return the first frame as FFmpeg's own filter converts it to `size`, height and width: uint8 [H, W, 3].
+
+    filters: name and options of filters before that.
+    """
     import av
     from av.filter import Graph
 
@@ -111,7 +114,8 @@ def converted(path: Path, size: tuple[int, int]) -> np.ndarray:
         kernel = "area" if size[0] < frame.height else "bicubic"
         scale = graph.add("scale", f"{size[1]}:{size[0]}:flags={kernel}")
         source = graph.add_buffer(template=file.streams.video[0])
-        graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        before = [graph.add(name, options) for name, options in filters]
+        graph.link_nodes(source, *before, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
         graph.vpush(frame)
         result: Any = graph.vpull()
         return result.to_ndarray()
