@@ -230,9 +230,13 @@ def _random_pipeline(name: str, workload: Workload) -> StreamingPipeline:
 
 def _estimate(workload: Workload) -> dict[str, int]:
     """Return the estimated peak of each GPU in bytes."""
-    from longvideo.infer.fit.refusal import assess
+    from longvideo.infer.fit.memory import estimate
 
-    return {str(device): size for device, size in assess(workload).needed.items()}
+    peaks: dict[str, int] = {}
+    for part in estimate(workload):
+        if part.device.type == "cuda":
+            peaks[str(part.device)] = peaks.get(str(part.device), 0) + part.bytes
+    return peaks
 
 
 def _preset_shapes(
