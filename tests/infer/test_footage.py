@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.data.clips import ChunkFrames, plan_clips, read_clip
+from longvideo.data.clips import ChunkFrames, ClipSpec, plan_clips, read_clip
 from longvideo.data.encoding import encode_clip
 from longvideo.errors import CheckpointError, UserError
 from longvideo.infer.encode import FrameEncoder
@@ -113,7 +113,7 @@ def test_the_decoder_continues_after_the_footage(pipeline: StreamingPipeline, fo
 
 def test_latents_are_those_of_encoded_data(pipeline: StreamingPipeline, model_folder: Path, tmp_path: Path) -> None:
     entry = write(tmp_path / "clip.mp4", TWO_CHUNKS)
-    (reference,) = plan_clips([entry], num_chunks=2)
+    (reference,) = plan_clips([entry], ClipSpec(2))
     clip = read_clip(reference, size=(HEIGHT, WIDTH))
     autoencoder = ModelFolder.open(model_folder).load_vae(dtype=torch.float32)
     expected_TCHW = encode_clip(autoencoder, clip.frames, chunks=ChunkFrames(), precision="fp32")
