@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.checkpoint.decoders import choose_decoder
+from longvideo.checkpoint.fp8_layers import stored_rows
+from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
 from longvideo.infer.fit.formats import check_formats
 from longvideo.infer.fit.memory import Workload
@@ -22,12 +24,15 @@ from longvideo.quantization.number_formats import NumberFormats
 from longvideo.quantization.offloading import offload_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
     from longvideo.infer.script import Script
     from longvideo.kernels.backends import TransformerPrecision
+    from longvideo.kernels.fp8.format import FP8Rows
     from longvideo.model.transformer import CausalTransformer
 
 DEFAULT_FORMATS = NumberFormats()
@@ -84,10 +89,15 @@ def load_models(
 
 
 def load_transformer(folder: ModelFolder, placement: Placement, formats: NumberFormats) -> CausalTransformer:
-    """Load a transformer with the adapters of its folder, with the products of a precision, to where it stays."""
+    """Load a transformer with the adapters of its folder, with the products of a precision, to where it stays.
+
+    Layers that are stored in FP8 are used as they are where that is the precision.
+    """
     packed = folder.is_packed
     transformer = folder.load_transformer(device=loading_device(placement), dtype=placement.denoise_dtype)
-    return place_transformer(transformer, placement, formats.precision_of(packed=packed), packed=packed)
+    stored = partial(stored_rows, folder.weights(TRANSFORMER))
+    precision = formats.precision_of(packed=packed)
+    return place_transformer(transformer, placement, precision, packed=packed, stored=stored)
 
 
 def loading_device(placement: Placement) -> torch.device:
@@ -96,14 +106,19 @@ def loading_device(placement: Placement) -> torch.device:
 
 
 def place_transformer(
-    transformer: CausalTransformer, placement: Placement, precision: TransformerPrecision, *, packed: bool
+    transformer: CausalTransformer,
+    placement: Placement,
+    precision: TransformerPrecision,
+    *,
+    packed: bool,
+    stored: Callable[[str], FP8Rows | None] = lambda _name: None,
 ) -> CausalTransformer:
     """Return a transformer in its number format, with its weights where a placement has them.
 
-    transformer: on `loading_device`. packed: whether its layers hold 4-bit weights already.
+    transformer: on `loading_device`. packed, stored: as of `with_precision`.
     """
     if precision != "bf16" or not placement.offload_weights:  # in bf16 they go to pinned memory at once
-        transformer = with_precision(transformer, precision, packed=packed, device=placement.device)
+        transformer = with_precision(transformer, precision, packed=packed, device=placement.device, stored=stored)
     if placement.offload_weights:
         offload_blocks(transformer, placement.device)
     if placement.device.type == "cuda":

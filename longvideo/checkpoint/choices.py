@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 TargetName = Literal["longvideo", "diffusers", "official", "longlive", "safetensors", "modelopt"]
 """A format that a model is converted to."""
 
-StoredPrecision = Literal["bf16", "fp32", "nvfp4"]
-"""Precision in which a transformer is stored."""
+StoredPrecision = Literal["bf16", "fp32", "nvfp4", "fp8"]
+"""Precision in which a transformer is stored; fp8 only in the layout of ModelOpt."""
 
 
 @dataclass(frozen=True)

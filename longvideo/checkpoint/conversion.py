@@ -20,9 +20,11 @@ from longvideo.checkpoint import packed
 from longvideo.checkpoint.adapters import Adapter
 from longvideo.checkpoint.choices import StoredPrecision, TargetName
 from longvideo.checkpoint.formats import recognize
+from longvideo.checkpoint.fp8_layers import in_fp8
 from longvideo.checkpoint.locations import locate
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
+from longvideo.checkpoint.scaled import ScaledE4M3
 from longvideo.checkpoint.targets import TARGETS, ConversionTask
 from longvideo.checkpoint.tensors import Expanded, Weights, is_one_byte_float
 from longvideo.checkpoint.updates import report_widened
@@ -31,12 +33,13 @@ from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import layers_to_quantize
+from longvideo.quantization.fp8 import layers_in_fp8
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NVFP4, FULL, LORA = "nvfp4", "fp32", "lora"
+NVFP4, FP8, FULL, LORA, MODELOPT = "nvfp4", "fp8", "fp32", "lora", "modelopt"
 REMEDY = "choose another name"
 
 
@@ -44,8 +47,9 @@ REMEDY = "choose another name"
 class ConversionOptions:
     """Options of a conversion.
 
-    target: a format, one of TARGETS. precision: of the transformer, "bf16", "fp32" or "nvfp4"; None keeps the stored
-    one, and bf16 for weights that are computed from 8 bits and scales. rule: scaling rule for packing to NVFP4. keep:
+    target: a format, one of TARGETS. precision: of the transformer, "bf16", "fp32", "nvfp4", or "fp8", which only the
+    target "modelopt" stores; None keeps the stored one, and bf16 for weights that are computed from 8 bits and scales,
+    if the target does not store these. rule: scaling rule for packing to NVFP4. keep:
     official names of layers that are not packed. max_shard_bytes: largest file of a folder, bytes.
     """
 
@@ -60,6 +64,8 @@ class ConversionOptions:
             raise UserError(f"target {self.target!r} is not a format; use one of {', '.join((*TARGETS, LORA))}")
         if self.precision not in (None, *get_args(StoredPrecision)):
             raise UserError(f"precision is {self.precision!r}; expected one of {', '.join(get_args(StoredPrecision))}")
+        if self.precision == FP8 and self.target != MODELOPT:
+            raise UserError(f"{self.target} does not store fp8; use --to modelopt, or another --precision")
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,17 @@ def convert_adapter(
 def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: packed.OnPacked) -> Weights:
     own = source.weights(TRANSFORMER)
     if options.precision is None:
-        return own
+        scaled = [name for name, tensor in own.tensors.items() if isinstance(tensor, ScaledE4M3)]
+        return in_fp8(own, [name.removesuffix(".weight") for name in scaled]) if options.target == MODELOPT else own
+    if options.precision == FP8:
+        if source.is_packed:
+            raise CheckpointError(
+                f"{source.path} has packed 4-bit weights; use --precision nvfp4, or the model that they were made from"
+            )
+        model = source.build(TRANSFORMER)
+        assert isinstance(model, CausalTransformer)
+        own = own.cast(torch.bfloat16, keep=lambda name: isinstance(own.tensors[name], ScaledE4M3))
+        return in_fp8(own, layers_in_fp8(model))
     if options.precision == NVFP4:
         model = source.build(TRANSFORMER)
         assert isinstance(model, CausalTransformer)

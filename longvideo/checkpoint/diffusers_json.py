@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from longvideo.errors import CheckpointError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.model.config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -27,8 +28,16 @@ TRANSFORMER_FORM = {
 ROPE_TABLE = "rope_max_seq_len"
 # makes diffusers refuse packed weights; this project reads their convention from the weight file
 QUANTIZATION = "quantization_config"
-MODELOPT, MODELOPT_ALGORITHM = "modelopt", "W4A16_NVFP4"
-"""NVIDIA ModelOpt's names of itself, and of 4-bit weights without stored scales of inputs."""
+MODELOPT, MODELOPT_NVFP4, MODELOPT_FP8 = "modelopt", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"
+"""NVIDIA ModelOpt's names of itself, of 4-bit weights without stored scales of inputs, and of FP8 weights with a scale
+for each row whose inputs are scaled token by token."""
+MODELOPT_LAYERS = {
+    MODELOPT_NVFP4: {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}},
+    MODELOPT_FP8: {
+        "weights": {"dynamic": False, "num_bits": 8, "type": "float", "strategy": "channel"},
+        "input_activations": {"dynamic": True, "num_bits": 8, "type": "float", "strategy": "token"},
+    },
+}
 NOT_READ = (ROPE_TABLE, QUANTIZATION)
 OFFICIAL_CLASS = "WanModel"
 OFFICIAL_TYPES = ("ti2v", "t2v")
@@ -105,23 +114,24 @@ def official_json(config: TransformerConfig) -> dict[str, Any]:
     return {"_class_name": OFFICIAL_CLASS, "model_type": "ti2v", **values, "dim": config.dim, "eps": config.eps}
 
 
-def modelopt_json(ignored: list[str], *, group: int) -> dict[str, Any]:
-    """Return the entry of config.json that describes NVFP4 weights as NVIDIA ModelOpt does.
+def modelopt_json(algorithm: str, ignored: list[str]) -> dict[str, Any]:
+    """Return the entry of config.json that describes quantized weights as NVIDIA ModelOpt does.
 
-    ignored: linear layers that are not packed. group: number of weights with one scale.
+    algorithm: a key of MODELOPT_LAYERS. ignored: linear layers that are not quantized.
     """
-    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group}
     return {
         "quant_method": MODELOPT,
-        "quant_algo": MODELOPT_ALGORITHM,
-        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "quant_algo": algorithm,
+        "config_groups": {"group_0": {**MODELOPT_LAYERS[algorithm], "targets": ["Linear"]}},
         "ignore": ignored,
     }
 
 
-def modelopt_quantization(ignored: list[str], *, group: int) -> dict[str, Any]:
+def modelopt_quantization(algorithm: str, ignored: list[str]) -> dict[str, Any]:
     """Return hf_quant_config.json of NVIDIA ModelOpt; arguments as of `modelopt_json`."""
-    quantization = {"quant_algo": MODELOPT_ALGORITHM, "kv_cache_quant_algo": None, "group_size": group}
+    quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    if algorithm == MODELOPT_NVFP4:
+        quantization["group_size"] = GROUP
     return {"producer": {"name": "longvideo"}, "quantization": {**quantization, "exclude_modules": ignored}}
 
 

@@ -12,6 +12,7 @@ Scales of inputs are not read, since this project computes them for every input.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,15 @@ MARKS = ("scaled_fp8", LAYER_MARK)
 SMOOTHING = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 """Tensors of AWQ and SVDQuant, without which a layer has another result."""
 VALUES_AT_ONCE = 2**22
+MATRIX = 2
+
+
+@dataclass(frozen=True)
+class ScaledE4M3(Expanded):
+    """A matrix in float32 that is stored as E4M3 values and one scale, or one scale for each row."""
+
+    values: Lazy
+    scale: Lazy
 
 
 def as_own_layers(weights: Weights) -> Weights:
@@ -74,7 +84,7 @@ def as_own_layers(weights: Weights) -> Weights:
 
 
 def to_modelopt(weights: Weights) -> Weights:
-    """Return this project's packed layers under ModelOpt's names."""
+    """Return this project's packed layers under ModelOpt's names; other weights are unchanged."""
     leaves = dict(zip(PACKED_LEAVES, (WEIGHT, SCALE, SECOND_SCALE), strict=True))
 
     def rename(name: str) -> str:
@@ -97,7 +107,10 @@ def _scaled_layer(weights: Weights, name: str, scales: Mapping[str, Lazy]) -> La
             f"{weights.label}: {name} {list(info.shape)} has scales {list(scale.info.shape)}, {scale.info.dtype};"
             " expected one number or one for each row; use another file of the model"
         )
-    return Expanded(TensorInfo(info.shape, torch.float32), partial(_multiplied, weights.tensors[name], scale))
+    own, values = TensorInfo(info.shape, torch.float32), weights.tensors[name]
+    if info.dtype == torch.float8_e4m3fn and len(info.shape) == MATRIX:
+        return ScaledE4M3(own, partial(_multiplied, values, scale), values, scale)
+    return Expanded(own, partial(_multiplied, values, scale))
 
 
 def _multiplied(values: Lazy, scale: Lazy) -> Iterator[Tensor]:

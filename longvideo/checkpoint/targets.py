@@ -18,12 +18,12 @@ from longvideo.checkpoint.diffusers_folder import (
     write_part,
 )
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.fp8_layers import has_fp8_layers
 from longvideo.checkpoint.parts import PARTS, TEXT_ENCODER, TRANSFORMER, VAE
 from longvideo.checkpoint.saving import SaveOptions, save_weights
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
 from longvideo.files import copy_file, read_json, write_json
-from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.vae.config import WAN22_LATENTS_MEAN, WAN22_LATENTS_STD
 
 if TYPE_CHECKING:
@@ -126,9 +126,10 @@ def _write_modelopt(task: ConversionTask) -> None:
     kept = [f"{name}.weight" for name in linears if f"{name}.{scaled.SCALE}" not in own.infos]
     ignored = [names.to_diffusers(name).removesuffix(".weight") for name in kept]
     folder = task.path / TRANSFORMER
-    entry = {diffusers_json.QUANTIZATION: diffusers_json.modelopt_json(ignored, group=GROUP)}
+    algorithm = diffusers_json.MODELOPT_FP8 if has_fp8_layers(own) else diffusers_json.MODELOPT_NVFP4
+    entry = {diffusers_json.QUANTIZATION: diffusers_json.modelopt_json(algorithm, ignored)}
     write_json(folder / "config.json", read_json(folder / "config.json") | entry)
-    write_json(folder / "hf_quant_config.json", diffusers_json.modelopt_quantization(ignored, group=GROUP))
+    write_json(folder / "hf_quant_config.json", diffusers_json.modelopt_quantization(algorithm, ignored))
 
 
 def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
@@ -153,11 +154,11 @@ def _unpacked_transformer(model: ModelFolder, weights: Mapping[str, Weights]) ->
     _not_packed(model, weights)
 
 
-def _packed_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
+def _quantized_transformer(model: ModelFolder, weights: Mapping[str, Weights]) -> None:
     _needs_transformer(model, weights)
-    if not packed.is_packed(weights[TRANSFORMER]):
+    if not packed.is_packed(weights[TRANSFORMER]) and not has_fp8_layers(weights[TRANSFORMER]):
         raise CheckpointError(
-            f"{model.path} has no packed 4-bit weights, which this format stores; add --precision nvfp4"
+            f"{model.path} has no weights in 4 or 8 bits, which this format stores; add --precision nvfp4 or fp8"
         )
 
 
@@ -167,5 +168,5 @@ TARGETS: dict[TargetName, TargetFormat] = {
     "official": TargetFormat(PARTS, (), _unpacked_transformer, _write_official),
     "longlive": TargetFormat((TRANSFORMER,), (".pt", ".pth"), _needs_transformer, _write_longlive),
     "safetensors": TargetFormat((TRANSFORMER,), (".safetensors",), _needs_transformer, _write_safetensors),
-    "modelopt": TargetFormat(PARTS, (), _packed_transformer, _write_modelopt),
+    "modelopt": TargetFormat(PARTS, (), _quantized_transformer, _write_modelopt),
 }

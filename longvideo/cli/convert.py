@@ -31,7 +31,10 @@ def convert(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Precision of the transformer: `bf16`, `fp32` or `nvfp4`.  [default: as stored]"),
+        typer.Option(
+            help="Precision of the transformer: `bf16`, `fp32`, `nvfp4`, or `fp8` with `--to modelopt`.  [default: as"
+            " stored]"
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -54,7 +57,7 @@ def convert(
     `--to longvideo`: a folder for all commands of longvideo, which diffusers also reads unless it is packed.
     `diffusers`: the same without this project's settings. `official`: a folder for Wan's own code. `longlive`: one .pt
     file for LongLive's code. `safetensors`: the transformer in one file, under official names. `modelopt`: a folder of
-    diffusers with 4-bit weights in the layout of NVIDIA ModelOpt. `lora`: the adapter in SRC, for peft and for
+    diffusers with weights in 4 or 8 bits in the layout of NVIDIA ModelOpt. `lora`: the adapter in SRC, for peft and for
     diffusers.
 
     Nothing is written if a tensor is missing, unknown or has a wrong shape. An interrupted conversion continues when

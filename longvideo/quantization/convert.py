@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from longvideo.kernels.backends import TransformerPrecision
+    from longvideo.kernels.fp8.format import FP8Rows
 
 TrainingBackend = Literal["te", "emulated"]
 """What computes the products of NVFP4 training: TransformerEngine, or this project's emulation."""
@@ -166,11 +167,13 @@ def with_precision(
     *,
     packed: bool = False,
     device: torch.device | None = None,
+    stored: Callable[[str], FP8Rows | None] = lambda _name: None,
 ) -> CausalTransformer:
     """Return a transformer with the products of a precision; its layers are replaced in place.
 
     packed: whether its layers hold 4-bit weights already. device: device where it will run, to which its layers are
     moved one after another, so that the device never holds more than one unquantized layer; None means where it is.
+    stored: as of `quantize_layers_fp8`.
     Raises UserError where the device has no FP8 products, and for FP8 with packed layers.
     """
     device = device or transformer.patch_embedding.weight.device
@@ -178,7 +181,7 @@ def with_precision(
         backend = product_backend(precision, device)
         if backend.name is None:
             raise UserError(str(backend.reason))
-        quantize_layers_fp8(transformer, device=device)
+        quantize_layers_fp8(transformer, device=device, stored=stored)
     elif precision != "bf16" and not packed:
         quantize_layers(transformer, device=device)
     transformer.to(device)

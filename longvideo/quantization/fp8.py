@@ -15,6 +15,8 @@ from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
 from longvideo.quantization.selection import linear_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from longvideo.model.transformer import CausalTransformer
 
 VALUES, SCALES = "weight_values", "weight_scales"
@@ -72,12 +74,10 @@ class FP8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def quantize_layers_fp8(model: CausalTransformer, *, device: torch.device | None = None) -> list[str]:
-    """Replace the linear layers of the blocks by FP8 ones in place and return their names.
+def layers_in_fp8(model: CausalTransformer) -> list[str]:
+    """Return the names of the linear layers of the blocks, which FP8 replaces.
 
-    device: device to which each layer is moved before it is quantized; None leaves it where it is.
-    Raises UserError for a layer with sizes that are not multiples of 16, before any is replaced, and ValueError for NaN
-    or infinity in a weight.
+    Raises UserError for a layer with sizes that are not multiples of 16.
     """
     names = linear_layers(model)
     for name in names:
@@ -87,9 +87,31 @@ def quantize_layers_fp8(model: CausalTransformer, *, device: torch.device | None
                 f"{name} has {linear.in_features} inputs and {linear.out_features} outputs; expected multiples of "
                 f"{SIZE_MULTIPLE} for FP8; use --precision bf16"
             )
+    return names
+
+
+def quantize_layers_fp8(
+    model: CausalTransformer,
+    *,
+    device: torch.device | None = None,
+    stored: Callable[[str], FP8Rows | None] = lambda _name: None,
+) -> list[str]:
+    """Replace the linear layers of the blocks by FP8 ones in place and return their names.
+
+    device: device to which each layer is moved before it is quantized; None leaves it where it is. stored: function of
+    the name of a layer that returns its weight where it is in FP8 already, else None.
+    Raises the errors of `layers_in_fp8` before any layer is replaced, and ValueError for NaN or infinity in a weight.
+    """
+    names = layers_in_fp8(model)
     for name in names:
-        linear = _linear(model, name).to(device)
-        model.set_submodule(name, FP8Linear.from_linear(linear, name=f"{name}.weight"))
+        linear, rows = _linear(model, name).to(device), stored(name)
+        if rows is None:
+            layer = FP8Linear.from_linear(linear, name=f"{name}.weight")
+        else:
+            own_device = linear.weight.device
+            bias = None if linear.bias is None else linear.bias.detach()
+            layer = FP8Linear(FP8Rows(rows.values.to(own_device), rows.scales.to(own_device)), bias)
+        model.set_submodule(name, layer)
     return names
 
 
