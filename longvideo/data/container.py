@@ -113,8 +113,8 @@ class OpenVideo:
     def backward(self, later: float, earlier: float) -> UserError:
         """Return the error for times that go from `later` back to `earlier`, seconds."""
         return UserError(
-            f"{self.path}: time goes from {later:.2f} back to {earlier:.2f} s, as in joined recordings; split the file"
-            " there"
+            f"{self.path}: time goes from {later:.2f} back to {earlier:.2f} s, as in joined recordings or after a copy"
+            " of B-frames without their times; split the file there, or encode it again"
         )
 
     def reopen(self) -> None:

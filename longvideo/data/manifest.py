@@ -87,7 +87,7 @@ def iterate_manifest(path: Path) -> Iterator[ManifestLine]:
     """
     last_line: dict[str, int] = {}
     previous: str | None = None
-    for record in _records(path):
+    for record in read_records(path):
         line = _read_record(record, path.parent)
         sample = line.sample
         if sample is not None:
@@ -126,19 +126,6 @@ def write_manifest(path: Path, entries: Iterable[VideoEntry]) -> None:
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _records(path: Path) -> Iterator[Record]:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; use the manifest file, such as {path / 'manifest.jsonl'}")
-    if not path.exists():
-        raise UserError(f"there is no manifest {path}; write one, or use `longvideo data shapeworld`")
-    records = read_records(path)
-    first = next(records, None)
-    if first is None:
-        raise UserError(f"{path} lists no video; expected one JSON object for each line")
-    yield first
-    yield from records
 
 
 def _read_record(record: Record, folder: Path) -> ManifestLine:

@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longvideo.errors import UserError
@@ -19,7 +20,6 @@ from longvideo.files import parse_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 MAX_BYTES = 512 * 2**20
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -42,13 +42,23 @@ class Record:
 def read_records(path: Path) -> Iterator[Record]:
     """Read a manifest by the suffix of its name (.csv, .tsv) and its first character. Blank lines are skipped.
 
-    Raises UserError if the file cannot be read, and if an array or a table is not valid as a whole.
+    Raises UserError if the file cannot be read or has no record, and if an array or a table is not valid as a whole.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; use the manifest file, such as {path / 'manifest.jsonl'}")
+    if not path.exists():
+        raise UserError(f"there is no manifest {path}; write one, or use `longvideo data shapeworld`")
     text = read_text(path, what="manifest", max_bytes=MAX_BYTES)
     separator = SEPARATORS.get(path.suffix.lower())
     if separator is not None:
-        return _of_table(text, separator, path)
-    return _of_array(text, path) if text.lstrip()[:1] == "[" else _of_lines(text)
+        records = _Table(path, text, separator).records()
+    else:
+        records = _of_array(text, path) if text.lstrip()[:1] == "[" else _of_lines(text)
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"{path} lists no video; expected one JSON object for each line")
+    yield first
+    yield from records
 
 
 def _of_lines(text: str) -> Iterator[Record]:
@@ -76,44 +86,57 @@ def _of_array(text: str, path: Path) -> Iterator[Record]:
         yield Record(line, data)
 
 
-def _of_table(text: str, separator: str, path: Path) -> Iterator[Record]:
-    rows = _rows(text, separator, path)
-    _, columns = next(rows, (1, []))
-    columns = [column.strip() for column in columns]
-    known = (*VIDEO_COLUMNS, *SHOT_COLUMNS)
-    for column in columns:
-        if column not in known or columns.count(column) > 1:
-            nearest = difflib.get_close_matches(column, known, 1, 0.5)
-            remedy = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}, once each"
-            raise UserError(f"{path}:1: unknown column {column!r}; {remedy}")
-    if columns and not {"video", "caption"} <= set(columns):
-        raise UserError(f"{path}:1: the columns are {', '.join(columns)}, expected at least video and caption")
-    cells = ((line, _cells(columns, row), len(row)) for line, row in rows)
-    for _, group in groupby(cells, key=lambda row: (row[1].get("video"), row[1].get("sample"))):
-        members = list(group)
-        line, first, _ = members[0]
-        problem = None
-        for number, values, count in members:
-            if count != len(columns):
-                problem = f"the row at line {number} has {count} cells, expected {len(columns)} as in the first line"
-            elif any(values.get(name) != first.get(name) for name in VIDEO_COLUMNS):
-                problem = f"the row at line {number} has another fps or num_frames than the row of the same video"
-        shots = [{name: row[name] for name in SHOT_COLUMNS if name in row} for _, row, _ in members]
-        data = {name: first[name] for name in VIDEO_COLUMNS if name in first} | {"shots": shots}
-        yield Record(line, data, problem)
+@dataclass(frozen=True)
+class _Table:
+    """A table of shots. path: its file, for errors."""
 
+    path: Path
+    text: str
+    separator: str
 
-def _rows(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not blank with the number of their first line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    line = 1
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{line} is not a row of a table: {error}") from error
+    def records(self) -> Iterator[Record]:
+        rows = self._rows()
+        _, columns = next(rows, (1, []))
+        columns = [column.strip() for column in columns]
+        self._check(columns)
+        cells = ((line, _cells(columns, row), len(row)) for line, row in rows)
+        for _, group in groupby(cells, key=lambda row: (row[1].get("video"), row[1].get("sample"))):
+            members = list(group)
+            line, first, _ = members[0]
+            problem = None
+            for number, values, count in members:
+                if count != len(columns):
+                    problem = (
+                        f"the row at line {number} has {count} cells, expected {len(columns)} as in the first line"
+                    )
+                elif any(values.get(name) != first.get(name) for name in VIDEO_COLUMNS):
+                    problem = f"the row at line {number} has another fps or num_frames than the row of the same video"
+            shots = [{name: row[name] for name in SHOT_COLUMNS if name in row} for _, row, _ in members]
+            data = {name: first[name] for name in VIDEO_COLUMNS if name in first} | {"shots": shots}
+            yield Record(line, data, problem)
+
+    def _check(self, columns: Sequence[str]) -> None:
+        """Raise UserError for columns that are unknown, repeated or missing."""
+        known = (*VIDEO_COLUMNS, *SHOT_COLUMNS)
+        for column in columns:
+            if column not in known or columns.count(column) > 1:
+                nearest = difflib.get_close_matches(column, known, 1, 0.5)
+                remedy = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}, once each"
+                raise UserError(f"{self.path}:1: unknown column {column!r}; {remedy}")
+        if columns and not {"video", "caption"} <= set(columns):
+            raise UserError(f"{self.path}:1: the columns are {', '.join(columns)}, expected at least video and caption")
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows that are not blank with the number of their first line."""
+        reader = csv.reader(io.StringIO(self.text, newline=""), delimiter=self.separator, strict=True)
+        line = 1
+        try:
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    yield line, row
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{self.path}:{line} is not a row of a table: {error}") from error
 
 
 def _cells(columns: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
