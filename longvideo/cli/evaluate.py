@@ -11,6 +11,7 @@ import typer
 
 from longvideo.cli.evaluation_comparison import compare
 from longvideo.cli.evaluation_decoders import decoder
+from longvideo.cli.evaluation_extension import extension
 from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
 from longvideo.cli.evaluation_videos import (
@@ -254,6 +255,7 @@ def switches(
     console.print(f"written: {out}", soft_wrap=True)
 
 
+app.command()(extension)
 app.command()(compare)
 app.command()(sheet)
 app.command()(curves)
