@@ -39,8 +39,8 @@ class ShotBody(_Body):
     cut: bool = True
 
 
-class PictureReference(_Body):
-    """A picture inside of JSON. image_url: a data URL with the file in base64."""
+class FileReference(_Body):
+    """A picture or a video inside of JSON. image_url: a data URL with the file in base64."""
 
     image_url: str
 
@@ -48,7 +48,7 @@ class PictureReference(_Body):
 class _VideoBody(_Body):
     model: str | None = None
     size: str | None = None
-    input_reference: PictureReference | None = None
+    input_reference: FileReference | None = None
     seed: Seed = 0
     steps: Steps | None = None
     guidance: Guidance | None = None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from http import HTTPStatus
+from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
 from longvideo.errors import UserError
 from longvideo.files import write_bytes
+from longvideo.infer.footage import FootageReader
 from longvideo.infer.options import shown
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.answers import PromptVideo, RemixVideo, ShotsVideo
+from longvideo.infer.server.job_footage import check_footage, is_video
 from longvideo.infer.server.job_pictures import first_frame_png
-from longvideo.infer.server.job_request import PICTURE, FieldError, JobRequest
+from longvideo.infer.server.job_request import REFERENCE, FieldError, JobRequest
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
@@ -29,7 +34,7 @@ class JobAdmission:
         self, pipeline: StreamingPipeline, settings: ServerSettings, store: JobStore, worker: JobWorker
     ) -> None:
         self._pipeline, self._settings, self._store, self._worker = pipeline, settings, store, worker
-        self._decoding = threading.Lock()  # a large picture takes much memory, so one at a time is decoded
+        self._decoding = threading.Lock()  # a large file takes much memory, so one at a time is decoded
 
     @property
     def size(self) -> str:
@@ -46,7 +51,8 @@ class JobAdmission:
         if body.size not in (None, self.size):
             message = f"size is {shown(body.size)}; this model generates {self.size}; use that, or leave it out"
             raise FieldError("size", message)
-        script = self._script(body)
+        script, content = self._script(body), request.reference
+        has_footage = content is not None and is_video(content)
         job = Job(
             new_id(),
             "queued",
@@ -54,20 +60,22 @@ class JobAdmission:
             body.seed,
             body.steps,
             body.guidance,
-            self._pipeline.plan(script).num_frames,
-            has_picture=request.picture is not None,
+            self._pipeline.plan(script, continues=has_footage).num_frames,
+            has_picture=content is not None and not has_footage,
+            has_footage=has_footage,
         )
-        return self._queue(job, None if request.picture is None else self._first_frame(request.picture))
+        return self._queue(job, self._first_frame(content) if content is not None and job.has_picture else content)
 
     def remix(self, source: Job, body: RemixVideo) -> Job:
-        """Queue a video with another prompt, and the length, seed, first frame and options of an existing one."""
+        """Queue a video with another prompt, and the length, seed, beginning and options of an existing one."""
         script = self._script(PromptVideo(prompt=body.prompt, seconds=Script(source.shots).seconds))
+        path = self._reference_path(source)
         try:
-            picture = self._worker.picture_path(source.id).read_bytes() if source.has_picture else None
+            content = None if path is None else path.read_bytes()
         except OSError as error:
-            message = "the first frame of the video cannot be read; send it again"
+            message = f"the {REFERENCE} of the video cannot be read; send it again"
             raise HTTPException(HTTPStatus.CONFLICT, message) from error
-        return self._queue(source.repeated(new_id(), script.shots), picture)
+        return self._queue(source.repeated(new_id(), script.shots), content)
 
     def _script(self, body: PromptVideo | ShotsVideo) -> Script:
         limits = self._settings.limits
@@ -81,21 +89,42 @@ class JobAdmission:
             raise UserError(f"the video has {len(script.shots)} shots; expected at most {limits.job_shots}")
         return script
 
+    def _reference_path(self, job: Job) -> Path | None:
+        """Return the path of the file that a job begins with, which may not exist yet; None without one."""
+        if job.has_footage:
+            return self._worker.footage_path(job.id)
+        return self._worker.picture_path(job.id) if job.has_picture else None
+
     def _first_frame(self, data: bytes) -> bytes:
         """Return a client's picture as a PNG of the size of the video. Raises FieldError."""
         model = self._pipeline.models.settings
+        with self._reference_errors():
+            return first_frame_png(data, name=REFERENCE, height=model.height, width=model.width)
+
+    def _check_footage(self, path: Path) -> None:
+        """Raise FieldError for a client's video that cannot be continued."""
+        models, max_seconds = self._pipeline.models, self._settings.limits.footage_seconds
+        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
+        with self._reference_errors():
+            check_footage(path, reader, name=REFERENCE, max_seconds=max_seconds)
+
+    @contextmanager
+    def _reference_errors(self) -> Generator[None]:
+        """Decode one file at a time, and raise errors about it as FieldError."""
         try:
             with self._decoding:
-                return first_frame_png(data, name=PICTURE, height=model.height, width=model.width)
+                yield
         except UserError as error:
-            raise FieldError(PICTURE, str(error)) from error
+            raise FieldError(REFERENCE, str(error)) from error
 
-    def _queue(self, job: Job, picture: bytes | None) -> Job:
-        """Queue a job and return it with its time. picture: PNG of its first frame."""
-        max_queued, queued = self._settings.limits.queued_jobs, None
+    def _queue(self, job: Job, content: bytes | None) -> Job:
+        """Queue a job and return it with its time. content: PNG of its first frame, or the video that it continues."""
+        max_queued, path, queued = self._settings.limits.queued_jobs, self._reference_path(job), None
         try:
-            if picture is not None:
-                write_bytes(self._worker.picture_path(job.id), picture)
+            if path is not None and content is not None:
+                write_bytes(path, content)
+            if path is not None and job.has_footage:
+                self._check_footage(path)
             queued = self._store.add(job, max_queued=max_queued)
         finally:
             if queued is None:

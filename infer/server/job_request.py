@@ -1,4 +1,4 @@
-"""The body of `POST /v1/videos`: JSON, or a form with a picture, as programs for OpenAI's interface send it."""
+"""The body of `POST /v1/videos`: JSON, or a form with a file, as programs for OpenAI's interface send it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from starlette.requests import Request
 from longvideo.errors import UserError
 from longvideo.files import WriteError, parse_json, reason
 from longvideo.infer.options import shown
-from longvideo.infer.server.answers import PictureReference, PromptVideo, ShotsVideo
+from longvideo.infer.server.answers import FileReference, PromptVideo, ShotsVideo
 
 JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
-PICTURE = "input_reference"
-REFERENCE_FIELDS = tuple(f"{PICTURE}[{name}]" for name in PictureReference.model_fields)
-"""Names under which a form has the fields of a `PictureReference`."""
+REFERENCE = "input_reference"
+URL_FIELDS = tuple(f"{REFERENCE}[{name}]" for name in FileReference.model_fields)
+"""Names under which a form has the fields of a `FileReference`."""
 MAX_FORM_FIELDS = 32
 
 
@@ -37,10 +37,13 @@ class FieldError(UserError):
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A request for a video. picture: file of its first frame, as the client sent it, or None."""
+    """A request for a video.
+
+    reference: file of its first frame or of the video that it continues, as the client sent it, or None.
+    """
 
     body: PromptVideo | ShotsVideo
-    picture: bytes | None
+    reference: bytes | None
 
 
 async def read_job_request(request: Request) -> JobRequest:
@@ -52,26 +55,26 @@ async def read_job_request(request: Request) -> JobRequest:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == JSON:
         fields = parse_json(_text(await request.body()), where="the body")
-        picture = None
+        reference = None
     elif content_type in (MULTIPART, URLENCODED):
-        fields, picture = await _read_form(request)
+        fields, reference = await _read_form(request)
     else:
         message = f"the header Content-Type is {shown(content_type)}; expected {JSON}, {MULTIPART} or {URLENCODED}"
         raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
     body = _validated(fields, strict=content_type == JSON)
     if body.input_reference is not None:
-        picture = _decoded(body.input_reference.image_url)
-    return JobRequest(body, picture)
+        reference = _decoded(body.input_reference.image_url)
+    return JobRequest(body, reference)
 
 
 def describe_job_request() -> dict[str, Any]:
     """Return the description of the body for OpenAPI."""
     prompt, shots = (_inlined(body.model_json_schema()) for body in (PromptVideo, ShotsVideo))
     fields = {**prompt["properties"]}
-    del fields[PICTURE]  # a form has a file or the fields of the reference, which objects of JSON schema cannot name
+    del fields[REFERENCE]  # a form has a file or the fields of the reference, which objects of JSON schema cannot name
     form = {**prompt, "properties": fields}
-    file = {"type": "string", "format": "binary", "description": "picture of the first frame"}
-    with_file = {**form, "properties": {**fields, PICTURE: file}}
+    file = {"type": "string", "format": "binary", "description": "picture of the first frame, or video to continue"}
+    with_file = {**form, "properties": {**fields, REFERENCE: file}}
     schemas = {JSON: {"anyOf": [prompt, shots]}, MULTIPART: with_file, URLENCODED: form}
     content = {content_type: {"schema": schema} for content_type, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}}
@@ -81,33 +84,33 @@ async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
     """Return the fields of a form, and its file. Fields have the structure of JSON, and texts as values."""
     limits = request.app.state.settings.limits
     fields: dict[str, Any] = {}
-    picture = None
+    reference = None
     try:
         async with request.form(max_files=1, max_fields=MAX_FORM_FIELDS, max_part_size=limits.upload_bytes) as form:
             for name, value in form.multi_items():
                 if name.lstrip().startswith("{"):
                     message = "the body is JSON, but its Content-Type is that of a form"
                     raise UserError(f"{message}; send the header Content-Type: {JSON}")
-                if name in fields or (name == PICTURE and picture is not None):
+                if name in fields or (name == REFERENCE and reference is not None):
                     raise FieldError(name, f"the form has {shown(name)} more than once; send it once")
                 if isinstance(value, UploadFile):
-                    if name != PICTURE:
-                        raise FieldError(name, f"{shown(name)} is a file; only {PICTURE} may be one")
-                    picture = await value.read()
+                    if name != REFERENCE:
+                        raise FieldError(name, f"{shown(name)} is a file; only {REFERENCE} may be one")
+                    reference = await value.read()
                 else:
                     fields[name] = value
     except OSError as error:  # large files are stored in the system's folder for temporary files
         raise WriteError(f"cannot store the form: {reason(error)}") from error
-    if PICTURE in fields:
-        raise FieldError(PICTURE, f"{PICTURE} is text; expected a file, or {REFERENCE_FIELDS[0]} with a data URL")
-    reference = {name: fields.pop(name) for name in REFERENCE_FIELDS if name in fields}
-    if reference:
-        if picture is not None:
-            raise FieldError(PICTURE, f"{PICTURE} is a file and a data URL; send one of them")
-        fields[PICTURE] = {name[len(PICTURE) + 1 : -1]: value for name, value in reference.items()}
+    if REFERENCE in fields:
+        raise FieldError(REFERENCE, f"{REFERENCE} is text; expected a file, or {URL_FIELDS[0]} with a data URL")
+    url_fields = {name: fields.pop(name) for name in URL_FIELDS if name in fields}
+    if url_fields:
+        if reference is not None:
+            raise FieldError(REFERENCE, f"{REFERENCE} is a file and a data URL; send one of them")
+        fields[REFERENCE] = {name[len(REFERENCE) + 1 : -1]: value for name, value in url_fields.items()}
     if "shots" in fields:
         fields["shots"] = parse_json(fields["shots"], where="shots")
-    return fields, picture
+    return fields, reference
 
 
 def _validated(fields: Any, *, strict: bool) -> PromptVideo | ShotsVideo:
@@ -133,11 +136,11 @@ def _decoded(url: str) -> bytes:
         message = (
             f"the image_url is {shown(url)}; expected data:image/png;base64,..., as other addresses are not fetched"
         )
-        raise FieldError(PICTURE, message)
+        raise FieldError(REFERENCE, message)
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise FieldError(PICTURE, f"the image_url is not base64: {error}; encode the file's bytes") from error
+        raise FieldError(REFERENCE, f"the image_url is not base64: {error}; encode the file's bytes") from error
 
 
 def _text(body: bytes) -> str:

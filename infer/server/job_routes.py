@@ -56,7 +56,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
 
     @router.post("/{name}/remix", responses=errors(*CREATION, NOT_FOUND))
     def remix(name: VideoId, body: RemixVideo) -> VideoAnswer:
-        """Queue a video with another prompt, and the length, seed, first frame and options of an existing one."""
+        """Queue a video with another prompt, and the length, seed, beginning and options of an existing one."""
         return answer(admission.remix(stored(name), body))
 
     @router.get("", responses=errors(NOT_FOUND, INVALID))

@@ -36,9 +36,11 @@ CREATE TABLE IF NOT EXISTS jobs (
 )
 """
 """The table of the first version; `LATER_COLUMNS` are added to it."""
+FLAG = "INTEGER NOT NULL DEFAULT 0"
 LATER_COLUMNS = {
     "decoder": "TEXT",
-    "has_picture": "INTEGER NOT NULL DEFAULT 0",
+    "has_picture": FLAG,
+    "has_footage": FLAG,
     "remixed_from": "TEXT",
     "adapters": "TEXT",
 }
@@ -56,6 +58,7 @@ class Job:
     decoder: name and precision of the decoder of its video; None before it is generated.
     adapters: names and strengths of the adapters in the transformer; None before it is generated.
     has_picture: whether the first frame is given, as a file of the server.
+    has_footage: whether it continues a video, which is a file of the server.
     remixed_from: id of the job whose settings it repeats with another prompt, or None.
     """
 
@@ -72,6 +75,7 @@ class Job:
     error: str | None = None
     decoder: str | None = None
     has_picture: bool = False
+    has_footage: bool = False
     remixed_from: str | None = None
     adapters: tuple[str, ...] | None = None
 
@@ -138,6 +142,7 @@ class JobStore:
             "total_frames": job.total_frames,
             "created_at": int(time.time()),
             "has_picture": job.has_picture,
+            "has_footage": job.has_footage,
             "remixed_from": job.remixed_from,
         }
         query = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})"
@@ -238,6 +243,6 @@ def _job(row: Mapping[str, Any]) -> Job:
     fields = {name: value for name, value in row.items() if name != "number"}
     fields["shots"] = tuple(ShotRequest(*shot) for shot in json.loads(row["shots"]))
     fields["status"] = cast("JobStatus", row["status"])
-    fields["has_picture"] = bool(row["has_picture"])
     fields["adapters"] = None if row["adapters"] is None else tuple(json.loads(row["adapters"]))
+    fields |= {name: bool(row[name]) for name in ("has_picture", "has_footage")}
     return Job(**fields)

@@ -15,10 +15,11 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import ServerMetrics
-from longvideo.infer.server.served_folder import PICTURES, VIDEOS
+from longvideo.infer.server.served_folder import FOOTAGE, PICTURES, VIDEOS
 from longvideo.infer.writer import VideoWriter, count_frames
 
 log = logging.getLogger(__name__)
+FOOTAGE_SUFFIX = ".video"
 INTERRUPTED = "the server stopped before the video was complete; the frames before that are kept"
 
 
@@ -31,14 +32,15 @@ class JobWorker:
     def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: ServerMetrics) -> None:
         """folder: folder of the server."""
         self._pipeline, self._store, self._metrics = pipeline, store, metrics
-        self._videos, self._pictures = folder / VIDEOS, folder / PICTURES
+        self._videos, self._pictures, self._footage = folder / VIDEOS, folder / PICTURES, folder / FOOTAGE
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._closing = threading.Event()
-        for leftover in (*self._videos.glob(f".*{TEMPORARY_SUFFIX}"), *self._pictures.glob(f".*{TEMPORARY_SUFFIX}")):
-            leftover.unlink(missing_ok=True)
-        for picture in self._pictures.glob("*.png"):
-            if store.get(picture.stem) is None:  # the process was killed before it stored the job
-                picture.unlink(missing_ok=True)
+        for own in (self._videos, self._pictures, self._footage):
+            for leftover in own.glob(f".*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
+        for upload in (*self._pictures.glob("*.png"), *self._footage.glob(f"*{FOOTAGE_SUFFIX}")):
+            if store.get(upload.stem) is None:  # the process was killed before it stored the job
+                upload.unlink(missing_ok=True)
         for job in store.unfinished():
             self._interrupt(job) if job.status == "in_progress" else self.submit(job)
 
@@ -50,10 +52,14 @@ class JobWorker:
         """Return the path of a job's first frame, which only a job with a given picture has."""
         return self._pictures / f"{name}.png"
 
+    def footage_path(self, name: str) -> Path:
+        """Return the path of the video that a job continues, which only a job with footage has."""
+        return self._footage / f"{name}{FOOTAGE_SUFFIX}"
+
     def delete_files(self, name: str) -> None:
-        """Delete the video and the first frame of a job, if there are any."""
-        self.path(name).unlink(missing_ok=True)
-        self.picture_path(name).unlink(missing_ok=True)
+        """Delete the video of a job, and its first frame and footage, if there are any."""
+        for path in (self.path(name), self.picture_path(name), self.footage_path(name)):
+            path.unlink(missing_ok=True)
 
     def submit(self, job: Job) -> None:
         """Queue a stored job."""
@@ -76,9 +82,13 @@ class JobWorker:
             return
         models = self._pipeline.models
         self._store.set_models(job.id, decoder=models.decoder_label, adapters=models.adapters)
-        picture = self.picture_path(job.id) if job.has_picture else None
         chunks = self._pipeline.stream(
-            Script(job.shots), steps=job.steps, guidance=job.guidance, seed=job.seed, image=picture
+            Script(job.shots),
+            steps=job.steps,
+            guidance=job.guidance,
+            seed=job.seed,
+            image=self.picture_path(job.id) if job.has_picture else None,
+            video=self.footage_path(job.id) if job.has_footage else None,
         )
         with closing(chunks), VideoWriter(self.path(job.id), fps=self._pipeline.fps) as writer:
             for frames in chunks:

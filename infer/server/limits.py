@@ -12,7 +12,8 @@ class Limits:
 
     sessions: number of live streams at the same time.
     message_bytes: size of a WebSocket message and of the body of a request.
-    upload_bytes: size of the body of a request with a picture.
+    upload_bytes: size of the body of a request with a picture or a video.
+    footage_seconds: length of a video that a job continues.
     parallel_uploads: number of requests with bodies above `message_bytes` at the same time.
     prompt_length: number of characters in a prompt.
     head_seconds: time for a client to send the head of a request.
@@ -36,7 +37,8 @@ class Limits:
 
     sessions: int = 2
     message_bytes: int = 64 * 1024
-    upload_bytes: int = 12 * 2**20
+    upload_bytes: int = 32 * 2**20
+    footage_seconds: float = 120.0
     parallel_uploads: int = 8
     prompt_length: int = 1000
     head_seconds: float = 10.0

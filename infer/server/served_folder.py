@@ -10,9 +10,9 @@ from longvideo.errors import UserError
 from longvideo.files import locked, reason
 from longvideo.permissions import make_private, private_umask
 
-STREAMS, VIDEOS, PICTURES = "streams", "videos", "pictures"
+STREAMS, VIDEOS, PICTURES, FOOTAGE = "streams", "videos", "pictures", "footage"
 DATABASE, LOCK = "jobs.sqlite", "lock"
-FOLDERS = (STREAMS, VIDEOS, PICTURES)
+FOLDERS = (STREAMS, VIDEOS, PICTURES, FOOTAGE)
 OWN_NAMES = frozenset({*FOLDERS, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK})
 
 

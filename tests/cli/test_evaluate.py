@@ -92,6 +92,22 @@ def test_switches_are_counted_and_shown_in_every_mode(tmp_path: Path, capsys: py
     assert "keep" in printed and "continues" in printed
 
 
+@pytest.mark.filterwarnings("ignore:the (video|model)")
+def test_continued_footage_is_judged(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "extension"
+    options = ["--model", str(model_folder), "--device", "cpu", "--num", "2", "--seconds", "1.5", "--out", str(out)]
+    assert main(["eval", "extension", *options]) == 0
+    printed = capsys.readouterr().err
+    record = json.loads((out / "results.json").read_text())
+    assert len(record["videos"]) == record["scores"]["motion"]["total"] == 2
+    inside = sum(video["inside"] for video in record["videos"])
+    seams = [sum(video[name] for video in record["videos"]) / inside for name in ("seam", "file_seam")]
+    assert f"inside: {seams[0]:.2f}, from the file {seams[1]:.2f}" in " ".join(printed.split())
+    assert (out / "extension.png").exists()
+    assert main(["eval", "extension", *options]) == 2
+    assert "already contains results.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
