@@ -40,7 +40,7 @@ from longvideo.kernels.backends import attention_backend, product_backend
 from longvideo.machine.launcher import launched
 from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.conditioning import chunk_text
-from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.config import PRESETS
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from longvideo.training.engine import Engine
     from longvideo.vae.autoencoder import Autoencoder
 
-"""Folder of the student's adapter in a run folder."""
 MOST_SHOWN = 8
 """Number of sample videos that are drawn."""
 
@@ -117,29 +116,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             set_student(adapter, self.roles)
         if config.compile and device.type == "cuda":
             compile_blocks(student, teacher)
-        shape = self._latent_shape(student.config)
         teacher_settings = self.settings if teacher_folder is None else teacher_folder.settings
-        shift = self.settings.shift
-        rollouts = SelfForcing(
-            self.roles,
-            config.rollout,
-            spec=self.spec,
-            shape=shape,
-            shift=shift,
-            seed=config.seed,
-            clean_pass=self.generation.clean_pass,
-        )
-        looks = Looks(
-            rollouts,
-            config.dmd,
-            guidance=self.settings.guidance,
-            shift=shift,
-            seed=config.seed,
-            context=context_level(
-                UniPC(teacher_settings.steps, teacher_settings.shift), clean_pass=teacher_settings.clean_pass
-            ),
-        )
-        self.objective, self.critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+        self.objective, self.critic = self._objectives(teacher_settings)
         self.source = RolloutSource(
             self.scripts,
             config.stages,
@@ -242,8 +220,31 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         return [f"adapter: {lora}", f"model: {folder / MODEL} (transformer only)"]
 
     def adapter(self) -> Adapter:
+        """Return the student's adapter, in host memory."""
         weights = {name: weight.detach().cpu() for name, weight in self.roles.trained(Role.STUDENT).items()}
         return Adapter(weights, self.config.lora.rank, self.config.lora.alpha / self.config.lora.rank)
+
+    def _objectives(self, teacher: ModelSettings) -> tuple[StudentObjective, CriticObjective]:
+        """Return the losses of student and critic, on common rollouts. teacher: settings of the teacher's model."""
+        config, shift = self.config, self.settings.shift
+        rollouts = SelfForcing(
+            self.roles,
+            config.rollout,
+            spec=self.spec,
+            shape=self._latent_shape(),
+            shift=shift,
+            seed=config.seed,
+            clean_pass=self.generation.clean_pass,
+        )
+        looks = Looks(
+            rollouts,
+            config.dmd,
+            guidance=self.settings.guidance,
+            shift=shift,
+            seed=config.seed,
+            context=context_level(UniPC(teacher.steps, teacher.shift), clean_pass=teacher.clean_pass),
+        )
+        return StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
 
     def _scripts(self, scripts: Sequence[tuple[str, ...]] | None) -> Scripts:
         config = self.config
@@ -304,17 +305,17 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     def _check_clips(self, clips: EncodedDataset, name: str) -> None:
         """Raise ConfigError unless encoded clips have the model's sizes."""
-        model, spec = self.shape, self.spec
-        _, p, q = model.patch_size
-        for what, got, expected in (
-            ("latent channels", clips.channels, model.in_channels),
-            ("latent frames of a chunk", clips.chunk_frames, spec.chunk_frames),
-            ("latent height and width", clips.latent_size, (spec.grid_height * p, spec.grid_width * q)),
+        model = self.shape
+        channels, chunk_frames, *latent_size = self._latent_shape()
+        for what, value, expected in (
+            ("latent channels", clips.channels, channels),
+            ("latent frames of a chunk", clips.chunk_frames, chunk_frames),
+            ("latent height and width", clips.latent_size, tuple(latent_size)),
             ("text positions", clips.text_len, self.settings.text_len),
             ("text width", clips.text_dim, model.text_dim),
         ):
-            if got != expected:
-                raise ConfigError(f"{what} of {name} are {got}; expected {expected}; encode it again with this model")
+            if value != expected:
+                raise ConfigError(f"{what} of {name} are {value}; expected {expected}; encode it again with this model")
         clips.check_texts(self.settings.cut_prefix)
 
     def _backbone(self, folder: ModelFolder | None) -> CausalTransformer:
@@ -330,24 +331,24 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
     def _new_cache(self, model: CausalTransformer, batch: int) -> ChunkCache:
         return self.cache_type(model.cache_sizes(self.spec, batch=batch))
 
-    def _latent_shape(self, model: TransformerConfig) -> tuple[int, int, int, int]:
-        _, p, q = model.patch_size
-        spec = self.spec
-        return model.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        """Return the shape [C, T, H, W] of a chunk's latents."""
+        (_, p, q), spec = self.shape.patch_size, self.spec
+        return self.shape.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
 
     def _shown(self) -> tuple[list[VideoRequest], list[str], list[Scene]]:
         """Return what to generate, a caption for each video, and, for ShapeWorld, the scenes to judge by."""
         config = self.config.samples
         numbers = range(config.prompts)
         if not isinstance(self.scripts, ShapeWorldScripts):
-            drawn = [self.scripts.draw(0, number, config.chunks) for number in numbers]
-            clips = [self.source.assemble([script], 0, [number]) for number, script in enumerate(drawn)]
-            return clips, [" / ".join(dict.fromkeys(script.prompts)) for script in drawn], []
+            scripts = [self.scripts.draw(0, number, config.chunks) for number in numbers]
+            clips = [self.source.assemble([script], 0, [number]) for number, script in enumerate(scripts)]
+            return clips, [" / ".join(dict.fromkeys(script.prompts)) for script in scripts], []
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)
         prompts = [caption(scene, index) for index, scene in enumerate(scenes)]
         cuts = (True, *([False] * (config.chunks - 1)))
-        drawn = [ChunkScript((prompt,) * config.chunks, cuts) for prompt in prompts]
-        return [self.source.assemble(drawn, 0, numbers)], prompts, scenes
+        scripts = [ChunkScript((prompt,) * config.chunks, cuts) for prompt in prompts]
+        return [self.source.assemble(scripts, 0, numbers)], prompts, scenes
 
     def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> Samples:
         """Return samples of every video, as the finished student generates it in `steps` steps."""

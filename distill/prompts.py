@@ -121,9 +121,9 @@ class FileScripts(Scripts):
 
     def draw(self, _step: int, number: int, num_chunks: int) -> ChunkScript:
         shots = self.scripts[self.order.item(number)]
-        shown = [index * len(shots) // num_chunks for index in range(num_chunks)]
-        cuts = tuple(index == 0 or shown[index] != shown[index - 1] for index in range(num_chunks))
-        return ChunkScript(tuple(shots[index] for index in shown), cuts)
+        numbers = [chunk * len(shots) // num_chunks for chunk in range(num_chunks)]
+        cuts = tuple(chunk == 0 or numbers[chunk] != numbers[chunk - 1] for chunk in range(num_chunks))
+        return ChunkScript(tuple(shots[number] for number in numbers), cuts)
 
     def features(self, prompts: Sequence[str]) -> Tensor:
         features = [self._features[clean_prompt(prompt)] for prompt in prompts]
@@ -221,8 +221,6 @@ class RolloutSource:
         self.scripts, self.stages = scripts, stages
         self.negative_prompt, self.cut_prefix = negative_prompt, cut_prefix
         self.chunk_frames, self.device = chunk_frames, device
-        for stage in stages:
-            check_frames(stage.frames, chunk_frames)
 
     def size(self, step: int) -> int:
         stage = stage_at(self.stages, step)
@@ -247,8 +245,8 @@ class RolloutSource:
 
     def clip(self, step: int, samples: Sequence[int], num_chunks: int) -> VideoRequest:
         before = self._videos_before(step)
-        drawn = [self.scripts.draw(step, before + sample, num_chunks) for sample in samples]
-        return self.assemble(drawn, step, samples)
+        scripts = [self.scripts.draw(step, before + sample, num_chunks) for sample in samples]
+        return self.assemble(scripts, step, samples)
 
     def _videos_before(self, step: int) -> int:
         videos = 0
@@ -257,23 +255,23 @@ class RolloutSource:
             step = max(step - stage.steps, 0)
         return videos + step * self.stages[-1].batch
 
-    def assemble(self, drawn: Sequence[ChunkScript], step: int, samples: Sequence[int]) -> VideoRequest:
-        if len({(script.cuts, script.image is None) for script in drawn}) > 1:
+    def assemble(self, scripts: Sequence[ChunkScript], step: int, samples: Sequence[int]) -> VideoRequest:
+        if len({(script.cuts, script.image is None) for script in scripts}) > 1:
             raise ConfigError(
                 "videos that are computed together must be cut at the same chunks, and these are not;"
                 " use parallel.micro_batch=1"
             )
         texts = batch_texts(
-            [script.prompts for script in drawn],
-            drawn[0].cuts,
+            [script.prompts for script in scripts],
+            scripts[0].cuts,
             cut_prefix=self.cut_prefix,
             negative_prompt=self.negative_prompt,
         )
-        images = [script.image for script in drawn if script.image is not None]
+        images = [script.image for script in scripts if script.image is not None]
         return VideoRequest(
             features_PJD=self.scripts.features(texts.texts),
             prompt_NB=texts.rows_NB.to(self.device),
-            cuts=drawn[0].cuts,
+            cuts=scripts[0].cuts,
             samples=tuple(samples),
             step=step,
             first_latent=torch.stack([self.scripts.first_latent(i) for i in images]) if images else None,

@@ -267,12 +267,13 @@ def _check_channels(path: Path, network: str, z_dim: int, vae: AutoencoderConfig
 
 
 def _check_scales(path: Path, config: TinyAutoencoderConfig | AutoencoderConfig, vae: AutoencoderConfig) -> None:
-    got = config.scale_factor_temporal, config.scale_factor_spatial
+    scales = config.scale_factor_temporal, config.scale_factor_spatial
     expected = vae.scale_factor_temporal, vae.scale_factor_spatial
-    if got != expected:
+    if scales != expected:
         raise CheckpointError(
-            f"{path} decodes a latent pixel to {got[0]} frames of {got[1]} x {got[1]} pixels; expected {expected[0]} of"
-            f" {expected[1]} x {expected[1]}, as the model's autoencoder does; use a decoder of this model's latents"
+            f"{path} decodes a latent pixel to {scales[0]} frames of {scales[1]} x {scales[1]} pixels; expected"
+            f" {expected[0]} of {expected[1]} x {expected[1]}, as the model's autoencoder does; use a decoder"
+            " of this model's latents"
         )
 
 
