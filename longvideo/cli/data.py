@@ -14,6 +14,8 @@ from longvideo.errors import UserError
 from longvideo.files import check_target
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from rich.console import Console
 
@@ -67,7 +69,7 @@ def shapeworld(
     """
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.script import check_seconds
-    from longvideo.shapeworld.dataset import chunks_for
+    from longvideo.shapeworld.dataset import chunks_for, sample_script
 
     SamplingOptions(seed=seed)
     check_seconds(seconds, "each video")
@@ -83,15 +85,10 @@ def shapeworld(
             f"--shots {shots} is more than the {num_chunks} chunks of --seconds {seconds:g}; use more seconds"
         )
     _check_folder(out, overwrite)
-    write_shapeworld(
-        out,
-        num_clips=clips,
-        num_chunks=num_chunks,
-        num_shots=shots,
-        first_seed=seed,
-        split=split,
-        size=(height, width),
-    )
+    scripts = [
+        sample_script(seed + number, split=split, num_shots=shots, num_chunks=num_chunks) for number in range(clips)
+    ]
+    write_shapeworld(out, scripts, size=(height, width))
 
 
 @app.command()
@@ -312,22 +309,16 @@ def warn_of_unknown_words(words: dict[str, int], console: Console) -> None:
     )
 
 
-def write_shapeworld(
-    folder: Path,
-    *,
-    num_clips: int,
-    num_chunks: int,
-    num_shots: int,
-    first_seed: int,
-    split: Literal["train", "heldout"],
-    size: tuple[int, int],
-) -> None:
-    """Write a ShapeWorld data set. The manifest is written last, so a folder with a manifest is complete."""
+def write_shapeworld(folder: Path, scripts: Sequence[SceneScript], *, size: tuple[int, int]) -> None:
+    """Write a video of each script. The manifest is written last, so a folder with a manifest is complete.
+
+    size: height and width in pixels.
+    """
     from rich.console import Console
 
     from longvideo.data.manifest import VideoEntry, write_manifest
     from longvideo.data.video import write_video
-    from longvideo.shapeworld.dataset import FPS, chunk_start, render_script, sample_script
+    from longvideo.shapeworld.dataset import FPS, render_script
 
     console = Console(stderr=True)
     manifest = folder / "manifest.jsonl"
@@ -335,13 +326,13 @@ def write_shapeworld(
     manifest.unlink(missing_ok=True)
     entries: list[VideoEntry] = []
     with items_progress(console) as progress:
-        for i in progress.track(range(num_clips), description="ShapeWorld videos"):
-            script = sample_script(first_seed + i, split=split, num_shots=num_shots, num_chunks=num_chunks)
+        for i, script in enumerate(progress.track(scripts, description="ShapeWorld videos")):
             video = Path("videos") / f"{i:06d}.mp4"
             write_video(folder / video, render_script(script, height=size[0], width=size[1]), fps=FPS)
             entries.append(VideoEntry(video, FPS, script.num_frames, _shot_entries(script)))
     write_manifest(manifest, entries)
-    console.print(f"{num_clips} videos of {chunk_start(num_chunks) / FPS:.2f} s, with captions in {manifest}")
+    seconds = scripts[0].num_frames / FPS
+    console.print(f"{len(scripts)} videos of {seconds:.2f} s, with captions in {manifest}")
 
 
 def _parse_share(text: str) -> tuple[int, int]:
