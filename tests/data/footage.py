@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longvideo.cli.main import main
 from longvideo.data.manifest import ShotEntry, VideoEntry, write_manifest
 from longvideo.data.video import write_video
 
 SIZE = (64, 96)
+CLIP_BYTES = 2 * 8 * 4 * 4 * 6 * 2
+TWO_CLIPS = ["--shard-bytes", str(2 * CLIP_BYTES)]
 
 
 def square(count: int, *, brightness: int = 200) -> Tensor:
@@ -46,3 +49,14 @@ def damage(path: Path) -> None:
     middle = len(data) // 2
     data[middle - 400 : middle + 400] = bytes(byte ^ 0x5A for byte in data[middle - 400 : middle + 400])
     path.write_bytes(bytes(data))
+
+
+def encode(manifest: Path, model: Path, out: Path, *more: str, workers: int = 0) -> int:
+    """Encode clips of two chunks, and return the exit code."""
+    options = ["--chunks", "2", "--device", "cpu", "--workers", str(workers), *more]
+    return main(["data", "encode", str(manifest), "--model", str(model), "--out", str(out), *options])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
