@@ -24,7 +24,6 @@ MAX_VARINT_BYTES = 10
 MAX_PIECE_BYTES = 1024
 SPACE = "\u2581"
 """Sign that SentencePiece writes for a space."""
-END = "</s>"
 UNIGRAM = 1
 
 # numbers of fields
@@ -63,10 +62,10 @@ class Piece:
     type: PieceType
 
 
-def tokenizer_json(data: bytes) -> dict[str, Any]:
-    """Return the content of a tokenizer.json for a SentencePiece model that ends texts with </s>.
+def tokenizer_json(data: bytes, *, end: str) -> dict[str, Any]:
+    """Return the content of a tokenizer.json for a SentencePiece model. end: piece that ends every text.
 
-    Raises TokenizerError for anything but a Unigram model with an unknown piece and </s>.
+    Raises TokenizerError for anything but a Unigram model with one unknown piece and with `end`.
     """
     if len(data) > MAX_BYTES:
         raise TokenizerError(f"it has {len(data):,} bytes; expected at most {MAX_BYTES:,}")
@@ -80,11 +79,11 @@ def tokenizer_json(data: bytes) -> dict[str, Any]:
             trainer |= dict(_fields(_message(value)))
         elif number == NORMALIZER:
             normalizer |= dict(_fields(_message(value)))
-    return _tokenizer(pieces, trainer, normalizer)
+    return _tokenizer(pieces, trainer, normalizer, end)
 
 
 def _tokenizer(
-    pieces: list[Piece], trainer: Mapping[int, int | bytes], normalizer: Mapping[int, int | bytes]
+    pieces: list[Piece], trainer: Mapping[int, int | bytes], normalizer: Mapping[int, int | bytes], end: str
 ) -> dict[str, Any]:
     if trainer.get(MODEL_TYPE, UNIGRAM) != UNIGRAM:
         raise TokenizerError(f"its model type is {trainer[MODEL_TYPE]!r}; expected {UNIGRAM}, Unigram")
@@ -94,8 +93,8 @@ def _tokenizer(
     if len(ids) != len(pieces):
         raise TokenizerError(f"{len(pieces) - len(ids)} of its pieces occur twice")
     unknown = [index for index, piece in enumerate(pieces) if piece.type is PieceType.UNKNOWN]
-    if len(unknown) != 1 or END not in ids:
-        raise TokenizerError(f"it has {len(unknown)} unknown pieces; expected one, and the piece {END}")
+    if len(unknown) != 1 or end not in ids:
+        raise TokenizerError(f"it has {len(unknown)} unknown pieces; expected one, and the piece {end}")
     steps = [
         {"type": "Strip", "strip_left": False, "strip_right": True},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE},
@@ -104,7 +103,7 @@ def _tokenizer(
         steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()})
     prefix = "always" if normalizer.get(ADDS_PREFIX, 1) else "never"
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": True}
-    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END, "type_id": 0}}
+    text, closing = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}
     return {
         "version": "1.0",
         "added_tokens": [_added(index, piece) for index, piece in enumerate(pieces) if _is_added(piece)],
@@ -112,9 +111,9 @@ def _tokenizer(
         "pre_tokenizer": metaspace,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [text, end],
-            "pair": [text, end, {"Sequence": {"id": "B", "type_id": 0}}, end],
-            "special_tokens": {END: {"id": END, "ids": [ids[END]], "tokens": [END]}},
+            "single": [text, closing],
+            "pair": [text, closing, {"Sequence": {"id": "B", "type_id": 0}}, closing],
+            "special_tokens": {end: {"id": end, "ids": [ids[end]], "tokens": [end]}},
         },
         "decoder": metaspace,
         "model": {

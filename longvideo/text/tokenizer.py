@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path, *, rows: int) -> Tokenizer:
 def tokenizer_of_sentencepiece(data: bytes, *, rows: int, name: str) -> Tokenizer:
     """Return the tokenizer of a SentencePiece model, as `load_tokenizer` does. name: of the model, for errors."""
     try:
-        values = tokenizer_json(data)
+        values = tokenizer_json(data, end=END)
     except TokenizerError as error:
         raise CheckpointError(f"{name} is not a usable SentencePiece model: {error}") from error
     return _checked_tokenizer(values, rows, name)

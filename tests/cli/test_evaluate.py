@@ -117,6 +117,8 @@ def test_continued_footage_is_judged(model_folder: Path, tmp_path: Path, capsys:
         (["--seconds", "1", "--shots", "3"], "at least 1.5"),
         (["--videos", "nowhere"], "nowhere"),
         (["--model", "no/such/model"], "no/such/model"),
+        (["--device", "cpu", "--text-encoder", "cuda"], "text_encoder is cuda, but the model runs on cpu"),
+        (["--text-encoder", "int8"], "int8"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(
