@@ -265,6 +265,7 @@ def _facts(name: str, pipeline: StreamingPipeline, formats: NumberFormats, repor
         "window_frames": models.spec.window_frames,
         "formats": asdict(formats),
         "decoder": models.decoder_label,
+        "adapters": models.adapters,
         **asdict(report),
         "denoise_fps": report.denoise_fps,
         "decode_fps": report.decode_fps,

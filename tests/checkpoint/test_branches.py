@@ -18,16 +18,17 @@ from longvideo.checkpoint.choices import adapter_choices
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.flow.unipc import UniPC
-from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision
+from longvideo.kernels.backends import AttentionPrecision, TransformerPrecision, norm_operations
 from longvideo.kernels.nvfp4 import reference
 from longvideo.model.cache import CACHES, CachePrecision
 from longvideo.model.conditioning import Conditioning
-from longvideo.model.transformer import CausalTransformer
+from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.quantization.branch import LowRankBranch
 from longvideo.quantization.convert import with_precision
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import InputPair
 from longvideo.rollout import CachedTransformer, Denoiser, rollout
+from longvideo.streaming.block import StreamingBlock
 from longvideo.streaming.transformer import StreamingTransformer
 from tests.golden import relative_error
 
@@ -198,6 +199,18 @@ def test_several_adapters_are_one_branch_of_a_layer(packed: Path, adapters: list
     assert ranks["blocks.1.self_attn.q"] == ranks["blocks.0.ffn.0"] == 7
     assert set(ranks.values()) == {4, 7} and KEPT not in ranks
     assert isinstance(model.get_submodule(KEPT), nn.Linear)
+
+
+def test_the_mean_of_values_is_projected_with_the_branch(packed: Path, adapters: list[str]) -> None:
+    """Attention in FP8 subtracts a mean from the values, and adds its projection after the output layer."""
+    folder = opened(packed, adapters)
+    block = loaded(folder, "nvfp4-weights").blocks[1]
+    assert isinstance(block, Block) and isinstance(layer := block.self_attn.o, NVFP4Linear)
+    mean_NK = torch.randn(block.self_attn.num_heads, folder.transformer_config.attention_head_dim)
+    streaming = StreamingBlock(block, norm_operations(torch.device("cpu")), eps=1e-6)
+    weight = reference.dequantize(layer.quantized_weight, torch.float32)
+    expected = (weight + sum(updates_of(folder)["blocks.1.self_attn.o"])) @ mean_NK.flatten()
+    torch.testing.assert_close(streaming.project_mean(mean_NK, torch.float32), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_cache", CACHES)

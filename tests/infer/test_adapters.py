@@ -113,13 +113,13 @@ def test_adapters_that_cannot_be_used_are_refused_before_the_output_is_created(
     assert "--adapter is an option of a model; use --model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
+@pytest.mark.parametrize(("precision", "offload"), [("fp32", False), ("nvfp4", False), ("nvfp4", True)])
 def test_set_adapters_gives_the_bits_of_a_new_pipeline_and_none_those_of_the_base(
-    model_folder: Path, adapter: Path, tmp_path: Path, precision: StoredPrecision
+    model_folder: Path, adapter: Path, tmp_path: Path, precision: StoredPrecision, offload: bool
 ) -> None:
     convert_model(ModelFolder.open(model_folder), tmp_path / "base", ConversionOptions(precision=precision))
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-    pipeline = StreamingPipeline.from_pretrained(tmp_path / "base", **cpu)
+    pipeline = StreamingPipeline.from_pretrained(tmp_path / "base", offload_weights=offload, **cpu)
     before = video(pipeline)
     pipeline.set_adapters([f"{adapter}:0.5", adapter])
     place = "/".join(adapter.parts[-2:])

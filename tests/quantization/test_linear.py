@@ -10,7 +10,7 @@ from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization import training
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import W4A16, EmulatedW4A4
+from longvideo.quantization.products import W4A4, W4A16, EmulatedW4A4, InputPair, Product
 from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 from tests.golden import relative_error
 
@@ -59,6 +59,28 @@ def test_the_gradient_of_the_input_is_that_of_the_dequantized_weight() -> None:
         x, grad = inputs().requires_grad_(), torch.randn(2, 20, 32)
         packed(x).backward(grad)
         torch.testing.assert_close(x.grad, grad @ reference.dequantize(packed.quantized_weight))
+
+
+@pytest.mark.parametrize("product", [W4A16(CPU), EmulatedW4A4(CPU)])
+def test_a_branch_adds_its_product_with_the_unrounded_input_and_its_gradient(product: Product) -> None:
+    packed, draws = NVFP4Linear.from_linear(linear()), torch.Generator().manual_seed(2)
+    packed.set_product(product)
+    x, grad = inputs().requires_grad_(), torch.randn(2, 20, 32, generator=draws)
+    plain = packed(x)
+    plain.backward(grad)
+    assert x.grad is not None
+    own_grad, x.grad = x.grad, None
+    down, up = torch.randn(3, 48, generator=draws), torch.randn(32, 3, generator=draws)
+    packed.add_branch(down, up)
+    result = packed(x)
+    result.backward(grad)
+    torch.testing.assert_close(result, plain + x @ (up @ down).T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(x.grad, own_grad + grad @ (up @ down), rtol=1e-5, atol=1e-4)
+    if isinstance(product, W4A4):
+        rounded = product.prepare(x.detach())
+        torch.testing.assert_close(packed(InputPair(rounded, x.detach())), result, rtol=0, atol=0)
+        with pytest.raises(AssertionError, match="needs the unrounded input"):
+            packed(rounded)
 
 
 def test_a_layer_without_a_product_cannot_be_run() -> None:
