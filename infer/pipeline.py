@@ -451,7 +451,7 @@ class StreamingPipeline:
         unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
         if not unknown:
             return None
-        words = ", ".join(repr(word) for word in unknown)
+        words = ", ".join(map(shown, unknown))
         return f"the model's vocabulary does not contain {words}; the video may show something else"
 
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:

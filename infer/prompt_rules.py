@@ -38,18 +38,18 @@ class PromptRules:
         several = len(script.shots) > 1
         for number, (shot, negative_prompt) in enumerate(zip(script.shots, script.negative_prompts, strict=True), 1):
             of_shot = f" of shot {number}" if several else ""
-            self._check_length(shot.prompt, f"the prompt{of_shot}", cut=True)
+            self._check_prompt(shot.prompt, f"the prompt{of_shot}")
             self._check_negative(negative_prompt, f"the negative prompt{of_shot}")
 
     def check_shot(self, shot: LiveShot) -> None:
         """Raise PromptError for a shot of a running video whose prompts cannot be used."""
         check_prompt(shot.prompt, "the prompt")
         check_negative_prompt(shot.negative_prompt, "the negative prompt")
-        self._check_length(shot.prompt, "the prompt", cut=True)
+        self._check_prompt(shot.prompt, "the prompt")
         self._check_negative(shot.negative_prompt, "the negative prompt")
 
-    def _check_length(self, prompt: str, name: str, *, cut: bool) -> None:
-        text = chunk_text(prompt, cut=cut, cut_prefix=self._settings.cut_prefix)
+    def _check_prompt(self, prompt: str, name: str) -> None:
+        text = chunk_text(prompt, cut=True, cut_prefix=self._settings.cut_prefix)
         tokens, most = self._tokens.num_tokens(text), self._settings.text_len
         if tokens > most:
             with_prefix = " with the words that announce a cut" if text != prompt else ""
@@ -65,6 +65,10 @@ class PromptRules:
             remedy = "this model runs without it" if own == 1 else f"the model's own is {own:g}"
             raise PromptError(
                 f"{name} has no effect without guidance, and guidance is 1; set guidance above 1 ({remedy}), or leave"
-                " the negative prompt out"
+                " the negative prompt out",
+                is_negative=True,
             )
-        self._check_length(text, name, cut=False)
+        tokens, most = self._tokens.num_tokens(text), self._settings.text_len
+        if tokens > most:
+            message = f"{name} has {tokens} tokens; expected at most {most}; shorten {shown_prompt(text)}"
+            raise PromptError(message, is_negative=True)

@@ -27,7 +27,11 @@ SCRIPT_KEYS = ("negative_prompt", "shots")
 
 
 class PromptError(UserError):
-    """A prompt, or a negative prompt, cannot be used."""
+    """A prompt cannot be used, or a negative prompt, if `is_negative`."""
+
+    def __init__(self, message: str, *, is_negative: bool = False) -> None:
+        super().__init__(message)
+        self.is_negative = is_negative
 
 
 @dataclass(frozen=True)
@@ -259,19 +263,14 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
 
 def check_prompt(prompt: str, name: str) -> None:
     """Raise PromptError for a prompt that is not text, is empty, or has half a character. name: start of the error."""
-    check_negative_prompt(prompt, name)
+    _check_words(prompt, name)
     if not prompt.strip():
         raise PromptError(f"{name} is empty; describe what the video shows")
 
 
 def check_negative_prompt(text: str, name: str) -> None:
-    """Raise PromptError for a negative prompt that is not text or holds half a character. name: start of the error."""
-    if not isinstance(text, str):
-        raise PromptError(f"{name} is {shown(text)}; expected text")
-    try:
-        check_text(text, name)
-    except UserError as error:
-        raise PromptError(str(error)) from error
+    """Raise PromptError for a negative prompt that is not text or has half a character. name: start of the error."""
+    _check_words(text, name, is_negative=True)
 
 
 def check_seconds(seconds: float, name: str) -> None:
@@ -282,6 +281,15 @@ def check_seconds(seconds: float, name: str) -> None:
     if not 0 < seconds <= MAX_SECONDS:
         length = shown(int(seconds)) if isinstance(seconds, Rational) else f"{float(seconds):g}"
         raise UserError(f"{name}: seconds is {length}; {expected}")
+
+
+def _check_words(text: str, name: str, *, is_negative: bool = False) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"{name} is {shown(text)}; expected text", is_negative=is_negative)
+    try:
+        check_text(text, name)
+    except UserError as error:
+        raise PromptError(str(error), is_negative=is_negative) from error
 
 
 def _read_shot(entry: object, where: str) -> ShotRequest:

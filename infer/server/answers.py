@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from longvideo.infer.script import Script, ShotRequest
 from longvideo.infer.server.job_store import Job, JobStatus
-from longvideo.infer.server.messages import Guidance, Seconds, Seed, Steps, check_prompt_length
+from longvideo.infer.server.messages import Guidance, Seconds, Seed, Steps
 from longvideo.infer.server.security import ID_PATTERN
 
 VideoId = Annotated[str, Field(pattern=ID_PATTERN)]
@@ -37,6 +38,7 @@ class ShotBody(_Body):
     prompt: Annotated[str, Field(min_length=1, pattern=r"\S")]
     seconds: Seconds
     cut: bool = True
+    negative_prompt: str | None = None
 
 
 class FileReference(_Body):
@@ -49,6 +51,7 @@ class _VideoBody(_Body):
     model: str | None = None
     size: str | None = None
     input_reference: FileReference | None = None
+    negative_prompt: str = ""
     seed: Seed = 0
     steps: Steps | None = None
     guidance: Guidance | None = None
@@ -60,10 +63,9 @@ class PromptVideo(_VideoBody):
     prompt: Annotated[str, Field(min_length=1, pattern=r"\S")]
     seconds: SecondsOrText = 8.0
 
-    def script(self, max_prompt: int) -> Script:
-        """Return the script. max_prompt: number of characters. Raises Refusal or UserError."""
-        check_prompt_length(self.prompt, max_prompt)
-        return Script.from_prompts(self.prompt, seconds=self.seconds)
+    def script(self) -> Script:
+        """Return the script. Raises UserError."""
+        return Script.from_prompts(self.prompt, seconds=self.seconds, negative_prompt=self.negative_prompt)
 
 
 class ShotsVideo(_VideoBody):
@@ -71,11 +73,10 @@ class ShotsVideo(_VideoBody):
 
     shots: Annotated[list[ShotBody], Field(min_length=1)]
 
-    def script(self, max_prompt: int) -> Script:
-        """Return the script. max_prompt: number of characters. Raises Refusal or UserError."""
-        for shot in self.shots:
-            check_prompt_length(shot.prompt, max_prompt)
-        return Script(tuple(ShotRequest(shot.prompt, shot.seconds, shot.cut) for shot in self.shots))
+    def script(self) -> Script:
+        """Return the script. Raises UserError."""
+        shots = (ShotRequest(shot.prompt, shot.seconds, shot.cut, shot.negative_prompt) for shot in self.shots)
+        return Script(tuple(shots), self.negative_prompt)
 
 
 class RemixVideo(_Body):
@@ -106,6 +107,7 @@ class ShotAnswer(BaseModel):
     prompt: str
     seconds: float
     cut: bool
+    negative_prompt: str | None
 
 
 class VideoAnswer(BaseModel):
@@ -120,6 +122,7 @@ class VideoAnswer(BaseModel):
     completed_at: int | None
     expires_at: None = None
     prompt: str
+    negative_prompt: str
     remixed_from_video_id: VideoId | None
     shots: list[ShotAnswer]
     seconds: str
@@ -132,7 +135,7 @@ class VideoAnswer(BaseModel):
 
     @classmethod
     def of(cls, job: Job, *, model: str, size: str, fps: int) -> VideoAnswer:
-        shots = [ShotAnswer(prompt=shot.prompt, seconds=shot.seconds, cut=shot.cut) for shot in job.shots]
+        shots = [ShotAnswer(**asdict(shot)) for shot in job.shots]
         return cls(
             id=job.id,
             model=model,
@@ -141,6 +144,7 @@ class VideoAnswer(BaseModel):
             created_at=job.created_at,
             completed_at=job.completed_at,
             prompt=shots[0].prompt,
+            negative_prompt=job.negative_prompt,
             remixed_from_video_id=job.remixed_from,
             shots=shots,
             seconds=f"{job.total_frames / fps:.3f}".rstrip("0").rstrip("."),

@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 from longvideo.errors import UserError
 from longvideo.files import write_bytes
 from longvideo.infer.footage import FootageReader
-from longvideo.infer.options import shown
+from longvideo.infer.options import SamplingOptions, shown
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.script import Script
+from longvideo.infer.script import PromptError, Script
 from longvideo.infer.server.answers import PromptVideo, RemixVideo, ShotsVideo
 from longvideo.infer.server.job_footage import check_footage, is_video
 from longvideo.infer.server.job_pictures import first_frame_png
@@ -23,7 +23,6 @@ from longvideo.infer.server.job_request import REFERENCE, FieldError, JobRequest
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
-from longvideo.infer.server.messages import Refusal
 from longvideo.infer.server.security import new_id
 
 
@@ -63,13 +62,19 @@ class JobAdmission:
             self._pipeline.plan(script, continues=has_footage).num_frames,
             has_picture=content is not None and not has_footage,
             has_footage=has_footage,
+            negative_prompt=script.negative_prompt,
         )
         return self._queue(job, self._first_frame(content) if content is not None and job.has_picture else content)
 
     def remix(self, source: Job, body: RemixVideo) -> Job:
         """Queue a video with another prompt, and the length, seed, beginning and options of an existing one."""
-        script = self._script(PromptVideo(prompt=body.prompt, seconds=Script(source.shots).seconds))
-        path = self._reference_path(source)
+        remix = PromptVideo(
+            prompt=body.prompt,
+            seconds=Script(source.shots).seconds,
+            negative_prompt=source.negative_prompt,
+            guidance=source.guidance,
+        )
+        script, path = self._script(remix), self._reference_path(source)
         try:
             content = None if path is None else path.read_bytes()
         except OSError as error:
@@ -80,13 +85,18 @@ class JobAdmission:
     def _script(self, body: PromptVideo | ShotsVideo) -> Script:
         limits = self._settings.limits
         try:
-            script = body.script(limits.prompt_length)
-        except Refusal as refusal:
-            raise UserError(str(refusal)) from refusal
-        if script.seconds > limits.job_seconds:
-            raise UserError(f"the video has {script.seconds:g} seconds; expected at most {limits.job_seconds:g}")
-        if len(script.shots) > limits.job_shots:
-            raise UserError(f"the video has {len(script.shots)} shots; expected at most {limits.job_shots}")
+            script = body.script()
+            if script.seconds > limits.job_seconds:
+                raise UserError(f"the video has {script.seconds:g} seconds; expected at most {limits.job_seconds:g}")
+            if len(script.shots) > limits.job_shots:
+                raise UserError(f"the video has {len(script.shots)} shots; expected at most {limits.job_shots}")
+            for text in script.texts:  # a body with a file may be large, and counting tokens takes time
+                if (size := len(text.encode())) > limits.message_bytes:
+                    raise PromptError(f"a prompt has {size} bytes; expected at most {limits.message_bytes}")
+            self._pipeline.prompt_rules(SamplingOptions(guidance=body.guidance)).check_script(script)
+        except PromptError as error:
+            field = "shots" if isinstance(body, ShotsVideo) else "negative_prompt" if error.is_negative else "prompt"
+            raise FieldError(field, str(error)) from error
         return script
 
     def _reference_path(self, job: Job) -> Path | None:

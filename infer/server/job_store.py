@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -43,6 +43,7 @@ LATER_COLUMNS = {
     "has_footage": FLAG,
     "remixed_from": "TEXT",
     "adapters": "TEXT",
+    "negative_prompt": "TEXT NOT NULL DEFAULT ''",
 }
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Job:
     has_picture: whether the first frame is given, as a file of the server.
     has_footage: whether it continues a video, which is a file of the server.
     remixed_from: id of the job whose settings it repeats with another prompt, or None.
+    negative_prompt: that of shots that state none.
     """
 
     id: str
@@ -78,6 +80,7 @@ class Job:
     has_footage: bool = False
     remixed_from: str | None = None
     adapters: tuple[str, ...] | None = None
+    negative_prompt: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -135,7 +138,7 @@ class JobStore:
         values = {
             "id": job.id,
             "status": job.status,
-            "shots": json.dumps([[shot.prompt, shot.seconds, shot.cut] for shot in job.shots]),
+            "shots": json.dumps([astuple(shot) for shot in job.shots]),
             "seed": job.seed,
             "steps": job.steps,
             "guidance": job.guidance,
@@ -144,6 +147,7 @@ class JobStore:
             "has_picture": job.has_picture,
             "has_footage": job.has_footage,
             "remixed_from": job.remixed_from,
+            "negative_prompt": job.negative_prompt,
         }
         query = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})"
         with self._lock:

@@ -83,7 +83,7 @@ class JobWorker:
         models = self._pipeline.models
         self._store.set_models(job.id, decoder=models.decoder_label, adapters=models.adapters)
         chunks = self._pipeline.stream(
-            Script(job.shots),
+            Script(job.shots, job.negative_prompt),
             steps=job.steps,
             guidance=job.guidance,
             seed=job.seed,

@@ -11,11 +11,10 @@ class Limits:
     """Limits on what clients request and on how long they take.
 
     sessions: number of live streams at the same time.
-    message_bytes: size of a WebSocket message and of the body of a request.
+    message_bytes: size of a WebSocket message, of the body of a request, and of a prompt in a larger body.
     upload_bytes: size of the body of a request with a picture or a video.
     footage_seconds: length of a video that a job continues.
     parallel_uploads: number of requests with bodies above `message_bytes` at the same time.
-    prompt_length: number of characters in a prompt.
     head_seconds: time for a client to send the head of a request.
     body_seconds: time for a client to send the body of a request; fast bodies may take longer, see `connections`.
     send_seconds: time without progress after which the connection of an unread answer is closed.
@@ -40,7 +39,6 @@ class Limits:
     upload_bytes: int = 32 * 2**20
     footage_seconds: float = 120.0
     parallel_uploads: int = 8
-    prompt_length: int = 1000
     head_seconds: float = 10.0
     body_seconds: float = 10.0
     send_seconds: float = 30.0

@@ -33,6 +33,7 @@ from longvideo.infer.server.messages import (
     Stop,
     error_text,
     message_text,
+    refusal_of,
 )
 from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.outbox import Outbox, Outgoing
@@ -116,10 +117,11 @@ class LiveVideo:
     @act.register
     def _(self, message: SetPrompt) -> None:
         try:
-            receipt = self._current_session().set_prompt(message.prompt, message.mode)
+            session, negative_prompt = self._current_session(), message.negative_prompt
+            receipt = session.set_prompt(message.prompt, message.mode, negative_prompt=negative_prompt)
         except UserError as error:
-            raise Refusal("too_late", str(error)) from error
-        self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
+            raise refusal_of(error, "too_late") from error
+        self._answer(message, receipt)
 
     @act.register
     def _(self, message: AddShot) -> None:
@@ -127,23 +129,27 @@ class LiveVideo:
         if len(self._current_session().shots) >= max_shots:
             raise Refusal("bad_message", f"the video already has {max_shots} shots, the maximum")
         try:
-            receipt = self._current_session().add_shot(message.prompt, chunk=message.chunk, mode=message.mode)
+            receipt = self._current_session().add_shot(
+                message.prompt, chunk=message.chunk, mode=message.mode, negative_prompt=message.negative_prompt
+            )
         except UserError as error:
             code: ErrorCode = "bad_chunk" if self._is_after_the_end(message.chunk) else "too_late"
-            raise Refusal(code, str(error)) from error
-        self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
+            raise refusal_of(error, code) from error
+        self._answer(message, receipt)
 
     @act.register
     def _(self, message: Seek) -> None:
         try:
-            receipt = self._current_session().seek(message.chunk, prompt=message.prompt, mode=message.mode)
+            receipt = self._current_session().seek(
+                message.chunk, prompt=message.prompt, mode=message.mode, negative_prompt=message.negative_prompt
+            )
         except UserError as error:
-            raise Refusal("bad_chunk", str(error)) from error
+            raise refusal_of(error, "bad_chunk") from error
         with self._lock:
             self._played = min(self._played, self._seconds_at(message.chunk))
             self._generated = min(self._generated, self._seconds_at(message.chunk))
             self._pace()
-        self._answer(message, receipt, prompt=message.prompt, mode=message.mode)
+        self._answer(message, receipt)
 
     @act.register
     def _(self, _message: Pause) -> None:
@@ -181,18 +187,18 @@ class LiveVideo:
             raise Refusal("too_late", "the video has ended")
         return self._session
 
-    def _answer(self, message: SetPrompt | AddShot | Seek, receipt: Receipt, *, prompt: str | None, mode: str) -> None:
+    def _answer(self, message: SetPrompt | AddShot | Seek, receipt: Receipt) -> None:
         self._send(
             "receipt",
             action=message.type,
-            prompt=prompt,
-            mode=mode,
+            prompt=message.prompt,
+            negative_prompt=message.negative_prompt,
+            mode=message.mode,
             accepted_at=receipt.accepted_at,
             effective_at=receipt.effective_at,
             effective_seconds=self._seconds_at(receipt.effective_at),
         )
-        if prompt is not None:
-            self._warn_unknown_words(prompt)
+        self._warn_unknown_words(message.prompt or "", message.negative_prompt or "")
 
     def _run(self) -> None:
         ending: Ending = "internal"
@@ -259,7 +265,7 @@ class LiveVideo:
             **record.model_dump(),
         )
         self.outbox.put(Outgoing(ready, video.init))
-        self._warn_unknown_words(record.prompt)
+        self._warn_unknown_words(record.prompt, record.negative_prompt)
 
     def _save(self, session: Session, record: StreamRecord) -> None:
         try:
@@ -288,12 +294,14 @@ class LiveVideo:
                 steps=first.steps,
                 guidance=first.guidance,
                 seed=first.seed,
+                negative_prompt=first.negative_prompt,
             )
         except UserError as error:
-            raise Refusal("bad_message", str(error)) from error
+            raise refusal_of(error, "bad_message") from error
         record = StreamRecord(
             model=self._settings.model,
             prompt=first.prompt,
+            negative_prompt=first.negative_prompt,
             seed=first.seed,
             steps=settings.steps if first.steps is None else first.steps,
             guidance=settings.guidance if first.guidance is None else first.guidance,
@@ -348,6 +356,7 @@ class LiveVideo:
             frames=chunk.frames.shape[1],
             bytes=len(data),
             prompt=chunk.step.prompts[0],
+            negative_prompt=chunk.step.negative_prompts[0],
             cut=chunk.step.cut,
             made_in=round(chunk.seconds, 4),
             fps=round(fps, 2),
@@ -374,8 +383,8 @@ class LiveVideo:
         download = f"/v1/streams/{self.name}/content"
         self._send("end", chunks=chunks, frames=frames, seconds=seconds, download=download)
 
-    def _warn_unknown_words(self, prompt: str) -> None:
-        if message := self._pipeline.unknown_words_warning([prompt]):
+    def _warn_unknown_words(self, *texts: str) -> None:
+        if message := self._pipeline.unknown_words_warning(texts):
             self._send("warning", message=message)
 
     def _send(self, kind: str, **fields: Any) -> None:

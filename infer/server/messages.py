@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from longvideo.errors import UserError
 from longvideo.infer.options import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
-from longvideo.infer.script import MAX_SECONDS, check_prompt
+from longvideo.infer.script import MAX_SECONDS, PromptError, check_negative_prompt, check_prompt
 from longvideo.infer.server.security import ID_PATTERN
 from longvideo.infer.timeline import SwitchMode
+
+if TYPE_CHECKING:
+    from longvideo.errors import UserError
 
 MAX_CHUNK = 10**6
 MAX_LEAD = 3600.0
@@ -45,6 +47,11 @@ class Refusal(Exception):
         self.code: ErrorCode = code
 
 
+def refusal_of(error: UserError, code: ErrorCode) -> Refusal:
+    """Return the refusal of a message. code: that of errors that are not about its prompts."""
+    return Refusal("bad_prompt" if isinstance(error, PromptError) else code, str(error))
+
+
 class ClientMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -57,6 +64,7 @@ class _FirstMessage(ClientMessage):
 class Start(_FirstMessage):
     type: Literal["start"]
     prompt: str
+    negative_prompt: str = ""
     seed: Seed = 0
     steps: Steps | None = None
     guidance: Guidance | None = None
@@ -72,6 +80,7 @@ class SetPrompt(ClientMessage):
     type: Literal["set_prompt"]
     prompt: str
     mode: SwitchMode = "cut"
+    negative_prompt: str | None = None
 
 
 class AddShot(ClientMessage):
@@ -79,6 +88,7 @@ class AddShot(ClientMessage):
     prompt: str
     chunk: Chunk
     mode: SwitchMode = "cut"
+    negative_prompt: str | None = None
 
 
 class Seek(ClientMessage):
@@ -86,6 +96,7 @@ class Seek(ClientMessage):
     chunk: Chunk
     prompt: str | None = None
     mode: SwitchMode = "cut"
+    negative_prompt: str | None = None
 
 
 class Pause(ClientMessage):
@@ -112,8 +123,11 @@ _MESSAGES: TypeAdapter[FirstMessage | LaterMessage] = TypeAdapter(
 )
 
 
-def read_message(text: str | None, *, max_bytes: int, max_prompt: int) -> FirstMessage | LaterMessage:
-    """Parse and check a message. text: JSON, or None for a binary message. Raises Refusal (bad_message, bad_prompt)."""
+def read_message(text: str | None, *, max_bytes: int) -> FirstMessage | LaterMessage:
+    """Parse and check a message. text: JSON, or None for a binary message. Raises Refusal (bad_message, bad_prompt).
+
+    What a prompt must meet for the model, such as its number of tokens, is checked by `PromptRules`.
+    """
     if text is None:
         raise Refusal("bad_message", "the message is binary; send JSON as text")
     if (size := len(text.encode("utf-8", "replace"))) > max_bytes:
@@ -122,19 +136,14 @@ def read_message(text: str | None, *, max_bytes: int, max_prompt: int) -> FirstM
         message = _MESSAGES.validate_json(text)
     except ValidationError as error:
         raise Refusal("bad_message", first_reason(error.errors(include_url=False, include_input=False))) from error
-    if (prompt := getattr(message, "prompt", None)) is not None:
-        check_prompt_length(prompt, max_prompt)
-    return message
-
-
-def check_prompt_length(prompt: str, max_length: int) -> None:
-    """Raise Refusal (bad_prompt) for a prompt that is empty or has more than `max_length` characters."""
-    if len(prompt) > max_length:
-        raise Refusal("bad_prompt", f"the prompt has {len(prompt)} characters; expected at most {max_length}")
     try:
-        check_prompt(prompt, "the prompt")
-    except UserError as error:
+        if (prompt := getattr(message, "prompt", None)) is not None:
+            check_prompt(prompt, "the prompt")
+        if (negative_prompt := getattr(message, "negative_prompt", None)) is not None:
+            check_negative_prompt(negative_prompt, "the negative prompt")
+    except PromptError as error:
         raise Refusal("bad_prompt", str(error)) from error
+    return message
 
 
 def first_reason(errors: Any) -> str:

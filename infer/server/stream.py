@@ -179,7 +179,7 @@ async def _first_message(client: ClientSocket, settings: ServerSettings) -> Firs
     except asyncio.TimeoutError:  # not yet TimeoutError in Python 3.10
         message = f"no message arrived within {limits.first_message_seconds:g} s; send start or continue"
         raise Refusal("bad_message", message) from None
-    message = read_message(text, max_bytes=limits.message_bytes, max_prompt=limits.prompt_length)
+    message = read_message(text, max_bytes=limits.message_bytes)
     if not isinstance(message, FirstMessage):
         raise Refusal("bad_message", f"the first message is {message.type}; expected start or continue")
     if isinstance(message, Start) and message.seconds is not None and message.seconds > limits.stream_seconds:
@@ -195,7 +195,7 @@ async def _read_all(client: ClientSocket, video: LiveVideo, settings: ServerSett
         await video.opened.wait()
         await video.outbox.wait_for_fewer(limits.waiting_messages)
         try:
-            message = read_message(text, max_bytes=limits.message_bytes, max_prompt=limits.prompt_length)
+            message = read_message(text, max_bytes=limits.message_bytes)
             await asyncio.to_thread(video.act, message)
         except Refusal as refusal:
             video.outbox.put(Outgoing(error_text(refusal.code, str(refusal))))

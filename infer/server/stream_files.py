@@ -19,6 +19,7 @@ class StreamRecord(BaseModel):
 
     model: str
     prompt: str
+    negative_prompt: str = ""
     seed: int
     steps: int
     guidance: float

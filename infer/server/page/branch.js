@@ -3,7 +3,7 @@
 import { $ } from "./elements.js";
 import { moment } from "./format.js";
 
-/** Events: `branch` with {chunk, prompt} (the prompt of the chunk, or a new one). */
+/** Events: `branch` with {chunk, prompt}; the prompt is null to continue with that of the chunk. */
 export class BranchPanel extends EventTarget {
   constructor(timeline, composer) {
     super();
@@ -51,6 +51,6 @@ export class BranchPanel extends EventTarget {
   _branch(prompt) {
     const chunk = this._chunk;
     this.close();
-    this.dispatchEvent(new CustomEvent("branch", { detail: { chunk, prompt: prompt ?? chunk.prompt } }));
+    this.dispatchEvent(new CustomEvent("branch", { detail: { chunk, prompt } }));
   }
 }

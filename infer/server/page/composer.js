@@ -33,6 +33,11 @@ export class Composer extends EventTarget {
     return prompt;
   }
 
+  /** The negative prompt as a field of the protocol's messages; none where the model runs without guidance. */
+  get negative() {
+    return $("negative-field").hidden ? {} : { negative_prompt: $("negative-prompt").value.trim() };
+  }
+
   /** The mode of a prompt change: "cut", "keep" or "recache". */
   get mode() {
     return document.querySelector("input[name=mode]:checked").value;

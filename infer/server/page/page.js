@@ -103,9 +103,9 @@ class Page {
     if (!prompt) return;
     if (!this.isLive) return this.start(prompt);
     this.notices.drop("warning");
-    const { mode, startChunk } = this.composer;
-    if (startChunk === null) this.stream.send({ type: "set_prompt", prompt, mode });
-    else this.stream.send({ type: "add_shot", prompt, mode, chunk: startChunk });
+    const { mode, startChunk, negative } = this.composer;
+    if (startChunk === null) this.stream.send({ type: "set_prompt", prompt, mode, ...negative });
+    else this.stream.send({ type: "add_shot", prompt, mode, chunk: startChunk, ...negative });
     this.composer.clearStartTime();
   }
 
@@ -120,7 +120,7 @@ class Page {
     this.follow(this.stream);
     this.setState("connecting", "Starting");
     this.showStageText("Generating the first chunk …");
-    this.stream.start({ prompt, ...this.composer.settings });
+    this.stream.start({ prompt, ...this.composer.negative, ...this.composer.settings });
   }
 
   togglePause() {
@@ -143,7 +143,7 @@ class Page {
   }
 
   branch({ chunk, prompt }) {
-    const change = prompt === chunk.prompt ? {} : { prompt, mode: this.composer.mode };
+    const change = prompt === null ? {} : { prompt, mode: this.composer.mode, ...this.composer.negative };
     this.stream.send({ type: "seek", chunk: chunk.chunk, ...change });
     if (this.state === "paused") this.togglePause();
     this.showStatus(`Branching at chunk ${chunk.chunk}`);

@@ -36,7 +36,7 @@ export class Server extends EventTarget {
   }
 
   _show() {
-    const { model, width, height, fps, steps, decoder, adapters, needs_token, max_seconds, examples } = this.description;
+    const { model, width, height, fps, steps, guidance, decoder, adapters, needs_token, max_seconds, examples } = this.description;
     $("model").textContent = `${model} · ${width} × ${height} · ${fps} frames per second`;
     $("model").title = [`decoded by ${decoder}`, ...(adapters ?? []).map((one) => `adapter ${one}`)].join(", ");
     $("stage").style.setProperty("--ratio", `${width} / ${height}`);
@@ -47,6 +47,7 @@ export class Server extends EventTarget {
       $("seconds-help").textContent = `Leave the length empty to generate until you stop, at most ${limit}.`;
     }
     $("token-field").hidden = !needs_token;
+    $("negative-field").hidden = guidance === 1;
     const items = (examples ?? []).map((prompt) => example(prompt));
     $("example-list").replaceChildren(...items);
     $("examples").hidden = !items.length;

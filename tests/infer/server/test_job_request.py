@@ -64,6 +64,7 @@ def test_json_and_forms_create_the_same_job(serve: Serve) -> None:
 
 def test_shots_of_a_form_are_json(serve: Serve) -> None:
     shots = [{"prompt": PROMPT, "seconds": 2, "cut": True}, {"prompt": "a blue square", "seconds": 3, "cut": False}]
+    shots = [{**shot, "negative_prompt": None} for shot in shots]
     with serve().http() as http:
         assert http.post("/v1/videos", data={"shots": json.dumps(shots)}).json()["shots"] == shots
         refused = http.post("/v1/videos", data={"shots[][prompt]": PROMPT})

@@ -70,8 +70,43 @@ def test_shots_follow_each_other(serve: Serve) -> None:
     shots = [{"prompt": PROMPT, "seconds": 2}, {"prompt": "a blue square spins", "seconds": 3, "cut": False}]
     with serve().http() as http:
         job = http.post("/v1/videos", json={"shots": shots}).json()
-        assert job["shots"] == [{**shots[0], "cut": True}, shots[1]] and job["prompt"] == PROMPT
+        assert job["shots"] == [{"cut": True, "negative_prompt": None, **shot} for shot in shots]
+        assert job["prompt"] == PROMPT
         assert wait_for(http, job, *OVER)["frames"] == 120
+
+
+def test_a_job_leads_away_from_its_negative_prompts(serve: Serve) -> None:
+    own = {"prompt": PROMPT, "seconds": 2, "negative_prompt": "a square"}
+    with serve().http() as http:
+        job = create(http, seconds=1, guidance=3, negative_prompt="night")
+        assert job["negative_prompt"] == "night" and job["shots"][0]["negative_prompt"] is None
+        remix = http.post(f"/v1/videos/{job['id']}/remix", json={"prompt": "a blue ball"}).json()
+        assert (remix["prompt"], remix["negative_prompt"]) == ("a blue ball", "night")
+        shots = http.post("/v1/videos", json={"shots": [own], "guidance": 3}).json()
+        assert (shots["negative_prompt"], shots["shots"][0]["negative_prompt"]) == ("", "a square")
+        plain = create(http, seconds=1, guidance=3)
+        assert {wait_for(http, one, *OVER)["status"] for one in (job, remix, shots, plain)} == {"completed"}
+        videos = [http.get(f"/v1/videos/{one['id']}/content").content for one in (job, plain)]
+        assert videos[0] != videos[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": "ball " * 40}, "prompt", "the prompt has 41 tokens; expected at most 32"),
+        ({"prompt": PROMPT, "negative_prompt": "a"}, "negative_prompt", "guidance is 1; set guidance above 1"),
+        ({"shots": [{"prompt": "ball " * 40, "seconds": 2}]}, "shots", "the prompt has 41 tokens"),
+        ({"shots": [{"prompt": PROMPT, "seconds": 2, "negative_prompt": "a"}]}, "shots", "guidance is 1"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_are_refused_with_their_field(
+    fields: dict[str, Any], param: str, message: str, serve: Serve
+) -> None:
+    with serve().http() as http:
+        answer = http.post("/v1/videos", json=fields)
+        error = answer.json()["error"]
+        assert answer.status_code == 422 and message in error["message"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
 
 
 def test_progress_rises_and_a_cancel_ends_the_job(serve: Serve) -> None:
@@ -176,6 +211,7 @@ def test_a_list_of_an_earlier_version_opens(tmp_path: Path) -> None:
     stored = store.get(job.id)
     assert stored is not None and (stored.decoder, stored.shots) == ("TAEW2.2 in bf16", job.shots)
     assert (stored.has_picture, stored.remixed_from, stored.adapters) == (False, None, ("style:0.5",))
+    assert stored.negative_prompt == ""
     store.close()
 
 
@@ -212,7 +248,7 @@ def test_a_job_with_a_damaged_file_keeps_none(serve: Serve, tmp_path: Path) -> N
         b'{"prompt": "a", "model": "other"}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "a", "\\ud800": 1}',
-        b'{"prompt": "' + b"a" * 1001 + b'"}',
+        b'{"prompt": "' + b"a " * 40 + b'"}',
         b'{"shots": [{"prompt": "a", "seconds": 0.1}, {"prompt": "b", "seconds": 0.1}]}',
         b"\xff\xfe",
         b"[" * 20_000,

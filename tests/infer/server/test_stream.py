@@ -322,6 +322,37 @@ BAD = {
 }
 
 
+def test_a_negative_prompt_is_kept_until_another_one_is_sent(serve: Serve) -> None:
+    client = serve().connect()
+    ready = client.start(lead_seconds=0, guidance=2.5, negative_prompt="a square")
+    assert ready["negative_prompt"] == "a square"
+    client.send("set_prompt", prompt="a blue ball", mode="keep")
+    receipt = client.receive_until("receipt")[-1]
+    assert (receipt["prompt"], receipt["negative_prompt"]) == ("a blue ball", None)
+    client.send("add_shot", prompt="a red ball", chunk=receipt["effective_at"] + 1, mode="keep", negative_prompt="")
+    assert client.receive_until("receipt")[-1]["negative_prompt"] == ""
+    client.send("played", seconds=600)
+    messages = client.receive_until("chunk", chunk=receipt["effective_at"] + 1)
+    texts = {(one["prompt"], one["negative_prompt"]) for one in messages if one["type"] == "chunk"}
+    assert ("a blue ball", "a square") in texts and ("a red ball", "") in texts
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "ball " * 40}, "the prompt has 41 tokens; expected at most 32"),
+        ({"negative_prompt": "a square"}, "guidance is 1; set guidance above 1 (this model runs without it)"),
+        ({"negative_prompt": "ball " * 40, "guidance": 2}, "the negative prompt has 41 tokens"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_start_no_stream(fields: dict[str, Any], message: str, serve: Serve) -> None:
+    client = serve().connect()
+    client.send("start", **{"prompt": "a red ball", **fields})
+    error = client.receive_until("error")[-1]
+    assert error["code"] == "bad_prompt" and message in error["message"]
+    assert closed_with(client) == 1008
+
+
 def test_malformed_messages_are_answered_and_the_stream_continues(serve: Serve) -> None:
     client = serve().connect()
     client.start(lead_seconds=0)
@@ -330,9 +361,20 @@ def test_malformed_messages_are_answered_and_the_stream_continues(serve: Serve) 
             client.socket.send(text)
             *_, error = client.receive_until("error")
             assert error["code"] == "bad_message" and len(error["message"]) < 500
-    for prompt in ("", "  ", "a" * 1001):
-        client.send("set_prompt", prompt=prompt)
-        assert client.receive_until("error")[-1]["code"] == "bad_prompt"
+    too_long, guided = "the prompt has 41 tokens; expected at most 32", "guidance is 1; set guidance above 1"
+    for fields, message in (
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": "ball " * 40}, too_long),
+        ({"prompt": "a red ball", "negative_prompt": "a square"}, guided),
+    ):
+        client.send("set_prompt", **fields)
+        error = client.receive_until("error")[-1]
+        assert error["code"] == "bad_prompt" and message in error["message"]
+    client.send("add_shot", chunk=900, prompt="ball " * 40)
+    assert too_long in client.receive_until("error")[-1]["message"]
+    client.send("seek", chunk=0, prompt="a red ball", negative_prompt="a square")
+    assert guided in client.receive_until("error")[-1]["message"]
     client.send("seek", chunk=1000)
     assert client.receive_until("error")[-1]["code"] == "bad_chunk"
     client.send("add_shot", chunk=0, prompt="a red ball")
