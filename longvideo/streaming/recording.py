@@ -26,9 +26,11 @@ class GraphRecorder:
     def record(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """Return the graph of a pass, and the result that each replay overwrites.
 
-        run: the pass. It must have run before, so that libraries have chosen kernels and Triton has compiled.
+        run: the pass. It must have run before, so that libraries have chosen kernels and Triton has compiled. The host
+            waits for what ran on `stream`.
         """
         graph = torch.cuda.CUDAGraph()
+        self.stream.synchronize()  # what ran on it before, with its exchanges between ranks
         torch.cuda.empty_cache()  # graphs have memory of their own, and torch frees none while it records
         with torch.cuda.stream(self.stream):
             # not torch.cuda.graph, which waits for the whole device, where another thread may be recording as well;
