@@ -27,18 +27,6 @@ FootageSource: TypeAlias = "Path | str | np.ndarray | Tensor"
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a video begins with, encoded; by default nothing.
-
-    first_latent: [1, C, 1, H, W], latent of a given first frame. footage: latents of the chunks that the video
-    continues, [1, C, T, H, W] each, float32, in host memory.
-    """
-
-    first_latent: Tensor | None = None
-    footage: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
 class FootageReader:
     """Reads the end of footage, as much as a model attends to.
 

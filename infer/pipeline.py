@@ -7,7 +7,7 @@ import warnings
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.batch import batch_scripts
+from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.footage import Beginning, FootageReader, FootageSource
-from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs, encode_first_frame
+from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
-from longvideo.infer.options import SamplingOptions, check_beginning, check_path, shown, whole_number
+from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
 from longvideo.infer.prompt_rules import PromptRules
-from longvideo.infer.reconstruction import reconstruction_warning
 from longvideo.infer.script import (
     ChunkPlan,
     ChunkTiming,
@@ -47,10 +46,10 @@ from longvideo.rollout import branches
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from PIL.Image import Image
+    from longvideo.infer.beginning import Beginning, FirstPicture
+    from longvideo.infer.footage import FootageSource
 
 MAX_HISTORY_CHUNKS = 2**31
-FirstPicture: TypeAlias = "Path | str | np.ndarray | Tensor | Image"
 
 __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
@@ -224,7 +223,8 @@ class StreamingPipeline:
         options = SamplingOptions(steps, guidance, seed)
         self.prompt_rules(options).check_script(script)
         self._warn_unknown_words(script.texts)
-        return _frames_only(self._video(script, options, self.beginning(image, video, video_seconds)))
+        beginning = BeginningChoice(image, video, video_seconds).encode(self.models)
+        return _frames_only(self._video(script, options, beginning))
 
     def stream_chunks(
         self,
@@ -248,7 +248,7 @@ class StreamingPipeline:
         options = SamplingOptions(steps, guidance, seed)
         self.prompt_rules(options).check_script(script)
         self._warn_unknown_words(script.texts)
-        return self._video(script, options, self.beginning(image, video, video_seconds))
+        return self._video(script, options, BeginningChoice(image, video, video_seconds).encode(self.models))
 
     def session(
         self,
@@ -276,7 +276,7 @@ class StreamingPipeline:
             check_seconds(seconds, "the video")
         sampling, shot = SamplingOptions(steps, guidance, seed), LiveShot(prompt, negative_prompt=negative_prompt)
         self.prompt_rules(sampling).check_shot(shot)
-        beginning = self.beginning(image, video, video_seconds)
+        beginning = BeginningChoice(image, video, video_seconds).encode(self.models)
         footage = beginning.footage
         footage_frames = self.chunk_timing.start(len(footage))
         options = SessionOptions(
@@ -409,38 +409,6 @@ class StreamingPipeline:
     def warm_up(self) -> None:
         """Prepare the first video with the model's own guidance, so that it does not wait for compilation."""
         self.stages.release(self.stages.acquire(batch=1, copies=branches(self.models.settings.guidance)))
-
-    def first_latent(self, image: FirstPicture | None) -> Tensor | None:
-        """Return the latent of a first picture, as `VideoInputs` needs it; None for None. image: as in `stream`.
-
-        Warns (UserWarning) about a picture that the model's autoencoder cannot hold.
-        """
-        if image is None:
-            return None
-        from longvideo.data.pictures import as_picture
-
-        size = (self.models.settings.height, self.models.settings.width)
-        pixels_HWC = as_picture(image, size=size)
-        latent = encode_first_frame(self.models, pixels_HWC)
-        if message := reconstruction_warning(self.models, pixels_HWC[None], latent, name="the picture"):
-            warnings.warn(message, UserWarning, stacklevel=4)
-        return latent
-
-    def beginning(
-        self, image: FirstPicture | None, video: FootageSource | None, video_seconds: float | None
-    ) -> Beginning:
-        """Encode what a video begins with. Arguments and errors are those of `stream`."""
-        check_beginning(image, video, video_seconds)
-        if video is None:
-            return Beginning(self.first_latent(image))
-        models = self.models
-        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
-        frames_THWC = reader.read(video, seconds=video_seconds)
-        latents = models.encoder.encode(frames_THWC).cpu()
-        # the first frame, which is the first latent frame: a whole clip would take the memory of a whole decoding
-        if message := reconstruction_warning(models, frames_THWC[:1], latents[:, :, :1], name="the video"):
-            warnings.warn(message, UserWarning, stacklevel=3)
-        return Beginning(footage=latents.split(models.spec.chunk_frames, dim=2))
 
     def prompt_rules(self, options: SamplingOptions) -> PromptRules:
         """Return the rules for the prompts of a video."""

@@ -96,10 +96,11 @@ def _continue_footage(
     from longvideo.evaluation.extension import judge_extension
     from longvideo.evaluation.shapeworld import FPS
     from longvideo.evaluation.sheet import spaced_indices
+    from longvideo.infer.beginning import BeginningChoice
 
     models, footage = pipeline.models, task.footage()
     frames = np.concatenate(list(pipeline.stream(task.prompt, seconds=seconds, seed=task.seed, video=footage)))
-    context = torch.cat(pipeline.beginning(None, footage, None).footage, dim=2)
+    context = torch.cat(BeginningChoice(video=footage).encode(pipeline.models).footage, dim=2)
     with torch.inference_mode():
         decoded = models.decoder.plain(context.to(models.decoder.device))[0].cpu().numpy()
     size = (models.settings.height, models.settings.width)

@@ -29,6 +29,7 @@ from longvideo.checkpoint.settings import BOUNDS, ModelSettings
 from longvideo.config.bounds import check_whole
 from longvideo.errors import UserError
 from longvideo.files import write_json
+from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import VideoInputs
 from longvideo.infer.loading import load_models
@@ -242,7 +243,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             solver=ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents),
             guidance=self._guidance_scale,
             generators=generators,
-            first_latent=streaming.first_latent(call.image),
+            first_latent=BeginningChoice(call.image).encode(streaming.models).first_latent,
         )
         scale = streaming.models.decoder.config.scale_factor_temporal
         return frames_of(streaming.generate(inputs), call.output_type, progress, temporal_scale=scale)

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from longvideo.errors import UserError, known
+from longvideo.infer.beginning import FirstPicture
 from longvideo.infer.frame_files import WHITE
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
-from longvideo.infer.pipeline import FirstPicture
 from longvideo.infer.script import MAX_SECONDS, Script, check_prompt
 
 if TYPE_CHECKING:

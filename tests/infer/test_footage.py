@@ -16,6 +16,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.data.clips import ChunkFrames, ClipSpec, plan_clips, read_clip
 from longvideo.data.encoding import encode_clip
 from longvideo.errors import CheckpointError, UserError
+from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.encode import FrameEncoder
 from longvideo.infer.footage import FootageReader
 from longvideo.infer.generation import GeneratedChunk
@@ -104,7 +105,7 @@ def test_footage_prompt_and_seed_change_the_video(pipeline: StreamingPipeline, f
 
 def test_the_decoder_continues_after_the_footage(pipeline: StreamingPipeline, footage: Tensor) -> None:
     chunks = list(pipeline.stream_chunks(PROMPT, seconds=2, video=footage))
-    context = pipeline.beginning(None, footage, None).footage
+    context = BeginningChoice(video=footage).encode(pipeline.models).footage
     whole = torch.cat([*context, *latents_of(chunks).values()], dim=2)
     expected = pipeline.models.decoder.plain(whole)[0, TWO_CHUNKS : TWO_CHUNKS + 48].numpy()
     result = np.concatenate([chunk.frames[0] for chunk in chunks])
@@ -117,7 +118,7 @@ def test_latents_are_those_of_encoded_data(pipeline: StreamingPipeline, model_fo
     clip = read_clip(reference, size=(HEIGHT, WIDTH))
     autoencoder = ModelFolder.open(model_folder).load_vae(dtype=torch.float32)
     expected_TCHW = encode_clip(autoencoder, clip.frames, chunks=ChunkFrames(), precision="fp32")
-    context = pipeline.beginning(None, entry.video, None).footage
+    context = BeginningChoice(video=entry.video).encode(pipeline.models).footage
     assert [latents.shape[2] for latents in context] == [8, 8]
     assert torch.equal(torch.cat(context, dim=2)[0].transpose(0, 1).bfloat16(), expected_TCHW)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.reconstruction import LEAST_PSNR, reconstruction_psnr, reconstruction_warning
 from longvideo.pixels import to_uint8
@@ -53,7 +54,7 @@ def warned(pixels_HWC: Tensor) -> list[str]:
     """Return the warnings of a picture's first latent."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tiny().first_latent(pixels_HWC)
+        BeginningChoice(pixels_HWC).encode(tiny().models)
     return [str(warning.message) for warning in caught]
 
 
