@@ -171,11 +171,11 @@ def serve(pipeline: StreamingPipeline, tmp_path: Path) -> Iterator[Serve]:
 
 
 class ServerProcess:
-    """`longvideo serve` with tiny on the CPU, in a process of its own."""
+    """`longvideo serve` on the CPU, in a process of its own."""
 
-    def __init__(self, folder: Path, *, port: int = 0, token: str | None = None) -> None:
+    def __init__(self, folder: Path, *, port: int = 0, token: str | None = None, model: str = "tiny") -> None:
         command = [sys.executable, "-c", "from longvideo.cli.main import main; main()", "serve", "--device", "cpu"]
-        command += ["--port", str(port), "--folder", str(folder), "--max-sessions", "4"]
+        command += ["--model", model, "--port", str(port), "--folder", str(folder), "--max-sessions", "4"]
         environment = os.environ | ({} if token is None else {"LONGVIDEO_TOKEN": token})
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         line = self._first_line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import socket
@@ -325,6 +326,25 @@ def test_a_restarted_server_continues_the_video(page: Page, serve: Callable[...,
     before = num_chunks(page)
     serve(port=server.port)
     wait(page, lambda: state(page) == "playing" and num_chunks(page) >= before + 2)
+
+
+def test_a_negative_prompt_is_asked_for_where_the_model_has_guidance(
+    context: BrowserContext, page: Page, tmp_path: Path
+) -> None:
+    assert page.is_hidden("#negative-field")  # tiny runs without guidance
+    guided = ServerProcess(tmp_path, model="tiny-teacher")
+    try:
+        other = context.new_page()
+        open_page(other, guided.url)
+        sent: list[dict[str, Any]] = []
+        other.on("websocket", lambda socket: socket.on("framesent", lambda text: sent.append(json.loads(text))))
+        other.fill("#negative-prompt", " a blue star ")
+        start(other, RED)
+        wait(other, lambda: sent)
+        assert (sent[0]["type"], sent[0]["prompt"], sent[0]["negative_prompt"]) == ("start", RED, "a blue star")
+        wait(other, lambda: state(other) == "playing")
+    finally:
+        guided.stop()
 
 
 def test_problems_of_a_prompt_are_shown(page: Page) -> None:
