@@ -250,6 +250,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "generator": ({"generator": 5}, "generator is 5; expected a torch.Generator"),
     "negative": ({"negative_prompt": 5}, "negative_prompt is 5; expected text"),
     "negatives": ({"negative_prompt": ["", ""]}, "there are 2 negative prompts"),
+    "negative without guidance": ({"negative_prompt": "blue"}, "guidance is 1; set guidance above 1"),
     "latents": (
         {"latents": torch.zeros(1, 4, 8, 4, 6)},
         r"latents are \[1, 4, 8, 4, 6\]; expected .*\[1, 4, 16, 4, 6\]",
