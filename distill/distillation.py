@@ -28,12 +28,12 @@ from longvideo.distill.prompts import (
     RolloutSource,
     Scripts,
     ShapeWorldScripts,
-    check_frames,
+    check_whole_chunks,
     encode_all,
 )
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
-from longvideo.distributed import Mesh, divide
+from longvideo.distributed import Mesh, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.flow.unipc import UniPC
 from longvideo.kernels.backends import attention_backend, product_backend
@@ -92,7 +92,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         teacher_folder = None
         adapter = None if config.adapter is None else Adapter.load(Path(config.adapter))
         for stage in config.stages:
-            check_frames(stage.frames, self.spec.chunk_frames)
+            check_whole_chunks(stage.frames, self.spec.chunk_frames)
         if config.teacher is not None and self.folder is not None:
             teacher_folder = ModelFolder.open(config.teacher)
             check_same_shape(self.folder, teacher_folder)
@@ -283,7 +283,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     def _estimate(self, stage: DistillStage, mesh: Mesh, backbones: int) -> MemoryEstimate:
         config, chunks = self.config, stage.frames // self.spec.chunk_frames
-        clips, passes = divide(stage.batch, mesh, config.parallel.micro_batch)
+        clips, passes = divide_batch(stage.batch, mesh, config.parallel.micro_batch)
         count = adapter_parameters(self.shape, config.lora)
         student, critic = (
             engine_memory(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.distill.walk import VideoRequest
-from longvideo.distributed import Mesh, divide
+from longvideo.distributed import Mesh, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
@@ -228,7 +228,7 @@ class RolloutSource:
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
         """Return the backward passes of a step. Raises ConfigError unless all stages have the same number."""
-        counts = {divide(s.batch, mesh, micro_batch)[1] * (s.frames // self.chunk_frames) for s in self.stages}
+        counts = {divide_batch(s.batch, mesh, micro_batch)[1] * (s.frames // self.chunk_frames) for s in self.stages}
         if len(counts) > 1:
             raise ConfigError(
                 f"stages have {', '.join(map(str, sorted(counts)))} passes of a step (clips of a rank times their"
@@ -238,7 +238,7 @@ class RolloutSource:
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[VideoRequest]:
         stage = stage_at(self.stages, step)
-        size, passes = divide(stage.batch, mesh, micro_batch)
+        size, passes = divide_batch(stage.batch, mesh, micro_batch)
         first = mesh.replica * size * passes
         starts = range(first, first + size * passes, size)
         return [self.clip(step, range(start, start + size), stage.frames // self.chunk_frames) for start in starts]
@@ -278,7 +278,7 @@ class RolloutSource:
         )
 
 
-def check_frames(frames: int, chunk_frames: int) -> None:
+def check_whole_chunks(frames: int, chunk_frames: int) -> None:
     """Raise ConfigError unless a length is a whole number of chunks."""
     if frames % chunk_frames:
         raise ConfigError(

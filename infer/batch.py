@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longvideo.errors import UserError
-from longvideo.infer.options import shown
+from longvideo.errors import UserError, shown
 from longvideo.infer.script import Script, ShotRequest
 
 

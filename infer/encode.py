@@ -32,14 +32,14 @@ class FrameEncoder:
         They are on the device of the encoder. frames_THWC: uint8, 1 + 4 n frames of the size of the video; a picture is
         one frame. Raises CheckpointError if the model has no encoder.
         """
-        from longvideo.data.clips import ChunkFrames
         from longvideo.data.encoding import encode_frames
+        from longvideo.model.chunk_frames import WAN_CHUNKS
 
         with self._lock:
             if self._encoder is None:
                 self._encoder = self._load()
         if not isinstance(self._encoder, TinyEncoder):
-            return encode_frames(self._encoder, frames_THWC, chunks=ChunkFrames())
+            return encode_frames(self._encoder, frames_THWC, chunks=WAN_CHUNKS)
         weight = next(self._encoder.parameters())
         video_BCTHW = from_uint8(frames_THWC.to(weight.device)).permute(3, 0, 1, 2)[None].to(weight.dtype)
         return self._encoder.encode_video(video_BCTHW).float()

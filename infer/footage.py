@@ -49,7 +49,7 @@ class FootageReader:
             return
         check_seconds(seconds, "video_seconds")
         timing, fps = self.timing, self.timing.fps
-        least, most = timing.first_frames, timing.start(self.max_chunks)
+        least, most = timing.first, timing.start(self.max_chunks)
         if not least <= round(seconds * fps) <= most:
             raise UserError(
                 f"video_seconds is {seconds:g}; expected from {least / fps:.2f}, one chunk, to {most / fps:.2f}, as"
@@ -93,7 +93,7 @@ class FootageReader:
         usable = available if seconds is None else min(available, round(seconds * timing.fps))
         chunks = min(timing.whole_chunks(usable), self.max_chunks)
         if not chunks:
-            least, fps = timing.first_frames, timing.fps
+            least, fps = timing.first, timing.fps
             raise UserError(
                 f"{name} has {available} frames at {fps:g} per second, {available / fps:.2f} s; expected one chunk,"
                 f" {least} frames or {least / fps:.2f} s; use a longer video"

@@ -8,7 +8,7 @@ from numbers import Rational, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 MAX_STEPS = 1000
 MAX_GUIDANCE = 50.0
 MAX_SEED = 2**63 - 1
-MAX_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,3 @@ def check_path(value: object, name: str) -> None:
     """Raise UserError for a value that is not a path or a name. name: what the path is, for the error."""
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise UserError(f"{name} is {shown(value)}; expected a name or a path")
-
-
-def shown(value: object) -> str:
-    """Return a value as Python code, on one line and shortened to 60 characters, for an error message."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # an int with more digits than Python converts
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

@@ -17,7 +17,7 @@ from longvideo.checkpoint.choices import adapter_choices
 from longvideo.checkpoint.chosen_adapters import open_choice
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.flow.unipc import UniPC
 from longvideo.infer.batch import batch_scripts
 from longvideo.infer.beginning import BeginningChoice
@@ -26,7 +26,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
-from longvideo.infer.options import SamplingOptions, check_path, shown, whole_number
+from longvideo.infer.options import SamplingOptions, check_path, whole_number
 from longvideo.infer.prompt_rules import PromptRules
 from longvideo.infer.script import (
     ChunkPlan,

@@ -14,9 +14,9 @@ from numbers import Rational, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.files import check_text
-from longvideo.infer.options import shown
+from longvideo.model.chunk_frames import ChunkFrames
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.settings import ModelSettings
@@ -149,45 +149,27 @@ class Script:
 
 
 @dataclass(frozen=True)
-class ChunkTiming:
-    """How the pixel frames of a video are divided into chunks.
+class ChunkTiming(ChunkFrames):
+    """How the pixel frames of a video are divided into chunks. fps: pixel frames per second."""
 
-    first_frames, later_frames: pixel frames of the first chunk and of every later one. The first has fewer, because the
-    first latent frame of a video is decoded to a single pixel frame. fps: pixel frames per second.
-    """
-
-    first_frames: int
-    later_frames: int
     fps: float
 
     @classmethod
     def of(cls, settings: ModelSettings, decoder: DecoderConfig) -> ChunkTiming:
         """Return the timing of the chunks of a model. decoder: sizes of its decoder."""
-        frames, scale = settings.chunk_frames, decoder.scale_factor_temporal
-        return cls(1 + (frames - 1) * scale, frames * scale, settings.fps)
+        frames = ChunkFrames.of_latents(settings.chunk_frames, decoder.scale_factor_temporal)
+        return cls(frames.first, frames.later, settings.fps)
 
     @property
     def after_footage(self) -> ChunkTiming:
         """The timing of the chunks that continue footage, counted from the first of them."""
-        return replace(self, first_frames=self.later_frames)
-
-    def start(self, chunk: int) -> int:
-        """Return the pixel frame at which a chunk starts."""
-        return 0 if chunk == 0 else self.first_frames + (chunk - 1) * self.later_frames
+        return replace(self, first=self.later)
 
     def nearest(self, frame: int) -> int:
         """Return the chunk that starts nearest to a pixel frame."""
-        if frame * 2 <= self.first_frames:
+        if frame * 2 <= self.first:
             return 0
-        return 1 + max(0, math.floor((frame - self.first_frames) / self.later_frames + 0.5))
-
-    def whole_chunks(self, frames: int) -> int:
-        """Return the number of whole chunks in this many pixel frames of a video."""
-        return 0 if frames < self.first_frames else 1 + (frames - self.first_frames) // self.later_frames
-
-    def chunks_for(self, frames: int) -> int:
-        """Return the number of chunks that hold this many pixel frames."""
-        return 1 + max(0, math.ceil((frames - self.first_frames) / self.later_frames))
+        return 1 + max(0, math.floor((frame - self.first) / self.later + 0.5))
 
 
 @dataclass(frozen=True)
@@ -250,8 +232,8 @@ def plan_chunks(script: Script, timing: ChunkTiming) -> ChunkPlan:
         frame = round(seconds * timing.fps)
         chunk = max(timing.nearest(frame), first_chunks[-1] + 1) if first_chunks else 0
         start = timing.start(chunk)
-        if abs(start - frame) > timing.later_frames or start >= num_frames:
-            minimum = timing.later_frames / timing.fps
+        if abs(start - frame) > timing.later or start >= num_frames:
+            minimum = timing.later / timing.fps
             raise UserError(
                 f"shot {number} cannot start at {seconds:g} s of {script.seconds:g} s: a shot starts at a chunk"
                 f" boundary and lasts at least one chunk; use {minimum:.2f} s or more for every shot"

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.files import check_file, check_target, parse_json, reason, write_file
 from longvideo.infer.history import ChunkRecord
-from longvideo.infer.options import SamplingOptions, shown, whole_number
+from longvideo.infer.options import SamplingOptions, whole_number
 from longvideo.infer.script import check_negative_prompt, check_prompt
 from longvideo.infer.timeline import MODES, LiveShot, Shots, Step
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from longvideo.errors import UserError
-from longvideo.infer.options import shown, whole_number
+from longvideo.errors import UserError, shown
+from longvideo.infer.options import whole_number
 
 if TYPE_CHECKING:
     from longvideo.infer.script import ChunkPlan, ChunkTiming, Script

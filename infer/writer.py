@@ -12,13 +12,13 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.files import BusyError, WriteError, check_target, flush, reason, temporary_name, temporary_names
 from longvideo.infer.animations import count_pictures
 from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.containers import ANIMATIONS, CONTAINERS, EVEN_SIDES, MAX_RATES
 from longvideo.infer.fragments import VideoFormat
-from longvideo.infer.options import check_frames, shown, whole_number
+from longvideo.infer.options import check_frames, whole_number
 from longvideo.infer.pictures import EXAMPLE, PNG, PictureWriter, check_pictures
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_rate(fps: float, suffix: str) -> None:
         raise UserError(f"fps is {fps:g}; expected at most {most} in {suffix}; use .webp or .webm")
 
 
-def count_frames(path: Path) -> int:
+def count_playable_frames(path: Path) -> int:
     """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
     import av
 

@@ -176,7 +176,7 @@ def check_sequence(sequence: int, *, heads: int, chunk_counts: Sequence[int]) ->
         )
 
 
-def divide(batch: int, mesh: Mesh, micro_batch: int | None) -> tuple[int, int]:
+def divide_batch(batch: int, mesh: Mesh, micro_batch: int | None) -> tuple[int, int]:
     """Return the number of videos in one pass and of passes of a replica. Raises ConfigError if they do not divide."""
     per_replica, left = divmod(batch, mesh.replicas)
     size = micro_batch or max(per_replica, 1)

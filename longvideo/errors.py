@@ -11,6 +11,7 @@ Name = TypeVar("Name", bound=str)
 
 EXIT_USER_ERROR = 2
 """Exit code of a command that ends in a UserError."""
+MAX_SHOWN_BITS, MAX_SHOWN_CHARACTERS = 128, 60
 
 
 class UserError(ValueError):
@@ -35,3 +36,14 @@ def known(option: str, name: object, names: Sequence[Name]) -> Name:
         if isinstance(name, str) and choice == name:
             return choice
     raise UserError(f"{option} is {name!r}; expected one of {', '.join(names)}")
+
+
+def shown(value: object) -> str:
+    """Return a value as Python code for an error: on one line, and shortened to 60 characters."""
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # a number inside, with more digits than Python converts
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from longvideo.cli.main import command_line, main
-from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide_batch
 from longvideo.model.config import PRESETS
 from longvideo.train.clips.recipe import ClipTraining
 from longvideo.train.vae.recipe import VaeTraining
@@ -80,4 +80,4 @@ def check_training(ranks: int, arguments: list[str], monkeypatch: pytest.MonkeyP
         heads = PRESETS[config.preset].num_attention_heads
         check_sequence(parallel.sequence, heads=heads, chunk_counts=[stage.chunks for stage in config.stages])
     for stage in config.stages:
-        divide(stage.batch, Mesh(ranks, 0, parallel.sequence), parallel.micro_batch)
+        divide_batch(stage.batch, Mesh(ranks, 0, parallel.sequence), parallel.micro_batch)

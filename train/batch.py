@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, steps_field
-from longvideo.distributed import Mesh, divide
+from longvideo.distributed import Mesh, divide_batch
 from longvideo.errors import ConfigError
 
 
@@ -80,7 +80,7 @@ class ViewBatch:
         Raises ConfigError if views or chunks do not divide.
         """
         views, frames = self.sigma.shape
-        size, passes = divide(views, mesh, micro_batch)
+        size, passes = divide_batch(views, mesh, micro_batch)
         if frames % (mesh.sequence * chunk_frames):
             raise ConfigError(
                 f"{frames // chunk_frames} chunks do not divide into {mesh.sequence} ranks; use a multiple"

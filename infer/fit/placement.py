@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longvideo.errors import UserError
-from longvideo.infer.options import shown
+from longvideo.errors import UserError, shown
 from longvideo.machine.devices import pick_device
 
 if TYPE_CHECKING:

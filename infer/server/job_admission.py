@@ -10,14 +10,14 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.files import write_bytes
 from longvideo.infer.footage import FootageReader
-from longvideo.infer.options import SamplingOptions, shown
+from longvideo.infer.options import SamplingOptions
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import PromptError, Script
 from longvideo.infer.server.answers import PromptVideo, RemixVideo, ShotsVideo
-from longvideo.infer.server.job_footage import check_footage, is_video
+from longvideo.infer.server.job_footage import begins_as_video, check_footage
 from longvideo.infer.server.job_pictures import first_frame_png
 from longvideo.infer.server.job_request import REFERENCE, FieldError, JobRequest
 from longvideo.infer.server.job_store import Job, JobStore
@@ -51,7 +51,7 @@ class JobAdmission:
             message = f"size is {shown(body.size)}; this model generates {self.size}; use that, or leave it out"
             raise FieldError("size", message)
         script, content = self._script(body), request.reference
-        has_footage = content is not None and is_video(content)
+        has_footage = content is not None and begins_as_video(content)
         job = Job(
             new_id(),
             "queued",

@@ -20,7 +20,7 @@ BOX, BRAND = slice(4, 8), slice(8, 12)  # ISO/IEC 14496-12, 4.3
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
-def is_video(data: bytes) -> bool:
+def begins_as_video(data: bytes) -> bool:
     """Return whether the content of a file begins as a video does."""
     return data.startswith(MATROSKA) or (data[BOX] == b"ftyp" and data[BRAND] not in PICTURE_BRANDS)
 

@@ -15,9 +15,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from longvideo.errors import UserError
+from longvideo.errors import UserError, shown
 from longvideo.files import WriteError, parse_json, reason
-from longvideo.infer.options import shown
 from longvideo.infer.server.answers import FileReference, PromptVideo, ShotsVideo
 
 JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"

@@ -16,7 +16,7 @@ from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.served_folder import FOOTAGE, PICTURES, VIDEOS
-from longvideo.infer.writer import VideoWriter, count_frames
+from longvideo.infer.writer import VideoWriter, count_playable_frames
 
 log = logging.getLogger(__name__)
 FOOTAGE_SUFFIX = ".video"
@@ -129,7 +129,7 @@ class JobWorker:
 
     def _interrupt(self, job: Job) -> None:
         """Set the status of a job whose process was killed, and keep its video if it plays."""
-        frames = count_frames(self.path(job.id))
+        frames = count_playable_frames(self.path(job.id))
         if frames == 0:
             self.path(job.id).unlink(missing_ok=True)
         self._store.set_frames(job.id, frames)

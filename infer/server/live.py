@@ -260,8 +260,8 @@ class LiveVideo:
             width=settings.width,
             height=settings.height,
             fps=settings.fps,
-            first_chunk_frames=self._timing.first_frames,
-            chunk_frames=self._timing.later_frames,
+            first_chunk_frames=self._timing.first,
+            chunk_frames=self._timing.later,
             **record.model_dump(),
         )
         self.outbox.put(Outgoing(ready, video.init))

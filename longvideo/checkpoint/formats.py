@@ -118,7 +118,7 @@ def _one_or_more(path: Path, weights: Weights, config: Path | None, label: str, 
         return replace(_one_or_more(path, weights, config, label, read), tokenizer=tokenizer)
     if is_adapter(weights.infos) or part_of(weights) is not None:
         return read(weights, config, label)
-    divided = prefixes.divide(weights)
+    divided = prefixes.divide_parts(weights)
     if len(divided) == 1:
         (own,) = divided.values()
         return read(own, config, label)
@@ -150,7 +150,7 @@ def _loose_files(folder: Path, open_files: Callable[[list[Path]], Weights], read
     unused: dict[Path, str] = {}
     for files in sets:
         file, weights = files[0], open_files(files)
-        divided = {} if is_adapter(weights.infos) else prefixes.divide(take_tokenizer(weights)[0])
+        divided = {} if is_adapter(weights.infos) else prefixes.divide_parts(take_tokenizer(weights)[0])
         if divided and all(part_of(own) is None for own in divided.values()):
             unused[file] = f"its tensors ({listing(list(weights.infos)[:2])}, ...) {FOREIGN}"
             continue

@@ -23,7 +23,7 @@ NOT_WEIGHTS = ("logit_scale",)
 """Last parts of the names of tensors that ComfyUI stores outside of the parts."""
 
 
-def divide(weights: Weights) -> dict[str, Weights]:
+def divide_parts(weights: Weights) -> dict[str, Weights]:
     """Return the weights of each part by the prefix of their names, which is removed with those of training wrappers.
 
     Weights whose names have no prefix are returned unchanged, under "". Raises CheckpointError for other tensors.

@@ -69,7 +69,8 @@ def shapeworld(
     """
     from longvideo.infer.options import SamplingOptions
     from longvideo.infer.script import check_seconds
-    from longvideo.shapeworld.dataset import chunks_for, sample_script
+    from longvideo.model.chunk_frames import WAN_CHUNKS
+    from longvideo.shapeworld.dataset import FPS, sample_script
 
     SamplingOptions(seed=seed)
     check_seconds(seconds, "each video")
@@ -79,7 +80,7 @@ def shapeworld(
             raise UserError(f"{name} is {value}, expected a multiple of {SIZE_STEP}; use {nearest}")
     if width < height:
         raise UserError(f"--width {width} is less than --height {height}; use a wide frame, as two shapes need it")
-    num_chunks = chunks_for(seconds)
+    num_chunks = WAN_CHUNKS.chunks_for(seconds * FPS)
     if shots > num_chunks:
         raise UserError(
             f"--shots {shots} is more than the {num_chunks} chunks of --seconds {seconds:g}; use more seconds"

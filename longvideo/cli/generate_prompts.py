@@ -172,11 +172,11 @@ def _generate(
     batch: VideoBatch, video: ListedVideo, pipeline: StreamingPipeline, show: Callable[[VideoTally], None]
 ) -> str:
     """Write the file of a video and return the line about it. After a signal it holds the chunks that were finished."""
-    from longvideo.infer.writer import VideoWriter, count_frames
+    from longvideo.infer.writer import VideoWriter, count_playable_frames
 
     path, script = batch.output / video.file, script_of(video)
     plan = pipeline.plan(script)
-    if count_frames(path) == plan.num_frames:
+    if count_playable_frames(path) == plan.num_frames:
         return f"{path}: {plan.num_frames} frames, complete before"  # the process was killed before it changed the list
     steps, guidance = batch.options.steps, batch.options.guidance
     tally = VideoTally(time.perf_counter(), plan.num_chunks, plan.num_frames, name=video.file)

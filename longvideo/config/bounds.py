@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from longvideo.errors import ConfigError
-
-MAX_BITS = 128
+from longvideo.errors import ConfigError, shown
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:
@@ -26,11 +24,3 @@ def check_numbers(name: str, values: object, count: int, least: float, most: flo
         raise ConfigError(f"{name} {got}; expected a list of {count} numbers")
     for index, value in enumerate(values):
         check_number(f"{name}[{index}]", value, least, most)
-
-
-def shown(value: object) -> str:
-    """Return a value as text, shortened if it has many digits or characters."""
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longvideo.config.bounds import shown
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,33 +22,13 @@ from longvideo.data.timeline import frames_until
 from longvideo.data.timing import TimedVideo, measure
 from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
+from longvideo.model.chunk_frames import WAN_CHUNKS, ChunkFrames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from longvideo.checkpoint.settings import ModelSettings
     from longvideo.data.manifest import VideoEntry
-
-
-@dataclass(frozen=True)
-class ChunkFrames:
-    """Number of pixel frames of the first chunk and of each later chunk."""
-
-    first: int = 29
-    later: int = 32
-
-    @classmethod
-    def of_latents(cls, latent_frames: int, temporal_scale: int) -> ChunkFrames:
-        """Return the sizes of chunks of `latent_frames`. The first latent frame of a video encodes one pixel frame."""
-        return cls((latent_frames - 1) * temporal_scale + 1, latent_frames * temporal_scale)
-
-    def start(self, chunk: int) -> int:
-        """Return the first frame of a chunk, which is the number of frames of all chunks before it."""
-        return 0 if chunk == 0 else self.first + (chunk - 1) * self.later
-
-    def whole(self, num_frames: int) -> int:
-        """Return the number of frames of the whole chunks in `num_frames`."""
-        return 0 if num_frames < self.first else num_frames - (num_frames - self.first) % self.later
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class ClipSpec:
 
     num_chunks: int
     fps: float = 24.0
-    chunks: ChunkFrames = ChunkFrames()
+    chunks: ChunkFrames = WAN_CHUNKS
 
     @classmethod
     def of_model(cls, num_chunks: int, settings: ModelSettings, temporal_scale: int) -> ClipSpec:
@@ -178,7 +158,7 @@ def _lay_out(sample: Sequence[TimedVideo], spec: ClipSpec) -> list[FilePlace]:
     places: list[FilePlace] = []
     begin = 0
     for video in sample:
-        end = max(begin, spec.chunks.whole(begin + spec.frames_of(video)))
+        end = max(begin, spec.chunks.start(spec.chunks.whole_chunks(begin + spec.frames_of(video))))
         places.append(FilePlace(video, begin, end))
         begin = end
     return places

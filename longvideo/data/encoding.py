@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvideo.data.clips import ChunkFrames, ClipReference, ClipSpec, Footage, clips_of
+from longvideo.data.clips import ClipReference, ClipSpec, Footage, clips_of
 from longvideo.data.encoded_format import (
     DATASET_FILE,
     FINGERPRINT,
@@ -45,6 +45,7 @@ from longvideo.data.reading import read_in_order
 from longvideo.data.timing import measure, notices
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import WriteError, locked, temporary_names, write_file, write_json, write_text
+from longvideo.model.chunk_frames import ChunkFrames
 from longvideo.model.conditioning import video_texts
 from longvideo.pixels import from_uint8
 

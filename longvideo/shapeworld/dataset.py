@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
+from longvideo.model.chunk_frames import WAN_CHUNKS
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.captions import caption
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FPS = 24
-FIRST_CHUNK_FRAMES = 29
-"""Pixel frames of the first chunk: of its 8 latent frames, the first encodes one frame and the others four each."""
-CHUNK_FRAMES = 32
 
 
 @dataclass(frozen=True)
@@ -62,31 +60,20 @@ class SceneScript:
     @property
     def num_frames(self) -> int:
         """Number of pixel frames of all shots."""
-        return chunk_start(self.num_chunks)
+        return WAN_CHUNKS.start(self.num_chunks)
 
     def frames(self) -> list[ShotFrames]:
         """Return the pixel frames of each shot."""
         spans: list[ShotFrames] = []
         chunk = 0
         for shot in self.shots:
-            start, end = chunk_start(chunk), chunk_start(chunk + shot.num_chunks)
+            start, end = WAN_CHUNKS.start(chunk), WAN_CHUNKS.start(chunk + shot.num_chunks)
             clock = 0.0
             if spans and not shot.cut:
                 clock = spans[-1].start_seconds + (spans[-1].end - spans[-1].start) / FPS
             spans.append(ShotFrames(shot, start, end, clock))
             chunk += shot.num_chunks
         return spans
-
-
-def chunk_start(chunk: int) -> int:
-    """Return the first pixel frame of a chunk, which is the number of frames of all chunks before it."""
-    return 0 if chunk == 0 else FIRST_CHUNK_FRAMES + (chunk - 1) * CHUNK_FRAMES
-
-
-def chunks_for(seconds: float) -> int:
-    """Return the smallest number of chunks that last at least `seconds`."""
-    beyond_first = seconds * FPS - FIRST_CHUNK_FRAMES
-    return 1 + max(0, -int(-beyond_first // CHUNK_FRAMES))
 
 
 def sample_script(seed: int, *, split: Split, num_shots: int, num_chunks: int) -> SceneScript:
@@ -117,7 +104,7 @@ def render_script(script: SceneScript, *, height: int = 128, width: int = 224) -
         batch = SceneBatch.from_scenes([span.shot.scene])
         start = span.start
         while start < span.end:
-            end = start + (FIRST_CHUNK_FRAMES if start == 0 else CHUNK_FRAMES)
+            end = start + (WAN_CHUNKS.later if start else WAN_CHUNKS.first)
             frames = torch.arange(start - span.start, end - span.start, dtype=torch.float64)
             times = span.start_seconds + frames / FPS
             yield to_uint8(render_with_mask(batch, times[None], height=height, width=width)[0])[0]

@@ -17,7 +17,7 @@ import pytest
 from longvideo.cli.generate_prompts import BatchFormat
 from longvideo.cli.main import main
 from longvideo.infer.containers import CONTAINERS
-from longvideo.infer.writer import count_frames
+from longvideo.infer.writer import count_playable_frames
 from tests.cli.test_generate import probe, restore_signals
 from tests.folders import file_names
 
@@ -89,7 +89,7 @@ def test_every_format_is_written_and_continued(
     assert run(model_folder, file, *options) == 0
     first, second = (out / f"0000{number}.{suffix}" for number in range(2))
     assert [row["file"] for row in listed(out)] == [first.name, second.name]
-    assert count_frames(first) == count_frames(second) == 12
+    assert count_playable_frames(first) == count_playable_frames(second) == 12
     rows = [{**row, "status": "generating"} for row in listed(out)]
     (out / "videos.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     whole = second.read_bytes()

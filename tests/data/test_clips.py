@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from longvideo.cli.main import main
-from longvideo.data.clips import ChunkFrames, ClipSpec, Footage, group_samples, iterate_clips, plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, Footage, group_samples, iterate_clips, plan_clips, read_clip
 from longvideo.data.manifest import ShotEntry, VideoEntry, read_manifest
 from longvideo.data.timing import measure
 from longvideo.data.video import VideoReader
 from longvideo.errors import UserError
-from longvideo.shapeworld.dataset import chunk_start
+from longvideo.model.chunk_frames import WAN_CHUNKS, ChunkFrames
 
 from . import footage
 
@@ -37,7 +37,7 @@ def test_clips_keep_cuts_on_chunk_boundaries(folder: Path) -> None:
     for video in measure(entries):
         for first_chunk, reference in zip((0, 2, 4), [r for r in references if r.video == video.video], strict=True):
             for i in range(2):
-                middle = (chunk_start(first_chunk + i) + 16) / 24
+                middle = (WAN_CHUNKS.start(first_chunk + i) + 16) / 24
                 (shot,) = [shot for shot in video.shots if shot.start <= middle < shot.end]
                 assert reference.captions[i] == shot.caption
             assert reference.cuts[0]

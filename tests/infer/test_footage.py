@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.data.clips import ChunkFrames, ClipSpec, plan_clips, read_clip
+from longvideo.data.clips import ClipSpec, plan_clips, read_clip
 from longvideo.data.encoding import encode_clip
 from longvideo.errors import CheckpointError, UserError
 from longvideo.infer.beginning import BeginningChoice
@@ -22,6 +22,7 @@ from longvideo.infer.footage import FootageReader
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import Script, ShotRequest, StreamingPipeline
 from longvideo.infer.script import ChunkTiming
+from longvideo.model.chunk_frames import WAN_CHUNKS
 from tests.data import clock
 from tests.data.footage import square, write
 from tests.infer import small
@@ -117,7 +118,7 @@ def test_latents_are_those_of_encoded_data(pipeline: StreamingPipeline, model_fo
     (reference,) = plan_clips([entry], ClipSpec(2))
     clip = read_clip(reference, size=(HEIGHT, WIDTH))
     autoencoder = ModelFolder.open(model_folder).load_vae(dtype=torch.float32)
-    expected_TCHW = encode_clip(autoencoder, clip.frames, chunks=ChunkFrames(), precision="fp32")
+    expected_TCHW = encode_clip(autoencoder, clip.frames, chunks=WAN_CHUNKS, precision="fp32")
     context = BeginningChoice(video=entry.video).encode(pipeline.models).footage
     assert [latents.shape[2] for latents in context] == [8, 8]
     assert torch.equal(torch.cat(context, dim=2)[0].transpose(0, 1).bfloat16(), expected_TCHW)

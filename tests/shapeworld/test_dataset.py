@@ -8,18 +8,11 @@ from longvideo.shapeworld.dataset import (
     FPS,
     SceneScript,
     SceneShot,
-    chunk_start,
-    chunks_for,
     render_script,
     sample_script,
 )
 from longvideo.shapeworld.render import SceneBatch, render
 from longvideo.shapeworld.world import Scene, Sprite, is_held_out
-
-
-def test_chunks_have_29_then_32_frames() -> None:
-    assert [chunk_start(chunk) for chunk in range(4)] == [0, 29, 61, 93]
-    assert [chunks_for(length) for length in (0.1, 29 / 24, 1.21, 61 / 24, 20)] == [1, 1, 2, 2, 16]
 
 
 def test_scripts_share_their_chunks_among_the_shots() -> None:

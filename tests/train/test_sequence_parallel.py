@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.distributed import Mesh, build_mesh, check_sequence, divide
+from longvideo.distributed import Mesh, build_mesh, check_sequence, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.attention import Blockwise, Masked
@@ -181,7 +181,7 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError, match=f"parallel.sequence is 5; expected {message}"):
         check_sequence(5, heads=24, chunk_counts=[12])
     with pytest.raises(ConfigError, match="such as 6"):
-        divide(7, Mesh(world=4, rank=0, sequence=2), 1)
+        divide_batch(7, Mesh(world=4, rank=0, sequence=2), 1)
     with pytest.raises(ConfigError, match="4 chunks do not divide into 3 ranks"):
         whole_batch().shares(Mesh(world=3, sequence=3), None, SPEC.chunk_frames)
 

@@ -14,7 +14,7 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, check_settings, chunk_spec
 from longvideo.config.fields import Bounded, bounded, seed_field
-from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide
+from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
@@ -357,7 +357,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         self, stage: ViewStage, shape: TransformerConfig, num_parameters: int, device: torch.device, mesh: Mesh
     ) -> MemoryEstimate:
         config = self.config
-        clips, passes = divide(stage.batch, mesh, config.parallel.micro_batch)
+        clips, passes = divide_batch(stage.batch, mesh, config.parallel.micro_batch)
         bf16 = config.trainer.precision != "fp32" and device.type == "cuda"
         engine = engine_memory(
             num_parameters,

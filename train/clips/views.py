@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share
-from longvideo.distributed import Mesh, divide
+from longvideo.distributed import Mesh, divide_batch
 from longvideo.errors import ConfigError, UserError
 from longvideo.model.conditioning import video_texts
 from longvideo.train.batch import Origin, ViewBatch, ViewStage
@@ -143,7 +143,7 @@ class ClipViewSource:
         self._ahead: tuple[int, Future[list[_Read]]] | None = None
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        divided = {divide(stage.batch, mesh, micro_batch) for stage in self.stages if stage.steps}
+        divided = {divide_batch(stage.batch, mesh, micro_batch) for stage in self.stages if stage.steps}
         if self.cuts_matter and any(size > 1 for size, _ in divided):
             raise ConfigError(
                 "with settings.offset_per_shot, or pinned shots in objective.context=window, every view has its own"
@@ -161,7 +161,7 @@ class ClipViewSource:
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ViewBatch]:
         """Read this rank's part; a thread reads that of the next step at the same time."""
         stage = stage_at(self.stages, step)
-        size, passes = divide(stage.batch, mesh, micro_batch)
+        size, passes = divide_batch(stage.batch, mesh, micro_batch)
         draw = self._draw(step)
         if self._ahead is not None and self._ahead[0] == step:
             read = self._ahead[1].result()

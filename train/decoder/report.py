@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.pixels import LEVELS
-from longvideo.train.vae.reconstruction import psnr
+from longvideo.train.vae.reconstruction import clip_psnr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ class Comparison:
     def add(self, video: Tensor, reference: Tensor, regions: Mapping[str, Tensor]) -> None:
         """Add clips [B, 3, F, H, W] in [-1, 1]; values outside of it are clamped."""
         video, reference = video.clamp(-1, 1), reference.clamp(-1, 1)
-        self.psnr.append(psnr(video, reference, torch.ones_like(reference[:, :1]))[0].cpu())
+        self.psnr.append(clip_psnr(video, reference, torch.ones_like(reference[:, :1]))[0].cpu())
         error = (video - reference).abs().mean(1, keepdim=True)
         for name, region in regions.items():
             self.errors[name] = self.errors[name] + torch.stack(((error * region).sum(), region.sum())).cpu()

@@ -18,7 +18,7 @@ from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import WORLD_NAME, Split, sample_scenes
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.train.vae.clips import ClipStage, ReconstructionSource
-from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, psnr
+from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, clip_psnr
 from longvideo.training.objective import compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
@@ -149,7 +149,7 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
             scenes = torch.arange(first, min(first + config.batch, config.clips), device=self.device)
             video, mask = self._clips(pool, scenes, stream="validation")
             output = self._stream(video)
-            for ratios, values in zip((overall, objects), psnr(output, video, mask), strict=True):
+            for ratios, values in zip((overall, objects), clip_psnr(output, video, mask), strict=True):
                 ratios.append(values)
             num_shown = max(0, min(config.shown - first, len(scenes)))
             for original, reconstruction in zip(

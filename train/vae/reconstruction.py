@@ -96,7 +96,7 @@ class Reconstruction(Objective):
         )
         if video.shape[2] > 1 and config.temporal:
             loss = loss + config.temporal * weighted_mean(difference(error, 2).abs(), tail(weight, 2))
-        overall, objects = psnr(output.detach(), video, mask)
+        overall, objects = clip_psnr(output.detach(), video, mask)
         return loss, {"psnr": overall.mean(), "object": objects.mean(), "kl": kl.detach()}
 
 
@@ -121,7 +121,7 @@ def tail(x: Tensor, axis: int) -> Tensor:
     return x.narrow(axis, 1, x.shape[axis] - 1)
 
 
-def psnr(output: Tensor, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def clip_psnr(output: Tensor, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return the peak signal-to-noise ratio of every clip in dB, [B], over the frame and over the objects."""
     error = (output.clamp(-1, 1) - video).square().mean(1, keepdim=True) / VIDEO_RANGE**2
     overall = error.mean((1, 2, 3, 4))

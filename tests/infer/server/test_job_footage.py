@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.job_footage import is_video
+from longvideo.infer.server.job_footage import begins_as_video
 from longvideo.infer.server.limits import Limits
 from longvideo.infer.writer import VideoWriter
 from tests.data.footage import write
@@ -96,4 +96,4 @@ def test_a_bad_video_is_one_clear_error(serve: Serve, clip: Path, tmp_path: Path
     ],
 )
 def test_videos_are_recognized_by_their_first_bytes(start: bytes, expected: bool) -> None:
-    assert is_video(start) is expected
+    assert begins_as_video(start) is expected

@@ -10,9 +10,9 @@ from longvideo.train.vae.clips import ClipStage, ReconstructionSource, crop_near
 from longvideo.train.vae.reconstruction import (
     Reconstruction,
     ReconstructionConfig,
+    clip_psnr,
     difference,
     pixel_weight,
-    psnr,
     weighted_mean,
 )
 from longvideo.training.engine import LocalEngine
@@ -102,7 +102,7 @@ def test_object_psnr_looks_at_objects_alone() -> None:
     mask = torch.zeros(1, 1, 1, 4, 4)
     mask[..., :1, :] = 1
     output = video + 0.2 * mask
-    overall, objects = psnr(output, video, mask)
+    overall, objects = clip_psnr(output, video, mask)
     assert objects.item() == pytest.approx(20.0, abs=1e-4)
     assert overall.item() == pytest.approx(20.0 + 10 * torch.log10(torch.tensor(4.0)).item(), abs=1e-4)
 
