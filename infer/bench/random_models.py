@@ -58,10 +58,10 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
 
 
 def _text_encoder(shapes: ModelShapes, placement: Placement, formats: NumberFormats) -> PromptEncoder:
-    config = shapes.transformer
+    text_len = shapes.settings.text_len
     if shapes.text_encoder is None:
-        return _RandomFeatures(config.text_len, config.text_dim, placement.device)
-    load = partial(_random_encoder, shapes.text_encoder, config.text_len, placement, formats)
+        return _RandomFeatures(text_len, shapes.transformer.text_dim, placement.device)
+    load = partial(_random_encoder, shapes.text_encoder, text_len, placement, formats)
     if placement.text_device.type != "cuda":
         return load()
     script = Script.from_prompts(PROMPT, seconds=1.0)

@@ -114,8 +114,7 @@ def preset_shapes(name: str, *, size: PictureSize | None = None, window_frames: 
                 f"the preset tiny has a fixed size, {own.width}x{own.height}, and a fixed window, {own.window_frames};"
                 " leave --size and --window out"
             )
-        autoencoder = AutoencoderConfig.tiny()
-        return ModelShapes(PRESETS[name], autoencoder, folder.text_encoder_config, own, folder.spec)
+        return folder_shapes(folder)
     size = size or WAN_SIZE
     settings = ModelSettings(
         window_frames=window_frames or WAN_WINDOW_FRAMES,

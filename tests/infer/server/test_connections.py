@@ -174,7 +174,7 @@ def test_a_much_too_large_body_is_read_before_it_is_refused(
     serve: Serve, path: str, token: str | None, status: int, more: bytes
 ) -> None:
     """A client that sends the whole body before it reads, as most do, receives the answer."""
-    size = 30 * 2**20
+    size = Limits().upload_bytes + 18 * 2**20
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n".encode() + more
     server = serve(token=token)
     with raw(server, head + b"\r\n") as connection:
@@ -190,7 +190,7 @@ def test_a_much_too_large_body_is_read_before_it_is_refused(
 
 def test_a_chunked_body_that_is_too_large_is_refused(serve: Serve) -> None:
     def body() -> Iterator[bytes]:
-        for _ in range(200):
+        for _ in range(Limits().upload_bytes // 65536 + 8):
             yield bytes(65536)
 
     with serve().http() as http:
@@ -199,7 +199,7 @@ def test_a_chunked_body_that_is_too_large_is_refused(serve: Serve) -> None:
 
 
 def test_expect_100_continue_is_refused_before_the_body_is_sent(serve: Serve) -> None:
-    head = POST + b"Content-Length: 30000000\r\nExpect: 100-continue\r\n\r\n"
+    head = POST + f"Content-Length: {Limits().upload_bytes + 1}\r\nExpect: 100-continue\r\n\r\n".encode()
     with raw(serve(), head) as connection:
         assert answer_of(read_to_end(connection))[0] == 413
 
