@@ -75,7 +75,7 @@ class StagePool:
             assert former is not None
             try:
                 self._load(folder)
-            except BaseException:
+            except BaseException:  # an interrupt too: without a transformer the pipeline could generate nothing more
                 self._load(former)
                 raise
 

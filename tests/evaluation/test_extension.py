@@ -29,7 +29,7 @@ def rendered(scene: Scene, seconds: float) -> np.ndarray:
 
 
 def judged(number: int, frames: np.ndarray, *, level: int = 0) -> ExtensionResult:
-    """Judge a continuation. level: brightness that the file has and the decoded footage has not."""
+    """Judge a continuation. level: brightness of the file minus that of the decoded footage."""
     last = TASKS[number].footage()[-1].numpy()
     return judge_extension(TASKS[number], last + np.uint8(level), last, frames)
 
