@@ -12,7 +12,7 @@ from longvideo.checkpoint.decoders import choose_decoder
 from longvideo.checkpoint.fp8_layers import stored_rows
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.infer.decoder_choice import load_decoder, with_decoder_precision
-from longvideo.infer.fit.formats import check_formats
+from longvideo.infer.fit.formats import check_hardware, check_shapes
 from longvideo.infer.fit.memory import Workload
 from longvideo.infer.fit.refusal import check_memory
 from longvideo.infer.fit.resident import resident_bytes
@@ -57,7 +57,8 @@ def load_models(
     """
     chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
     shapes = folder_shapes(folder, chosen)
-    check_formats(shapes, formats, placement, name=str(folder.path))
+    check_shapes(shapes, formats, decode_share=placement.decode_share, name=str(folder.path))
+    check_hardware(formats, placement)
     known = script if placement.text_device.type == "cuda" else None
     resident = resident_bytes(folder, placement, formats)
     check_memory(

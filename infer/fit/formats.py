@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from longvideo.infer.fit.shapes import ModelShapes
 
 
-def check_formats(shapes: ModelShapes, formats: NumberFormats, placement: Placement, *, name: str) -> None:
-    """Raise UserError where a model cannot run in these formats on its devices. name: of the model, for the error."""
-    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
-    check_hardware(formats, placement)
-
-
 def check_shapes(shapes: ModelShapes, formats: NumberFormats, *, decode_share: float = 0.0, name: str) -> None:
     """Raise UserError where a model of these shapes cannot run in these formats on any device.
 

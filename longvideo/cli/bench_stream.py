@@ -218,12 +218,13 @@ def parallel(
 def _random_pipeline(name: str, workload: Workload) -> StreamingPipeline:
     """Return a pipeline with random weights. Raises UserError where it cannot run on the devices."""
     from longvideo.infer.bench.random_models import random_models
-    from longvideo.infer.fit.formats import check_formats
+    from longvideo.infer.fit.formats import check_hardware, check_shapes
     from longvideo.infer.fit.refusal import check_memory
     from longvideo.infer.pipeline import StreamingPipeline
 
     shapes, formats, placement = workload.shapes, workload.formats, workload.placement
-    check_formats(shapes, formats, placement, name=name)
+    check_shapes(shapes, formats, decode_share=placement.decode_share, name=name)
+    check_hardware(formats, placement)
     check_memory(workload)
     return StreamingPipeline(random_models(shapes, placement, formats=formats))
 
