@@ -34,6 +34,8 @@ from longvideo.streaming.parallel import Sharing, sharing_of
 from longvideo.streaming.recording import GraphRecorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
     from longvideo.kernels.backends import AttentionPrecision
@@ -185,23 +187,24 @@ class StreamingTransformer:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _run(self, kind: PassKind) -> None:
-        num_slots = self._window.num_slots
+        key = kind, self._window.num_slots
+        compute = partial(self._compute, *key)
         if self._recorder is None:
-            self._compute(kind, num_slots)
-        elif (graph := self._graphs.get((kind, num_slots))) is not None:
+            compute()
+        elif (graph := self._graphs.get(key)) is not None:
             graph.replay()
         else:
-            self._record(kind, num_slots)
+            self._graphs[key] = self._record(compute, self._recorder)
 
-    def _record(self, kind: PassKind, num_slots: int) -> None:
-        """Run a pass once, so that libraries choose kernels and Triton compiles, then record it."""
-        assert self._recorder is not None
-        current, own = torch.cuda.current_stream(self.device), self._recorder.stream
+    def _record(self, compute: Callable[[], None], recorder: GraphRecorder) -> torch.cuda.CUDAGraph:
+        """Return the graph of a pass, after one run in which libraries choose kernels and Triton compiles."""
+        current, own = torch.cuda.current_stream(self.device), recorder.stream
         own.wait_stream(current)
         with torch.cuda.stream(own):
-            self._compute(kind, num_slots)
+            compute()
         current.wait_stream(own)
-        self._graphs[kind, num_slots], _ = self._recorder.record(partial(self._compute, kind, num_slots))
+        graph, _ = recorder.record(compute)
+        return graph
 
     def _compute(self, kind: PassKind, num_slots: int) -> None:
         with preferred_attention(self.device):
