@@ -82,19 +82,44 @@ def sample_videos(
     """
     weight = autoencoder.post_quant_conv.weight
     state, frames, all_latents = None, [], []
-    chunks = _conditionings(transformer, features_PJD, rows_NB, cuts, first_latent)
-    for latents in rollout(
-        CachedTransformer(transformer, spec, batch=branches(settings.guidance) * len(seeds), cache_type=cache_type),
-        chunks,
-        solver=UniPC(settings.steps, settings.shift),
-        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-        guidance=settings.guidance,
-        clean_pass=settings.clean_pass,
+    for latents in sample_latents(
+        transformer,
+        settings,
+        spec,
+        features_PJD=features_PJD,
+        rows_NB=rows_NB,
+        cuts=cuts,
+        seeds=seeds,
+        first_latent=first_latent,
+        cache_type=cache_type,
     ):
         video, state = autoencoder.decode(autoencoder.denormalize(latents).to(weight), state)
         frames.append(to_uint8(video).cpu().numpy())
         all_latents.append(latents.bfloat16().cpu())
     return Samples(list(np.concatenate(frames, axis=1)), torch.cat(all_latents, dim=2))
+
+
+def sample_latents(
+    transformer: CausalTransformer,
+    settings: ModelSettings,
+    spec: ChunkSpec,
+    *,
+    features_PJD: Tensor,
+    rows_NB: Tensor,
+    cuts: Sequence[bool],
+    seeds: Sequence[int],
+    first_latent: Tensor | None = None,
+    cache_type: type[ChunkCache] = KVCache,
+) -> Iterator[Tensor]:
+    """Return an iterator over the normalized latents of each chunk, [B, C, T, h, w]; arguments as `sample_videos`."""
+    return rollout(
+        CachedTransformer(transformer, spec, batch=branches(settings.guidance) * len(seeds), cache_type=cache_type),
+        _conditionings(transformer, features_PJD, rows_NB, cuts, first_latent),
+        solver=UniPC(settings.steps, settings.shift),
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        guidance=settings.guidance,
+        clean_pass=settings.clean_pass,
+    )
 
 
 def _conditionings(

@@ -38,6 +38,8 @@ class PairConfig(GroupConfig):
     height, width: size in pixels of the part of an encoded clip that is taken; by default the whole picture.
     noise: largest standard deviation of Gaussian noise that is added to a clip's latents before they are decoded. Each
         clip gets a deviation from 0 to this one. The latents of generated videos differ from those of encoded ones.
+    generated_fraction: share of the groups of clips that the model itself generates from captions of ShapeWorld, with
+        its own number of steps. It needs a whole model and no `data`.
     """
 
     clips: int = bounded(512, least=1)
@@ -50,6 +52,7 @@ class PairConfig(GroupConfig):
     height: int | None = bounded(None, least=1)
     width: int | None = bounded(None, least=1)
     noise: float = bounded(0.15, least=0)
+    generated_fraction: float = share(0.0)
 
 
 class LatentFootage(Protocol):

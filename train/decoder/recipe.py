@@ -20,6 +20,7 @@ from longvideo.machine.launcher import launched
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import Split, sample_scenes
 from longvideo.train.decoder.distillation import DecoderDistillation, DistillationConfig
+from longvideo.train.decoder.generated import GeneratedFootage, MixedFootage
 from longvideo.train.decoder.pairs import (
     EncodedFootage,
     LatentFootage,
@@ -118,6 +119,11 @@ class DecoderTraining(Bounded):
         if self.parallel.sequence != 1:
             raise ConfigError(
                 f"parallel.sequence is {self.parallel.sequence}; expected 1, since a decoder's windows are not divided"
+            )
+        if self.bank.generated_fraction and self.data is not None:
+            raise ConfigError(
+                f"bank.generated_fraction is {self.bank.generated_fraction}; expected 0 with data={self.data}, since"
+                " clips are generated from captions of ShapeWorld"
             )
 
 
@@ -264,10 +270,30 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
         return dataset
 
     def _footage(self) -> LatentFootage:
-        if self.dataset is None:
-            return WorldFootage(self._latent_bank("train", self.config.scenes.count, seed=self.config.seed))
-        scale = self.folder.vae_config.scale_factor_spatial
-        return EncodedFootage(self.dataset, self.config.bank, scale=scale, seed=self.config.seed, device=self.device)
+        config = self.config
+        if self.dataset is not None:
+            scale = self.folder.vae_config.scale_factor_spatial
+            return EncodedFootage(self.dataset, config.bank, scale=scale, seed=config.seed, device=self.device)
+        bank = self._latent_bank("train", config.scenes.count, seed=config.seed)
+        encoded = WorldFootage(bank)
+        if not config.bank.generated_fraction:
+            return encoded
+        generated = GeneratedFootage(
+            self.folder,
+            bank.pool.scenes,
+            chunks=config.bank.chunks,
+            group=config.bank.group,
+            seed=config.seed,
+            device=self.device,
+            precision=config.trainer.precision,
+        )
+        if generated.latent_size != encoded.latent_size:
+            raise ConfigError(
+                f"scenes have {config.scenes.height}x{config.scenes.width} pixels; expected"
+                f" {self.folder.settings.height}x{self.folder.settings.width}, the size that {config.model} generates;"
+                " change scenes or set bank.generated_fraction=0"
+            )
+        return MixedFootage(encoded, generated, generated_fraction=config.bank.generated_fraction)
 
     def _latent_bank(self, split: Split, count: int, *, seed: int) -> LatentBank:
         """Return what encodes groups of ShapeWorld's clips; the clips that it could keep are not used."""
