@@ -81,7 +81,7 @@ def time_decoder(config: AutoencoderConfig, size: tuple[int, int], *, device: to
     inputs = Activations(torch.randn(1, 1, *size, config.z_dim, device=device, dtype=torch.bfloat16))
     timings = []
     for plain, quantized in zip(*plans, strict=True):
-        stages = [plan.build(device) for plan in (plain, quantized)]
+        stages = [plan.build(device, decoder_operations(device)) for plan in (plain, quantized)]
         results = [_run(stage, inputs) for stage in stages]
         checked = sum(_check(type(stages[1]).__name__, *operands) for operands in _operands(stages[1]))
         bf16_ms, fp8_ms = (median_ms(partial(_run, stage, inputs), device) for stage in stages)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import UserError
-from longvideo.kernels.backends import DecoderOperations, decoder_operations
+from longvideo.kernels.backends import decoder_operations
 from longvideo.streaming.decoder_plan import PlannedStage, boundary_of, plan_stages
 from longvideo.streaming.decoder_stages import Activations, Target, hand_over
 from longvideo.streaming.recording import GraphRecorder
@@ -172,10 +172,10 @@ class _Part:
     ) -> None:
         self.device, self._recorder = device, recorder
         self.multiply_adds = sum(stage.multiply_adds for stage in plan)
-        self.stages = [stage.build(device) for stage in plan]
+        self._operations = decoder_operations(device)
+        self.stages = [stage.build(device, self._operations) for stage in plan]
         if grid.shares_buffer:
             _share_buffer([conv for stage in self.stages for conv in stage.convolutions], device)
-        self._operations: DecoderOperations = decoder_operations(device)
         self._recording: _Recording | None = None
 
     def __call__(self, inputs: Activations, *, opening: bool, is_whole: bool) -> Activations:

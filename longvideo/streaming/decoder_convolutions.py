@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.backends import decoder_operations
 from longvideo.kernels.vae.format import FP8Kernel
 
 if TYPE_CHECKING:
-    from longvideo.vae.layers import CausalConv3d
+    from torch import nn
+
+    from longvideo.kernels.backends import DecoderOperations
 
 E4M3 = torch.float8_e4m3fn
 HISTORY = 2
@@ -47,6 +48,11 @@ class Grid:
     def pixels(self) -> int:
         return self.batch * self.frames * self.height * self.width
 
+    @property
+    def framed_pixels(self) -> int:
+        """Number of pixels of a frame with the zeros around it."""
+        return (self.height + 2) * (self.width + 2)
+
 
 class Convolution(ABC):
     """A causal convolution with a buffer [B, T, H, W, C] for the frames that it keeps, followed by those of a call.
@@ -65,11 +71,15 @@ class Convolution(ABC):
     border: int = 0
     _shape: torch.Size
 
-    def allocate(self, grid: Grid, channels: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the buffer, or the kept frames alone if the buffer is shared, which `share` sets."""
+    def allocate(self, grid: Grid, weight: Tensor, dtype: torch.dtype) -> None:
+        """Allocate the buffer of inputs of a dtype, or the kept frames alone if the buffer is shared.
+
+        `share` sets a shared buffer. weight: [O, C, ...], on the device of the buffer.
+        """
+        channels = weight.shape[1]
         height, width = (size + 2 * self.border for size in (grid.height, grid.width))
         frames = HISTORY if grid.shares_buffer else HISTORY + grid.frames
-        stored = torch.zeros(grid.batch, frames, height, width, channels, dtype=dtype, device=device)
+        stored = torch.zeros(grid.batch, frames, height, width, channels, dtype=dtype, device=weight.device)
         self.history = stored[:, :HISTORY]
         self.buffer = stored.new_empty(0) if grid.shares_buffer else stored
         self._shape = torch.Size((grid.batch, HISTORY + grid.frames, height, width, channels))
@@ -122,18 +132,15 @@ class PlainConvolution(Convolution):
 
     inverse_scale = 1.0
 
-    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
-        weight = conv.weight.detach().to(device)
-        _, height_taps, width_taps = conv.kernel_size
+    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid) -> None:
+        _, in_channels, _, height_taps, width_taps = weight.shape
         self.padding = (0, height_taps // 2, width_taps // 2)
-        assert conv.bias is not None
         # cuDNN adds a bias in a pass of its own, so the operation after the convolution adds it
-        bias = conv.bias.detach().to(device)
         self.own_bias, self.bias = (None, bias) if bias.is_cuda else (bias, None)
-        self.allocate(grid, conv.in_channels, dtype=weight.dtype, device=device)
-        is_small = conv.in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
+        self.allocate(grid, weight, weight.dtype)
+        is_small = in_channels * (HISTORY + grid.frames) * grid.height <= LARGEST_OWN_CONV3D
         self._weights: tuple[Tensor, ...]
-        if is_small and device.type == "cpu" and weight.dtype == torch.float32:
+        if is_small and weight.device.type == "cpu" and weight.dtype == torch.float32:
             self._weights = tuple(tap.contiguous(memory_format=torch.channels_last) for tap in weight.unbind(2))
         else:
             self._weights = (weight.contiguous(memory_format=torch.channels_last_3d),)
@@ -166,10 +173,9 @@ class ProductConvolution(Convolution):
     inverse_scale = 1.0
     border = 1
 
-    def __init__(self, conv: CausalConv3d, grid: Grid, device: torch.device) -> None:
-        assert conv.bias is not None
-        self._matrix, self._bias = conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
-        self.allocate(grid, conv.in_channels, dtype=self._matrix.dtype, device=device)
+    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid) -> None:
+        self._matrix, self._bias = weight.flatten(1), bias
+        self.allocate(grid, weight, weight.dtype)
 
     def __call__(self, frames: int) -> Tensor:
         self.recall(frames)
@@ -188,16 +194,16 @@ class FP8Convolution(Convolution):
 
     border = 1
 
-    def __init__(self, conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, grid: Grid, *, gamma: Tensor, operations: DecoderOperations
+    ) -> None:
         """gamma: weight of the norm before the convolution, [C]."""
-        bound = math.sqrt(conv.in_channels) * float(gamma.detach().abs().max())
-        weight = conv.weight.detach().to(device)
-        assert conv.bias is not None
-        self.bias = conv.bias.detach().to(device)
+        bound = math.sqrt(weight.shape[1]) * float(gamma.abs().max())
+        self.bias = bias
         self.kernel = FP8Kernel.quantize(weight, bound=bound)
-        self._operations = decoder_operations(device)
+        self._operations = operations
         self.inverse_scale = self.kernel.inverse_scale
-        self.allocate(grid, conv.in_channels, dtype=E4M3, device=device)
+        self.allocate(grid, weight, E4M3)
 
     def __call__(self, frames: int) -> Tensor:
         self.recall(frames)
@@ -210,9 +216,42 @@ class FP8Convolution(Convolution):
         return y
 
 
-def convolution_after_norm(conv: CausalConv3d, gamma: Tensor, grid: Grid, device: torch.device) -> Convolution:
-    """Return a convolution of a residual block. gamma: weight of the norm before it, [C]."""
-    return FP8Convolution(conv, gamma, grid, device) if grid.fp8 else PlainConvolution(conv, grid, device)
+class StageBuilder:
+    """Builds the convolutions of a stage, and places its weights, on the device of the stage.
+
+    grid: sizes of the inputs of the stage. operations: those of the device.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device, operations: DecoderOperations) -> None:
+        self.grid, self.operations, self._device = grid, operations, device
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return a weight on the device."""
+        return weight.detach().to(self._device)
+
+    def weight_and_bias(self, conv: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a convolution on the device."""
+        assert conv.bias is not None
+        return self.weight(conv.weight), self.weight(conv.bias)
+
+    def matrix_and_bias(self, conv: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor]:
+        """Return the matrix and the bias of a convolution of single pixels on the device."""
+        weight, bias = self.weight_and_bias(conv)
+        return weight.flatten(1), bias
+
+    def convolution(self, conv: nn.Conv3d) -> Convolution:
+        """Return a convolution in the data type of its weights."""
+        return PlainConvolution(*self.weight_and_bias(conv), self.grid)
+
+    def product(self, conv: nn.Conv3d) -> Convolution:
+        """Return a 3x3x3 convolution of few input channels."""
+        return ProductConvolution(*self.weight_and_bias(conv), self.grid)
+
+    def convolution_after_norm(self, conv: nn.Conv3d, gamma: Tensor) -> Convolution:
+        """Return a convolution of a residual block. gamma: weight of the norm before it, on the device, [C]."""
+        if not self.grid.fp8:
+            return self.convolution(conv)
+        return FP8Convolution(*self.weight_and_bias(conv), self.grid, gamma=gamma, operations=self.operations)
 
 
 def _zero(x: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from longvideo.errors import UserError
-from longvideo.streaming.decoder_convolutions import HISTORY
+from longvideo.streaming.decoder_convolutions import HISTORY, Grid, StageBuilder
 from longvideo.streaming.decoder_stages import (
     AttentionStage,
     DecoderStage,
@@ -29,7 +29,7 @@ from longvideo.streaming.decoder_stages import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from longvideo.streaming.decoder_convolutions import Grid
+    from longvideo.kernels.backends import DecoderOperations
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import CausalConv3d, FrameAttention, ResidualBlock, UpBlock
 
@@ -59,15 +59,21 @@ class StageMemory:
 class PlannedStage:
     """A stage before it is built.
 
-    build: function that builds it on a device.
+    assemble: function that returns it, with what a builder on its device builds.
+    grid: sizes of its inputs in a whole step of later frames.
     multiply_adds: number of multiply-adds of its convolutions in a whole step of later frames.
     may_end_part: whether the next stage may be on another device.
     """
 
-    build: Callable[[torch.device], DecoderStage]
+    assemble: Callable[[StageBuilder], DecoderStage]
+    grid: Grid
     multiply_adds: int
     memory: StageMemory
     may_end_part: bool = False
+
+    def build(self, device: torch.device, operations: DecoderOperations) -> DecoderStage:
+        """Return the stage on a device, with the operations of the device."""
+        return self.assemble(StageBuilder(self.grid, device, operations))
 
 
 def plan_stages(autoencoder: Autoencoder, grid: Grid) -> list[PlannedStage]:
@@ -109,15 +115,16 @@ def boundary_of(plan: Sequence[PlannedStage], first_share: float) -> int:
 def _entry(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
     conv = autoencoder.decoder.conv_in
     memory = _memory([conv], grid, conv.weight.dtype, held=conv.out_channels, result=conv.out_channels)
-    return PlannedStage(partial(EntryStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
+    return PlannedStage(partial(EntryStage, autoencoder), grid, grid.pixels * _num_weights(conv), memory)
 
 
 def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level: bool = False) -> PlannedStage:
     """around: number of channels of the activations that go around the level of the block."""
     narrow, wide = block.conv1.in_channels, block.conv1.out_channels
     return PlannedStage(
-        partial(ResidualStage, block, grid, opens_level=opens_level),
-        _multiply_adds(block, grid),
+        partial(ResidualStage, block, opens_level=opens_level),
+        grid,
+        grid.pixels * _num_weights(block),
         _memory(
             [block.conv1, block.conv2],
             grid,
@@ -133,7 +140,7 @@ def _residual(block: ResidualBlock, grid: Grid, *, around: int = 0, opens_level:
 def _attention(attention: FrameAttention, grid: Grid) -> PlannedStage:
     width = attention.proj.in_channels
     memory = _memory([], grid, attention.proj.weight.dtype, held=WIDTHS_OF_ATTENTION * width, result=width)
-    return PlannedStage(partial(AttentionStage, attention), _multiply_adds(attention, grid), memory)
+    return PlannedStage(partial(AttentionStage, attention), grid, grid.pixels * _num_weights(attention), memory)
 
 
 def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
@@ -145,7 +152,7 @@ def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
     folded_weights = 4 * 4 * conv.in_channels * conv.out_channels
     kept = folded_weights * conv.weight.dtype.itemsize
     if grid.fp8:
-        kept = folded_weights + grid.batch * times * grid.frames * _framed(grid) * narrow
+        kept = folded_weights + grid.batch * times * grid.frames * grid.framed_pixels * narrow
     memory = _memory(
         [] if time is None else [time],
         grid,
@@ -156,15 +163,15 @@ def _upsampling(level: UpBlock, grid: Grid) -> PlannedStage:
         more_kept=kept,
     )
     large = replace(grid, frames=times * grid.frames, height=grid.height + 1, width=grid.width + 1)
-    multiply_adds = large.pixels * folded_weights + (0 if time is None else _multiply_adds(time, grid))
-    return PlannedStage(partial(UpsamplingStage, level, grid), multiply_adds, memory, may_end_part=True)
+    multiply_adds = large.pixels * folded_weights + (0 if time is None else grid.pixels * _num_weights(time))
+    return PlannedStage(partial(UpsamplingStage, level), grid, multiply_adds, memory, may_end_part=True)
 
 
 def _exit(autoencoder: Autoencoder, grid: Grid) -> PlannedStage:
     conv = autoencoder.decoder.conv_out
     held = conv.in_channels + 2 * conv.out_channels
     memory = _memory([conv], grid, conv.weight.dtype, held=held, result=conv.out_channels)
-    return PlannedStage(partial(ExitStage, autoencoder, grid), _multiply_adds(conv, grid), memory)
+    return PlannedStage(partial(ExitStage, autoencoder), grid, grid.pixels * _num_weights(conv), memory)
 
 
 def _memory(
@@ -185,7 +192,7 @@ def _memory(
     convolutions compute in E4M3, with zeros around each frame.
     """
     frame = grid.pixels // grid.frames
-    kept_frame, itemsize = (grid.batch * _framed(grid), 1) if fp8 else (frame, dtype.itemsize)
+    kept_frame, itemsize = (grid.batch * grid.framed_pixels, 1) if fp8 else (frame, dtype.itemsize)
     channels = [conv.in_channels for conv in convolutions]
     buffers = sum(channels) * kept_frame * (HISTORY if grid.shares_buffer else HISTORY + grid.frames)
     shared = max(channels, default=0) * kept_frame * (HISTORY + grid.frames) if grid.shares_buffer else 0
@@ -199,11 +206,7 @@ def _memory(
     )
 
 
-def _framed(grid: Grid) -> int:
-    """Return the number of pixels of a frame with the zeros around it."""
-    return (grid.height + 2) * (grid.width + 2)
-
-
-def _multiply_adds(module: nn.Module, grid: Grid) -> int:
+def _num_weights(module: nn.Module) -> int:
+    """Return the number of weights of convolutions, each of which is multiplied once for each pixel."""
     convolutions = [conv for conv in module.modules() if isinstance(conv, (nn.Conv2d, nn.Conv3d))]
-    return grid.pixels * sum(conv.weight.numel() for conv in convolutions)
+    return sum(conv.weight.numel() for conv in convolutions)

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.kernels.backends import DecoderOperations, decoder_operations
 from longvideo.kernels.nvfp4.format import E4M3_MAX
 from longvideo.kernels.vae.format import FP8Kernel
 from longvideo.kernels.vae.reference import SMALLEST_LENGTH
-from longvideo.streaming.decoder_convolutions import E4M3, PlainConvolution, ProductConvolution, convolution_after_norm
+from longvideo.streaming.decoder_convolutions import E4M3
 
 if TYPE_CHECKING:
-    from longvideo.streaming.decoder_convolutions import Convolution, Grid
+    from longvideo.kernels.backends import DecoderOperations
+    from longvideo.streaming.decoder_convolutions import Convolution, StageBuilder
     from longvideo.vae.autoencoder import Autoencoder
     from longvideo.vae.layers import FrameAttention, ResidualBlock, UpBlock
 
@@ -115,16 +115,16 @@ class EntryStage:
 
     times = 1
 
-    def __init__(self, autoencoder: Autoencoder, grid: Grid, device: torch.device) -> None:
+    def __init__(self, autoencoder: Autoencoder, builder: StageBuilder) -> None:
         conv = autoencoder.post_quant_conv
         assert conv.bias is not None
         # denormalization and the 1x1x1 convolution are one matrix
         matrix = conv.weight.detach().flatten(1).float()
         mean, std = (values.flatten().to(matrix) for values in (autoencoder.latents_mean, autoencoder.latents_std))
-        self._matrix = (matrix * std).to(device, conv.weight.dtype)
-        self._offset = (matrix @ mean + conv.bias.detach().float()).to(device, conv.weight.dtype)
-        self._conv = ProductConvolution(autoencoder.decoder.conv_in, grid, device)
-        self._operations = decoder_operations(device)
+        self._matrix = builder.weight((matrix * std).to(conv.weight.dtype))
+        self._offset = builder.weight((matrix @ mean + conv.bias.detach().float()).to(conv.weight.dtype))
+        self._conv = builder.product(autoencoder.decoder.conv_in)
+        self._operations = builder.operations
         self.convolutions = (self._conv,)
 
     def target(self, _frames: int, _opening: bool, /) -> Target:
@@ -148,17 +148,14 @@ class ResidualStage:
 
     times = 1
 
-    def __init__(self, block: ResidualBlock, grid: Grid, device: torch.device, *, opens_level: bool) -> None:
-        self._gamma_in, self._gamma = (norm.gamma.detach().flatten().to(device) for norm in (block.norm1, block.norm2))
-        self._first = convolution_after_norm(block.conv1, self._gamma_in, grid, device)
-        self._second = convolution_after_norm(block.conv2, self._gamma, grid, device)
+    def __init__(self, block: ResidualBlock, builder: StageBuilder, *, opens_level: bool) -> None:
+        self._gamma_in, self._gamma = (builder.weight(norm.gamma).flatten() for norm in (block.norm1, block.norm2))
+        self._first = builder.convolution_after_norm(block.conv1, self._gamma_in)
+        self._second = builder.convolution_after_norm(block.conv2, self._gamma)
         shortcut = block.conv_shortcut
-        self._shortcut: tuple[Tensor, Tensor] | None = None
-        if isinstance(shortcut, nn.Conv3d):
-            assert shortcut.bias is not None
-            self._shortcut = shortcut.weight.detach().flatten(1).to(device), shortcut.bias.detach().to(device)
+        self._shortcut = builder.matrix_and_bias(shortcut) if isinstance(shortcut, nn.Conv3d) else None
         self._opens_level = opens_level
-        self._operations = decoder_operations(device)
+        self._operations = builder.operations
         self.convolutions = (self._first, self._second)
 
     def target(self, frames: int, _opening: bool, /) -> Target:
@@ -192,10 +189,10 @@ class AttentionStage:
     times = 1
     convolutions = ()
 
-    def __init__(self, attention: FrameAttention, device: torch.device) -> None:
-        self._gamma = attention.norm.gamma.detach().flatten().to(device)
-        self._to_qkv, self._proj = (_linear(conv, device) for conv in (attention.to_qkv, attention.proj))
-        self._operations = decoder_operations(device)
+    def __init__(self, attention: FrameAttention, builder: StageBuilder) -> None:
+        self._gamma = builder.weight(attention.norm.gamma).flatten()
+        self._to_qkv, self._proj = (builder.matrix_and_bias(conv) for conv in (attention.to_qkv, attention.proj))
+        self._operations = builder.operations
 
     def target(self, _frames: int, _opening: bool, /) -> Target:
         return Target()
@@ -218,15 +215,15 @@ class UpsamplingStage:
     E4M3. The scale of the inputs is then measured in every call.
     """
 
-    def __init__(self, level: UpBlock, grid: Grid, device: torch.device) -> None:
+    def __init__(self, level: UpBlock, builder: StageBuilder) -> None:
         assert level.upsampler is not None
-        time, conv = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1])
+        time, conv, grid = level.upsampler.time_conv, cast("nn.Conv2d", level.upsampler.resample[1]), builder.grid
         assert conv.bias is not None
         first = cast("ResidualBlock", level.resnets[0])
         self.times, _, _ = level.factors
-        self._time = None if time is None else PlainConvolution(time, grid, device)
-        folded = fold_upsampling(conv.weight.detach()).to(device)
-        self._bias = conv.bias.detach().to(device)
+        self._time = None if time is None else builder.convolution(time)
+        folded = builder.weight(fold_upsampling(conv.weight.detach()))
+        self._bias = builder.weight(conv.bias)
         self._weight = folded.contiguous(memory_format=torch.channels_last)
         self.kernel: FP8Kernel | None = None
         if grid.fp8:
@@ -236,7 +233,7 @@ class UpsamplingStage:
                 grid.batch, self.times * grid.frames, grid.height + 2, grid.width + 2, conv.in_channels, dtype=E4M3
             )
         self._offsets = _offsets(first.conv1.in_channels // level.out_channels, level.factors)
-        self._operations = decoder_operations(device)
+        self._operations = builder.operations
         self.convolutions = () if self._time is None else (self._time,)
 
     def target(self, frames: int, opening: bool, /) -> Target:
@@ -286,11 +283,11 @@ class ExitStage:
 
     times = 1
 
-    def __init__(self, autoencoder: Autoencoder, grid: Grid, device: torch.device) -> None:
-        self._gamma = autoencoder.decoder.norm_out.gamma.detach().flatten().to(device)
-        self._conv = PlainConvolution(autoencoder.decoder.conv_out, grid, device)
+    def __init__(self, autoencoder: Autoencoder, builder: StageBuilder) -> None:
+        self._gamma = builder.weight(autoencoder.decoder.norm_out.gamma).flatten()
+        self._conv = builder.convolution(autoencoder.decoder.conv_out)
         self._patch = autoencoder.config.patch_size
-        self._operations = decoder_operations(device)
+        self._operations = builder.operations
         self.convolutions = (self._conv,)
 
     def target(self, frames: int, _opening: bool, /) -> Target:
@@ -303,12 +300,6 @@ class ExitStage:
         pixels = torch.empty(shape, dtype=torch.uint8, device=packed.device)
         self._operations.to_pixels(packed, self._conv.bias, self._patch, pixels)
         return Activations(pixels)
-
-
-def _linear(conv: nn.Conv2d, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrix and the bias of a 1x1 convolution on a device."""
-    assert conv.bias is not None
-    return conv.weight.detach().flatten(1).to(device), conv.bias.detach().to(device)
 
 
 def _attend(q_NLC: Tensor, k_NLC: Tensor, v_NLC: Tensor) -> Tensor:
