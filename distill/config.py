@@ -67,7 +67,8 @@ class Distillation(Bounded):
     prompts: `shapeworld`, or a file with a prompt in each line (`.jsonl`: a list of shots in each line).
     data: folder of encoded clips to take captions, cuts and first frames from instead of prompts.
     image_fraction: share of the steps whose videos begin with a given frame, of `data`.
-    negative_prompt: prompt that the teacher's guidance moves away from.
+    negative_prompt: prompt that the teacher's guidance moves away from, in all videos. Another one in a line of
+        `prompts` is refused; its `seconds` and `seed`, which `generate --prompts` reads, are not used.
     student_every: number of steps of the critic for each step of the student.
     critic_first: number of steps at the start that train the critic alone, for a student that starts from `adapter`.
     compile: whether to compile the blocks, without their attention; only on CUDA.

@@ -30,6 +30,7 @@ from longvideo.distill.prompts import (
     ShapeWorldScripts,
     check_whole_chunks,
     encode_all,
+    read_scripts,
 )
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
@@ -44,7 +45,6 @@ from longvideo.model.config import PRESETS
 from longvideo.rollout import context_level
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import Scene, sample_scenes
-from longvideo.text.prompt_file import read_prompt_file
 from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory, report_estimate
 from longvideo.training.objective import compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
@@ -99,7 +99,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
         if adapter is not None:
             check_adapter(adapter, config.lora, self.shape, config.model or "", config.adapter or "")
         own_prompts = self.folder is not None and config.data is None and config.prompts != SHAPEWORLD
-        scripts = [line.shots for line in read_prompt_file(Path(config.prompts))] if own_prompts else None
+        scripts = read_scripts(Path(config.prompts), config.negative_prompt) if own_prompts else None
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.dtype = compute_dtype(config.trainer.precision, device)
         self._check_memory(mesh or Mesh())

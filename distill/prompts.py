@@ -17,15 +17,17 @@ from torch import Tensor
 from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.distill.walk import VideoRequest
 from longvideo.distributed import Mesh, divide_batch
-from longvideo.errors import ConfigError
+from longvideo.errors import ConfigError, UserError, shown
 from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
 from longvideo.shapeworld.world import sample_scene
 from longvideo.text.encoder import TextEncoder, clean_prompt
+from longvideo.text.prompt_file import read_prompt_file
 from longvideo.training.objective import seeded, stage_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from longvideo.data.encoded import EncodedDataset
 
@@ -285,6 +287,22 @@ def check_whole_chunks(frames: int, chunk_frames: int) -> None:
             f"videos have {frames} latent frames; expected a multiple of {chunk_frames}, the model's chunk; use"
             f" {max(frames // chunk_frames, 1) * chunk_frames}"
         )
+
+
+def read_scripts(file: Path, negative_prompt: str) -> list[tuple[str, ...]]:
+    """Read a file of prompts; return the prompts of the shots of each video.
+
+    Raises UserError as `read_prompt_file` does, and for a line with another negative prompt than `negative_prompt`.
+    """
+    lines = read_prompt_file(file)
+    for number, line in enumerate(lines, 1):
+        for text in line.negative_prompts:
+            if text != negative_prompt:
+                raise UserError(
+                    f"{file}:{number} has the negative prompt {shown(text)}; expected {shown(negative_prompt)}, as"
+                    " all videos of a distillation share one; set `negative_prompt` for all of them"
+                )
+    return [line.shots for line in lines]
 
 
 @torch.no_grad()

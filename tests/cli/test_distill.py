@@ -213,6 +213,11 @@ def test_bad_settings_are_refused(
             '{"prompts": ["a ball"]}\n{"prompts": ["a \\ud83d"]}\n',
             "half.jsonl:2: the prompt is not valid text",
         ),
+        (
+            "away.jsonl",
+            '{"prompts": ["a ball"], "negative_prompt": ""}\n{"prompts": ["a"], "negative_prompt": "blurry"}\n',
+            "away.jsonl:2 has the negative prompt 'blurry'; expected ''",
+        ),
         ("latin.txt", b"a ball\na r\xe9d ball\n", "latin.txt:2 is not UTF-8 text (byte 0xe9)"),
     ],
 )
