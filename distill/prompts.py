@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.distill.walk import VideoRequest
-from longvideo.distributed import Mesh, divide_batch
+from longvideo.distributed import Mesh, common_passes, divide_batch
 from longvideo.errors import ConfigError, UserError, shown
 from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
@@ -229,14 +229,12 @@ class RolloutSource:
         return stage.batch * stage.frames
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        """Return the backward passes of a step. Raises ConfigError unless all stages have the same number."""
-        counts = {divide_batch(s.batch, mesh, micro_batch)[1] * (s.frames // self.chunk_frames) for s in self.stages}
-        if len(counts) > 1:
-            raise ConfigError(
-                f"stages have {', '.join(map(str, sorted(counts)))} passes of a step (clips of a rank times their"
-                " chunks); expected the same number in all stages, because there are several processes"
-            )
-        return counts.pop()
+        """Return the backward passes of a step: one for each chunk of each share."""
+        return common_passes(
+            divide_batch(stage.batch, mesh, micro_batch)[1] * (stage.frames // self.chunk_frames)
+            for stage in self.stages
+            if stage.steps
+        )
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[VideoRequest]:
         stage = stage_at(self.stages, step)

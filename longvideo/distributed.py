@@ -15,7 +15,7 @@ from longvideo.errors import ConfigError, RefusedByMain, UserError
 from longvideo.machine.launcher import process_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
 T = TypeVar("T")
 HOST_BACKEND = "gloo"
@@ -187,6 +187,20 @@ def divide_batch(batch: int, mesh: Mesh, micro_batch: int | None) -> tuple[int, 
             f" use a multiple of {unit}, such as {max(batch // unit, 1) * unit}"
         )
     return size, per_replica // size
+
+
+def common_passes(passes: Iterable[int]) -> int:
+    """Return the passes of a step that all stages have in common. passes: number of each stage; none counts as 1.
+
+    Raises ConfigError if they differ, because DeepSpeed adds up the gradients of a fixed number of passes.
+    """
+    different = sorted(set(passes))
+    if len(different) > 1:
+        raise ConfigError(
+            f"stages have {' and '.join(map(str, different))} passes of a step; expected the same number in all stages;"
+            " give them one batch, or leave out parallel.micro_batch"
+        )
+    return different[0] if different else 1
 
 
 def divisors(number: int) -> list[int]:

@@ -51,7 +51,7 @@ class BatchSource(Protocol):
         ...
 
     def passes(self, mesh: Mesh, micro_batch: int | None, /) -> int:
-        """Return the number of parts that `shares` returns. Raises ConfigError if the batch does not divide."""
+        """Return the number of backward passes of a step. Raises ConfigError if it is not the same in all stages."""
         ...
 
     def size(self, step: int, /) -> int:

@@ -17,6 +17,8 @@ from longvideo.cli.main import main
 from tests.folders import file_names
 from tests.train.small import Toy
 
+RANDOM_CLIPS = ("clips", "preset=tiny", "data=null", "parallel.micro_batch=null", "--device", "cpu", "--dry-run", "1")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -157,6 +159,10 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
         (
             ["clips", "cpu/clips", "settings.chunk_frames=4"],
             "settings.chunk_frames is 4; expected 8, as the model in tiny; leave it out",
+        ),
+        (
+            [*RANDOM_CLIPS, "settings={height: 32, width: 64, offset_per_shot: 1}", "stages=[{chunks: 1, batch: 2}]"],
+            "every view has its own positions; use parallel.micro_batch=1",
         ),
         (["vae", "--device", "abacus"], "'abacus' is not a device; use cpu, cuda or cuda:N"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.distributed import Mesh, build_mesh, check_sequence, divide_batch
+from longvideo.distributed import Mesh, build_mesh, check_sequence, common_passes, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.model.attention import Blockwise, Masked
@@ -184,6 +184,12 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
         divide_batch(7, Mesh(world=4, rank=0, sequence=2), 1)
     with pytest.raises(ConfigError, match="4 chunks do not divide into 3 ranks"):
         whole_batch().shares(Mesh(world=3, sequence=3), None, SPEC.chunk_frames)
+
+
+def test_stages_of_different_numbers_of_passes_are_refused_on_one_rank_too() -> None:
+    assert common_passes([2, 2]) == 2 and common_passes([]) == 1
+    with pytest.raises(ConfigError, match="stages have 1 and 3 passes of a step; .* or leave out parallel.micro_batch"):
+        common_passes([3, 1, 3])
 
 
 def test_mean_weight_counts_all_frames_with_a_loss() -> None:

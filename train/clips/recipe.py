@@ -178,12 +178,13 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         if self.folder is not None and "vae" in self.folder.parts:
             self.decoder = SampleDecoder(self.folder, device=device, dtype=torch.float32)
         self.source = self._source(self.clips, config.stages, config.views, config.seed)
+        self.source.check(mesh, config.parallel.micro_batch)
         self.validation = None
         if self.held_out is not None:
             batch, chunks = config.validation.batch, max(stage.chunks for stage in config.stages)
             plain = ClipViewConfig(prompt_dropout=0.0)
             self.validation = self._source(self.held_out, [ViewStage(batch=batch, chunks=chunks)], plain, 0)
-            self.validation.passes(mesh, config.parallel.micro_batch)
+            self.validation.check(mesh, config.parallel.micro_batch)
 
     def flops(self, step: int) -> float:
         stage = stage_at(self.config.stages, step)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share
-from longvideo.distributed import Mesh, divide_batch
+from longvideo.distributed import Mesh, common_passes, divide_batch
 from longvideo.errors import ConfigError, UserError
 from longvideo.model.conditioning import video_texts
 from longvideo.train.batch import Origin, ViewBatch, ViewStage
@@ -142,16 +142,17 @@ class ClipViewSource:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="clips")
         self._ahead: tuple[int, Future[list[_Read]]] | None = None
 
-    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        divided = {divide_batch(stage.batch, mesh, micro_batch) for stage in self.stages if stage.steps}
-        if self.cuts_matter and any(size > 1 for size, _ in divided):
+    def check(self, mesh: Mesh, micro_batch: int | None) -> None:
+        """Raise ConfigError if a batch does not divide, or if views whose cuts matter would share a pass."""
+        sizes = [divide_batch(stage.batch, mesh, micro_batch)[0] for stage in self.stages if stage.steps]
+        if self.cuts_matter and any(size > 1 for size in sizes):
             raise ConfigError(
                 "with settings.offset_per_shot, or pinned shots in objective.context=window, every view has its own"
                 " positions; use parallel.micro_batch=1"
             )
-        if len({passes for _, passes in divided}) > 1:
-            raise ConfigError("stages differ in the number of passes of a step; use parallel.micro_batch")
-        return max((passes for _, passes in divided), default=1)
+
+    def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
+        return common_passes(divide_batch(stage.batch, mesh, micro_batch)[1] for stage in self.stages if stage.steps)
 
     def size(self, step: int) -> int:
         """Return the clean latent tokens of a batch; the noisy copy does not count."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded, share
-from longvideo.distributed import Mesh, divide_batch
+from longvideo.distributed import Mesh, common_passes, divide_batch
 from longvideo.errors import ConfigError
 from longvideo.train.batch import ViewBatch, ViewStage
 from longvideo.training.objective import seeded, stage_at
@@ -92,10 +92,7 @@ class ViewSource:
         return stage.batch * stage.chunks * self.tokens_per_chunk
 
     def passes(self, mesh: Mesh, micro_batch: int | None) -> int:
-        counts = {divide_batch(stage.batch, mesh, micro_batch)[1] for stage in self.stages if stage.steps}
-        if len(counts) > 1 and mesh.world > 1:
-            raise ConfigError("stages differ in the number of passes of a step; use parallel.micro_batch")
-        return max(counts, default=1)
+        return common_passes(divide_batch(stage.batch, mesh, micro_batch)[1] for stage in self.stages if stage.steps)
 
     def shares(self, step: int, mesh: Mesh, micro_batch: int | None) -> list[ViewBatch]:
         return self.batch(step).shares(mesh, micro_batch, self.bank.chunk_frames)

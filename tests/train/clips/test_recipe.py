@@ -114,7 +114,7 @@ def test_views_that_begin_late_show_their_first_chunk_as_context_alone() -> None
 def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
     views = source(Counted(), cuts_matter=True)
     with pytest.raises(ConfigError, match="parallel.micro_batch=1"):
-        views.passes(Mesh(), None)
+        views.check(Mesh(), None)
     shares = views.shares(0, Mesh(), 1)
     assert len(shares) == BATCH and shares[0].cuts == (True, False, False, False)
 
