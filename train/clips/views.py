@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class ClipViewConfig(Bounded):
     """What is taken from a clip, and how much noise it gets.
 
-    start_fraction: share of views that begin where their clip begins. The first chunk of other views is context alone.
+    start_fraction: share of views that begin where their clip begins; views of one chunk always do. The first chunk of
+        other views is context alone.
     prompt_dropout: share of views with an empty prompt, for guidance.
     context_noise_fraction: share of context chunks that get noise.
     context_noise_max: largest noise level of the context; the model is not given the level.
@@ -257,7 +258,9 @@ class ClipViewSource:
         clip = [self._clip(step, view) for view in range(count)]
         latest = self.clips.num_chunks - chunks
         later = 1 + torch.randint(max(latest, 1), (count,), generator=generator)
-        first_chunk = torch.where((rand(count) < config.start_fraction) | (latest == 0), 0, later)
+        # a view of one chunk that does not begin its clip would be context alone
+        always_opens = latest == 0 or chunks == 1
+        first_chunk = torch.where((rand(count) < config.start_fraction) | always_opens, 0, later)
         opening = first_chunk == 0
         sigma = self.sigmas[torch.randint(len(self.sigmas), (count, chunks), generator=generator)]
         noisy_context = rand(count, chunks) < config.context_noise_fraction

@@ -111,6 +111,12 @@ def test_views_that_begin_late_show_their_first_chunk_as_context_alone() -> None
     assert (batch.loss_mask[is_given, 0] == 0).all() and (batch.loss_mask[is_given, 1:] == 1).all()
 
 
+def test_views_of_one_chunk_always_have_a_loss() -> None:
+    stage = ViewStage(batch=BATCH, chunks=1)
+    (batch,) = source(Counted(), stage=stage, start_fraction=0.0, image_fraction=0.0).shares(0, Mesh(), None)
+    assert (batch.loss_mask == 1).all() and float(batch.mean_weight) == BATCH * FRAMES
+
+
 def test_views_whose_cuts_matter_do_not_share_a_pass() -> None:
     views = source(Counted(), cuts_matter=True)
     with pytest.raises(ConfigError, match="parallel.micro_batch=1"):
