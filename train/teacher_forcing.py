@@ -87,8 +87,8 @@ class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder if there is one, on views of any number of chunks.
 
     text_encoder: tokens to features; None if batches contain features. bank: recycles errors of batches with an
-    `Origin`. rounding: rounding of a transformer that trains in 4 bits. context: noise level at which generation caches
-    finished chunks, and so at which the clean copy is shown.
+    `Origin` while gradients are enabled. rounding: rounding of a transformer that trains in 4 bits. context: noise
+    level at which generation caches finished chunks, and so at which the clean copy is shown.
     """
 
     def __init__(
@@ -142,7 +142,9 @@ class TeacherForcing(Objective):
     def forward(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.rounding is not None:
             self.rounding.next_pass(batch.first_view)
-        clean, bank, origin = batch.clean, self.bank, batch.origin
+        # the loss of a validation depends on the weights alone
+        bank = self.bank if torch.is_grad_enabled() else None
+        clean, origin = batch.clean, batch.origin
         injected = Injected(clean, clean, batch.noise, torch.empty(0))
         if bank is not None and origin is not None:
             injected = bank.inject(
@@ -171,7 +173,7 @@ class TeacherForcing(Objective):
             batch.mean_weight,
             prepared=self.prepared(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
         )
-        if bank is not None and origin is not None and torch.is_grad_enabled():
+        if bank is not None and origin is not None:
             noisy = self.schedule.add_noise(injected.latents, injected.noise, batch.sigma)
             target = self.schedule.velocity(clean, injected.noise)
             errors = prediction_errors(velocity.detach(), target, noisy, clean, batch.sigma)

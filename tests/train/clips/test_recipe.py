@@ -239,6 +239,18 @@ def test_a_run_in_one_process_goes_on_with_the_same_bits(data: tuple[Path, Path]
     assert ModelFolder.open(tmp_path / "whole" / "model").parts == ("transformer", "vae", "text_encoder")
 
 
+def test_a_validation_gets_no_recycled_errors(data: tuple[Path, Path]) -> None:
+    always = ("recycling.warmup_steps=0", "recycling.clean_probability=0", "recycling.context_probability=1")
+    more = (f"validation.data={data[1]}", "validation.batch=2", "parallel.micro_batch=1", *always)
+    recipe = ClipRecipe(load_config(ClipTraining, [], arguments(data, *more)), CPU, Mesh(), dry_run=False)
+    with torch.no_grad():
+        before = recipe.validate()
+    recipe.objective(recipe.source.shares(0, Mesh(), 1)[0])
+    assert recipe.bank is not None and sum(recipe.bank.filled) > 0
+    with torch.no_grad():
+        assert recipe.validate() == before
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(data: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
