@@ -359,6 +359,13 @@ def test_views_of_one_chunk_open_their_video(encoder: TextEncoder) -> None:
     assert all((openings == row).flatten(1).all(1).any() for row in batch.clean)
 
 
+def test_a_group_whose_rounded_share_is_late_keeps_an_opening_clip(encoder: TextEncoder) -> None:
+    source = view_source(encoder, ViewConfig(), replace(BANK, late_fraction=0.9), batch=3, chunks=1)
+    source.start(0)
+    assert source.bank.num_late == 1
+    assert (source.batch(0).loss_mask.sum(1) > 0).all()
+
+
 def test_shots_begin_at_second_zero_unless_the_clip_is_late() -> None:
     bank = small_bank(replace(BANK, cut_fraction=0.5, late_fraction=0.5, clips=64, initial_clips=64, group=64))
     plan = bank.plan(0)

@@ -38,8 +38,9 @@ class BankConfig(GroupConfig):
     chunks: number of chunks of a clip.
     cut_fraction: share of clips with one or two cuts, all of them between chunks.
     recolor_fraction: share of the other clips in which an object takes another color between two chunks.
-    late_fraction: share of clips that begin later than their first scene. A caption describes how a scene begins, so
-        these clips serve only as the middle of a video. All other shots begin at second 0.
+    late_fraction: share of the clips of a group, but not of all of them, that begin later than their first scene. A
+        caption describes how a scene begins, so these clips serve only as the middle of a video. All other shots begin
+        at second 0.
     max_seconds: latest time within its first scene at which such a clip begins.
     """
 
@@ -102,7 +103,8 @@ class LatentBank(ClipBank):
         self.cut = torch.zeros(config.clips, config.chunks, dtype=torch.bool, device=pool.device)
         self.late, self.recolored = torch.zeros(2, config.clips, dtype=torch.bool, device=pool.device)
         self.generator = torch.Generator(pool.device)
-        self.num_late = round(config.late_fraction * config.group)
+        # views of one chunk need a clip in each group that is not late
+        self.num_late = min(round(config.late_fraction * config.group), config.group - 1)
 
     def draw_opening(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw clips that are not late, [count]; the late ones are the first of every group."""
