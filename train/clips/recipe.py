@@ -31,6 +31,7 @@ from longvideo.train.error_recycling import ErrorBank
 from longvideo.train.nvfp4 import NVFP4Config, prepare
 from longvideo.train.recycling_config import ErrorRecyclingConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
+from longvideo.train.validation import validation_loss
 from longvideo.training.memory import (
     FP32,
     ROWS_MASKED,
@@ -210,13 +211,16 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         """Return the loss on held-out clips, each with noise of its own that never changes."""
         if self.validation is None or not self.config.validation.batches:
             return {}
-        count, total = self.config.validation.batches, torch.zeros((), device=self.device)
-        for number in range(count):
-            shares = self.validation.shares(number, self.mesh, self.config.parallel.micro_batch)
-            for share in shares:
-                loss, _ = self.objective(share)
-                total += loss / (len(shares) * self.mesh.world * count)
-        return {"val_loss": float(self.mesh.sum(total))}
+        return {
+            "val_loss": validation_loss(
+                self.objective,
+                self.validation,
+                batches=self.config.validation.batches,
+                mesh=self.mesh,
+                micro_batch=self.config.parallel.micro_batch,
+                precision=self.config.trainer.precision,
+            )
+        }
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Generate videos from the captions of some clips and draw a strip of each."""

@@ -29,8 +29,8 @@ from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
 from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
+from longvideo.train.validation import validation_loss
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
-from longvideo.training.precision import autocast
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
 from longvideo.training.sampling import Samples, sample_videos
@@ -189,6 +189,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
         self.config = config
         self.device = device
+        self.mesh = mesh
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.vae_folder = ModelFolder.open(config.vae)
         self.autoencoder = self.vae_folder.load_vae(device=device, dtype=torch.float32)
@@ -229,9 +230,10 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             bank = replace(
                 config.bank, clips=held_out.clips, initial_clips=held_out.clips, refresh_every=held_out.batches
             )
-            stages = [replace(config.stages[-1], batch=held_out.batch)]
+            stages = [ViewStage(batch=held_out.batch, chunks=config.stages[-1].chunks)]
             views = replace(config.views, prompt_dropout=0.0)
             self.validation = self._views("heldout", bank, stages, views, seed=0, count=held_out.clips)
+            self.validation.passes(mesh, config.parallel.micro_batch)
 
     def _views(
         self,
@@ -288,12 +290,16 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             return {}
         if not self.validation.bank.filled:
             self.validation.start(0)
-        total = torch.zeros((), device=self.device)
-        for number in range(self.config.validation.batches):
-            with autocast(self.config.trainer.precision, self.device):
-                loss, _ = self.objective(self.validation.batch(number))
-            total += loss
-        return {"val_loss": float(total) / self.config.validation.batches}
+        return {
+            "val_loss": validation_loss(
+                self.objective,
+                self.validation,
+                batches=self.config.validation.batches,
+                mesh=self.mesh,
+                micro_batch=self.config.parallel.micro_batch,
+                precision=self.config.trainer.precision,
+            )
+        }
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         rounding = self.objective.rounding
