@@ -342,10 +342,8 @@ def nvfp4_operations(device: torch.device) -> NVFP4Operations:
     return operations
 
 
-def triton_unavailable(device: torch.device) -> str | None:
-    """Return why Triton kernels cannot run on a device, or None when they can."""
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, not {device.type}"
+def missing_triton() -> str | None:
+    """Return why Triton kernels cannot run on any device, or None when they can run on CUDA devices."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -356,6 +354,8 @@ def triton_unavailable(device: torch.device) -> str | None:
 def _uses_triton(device: torch.device) -> bool:
     if device.type in ("cpu", "meta"):
         return False
-    if reason := triton_unavailable(device):
+    if device.type != "cuda":
+        raise ValueError(f"no kernels for device {device}; use cpu, or cuda for Triton kernels")
+    if reason := missing_triton():
         raise ValueError(f"no kernels for device {device}: {reason}")
     return True

@@ -10,6 +10,7 @@ import torch
 
 from longvideo.infer.bench.random_weights import random_weights
 from longvideo.infer.bench.timing import median_ms
+from longvideo.kernels.backends import nvfp4_operations
 from longvideo.model.attention import Cached, Filling
 from longvideo.model.cache import CACHES, ChunkCache
 from longvideo.model.layout import TokenLayout
@@ -60,7 +61,7 @@ def time_steps(
     for precision in ("bf16", "nvfp4-weights", "nvfp4"):
         if precision == "nvfp4-weights":
             quantize_layers(model)
-            set_product(model, W4A16(device))
+            set_product(model, W4A16(nvfp4_operations(device)))
         elif precision == "nvfp4":
             set_product(model, choose_w4a4(device))
         for name, cache_type in CACHES.items():

@@ -71,12 +71,13 @@ def self_test(device: torch.device) -> list[Check]:
 
 def _kernels(device: torch.device) -> list[Operation]:
     """Return the operations that use Triton's kernels on CUDA, alone or together with other backends."""
-    no_triton = backends.triton_unavailable(device)
-    if device.type == "cuda" and no_triton is not None:
-        return [Operation(name, "none", {"triton": no_triton}) for name in KERNEL_OPERATIONS]
+    if device.type != "cuda":
+        same = similar = {"triton": f"Triton kernels need a CUDA device, not {device.type}"}
+    elif (reason := backends.missing_triton()) is not None:
+        return [Operation(name, "none", {"triton": reason}) for name in KERNEL_OPERATIONS]
+    else:
+        same, similar = {"reference": "triton is faster and gives the same bits"}, {"reference": "slower"}
     kernels = backends.Backend(backends.kernels_on(device))
-    same = {"triton": no_triton} if no_triton else {"reference": "triton is faster and gives the same bits"}
-    similar = {"triton": no_triton} if no_triton else {"reference": "slower"}
     emulated = {"emulated": "the FP4 units are faster"}
     answers = (
         (kernels, similar),

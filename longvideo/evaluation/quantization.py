@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.cache import KVCache
@@ -150,8 +151,8 @@ def _synthetic(seed: int) -> dict[str, Tensor]:
 
 def _output_hook(measured: _Measurement, name: str, layer: nn.Linear) -> Callable[..., None]:
     weight = NVFP4Linear.from_linear(layer).quantized_weight
-    device = layer.weight.device
-    products: dict[str, Product] = {"W4A16": W4A16(device), "W4A4": EmulatedW4A4(device)}
+    operations = nvfp4_operations(layer.weight.device)
+    products: dict[str, Product] = {"W4A16": W4A16(operations), "W4A4": EmulatedW4A4(operations)}
 
     def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> None:
         measured.add("inputs of linear layers", inputs[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from longvideo.errors import UserError
-from longvideo.kernels.backends import product_backend, training_backend
+from longvideo.kernels.backends import nvfp4_operations, product_backend, training_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
@@ -186,7 +186,8 @@ def with_precision(
         quantize_layers(transformer, device=device)
     transformer.to(device)
     if precision in ("nvfp4", "nvfp4-weights"):
-        set_product(transformer, W4A16(device) if precision == "nvfp4-weights" else choose_w4a4(device))
+        weights_only = precision == "nvfp4-weights"
+        set_product(transformer, W4A16(nvfp4_operations(device)) if weights_only else choose_w4a4(device))
     return transformer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.errors import UserError
-from longvideo.kernels.backends import fp8_operations
+from longvideo.kernels.backends import FP8Operations, fp8_operations
 from longvideo.kernels.fp8 import reference
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
@@ -25,15 +25,15 @@ VALUES, SCALES = "weight_values", "weight_scales"
 class FP8Linear(nn.Module):
     """A linear layer with a frozen weight [out, in] in FP8, a scale for each output, and a bias.
 
-    It is built on the device of the weight. The result has the dtype of the bias; without a bias it has the dtype of
-    the input, or bfloat16 for an input in FP8.
+    It is built on the device of the weight, and has the operations of that device. The result has the dtype of the
+    bias; without a bias it has the dtype of the input, or bfloat16 for an input in FP8.
     """
 
     def __init__(self, weight: FP8Rows, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias: Tensor | None
-        self._operations = fp8_operations(weight.values.device)
+        self.operations: FP8Operations = fp8_operations(weight.values.device)
         self.register_buffer(VALUES, weight.values)
         self.register_buffer(SCALES, weight.scales)
         self.register_buffer("bias", bias)
@@ -67,8 +67,8 @@ class FP8Linear(nn.Module):
         dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
         if self.bias is not None:
             dtype = self.bias.dtype
-        rows = self._operations.quantize_rows(x) if isinstance(x, Tensor) else x
-        return self._operations.matmul(rows, self.quantized_weight, self.bias, dtype)
+        rows = self.operations.quantize_rows(x) if isinstance(x, Tensor) else x
+        return self.operations.matmul(rows, self.quantized_weight, self.bias, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

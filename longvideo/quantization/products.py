@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.backends import nvfp4_operations, product_backend
+from longvideo.kernels.backends import NVFP4Operations, nvfp4_operations, product_backend
 from longvideo.kernels.nvfp4 import scaled_mm
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
@@ -53,8 +53,8 @@ class Product(Protocol):
 class W4A16:
     """Product of 4-bit weights, dequantized to the dtype of the input, and inputs that are not rounded."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._operations = nvfp4_operations(device)
+    def __init__(self, operations: NVFP4Operations) -> None:
+        self._operations = operations
 
     def prepare_weight(self, weight: NVFP4Tensor) -> NVFP4Tensor:
         return weight
@@ -72,9 +72,8 @@ class W4A16:
 class W4A4(ABC):
     """Product of 4-bit weights and inputs. The module before a layer may round its input."""
 
-    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE) -> None:
-        self._operations = nvfp4_operations(device)
-        self.rule = rule
+    def __init__(self, operations: NVFP4Operations, rule: Rule = Rule.ADAPTIVE) -> None:
+        self._operations, self.rule = operations, rule
 
     @abstractmethod
     def prepare_weight(self, weight: NVFP4Tensor) -> Weight: ...
@@ -124,16 +123,7 @@ class EmulatedW4A4(W4A4):
 
 
 class ScaledW4A4(W4A4):
-    """Product of 4-bit weights and inputs on FP4 units, by `torch.nn.functional.scaled_mm`. Results are bfloat16.
-
-    Raises ValueError with the reason on a device where it cannot run.
-    """
-
-    def __init__(self, device: torch.device, rule: Rule = Rule.ADAPTIVE) -> None:
-        products = product_backend("nvfp4", device)
-        if products.is_emulated:
-            raise ValueError(f"the backend torch cannot run on {device}: {products.reason}; use emulated")
-        super().__init__(device, rule)
+    """Product of 4-bit weights and inputs on FP4 units, by `torch.nn.functional.scaled_mm`. Results are bfloat16."""
 
     def prepare_weight(self, weight: NVFP4Tensor) -> scaled_mm.ScaledOperand:
         return scaled_mm.operand(weight)
@@ -168,11 +158,14 @@ def choose_w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE, *, backend: Pr
     backend: "torch" (FP4 units) or "emulated". The choice is logged with its reason.
     Raises ValueError with the reason if the given backend cannot run.
     """
-    if backend is not None:
-        return W4A4_PRODUCTS[backend](device, rule)
     products = product_backend("nvfp4", device)
+    if backend == "torch" and products.is_emulated:
+        raise ValueError(f"the backend torch cannot run on {device}: {products.reason}; use emulated")
+    operations = nvfp4_operations(device)
+    if backend is not None:
+        return W4A4_PRODUCTS[backend](operations, rule)
     if products.is_emulated:
         logger.info("NVFP4 products on %s are emulated: %s", device, products.reason)
-        return EmulatedW4A4(device, rule)
+        return EmulatedW4A4(operations, rule)
     logger.info("NVFP4 products on %s run on its FP4 units through torch.nn.functional.scaled_mm", device)
-    return ScaledW4A4(device, rule)
+    return ScaledW4A4(operations, rule)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.kernels.fp8.reference import quantize_rows
 from longvideo.kernels.nvfp4.format import GROUP
@@ -79,10 +80,11 @@ def quantize_weights(
     are in FP8 in both precisions. keep: last part of the names of layers that are not replaced.
     Raises ValueError for NaN or infinity in a weight.
     """
+    product = W4A16(nvfp4_operations(device)) if precision == "nvfp4" else None
     replaced: dict[int, nn.Module] = {}
     for name, layer in list(_layers(module, keep)):
         if id(layer) not in replaced:
-            replaced[id(layer)] = _quantized(layer, precision, device, name=f"{name}.weight")
+            replaced[id(layer)] = _quantized(layer, product, device, name=f"{name}.weight")
         module.set_submodule(name, replaced[id(layer)])
     module.to(device)
 
@@ -95,7 +97,7 @@ def quantized_bytes(
     for layer in {id(layer): layer for _, layer in _layers(module, keep)}.values():
         rows, columns = layer.weight.shape
         size = rows * (columns + SCALE_BYTES)
-        if _packs(layer, precision):
+        if precision == "nvfp4" and _fits_groups(layer):
             size = rows * (columns // 2 + columns // GROUP)
         total += size - rows * columns * dtype.itemsize
     return total
@@ -107,18 +109,17 @@ def _layers(module: nn.Module, keep: str | None) -> Iterator[tuple[str, nn.Linea
             yield name, layer
 
 
-def _packs(layer: nn.Linear | nn.Embedding, precision: WeightPrecision) -> bool:
-    return precision == "nvfp4" and isinstance(layer, nn.Linear) and layer.in_features % GROUP == 0
+def _fits_groups(layer: nn.Linear | nn.Embedding) -> bool:
+    return isinstance(layer, nn.Linear) and layer.in_features % GROUP == 0
 
 
-def _quantized(
-    layer: nn.Linear | nn.Embedding, precision: WeightPrecision, device: torch.device, *, name: str
-) -> nn.Module:
+def _quantized(layer: nn.Linear | nn.Embedding, product: W4A16 | None, device: torch.device, *, name: str) -> nn.Module:
+    """Return a layer with its weight in 4 bits, multiplied by a product, or in FP8 where there is none."""
     if isinstance(layer, nn.Embedding):
         return FP8Embedding(layer, name=name).to(device)
     layer = layer.to(device)
-    if not _packs(layer, precision):
+    if product is None or not _fits_groups(layer):
         return FP8WeightLinear(layer, name=name)
     packed = NVFP4Linear.from_linear(layer, name=name)
-    packed.set_product(W4A16(device))
+    packed.set_product(product)
     return packed

@@ -58,12 +58,8 @@ class FP8Attention:
 
     dtype = E4M3
 
-    def __init__(self, name: AttentionPrecision, device: torch.device) -> None:
-        """Raises UserError on a device where it cannot run."""
-        backend = attention_backend(name, device)
-        if backend.name is None:
-            raise UserError(f"attention {name} cannot run: {backend.reason}")
-        self._device, self._is_emulated = device, backend.is_emulated
+    def __init__(self, *, is_emulated: bool) -> None:
+        self._is_emulated = is_emulated
         self._planned: dict[int, cudnn_fp8.CudnnFP8Attention] = {}
         self._scales: Tensor | None = None
 
@@ -82,7 +78,7 @@ class FP8Attention:
         if out.dtype != E4M3:
             return out.flatten(2)
         if self._scales is None:
-            self._scales = torch.full(out.shape[:2], 1 / OUT_SCALE, device=self._device)
+            self._scales = torch.full(out.shape[:2], 1 / OUT_SCALE, device=out.device)
         return FP8Rows(out.flatten(2), self._scales)
 
     def _plan(self, rotated_BLNK: Tensor, keys: Tensor, values: Tensor) -> cudnn_fp8.CudnnFP8Attention:
@@ -105,5 +101,13 @@ class FP8Attention:
 
 
 def slot_attention(name: AttentionPrecision, device: torch.device, dtype: torch.dtype) -> SlotAttention:
-    """Return attention in a number format; "bf16" is the dtype of the model."""
-    return FP8Attention(name, device) if name in FP8_FORMATS else PlainAttention(dtype)
+    """Return attention in a number format; "bf16" is the dtype of the model.
+
+    Raises UserError on a device where it cannot run.
+    """
+    if name not in FP8_FORMATS:
+        return PlainAttention(dtype)
+    backend = attention_backend(name, device)
+    if backend.name is None:
+        raise UserError(f"attention {name} cannot run: {backend.reason}")
+    return FP8Attention(is_emulated=backend.is_emulated)

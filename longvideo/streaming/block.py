@@ -50,7 +50,7 @@ class StreamingBlock:
 
     def __init__(self, block: Block, operations: NormOperations, *, eps: float) -> None:
         def inputs(*readers: nn.Module) -> Inputs:
-            return inputs_of(list(readers), block.modulation.device, block.modulation.dtype, eps=eps)
+            return inputs_of(list(readers), operations, block.modulation.dtype, eps=eps)
 
         self._block, self._operations, self._eps = block, operations, eps
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn

@@ -6,17 +6,19 @@ Shapes: B samples, L tokens, D model dim, T frames.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.kernels.backends import FP8Operations, NormOperations, fp8_operations, norm_operations
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.quantization.fp8 import FP8Linear
 from longvideo.quantization.linear import NVFP4Linear
 from longvideo.quantization.products import W4A4, W4A16, InputPair
+
+if TYPE_CHECKING:
+    from longvideo.kernels.backends import FP8Operations, NormOperations
 
 
 class Inputs(Protocol):
@@ -179,11 +181,11 @@ def _unrounded(x: Tensor | FP8Rows, dtype: torch.dtype) -> Tensor:
     return (x.values.float() * x.scales.unsqueeze(-1)).to(dtype)
 
 
-def inputs_of(readers: list[nn.Module], device: torch.device, dtype: torch.dtype, *, eps: float) -> Inputs:
+def inputs_of(readers: list[nn.Module], operations: NormOperations, dtype: torch.dtype, *, eps: float) -> Inputs:
     """Return the computation of an input that all of these layers read. dtype: dtype of the model."""
-    operations = norm_operations(device)
-    if all(isinstance(reader, FP8Linear) for reader in readers):
-        return RoundedToFP8(operations, eps, fp8_operations(device))
+    fp8 = [reader.operations for reader in readers if isinstance(reader, FP8Linear)]
+    if len(fp8) == len(readers):
+        return RoundedToFP8(operations, eps, fp8[0])
     packed = [reader for reader in readers if isinstance(reader, NVFP4Linear)]
     if len(packed) < len(readers) or not isinstance(product := packed[0].product, W4A4):
         return Unrounded(operations, eps, dtype)

@@ -67,10 +67,11 @@ def sharing_of(
 
     Raises UserError for sizes that the ranks do not divide.
     """
+    rotary = rotary_operations(device)
     if group is None or group.size() == 1:
-        return Unshared(rotary_operations(device))
+        return Unshared(rotary)
     check_ranks(group.size(), chunk_frames=chunk_frames, heads=heads, head_dim=head_dim)
-    return UlyssesSharing(group, device)
+    return UlyssesSharing(group, rotary, device)
 
 
 def check_ranks(ranks: int, *, chunk_frames: int, heads: int, head_dim: int) -> None:
@@ -151,9 +152,9 @@ class UlyssesSharing:
     The sizes must pass `check_ranks`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, rotary: RotaryOperations, device: torch.device) -> None:
         self.ranks, self._rank, self._group = group.size(), group.rank(), group
-        self.rotary: RotaryOperations = _ExchangingRotary(self, device)
+        self.rotary: RotaryOperations = _ExchangingRotary(self, rotary, device)
 
     def own(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.ranks, dim)[self._rank]
@@ -196,8 +197,8 @@ class UlyssesSharing:
 class _ExchangingRotary:
     """`norm_rotate_keep` of own tokens with all heads, and then the exchange, after which own heads go to the cache."""
 
-    def __init__(self, sharing: UlyssesSharing, device: torch.device) -> None:
-        self._sharing, self._rotary = sharing, rotary_operations(device)
+    def __init__(self, sharing: UlyssesSharing, rotary: RotaryOperations, device: torch.device) -> None:
+        self._sharing, self._rotary = sharing, rotary
         self._only = torch.zeros((), dtype=torch.int64, device=device)
 
     def norm_rotate_keep(

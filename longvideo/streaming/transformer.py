@@ -92,7 +92,7 @@ class StreamingTransformer:
             self._blocks = [StreamingBlock(block, operations, eps=config.eps) for block in blocks]
         modulations = [cast("Block", block).modulation.detach() for block in model.blocks]
         self._modulation = torch.cat(modulations).float()
-        self._head_inputs = inputs_of([model.head.head], self.device, weight.dtype, eps=config.eps)
+        self._head_inputs = inputs_of([model.head.head], operations, weight.dtype, eps=config.eps)
         self._window = ChunkWindow(spec)
         self._attend = slot_attention(attention, self.device, weight.dtype)
         self._means: _ValueMeans | None = None

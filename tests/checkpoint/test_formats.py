@@ -22,6 +22,7 @@ from longvideo.checkpoint.opening import open_weights
 from longvideo.checkpoint.settings import PRESETS, ModelSettings
 from longvideo.checkpoint.tensors import Weights
 from longvideo.errors import CheckpointError
+from longvideo.kernels.nvfp4 import reference
 from longvideo.model.attention import Full, Masked
 from longvideo.model.config import PRESETS as MODELS
 from longvideo.model.layout import TokenLayout
@@ -141,7 +142,7 @@ def test_the_references_packed_file_gives_its_flow(tmp_path: Path) -> None:
         ModelFolder.open(tmp_path / "ours"),
     ):
         model = model_folder.load_transformer()
-        set_product(model, W4A16(torch.device("cpu")))
+        set_product(model, W4A16(reference))
         text, sigma = model.encode_text(case["text"]), case["timestep"].unsqueeze(0) / 1000
         flow = model(case["noisy"].unsqueeze(0), sigma, text, rope=model.rope(layout), attention=Masked(layout))
         flows.append(golden.relative_error(flow[0], case["w4a16_block_causal_flow"]))

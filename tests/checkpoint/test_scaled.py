@@ -134,7 +134,7 @@ def test_an_export_of_modelopt_in_nvfp4_keeps_its_codes_and_scales_and_gives_our
     assert opened.is_packed
     models = [model.load_transformer() for model in (opened, own)]
     for model in models:
-        set_product(model, W4A16(torch.device("cpu")))
+        set_product(model, W4A16(reference))
     layers = [model.get_submodule(LAYER) for model in models]
     assert all(isinstance(layer, NVFP4Linear) for layer in layers)
     x = torch.randn(3, 128)

@@ -83,7 +83,7 @@ def test_attention_is_what_torch_chooses() -> None:
 
 def test_without_triton_a_gpu_has_no_kernels_and_no_reference_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "the package triton is not installed; it comes with torch's CUDA builds"
-    monkeypatch.setattr(self_test.backends, "triton_unavailable", lambda _device: reason)
+    monkeypatch.setattr(self_test.backends, "missing_triton", lambda: reason)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
     rows = self_test._kernels(torch.device("cuda", 0))
     assert {row.backend for row in rows} == {"none"}

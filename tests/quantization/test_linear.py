@@ -29,7 +29,7 @@ def inputs(rows: int = 20, width: int = 48) -> Tensor:
 def test_w4a16_multiplies_by_the_dequantized_weight() -> None:
     layer = linear()
     packed = NVFP4Linear.from_linear(layer)
-    packed.set_product(W4A16(CPU))
+    packed.set_product(W4A16(reference))
     weight = reference.dequantize(reference.quantize(layer.weight.detach()))
     torch.testing.assert_close(packed(inputs()), nn.functional.linear(inputs(), weight, layer.bias))
 
@@ -38,7 +38,7 @@ def test_w4a16_multiplies_by_the_dequantized_weight() -> None:
 def test_w4a4_is_the_product_of_both_dequantized_operands(dtype: torch.dtype) -> None:
     layer, x = linear(dtype=dtype), inputs().to(dtype)
     packed = NVFP4Linear.from_linear(layer)
-    packed.set_product(EmulatedW4A4(CPU))
+    packed.set_product(EmulatedW4A4(reference))
     quantized_x, quantized_w = reference.quantize(x), reference.quantize(layer.weight.detach())
     exact_x, exact_w = (reference.dequantize(q).double() for q in (quantized_x, quantized_w))
     assert layer.bias is not None
@@ -54,14 +54,14 @@ def test_w4a4_is_the_product_of_both_dequantized_operands(dtype: torch.dtype) ->
 
 def test_the_gradient_of_the_input_is_that_of_the_dequantized_weight() -> None:
     packed = NVFP4Linear.from_linear(linear())
-    for product in (W4A16(CPU), EmulatedW4A4(CPU)):
+    for product in (W4A16(reference), EmulatedW4A4(reference)):
         packed.set_product(product)
         x, grad = inputs().requires_grad_(), torch.randn(2, 20, 32)
         packed(x).backward(grad)
         torch.testing.assert_close(x.grad, grad @ reference.dequantize(packed.quantized_weight))
 
 
-@pytest.mark.parametrize("product", [W4A16(CPU), EmulatedW4A4(CPU)])
+@pytest.mark.parametrize("product", [W4A16(reference), EmulatedW4A4(reference)])
 def test_a_branch_adds_its_product_with_the_unrounded_input_and_its_gradient(product: Product) -> None:
     packed, draws = NVFP4Linear.from_linear(linear()), torch.Generator().manual_seed(2)
     packed.set_product(product)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longvideo.kernels.nvfp4 import reference
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.quantization.convert import quantize_layers, set_product
@@ -18,7 +19,7 @@ def test_adapters_train_on_a_packed_backbone_and_switch_off() -> None:
 
     model = small.model()
     quantize_layers(model)
-    set_product(model, EmulatedW4A4(torch.device("cpu")))
+    set_product(model, EmulatedW4A4(reference))
     before = small.velocity(model)
     adapted = add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"]))
     assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 10 * small.CONFIG.num_layers

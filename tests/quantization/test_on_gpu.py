@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from longvideo.kernels.backends import nvfp4_operations
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Cached, Filling, Full
 from longvideo.model.cache import CACHES, ChunkCache, NVFP4KVCache, NVFP4MixedKVCache
@@ -31,8 +32,8 @@ def packed(device: str, *, inputs: bool) -> CausalTransformer:
     model = small.model().bfloat16()
     quantize_layers(model, Rule.ADAPTIVE)
     model = model.to(device)
-    where = torch.device(device)
-    set_product(model, EmulatedW4A4(where) if inputs else W4A16(where))
+    operations = nvfp4_operations(torch.device(device))
+    set_product(model, EmulatedW4A4(operations) if inputs else W4A16(operations))
     return model
 
 
