@@ -114,7 +114,7 @@ def _fits_groups(layer: nn.Linear | nn.Embedding) -> bool:
 
 
 def _quantized(layer: nn.Linear | nn.Embedding, product: W4A16 | None, device: torch.device, *, name: str) -> nn.Module:
-    """Return a layer with its weight in 4 bits, multiplied by a product, or in FP8 where there is none."""
+    """Return a layer with its weight in 4 bits for a product; in FP8 without a product, or where 4 bits do not fit."""
     if isinstance(layer, nn.Embedding):
         return FP8Embedding(layer, name=name).to(device)
     layer = layer.to(device)
