@@ -9,7 +9,6 @@ import torch
 from longvideo.checkpoint.adapters import UP_NAME, Adapter
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.distill.roles import LoraRoles, Role
-from longvideo.errors import CheckpointError
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.quantization.convert import with_precision
 
@@ -66,9 +65,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def set_student(adapter: Adapter, roles: LoraRoles) -> None:
-    """Set the student's adapter to stored weights."""
+    """Set the student's adapter to stored weights of the same rank and layers."""
     for name, weight in roles.trained(Role.STUDENT).items():
-        if name not in adapter.weights:
-            raise CheckpointError(f"the adapter has no {name}; set lora.targets to the layers of the adapter")
         scale = adapter.scaling / roles.scaling if name.endswith(UP_NAME) else 1.0
         weight.copy_(scale * adapter.weights[name])

@@ -32,9 +32,17 @@ def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
 
 
 def check_adapter(adapter: Adapter, lora: LoraSettings, shape: TransformerConfig, model: str, name: str) -> None:
-    """Raise CheckpointError unless an adapter has the rank of `lora` and fits the model."""
+    """Raise CheckpointError unless an adapter has the rank and the layers of `lora` and fits the model.
+
+    model, name: names of the model and of the adapter, for the error.
+    """
     if adapter.rank != lora.rank:
         raise CheckpointError(f"lora.rank is {lora.rank}; expected {adapter.rank}, the rank of the adapter {name}")
     with OnMeta():
         sizes = layer_sizes(CausalTransformer(shape))
     adapter.check_fits(sizes, model, name)
+    if different := sorted(set(lora.layers(sizes)) ^ set(adapter.layers)):
+        raise CheckpointError(
+            f"lora.targets is {', '.join(lora.targets)}; expected the layers that the adapter {name} updates; the two"
+            f" differ in {different[0]}"
+        )

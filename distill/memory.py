@@ -32,8 +32,7 @@ def adapter_parameters(config: TransformerConfig, lora: LoraSettings) -> int:
     """Count the parameters of one adapter."""
     with OnMeta():
         sizes = layer_sizes(CausalTransformer(config))
-    adapted = [size for name, size in sizes.items() if any(name.endswith(f".{target}") for target in lora.targets)]
-    return lora.rank * sum(map(sum, adapted))
+    return lora.rank * sum(sum(sizes[name]) for name in lora.layers(sizes))
 
 
 def estimate_memory(

@@ -12,10 +12,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from longvideo.config.fields import Bounded, bounded
+from longvideo.errors import ConfigError, shown
 from longvideo.quantization.lora import TARGETS, LoraLinear, add_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from longvideo.model.attention import AttentionPattern, Filling
     from longvideo.model.cache import ChunkCache
@@ -82,6 +83,22 @@ class LoraSettings(Bounded):
     alpha: float = bounded(128.0, above=0)
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise ConfigError(f"lora.targets is empty; expected some of {', '.join(TARGETS)}")
+
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """Return those of the layers of a model that are updated. Raises ConfigError for a target without a layer."""
+        names = list(names)
+        for target in self.targets:
+            if not any(_has_target(name, target) for name in names):
+                raise ConfigError(
+                    f"lora.targets contains {shown(target)}, but no linear layer of the blocks has such a name;"
+                    f" expected some of {', '.join(TARGETS)}"
+                )
+        return [name for name in names if any(_has_target(name, target) for target in self.targets)]
+
     def config(self) -> LoraConfig:
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)  # type: ignore[arg-type]
 
@@ -144,6 +161,11 @@ class LoraRoles:
 
     def new_cache(self, batch: int) -> ChunkCache:
         return self._new_cache(batch)
+
+
+def _has_target(name: str, target: str) -> bool:
+    """Return whether peft finds a layer by a target."""
+    return name == target or name.endswith(f".{target}")
 
 
 @torch.no_grad()
