@@ -16,6 +16,7 @@ from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
 from longvideo.model.cache import CachePrecision
 from longvideo.model.config import PRESETS
 from longvideo.quantization.number_formats import DifferentiablePrecision, NumberFormats
+from longvideo.training.objective import check_stages
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.trainer import TrainerConfig
 
@@ -126,9 +127,14 @@ class Distillation(Bounded):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
-        if self.stages and self.critic_first >= sum(stage.steps for stage in self.stages) > 0:
-            total = sum(stage.steps for stage in self.stages)
-            raise ConfigError(f"critic_first is {self.critic_first}; expected fewer than the {total} steps")
+        check_stages(self.stages)
+        total = sum(stage.steps for stage in self.stages)
+        first = -(-self.critic_first // self.student_every) * self.student_every
+        if first >= total > 0:
+            raise ConfigError(
+                f"critic_first is {self.critic_first}; with student_every={self.student_every} the student would first"
+                f" train after {first} steps, but the stages have {total}; use smaller numbers, or more steps"
+            )
         if self.image_fraction and self.data is None:
             raise ConfigError("image_fraction needs first frames; set data=CLIPS, a folder of encoded clips")
         if self.parallel.sequence > 1:

@@ -56,7 +56,11 @@ SCHEMAS: dict[str, type] = {
             "critic_optimizer.gradient_clip is -1.0; expected a number of at least 0",
         ),
         ("tiny/dmd", "samples.steps=[4, 0]", r"samples.steps\[1\] is 0; expected a number from 1 to 1000"),
-        ("tiny/dmd", "critic_first=640", "critic_first is 640; expected fewer than the 640 steps"),
+        (
+            "tiny/dmd",
+            "critic_first=640",
+            "critic_first is 640; with student_every=2 the student",
+        ),
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_its_key(name: str, override: str, message: str) -> None:
