@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longvideo.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -67,6 +69,12 @@ class TrainingStage(Protocol):
 
 
 AnyStage = TypeVar("AnyStage", bound=TrainingStage)
+
+
+def check_stages(stages: Sequence[TrainingStage]) -> None:
+    """Raise ConfigError for a configuration without stages."""
+    if not stages:
+        raise ConfigError("stages is empty; expected at least one stage, such as {steps: 100}")
 
 
 def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:

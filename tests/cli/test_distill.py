@@ -188,6 +188,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["dmd.shift=0"], "dmd.shift is 0.0; expected"),
         (["student_every=0"], "student_every is 0; expected"),
         (["critic_first=-1"], "critic_first is -1; expected"),
+        (["critic_first=1", "student_every=4"], "the student would first train after 4 steps, but the stages have 4"),
+        (["stages=[]"], "stages is empty; expected at least one stage"),
+        (["lora.targets=[]"], "lora.targets is empty; expected some of q, k, v, o, ffn.0, ffn.2"),
+        (["lora.targets=[q, w]"], "lora.targets contains 'w', but no linear layer of the blocks has such a name"),
         (["image_fraction=0.5"], "set data=CLIPS"),
         (["parallel.zero_stage=3"], "expected 0, 1 or 2"),
         (["backbone.precision=int8"], "backbone.precision is 'int8'"),
@@ -239,6 +243,8 @@ def test_adapters_and_teachers_that_do_not_fit_are_refused(
     assert "lora.rank is 8; expected 4, the rank of the adapter" in refusal(
         arguments(distill_folder, "bad", lora, "lora.rank=8"), capsys
     )
+    fewer = refusal(arguments(distill_folder, "bad", lora, "lora.targets=[q,k,v,o]"), capsys)
+    assert "lora.targets is q, k, v, o; expected the layers that the adapter" in fewer and "blocks.0.ffn.0" in fewer
     # the shipped model has wider layers
     message = refusal(arguments(distill_folder, "bad", lora, "model=tiny"), capsys)
     assert "blocks.0." in message and "tiny at rank 4" in message

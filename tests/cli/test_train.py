@@ -164,6 +164,7 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
             [*RANDOM_CLIPS, "settings={height: 32, width: 64, offset_per_shot: 1}", "stages=[{chunks: 1, batch: 2}]"],
             "every view has its own positions; use parallel.micro_batch=1",
         ),
+        (["clips", "cpu/clips", "data=nowhere", "stages=[]"], "stages is empty; expected at least one stage"),
         (["vae", "--device", "abacus"], "'abacus' is not a device; use cpu, cuda or cuda:N"),
     ],
 )

@@ -40,7 +40,7 @@ from longvideo.training.memory import (
     engine_memory,
     report_estimate,
 )
-from longvideo.training.objective import stage_at
+from longvideo.training.objective import check_stages, stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
@@ -118,6 +118,7 @@ class ClipTraining(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_stages(self.stages)
         if self.preset not in PRESETS:
             raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
 

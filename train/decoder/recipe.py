@@ -33,7 +33,7 @@ from longvideo.train.decoder.report import Comparison, object_regions, picture_r
 from longvideo.train.decoder.windows import WindowConfig, WindowSource, WindowStage
 from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool
-from longvideo.training.objective import compile_fact
+from longvideo.training.objective import check_stages, compile_fact
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
 from longvideo.training.recipe import Recipe
@@ -114,6 +114,7 @@ class DecoderTraining(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_stages(self.stages)
         if len(self.widths) != 4:
             raise ConfigError(f"widths is {list(self.widths)}; expected 4 numbers of channels, such as [128,64,48,32]")
         if self.parallel.sequence != 1:

@@ -30,6 +30,7 @@ from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.validation import validation_loss
+from longvideo.training.objective import check_stages
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
@@ -160,6 +161,7 @@ class ArTraining(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_stages(self.stages)
         if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
             raise ConfigError(
                 f"settings.height and width are {self.settings.height}x{self.settings.width}; expected"

@@ -13,13 +13,12 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.modules import load_weights
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.fields import Bounded, bounded, seed_field, share
-from longvideo.errors import ConfigError
 from longvideo.pixels import to_uint8
 from longvideo.shapeworld.world import WORLD_NAME, Split, sample_scenes
 from longvideo.train.shapeworld.scenes import SceneConfig, ScenePool, frame_seconds
 from longvideo.train.vae.clips import ClipStage, ReconstructionSource
 from longvideo.train.vae.reconstruction import Reconstruction, ReconstructionConfig, clip_psnr
-from longvideo.training.objective import compile_fact, seeded
+from longvideo.training.objective import check_stages, compile_fact, seeded
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.precision import autocast
 from longvideo.training.recipe import Recipe
@@ -108,8 +107,7 @@ class VaeTraining(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.stages:
-            raise ConfigError("stages is empty; expected at least one {frames, height, width, batch, steps}")
+        check_stages(self.stages)
 
 
 class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
