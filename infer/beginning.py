@@ -29,11 +29,13 @@ class Beginning:
     """What a video begins with, encoded; by default nothing.
 
     first_latent: [1, C, 1, H, W], latent of a given first frame. footage: latents of the chunks that the video
-    continues, [1, C, T, H, W] each, float32, in host memory.
+    continues, [1, C, T, H, W] each, float32, in host memory. warning: text about given pixels that the model's
+    autoencoder cannot hold, or None.
     """
 
     first_latent: Tensor | None = None
     footage: tuple[Tensor, ...] = ()
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,27 @@ class BeginningChoice:
         Warns (UserWarning) about pixels that the model's autoencoder cannot hold, where the caller's caller is.
         """
         if self.image is not None:
-            return Beginning(self._first_latent(models))
-        if self.video is None:
+            beginning = self._picture(models)
+        elif self.video is not None:
+            beginning = self._footage(models, self.video)
+        else:
             return Beginning()
-        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
-        frames_THWC = reader.read(self.video, seconds=self.video_seconds)
-        latents = models.encoder.encode(frames_THWC).cpu()
-        # the first frame, which is the first latent frame: a whole clip would take the memory of a whole decoding
-        if message := reconstruction_warning(models, frames_THWC[:1], latents[:, :, :1], name="the video"):
-            warnings.warn(message, UserWarning, stacklevel=3)
-        return Beginning(footage=latents.split(models.spec.chunk_frames, dim=2))
+        if beginning.warning is not None:
+            warnings.warn(beginning.warning, UserWarning, stacklevel=3)
+        return beginning
 
-    def _first_latent(self, models: Models) -> Tensor:
+    def _picture(self, models: Models) -> Beginning:
         from longvideo.data.pictures import as_picture
 
         pixels_HWC = as_picture(self.image, size=(models.settings.height, models.settings.width))
         latent = encode_first_frame(models, pixels_HWC)
-        if message := reconstruction_warning(models, pixels_HWC[None], latent, name="the picture"):
-            warnings.warn(message, UserWarning, stacklevel=4)
-        return latent
+        warning = reconstruction_warning(models, pixels_HWC[None], latent, name="the picture")
+        return Beginning(latent, warning=warning)
+
+    def _footage(self, models: Models, video: FootageSource) -> Beginning:
+        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
+        frames_THWC = reader.read(video, seconds=self.video_seconds)
+        latents = models.encoder.encode(frames_THWC).cpu()
+        # the first frame, which is the first latent frame: a whole clip would take the memory of a whole decoding
+        warning = reconstruction_warning(models, frames_THWC[:1], latents[:, :, :1], name="the video")
+        return Beginning(footage=latents.split(models.spec.chunk_frames, dim=2), warning=warning)

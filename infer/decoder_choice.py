@@ -78,8 +78,9 @@ def load_decoder(
         decoder = WanDecoderModel(autoencoder, name=OWN_DECODER, fp8=formats.decoder in FP8_FORMATS)
         return decoder, FrameEncoder(lambda: autoencoder)
     dtype = placement.decoder_dtype(formats.decoder)
-    load = partial(folder.load_vae if "vae" in folder.parts else stored.load_encoder, device=device, dtype=dtype)
-    return load_decoder_file(stored, placement, formats), FrameEncoder(load)
+    has_own = "vae" in folder.parts
+    load = partial(folder.load_vae if has_own else stored.load_encoder, device=device, dtype=dtype)
+    return load_decoder_file(stored, placement, formats), FrameEncoder(load, exists=has_own or not stored.missing)
 
 
 def load_decoder_file(stored: StoredDecoder, placement: Placement, formats: NumberFormats) -> DecoderModel:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class FrameEncoder:
     """The encoder of a model, loaded when it is first used."""
 
-    def __init__(self, load: Callable[[], Autoencoder | TinyEncoder]) -> None:
-        """load: function that loads the encoder, or returns a loaded one."""
+    def __init__(self, load: Callable[[], Autoencoder | TinyEncoder], *, exists: bool = True) -> None:
+        """load: function that loads the encoder, or returns a loaded one. exists: whether the model has an encoder."""
+        self.exists = exists
         self._load, self._lock = load, threading.Lock()
         self._encoder: Autoencoder | TinyEncoder | None = None
 

@@ -289,6 +289,7 @@ class StreamingPipeline:
         )
         records = footage_records(footage, shot, self.chunk_timing, seed=sampling.seed)
         session = self._session({0: shot}, options, self._new_history(history_chunks, records))
+        session.notice = beginning.warning
         self._warn_unknown_words([prompt, negative_prompt])
         return session
 

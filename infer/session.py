@@ -43,7 +43,7 @@ class Session(ClosedAtEnd, Iterator[GeneratedChunk]):
         model has not learned.
         """
         self.options = options
-        self.notice: str | None = None  # what changed since the snapshot that the session was restored from
+        self.notice: str | None = None  # warning about the snapshot, picture or video that the session begins with
         self._history, self._generate, self._check_words = history, generate, check_words
         # _turn is held while a chunk is waited for, _lock only for a moment
         self._turn, self._lock = threading.Lock(), threading.Lock()

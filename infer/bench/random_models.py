@@ -48,7 +48,7 @@ def random_models(shapes: ModelShapes, placement: Placement, *, formats: NumberF
     return Models(
         transformer=transformer,
         decoder=_random_decoder(shapes.decoder_config, placement, formats),
-        encoder=FrameEncoder(_no_encoder),
+        encoder=FrameEncoder(_no_encoder, exists=False),
         text_encoder=text_encoder,
         settings=shapes.settings,
         spec=shapes.spec,

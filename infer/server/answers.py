@@ -11,10 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from longvideo.infer.script import Script, ShotRequest
 from longvideo.infer.server.job_store import Job, JobStatus
-from longvideo.infer.server.messages import Guidance, Seconds, Seed, Steps
-from longvideo.infer.server.security import ID_PATTERN
+from longvideo.infer.server.messages import Guidance, Id, Seconds, Seed, Steps
 
-VideoId = Annotated[str, Field(pattern=ID_PATTERN)]
 SECONDS_TEXT = r"^[0-9]{1,5}(\.[0-9]{1,6})?$"
 
 
@@ -113,7 +111,7 @@ class ShotAnswer(BaseModel):
 class VideoAnswer(BaseModel):
     """A job and its progress. seconds: length as a text such as "4", as in OpenAI's interface."""
 
-    id: VideoId
+    id: Id
     object: Literal["video"] = "video"
     model: str
     status: JobStatus
@@ -123,7 +121,7 @@ class VideoAnswer(BaseModel):
     expires_at: None = None
     prompt: str
     negative_prompt: str
-    remixed_from_video_id: VideoId | None
+    remixed_from_video_id: Id | None
     shots: list[ShotAnswer]
     seconds: str
     size: str
@@ -160,13 +158,13 @@ class VideoAnswer(BaseModel):
 class VideoList(BaseModel):
     object: Literal["list"] = "list"
     data: list[VideoAnswer]
-    first_id: VideoId | None
-    last_id: VideoId | None
+    first_id: Id | None
+    last_id: Id | None
     has_more: bool
 
 
 class VideoDeleted(BaseModel):
-    id: VideoId
+    id: Id
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
 
@@ -186,7 +184,11 @@ class ModelList(BaseModel):
 
 
 class ServerAnswer(BaseModel):
-    """The model that is served, and what clients need before they start a video."""
+    """The model that is served, and what clients need before they start a video.
+
+    takes_references: whether videos can begin with a picture or continue a video, which needs an encoder.
+    max_upload_bytes: size of such a file. max_footage_seconds: length of such a video.
+    """
 
     model: str
     needs_token: bool
@@ -198,7 +200,18 @@ class ServerAnswer(BaseModel):
     guidance: float
     decoder: str
     adapters: list[str]
+    takes_references: bool
+    max_upload_bytes: int
+    max_footage_seconds: float
     examples: list[str]
+
+
+class ReferenceAnswer(BaseModel):
+    """A picture or a video for `start`."""
+
+    id: Id
+    object: Literal["reference"] = "reference"
+    kind: Literal["picture", "video"]
 
 
 class Health(BaseModel):

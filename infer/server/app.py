@@ -19,7 +19,7 @@ from longvideo import __version__
 from longvideo.errors import UserError
 from longvideo.files import WriteError
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.answers import Health, ModelAnswer, ModelList, ServerAnswer, VideoId, content_of, errors
+from longvideo.infer.server.answers import Health, ModelAnswer, ModelList, ServerAnswer, errors
 from longvideo.infer.server.client_socket import ClientSocket
 from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.content import FileContent
@@ -30,9 +30,12 @@ from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.messages import first_field, first_reason
 from longvideo.infer.server.metrics import CONTENT_TYPE, ServerMetrics
+from longvideo.infer.server.reference_files import ReferenceChecker
+from longvideo.infer.server.references import References
 from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
-from longvideo.infer.server.served_folder import DATABASE, STREAMS
+from longvideo.infer.server.served_folder import DATABASE, REFERENCES
 from longvideo.infer.server.stream import Streams, serve_client
+from longvideo.infer.server.stream_routes import stream_routes
 
 EVERYWHERE = (
     HTTPStatus.UNAUTHORIZED,
@@ -61,7 +64,9 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     which refuses WebSockets of other hosts and pages.
     """
     metrics = ServerMetrics()
-    streams = Streams(pipeline, settings, metrics)
+    checker = ReferenceChecker(pipeline, settings.limits)
+    references = References(checker, settings.folder / REFERENCES, capacity=settings.limits.references)
+    streams = Streams(pipeline, settings, metrics, references)
     store = JobStore(settings.folder / DATABASE)
     worker = JobWorker(pipeline, store, settings.folder, metrics)
 
@@ -84,10 +89,20 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     app.state.streams, app.state.worker = streams, worker
     app.add_middleware(Guard, settings=settings)
     _add_error_handlers(app)
-    _add_routes(app, pipeline, settings, streams, store, metrics)
-    app.include_router(job_routes(pipeline, settings, store, worker), dependencies=_described_token(settings))
+    token = _described_token(settings)
+    _add_descriptions(app, pipeline, settings)
+    _add_metrics(app, metrics, streams, store, token)
+    app.include_router(stream_routes(settings, streams, references), dependencies=token)
+    app.include_router(job_routes(pipeline, settings, store, worker, checker), dependencies=token)
+    _add_websocket(app, streams)
     _add_page(app)
     return app
+
+
+def _add_websocket(app: FastAPI, streams: Streams) -> None:
+    @app.websocket("/v1/stream")
+    async def stream(websocket: WebSocket) -> None:
+        await serve_client(ClientSocket(websocket), streams, app.state.waiting)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -104,15 +119,8 @@ def _add_page(app: FastAPI) -> None:
         return FileContent(path, media_type=PAGE_TYPES[path.suffix])
 
 
-def _add_routes(
-    app: FastAPI,
-    pipeline: StreamingPipeline,
-    settings: ServerSettings,
-    streams: Streams,
-    store: JobStore,
-    metrics: ServerMetrics,
-) -> None:
-    model = pipeline.models.settings
+def _add_descriptions(app: FastAPI, pipeline: StreamingPipeline, settings: ServerSettings) -> None:
+    model, limits = pipeline.models.settings, settings.limits
 
     @app.get("/healthz")
     def health() -> Health:
@@ -125,7 +133,7 @@ def _add_routes(
         return ServerAnswer(
             model=settings.model,
             needs_token=settings.token is not None,
-            max_seconds=settings.limits.stream_seconds,
+            max_seconds=limits.stream_seconds,
             fps=model.fps,
             width=model.width,
             height=model.height,
@@ -133,6 +141,9 @@ def _add_routes(
             guidance=model.guidance,
             decoder=pipeline.models.decoder_label,
             adapters=list(pipeline.models.adapters),
+            takes_references=pipeline.models.encoder.exists,
+            max_upload_bytes=limits.upload_bytes,
+            max_footage_seconds=limits.footage_seconds,
             examples=TINY_EXAMPLES if settings.model == "tiny" else [],
         )
 
@@ -151,26 +162,13 @@ def _add_routes(
             raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no model with this name; expected {settings.model}")
         return served
 
+
+def _add_metrics(app: FastAPI, metrics: ServerMetrics, streams: Streams, store: JobStore, token: list[Any]) -> None:
     @app.get("/metrics", dependencies=token, response_class=PlainTextResponse)
     def counters() -> PlainTextResponse:
         """Return counters in Prometheus' text format."""
         text = metrics.text(live=streams.num_live, jobs=store.counts())
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
-
-    @app.get(
-        "/v1/streams/{name}/content",
-        dependencies=token,
-        response_class=Response,
-        responses={**content_of("video/mp4"), **errors(HTTPStatus.UNPROCESSABLE_ENTITY)},
-    )
-    def stream_content(name: VideoId) -> Response:
-        """Download the part of a live stream that is generated. Ranges are supported once the stream has ended."""
-        path = settings.folder / STREAMS / f"{name}.mp4"
-        return FileContent(path, media_type="video/mp4", download=True, grows=streams.is_live(name))
-
-    @app.websocket("/v1/stream")
-    async def stream(websocket: WebSocket) -> None:
-        await serve_client(ClientSocket(websocket), streams, app.state.waiting)
 
 
 def _described_token(settings: ServerSettings) -> list[Any]:

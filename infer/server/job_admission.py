@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -12,17 +11,15 @@ from starlette.exceptions import HTTPException
 
 from longvideo.errors import UserError, shown
 from longvideo.files import write_bytes
-from longvideo.infer.footage import FootageReader
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import PromptError, Script
 from longvideo.infer.server.answers import PromptVideo, RemixVideo, ShotsVideo
-from longvideo.infer.server.job_footage import begins_as_video, check_footage
-from longvideo.infer.server.job_pictures import first_frame_png
 from longvideo.infer.server.job_request import REFERENCE, FieldError, JobRequest
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
+from longvideo.infer.server.reference_files import ReferenceChecker
 from longvideo.infer.server.security import new_id
 
 
@@ -30,10 +27,15 @@ class JobAdmission:
     """The way of a request into the queue. Methods raise UserError and HTTPException for what is not queued."""
 
     def __init__(
-        self, pipeline: StreamingPipeline, settings: ServerSettings, store: JobStore, worker: JobWorker
+        self,
+        pipeline: StreamingPipeline,
+        settings: ServerSettings,
+        store: JobStore,
+        worker: JobWorker,
+        checker: ReferenceChecker,
     ) -> None:
         self._pipeline, self._settings, self._store, self._worker = pipeline, settings, store, worker
-        self._decoding = threading.Lock()  # a large file takes much memory, so one at a time is decoded
+        self._checker = checker
 
     @property
     def size(self) -> str:
@@ -51,7 +53,11 @@ class JobAdmission:
             message = f"size is {shown(body.size)}; this model generates {self.size}; use that, or leave it out"
             raise FieldError("size", message)
         script, content = self._script(body), request.reference
-        has_footage = content is not None and begins_as_video(content)
+        with _reference_errors():
+            has_footage = content is not None and self._checker.is_video(content, name=REFERENCE)
+            has_picture = content is not None and not has_footage
+            if content is not None and has_picture:
+                content = self._checker.first_frame(content, name=REFERENCE)
         job = Job(
             new_id(),
             "queued",
@@ -60,11 +66,11 @@ class JobAdmission:
             body.steps,
             body.guidance,
             self._pipeline.plan(script, continues=has_footage).num_frames,
-            has_picture=content is not None and not has_footage,
+            has_picture=has_picture,
             has_footage=has_footage,
             negative_prompt=script.negative_prompt,
         )
-        return self._queue(job, self._first_frame(content) if content is not None and job.has_picture else content)
+        return self._queue(job, content)
 
     def remix(self, source: Job, body: RemixVideo) -> Job:
         """Queue a video with another prompt, and the length, seed, beginning and options of an existing one."""
@@ -105,28 +111,6 @@ class JobAdmission:
             return self._worker.footage_path(job.id)
         return self._worker.picture_path(job.id) if job.has_picture else None
 
-    def _first_frame(self, data: bytes) -> bytes:
-        """Return a client's picture as a PNG of the size of the video. Raises FieldError."""
-        model = self._pipeline.models.settings
-        with self._reference_errors():
-            return first_frame_png(data, name=REFERENCE, height=model.height, width=model.width)
-
-    def _check_footage(self, path: Path) -> None:
-        """Raise FieldError for a client's video that cannot be continued."""
-        models, max_seconds = self._pipeline.models, self._settings.limits.footage_seconds
-        reader = FootageReader.of(models.settings, models.spec, models.decoder.config)
-        with self._reference_errors():
-            check_footage(path, reader, name=REFERENCE, max_seconds=max_seconds)
-
-    @contextmanager
-    def _reference_errors(self) -> Generator[None]:
-        """Decode one file at a time, and raise errors about it as FieldError."""
-        try:
-            with self._decoding:
-                yield
-        except UserError as error:
-            raise FieldError(REFERENCE, str(error)) from error
-
     def _queue(self, job: Job, content: bytes | None) -> Job:
         """Queue a job and return it with its time. content: PNG of its first frame, or the video that it continues."""
         max_queued, path, queued = self._settings.limits.queued_jobs, self._reference_path(job), None
@@ -134,7 +118,8 @@ class JobAdmission:
             if path is not None and content is not None:
                 write_bytes(path, content)
             if path is not None and job.has_footage:
-                self._check_footage(path)
+                with _reference_errors():
+                    self._checker.check_footage(path, name=REFERENCE)
             queued = self._store.add(job, max_queued=max_queued)
         finally:
             if queued is None:
@@ -144,3 +129,12 @@ class JobAdmission:
             raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message)
         self._worker.submit(queued)
         return queued
+
+
+@contextmanager
+def _reference_errors() -> Generator[None]:
+    """Raise errors about a client's picture or video as FieldError."""
+    try:
+        yield
+    except UserError as error:
+        raise FieldError(REFERENCE, str(error)) from error

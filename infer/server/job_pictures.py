@@ -1,4 +1,4 @@
-"""Pictures of jobs: the first frame that a client sends, and the thumbnail and the sprite sheet of a video."""
+"""Pictures of the video of a job: the thumbnail and the sprite sheet."""
 
 from __future__ import annotations
 
@@ -11,28 +11,15 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from longvideo.data.pictures import decode_image
 from longvideo.errors import UserError
 
 if TYPE_CHECKING:
     from av import Packet
     from av.container import InputContainer
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 25_000_000  # of one upload; a decoded one takes about 0.5 GB
 THUMBNAIL_TYPE, SHEET_TYPE = "image/webp", "image/jpeg"  # as OpenAI's interface sends them
 NO_FRAME = "no frame of the video can be decoded; download the video itself"
 SHEET_COLUMNS, SHEET_TILES, TILE_WIDTH = 4, 16, 320
-
-
-def first_frame_png(data: bytes, *, name: str, height: int, width: int) -> bytes:
-    """Scale and crop a picture to the size of a video, and return it as a PNG.
-
-    data: a JPEG, PNG or WebP file. name: start of errors. Raises UserError for a file of another format, one that is
-    damaged, and one with more than 25 million pixels.
-    """
-    pixels = decode_image(data, name, size=(height, width), formats=FORMATS, max_pixels=MAX_PIXELS)
-    return _encoded(Image.fromarray(pixels.numpy()), "PNG")
 
 
 def thumbnail(video: Path) -> bytes:

@@ -11,10 +11,10 @@ from starlette.exceptions import HTTPException
 
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.answers import (
+    Id,
     RemixVideo,
     VideoAnswer,
     VideoDeleted,
-    VideoId,
     VideoList,
     content_of,
     errors,
@@ -26,16 +26,23 @@ from longvideo.infer.server.job_request import JobRequest, describe_job_request,
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.job_worker import JobWorker
 from longvideo.infer.server.limits import ServerSettings
+from longvideo.infer.server.reference_files import ReferenceChecker
 
 NOT_FOUND, CONFLICT, INVALID = HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY
 FULL = HTTPStatus.INSUFFICIENT_STORAGE
 CREATION = (INVALID, HTTPStatus.TOO_MANY_REQUESTS, FULL)
 
 
-def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: JobStore, worker: JobWorker) -> APIRouter:
+def job_routes(
+    pipeline: StreamingPipeline,
+    settings: ServerSettings,
+    store: JobStore,
+    worker: JobWorker,
+    checker: ReferenceChecker,
+) -> APIRouter:
     """Return the routes under /v1/videos."""
     router = APIRouter(prefix="/v1/videos")
-    admission = JobAdmission(pipeline, settings, store, worker)
+    admission = JobAdmission(pipeline, settings, store, worker, checker)
 
     def answer(job: Job) -> VideoAnswer:
         return VideoAnswer.of(job, model=settings.model, size=admission.size, fps=pipeline.fps)
@@ -55,14 +62,14 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         return answer(admission.create(request))
 
     @router.post("/{name}/remix", responses=errors(*CREATION, NOT_FOUND))
-    def remix(name: VideoId, body: RemixVideo) -> VideoAnswer:
+    def remix(name: Id, body: RemixVideo) -> VideoAnswer:
         """Queue a video with another prompt, and the length, seed, beginning and options of an existing one."""
         return answer(admission.remix(stored(name), body))
 
     @router.get("", responses=errors(NOT_FOUND, INVALID))
     def page(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[VideoId | None, Query()] = None,
+        after: Annotated[Id | None, Query()] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """List videos, by default the newest first."""
@@ -74,7 +81,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         return VideoList(data=videos, first_id=first, last_id=last, has_more=len(jobs) > limit)
 
     @router.get("/{name}", responses=errors(NOT_FOUND, INVALID))
-    def one(name: VideoId) -> VideoAnswer:
+    def one(name: Id) -> VideoAnswer:
         """Return the status and progress of a video."""
         return answer(stored(name))
 
@@ -83,7 +90,7 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         response_class=Response,
         responses={**content_of("video/mp4", THUMBNAIL_TYPE, SHEET_TYPE), **errors(CONFLICT, INVALID)},
     )
-    def content(name: VideoId, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
+    def content(name: Id, variant: Literal["video", "thumbnail", "spritesheet"] = "video") -> Response:
         """Download a completed video, or the frames of an interrupted or failed one. Ranges are supported.
 
         variant: `thumbnail` is the first frame as WebP, `spritesheet` a JPEG with up to 16 frames.
@@ -99,13 +106,13 @@ def job_routes(pipeline: StreamingPipeline, settings: ServerSettings, store: Job
         return FileContent(path, media_type="video/mp4", download=True)
 
     @router.post("/{name}/cancel", responses=errors(NOT_FOUND, INVALID))
-    def cancel(name: VideoId) -> VideoAnswer:
+    def cancel(name: Id) -> VideoAnswer:
         """Cancel a video after the current chunk. A finished video does not change."""
         worker.cancel(stored(name).id)
         return answer(stored(name))
 
     @router.delete("/{name}", responses=errors(NOT_FOUND, CONFLICT, INVALID, FULL))
-    def delete(name: VideoId) -> VideoDeleted:
+    def delete(name: Id) -> VideoDeleted:
         """Delete a finished video and its files."""
         job = stored(name)
         if not job.is_over:

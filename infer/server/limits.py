@@ -13,7 +13,7 @@ class Limits:
     sessions: number of live streams at the same time.
     message_bytes: size of a WebSocket message, of the body of a request, and of a prompt in a larger body.
     upload_bytes: size of the body of a request with a picture or a video.
-    footage_seconds: length of a video that a job continues.
+    footage_seconds: length of a video that another one continues.
     parallel_uploads: number of requests with bodies above `message_bytes` at the same time.
     head_seconds: time for a client to send the head of a request.
     body_seconds: time for a client to send the body of a request; fast bodies may take longer, see `connections`.
@@ -32,6 +32,7 @@ class Limits:
     waiting_segments: number of segments that are encoded and not yet sent.
     waiting_messages: number of unsent answers from which on no more messages of the client are read.
     snapshots: number of snapshots that are kept for `continue`; the oldest are deleted first.
+    references: number of uploaded pictures and videos that are kept for `start`; the oldest are deleted first.
     """
 
     sessions: int = 2
@@ -56,6 +57,7 @@ class Limits:
     waiting_segments: int = 2
     waiting_messages: int = 64
     snapshots: int = 8
+    references: int = 8
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from longvideo.infer.fragments import FragmentedVideo, VideoFormat
 from longvideo.infer.generation import GeneratedChunk
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.server.limits import ServerSettings
+from longvideo.infer.server.live_session import SessionStarter
 from longvideo.infer.server.media import StreamFile
 from longvideo.infer.server.messages import (
     AddShot,
-    Continue,
     ErrorCode,
     FirstMessage,
     LaterMessage,
@@ -68,6 +68,7 @@ class LiveVideo:
         first: FirstMessage,
         *,
         pipeline: StreamingPipeline,
+        starter: SessionStarter,
         settings: ServerSettings,
         metrics: ServerMetrics,
         loop: asyncio.AbstractEventLoop,
@@ -79,16 +80,16 @@ class LiveVideo:
         self.released = threading.Event()
         self.ending: Ending | None = None
         self.failure: ErrorCode | None = None
-        self._first, self._pipeline, self._settings, self._metrics = first, pipeline, settings, metrics
-        self._loop = loop
-        self._timing = pipeline.chunk_timing
+        self._first, self._pipeline, self._starter, self._loop = first, pipeline, starter, loop
+        self._settings, self._metrics = settings, metrics
+        self._timing, self._first_chunk = pipeline.chunk_timing, 0
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._record: StreamRecord | None = None
         self._paused = False
         self._generated = self._played = 0.0  # seconds of video
         self._dropped = 0  # segments
-        self._total: tuple[int, int] | None = None  # chunks and frames of a complete video
+        self._num_frames: int | None = None  # of a complete video
         self._thread = threading.Thread(target=self._run, name=f"live-{name[:6]}", daemon=True)
 
     def start(self) -> None:
@@ -213,8 +214,10 @@ class LiveVideo:
     def _generate(self) -> Ending:
         """Generate the video up to its end and return how it ended. Raises Refusal where it cannot begin."""
         with ExitStack() as stack:
-            session, record = self._start_session()
+            session, record = self._starter.begin(self._first, self.files)
             stack.callback(session.close)
+            if footage_chunks := session.options.footage_chunks:
+                self._timing, self._first_chunk = self._timing.after_footage, footage_chunks
             settings = self._pipeline.models.settings
             video = FragmentedVideo(VideoFormat(settings.width, settings.height, Fraction(settings.fps)))
             stack.callback(video.close)
@@ -229,11 +232,11 @@ class LiveVideo:
             if session.notice is not None:
                 self._send("warning", message=session.notice)
             self._loop.call_soon_threadsafe(self.opened.set)
-            chunks = self._deliver(session, video, file)
+            self._deliver(session, video, file)
             with self._lock:
                 ending = self.ending = self.ending or "ended"
             if ending == "ended":
-                self._total = (chunks, file.num_frames)
+                self._num_frames = file.num_frames
                 self.files.discard()
             elif ending != "internal":
                 self._save(session, record)
@@ -260,6 +263,7 @@ class LiveVideo:
             width=settings.width,
             height=settings.height,
             fps=settings.fps,
+            first_chunk=self._first_chunk,
             first_chunk_frames=self._timing.first,
             chunk_frames=self._timing.later,
             **record.model_dump(),
@@ -273,50 +277,14 @@ class LiveVideo:
         except UserError as error:
             log.error("stream %s cannot be continued: %s", self.name, error)
 
-    def _start_session(self) -> tuple[Session, StreamRecord]:
-        """Return the session and the record of the stream, new or restored. Raises Refusal."""
-        first, settings = self._first, self._pipeline.models.settings
-        limit = self._settings.limits.stream_seconds
-        if isinstance(first, Continue):
-            record = self.files.read_record()
-            if record.model != self._settings.model:
-                message = f"the stream is from the model {record.model}; this server serves {self._settings.model}"
-                raise Refusal("not_found", message)
-            try:
-                session = self._pipeline.restore(self.files.snapshot)
-            except UserError as error:
-                raise Refusal("not_found", str(error)) from error
-            return session, record
-        try:
-            session = self._pipeline.session(
-                first.prompt,
-                seconds=first.seconds or limit,
-                steps=first.steps,
-                guidance=first.guidance,
-                seed=first.seed,
-                negative_prompt=first.negative_prompt,
-            )
-        except UserError as error:
-            raise refusal_of(error, "bad_message") from error
-        record = StreamRecord(
-            model=self._settings.model,
-            prompt=first.prompt,
-            negative_prompt=first.negative_prompt,
-            seed=first.seed,
-            steps=settings.steps if first.steps is None else first.steps,
-            guidance=settings.guidance if first.guidance is None else first.guidance,
-            seconds=first.seconds,
-        )
-        return session, record
-
-    def _deliver(self, session: Session, video: FragmentedVideo, file: StreamFile) -> int:
-        """Write all parts to the file and pass them to the sender; return the number of chunks in the file."""
+    def _deliver(self, session: Session, video: FragmentedVideo, file: StreamFile) -> None:
+        """Write all parts to the file and pass them to the sender."""
         step: Step | None = None
         start = num_frames = 0
         begin = time.perf_counter()
         for chunk in session:
             if chunk.step is not step:  # the first chunk has two parts
-                step, start = chunk.step, self._timing.start(chunk.step.index)
+                step, start = chunk.step, self._first_frame(chunk.step.index)
             if chunk.is_complete:
                 self._metrics.count_chunk(chunk.seconds)
             segment = video.encode(chunk.frames[0], start=start)
@@ -336,7 +304,6 @@ class LiveVideo:
             speed = num_frames / (time.perf_counter() - begin)
             if not self._pass_on(chunk, segment.start, segment.data, fps=speed):
                 self.end("too_slow")
-        return 0 if step is None else step.index + 1
 
     def _pass_on(self, chunk: GeneratedChunk, start: int, data: bytes, *, fps: float) -> bool:
         """Queue a segment for the sender, or drop it. Return False if the client received none for too long.
@@ -369,8 +336,8 @@ class LiveVideo:
         with self._lock:
             self.ending = ending
         self.released.set()  # before the last message, after which a client may start another stream at once
-        if ending == "ended" and self._total is not None:
-            self._send_end(*self._total)
+        if ending == "ended" and self._num_frames is not None:
+            self._send_end(self._num_frames)
         if ending in ENDING_ERRORS and self.failure is None:
             self.failure, message = ENDING_ERRORS[ending]
             self.outbox.put(Outgoing(error_text(self.failure, message)))
@@ -378,10 +345,10 @@ class LiveVideo:
         self._loop.call_soon_threadsafe(self.opened.set)
         self._loop.call_soon_threadsafe(self.done.set)
 
-    def _send_end(self, chunks: int, frames: int) -> None:
-        seconds = frames / self._timing.fps
+    def _send_end(self, frames: int) -> None:
+        chunks = self._timing.chunks_for(frames) if frames else 0
         download = f"/v1/streams/{self.name}/content"
-        self._send("end", chunks=chunks, frames=frames, seconds=seconds, download=download)
+        self._send("end", chunks=chunks, frames=frames, seconds=frames / self._timing.fps, download=download)
 
     def _warn_unknown_words(self, *texts: str) -> None:
         if message := self._pipeline.unknown_words_warning(texts):
@@ -394,7 +361,11 @@ class LiveVideo:
         seconds = self._settings.limits.stream_seconds
         if self._record is not None and self._record.seconds is not None:
             seconds = self._record.seconds
-        return self._timing.start(chunk) >= round(seconds * self._timing.fps)
+        return self._first_frame(chunk) >= round(seconds * self._timing.fps)
+
+    def _first_frame(self, chunk: int) -> int:
+        """Return the first frame of a chunk, counted from the first frame that is generated."""
+        return self._timing.start(chunk - self._first_chunk)
 
     def _seconds_at(self, chunk: int) -> float:
-        return self._timing.start(chunk) / self._timing.fps
+        return self._first_frame(chunk) / self._timing.fps

@@ -22,6 +22,7 @@ ErrorCode = Literal[
     "bad_message",
     "bad_prompt",
     "bad_chunk",
+    "bad_reference",
     "too_late",
     "unauthorized",
     "too_many_sessions",
@@ -37,6 +38,7 @@ Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
 
 class Refusal(Exception):
@@ -69,11 +71,12 @@ class Start(_FirstMessage):
     steps: Steps | None = None
     guidance: Guidance | None = None
     seconds: Seconds | None = None
+    input_reference: Id | None = None
 
 
 class Continue(_FirstMessage):
     type: Literal["continue"]
-    session: Annotated[str, Field(pattern=ID_PATTERN)]
+    session: Id
 
 
 class SetPrompt(ClientMessage):

@@ -23,14 +23,14 @@ ID_BYTES = 16
 ID_PATTERN = "^[A-Za-z0-9_-]{22}$"
 OPEN_PATHS = frozenset({"/", "/healthz", "/v1/server", "/openapi.json"})
 OPEN_FOLDER = "/page/"
-UPLOAD_PATH = "/v1/videos"
+UPLOAD_PATHS = frozenset({"/v1/videos", "/v1/references"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 SUBPROTOCOL = "longvideo.v1"
 BEARER_SUBPROTOCOL = "bearer."
 PAGE_POLICY = (
-    "default-src 'self'; media-src 'self' blob:; connect-src 'self' ws: wss:; img-src 'self' data:; style-src 'self'; "
+    "default-src 'self'; media-src 'self' blob:; connect-src 'self' ws: wss:; img-src 'self' blob:; style-src 'self'; "
     "script-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
@@ -160,7 +160,7 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, limits = Headers(scope=scope), self._settings.limits
-        is_upload = scope["path"] == UPLOAD_PATH and _may_exceed(headers, limits.message_bytes)
+        is_upload = scope["path"] in UPLOAD_PATHS and _may_exceed(headers, limits.message_bytes)
         limit = limits.upload_bytes if is_upload else limits.message_bytes
         refusal = self._refusal(scope, headers)
         if refusal is None and _announced_bytes(headers) > limit:

@@ -10,9 +10,9 @@ from longvideo.errors import UserError
 from longvideo.files import locked, reason
 from longvideo.permissions import make_private, private_umask
 
-STREAMS, VIDEOS, PICTURES, FOOTAGE = "streams", "videos", "pictures", "footage"
+STREAMS, VIDEOS, PICTURES, FOOTAGE, REFERENCES = "streams", "videos", "pictures", "footage", "references"
 DATABASE, LOCK = "jobs.sqlite", "lock"
-FOLDERS = (STREAMS, VIDEOS, PICTURES, FOOTAGE)
+FOLDERS = (STREAMS, VIDEOS, PICTURES, FOOTAGE, REFERENCES)
 OWN_NAMES = frozenset({*FOLDERS, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal", LOCK})
 
 

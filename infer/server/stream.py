@@ -13,6 +13,7 @@ from longvideo.infer.server.client_socket import ClientDisconnected, ClientSocke
 from longvideo.infer.server.connections import WaitingConnections
 from longvideo.infer.server.limits import ServerSettings
 from longvideo.infer.server.live import LiveVideo
+from longvideo.infer.server.live_session import SessionStarter
 from longvideo.infer.server.messages import (
     Continue,
     ErrorCode,
@@ -24,6 +25,7 @@ from longvideo.infer.server.messages import (
 )
 from longvideo.infer.server.metrics import ServerMetrics
 from longvideo.infer.server.outbox import Outgoing
+from longvideo.infer.server.references import References
 from longvideo.infer.server.security import SUBPROTOCOL, has_token, new_id
 from longvideo.infer.server.served_folder import STREAMS
 
@@ -34,16 +36,21 @@ CLOSE_CODES: dict[ErrorCode, int] = {
     "shutting_down": RESTART,
     "too_many_sessions": TRY_LATER,
 }
-log = logging.getLogger(__name__)
 CLOSING_SECONDS = 2.0  # time to deliver the last message to a client that may not receive
+
+log = logging.getLogger(__name__)
 
 
 class Streams:
     """The live videos of a server. There are at most `limits.sessions`."""
 
-    def __init__(self, pipeline: StreamingPipeline, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, pipeline: StreamingPipeline, settings: ServerSettings, metrics: ServerMetrics, references: References
+    ) -> None:
+        """references: the pictures and videos that streams may begin with."""
         self.settings = settings
         self._pipeline, self._metrics = pipeline, metrics
+        self._starter = SessionStarter(pipeline, settings.model, settings.limits.stream_seconds, references)
         self._live: dict[str, LiveVideo] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -69,6 +76,7 @@ class Streams:
             name,
             first,
             pipeline=self._pipeline,
+            starter=self._starter,
             settings=self.settings,
             metrics=self._metrics,
             loop=asyncio.get_running_loop(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 
@@ -91,6 +92,26 @@ def test_a_stream_that_continues_with_another_decoder_says_so(serve: Serve) -> N
     assert again.receive()["type"] == "ready"
     message = "the frames so far were decoded by 'TAEW2.2 in bf16'; the session continues with the autoencoder in fp32"
     assert again.receive() == {"type": "warning", "message": message}
+
+
+def test_a_stream_whose_frames_are_all_generated_ends_with_their_number(serve: Serve) -> None:
+    server = serve()
+    client = server.connect()
+    session = client.start(seconds=6)["session"]
+    client.receive_until("chunk", chunk=1)
+    client.socket.close()
+    wait_until(lambda: server.streams.num_live == 0)
+    path = server.folder / "streams" / f"{session}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = json.loads(metadata["session"])
+    chunks = len(state["steps"])
+    state["num_frames"] = sum(step["num_frames"] for step in state["steps"])
+    save_file(load_file(path), path, metadata={**metadata, "session": json.dumps(state)})
+    again = server.connect()
+    again.send("continue", session=session)
+    end = again.receive_until("end")[-1]
+    assert (end["chunks"], end["frames"]) == (chunks, state["num_frames"]) and chunks >= 2
 
 
 def test_a_stopped_stream_ends_and_is_not_continued(serve: Serve) -> None:

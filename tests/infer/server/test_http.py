@@ -48,6 +48,9 @@ def test_the_server_describes_its_model(serve: Serve) -> None:
             "guidance": 1,
             "decoder": "the autoencoder in fp32",
             "adapters": [],
+            "takes_references": True,
+            "max_upload_bytes": 32 * 2**20,
+            "max_footage_seconds": 120,
             "examples": [],
         }
         assert http.get("/healthz").json() == {"status": "ok"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.server.job_footage import begins_as_video
 from longvideo.infer.server.limits import Limits
+from longvideo.infer.server.reference_files import begins_as_video
 from longvideo.infer.writer import VideoWriter
 from tests.data.footage import write
 from tests.infer.server.conftest import PROMPT, Serve
@@ -69,7 +69,7 @@ def test_a_bad_video_is_one_clear_error(serve: Serve, clip: Path, tmp_path: Path
         long: "input_reference has 3.0 s; expected at most 2.9",
         content[:40]: "input_reference is not a video in a supported format",
         content[:-100]: "input_reference",
-        b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n": "input_reference is not an image in a supported format",
+        b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n": "input_reference is neither a picture nor a video in a supported",
     }
     with server.http() as http:
         for data, message in cases.items():

@@ -127,10 +127,10 @@ Image.new("L", (8, 8)).save(ANIMATION, "WEBP", save_all=True, append_images=[Ima
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"files": {"input_reference": b"no picture"}}, "input_reference is not an image in a supported format"),
+        ({"files": {"input_reference": b"no picture"}}, "input_reference is neither a picture nor a video in"),
         ({"files": {"input_reference": PICTURE[:-500]}}, "input_reference is a damaged image"),
-        ({"files": {"input_reference": encoded(GRADIENT, "EPS")}}, "is not an image in a supported format"),
-        ({"files": {"input_reference": encoded(GRADIENT, "GIF")}}, "is not an image in a supported format"),
+        ({"files": {"input_reference": encoded(GRADIENT, "EPS")}}, "is neither a picture nor a video in"),
+        ({"files": {"input_reference": encoded(GRADIENT, "GIF")}}, "is neither a picture nor a video in"),
         ({"files": {"input_reference": ANIMATION.getvalue()}}, "contains 2 pictures"),
         ({"files": {"input_reference": HUGE}}, "has 5001 x 5000 pixels; expected from 1 to 25,000,000"),
         ({"data": {"input_reference": "first.png"}}, "input_reference is text; expected a file"),
@@ -138,7 +138,7 @@ Image.new("L", (8, 8)).save(ANIMATION, "WEBP", save_all=True, append_images=[Ima
         ({"data": {REFERENCE: "https://example.org/a.png"}}, "other addresses are not fetched"),
         ({"data": {REFERENCE: "file:///etc/passwd"}}, "other addresses are not fetched"),
         ({"data": {REFERENCE: "data:image/png;base64,AAA?"}}, "is not base64"),
-        ({"data": {REFERENCE: "data:image/png;base64,"}}, "is not an image in a supported format"),
+        ({"data": {REFERENCE: "data:image/png;base64,"}}, "is neither a picture nor a video in"),
     ],
 )
 def test_a_bad_picture_is_one_clear_error(serve: Serve, body: dict[str, Any], message: str) -> None:

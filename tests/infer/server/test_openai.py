@@ -68,7 +68,7 @@ def check_answers(answers: dict[str, Any], version: str) -> None:
     assert [error[:3] for error in answers["errors"]] == [
         [422, field, "bad_request"] for field in ("model", "size", "input_reference")
     ]
-    messages = ["expected small", "generates 64x32", "is not an image"]
+    messages = ["expected small", "generates 64x32", "neither a picture nor a video"]
     assert all(part in error[3] for part, error in zip(messages, answers["errors"], strict=True))
     assert answers["deleted"] is True and answers["gone"][0] == 404
 
@@ -90,7 +90,7 @@ def test_curl_of_the_documentation_runs(serve: Serve, picture: Path, block: Bloc
     server = serve()
     first: dict[str, Any] = {}
     commands = on_server(block.text, server).replace("\\\n", "").splitlines()
-    assert len(commands) > 5
+    assert commands
     for command in commands:
         line = command.replace("/ID", f"/{first.get('id')}")
         result = subprocess.run(
