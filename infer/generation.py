@@ -82,6 +82,13 @@ class Models:
         return f"{self.decoder.name} in {self.formats.decoder}"
 
     @property
+    def chunk_grid(self) -> Grid:
+        """Sizes of the latents of a chunk of one video, as the decoder gets them."""
+        settings, scale = self.settings, self.decoder.config.scale_factor_spatial
+        height, width = settings.height // scale, settings.width // scale
+        return Grid(1, settings.chunk_frames, height, width, shares_buffer=self.placement.low_memory)
+
+    @property
     def device(self) -> torch.device:
         """Device of the transformer."""
         return self.placement.device
@@ -130,7 +137,17 @@ class Stages:
             group=models.group,
             recorder=recorder,
         )
-        self.decoder = self._new_decoder(models, batch, recorder) if models.decodes else None
+        self.decoder: ChunkDecoder | None = None
+        if models.decodes:
+            self.decoder = ChunkDecoder(
+                models.decoder,
+                replace(models.chunk_grid, batch=batch),
+                first_device=models.device,
+                first_share=placement.decode_share,
+                recorder=recorder,
+            )
+            # now, not while chunks are denoised: cuDNN times its convolutions, for which the GPU must be idle
+            self.decoder.warm_up()
         if models.device.type == "cuda":
             self.denoiser.warm_up(clean_pass=models.settings.clean_pass)
 
@@ -139,21 +156,6 @@ class Stages:
         self.denoiser.reset()
         if self.decoder is not None:
             self.decoder.reset()
-
-    @staticmethod
-    def _new_decoder(models: Models, batch: int, recorder: GraphRecorder | None) -> ChunkDecoder:
-        settings, scale, placement = models.settings, models.decoder.config.scale_factor_spatial, models.placement
-        height, width = settings.height // scale, settings.width // scale
-        decoder = ChunkDecoder(
-            models.decoder,
-            Grid(batch, settings.chunk_frames, height, width, shares_buffer=placement.low_memory),
-            first_device=models.device,
-            first_share=placement.decode_share,
-            recorder=recorder,
-        )
-        # now, not while chunks are denoised: cuDNN times its convolutions, for which the GPU must be idle
-        decoder.warm_up()
-        return decoder
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from longvideo.infer.decoder_comparison import psnr
 
 if TYPE_CHECKING:
     from longvideo.infer.generation import Models
+    from longvideo.streaming.decoders import DecoderModel
 
 LEAST_PSNR = 30.0
 """Peak signal-to-noise ratio in dB below which a warning is given. With tiny, 500 held-out pictures of ShapeWorld have
@@ -18,22 +19,22 @@ at least 34.6 dB, and 24 photographs and drawings of other origin at most 24.6 d
 
 
 @torch.inference_mode()
-def reconstruction_psnr(models: Models, frames_THWC: Tensor, latents_BCTHW: Tensor) -> float:
+def reconstruction_psnr(decoder: DecoderModel, frames_THWC: Tensor, latents_BCTHW: Tensor) -> float:
     """Return the peak signal-to-noise ratio of frames that are decoded from their latents, dB.
 
     frames_THWC: uint8, of the size of the video; 1 + 4 n of them, as the opening of a video. latents_BCTHW: their
     normalized latents, with B = 1, on any device. All frames are decoded at once, so pass few of a long clip.
     """
-    decoded_THWC = models.decoder.plain(latents_BCTHW.to(models.decoder.device))[0].cpu()
+    decoded_THWC = decoder.plain(latents_BCTHW.to(decoder.device))[0].cpu()
     return psnr(((decoded_THWC.float() - frames_THWC.cpu().float()).square().mean(dtype=torch.float64).item(),))
 
 
 def reconstruction_warning(models: Models, frames_THWC: Tensor, latents_BCTHW: Tensor, *, name: str) -> str | None:
     """Return a warning about frames that the model's autoencoder cannot hold, or None.
 
-    name: what the frames are, such as "the picture". Other arguments are those of `reconstruction_psnr`.
+    name: what the frames are, such as "the picture". Frames and latents are those of `reconstruction_psnr`.
     """
-    value = reconstruction_psnr(models, frames_THWC, latents_BCTHW)
+    value = reconstruction_psnr(models.decoder, frames_THWC, latents_BCTHW)
     if value >= LEAST_PSNR:
         return None
     data = models.settings.trained_on

@@ -72,12 +72,12 @@ class StreamingDecoder:
         self.shape = (grid.batch, grid.height, grid.width)
         plan = plan_stages(autoencoder, grid)
         if devices is None:
-            self._parts = [_Part(plan, weight.device, grid, recorder)]
+            parts = [(plan, weight.device)]
         else:
             boundary = boundary_of(plan, first_share)
-            places = [torch.empty(0, device=device).device for device in devices]  # "cuda" becomes "cuda:0"
-            stages = plan[:boundary], plan[boundary:]
-            self._parts = [_Part(*part, grid, recorder) for part in zip(stages, places, strict=True)]
+            first, second = (torch.empty(0, device=device).device for device in devices)  # "cuda" becomes "cuda:0"
+            parts = [(plan[:boundary], first), (plan[boundary:], second)]
+        self._parts = [_Part(stages, device, grid, recorder or _own_recorder(device)) for stages, device in parts]
         self.devices = tuple(part.device for part in self._parts)
         total = sum(stage.multiply_adds for stage in plan)
         self.shares = tuple(part.multiply_adds / total for part in self._parts)
@@ -165,7 +165,10 @@ class StreamingDecoder:
 
 
 class _Part:
-    """Consecutive stages on one device: all of them, or the first or second of two parts."""
+    """Consecutive stages on one device: all of them, or the first or second of two parts.
+
+    recorder: recorder of the graph of a step; None where no graph is recorded.
+    """
 
     def __init__(
         self, plan: list[PlannedStage], device: torch.device, grid: Grid, recorder: GraphRecorder | None
@@ -184,7 +187,7 @@ class _Part:
         The result of a recorded step is valid until the next step.
         """
         with _on(self.device):
-            if self.device.type != "cuda" or not is_whole:
+            if self._recorder is None or not is_whole:
                 return self._run(inputs.to(self.device), opening=opening)
             if self._recording is not None:
                 return self._recording.replay(inputs)
@@ -193,8 +196,7 @@ class _Part:
             own.copy_(inputs)
             with _measured_convolutions():
                 result = self._run(own, opening=False)
-                recorder = self._recorder or GraphRecorder(self.device)
-                graph, recorded = recorder.record(partial(self._run, own, opening=False))
+                graph, recorded = self._recorder.record(partial(self._run, own, opening=False))
                 self._recording = _Recording(graph, own, recorded)
             return result
 
@@ -220,6 +222,10 @@ class _Recording:
         self.inputs.copy_(inputs)
         self.graph.replay()
         return self.result
+
+
+def _own_recorder(device: torch.device) -> GraphRecorder | None:
+    return GraphRecorder(device) if device.type == "cuda" else None
 
 
 def _share_buffer(convolutions: Sequence[Convolution], device: torch.device) -> None:
