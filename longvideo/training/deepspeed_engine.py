@@ -94,33 +94,36 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self.objective.begin(step)
         metrics: dict[str, Tensor] = {}
-        num_bad = torch.zeros_like(self.skipped)
+        num_bad, found_inf = torch.zeros_like(self.skipped), torch.zeros_like(self.skipped)
         norm: Tensor | None = None
         for share in shares:
             loss, more = self.engine(share)
             guarded = self.guard(loss)
-            num_bad += (~torch.isfinite(guarded.detach())).float()
+            num_bad += _not_finite(guarded.detach())
             self.engine.backward(guarded)
             norm = self._plain_norm()
             if self.engine.is_gradient_accumulation_boundary():
-                self._skip_where(num_bad if norm is None else num_bad + (~torch.isfinite(norm)).float())
+                found_inf = self._skip_where(num_bad if norm is None else num_bad + _not_finite(norm))
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **more})
         if norm is None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=num_bad.device)
             norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for a norm that is not finite
+            # DeepSpeed itself skips the step if a loss is finite but its gradient is not
+            found_inf = torch.maximum(found_inf, _not_finite(norm))
+        self.skipped += found_inf
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
 
-    def _skip_where(self, num_bad: Tensor) -> None:
+    def _skip_where(self, num_bad: Tensor) -> Tensor:
         """Make the optimizers of all ranks skip the step if one rank has a value that is not finite.
 
-        The host does not wait for the device.
+        Return 1 in that case and 0 otherwise. The host does not wait for the device.
         """
         found_inf = self.mesh.sum(num_bad).clamp(max=1.0)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         inner.found_inf, inner.grad_scale = found_inf, None
-        self.skipped += found_inf
+        return found_inf
 
     def num_skipped(self) -> int:
         return int(self.skipped)
@@ -335,6 +338,11 @@ class DeepSpeedEngine:
             yield self.optimizer.state[parameter]
         else:
             yield from self._adam_states()
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """Return 1 where a value is infinite or NaN, and 0 elsewhere."""
+    return (~torch.isfinite(x)).float()
 
 
 def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float) -> dict[str, Any]:

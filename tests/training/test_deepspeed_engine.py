@@ -20,6 +20,7 @@ from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.optimizer import OptimizerConfig
 from tests.train.test_sequence_parallel import CPU, SPEC, small_transformer, whole_batch
 from tests.training.processes import run_in_processes
+from tests.training.toy import Numbers, Regression
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_clip=0.5)
 DECAY = 0.7
@@ -209,17 +210,24 @@ def test_bf16_weights_without_masters_are_refused() -> None:
         build(Mesh(), 0, "bf16")
 
 
-def skipping(stages: tuple[int, ...]) -> list[tuple[int, float, bool]]:
-    """Train with a batch that is not finite on the second rank alone; return skipped steps, moves and finiteness."""
+class SteepAtZero(Regression):
+    """A loss that is finite for inputs of zero, where its gradient is not."""
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().forward(batch)
+        return loss + (batch @ self.linear.weight.T).square().sum().sqrt(), metrics
+
+
+def skipping(stages: tuple[int, ...], factor: float) -> list[tuple[int, float, bool]]:
+    """Train with a batch times `factor` on the second rank alone; return skipped steps, moves and finiteness."""
     from longvideo.training.deepspeed_engine import DeepSpeedEngine
-    from tests.training.toy import Numbers, Regression
 
     mesh, results = build_mesh(1), []
     for stage in stages:
         engine = DeepSpeedEngine(
-            Regression(), OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=1, ema_decay=DECAY
+            SteepAtZero(), OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=1, ema_decay=DECAY
         )
-        numbers = Numbers(frozenset({1} if mesh.rank == 1 else ()))
+        numbers = Numbers(frozenset({1} if mesh.rank == 1 else ()), factor)
         engine.train_step(numbers.shares(0, mesh, None), 0, 1e-2)
         before = engine.whole("linear.weight", "weight").clone()
         engine.train_step(numbers.shares(1, mesh, None), 1, 1e-2)
@@ -229,6 +237,7 @@ def skipping(stages: tuple[int, ...]) -> list[tuple[int, float, bool]]:
     return results
 
 
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
-    for results in run_in_processes(2, skipping, STAGES):
+@pytest.mark.parametrize("factor", [float("nan"), 0.0])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(factor: float) -> None:
+    for results in run_in_processes(2, skipping, STAGES, factor):
         assert results == [(1, 0.0, True)] * len(STAGES)
