@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         self._start_adam()
         parts = {name: self._own_part(parameter) for name, parameter in self.named.items()}
         self.average = {name: None if part is None else part.clone() for name, part in parts.items()}
-        self.guard = LossGuard(spike_factor, self.parameters[0].device)
+        self.guard = LossGuard(spike_factor, self.parameters[0].device, mesh)
         self.skipped = torch.zeros((), device=self.parameters[0].device)
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:

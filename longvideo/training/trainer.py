@@ -50,8 +50,8 @@ class TrainerConfig(Bounded):
     save_every: number of steps between two checkpoints.
     keep_checkpoints: number of checkpoints to keep; older ones are removed.
     max_skipped_steps: number of skipped steps above which the run stops; 0 stops at the first one.
-    spike_factor: ratio of a step's loss to its running mean above which the step is skipped; 0 skips none. A step whose
-        gradient is not finite is always skipped.
+    spike_factor: ratio of the loss of a pass, over all ranks, to its running mean above which the step is skipped; 0
+        skips none. A step whose gradient is not finite is always skipped.
     tensorboard: whether to write the numbers of the log for TensorBoard too.
     wandb: project of Weights & Biases to report to.
     """
