@@ -186,11 +186,11 @@ class VaeRecipe(Recipe[Reconstruction, ReconstructionSource]):
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation of every latent channel over training clips."""
         config = self.config.validation
-        count = max(1, config.statistics_clips // config.batch)
         sums = torch.zeros(3, self.autoencoder.config.z_dim, dtype=torch.float64, device=self.device)
-        for group in range(count):
+        for group, first in enumerate(range(0, config.statistics_clips, config.batch)):
+            count = min(config.batch, config.statistics_clips - first)
             generator = seeded(torch.Generator(self.device), self.config.seed, "statistics", group)
-            scenes = torch.randint(len(self.pool), (config.batch,), generator=generator, device=self.device)
+            scenes = torch.randint(len(self.pool), (count,), generator=generator, device=self.device)
             video, _ = self._clips(self.pool, scenes, stream=f"statistics {group}")
             latents = torch.cat(self._encode(video), dim=2).double().transpose(0, 1).flatten(1)
             sums += torch.stack((torch.ones_like(latents), latents, latents.square())).sum(-1)

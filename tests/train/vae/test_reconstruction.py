@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from longvideo.errors import ConfigError
+from longvideo.train.shapeworld.scenes import SceneConfig
 from longvideo.train.vae.clips import ClipStage, ReconstructionSource, crop_near_objects
+from longvideo.train.vae.recipe import AutoencoderShape, VaeRecipe, VaeTraining, VaeValidationConfig
 from longvideo.train.vae.reconstruction import (
     Reconstruction,
     ReconstructionConfig,
@@ -105,6 +108,26 @@ def test_object_psnr_looks_at_objects_alone() -> None:
     overall, objects = clip_psnr(output, video, mask)
     assert objects.item() == pytest.approx(20.0, abs=1e-4)
     assert overall.item() == pytest.approx(20.0 + 10 * torch.log10(torch.tensor(4.0)).item(), abs=1e-4)
+
+
+def test_latent_statistics_are_those_of_as_many_clips_as_configured() -> None:
+    validation = VaeValidationConfig(statistics_clips=3, batch=2)
+    scenes = SceneConfig(count=4, height=32, width=64)
+    model = AutoencoderShape(base_dim=8, decoder_base_dim=8, z_dim=4)
+    config = VaeTraining(model=model, scenes=scenes, stages=[ClipStage(1, 32, 64)], validation=validation)
+    recipe = VaeRecipe(config, CPU)
+    measured, encode = [], recipe._encode
+
+    def recorded(video: Tensor) -> list[Tensor]:
+        measured.append(encode(video))
+        return measured[-1]
+
+    recipe._encode = recorded  # type: ignore[method-assign]
+    mean, std = recipe._statistics()
+    latents = torch.cat([torch.cat(chunks, dim=2).double().transpose(0, 1).flatten(1) for chunks in measured], dim=1)
+    assert sum(len(chunks[0]) for chunks in measured) == 3
+    assert mean == pytest.approx(latents.mean(1).tolist())
+    assert std == pytest.approx(latents.std(1, correction=0).tolist())
 
 
 def test_loss_falls_in_thirty_steps() -> None:
