@@ -165,6 +165,11 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
             "every view has its own positions; use parallel.micro_batch=1",
         ),
         (["clips", "cpu/clips", "data=nowhere", "stages=[]"], "stages is empty; expected at least one stage"),
+        (["vae", "scenes.height=100"], "scenes.height is 100; expected a multiple of 16"),
+        (
+            ["ar", "validation={batches: 1, clips: 7}", "bank.group=2"],
+            "validation.clips is 7; expected a multiple of bank.group=2",
+        ),
         (["vae", "--device", "abacus"], "'abacus' is not a device; use cpu, cuda or cuda:N"),
     ],
 )

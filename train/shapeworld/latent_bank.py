@@ -14,7 +14,7 @@ from torch import Tensor
 from longvideo.config.fields import bounded, share
 from longvideo.errors import ConfigError
 from longvideo.train.bank import ClipBank, GroupConfig
-from longvideo.train.shapeworld.scenes import FPS, ScenePool
+from longvideo.train.shapeworld.scenes import FPS, TEMPORAL_SCALE, ScenePool
 from longvideo.training.objective import seeded
 from longvideo.training.precision import TrainingPrecision, autocast
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from longvideo.vae.autoencoder import Autoencoder
-
-TEMPORAL_SCALE = 4
-"""Number of pixel frames in a latent frame; the first latent frame of a video holds one."""
 
 
 @dataclass(frozen=True)

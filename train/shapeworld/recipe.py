@@ -167,6 +167,10 @@ class ArTraining(Bounded):
                 f"settings.height and width are {self.settings.height}x{self.settings.width}; expected"
                 f" {self.scenes.height}x{self.scenes.width}, those of the scenes"
             )
+        if self.validation.batches and self.validation.clips % self.bank.group:
+            raise ConfigError(
+                f"validation.clips is {self.validation.clips}; expected a multiple of bank.group={self.bank.group}"
+            )
         pins = self.settings.pin_shots and self.objective.context == "window"
         if self.bank.cut_fraction and (self.settings.offset_per_shot or pins):
             raise ConfigError(

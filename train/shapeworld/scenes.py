@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.settings import VAE_SCALE
 from longvideo.config.fields import Bounded, bounded, share
+from longvideo.errors import ConfigError
 from longvideo.shapeworld.batch import SceneBatch
 from longvideo.shapeworld.render import render_with_mask
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from longvideo.shapeworld.world import Scene
 
 FPS = 24.0
+TEMPORAL_SCALE = 4
+"""Number of pixel frames in a latent frame; the first latent frame of a video holds one."""
 MOST_PIXELS = 4096
 """Largest height and width of a frame."""
 
@@ -32,8 +36,8 @@ class SceneConfig(Bounded):
     count: number of scenes.
     pair_fraction: share of scenes with two objects.
     max_seconds: latest time within the endless motion of a scene at which a clip begins.
-    height: height of the frames, pixels.
-    width: width of the frames, pixels.
+    height: height of the frames, pixels; a multiple of 16, the side of a latent pixel.
+    width: width of the frames, pixels; a multiple of 16.
     """
 
     count: int = bounded(20000, least=1)
@@ -41,6 +45,12 @@ class SceneConfig(Bounded):
     max_seconds: float = bounded(60.0, least=0)
     height: int = bounded(128, least=1, most=MOST_PIXELS)
     width: int = bounded(224, least=1, most=MOST_PIXELS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value % VAE_SCALE:
+                raise ConfigError(f"scenes.{name} is {value}; expected a multiple of {VAE_SCALE}")
 
 
 class ScenePool:

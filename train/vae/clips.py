@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longvideo.checkpoint.settings import VAE_SCALE
 from longvideo.config.fields import Bounded, bounded, steps_field
 from longvideo.errors import ConfigError
-from longvideo.train.shapeworld.scenes import ScenePool, frame_seconds
+from longvideo.train.shapeworld.scenes import TEMPORAL_SCALE, ScenePool, frame_seconds
 from longvideo.training.objective import seeded, stage_at
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ class ClipStage(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frames % 4 != 1:
-            raise ConfigError(f"a stage has frames={self.frames}; expected 1 + 4k, such as {self.frames // 4 * 4 + 1}")
+        if self.frames % TEMPORAL_SCALE != 1:
+            near = self.frames // TEMPORAL_SCALE * TEMPORAL_SCALE + 1
+            raise ConfigError(f"a stage has frames={self.frames}; expected 1 + {TEMPORAL_SCALE}k, such as {near}")
         for name in ("height", "width"):
-            if getattr(self, name) % 16:
-                raise ConfigError(f"a stage has {name}={getattr(self, name)}; expected a multiple of 16")
+            if getattr(self, name) % VAE_SCALE:
+                raise ConfigError(f"a stage has {name}={getattr(self, name)}; expected a multiple of {VAE_SCALE}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ReconstructionSource:
         video, mask = self.pool.draw(*self._draw(stage, generator))
         if (stage.height, stage.width) != (self.pool.height, self.pool.width):
             video, mask = crop_near_objects(video, mask, height=stage.height, width=stage.width, generator=generator)
-        latents = (1 + (stage.frames - 1) // 4, stage.height // 16, stage.width // 16)
+        latents = (1 + stage.frames // TEMPORAL_SCALE, stage.height // VAE_SCALE, stage.width // VAE_SCALE)
         noise = self._rand_normal((stage.batch, self.latent_channels, *latents), generator)
         return ClipBatch(video.contiguous(), mask.contiguous(), noise)
 
