@@ -5,6 +5,7 @@ A rank reads and encodes its own latent frames and the raw frames that they depe
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longvideo.checkpoint.folder import ModelFolder
+
+
+KEPT_TEXTS = 512
+"""Number of captions whose features are kept; those of UMT5 have 8 MiB each."""
 
 
 class VideoClips:
@@ -45,7 +50,8 @@ class VideoClips:
         self.lookback = temporal_lookback(folder.vae_config)
         self.device = device
         self.precision: TrainingPrecision = precision
-        self._texts: dict[str, Tensor] = {}
+        # a thread reads ahead while the main thread may draw samples; this cache serves both
+        self._features = lru_cache(KEPT_TEXTS)(self._encode)
 
     @torch.no_grad()
     def latents(self, index: int, first: int, last: int) -> Tensor:
@@ -56,10 +62,11 @@ class VideoClips:
         with autocast(self.precision, self.device):
             return encode_latents(self.autoencoder, video, window)[0].cpu()
 
-    @torch.no_grad()
     def text(self, caption: str) -> Tensor:
-        """Return features [J, D] of a caption, encoded once."""
-        if caption not in self._texts:
-            features, rows = self.text_encoder.encode([caption])
-            self._texts[caption] = features[rows[0]].float().cpu()
-        return self._texts[caption]
+        """Return features [J, D] of a caption, float32, on the CPU; those of the latest captions are kept."""
+        return self._features(caption)
+
+    @torch.no_grad()
+    def _encode(self, caption: str) -> Tensor:
+        features, rows = self.text_encoder.encode([caption])
+        return features[rows[0]].float().cpu()

@@ -293,6 +293,19 @@ def test_recycled_errors_of_another_number_of_ranks_are_dealt_out_with_a_word(
     assert filled[0] == filled[1] + filled[2] > 0 and min(filled) > 0
 
 
+def test_features_of_the_latest_captions_alone_are_kept(
+    data: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoded = data
+    monkeypatch.setattr("longvideo.train.clips.video_clips.KEPT_TEXTS", 2)
+    manifest = encoded.parent / "manifest.jsonl"
+    videos = VideoClips(manifest, ModelFolder.open(model), chunks=2, device=CPU, precision="fp32")
+    first, second, _ = (videos.text(caption) for caption in ("a ball", "a red ball", "a blue ball"))
+    assert videos.text("a red ball") is second
+    again = videos.text("a ball")
+    assert again is not first and torch.equal(again, first)
+
+
 @pytest.mark.slow
 def test_videos_give_what_their_encoded_clips_do(data: tuple[Path, Path], tmp_path: Path) -> None:
     model, encoded = data
