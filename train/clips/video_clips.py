@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 KEPT_TEXTS = 512
-"""Number of captions whose features are kept; those of UMT5 have 8 MiB each."""
+"""Number of captions that keep their features in host memory; those of UMT5 have 8 MiB for each."""
 
 
 class VideoClips:
