@@ -133,7 +133,7 @@ class ChunkCache:
         They are valid until the next call, for any layer.
         """
         keys_BSLNK, values_BSLNK = layer_slots = self._opened(layer)
-        self._write_live_slot(layer_slots, keys_BLNK, values_BLNK, rope)
+        self._write_live_slot(layer_slots, rotate(keys_BLNK, rope), values_BLNK)
         end = self.window.num_slots
         return keys_BSLNK[:, :end].flatten(1, 2), values_BSLNK[:, :end].flatten(1, 2)
 
@@ -147,7 +147,7 @@ class ChunkCache:
     def keep(self, layer: int, keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope) -> None:
         """Store the keys and values of the finished live chunk, to which later chunks attend."""
         live = self._begin()
-        self._write_live_slot(self._slots.open(layer, 0), keys_BLNK, values_BLNK, rope)
+        self._write_live_slot(self._slots.open(layer, 0), rotate(keys_BLNK, rope), values_BLNK)
         if not self._slots.copies:
             return
         if layer == 0:
@@ -177,12 +177,10 @@ class ChunkCache:
         self._begin()
         return self._slots.open(layer, self.window.num_slots - 1)
 
-    def _write_live_slot(
-        self, slots_BSLNK: tuple[Tensor, Tensor], keys_BLNK: Tensor, values_BLNK: Tensor, rope: Rope
-    ) -> None:
+    def _write_live_slot(self, slots_BSLNK: tuple[Tensor, Tensor], rotated_BLNK: Tensor, values_BLNK: Tensor) -> None:
         keys_BSLNK, values_BSLNK = slots_BSLNK
         live = self._begin()
-        keys_BSLNK[:, live] = rotate(keys_BLNK, rope).to(keys_BSLNK.dtype)
+        keys_BSLNK[:, live] = rotated_BLNK.to(keys_BSLNK.dtype)
         values_BSLNK[:, live] = values_BLNK.to(values_BSLNK.dtype)
 
 

@@ -5,8 +5,7 @@ Shapes: B samples, L tokens, D model dim, T latent frames, N heads, K head dim, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +13,13 @@ from torch import Tensor, nn
 from longvideo.kernels.fp8.format import FP8Rows
 from longvideo.model.attention import attend
 from longvideo.quantization.fp8 import VALUES, FP8Linear
-from longvideo.streaming.inputs import Inputs, inputs_of
+from longvideo.streaming.inputs import Inputs, ResidualStream, inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from longvideo.kernels.backends import NormOperations
     from longvideo.model.transformer import Block
-
-
-@dataclass
-class ResidualStream:
-    """Activations of a pass with the last update, which the next norm adds in its own pass over memory.
-
-    h_BLD: the activations without the update. gate: factor of the update, [B, T, D], None for one. bias_D: value added
-    to the update before the gate.
-    """
-
-    h_BLD: Tensor
-    update_BLD: Tensor | None = None
-    gate: Tensor | None = None
-    bias_D: Tensor | None = None
-
-    def add(self, update_BLD: Tensor, gate: Tensor | None, bias_D: Tensor | None = None) -> None:
-        """Set the update that the next `norm` adds."""
-        self.update_BLD, self.gate, self.bias_D = update_BLD, gate, bias_D
-
-    def norm(self, inputs: Inputs, multiplier: Tensor, shift: Tensor) -> Any:
-        """Add the update and return the norm of the sum, times a multiplier plus a shift, as an input of products."""
-        return inputs.norm(self.h_BLD, self.update_BLD, self.gate, multiplier, shift, bias_D=self.bias_D)
 
 
 class StreamingBlock:
@@ -64,7 +41,7 @@ class StreamingBlock:
 
     def project(self, stream: ResidualStream, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values [B, L, N, K] before norm and rotation; their tokens may not be contiguous."""
-        own, x = self._block.self_attn, stream.norm(self._before_self, scale, shift)
+        own, x = self._block.self_attn, self._before_self.norm(stream, scale, shift)
         parts = self._joined(x).chunk(3, dim=-1) if self._joined is not None else (own.q(x), own.k(x), own.v(x))
         q_BLNK, k_BLNK, v_BLNK = (part.unflatten(-1, (own.num_heads, -1)) for part in parts)
         return q_BLNK, k_BLNK, v_BLNK
@@ -82,7 +59,7 @@ class StreamingBlock:
     def attend_to_text(self, stream: ResidualStream, text: Tensor) -> Tensor:
         """Return the update of cross-attention. text: keys and values of the prompts, [2, P, J, N, K]."""
         cross = self._block.cross_attn
-        q_BLD = cross.q(stream.norm(self._before_cross, *self._cross_norm))
+        q_BLD = cross.q(self._before_cross.norm(stream, *self._cross_norm))
         self._operations.rms_norm(q_BLD, cross.norm_q.weight, q_BLD, eps=self._eps)
         attended_BLD = attend(q_BLD.unflatten(-1, (cross.num_heads, -1)), *text).flatten(2)
         return cross.o(self._before_cross_out.round(attended_BLD))
@@ -90,7 +67,7 @@ class StreamingBlock:
     def feed_forward(self, stream: ResidualStream, scale: Tensor, shift: Tensor) -> Tensor:
         """Return the update of the feed-forward layers."""
         up, _, down = self._block.ffn
-        x = stream.norm(self._before_up, scale, shift)
+        x = self._before_up.norm(stream, scale, shift)
         return down(self._before_down.gelu(up, x))
 
     def project_mean(self, mean_NK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B samples, L tokens, D model dim, T frames.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -21,20 +22,29 @@ if TYPE_CHECKING:
     from longvideo.kernels.backends import FP8Operations, NormOperations
 
 
+@dataclass
+class ResidualStream:
+    """Activations of a pass with the last update, which the next norm adds in its own pass over memory.
+
+    h_BLD: the activations without the update. gate: factor of the update, [B, T, D], None for one. bias_D: value added
+    to the update before the gate.
+    """
+
+    h_BLD: Tensor
+    update_BLD: Tensor | None = None
+    gate: Tensor | None = None
+    bias_D: Tensor | None = None
+
+    def add(self, update_BLD: Tensor, gate: Tensor | None, bias_D: Tensor | None = None) -> None:
+        """Set the update that the next norm adds."""
+        self.update_BLD, self.gate, self.bias_D = update_BLD, gate, bias_D
+
+
 class Inputs(Protocol):
     """Functions that return inputs in the format of their layers."""
 
-    def norm(
-        self,
-        h_BLD: Tensor,
-        update_BLD: Tensor | None,
-        gate: Tensor | None,
-        multiplier: Tensor,
-        shift: Tensor,
-        *,
-        bias_D: Tensor | None = None,
-    ) -> Any:
-        """Add gate x (update + bias) to h in place and return LayerNorm(h) x multiplier + shift; see `kernels.norm`."""
+    def norm(self, stream: ResidualStream, multiplier: Tensor, shift: Tensor) -> Any:
+        """Add the update of a stream in place, and return the norm of the sum x multiplier + shift."""
         ...
 
     def round(self, x: Tensor | FP8Rows) -> Any:
@@ -52,18 +62,10 @@ class Unrounded:
     def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype) -> None:
         self._operations, self._eps, self._dtype = operations, eps, dtype
 
-    def norm(
-        self,
-        h_BLD: Tensor,
-        update_BLD: Tensor | None,
-        gate: Tensor | None,
-        multiplier: Tensor,
-        shift: Tensor,
-        *,
-        bias_D: Tensor | None = None,
-    ) -> Tensor:
-        out = torch.empty_like(h_BLD)
-        self._operations.add_norm(h_BLD, update_BLD, gate, multiplier, shift, out, eps=self._eps, bias_D=bias_D)
+    def norm(self, stream: ResidualStream, multiplier: Tensor, shift: Tensor) -> Tensor:
+        out = torch.empty_like(stream.h_BLD)
+        update = stream.h_BLD, stream.update_BLD, stream.gate
+        self._operations.add_norm(*update, multiplier, shift, out, eps=self._eps, bias_D=stream.bias_D)
         return out
 
     def round(self, x: Tensor | FP8Rows) -> Tensor:
@@ -84,21 +86,12 @@ class RoundedToFP8:
     def __init__(self, operations: NormOperations, eps: float, fp8: FP8Operations) -> None:
         self._operations, self._eps, self._fp8 = operations, eps, fp8
 
-    def norm(
-        self,
-        h_BLD: Tensor,
-        update_BLD: Tensor | None,
-        gate: Tensor | None,
-        multiplier: Tensor,
-        shift: Tensor,
-        *,
-        bias_D: Tensor | None = None,
-    ) -> FP8Rows:
+    def norm(self, stream: ResidualStream, multiplier: Tensor, shift: Tensor) -> FP8Rows:
+        h_BLD = stream.h_BLD
         values = torch.empty_like(h_BLD, dtype=torch.float8_e4m3fn)
         scales = torch.empty(h_BLD.shape[:2], dtype=torch.float32, device=h_BLD.device)
-        self._operations.add_norm(
-            h_BLD, update_BLD, gate, multiplier, shift, values, scales, eps=self._eps, bias_D=bias_D
-        )
+        update = h_BLD, stream.update_BLD, stream.gate
+        self._operations.add_norm(*update, multiplier, shift, values, scales, eps=self._eps, bias_D=stream.bias_D)
         return FP8Rows(values, scales)
 
     def round(self, x: Tensor | FP8Rows) -> FP8Rows:
@@ -114,18 +107,11 @@ class RoundedToNVFP4:
     def __init__(self, operations: NormOperations, eps: float, dtype: torch.dtype, product: W4A4) -> None:
         self._operations, self._eps, self._dtype, self._product = operations, eps, dtype, product
 
-    def norm(
-        self,
-        h_BLD: Tensor,
-        update_BLD: Tensor | None,
-        gate: Tensor | None,
-        multiplier: Tensor,
-        shift: Tensor,
-        *,
-        bias_D: Tensor | None = None,
-    ) -> Any:
-        if update_BLD is not None:
-            self._operations.add_norm(h_BLD, update_BLD, gate, None, None, None, eps=self._eps, bias_D=bias_D)
+    def norm(self, stream: ResidualStream, multiplier: Tensor, shift: Tensor) -> Any:
+        h_BLD = stream.h_BLD
+        if stream.update_BLD is not None:
+            update = h_BLD, stream.update_BLD, stream.gate
+            self._operations.add_norm(*update, None, None, None, eps=self._eps, bias_D=stream.bias_D)
         shift_BTSD, multiplier_BTSD = (x.expand(1, 1, -1) if x.ndim == 1 else x for x in (shift, multiplier))
         return self._product.prepare_modulated(
             h_BLD, shift_BTSD.float().unsqueeze(2), (multiplier_BTSD.float() - 1).unsqueeze(2), eps=self._eps
@@ -144,17 +130,8 @@ class RoundedWithExact:
     def __init__(self, exact: Unrounded, product: W4A4) -> None:
         self._exact, self._product = exact, product
 
-    def norm(
-        self,
-        h_BLD: Tensor,
-        update_BLD: Tensor | None,
-        gate: Tensor | None,
-        multiplier: Tensor,
-        shift: Tensor,
-        *,
-        bias_D: Tensor | None = None,
-    ) -> InputPair:
-        return self._pair(self._exact.norm(h_BLD, update_BLD, gate, multiplier, shift, bias_D=bias_D))
+    def norm(self, stream: ResidualStream, multiplier: Tensor, shift: Tensor) -> InputPair:
+        return self._pair(self._exact.norm(stream, multiplier, shift))
 
     def round(self, x: Tensor | FP8Rows) -> InputPair:
         return self._pair(self._exact.round(x))

@@ -28,8 +28,8 @@ from longvideo.model.rope import rope_from_positions
 from longvideo.model.slots import CacheSizes
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.streaming.attention import slot_attention
-from longvideo.streaming.block import ResidualStream, StreamingBlock
-from longvideo.streaming.inputs import inputs_of
+from longvideo.streaming.block import StreamingBlock
+from longvideo.streaming.inputs import ResidualStream, inputs_of
 from longvideo.streaming.parallel import Sharing, sharing_of
 from longvideo.streaming.recording import GraphRecorder
 
@@ -282,7 +282,7 @@ class StreamingTransformer:
         """Return the velocity [B, C, T, H, W] of the whole chunk."""
         head = self._model.head
         shift, scale = (head.modulation.float() + time_BTSD[:, :, 0].float().unsqueeze(-2)).unbind(-2)
-        patches = head.head(stream.norm(self._head_inputs, 1 + scale, shift)).float()
+        patches = head.head(self._head_inputs.norm(stream, 1 + scale, shift)).float()
         return self._model.unpatch(self._sharing.whole(patches), self._velocity.shape)
 
 

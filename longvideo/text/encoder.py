@@ -140,7 +140,7 @@ class TextEncoder(nn.Module):
 
     def num_tokens(self, prompt: str) -> int:
         """Return the number of tokens of a prompt, as `PromptTokenizer.num_tokens` does."""
-        return self.prompt_tokenizer.num_tokens(prompt)
+        return len(self.prompt_tokenizer.ids(prompt))
 
     def _encode_one(self, prompt: str) -> Tensor:
         # tensors of inference mode have no version counter, and cannot be changed outside of it
