@@ -24,7 +24,9 @@ def random_weights(build: Callable[[], M], device: torch.device, dtype: torch.dt
     """Build a module with random parameters. It never takes much more memory than these in their data type."""
     with OnMeta():
         module = build().to(dtype)
-    module.to_empty(device=device)
+    for part in module.modules():
+        # one at a time: `to_empty` of the whole gives memory twice to a module with two names, such as an embedding
+        part.to_empty(device=device, recurse=False)
     parameters = list(module.parameters())
     drawn = torch.empty(min(MOST_DRAWN, sum(x.numel() for x in parameters)), dtype=dtype, device=device)
     drawn.normal_(std=DEVIATION, generator=torch.Generator(device).manual_seed(0))
