@@ -39,7 +39,7 @@ class PairConfig(GroupConfig):
     noise: largest standard deviation of Gaussian noise that is added to a clip's latents before they are decoded. Each
         clip gets a deviation from 0 to this one. The latents of generated videos differ from those of encoded ones.
     generated_fraction: share of the groups of clips that the model itself generates from captions of ShapeWorld, with
-        its own number of steps. It needs a whole model and no `data`.
+        its own number of steps; by default half of them if it is a whole model of ShapeWorld and `data` is not given.
     """
 
     clips: int = bounded(512, least=1)
@@ -52,7 +52,7 @@ class PairConfig(GroupConfig):
     height: int | None = bounded(None, least=1)
     width: int | None = bounded(None, least=1)
     noise: float = bounded(0.15, least=0)
-    generated_fraction: float = share(0.0)
+    generated_fraction: float | None = bounded(None, least=0, most=1)
 
 
 class LatentFootage(Protocol):

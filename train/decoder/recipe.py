@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.decoders import open_decoder, save_decoder
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.parts import TEXT_ENCODER, TRANSFORMER
 from longvideo.config.fields import Bounded, bounded, seed_field
 from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.machine.launcher import launched
 from longvideo.pixels import to_uint8
-from longvideo.shapeworld.world import Split, sample_scenes
+from longvideo.shapeworld.world import WORLD_NAME, Split, sample_scenes
 from longvideo.train.decoder.distillation import DecoderDistillation, DistillationConfig
 from longvideo.train.decoder.generated import GeneratedFootage, MixedFootage
 from longvideo.train.decoder.pairs import (
@@ -52,6 +53,8 @@ DECODER = "decoder"
 """Name of the exported file, without suffix."""
 LATE_FRACTION = 0.5
 """Share of ShapeWorld's clips that begin later than their first scene."""
+GENERATED_FRACTION = 0.5
+"""Share of the clips that a model of ShapeWorld generates itself, by default."""
 FEW_CLIPS = 4
 """Number of clips that a dry run decodes."""
 DIFFERENCE_GAIN = 8
@@ -224,6 +227,7 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
         parameters = sum(p.numel() for p in self.student.parameters()) / 1e6
         return [
             f"small decoder: widths {widths}, {parameters:.2f} M parameters",
+            f"share of generated clips: {self.generated_fraction:g}",
             compile_fact(self.compiles, self.device),
         ]
 
@@ -271,14 +275,13 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
         return dataset
 
     def _footage(self) -> LatentFootage:
-        config = self.config
+        config, fraction = self.config, self.generated_fraction
         if self.dataset is not None:
             scale = self.folder.vae_config.scale_factor_spatial
             return EncodedFootage(self.dataset, config.bank, scale=scale, seed=config.seed, device=self.device)
         bank = self._latent_bank("train", config.scenes.count, seed=config.seed)
-        encoded = WorldFootage(bank)
-        if not config.bank.generated_fraction:
-            return encoded
+        if not fraction:
+            return WorldFootage(bank)
         generated = GeneratedFootage(
             self.folder,
             bank.pool.scenes,
@@ -288,13 +291,24 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
             device=self.device,
             precision=config.trainer.precision,
         )
-        if generated.latent_size != encoded.latent_size:
+        return MixedFootage(WorldFootage(bank), generated, generated_fraction=fraction)
+
+    @property
+    def generated_fraction(self) -> float:
+        """Share of the groups of clips that the model generates."""
+        config, settings = self.config, self.folder.settings
+        size, own_size = (config.scenes.height, config.scenes.width), (settings.height, settings.width)
+        fraction = config.bank.generated_fraction
+        if fraction and size != own_size:
             raise ConfigError(
-                f"scenes have {config.scenes.height}x{config.scenes.width} pixels; expected"
-                f" {self.folder.settings.height}x{self.folder.settings.width}, the size that {config.model} generates;"
-                " change scenes or set bank.generated_fraction=0"
+                f"scenes have {size[0]}x{size[1]} pixels; expected {own_size[0]}x{own_size[1]}, the size that"
+                f" {config.model} generates; change scenes or set bank.generated_fraction=0"
             )
-        return MixedFootage(encoded, generated, generated_fraction=config.bank.generated_fraction)
+        if fraction is not None:
+            return fraction
+        whole = {TRANSFORMER, TEXT_ENCODER} <= set(self.folder.parts)
+        generates = self.dataset is None and whole and settings.trained_on == WORLD_NAME and size == own_size
+        return GENERATED_FRACTION if generates else 0.0
 
     def _latent_bank(self, split: Split, count: int, *, seed: int) -> LatentBank:
         """Return what encodes groups of ShapeWorld's clips; the clips that it could keep are not used."""

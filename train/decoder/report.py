@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OUTLINE_PIXELS = 2
 """Largest distance in pixels of a pixel of an outline from the edge."""
-EDGE_CONTRAST = 0.2
+EDGE_CONTRAST = 0.1
 """Smallest difference of neighboring pixels, of 2, that is an edge of color."""
 
 
