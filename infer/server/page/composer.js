@@ -67,10 +67,11 @@ export class Composer extends EventTarget {
     if (!$("token-field").hidden && !$("token").value) $("token").value = sessionStorage.getItem(TOKEN_KEY) ?? "";
   }
 
-  /** Discard a token that the server rejected, and ask for another one. */
+  /** Discard a token that the server rejected, and ask for another one. The settings must be enabled. */
   rejectToken() {
     sessionStorage.removeItem(TOKEN_KEY);
     $("token-field").hidden = false;
+    $("token").focus();
   }
 
   /** Show what is wrong with the prompt; "" removes the message. */
@@ -93,6 +94,7 @@ export class Composer extends EventTarget {
     this._state = { isLive, isEnded };
     $("send").disabled = !canSend;
     for (const element of document.querySelectorAll(".live-only")) element.hidden = !isLive;
+    for (const element of document.querySelectorAll(".start-only")) element.hidden = isLive;
     this._labelSend();
   }
 

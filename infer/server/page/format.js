@@ -14,6 +14,12 @@ export function duration(seconds) {
   return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
 }
 
+/** 33554432 -> "32 MiB", 1500 -> "1.5 KiB". */
+export function size(bytes) {
+  const [unit, name] = bytes < 2 ** 20 ? [2 ** 10, "KiB"] : [2 ** 20, "MiB"];
+  return `${parseFloat((bytes / unit).toFixed(1))} ${name}`;
+}
+
 /** Format a time in the video: 10.542 -> "10.5 s". */
 export function moment(seconds) {
   return `${seconds.toFixed(1)} s`;
@@ -29,6 +35,7 @@ const ERRORS = {
   internal: ["An internal server error occurred.", "The server's log has the details."],
   bad_prompt: ["The prompt was rejected.", ""],
   bad_chunk: ["The chunk was rejected.", ""],
+  bad_reference: ["The picture or video cannot be used.", ""],
   too_late: ["The request came too late.", ""],
   bad_message: ["The server could not read a message from this page.", "The page and the server may have different versions; reload the page."],
 };

@@ -8,16 +8,20 @@ import { explain, moment, sentence } from "./format.js";
 import { Notices } from "./notices.js";
 import { canPlay, Player } from "./player.js";
 import { Receipts } from "./receipts.js";
+import { ReferenceField } from "./reference.js";
 import { Server } from "./server.js";
 import { Statistics } from "./statistics.js";
 import { Stream } from "./stream.js";
 import { ChunkTiming, Timeline } from "./timeline.js";
+import { upload, UploadError } from "./upload.js";
 
+const UNAUTHORIZED = 401;
 const LEAD_SECONDS = 4;
 const TICK_MILLISECONDS = 250;
 // distance from the latest frames at which the button that jumps to them appears
 const JUMP_SECONDS = 3 * LEAD_SECONDS;
 const IDLE_TEXT = $("stage-text").textContent;
+const TIMELINE_HINT = $("timeline-hint").textContent;
 
 class Page {
   constructor() {
@@ -32,10 +36,12 @@ class Page {
       needle: $("needle"),
     });
     this.composer = new Composer(this.timeline);
+    this.reference = new ReferenceField();
     this.branchPanel = new BranchPanel(this.timeline, this.composer);
     this.server = new Server(this.notices);
     this.stream = null;
     this.player = null;
+    this.uploading = null; // AbortController of an upload
     this.reportedTime = -1;
     this.setState("idle", "Loading");
     this.listen();
@@ -70,6 +76,7 @@ class Page {
     const isBusy = this.isLive || state === "connecting";
     const isLost = state === "lost";
     $("settings-fields").disabled = isBusy;
+    this.reference.update({ isLocked: isBusy });
     $("pause").disabled = !this.isLive || isLost;
     $("pause").textContent = state === "paused" ? "Resume" : "Pause";
     $("stop").disabled = !isBusy;
@@ -89,6 +96,7 @@ class Page {
 
   onServerReady() {
     this.composer.restoreToken();
+    this.reference.configure(this.server.description);
     if (this.state === "idle") this.setState("idle", "Ready");
   }
 
@@ -109,10 +117,15 @@ class Page {
     this.composer.clearStartTime();
   }
 
-  start(prompt) {
-    this.discardVideo();
+  async start(prompt) {
     this.notices.clear();
     this.token = this.composer.readToken();
+    const fields = { prompt, ...this.composer.negative, ...this.composer.settings };
+    if (this.reference.file) {
+      fields.input_reference = await this.upload(this.reference.file);
+      if (fields.input_reference === null) return;
+    }
+    this.discardVideo();
     this.startedAt = performance.now();
     const url = new URL("v1/stream", document.baseURI);
     url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
@@ -120,7 +133,24 @@ class Page {
     this.follow(this.stream);
     this.setState("connecting", "Starting");
     this.showStageText("Generating the first chunk …");
-    this.stream.start({ prompt, ...this.composer.negative, ...this.composer.settings });
+    this.stream.start(fields);
+  }
+
+  /** Upload a file and return its id; return null, after showing the problem, where that fails. */
+  async upload(file) {
+    this.reference.showProblem("");
+    this.setState("connecting", "Uploading");
+    this.uploading = new AbortController();
+    try {
+      return await upload(file, { token: this.token, signal: this.uploading.signal });
+    } catch (error) {
+      const isCanceled = error.name === "AbortError";
+      this.setState(this.player ? "ended" : "idle", isCanceled ? "Stopped" : "Not started");
+      if (!isCanceled) this.onUploadError(error);
+      return null;
+    } finally {
+      this.uploading = null;
+    }
   }
 
   togglePause() {
@@ -132,7 +162,8 @@ class Page {
   }
 
   stop() {
-    if (this.stream.send({ type: "stop" })) {
+    if (this.uploading) this.uploading.abort();
+    else if (this.stream.send({ type: "stop" })) {
       $("stop").disabled = true;
       this.showStatus("Stopping");
     } else this.finish("Stopped");
@@ -195,7 +226,9 @@ class Page {
       return;
     }
     $("seed").value = String(message.seed);
-    this.timeline.timing = new ChunkTiming(message);
+    this.timeline.begin(new ChunkTiming(message));
+    const given = message.first_chunk ? ` The chunks before ${message.first_chunk} are your video.` : "";
+    $("timeline-hint").textContent = TIMELINE_HINT + given;
     this.player = this.buildPlayer(message.mime);
     $("download").href = `v1/streams/${encodeURIComponent(message.session)}/content`;
     $("download").download = `longvideo-${message.session}.mp4`;
@@ -231,7 +264,7 @@ class Page {
   onChunk(message) {
     const chunk = this.timeline.put(message);
     $("timeline").hidden = false;
-    this.statistics.showChunk(message, chunk, { count: this.timeline.chunks.length, fps: this.server.description.fps });
+    this.statistics.showChunk(message, chunk, { count: this.timeline.count, fps: this.server.description.fps });
   }
 
   onReceipt(receipt) {
@@ -266,9 +299,21 @@ class Page {
       if (code !== "bad_prompt") this.notices.show("error", { kind: "warning", title, detail });
       return;
     }
-    if (code === "unauthorized") this.composer.rejectToken();
     this.fail(title, detail);
-    if (code === "unauthorized") $("token").focus();
+    if (code === "unauthorized") this.composer.rejectToken();
+  }
+
+  onUploadError(error) {
+    if (error instanceof UploadError && error.status === UNAUTHORIZED) {
+      this.notices.show("error", { kind: "error", ...explain("unauthorized", error.message) });
+      this.composer.rejectToken();
+    } else if (error instanceof UploadError) {
+      this.reference.showProblem(sentence(error.message));
+      $("reference-choose").focus();
+    } else if (error instanceof TypeError) {
+      const detail = "Is longvideo serve still running?";
+      this.notices.show("error", { kind: "error", title: "The server cannot be reached.", detail });
+    } else throw error;
   }
 
   onLost(seconds) {

@@ -30,7 +30,7 @@ export class Statistics {
   showChunk(message, chunk, { count, fps }) {
     this._plot.add(chunk.chunk, chunk.generationTime, chunk.frames / fps);
     $("stat-fps").textContent = message.fps.toFixed(1);
-    $("stat-note").hidden = chunk.chunk === 0 || message.fps >= fps;
+    $("stat-note").hidden = count === 1 || message.fps >= fps;
     $("stat-chunk").textContent = duration(chunk.generationTime);
     $("stat-chunks").textContent = String(count);
     $("stat-dropped").textContent = String(message.dropped);

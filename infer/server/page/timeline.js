@@ -13,7 +13,9 @@ const PLANNED_CELLS = 3;
 
 /** Conversion between chunks and seconds of the video. */
 export class ChunkTiming {
-  constructor({ first_chunk_frames, chunk_frames, fps }) {
+  /** message: the protocol's `ready`. */
+  constructor({ first_chunk, first_chunk_frames, chunk_frames, fps }) {
+    this.firstChunk = first_chunk; // the chunks before it are those of a given video
     this._first = first_chunk_frames;
     this._later = chunk_frames;
     this._fps = fps;
@@ -21,19 +23,21 @@ export class ChunkTiming {
 
   /** Return the time at which `chunk` starts, in seconds. */
   start(chunk) {
-    return chunk === 0 ? 0 : (this._first + (chunk - 1) * this._later) / this._fps;
+    const count = chunk - this.firstChunk;
+    return count === 0 ? 0 : (this._first + (count - 1) * this._later) / this._fps;
   }
 
   /** Return the chunk whose start is nearest to `seconds`. */
   nearest(seconds) {
     const frames = seconds * this._fps;
-    return frames < this._first / 2 ? 0 : Math.max(1, Math.round((frames - this._first) / this._later) + 1);
+    const count = frames < this._first / 2 ? 0 : Math.max(1, Math.round((frames - this._first) / this._later) + 1);
+    return this.firstChunk + count;
   }
 
   /** Return the chunk that is shown at `seconds`. */
   at(seconds) {
     const frames = Math.floor(seconds * this._fps + 1e-3);
-    return frames < this._first ? 0 : 1 + Math.floor((frames - this._first) / this._later);
+    return this.firstChunk + (frames < this._first ? 0 : 1 + Math.floor((frames - this._first) / this._later));
   }
 }
 
@@ -42,7 +46,6 @@ export class Timeline extends EventTarget {
   constructor({ rail, track, labels, chunks, needle }) {
     super();
     this._elements = { rail, track, labels, chunks, needle };
-    this.timing = null; // a ChunkTiming once the video has begun
     chunks.addEventListener("click", (event) => this._onClick(event));
     chunks.addEventListener("keydown", (event) => this._onKey(event));
     new ResizeObserver(() => this._measure()).observe(rail);
@@ -50,13 +53,20 @@ export class Timeline extends EventTarget {
   }
 
   clear() {
-    this.chunks = [];
+    this.timing = null; // a ChunkTiming once the video has begun
+    this.chunks = []; // by number, without those of a given video
     this.planned = new Map();
     this._colors = new Map();
     this._playing = -1;
     this._seconds = 0;
     this._selected = -1;
     this._draw();
+  }
+
+  /** Begin a video. timing: its ChunkTiming. */
+  begin(timing) {
+    this.timing = timing;
+    this.chunks.length = timing.firstChunk;
   }
 
   /** Add a `chunk` message and return its chunk: a new one, another part of the latest, or a replacement. */
@@ -108,7 +118,7 @@ export class Timeline extends EventTarget {
   /** Move the needle to `seconds`; return the chunk that is playing, or undefined before the first one. */
   showTime(seconds) {
     this._seconds = seconds;
-    if (!this.timing || !this.chunks.length) return undefined;
+    if (this.chunks.length === this._first) return undefined;
     const index = Math.min(this.timing.at(seconds), this.chunks.length - 1);
     if (index !== this._playing) {
       this._playing = index;
@@ -125,8 +135,14 @@ export class Timeline extends EventTarget {
     return this._colors.get(prompt);
   }
 
+  /** Number of generated chunks. */
+  get count() {
+    return this.timing ? this.chunks.length - this.timing.firstChunk : 0;
+  }
+
+  // number of the first chunk that has a button
   get _first() {
-    return Math.max(0, this.chunks.length - MAX_BUTTONS);
+    return this.chunks.length - Math.min(this.count, MAX_BUTTONS);
   }
 
   _draw() {
