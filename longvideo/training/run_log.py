@@ -133,8 +133,8 @@ def check_reporting(tensorboard: bool, wandb: str | None) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return versions, device and git commit, for the record."""
-    facts = {
+    """Return versions, device, command, and the git commit of an editable install, for the record."""
+    return {
         "longvideo": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -142,11 +142,19 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "cuda": torch.version.cuda or "none",
         "command": " ".join(sys.argv[1:]),
+        **commit_facts(Path(__file__).resolve()),
     }
-    root = Path(__file__).resolve().parent.parent
-    for name, command in (("commit", ["rev-parse", "HEAD"]), ("changed", ["status", "--porcelain"])):
-        facts[name] = _git(root, command)
-    return facts
+
+
+def commit_facts(file: Path) -> dict[str, str]:
+    """Return `commit` and `changed`, the changed files, of the repository that a file belongs to.
+
+    Both are "unknown" for a file that no repository tracks, such as one of a wheel installed inside another project.
+    """
+    is_tracked = _git(file.parent, ["ls-files", "--error-unmatch", file.name]) is not None
+    commands = {"commit": ["rev-parse", "HEAD"], "changed": ["status", "--porcelain"]}
+    facts = {name: _git(file.parent, command) if is_tracked else None for name, command in commands.items()}
+    return {name: "unknown" if text is None else text for name, text in facts.items()}
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -184,12 +192,13 @@ def _start_wandb(folder: Path, project: str) -> Any:
     return run
 
 
-def _git(root: Path, command: list[str]) -> str:
+def _git(folder: Path, command: list[str]) -> str | None:
+    """Return the output of git in a folder, or None if git fails or is missing."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _keep_until(path: Path, last_step: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from longvideo.files import WriteError
-from longvideo.training.run_log import RunLog
+from longvideo.training.run_log import RunLog, commit_facts
 
 BAD_LINES = (
     b'{"step": 2, "loss": \xff\xfe}',
@@ -57,3 +58,16 @@ def test_a_record_that_the_disk_refuses_is_one_line_and_leaves_no_half_record(tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_recorded_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path: Path) -> None:
+    tracked, installed = tmp_path / "own.py", tmp_path / "site" / "own.py"
+    installed.parent.mkdir()
+    for file in (tracked, installed):
+        file.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "own.py"], ["commit", "-q", "-m", "Add a file"]):
+        subprocess.run([*git, *command], check=True)
+    facts = commit_facts(tracked)
+    assert len(facts["commit"]) == 40 and facts["changed"] == "?? site/"
+    assert commit_facts(installed) == {"commit": "unknown", "changed": "unknown"}
