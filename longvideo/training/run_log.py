@@ -28,7 +28,12 @@ TENSORBOARD, WANDB, WANDB_ID_FILE = "tensorboard", "wandb", "wandb.id"
 
 @dataclass(frozen=True)
 class StepReport:
-    """Means since the last log line. seconds: duration of a step. rate: units per second. memory_gib: peak memory."""
+    """Means since the last log line.
+
+    step: number of steps since the beginning of the run. gradient_norm: norm before it is clipped. learning_rate: that
+    of the last step. seconds: duration of a step. rate: units per second. unit: what `rate` counts. memory_gib: peak
+    memory. metrics: other means, by name.
+    """
 
     step: int
     total_steps: int
@@ -42,6 +47,7 @@ class StepReport:
     metrics: Mapping[str, float]
 
     def line(self) -> str:
+        """Return the line for the terminal."""
         eta = _duration((self.total_steps - self.step) * self.seconds)
         parts = [
             f"step {self.step}/{self.total_steps}",
@@ -57,6 +63,7 @@ class StepReport:
         return " | ".join(parts)
 
     def record(self) -> dict[str, float]:
+        """Return the numbers for `metrics.jsonl`."""
         return {
             "step": self.step,
             "loss": self.loss,
@@ -98,6 +105,7 @@ class RunLog:
             self._wandb = _start_wandb(folder, wandb)
 
     def step(self, report: StepReport) -> None:
+        """Print the line of a report and append its record."""
         self.note(report.line())
         self.record(report.record())
 
@@ -115,10 +123,14 @@ class RunLog:
             self._wandb.log(dict(values))
 
     def close(self) -> None:
+        """End the reports; `metrics.jsonl` is whole after every record."""
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def note(self, text: str) -> None:
+        """Print a line."""
         if self.enabled:
             with suppress(OSError):  # the terminal, or the reader of a pipe, may be gone; the run continues
                 print(text, flush=True)
@@ -158,7 +170,7 @@ def commit_facts(file: Path) -> dict[str, str]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak of what torch holds on a CUDA device, or of the process on a CPU."""
+    """Return the peak of the memory that torch holds on a CUDA device, or of the process on a CPU, GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -169,15 +181,15 @@ def _start_wandb(folder: Path, project: str) -> Any:
     """Start a run, or resume the one whose id the folder holds."""
     import wandb
 
-    name = folder / WANDB_ID_FILE
-    if not name.exists():
-        write_text(name, secrets.token_hex(4))
+    id_file = folder / WANDB_ID_FILE
+    if not id_file.exists():
+        write_text(id_file, secrets.token_hex(4))
     config = folder / "config.yaml"
     try:
         run = wandb.init(
             project=project,
             name=folder.resolve().name,
-            id=read_text(name, what="id of the wandb run").strip(),
+            id=read_text(id_file, what="id of the wandb run").strip(),
             resume="allow",
             dir=str(folder),
             config=yaml.safe_load(read_text(config, what="configuration")) if config.exists() else None,
