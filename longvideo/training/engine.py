@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Trained, Protocol):
-    """Weights are fp32 masters. A step whose gradient is not finite changes nothing and is counted."""
+    """Weights are fp32 masters. A step whose gradient is not finite changes no weight and no moment, and is counted."""
 
     def train_step(self, shares: Sequence[Any], step: int, learning_rate: float) -> dict[str, Tensor]:
         """Add up the gradients of all shares, clip, step and average. Return loss, grad and metrics, as ratios."""
@@ -35,11 +35,11 @@ class Engine(Trained, Protocol):
         ...
 
     def num_skipped(self) -> int:
-        """Return the number of steps that changed nothing."""
+        """Return the number of steps that changed no weight."""
         ...
 
     def skipped_share(self, steps: int) -> float:
-        """Return the share of the first `steps` steps that changed nothing; of several optimizers, the largest."""
+        """Return the share of the first `steps` steps that changed no weight; of several optimizers, the largest."""
         ...
 
     def is_finite(self) -> bool:
@@ -48,7 +48,11 @@ class Engine(Trained, Protocol):
 
 
 class LocalEngine:
-    """One process and one device: fp32 weights, a forward pass under `longvideo.training.precision.autocast`."""
+    """An `Engine` of one process and device: fp32 weights, forward passes under `precision.autocast`.
+
+    precision: number format of the products. ema_decay: see `decay_at`; 0 averages nothing. spike_factor: see
+    `LossGuard`.
+    """
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class LocalEngine:
         for share in shares:
             loss, more = self.loss(share)
             guarded = self.guard(loss)
-            self.backward(guarded / len(shares) if len(shares) > 1 else guarded)
+            (guarded / len(shares) if len(shares) > 1 else guarded).backward()
             add_metrics(metrics, {"loss": loss, **more})
         norm = self.clip()
         self.step(learning_rate, norm)
@@ -143,11 +147,9 @@ class LocalEngine:
         self.guard.load(counts)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the objective's loss and metrics, computed in the precision of the engine."""
         with autocast(self.precision, self.device):
             return self.objective(batch)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the norm `gradient_clip`, unless that is 0; return the norm that they had."""
@@ -175,6 +177,6 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def add_metrics(sums: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-    """Add metrics to sums of ratios."""
+    """Add metrics to `sums`, ratios by name, in place."""
     for name, value in metrics.items():
         sums[name] = sums[name] + as_ratio(value) if name in sums else as_ratio(value)

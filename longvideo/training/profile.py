@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.training.run_log import peak_memory_gib
-from longvideo.training.trainer import Trainer, Window, synchronize
+from longvideo.training.window import Window, synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from longvideo.training.trainer import Trainer
 
 LISTED = 20
 """Number of operations in the table of a trace."""
@@ -24,9 +26,10 @@ COMMUNICATION = "nccl"
 class StageProfile:
     """Times of one stage.
 
-    first_seconds: duration of the first step, with compilation. seconds: mean duration of the steps after the second.
-    batch_seconds: mean time to make a batch. rate: units per second. tera_flops: operations per second of a device, in
-    10^12; operations that are masked away or computed twice do not count.
+    stage: number of the stage, from 0. steps: number of its steps. first_seconds: duration of the first step, with
+    compilation. seconds: mean duration of the timed steps. batch_seconds: mean time to make a batch. rate: units per
+    second. unit: what `rate` counts. memory_gib: peak memory. tera_flops: operations per second of a device, in 10^12;
+    operations that are masked away or computed twice do not count.
     """
 
     stage: int
@@ -40,6 +43,7 @@ class StageProfile:
     tera_flops: float | None = None
 
     def line(self) -> str:
+        """Return the times in one line, with the minutes that the whole stage takes."""
         minutes = self.steps * self.seconds / 60 + self.first_seconds / 60
         return (
             f"stage {self.stage} | {self.steps} steps | first {self.first_seconds:.1f} s"
@@ -50,9 +54,10 @@ class StageProfile:
 
 
 def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[str]:
-    """Run 1 or 2 steps and then `steps` more of every stage, and yield a line with their times. Nothing is written.
+    """Run 1 or 2 steps of every stage, time `steps` more, and yield a line with their times. Nothing is written.
 
-    trace: also yield a table of the operations that take the most time.
+    All are the first step of the stage, repeated: what happens only in other steps is not timed. trace: also yield a
+    table of the operations that take the most time.
     """
     trainer.recipe.start(0)
     begin = 0
@@ -83,7 +88,7 @@ def profile(trainer: Trainer, steps: int, *, trace: bool = False) -> Iterator[st
 
 
 def _timed(trainer: Trainer, step: int, count: int) -> float:
-    """Return the seconds of one step."""
+    """Repeat a step; return its mean duration, seconds."""
     window = Window(trainer.device)
     synchronize(trainer.device)
     began = time.monotonic()
@@ -94,6 +99,7 @@ def _timed(trainer: Trainer, step: int, count: int) -> float:
 
 
 def _timed_batches(trainer: Trainer, step: int, count: int) -> float:
+    """Make the batch of a step again and again; return the mean duration, seconds."""
     synchronize(trainer.device)
     began = time.monotonic()
     for _ in range(count):

@@ -46,14 +46,14 @@ def run(config: Any, options: RunOptions, build: BuildRecipe, *, build_engine: B
     """
     device = choose_device(options.device)
     check_reporting(config.trainer.tensorboard, config.trainer.wandb)
-    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
+    parallel = _parallel(config)
     store = start_processes(parallel, device) if launched() else None
 
     def new_trainer() -> Trainer:
         recipe = build(config, device, mesh)
         return Trainer(
             recipe,
-            (build_engine or of_objective)(config, recipe, mesh, device),
+            (build_engine or objective_engine)(config, recipe, mesh, device),
             options.folder,
             config=config.trainer,
             optimizer=config.optimizer,
@@ -113,9 +113,9 @@ def _start_line(trainer: Trainer, config: Any) -> str:
     """Describe in one line what runs, and why where that differs from the default."""
     device, precision = trainer.device, config.trainer.precision
     resolved = resolve(precision, device)
-    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
     engine = "one process"
     if launched():
+        parallel = _parallel(config)
         ranks = f"{trainer.mesh.world} ranks, {parallel.sequence} for each video"
         engine = f"DeepSpeed ZeRO {parallel.zero_stage}, {ranks}"
     parts = [
@@ -134,9 +134,14 @@ def _print(mesh: Mesh, *lines: str) -> None:
         print(line, flush=True)
 
 
-def of_objective(config: Any, recipe: Recipe[Any, Any], mesh: Mesh, device: torch.device) -> Engine:
+def _parallel(config: Any) -> ParallelConfig:
+    """Return how a run is spread over processes; the autoencoder, which is trained in one, has no such settings."""
+    return getattr(config, "parallel", ParallelConfig())
+
+
+def objective_engine(config: Any, recipe: Recipe[Any, Any], mesh: Mesh, device: torch.device) -> Engine:
     """Return an engine for the one objective of a recipe."""
-    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
+    parallel = _parallel(config)
     passes = recipe.source.passes(mesh, parallel.micro_batch) if launched() else 1
     return new_engine(
         recipe.objective, config.optimizer, config.trainer, parallel, mesh=mesh, device=device, passes=passes

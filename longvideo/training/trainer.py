@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import WriteError, read_json, write_json
 from longvideo.training.checkpoint import Checkpoint, CheckpointFolder
-from longvideo.training.objective import as_ratio
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.precision import TrainingPrecision
 from longvideo.training.run_folder import CHECKPOINTS, EXPORTED_FILE, MODEL, SAMPLES, private, write_record
 from longvideo.training.run_log import RunLog, StepReport, peak_memory_gib
 from longvideo.training.stopping import RunStopped, StopSignals
+from longvideo.training.window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from longvideo.checkpoint.run_checkpoint import RunState
@@ -78,7 +77,11 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """Runs a recipe inside a run folder that exists: checkpoints/, samples/, model/, metrics.jsonl and others."""
+    """Runs a recipe inside a run folder that exists: checkpoints/, samples/, model/, metrics.jsonl and others.
+
+    engine: trains the recipe's objective. mesh: all ranks of the run. micro_batch: number of videos of a pass; by
+    default one pass has all videos of a rank.
+    """
 
     def __init__(
         self,
@@ -181,11 +184,13 @@ class Trainer:
         return Ending(*self.mesh.largest([signals.number, int(time.monotonic() >= deadline)]))
 
     def one_step(self, step: int, window: Window) -> None:
+        """Train one step, and add its metrics to the window."""
         shares = self.recipe.source.shares(step, self.mesh, self.micro_batch)
         metrics = self.engine.train_step(shares, step, self.learning_rate(step))
         window.add(metrics, size=self.recipe.source.size(step))
 
     def report(self, step: int, window: Window, log: RunLog) -> None:
+        """Log the means of a window and empty it; raise Diverged if too many steps were skipped."""
         steps, size = window.steps, window.size
         values = window.means()
         seconds = window.seconds() / steps
@@ -252,7 +257,7 @@ class Trainer:
             self.check_validation(step, values)
             if self.mesh.is_main:
                 self._export(step)
-                with as_written(self.device):
+                with without_compilation(self.device):
                     values |= self.recipe.sample(step, self.folder / SAMPLES)
             self.mesh.barrier()
         if values:
@@ -277,6 +282,7 @@ class Trainer:
         return self.mesh.largest([step])[0]
 
     def save(self, step: int) -> None:
+        """Write a checkpoint. Raises Diverged for weights that must not be written, and WriteError, on all ranks."""
         self.check_weights(step)
         with self.mesh.one_voice():
             self.checkpoints.save(step, self.engine, self.recipe.state())
@@ -337,60 +343,12 @@ class Ending(NamedTuple):
         return bool(self.number or self.late)
 
 
-class Window:
-    """Sums of metrics since the last log line, kept on the device, and the time of their steps."""
-
-    def __init__(self, device: torch.device, mesh: Mesh | None = None) -> None:
-        self.device = device
-        self.mesh = mesh or Mesh()
-        self.names: list[str] = []
-        self.clear()
-
-    def add(self, metrics: dict[str, Tensor], *, size: int) -> None:
-        rows = [as_ratio(value) for value in metrics.values()]
-        if self.sums is None:
-            self.names, self.sums = list(metrics), torch.stack(rows)
-        else:
-            self.sums += torch.stack(rows)
-        self.steps += 1
-        self.size += size
-
-    def means(self) -> dict[str, float]:
-        """Return the means over all ranks. The host waits for the device here."""
-        assert self.sums is not None
-        sums = self.mesh.sum(self.sums.clone()).tolist()
-        return {name: total / weight for name, (total, weight) in zip(self.names, sums, strict=True) if weight > 0}
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    @contextmanager
-    def paused(self) -> Generator[None]:
-        """Leave out the time of the block, which belongs to samples or checkpoints and not to steps."""
-        synchronize(self.device)
-        paused = time.monotonic()
-        yield
-        self.began += time.monotonic() - paused
-
-    def clear(self) -> None:
-        self.sums: Tensor | None = None
-        self.steps = 0
-        self.size = 0
-        self.began = time.monotonic()
-
-
 def segment_starts(segments: Sequence[RateSegment]) -> set[int]:
     """Return the first steps of all segments."""
     return {sum(segment.steps for segment in segments[:number]) for number in range(len(segments))}
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def as_written(device: torch.device) -> AbstractContextManager[object]:
+def without_compilation(device: torch.device) -> AbstractContextManager[object]:
     """Disable compilation inside the block, because a rollout has chunks of many shapes and each would be compiled."""
     # on a CPU nothing is compiled, and setting a stance would import the compiler
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()

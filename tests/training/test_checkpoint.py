@@ -22,7 +22,8 @@ from longvideo.files import WriteError
 from longvideo.training import tensor_files
 from longvideo.training.checkpoint import CheckpointFolder, layout
 from longvideo.training.engine import LocalEngine
-from longvideo.training.trainer import Trainer, Window
+from longvideo.training.trainer import Trainer
+from longvideo.training.window import Window
 from tests.training.processes import run_in_processes
 from tests.training.toy import toy_trainer
 

@@ -7,7 +7,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from longvideo.training.trainer import Window
+from longvideo.training.window import Window
 from tests.training.killing import run_killed
 from tests.training.toy import toy_trainer
 

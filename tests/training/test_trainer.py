@@ -22,7 +22,8 @@ from longvideo.training.engine import LocalEngine
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
-from longvideo.training.trainer import Diverged, Trainer, Window
+from longvideo.training.trainer import Diverged, Trainer
+from longvideo.training.window import Window
 from tests.test_files import no_file_longer_than
 
 from .toy import toy_trainer
