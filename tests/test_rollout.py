@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -124,6 +124,26 @@ def prefilled(model: CausalTransformer, text: TextContext, chunks: dict[int, Ten
     return cache
 
 
+def solve_last_chunk(
+    model: CausalTransformer,
+    chunks: Sequence[Tensor],
+    contexts: list[tuple[TextContext, KVCache]],
+    velocity: Callable[..., Tensor],
+) -> Tensor:
+    """Return the last of the chunks that `make` made with seed 5, solved anew.
+
+    contexts: text and cache of each pass of a step. velocity: function of the results of the passes.
+    """
+    generator, last = torch.Generator().manual_seed(5), len(chunks) - 1
+    noise = [torch.randn(chunk.shape[1:], generator=generator)[None] for chunk in chunks][last]
+    trajectory, rope = UniPC(STEPS).start(noise), model.rope(TokenLayout.one_chunk(small.SPEC, last))
+    for timestep in UniPC(STEPS).timesteps:
+        sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
+        passes = [model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache)) for text, cache in contexts]
+        trajectory.step(velocity(*passes))
+    return trajectory.sample
+
+
 @torch.no_grad()
 def test_recache_equals_a_fresh_prefill_of_the_window_under_the_new_text() -> None:
     model = small.model()
@@ -132,14 +152,8 @@ def test_recache_equals_a_fresh_prefill_of_the_window_under_the_new_text() -> No
     text = new.text.select(torch.tensor([2]))
     # the sink, and the other chunks in the window
     cache = prefilled(model, text, {index: latents[index] for index in (0, 3, 4)})
-    generator = torch.Generator().manual_seed(5)
-    noise = [torch.randn(latents[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
-    trajectory = UniPC(STEPS).start(noise)
-    for timestep in UniPC(STEPS).timesteps:
-        sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
-        rope = model.rope(TokenLayout.one_chunk(small.SPEC, 5))
-        trajectory.step(model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache)))
-    assert relative_error(latents[5], trajectory.sample) < 1e-5
+    solved = solve_last_chunk(model, latents, [(text, cache)], lambda velocity: velocity)
+    assert relative_error(latents[5], solved) < 1e-5
     kept = make(model, [old] * 5 + [dataclasses.replace(new, recache=False)], [5]).split(small.SPEC.chunk_frames, 2)
     assert relative_error(kept[5], latents[5]) > 1e-3
 
@@ -153,18 +167,11 @@ def test_guidance_leads_away_from_a_negative_prompt_and_recache_prefills_its_cac
     texts = [new.text.select(torch.tensor([row])) for row in (2, 1)]
     # the sink, and the other chunks in the window
     caches = [prefilled(model, text, {index: latents[index] for index in (0, 3, 4)}) for text in texts]
-    generator = torch.Generator().manual_seed(5)
-    noise = [torch.randn(latents[0].shape[1:], generator=generator)[None] for _ in range(6)][5]
-    trajectory = UniPC(STEPS).start(noise)
-    for timestep in UniPC(STEPS).timesteps:
-        sigma = torch.full((1, small.SPEC.chunk_frames), timestep / 1000)
-        rope = model.rope(TokenLayout.one_chunk(small.SPEC, 5))
-        conditional, unconditional = (
-            model(trajectory.sample, sigma, text, rope=rope, attention=Cached(cache))
-            for text, cache in zip(texts, caches, strict=True)
-        )
-        trajectory.step(unconditional + guidance * (conditional - unconditional))
-    assert relative_error(latents[5], trajectory.sample) < 1e-5
+    contexts = list(zip(texts, caches, strict=True))
+    solved = solve_last_chunk(
+        model, latents, contexts, lambda with_text, without: without + guidance * (with_text - without)
+    )
+    assert relative_error(latents[5], solved) < 1e-5
     same = dataclasses.replace(new, negative_index=old.negative_index)
     other = make(model, [old] * 5 + [same], [5], guidance).split(small.SPEC.chunk_frames, 2)
     assert relative_error(other[5], latents[5]) > 1e-3
