@@ -10,7 +10,7 @@ import pytest
 from tests.test_names import ROOT, source_files
 
 WRITERS = {
-    "longvideo/files.py": "it implements the writing",
+    "longvideo/files/writing.py": "it implements the writing",
     "longvideo/checkpoint/pickle_file.py": "it fills the temporary file of write_file",
     "longvideo/checkpoint/safetensors_file.py": "it fills the temporary file of write_file",
     "longvideo/training/checkpoint.py": "it fills the temporary folder of write_folder",

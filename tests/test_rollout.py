@@ -130,7 +130,7 @@ def solve_last_chunk(
     contexts: list[tuple[TextContext, KVCache]],
     velocity: Callable[..., Tensor],
 ) -> Tensor:
-    """Return the last of the chunks that `make` made with seed 5, solved anew.
+    """Return the last of the chunks that `make` made with seed 5, solved again.
 
     contexts: text and cache of each pass of a step. velocity: function of the results of the passes.
     """

@@ -25,7 +25,7 @@ from longvideo.model.layout import TokenLayout
 from longvideo.model.spec import ChunkSpec
 from tests import golden
 from tests.checkpoint import small
-from tests.test_files import no_file_longer_than
+from tests.files.test_writing import no_file_longer_than
 
 TOLERANCE = 1e-5
 

@@ -23,8 +23,8 @@ from longvideo.checkpoint.latents import (
 )
 from longvideo.errors import UserError
 from longvideo.files import BusyError, WriteError
+from tests.files.test_writing import no_file_longer_than
 from tests.folders import file_names
-from tests.test_files import no_file_longer_than
 
 SHAPE = (2, 4, 5, 3, 6)
 

@@ -15,7 +15,7 @@ from longvideo.errors import CheckpointError
 from longvideo.files import BusyError
 from tests.checkpoint import official, small
 from tests.checkpoint.random_weights import fingerprints
-from tests.test_files import no_file_longer_than
+from tests.files.test_writing import no_file_longer_than
 
 
 @pytest.fixture(scope="module")

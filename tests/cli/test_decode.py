@@ -26,8 +26,8 @@ from tests.checkpoint.test_decoders import save as save_decoder
 from tests.checkpoint.test_decoders import tiny_weights
 from tests.cli.test_generate import probe, restore_signals
 from tests.data import footage
+from tests.files.test_writing import no_file_longer_than
 from tests.folders import file_names
-from tests.test_files import no_file_longer_than
 
 FP32 = ("--device", "cpu", "--decoder-precision", "fp32")
 CHANNELS = 8  # of the model of `model_folder`

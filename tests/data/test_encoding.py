@@ -15,7 +15,7 @@ from longvideo.data.manifest import TimedShotEntry, VideoEntry, write_manifest
 from longvideo.errors import UserError
 from longvideo.files import locked
 from tests.checkpoint import small
-from tests.test_files import no_file_longer_than
+from tests.files.test_writing import no_file_longer_than
 
 from . import footage
 from .footage import TWO_CLIPS, contents, encode

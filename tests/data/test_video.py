@@ -10,7 +10,7 @@ from torch import Tensor
 from longvideo.data.video import VideoReader, probe_video, write_video
 from longvideo.errors import UserError
 from longvideo.files import WriteError
-from tests.test_files import no_file_longer_than
+from tests.files.test_writing import no_file_longer_than
 
 
 def disc(height: int, width: int, radius: float) -> Tensor:

@@ -24,7 +24,7 @@ from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
 from longvideo.training.trainer import Diverged, Trainer
 from longvideo.training.window import Window
-from tests.test_files import no_file_longer_than
+from tests.files.test_writing import no_file_longer_than
 
 from .toy import toy_trainer
 

@@ -1,12 +1,9 @@
-"""Files and folders are written atomically, errors of the disk are one line, and locks end with their process."""
+"""Files and folders are written atomically, and errors of the disk are one line."""
 
 from __future__ import annotations
 
 import os
 import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longvideo.errors import UserError
-from longvideo.files import (
-    BusyError,
-    WriteError,
-    check_text,
-    locked,
-    read_lines,
-    read_text,
-    temporary_name,
-    write_file,
-    write_folder,
-    write_json,
-    write_text,
-)
+from longvideo.files import WriteError, temporary_name, write_file, write_folder, write_json, write_text
 
 
 @contextmanager
@@ -117,52 +101,3 @@ def test_a_folder_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
         pass
     assert (path / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from longvideo.files import locked
-with locked(Path(sys.argv[1]), busy=""):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_lock_is_refused_while_its_process_lives(tmp_path: Path) -> None:
-    lock = tmp_path / "run.lock"
-    command = [sys.executable, "-c", HOLD, str(lock)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(BusyError, match="it is busy"), locked(lock, busy="it is busy"):
-            pass
-        assert lock.exists()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    with locked(lock, busy="it is busy"):
-        pass
-    assert not lock.exists()
-
-
-def test_text_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffone\u2028two\r\nthree".encode())
-    assert read_lines(path, what="prompts file") == ["one\u2028two", "three"]
-
-
-def test_text_that_is_no_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"one\ntwo\n\xff")
-    with pytest.raises(UserError, match=r"prompts\.txt:3 is not UTF-8 text \(byte 0xff\)"):
-        read_text(path, what="prompts file")
-
-
-def test_an_endless_file_is_refused() -> None:
-    with pytest.raises(UserError, match="more than 1,000 bytes"):
-        read_text(Path("/dev/zero"), what="script", max_bytes=1000)
-
-
-def test_half_a_character_is_refused() -> None:
-    check_text("a \U0001f600 ball", "the prompt")
-    with pytest.raises(UserError, match=r"the prompt is not valid text: half a character \(U\+D83D\) follows 'a '"):
-        check_text("a \ud83d ball", "the prompt")
