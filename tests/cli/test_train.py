@@ -93,6 +93,8 @@ def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(ar_arguments(trained, "third", initialize, "model.num_layers=3")) == 2
     assert "model.num_layers is 3; expected 2, as the model in" in capsys.readouterr().err
+    assert main(ar_arguments(trained, "fourth", initialize, "vae=tiny")) == 2
+    assert "has 4 latent channels; expected 24, as the autoencoder in vae=tiny" in capsys.readouterr().err
 
 
 @pytest.mark.slow

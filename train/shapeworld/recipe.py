@@ -373,8 +373,14 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         config = self.config
         if config.initialize is not None:
             folder = ModelFolder.open(config.initialize)
+            config.model.check(folder.transformer_config, config.initialize)
+            channels, latent_channels = folder.transformer_config.in_channels, self.autoencoder.config.z_dim
+            if channels != latent_channels:
+                raise ConfigError(
+                    f"the transformer in {config.initialize} has {channels} latent channels; expected"
+                    f" {latent_channels}, as the autoencoder in vae={config.vae}; use the one it was trained with"
+                )
             transformer = folder.load_transformer(device=self.device, dtype=torch.float32)
-            config.model.check(transformer.config, config.initialize)
             return transformer, folder.load_text_encoder(device=self.device, dtype=torch.float32)
         words = [*vocabulary(), config.settings.cut_prefix]
         text_len = config.model.text_len or PRESETS[config.model.preset].text_len
