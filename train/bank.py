@@ -6,14 +6,19 @@ contents of the bank at a step follow from the step.
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from longvideo.config.fields import Bounded, bounded
 from longvideo.errors import ConfigError
 from longvideo.machine.launcher import is_main_process
+
+FEW_CLIPS = 4
+"""Largest number of clips that a dry run encodes at once."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class GroupConfig(Bounded):
             raise ConfigError(
                 f"bank.initial_clips is {self.initial_clips}; expected at most {self.clips}, which is bank.clips"
             )
+
+    def of_dry_run(self) -> Self:
+        """Return sizes with few clips before the first step; steps that are only timed need no more."""
+        few = math.gcd(self.group, FEW_CLIPS)
+        return replace(self, initial_clips=few, group=few)
 
 
 class ClipBank:

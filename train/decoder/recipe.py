@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,8 +54,6 @@ LATE_FRACTION = 0.5
 """Share of ShapeWorld's clips that begin later than their first scene."""
 GENERATED_FRACTION = 0.5
 """Share of the clips that a model of ShapeWorld generates itself, by default."""
-FEW_CLIPS = 4
-"""Number of clips that a dry run decodes."""
 DIFFERENCE_GAIN = 8
 """Factor of the differences that are drawn."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -145,9 +142,7 @@ class DecoderRecipe(Recipe[DecoderDistillation, WindowSource]):
 
     def __init__(self, config: DecoderTraining, device: torch.device, *, dry_run: bool = False) -> None:
         if dry_run:
-            # steps that are only timed need few clips
-            few = math.gcd(config.bank.group, FEW_CLIPS)
-            config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
+            config = replace(config, bank=config.bank.of_dry_run())
         self.config = config
         self.device = device
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]

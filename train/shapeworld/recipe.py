@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -180,8 +179,6 @@ class ArTraining(Bounded):
             )
 
 
-FEW_CLIPS = 4
-"""Number of clips that a dry run encodes; steps that are only timed need no more."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -190,9 +187,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
 
     def __init__(self, config: ArTraining, device: torch.device, mesh: Mesh, *, dry_run: bool = False) -> None:
         if dry_run:
-            # steps that are only timed need few clips
-            few = math.gcd(config.bank.group, FEW_CLIPS)
-            config = replace(config, bank=replace(config.bank, initial_clips=few, group=few))
+            config = replace(config, bank=config.bank.of_dry_run())
         self.config = config
         self.device = device
         self.mesh = mesh
