@@ -11,6 +11,7 @@ from longvideo.checkpoint.modules import OnMeta
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.quantization.convert import with_precision
+from longvideo.training.precision import TrainingPrecision, resolve
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.folder import ModelFolder
@@ -56,11 +57,9 @@ def compile_blocks(*backbones: CausalTransformer | None) -> None:
             block.compile_around_attention()
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: TrainingPrecision, device: torch.device) -> torch.dtype:
     """Return the dtype of the networks: bf16 on a GPU and float32 on a CPU, unless `precision` names one."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[resolve(precision, device)]
 
 
 @torch.no_grad()

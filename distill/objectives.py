@@ -23,12 +23,10 @@ from longvideo.distill.walk import VideoRequest, Walk
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
-from longvideo.training.objective import Objective, ratio, seeded
+from longvideo.training.objective import Objective, by_noise_level, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-SIGMA_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -244,15 +242,4 @@ class CriticObjective(RoleObjective):
         # the first chunk of a clip may have fewer frames with a loss; each frame has the same weight
         frames = clip.num_chunks * x0.shape[2] - int(clip.first_latent is not None)
         loss = clip.num_chunks * error.sum() / (clip.batch * frames)
-        return loss, _by_level(error, sigma, weight)
-
-
-def _by_level(error_BT: Tensor, sigma_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
-    """Return the critic's error by quarters of the noise level."""
-    metrics = {}
-    bucket = (sigma_BT * SIGMA_BUCKETS).long().clamp(max=SIGMA_BUCKETS - 1)
-    for index in range(SIGMA_BUCKETS):
-        chosen = (bucket == index).float()
-        name = f"critic_{(index + 1) / SIGMA_BUCKETS:g}"
-        metrics[name] = ratio((error_BT.detach() * chosen).sum(), (weight_BT * chosen).sum())
-    return metrics
+        return loss, by_noise_level("critic", error.detach(), sigma, weight)

@@ -10,10 +10,10 @@ import torch
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
+from longvideo.training.memory import GIB
 
 DTYPE = torch.bfloat16
 """Number format of stored errors."""
-GIB = 2**30
 
 
 @dataclass(frozen=True)

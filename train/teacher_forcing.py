@@ -25,7 +25,7 @@ from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.train.error_recycling import ErrorBank, Injected
 from longvideo.train.prediction_errors import prediction_errors
 from longvideo.train.sequence_parallel import UlyssesAttention
-from longvideo.training.objective import Objective, compile_fact, ratio
+from longvideo.training.objective import Objective, by_noise_level, compile_fact, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from longvideo.train.batch import ViewBatch
     from longvideo.train.nvfp4 import StepRounding
 
-SIGMA_BUCKETS = 4
 KEPT_PASSES = 32
 """Number of plans that are kept: masks and rotations, one for each pattern of cuts."""
 ATTENTION = {"blockwise": Blockwise, "masked": Masked}
@@ -292,9 +291,4 @@ def _of_runs(text: TextContext, chunks: int, seen: int) -> TextContext:
 def _metrics(error_BT: Tensor, sigma_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
     """Return the unweighted error, overall and by quarters of the noise level."""
     error = error_BT.detach() * mask_BT
-    metrics = {"mse": ratio(error.sum(), mask_BT.sum())}
-    bucket = (sigma_BT * SIGMA_BUCKETS).long().clamp(max=SIGMA_BUCKETS - 1)
-    for index in range(SIGMA_BUCKETS):
-        chosen = (bucket == index).float()
-        metrics[f"mse_{(index + 1) / SIGMA_BUCKETS:g}"] = ratio((error * chosen).sum(), (mask_BT * chosen).sum())
-    return metrics
+    return {"mse": ratio(error.sum(), mask_BT.sum()), **by_noise_level("mse", error, sigma_BT, mask_BT)}

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from longvideo.distributed import Mesh
 
 
+SIGMA_BUCKETS = 4
+"""Number of ranges of the noise level that have a metric each."""
+
+
 class Objective(nn.Module):
     """A module whose parameters are trained and whose forward returns the loss and its metrics.
 
@@ -95,6 +99,20 @@ def as_ratio(value: Tensor) -> Tensor:
     """Return a metric as a ratio; a scalar counts as one."""
     value = value.detach().float()
     return value if value.ndim else torch.stack((value, torch.ones_like(value)))
+
+
+def by_noise_level(name: str, error_BT: Tensor, sigma_BT: Tensor, weight_BT: Tensor) -> dict[str, Tensor]:
+    """Return metrics with the mean error of each quarter of the noise levels, `name`_0.25 to `name`_1.
+
+    error_BT: error of every frame, [B, T], already multiplied by its weight. sigma_BT: its noise level, from 0 to 1.
+    """
+    metrics = {}
+    bucket = (sigma_BT * SIGMA_BUCKETS).long().clamp(max=SIGMA_BUCKETS - 1)
+    for index in range(SIGMA_BUCKETS):
+        chosen = (bucket == index).float()
+        mean = ratio((error_BT * chosen).sum(), (weight_BT * chosen).sum())
+        metrics[f"{name}_{(index + 1) / SIGMA_BUCKETS:g}"] = mean
+    return metrics
 
 
 def seeded(generator: torch.Generator, *parts: int | str) -> torch.Generator:
