@@ -17,7 +17,7 @@ from longvideo.distill.compatibility import check_adapter, check_same_shape
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.memory import adapter_parameters, estimate_memory
 from longvideo.distill.merging import save_merged
-from longvideo.distill.objectives import CriticObjective, Looks, RoleObjective, StudentObjective
+from longvideo.distill.objectives import CriticObjective, NoisyCopies, RoleObjective, StudentObjective
 from longvideo.distill.prompts import (
     SHAPEWORLD,
     ChunkScript,
@@ -236,7 +236,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             seed=config.seed,
             clean_pass=self.generation.clean_pass,
         )
-        looks = Looks(
+        copies = NoisyCopies(
             rollouts,
             config.dmd,
             guidance=self.settings.guidance,
@@ -244,7 +244,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             seed=config.seed,
             context=context_level(UniPC(teacher.steps, teacher.shift), clean_pass=teacher.clean_pass),
         )
-        return StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+        return StudentObjective(rollouts, copies), CriticObjective(rollouts, copies)
 
     def _scripts(self, scripts: Sequence[tuple[str, ...]] | None) -> Scripts:
         config = self.config

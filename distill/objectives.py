@@ -61,7 +61,10 @@ class DmdConfig(Bounded):
 
 @dataclass(frozen=True)
 class StudentPart:
-    """One chunk of a clip, with the gradient with respect to what the student generated."""
+    """One chunk of a clip, to train the student on.
+
+    gradients: distribution matching gradient at each chunk of the clip. index: number of the chunk.
+    """
 
     clip: VideoRequest
     rollout: Rollout
@@ -71,7 +74,10 @@ class StudentPart:
 
 @dataclass(frozen=True)
 class CriticPart:
-    """One chunk of a clip that the student generated, to train the critic on."""
+    """One chunk of a clip that the student generated, to train the critic on.
+
+    noises, sigmas: noise and noise levels of each chunk of the clip. index: number of the chunk.
+    """
 
     clip: VideoRequest
     rollout: Rollout
@@ -80,10 +86,11 @@ class CriticPart:
     index: int
 
 
-class Looks:
-    """Noisy copies of a clip, which are called looks: their noise levels, and the estimates of teacher and critic.
+class NoisyCopies:
+    """Noisy copies of clips, at which teacher and critic are compared: their noise levels, and the clean estimates.
 
-    context: noise level at which teacher and critic, which share a backbone, see earlier chunks.
+    guidance, shift: those of the model, which `config` can replace. context: noise level at which teacher and critic,
+    which share a backbone, see earlier chunks.
     """
 
     def __init__(
@@ -169,10 +176,10 @@ class Looks:
 class RoleObjective(Objective):
     """An objective whose parameters are those of one role; the parameters of the backbone do not belong to it."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks, role: Role) -> None:
+    def __init__(self, rollouts: SelfForcing, copies: NoisyCopies, role: Role) -> None:
         super().__init__()
         # the backbone must not be a submodule, because an engine would cast, shard and save it
-        self.role, self.rollouts, self.looks = role, rollouts, looks
+        self.role, self.rollouts, self.copies = role, rollouts, copies
         self._walk: Walk | None = None
         for name, weight in rollouts.roles.trained(role).items():
             self.register_parameter(name.replace(".", "/"), weight)
@@ -188,15 +195,15 @@ class RoleObjective(Objective):
 class StudentObjective(RoleObjective):
     """Move the student's samples to where the teacher considers them more likely than the critic does."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks) -> None:
-        super().__init__(rollouts, looks, Role.STUDENT)
+    def __init__(self, rollouts: SelfForcing, copies: NoisyCopies) -> None:
+        super().__init__(rollouts, copies, Role.STUDENT)
 
     def parts(self, clips: Sequence[VideoRequest]) -> list[StudentPart]:
         """Roll clips out, compute their gradients, and divide them into chunks."""
         parts = []
         for clip in clips:
             rollout = self.rollouts.roll_out(clip, "student")
-            gradients = self.looks.gradients(clip, rollout)
+            gradients = self.copies.gradients(clip, rollout)
             parts += [StudentPart(clip, rollout, gradients, index) for index in range(clip.num_chunks)]
         return parts
 
@@ -207,7 +214,7 @@ class StudentObjective(RoleObjective):
             walk.finish(*self.rollouts.to_keep(clip, rollout, index - 1))
         step, x = rollout.exits[index], rollout.inputs[index]
         velocity = walk.velocity(
-            x, self.rollouts.model_sigma(clip, index, step), checkpoint=self.looks.config.checkpoint
+            x, self.rollouts.model_sigma(clip, index, step), checkpoint=self.copies.config.checkpoint
         )
         x0 = self.rollouts.result(clip, index, x, velocity, step)
         gradient = batch.gradients[index]
@@ -217,15 +224,15 @@ class StudentObjective(RoleObjective):
 class CriticObjective(RoleObjective):
     """Learn the velocity of the student's samples by flow matching."""
 
-    def __init__(self, rollouts: SelfForcing, looks: Looks) -> None:
-        super().__init__(rollouts, looks, Role.CRITIC)
+    def __init__(self, rollouts: SelfForcing, copies: NoisyCopies) -> None:
+        super().__init__(rollouts, copies, Role.CRITIC)
 
     def parts(self, clips: Sequence[VideoRequest]) -> list[CriticPart]:
-        """Roll clips out, draw looks at them, and divide them."""
+        """Roll clips out, draw noisy copies of them, and divide them into chunks."""
         parts = []
         for clip in clips:
             rollout = self.rollouts.roll_out(clip, "critic")
-            noises, sigmas = self.looks.draw(clip, "critic")
+            noises, sigmas = self.copies.draw(clip, "critic")
             parts += [CriticPart(clip, rollout, noises, sigmas, index) for index in range(clip.num_chunks)]
         return parts
 
@@ -233,10 +240,10 @@ class CriticObjective(RoleObjective):
         clip, index = batch.clip, batch.index
         walk = self.walk(clip, index)
         if index:
-            walk.finish(*self.looks.to_keep(clip, batch.rollout, index - 1))
+            walk.finish(*self.copies.to_keep(clip, batch.rollout, index - 1))
         x0, noise, sigma = batch.rollout.latents[index], batch.noises[index], batch.sigmas[index]
-        noisy = self.looks.schedule.add_noise(x0, noise, sigma)
-        velocity = walk.velocity(noisy, sigma, checkpoint=self.looks.config.checkpoint)
+        noisy = self.copies.schedule.add_noise(x0, noise, sigma)
+        velocity = walk.velocity(noisy, sigma, checkpoint=self.copies.config.checkpoint)
         weight = clip.weight(index, x0.shape[2])
         error = critic_error(velocity, x0, noise) * weight
         # the first chunk of a clip may have fewer frames with a loss; each frame has the same weight

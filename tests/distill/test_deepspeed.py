@@ -32,7 +32,7 @@ STAGES = (0, 1, 2)
 def build(mesh: Mesh, stage: int | None) -> tuple[PairedEngine, videos.LoraRoles]:
     """stage: of ZeRO; None is the engine of one process."""
     roles = videos.roles(small.model(), stirred=0.2)
-    rollouts, looks = videos.parts(roles)
+    rollouts, copies = videos.parts(roles)
 
     def engine(objective: RoleObjective, decay: float) -> Engine:
         roles.switch(objective.role)
@@ -45,7 +45,7 @@ def build(mesh: Mesh, stage: int | None) -> tuple[PairedEngine, videos.LoraRoles
             objective, OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=passes, ema_decay=decay
         )
 
-    student, critic = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+    student, critic = StudentObjective(rollouts, copies), CriticObjective(rollouts, copies)
     both = (student, engine(student, 0.7)), (critic, engine(critic, 0.0))
     return PairedEngine(*both, critic_rate=lambda _step: 1e-3, student_every=2), roles
 

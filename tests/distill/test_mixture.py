@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longvideo.distill.engine import PairedEngine
-from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
+from longvideo.distill.objectives import CriticObjective, DmdConfig, NoisyCopies, StudentObjective
 from longvideo.distill.self_forcing import Rollout, RolloutConfig, SelfForcing
 from longvideo.flow.schedule import FlowSchedule, expand
 from longvideo.flow.unipc import UniPC
@@ -24,10 +24,10 @@ TRAINED = 1300
 SHIFT = 1.0  # points need no shift towards noise
 
 
-def parts_of(roles: ThreeNetworks, *, steps: int, **config: Any) -> tuple[SelfForcing, Looks]:
+def parts_of(roles: ThreeNetworks, *, steps: int, **config: Any) -> tuple[SelfForcing, NoisyCopies]:
     rollouts = SelfForcing(roles, RolloutConfig(steps=steps, exits="last"), spec=SPEC, shape=SHAPE, shift=SHIFT, seed=0)
-    looks = Looks(rollouts, DmdConfig(checkpoint=False, **config), guidance=1.0, shift=SHIFT, seed=0)
-    return rollouts, looks
+    copies = NoisyCopies(rollouts, DmdConfig(checkpoint=False, **config), guidance=1.0, shift=SHIFT, seed=0)
+    return rollouts, copies
 
 
 def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
@@ -35,15 +35,15 @@ def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
     scores, over the distance to the teacher's estimate. Scores by automatic differentiation of log densities."""
     data, generated = Mixture(CENTRES, 0.3), Mixture(CENTRES.roll(1, 1) * 0.7, 0.5)
     roles = ThreeNetworks(Exact(generated.x0), Exact(generated.x0), Exact(data.x0))
-    rollouts, looks = parts_of(roles, steps=2, epsilon=1e-12)
+    rollouts, copies = parts_of(roles, steps=2, epsilon=1e-12)
     what = clip(3, samples=4)
     x0 = (
         generated.sample(4 * POINTS, torch.Generator().manual_seed(0))
         .view(4, POINTS, 2)
         .movedim(-1, 1)[..., None, None]
     )
-    (gradient,) = looks.gradients(what, Rollout([x0], [x0], [1]))
-    (noise,), (sigma,) = looks.draw(what, "student")
+    (gradient,) = copies.gradients(what, Rollout([x0], [x0], [1]))
+    (noise,), (sigma,) = copies.draw(what, "student")
 
     def score(mixture: Mixture, x: Tensor) -> Tensor:
         x = x.double().requires_grad_()
@@ -53,7 +53,7 @@ def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
         log_density = torch.logsumexp(-offsets.square().sum(2) / (2 * variance[:, None]), 1) - variance.log()
         return torch.autograd.grad(log_density.sum(), x)[0]
 
-    noisy = looks.schedule.add_noise(x0, noise, sigma)
+    noisy = copies.schedule.add_noise(x0, noise, sigma)
     level = expand(sigma).double()
     teacher = (noisy + level**2 * score(data, noisy)) / (1 - level)
     size = (x0 - teacher).abs().mean((1, 2, 3, 4), keepdim=True)
@@ -117,10 +117,10 @@ def test_student_matches_the_teachers_distribution() -> None:
     reference = quantiles(sample(teacher, 50, count=64 * 1024, seed=999))
     resampling, before = distance(teacher, 50, reference), distance(student, steps, reference)
     assert before > 1.8 * resampling
-    rollouts, looks = parts_of(ThreeNetworks(student, critic, teacher), steps=steps)
+    rollouts, copies = parts_of(ThreeNetworks(student, critic, teacher), steps=steps)
     config = OptimizerConfig(learning_rate=5e-4, beta1=0.0, warmup_steps=0)
     segments = [RateSegment(TRAINED)]
-    objectives = StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)
+    objectives = StudentObjective(rollouts, copies), CriticObjective(rollouts, copies)
     students, critics = (
         LocalEngine(objective, config, precision="fp32", device=CPU, ema_decay=decay)
         for objective, decay in zip(objectives, (0.99, 0.0), strict=True)

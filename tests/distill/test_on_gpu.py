@@ -28,11 +28,11 @@ def gradients(device: str, *, precision: TransformerPrecision, checkpoint: bool,
     if compiled:
         compile_blocks(model)
     # one step, so that no difference of the first is made larger by those after it
-    rollouts, looks = videos.parts(roles, RolloutConfig(steps=1), DmdConfig(checkpoint=checkpoint))
+    rollouts, copies = videos.parts(roles, RolloutConfig(steps=1), DmdConfig(checkpoint=checkpoint))
     clip = videos.clip((True, False, True, False, False))
     clip = replace(clip, features_PJD=clip.features_PJD.to(device), prompt_NB=clip.prompt_NB.to(device))
     kept = {}
-    for objective in (StudentObjective(rollouts, looks), CriticObjective(rollouts, looks)):
+    for objective in (StudentObjective(rollouts, copies), CriticObjective(rollouts, copies)):
         for part in objective.parts([clip]):
             loss, _ = objective(part)
             loss.backward()

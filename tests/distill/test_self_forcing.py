@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvideo.distill.objectives import CriticObjective, DmdConfig, Looks, StudentObjective
+from longvideo.distill.objectives import CriticObjective, DmdConfig, NoisyCopies, StudentObjective
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import CacheFill, RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
@@ -73,12 +73,12 @@ def test_a_cache_in_four_bits_is_that_of_generation(
 ) -> None:
     monkeypatch.setattr(videos, "SPEC", replace(videos.SPEC, window_frames=8))
     roles = videos.roles(with_precision(packable.model(), precision), stirred=0.2, cache_type=cache_type)
-    rollouts, looks = videos.parts(roles, RolloutConfig(steps=2, exits="last"))
+    rollouts, copies = videos.parts(roles, RolloutConfig(steps=2, exits="last"))
     clip = videos.clip(CUTS)
     expected = generated(roles, rollouts, clip, monkeypatch)
     for got, want in zip(rollouts.roll_out(clip, "student").latents, expected, strict=True):
         assert relative_error(got, want) < 1e-5
-    objective = StudentObjective(rollouts, looks)
+    objective = StudentObjective(rollouts, copies)
     for part in objective.parts([clip]):
         loss, _ = objective(part)
         loss.backward()
@@ -133,8 +133,8 @@ def test_the_gradient_is_that_of_the_live_chunk_alone(cache_fill: CacheFill, che
         for weight in roles.trained(role).values():
             weight.data = weight.data.double()
     config = RolloutConfig(steps=3, cache_fill=cache_fill)
-    rollouts, looks = videos.parts(roles, config, DmdConfig(checkpoint=checkpoint))
-    objective = StudentObjective(rollouts, looks)
+    rollouts, copies = videos.parts(roles, config, DmdConfig(checkpoint=checkpoint))
+    objective = StudentObjective(rollouts, copies)
     parts = objective.parts([videos.clip(CUTS)])
     weights = roles.trained(Role.STUDENT)
     roles.switch(Role.STUDENT)
@@ -171,10 +171,10 @@ def test_no_gradient_reaches_the_backbone_or_the_other_adapter(precision: Transf
     student = with_precision(packable.model(), precision)
     teacher = None if shared else with_precision(packable.model(seed=1), precision)
     roles = videos.roles(student, teacher, stirred=0.1)
-    rollouts, looks = videos.parts(roles)
+    rollouts, copies = videos.parts(roles)
     for own, other, objective in (
-        (Role.STUDENT, Role.CRITIC, StudentObjective(rollouts, looks)),
-        (Role.CRITIC, Role.STUDENT, CriticObjective(rollouts, looks)),
+        (Role.STUDENT, Role.CRITIC, StudentObjective(rollouts, copies)),
+        (Role.CRITIC, Role.STUDENT, CriticObjective(rollouts, copies)),
     ):
         for part in objective.parts([videos.clip()]):
             loss, _ = objective(part)
@@ -200,12 +200,12 @@ def test_the_teacher_is_the_backbone_and_adapters_differ() -> None:
     plain_roles = videos.roles(small.model())
     plain, plain_looks = videos.parts(plain_roles)
     roles = videos.roles(model, stirred=0.2)
-    rollouts, looks = videos.parts(roles)
+    rollouts, copies = videos.parts(roles)
     clip = videos.clip()
     rollout = plain.roll_out(clip, "student")
-    noises, sigmas = looks.draw(clip, "student")
-    noisy = [looks.schedule.add_noise(x, e, s) for x, e, s in zip(rollout.latents, noises, sigmas, strict=True)]
-    estimates = {role: torch.cat(looks._estimates(role, clip, rollout, noisy, sigmas), 2) for role in Role}
+    noises, sigmas = copies.draw(clip, "student")
+    noisy = [copies.schedule.add_noise(x, e, s) for x, e, s in zip(rollout.latents, noises, sigmas, strict=True)]
+    estimates = {role: torch.cat(copies._estimates(role, clip, rollout, noisy, sigmas), 2) for role in Role}
     untouched = torch.cat(plain_looks._estimates(Role.STUDENT, clip, rollout, noisy, sigmas), 2)
     assert torch.equal(estimates[Role.TEACHER], untouched)
     assert relative_error(estimates[Role.STUDENT], untouched) > 1e-2
@@ -214,10 +214,10 @@ def test_the_teacher_is_the_backbone_and_adapters_differ() -> None:
 
 def test_given_frames_get_no_gradient() -> None:
     roles = videos.roles(small.model(), stirred=0.2)
-    rollouts, looks = videos.parts(roles)
+    rollouts, copies = videos.parts(roles)
     first = small.latents(1, spec=videos.SPEC, batch=2)[:, :, :1]
     clip = videos.clip(first_latent=first)
-    (part, *_) = StudentObjective(rollouts, looks).parts([clip])
+    (part, *_) = StudentObjective(rollouts, copies).parts([clip])
     assert torch.equal(part.rollout.latents[0][:, :, :1], first)
     assert not part.gradients[0][:, :, 0].any() and part.gradients[0][:, :, 1].any()
 
@@ -225,9 +225,9 @@ def test_given_frames_get_no_gradient() -> None:
 def test_a_student_like_its_teacher_is_left_alone() -> None:
     """Where critic and teacher are equal there is no gradient, and the denominator is not zero."""
     roles = videos.roles(small.model())
-    _, looks = videos.parts(roles, dmd=DmdConfig(guidance=1.0))
-    rollouts = looks.rollouts
-    for part in StudentObjective(rollouts, looks).parts([videos.clip()]):
+    _, copies = videos.parts(roles, dmd=DmdConfig(guidance=1.0))
+    rollouts = copies.rollouts
+    for part in StudentObjective(rollouts, copies).parts([videos.clip()]):
         assert not part.gradients[part.index].any()
 
 
@@ -236,12 +236,12 @@ def test_teacher_and_critic_see_earlier_chunks_at_the_level_at_which_their_backb
     roles = videos.roles(small.model(), stirred=0.2)
     rollouts, clean = videos.parts(roles)
     level = context_level(UniPC(4, 3.0), clean_pass=False)
-    looks = Looks(rollouts, clean.config, guidance=2.0, shift=3.0, seed=0, context=level)
+    copies = NoisyCopies(rollouts, clean.config, guidance=2.0, shift=3.0, seed=0, context=level)
     first = small.latents(1, spec=videos.SPEC, batch=2)[:, :, :1] if image else None
     clip = videos.clip(CUTS, first_latent=first)
     rollout = rollouts.roll_out(clip, "student")
     for index in range(clip.num_chunks):
-        kept, model_sigma = looks.to_keep(clip, rollout, index)
+        kept, model_sigma = copies.to_keep(clip, rollout, index)
         weight = clip.weight(index, videos.SPEC.chunk_frames)
         assert torch.equal(model_sigma, weight * UniPC(4, 3.0).timesteps[3] / 1000)
         noise = (kept - rollout.latents[index]) / level.sigma + rollout.latents[index]
@@ -250,6 +250,6 @@ def test_teacher_and_critic_see_earlier_chunks_at_the_level_at_which_their_backb
         assert 0.7 < float(noise.masked_select(is_made).std()) < 1.3
         unchanged, zero = clean.to_keep(clip, rollout, index)
         assert torch.equal(unchanged, rollout.latents[index]) and not zero.any()
-    gradients = [looks.gradients(clip, rollout), clean.gradients(clip, rollout)]
+    gradients = [copies.gradients(clip, rollout), clean.gradients(clip, rollout)]
     assert torch.equal(gradients[0][0], gradients[1][0]), "the first chunk sees no other"
     assert all(relative_error(*pair) > 1e-3 for pair in zip(gradients[0][1:], gradients[1][1:], strict=True))

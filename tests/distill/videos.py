@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.distill.objectives import DmdConfig, Looks
+from longvideo.distill.objectives import DmdConfig, NoisyCopies
 from longvideo.distill.roles import LoraRoles, LoraSettings, Role
 from longvideo.distill.self_forcing import RolloutConfig, SelfForcing
 from longvideo.distill.walk import VideoRequest
@@ -51,11 +51,11 @@ def roles(
 
 def parts(
     roles: LoraRoles, rollout: RolloutConfig | None = None, dmd: DmdConfig | None = None
-) -> tuple[SelfForcing, Looks]:
+) -> tuple[SelfForcing, NoisyCopies]:
     rollout = rollout or RolloutConfig(steps=3)
     clean_pass = rollout.distilled(ModelSettings()).clean_pass
     rollouts = SelfForcing(roles, rollout, spec=SPEC, shape=SHAPE, shift=3.0, seed=0, clean_pass=clean_pass)
-    return rollouts, Looks(rollouts, dmd or DmdConfig(), guidance=2.0, shift=3.0, seed=0)
+    return rollouts, NoisyCopies(rollouts, dmd or DmdConfig(), guidance=2.0, shift=3.0, seed=0)
 
 
 def clip(
