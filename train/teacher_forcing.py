@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from longvideo.train.batch import ViewBatch
     from longvideo.train.nvfp4 import StepRounding
 
-KEPT_PASSES = 32
+KEPT_PLANS = 32
 """Number of plans that are kept: masks and rotations, one for each pattern of cuts."""
 ATTENTION = {"blockwise": Blockwise, "masked": Masked}
 
@@ -115,7 +115,7 @@ class TeacherForcing(Objective):
         self.schedule = schedule
         self.device = device
         self.mesh = mesh or Mesh()
-        self._passes: dict[tuple[int, tuple[bool, ...] | None], ViewPlan] = {}
+        self._plans: dict[tuple[int, tuple[bool, ...] | None], ViewPlan] = {}
         self._run: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] = self._loss
         if config.compile and device.type == "cuda":
             if self.mesh.sequence > 1 or config.checkpoint:
@@ -170,7 +170,7 @@ class TeacherForcing(Objective):
             batch.mask,
             batch.features,
             batch.mean_weight,
-            prepared=self.prepared(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
+            plan=self.plan(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
         )
         if bank is not None and origin is not None:
             noisy = self.schedule.add_noise(injected.latents, injected.noise, batch.sigma)
@@ -187,19 +187,19 @@ class TeacherForcing(Objective):
             )
         return loss, metrics
 
-    def prepared(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
+    def plan(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
         """Return the plan of a view with this number of own chunks.
 
         cuts: whether each chunk of the whole view opens a shot; None if cuts do not matter.
         """
         key = (chunks, cuts)
-        if key not in self._passes:
-            if len(self._passes) == KEPT_PASSES:
-                del self._passes[next(iter(self._passes))]
-            self._passes[key] = self._prepare(chunks * self.mesh.sequence, cuts)
-        return self._passes[key]
+        if key not in self._plans:
+            if len(self._plans) == KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = self._new_plan(chunks * self.mesh.sequence, cuts)
+        return self._plans[key]
 
-    def _prepare(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
+    def _new_plan(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
         spec, mesh = self.spec, self.mesh
         visible = None
         if self.config.context == "window":
@@ -234,7 +234,7 @@ class TeacherForcing(Objective):
         mask: Tensor | None,
         features: Tensor | None,
         mean_weight: Tensor,
-        prepared: ViewPlan,
+        plan: ViewPlan,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         # only given frames have no noise, and they stay clean in every pass
         is_generated = (sigma > 0).to(sigma)
@@ -242,7 +242,7 @@ class TeacherForcing(Objective):
         context = self.schedule.add_noise(context_clean, context_noise, level)
         features = self._features(ids, mask) if features is None else features
         noisy = self.schedule.add_noise(latents, noise, sigma)
-        velocity = self.velocity(context, noisy, self.context.model_sigma * is_generated, sigma, features, prepared)
+        velocity = self.velocity(context, noisy, self.context.model_sigma * is_generated, sigma, features, plan)
         error_BT = (velocity - self.schedule.velocity(clean, noise)).square().mean((1, 3, 4))
         loss = (self.schedule.loss_weight(sigma) * error_BT * loss_mask).sum() / mean_weight
         return loss, _metrics(error_BT, sigma, loss_mask), velocity
@@ -259,17 +259,17 @@ class TeacherForcing(Objective):
         context_sigma_BT: Tensor,
         sigma_BT: Tensor,
         features_BQJD: Tensor,
-        prepared: ViewPlan,
+        plan: ViewPlan,
     ) -> Tensor:
         """Return the velocity of the noisy copy, [B, C, T, H, W]. The levels are those that the model is given."""
-        seen = prepared.seen_frames
+        seen = plan.seen_frames
         text = self.transformer.encode_text(features_BQJD.flatten(0, 1))
         velocity = self.transformer(
             torch.cat((context[:, :, :seen], noisy), dim=2),
             torch.cat((context_sigma_BT[:, :seen], sigma_BT), dim=1),
             _of_runs(text, features_BQJD.shape[1], seen // self.spec.chunk_frames),
-            rope=prepared.rope,
-            attention=prepared.attention,
+            rope=plan.rope,
+            attention=plan.attention,
             checkpoint=self.config.checkpoint and torch.is_grad_enabled(),
         )
         return velocity[:, :, seen:]

@@ -304,13 +304,13 @@ def test_masked_loss_equals_a_direct_computation(encoder: TextEncoder) -> None:
         loss, metrics = objective(batch)
         context = batch.clean + batch.context_sigma[:, None, :, None, None] * (batch.context_noise - batch.clean)
         noisy = batch.clean + batch.sigma[:, None, :, None, None] * (batch.noise - batch.clean)
-        features, prepared = objective._features(batch.ids, batch.mask), objective.prepared(3, None)
+        features, plan = objective._features(batch.ids, batch.mask), objective.plan(3, None)
         total, count, plain = 0.0, 0, 0.0
         for row in range(5):
             one = slice(row, row + 1)
             inputs = (context, noisy, torch.zeros_like(batch.sigma), batch.sigma, features)
             seen, given_rows, seen_sigma, given_sigma, text = (x[one] for x in inputs)
-            velocity = objective.velocity(seen, given_rows, seen_sigma, given_sigma, text, prepared)
+            velocity = objective.velocity(seen, given_rows, seen_sigma, given_sigma, text, plan)
             for frame in range(6):
                 if batch.loss_mask[row, frame] == 0:
                     continue
@@ -344,7 +344,7 @@ def test_velocity_equals_that_of_the_whole_masked_pass(encoder: TextEncoder) -> 
     features = objective._features(batch.ids, batch.mask)
     clean_sigma = torch.zeros_like(batch.sigma)
     got = objective.velocity(
-        batch.context_noise, batch.noise, clean_sigma, batch.sigma, features, objective.prepared(3, None)
+        batch.context_noise, batch.noise, clean_sigma, batch.sigma, features, objective.plan(3, None)
     )
     torch.testing.assert_close(got, target, rtol=1e-4, atol=1e-5)
 
