@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +18,6 @@ from torch.distributed import ProcessGroup
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
-from longvideo.flow.unipc import UniPC
 from longvideo.infer.background import BackgroundIterator
 from longvideo.infer.decode import ChunkDecoder, PendingFrames, PendingLatents, decoding_threads, mark_ready
 from longvideo.infer.encode import FrameEncoder
@@ -38,7 +36,9 @@ from longvideo.streaming.transformer import StreamingTransformer
 from longvideo.text.known_prompts import PromptEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
+
+    from longvideo.infer.video_inputs import VideoInputs
 
 T = TypeVar("T")
 
@@ -97,22 +97,6 @@ class Models:
     def decode_device(self) -> torch.device:
         """Device of the decoder."""
         return self.placement.decode_device
-
-
-@dataclass(frozen=True)
-class VideoInputs:
-    """Inputs that decide what a video shows, or a batch of videos that share their cuts.
-
-    steps: one for each chunk. generators: one for each sample of the batch; noise is drawn from them. first_latent:
-    [B, C, 1, H, W], normalized, fixed as the first latent frame. past: chunks that the first step continues.
-    """
-
-    steps: Iterator[Step]
-    solver: UniPC
-    guidance: float
-    generators: tuple[torch.Generator, ...]
-    first_latent: Tensor | None = None
-    past: Past | None = None
 
 
 class Stages:

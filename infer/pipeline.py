@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from longvideo.checkpoint.choices import adapter_choices
 from longvideo.checkpoint.chosen_adapters import open_choice
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError, shown
-from longvideo.flow.unipc import UniPC
 from longvideo.infer.batch import batch_scripts
 from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.generation import GeneratedChunk, Models, VideoInputs
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_path, whole_number
-from longvideo.infer.prompt_rules import PromptRules
-from longvideo.infer.script import (
-    ChunkPlan,
-    ChunkTiming,
-    Script,
-    ShotRequest,
-    check_seconds,
-    plan_chunks,
-)
+from longvideo.infer.prompt_rules import PromptRules, unknown_words_warning
+from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, check_seconds, plan_chunks
 from longvideo.infer.session import Session
-from longvideo.infer.snapshot import SessionOptions, read_snapshot
+from longvideo.infer.snapshot import SessionOptions, model_identity, read_snapshot
 from longvideo.infer.stage_pool import StagePool
 from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, Step, SwitchMode, planned_steps
+from longvideo.infer.video_inputs import VideoInputs
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
+
+    import torch
 
     from longvideo.infer.beginning import Beginning, FirstPicture
     from longvideo.infer.footage import FootageSource
+    from longvideo.infer.generation import GeneratedChunk, Models
 
 MAX_HISTORY_CHUNKS = 2**31
 
@@ -281,7 +273,7 @@ class StreamingPipeline:
         footage_frames = self.chunk_timing.start(len(footage))
         options = SessionOptions(
             sampling,
-            self._fingerprint,
+            model_identity(self.models),
             None if seconds is None else footage_frames + max(1, round(seconds * self.fps)),
             beginning.first_latent,
             self.models.decoder_label,
@@ -301,7 +293,7 @@ class StreamingPipeline:
         (UserWarning) if the frames so far came from another decoder.
         """
         check_path(path, "the snapshot")
-        snapshot = read_snapshot(Path(path), model=self._fingerprint, latent_shape=self.latent_shape)
+        snapshot = read_snapshot(Path(path), model=model_identity(self.models), latent_shape=self.latent_shape)
         history = self._new_history(HISTORY_CHUNKS, snapshot.records, snapshot.steps)
         before, now = snapshot.options.decoder, self.models.decoder_label
         session = self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
@@ -330,7 +322,7 @@ class StreamingPipeline:
             self.prompt_rules(options[0]).check_script(script)
         timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), scripts)
         self._warn_unknown_words([text for script in scripts for text in script.texts])
-        inputs = self._inputs(timeline, options[0], [option.seed for option in options])
+        inputs = VideoInputs.of(timeline, self.models.settings, options[0], seeds=[option.seed for option in options])
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
@@ -339,10 +331,11 @@ class StreamingPipeline:
         footage, first = beginning.footage, LiveShot(script.shots[0].prompt, negative_prompt=script.negative_prompts[0])
         plan = self.plan(script, continues=bool(footage))
         records = footage_records(footage, first, self.chunk_timing, seed=options.seed)
-        inputs = self._inputs(
+        inputs = VideoInputs.of(
             planned_steps(plan, [script], first=len(footage)),
+            self.models.settings,
             options,
-            [options.seed],
+            seeds=[options.seed],
             first_latent=beginning.first_latent,
             past=self._new_history(0, records).past_of(len(footage)),
         )
@@ -352,9 +345,12 @@ class StreamingPipeline:
         sampling, check = options.sampling, self.prompt_rules(options.sampling).check_shot
 
         def generate(steps: LiveSteps, past: Past | None) -> Generator[GeneratedChunk, None, None]:
-            if options.model != self._fingerprint:
+            if options.model != model_identity(self.models):
                 raise UserError("the adapters have changed since the session began; start another session")
-            inputs = self._inputs(steps, sampling, [sampling.seed], first_latent=options.first_latent, past=past)
+            settings, first_latent = self.models.settings, options.first_latent
+            inputs = VideoInputs.of(
+                steps, settings, sampling, seeds=[sampling.seed], first_latent=first_latent, past=past
+            )
             return self.generate(inputs)
 
         return Session(
@@ -373,33 +369,6 @@ class StreamingPipeline:
         lookback = self.models.decoder.lookback
         return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, records=records)
 
-    @property
-    def _fingerprint(self) -> dict[str, Any]:
-        transformer = asdict(self.models.transformer.config)
-        adapters = {"adapters": self.models.adapters} if self.models.adapters else {}
-        settings = asdict(self.models.settings)
-        del settings["trained_on"]  # it affects no video
-        return json.loads(json.dumps({**settings, **transformer, **adapters}))  # as JSON returns it
-
-    def _inputs(
-        self,
-        steps: Iterator[Step],
-        options: SamplingOptions,
-        seeds: Sequence[int],
-        *,
-        first_latent: Tensor | None = None,
-        past: Past | None = None,
-    ) -> VideoInputs:
-        settings = self.models.settings
-        return VideoInputs(
-            steps=steps,
-            solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
-            guidance=settings.guidance if options.guidance is None else options.guidance,
-            generators=past.generators if past else tuple(torch.Generator().manual_seed(seed) for seed in seeds),
-            first_latent=first_latent,
-            past=past,
-        )
-
     def generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
         """Generate a video, or a batch of videos, from inputs that are already checked; yield its chunks.
 
@@ -417,11 +386,7 @@ class StreamingPipeline:
 
     def unknown_words_warning(self, prompts: Sequence[str]) -> str | None:
         """Return a warning that names the words of prompts that the model's vocabulary does not contain, or None."""
-        unknown = dict.fromkeys(word for prompt in prompts for word in self.models.text_encoder.unknown_words(prompt))
-        if not unknown:
-            return None
-        words = ", ".join(map(shown, unknown))
-        return f"the model's vocabulary does not contain {words}; the video may show something else"
+        return unknown_words_warning(self.models.text_encoder, prompts)
 
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
         if message := self.unknown_words_warning(prompts):

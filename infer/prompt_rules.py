@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from longvideo.errors import shown
 from longvideo.infer.script import PromptError, check_negative_prompt, check_prompt
 from longvideo.model.conditioning import chunk_text
 from longvideo.text.encoder import shown_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from longvideo.checkpoint.settings import ModelSettings
     from longvideo.infer.script import Script
     from longvideo.infer.timeline import LiveShot
+    from longvideo.text.known_prompts import PromptEncoder
 
 
 class TokenCounter(Protocol):
@@ -72,3 +76,12 @@ class PromptRules:
         if tokens > most:
             message = f"{name} has {tokens} tokens; expected at most {most}; shorten {shown_prompt(text)}"
             raise PromptError(message, is_negative=True)
+
+
+def unknown_words_warning(encoder: PromptEncoder, prompts: Sequence[str]) -> str | None:
+    """Return a warning that names the words of prompts that an encoder's vocabulary does not contain, or None."""
+    unknown = dict.fromkeys(word for prompt in prompts for word in encoder.unknown_words(prompt))
+    if not unknown:
+        return None
+    words = ", ".join(map(shown, unknown))
+    return f"the model's vocabulary does not contain {words}; the video may show something else"

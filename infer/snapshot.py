@@ -22,6 +22,8 @@ from longvideo.infer.timeline import MODES, LiveShot, Shots, Step
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from longvideo.infer.generation import Models
+
 FORMAT = "longvideo session 1"
 FIRST_LATENT = "first_latent"
 JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", str: "text"}
@@ -60,6 +62,15 @@ class Snapshot:
     shots: Shots
     steps: Sequence[Step]
     records: Sequence[ChunkRecord]
+
+
+def model_identity(models: Models) -> dict[str, Any]:
+    """Return `SessionOptions.model` of a model: its sizes, settings and adapters, as JSON returns them."""
+    transformer = asdict(models.transformer.config)
+    adapters = {"adapters": models.adapters} if models.adapters else {}
+    settings = asdict(models.settings)
+    del settings["trained_on"]  # it affects no video
+    return json.loads(json.dumps({**settings, **transformer, **adapters}))
 
 
 def write_snapshot(snapshot: Snapshot, path: Path) -> None:

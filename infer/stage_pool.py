@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.errors import UserError
-from longvideo.infer.generation import GeneratedChunk, Models, Stages, VideoInputs, generate_chunks
+from longvideo.infer.generation import GeneratedChunk, Models, Stages, generate_chunks
 from longvideo.infer.loading import load_transformer
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import branches
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.infer.video_inputs import VideoInputs
 
 
 class StagePool:

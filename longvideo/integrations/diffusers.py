@@ -31,12 +31,12 @@ from longvideo.errors import UserError
 from longvideo.files import write_json
 from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.generation import VideoInputs
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import plan_chunks
 from longvideo.infer.timeline import Step, planned_steps
+from longvideo.infer.video_inputs import VideoInputs
 from longvideo.integrations.diffusers_arguments import (
     TENSOR_INPUTS,
     CallOptions,
