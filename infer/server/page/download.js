@@ -1,5 +1,7 @@
 // Download the video with the token in a header, which a plain link cannot send.
 
+const SAVING_MILLISECONDS = 60000; // time for the browser to begin to save the file
+
 /** Fetch what a link refers to and save it. Throws TypeError where the server cannot be reached or refuses. */
 export async function downloadWithToken(link, token) {
   const answer = await fetch(link.href, { headers: { Authorization: `Bearer ${token}` } });
@@ -8,5 +10,5 @@ export async function downloadWithToken(link, token) {
   copy.href = URL.createObjectURL(await answer.blob());
   copy.download = link.download;
   copy.click();
-  setTimeout(() => URL.revokeObjectURL(copy.href), 60000);
+  setTimeout(() => URL.revokeObjectURL(copy.href), SAVING_MILLISECONDS);
 }

@@ -5,6 +5,7 @@ import { button } from "./elements.js";
 export class Notices {
   constructor(container) {
     this._container = container;
+    this._warnings = new Set();
   }
 
   /**
@@ -30,12 +31,20 @@ export class Notices {
     else this._container.append(notice);
   }
 
+  /** Show a warning of the server after those that are shown already. detail: one or more sentences. */
+  warn(detail) {
+    this._warnings.add(detail);
+    this.show("warning", { kind: "warning", title: "Warning:", detail: [...this._warnings].join(" ") });
+  }
+
   /** Remove the notice with this key, if there is one. */
   drop(key) {
+    if (key === "warning") this._warnings.clear();
     this._find(key)?.remove();
   }
 
   clear() {
+    this._warnings.clear();
     this._container.replaceChildren();
   }
 

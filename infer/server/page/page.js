@@ -13,7 +13,7 @@ import { Server } from "./server.js";
 import { Statistics } from "./statistics.js";
 import { Stream } from "./stream.js";
 import { ChunkTiming, Timeline } from "./timeline.js";
-import { upload, UploadError } from "./upload.js";
+import { UploadError } from "./upload.js";
 
 const UNAUTHORIZED = 401;
 const LEAD_SECONDS = 4;
@@ -41,7 +41,6 @@ class Page {
     this.server = new Server(this.notices);
     this.stream = null;
     this.player = null;
-    this.uploading = null; // AbortController of an upload
     this.reportedTime = -1;
     this.setState("idle", "Loading");
     this.listen();
@@ -63,7 +62,7 @@ class Page {
     $("download").addEventListener("click", (event) => this.download(event));
   }
 
-  // ---- states: idle, connecting, playing, paused, lost, ended ----
+  // states: idle, connecting, playing, paused, lost, ended
 
   get isLive() {
     return ["playing", "paused", "lost"].includes(this.state);
@@ -104,7 +103,7 @@ class Page {
     if (this.state === "idle") this.showStatus("Server unreachable");
   }
 
-  // ---- actions of the user ----
+  // actions of the user
 
   submit() {
     const prompt = this.composer.readPrompt();
@@ -122,7 +121,7 @@ class Page {
     this.token = this.composer.readToken();
     const fields = { prompt, ...this.composer.negative, ...this.composer.settings };
     if (this.reference.file) {
-      fields.input_reference = await this.upload(this.reference.file);
+      fields.input_reference = await this.upload();
       if (fields.input_reference === null) return;
     }
     this.discardVideo();
@@ -136,20 +135,16 @@ class Page {
     this.stream.start(fields);
   }
 
-  /** Upload a file and return its id; return null, after showing the problem, where that fails. */
-  async upload(file) {
-    this.reference.showProblem("");
+  /** Upload the chosen file and return its id; return null, after showing the problem, where that fails. */
+  async upload() {
     this.setState("connecting", "Uploading");
-    this.uploading = new AbortController();
     try {
-      return await upload(file, { token: this.token, signal: this.uploading.signal });
+      return await this.reference.upload(this.token);
     } catch (error) {
       const isCanceled = error.name === "AbortError";
       this.setState(this.player ? "ended" : "idle", isCanceled ? "Stopped" : "Not started");
       if (!isCanceled) this.onUploadError(error);
       return null;
-    } finally {
-      this.uploading = null;
     }
   }
 
@@ -162,8 +157,8 @@ class Page {
   }
 
   stop() {
-    if (this.uploading) this.uploading.abort();
-    else if (this.stream.send({ type: "stop" })) {
+    if (this.reference.cancelUpload()) return;
+    if (this.stream.send({ type: "stop" })) {
       $("stop").disabled = true;
       this.showStatus("Stopping");
     } else this.finish("Stopped");
@@ -192,7 +187,7 @@ class Page {
     }
   }
 
-  // ---- messages of the server ----
+  // messages of the server
 
   follow(stream) {
     const on = (name, handler) =>
@@ -204,7 +199,7 @@ class Page {
     on("data", ({ bytes }) => this.player?.append(bytes));
     on("receipt", (message) => this.onReceipt(message));
     on("state", ({ state }) => this.onStreamState(state));
-    on("warning", ({ message }) => this.onWarning(message));
+    on("warning", ({ message }) => this.notices.warn(sentence(message)));
     on("end", ({ seconds }) => this.finish(`Finished, ${moment(seconds)}`));
     on("error", (message) => this.onError(message));
     on("lost", ({ seconds }) => this.onLost(seconds));
@@ -215,8 +210,7 @@ class Page {
   onReady(message) {
     this.notices.drop("lost");
     if (message.continued) {
-      this.setState("playing", "Reconnected");
-      this.player.play();
+      this.onReconnected();
       return;
     }
     if (!canPlay(message.mime)) {
@@ -235,6 +229,13 @@ class Page {
     $("download").hidden = false;
     this.setState("playing", "Generating the first chunk");
     $("prompt").select();
+  }
+
+  onReconnected() {
+    if (this.player.paused) {
+      this.stream.send({ type: "pause" });
+      this.setState("paused", "Reconnected, paused");
+    } else this.setState("playing", "Reconnected");
   }
 
   buildPlayer(mime) {
@@ -288,10 +289,6 @@ class Page {
     this.setState(state, state === "paused" ? "Paused" : "Playing");
   }
 
-  onWarning(message) {
-    this.notices.show("warning", { kind: "warning", title: "Warning:", detail: sentence(message) });
-  }
-
   onError({ code, message, fatal }) {
     const { title, detail } = explain(code, message);
     if (code === "bad_prompt") this.composer.showProblem(`${title} ${detail}`);
@@ -341,7 +338,7 @@ class Page {
     }
   }
 
-  // ---- the end of a video ----
+  // the end of a video
 
   fail(title, detail) {
     this.finish("Stopped");
@@ -372,7 +369,7 @@ class Page {
     $("timeline").hidden = $("showing").hidden = $("download").hidden = true;
   }
 
-  // ---- playback ----
+  // playback
 
   tick() {
     if (!this.player) return;

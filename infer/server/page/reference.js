@@ -2,6 +2,7 @@
 
 import { $ } from "./elements.js";
 import { size } from "./format.js";
+import { upload } from "./upload.js";
 
 const PREVIEW_END_SECONDS = 0.1;
 
@@ -10,7 +11,8 @@ export class ReferenceField {
     this.file = null;
     this._limits = null; // {bytes, seconds} of a server that takes references
     this._isLocked = false;
-    this._url = null;
+    this._url = null; // of the preview
+    this._uploading = null; // AbortController of the upload
     $("reference-choose").addEventListener("click", () => $("reference-file").click());
     $("reference-file").addEventListener("change", () => this._choose([...$("reference-file").files]));
     $("reference-remove").addEventListener("click", () => {
@@ -52,6 +54,23 @@ export class ReferenceField {
     this.showProblem("");
     this._showPreview(null);
     this._showChosen();
+  }
+
+  /** Upload the file and return its id. Throws as `upload` does, an AbortError after `cancelUpload`. */
+  async upload(token) {
+    this.showProblem("");
+    this._uploading = new AbortController();
+    try {
+      return await upload(this.file, { token, signal: this._uploading.signal });
+    } finally {
+      this._uploading = null;
+    }
+  }
+
+  /** Cancel the upload; return whether there is one. */
+  cancelUpload() {
+    this._uploading?.abort();
+    return this._uploading !== null;
   }
 
   get _isOpen() {

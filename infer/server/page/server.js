@@ -38,17 +38,15 @@ export class Server extends EventTarget {
   _show() {
     const { model, width, height, fps, steps, guidance, decoder, adapters, needs_token, max_seconds, examples } = this.description;
     $("model").textContent = `${model} · ${width} × ${height} · ${fps} frames per second`;
-    $("model").title = [`decoded by ${decoder}`, ...(adapters ?? []).map((one) => `adapter ${one}`)].join(", ");
+    $("model").title = [`decoded by ${decoder}`, ...adapters.map((one) => `adapter ${one}`)].join(", ");
     $("stage").style.setProperty("--ratio", `${width} / ${height}`);
     $("steps").placeholder = String(steps);
-    if (max_seconds) {
-      $("seconds").max = String(max_seconds);
-      const limit = clock(max_seconds).replace(/\.0$/, "");
-      $("seconds-help").textContent = `Leave the length empty to generate until you stop, at most ${limit}.`;
-    }
+    $("seconds").max = String(max_seconds);
+    const limit = clock(max_seconds).replace(/\.0$/, "");
+    $("seconds-help").textContent = `Leave the length empty to generate until you stop, at most ${limit}.`;
     $("token-field").hidden = !needs_token;
     $("negative-field").hidden = guidance === 1;
-    const items = (examples ?? []).map((prompt) => example(prompt));
+    const items = examples.map((prompt) => example(prompt));
     $("example-list").replaceChildren(...items);
     $("examples").hidden = !items.length;
   }

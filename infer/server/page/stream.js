@@ -13,7 +13,8 @@ const NONFATAL = new Set(["bad_message", "bad_prompt", "bad_chunk", "too_late"])
  * connection ended before the stream began, or after the last attempt.
  */
 export class Stream extends EventTarget {
-  constructor(url, { token = "", leadSeconds = 4 } = {}) {
+  /** token: "" where the server needs none. leadSeconds: the protocol's `lead_seconds`. */
+  constructor(url, { token, leadSeconds }) {
     super();
     this.session = null;
     this._url = url;

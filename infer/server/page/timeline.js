@@ -210,6 +210,7 @@ export class Timeline extends EventTarget {
       const gap = Math.min(GAP_CELLS, Math.max(0, chunk - next));
       const block = document.createElement("li");
       block.className = `planned shot-${this.colorOf(prompt)}`;
+      block.style.setProperty("--cells", PLANNED_CELLS);
       block.style.setProperty("--gap", gap);
       block.textContent = `from ${chunk}`;
       const start = this.timing ? `, ${moment(this.timing.start(chunk))}` : "";

@@ -128,6 +128,23 @@ def test_a_lost_connection_is_restored(page: Page, server: ServerProcess) -> Non
     cable.close()
 
 
+def test_a_paused_video_stays_paused_when_the_connection_is_restored(page: Page, server: ServerProcess) -> None:
+    cable = Cable(server.port)
+    open_page(page, cable.url)
+    start(page, RED)
+    wait(page, lambda: num_chunks(page) >= 2 and played(page) > 0)
+    page.click("#pause")
+    cable.cut()
+    wait(page, lambda: state(page) == "lost")
+    wait(page, lambda: state(page) != "lost")
+    assert state(page) == "paused" and page.text_content("#pause") == "Resume"
+    assert page.evaluate("document.querySelector('#video').paused")
+    page.click("#pause")
+    before = num_chunks(page)
+    wait(page, lambda: state(page) == "playing" and num_chunks(page) > before)
+    cable.close()
+
+
 @pytest.mark.slow
 def test_a_restarted_server_continues_the_video(page: Page, serve: Callable[..., ServerProcess]) -> None:
     server = serve()

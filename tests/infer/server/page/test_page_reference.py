@@ -100,6 +100,17 @@ def test_a_video_starts_from_a_picture(page: Page, files: Path) -> None:
     assert messages[count]["type"] == "start" and "input_reference" not in messages[count]
 
 
+def test_all_warnings_of_a_start_are_shown(page: Page, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    choose(page, tmp_path / "noise.png")
+    start(page, "a large red zebra")
+    for part in ("'zebra'", "The picture comes back from the model's autoencoder"):
+        wait(page, lambda part=part: part in (page.text_content(".notice.warning") or ""))
+    page.click("#stop")
+    wait(page, lambda: state(page) == "ended")
+
+
 def test_a_continued_video_is_steered_and_survives_a_lost_connection(
     page: Page, server: ServerProcess, files: Path
 ) -> None:
