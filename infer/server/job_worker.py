@@ -42,7 +42,10 @@ class JobWorker:
             if store.get(upload.stem) is None:  # the process was killed before it stored the job
                 upload.unlink(missing_ok=True)
         for job in store.unfinished():
-            self._interrupt(job) if job.status == "in_progress" else self.submit(job)
+            if job.status == "in_progress":
+                self._interrupt(job)
+            else:
+                self.submit(job)
 
     def path(self, name: str) -> Path:
         """Return the path of a job's video, which may not exist yet."""

@@ -177,11 +177,18 @@ class LiveVideo:
         self._send("state", state="paused" if paused else "playing")
 
     def _pace(self) -> None:
-        """Pause the session while the client pauses or is `lead_seconds` behind; else resume it. Needs the lock."""
+        """Pause the session while the client pauses or more than `lead_seconds` are not played; else resume it.
+
+        Needs the lock.
+        """
         lead = self._first.lead_seconds
         is_ahead = lead is not None and self._generated - self._played > lead
-        if self._session is not None:
-            (self._session.pause if self._paused or is_ahead else self._session.resume)()
+        if self._session is None:
+            return
+        if self._paused or is_ahead:
+            self._session.pause()
+        else:
+            self._session.resume()
 
     def _current_session(self) -> Session:
         if self._session is None or self.ending is not None:

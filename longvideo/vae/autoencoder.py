@@ -189,10 +189,11 @@ def _check_state(state: State | None, coder: nn.Module, grid: tuple[int, ...], x
             f"state holds {len(state)} tensors; expected {num_remembering(coder)}; pass the state that the previous"
             f" call of the same {type(coder).__name__.lower()} returned"
         )
-    got, expected = (state[0].shape[0], state[0].shape[1], *state[0].shape[3:]), (x.shape[0], *grid)
-    if got != expected:
+    sizes, expected = (state[0].shape[0], state[0].shape[1], *state[0].shape[3:]), (x.shape[0], *grid)
+    if sizes != expected:
         raise UserError(
-            f"state has batch, channels, height, width {got}; expected {expected}; all calls of a stream have one size"
+            f"state has batch, channels, height, width {sizes}; expected {expected}; all calls of a stream have one"
+            " size"
         )
     if state[0].device != x.device:
         raise UserError(f"state is on {state[0].device}; expected {x.device} like the frames; move it there")
