@@ -171,7 +171,10 @@ class Trainer:
         done = step >= self.total_steps
         if ending.number and not done:
             self.mesh.barrier()
-            log.note(f"stopped by {signal.Signals(ending.number).name} at step {step} of {self.total_steps}, saved")
+            name = signal.Signals(ending.number).name
+            log.note(
+                f"stopped by {name} at step {step} of {self.total_steps}, {'saved' if step else 'nothing to save'}"
+            )
             raise RunStopped(ending.number, step)
         if self.exported_step() != step:
             self.sample(step, log)

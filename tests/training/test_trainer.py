@@ -22,7 +22,8 @@ from longvideo.training.engine import LocalEngine
 from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
 from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
-from longvideo.training.trainer import Diverged, Trainer
+from longvideo.training.stopping import RunStopped
+from longvideo.training.trainer import Diverged, Ending, Trainer
 from longvideo.training.window import Window
 from tests.files.test_writing import no_file_longer_than
 
@@ -143,6 +144,15 @@ def test_steps_that_were_mostly_skipped_are_neither_saved_nor_exported_by_any_st
             trainer.run()
     assert trainer.checkpoints.steps() == [] and trainer.exported_step() == -1
     assert not (tmp_path / "model").exists()
+
+
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = toy_trainer(tmp_path, 4)
+    trainer.ending = lambda _deadline, _signals: Ending(signal.SIGTERM, 0)  # type: ignore[method-assign]
+    with pytest.raises(RunStopped):
+        trainer.run()
+    assert "stopped by SIGTERM at step 0 of 4, nothing to save\n" in capsys.readouterr().out
+    assert trainer.checkpoints.steps() == []
 
 
 def test_a_signal_does_not_save_steps_that_were_mostly_skipped(tmp_path: Path) -> None:
