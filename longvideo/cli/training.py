@@ -39,11 +39,11 @@ Device = Annotated[
     str | None, typer.Option(help="`cuda`, `cuda:N` or `cpu`.  [default: the GPU if there is one]", show_default=False)
 ]
 DryRun = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--dry-run",
         metavar="STEPS",
-        min=0,
+        min=1,
         show_default=False,
         help="Time this many steps of each stage, write nothing, and end.",
     ),
@@ -66,7 +66,7 @@ def training_command(run: Callable[[RunOptions], None], *, command: str, folder:
         resume: Resume = "auto",
         max_minutes: MaxMinutes = None,
         device: Device = None,
-        dry_run: DryRun = 0,
+        dry_run: DryRun = None,
         trace: Trace = False,
     ) -> None:
         run(
@@ -77,7 +77,7 @@ def training_command(run: Callable[[RunOptions], None], *, command: str, folder:
                 resume=resume,
                 max_minutes=max_minutes,
                 device=device,
-                dry_run=dry_run,
+                dry_run=dry_run or 0,
                 trace=trace,
             )
         )

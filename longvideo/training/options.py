@@ -40,9 +40,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise ConfigError(f"--max-minutes is {self.max_minutes:g}; expected a number above 0")
+            raise ConfigError(f"--max-minutes is {self.max_minutes:g}; expected a finite number above 0")
         if self.dry_run < 0:
             raise ConfigError(f"--dry-run is {self.dry_run}; expected a number of steps, at least 1")
+        if self.trace and not self.dry_run:
+            raise ConfigError("--trace lists the operations of a dry run; add --dry-run STEPS, or leave it out")
 
     @property
     def configs(self) -> list[str]:
