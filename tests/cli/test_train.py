@@ -156,7 +156,7 @@ def test_train_ar_with_data_trains_clips_and_names_that_command(
         (["vae", "trainer.precision=fp8"], "trainer.precision is 'fp8'; expected one of 'auto', 'bf16', 'fp32'"),
         (["ar", "vae=nowhere"], "no model 'nowhere'"),
         (["vae", "--max-minutes", "0"], "--max-minutes is 0; expected a finite number above 0"),
-        (["vae", "--dry-run", "0"], "0 is not in the range x>=1"),
+        (["vae", "--dry-run", "0"], "--dry-run': Input should be greater than or equal to 1"),
         (["vae", "--trace"], "--trace lists the operations of a dry run; add --dry-run STEPS"),
         (["vae", "--resume", "maybe"], "'maybe' is not one of 'auto', 'never'"),
         (["clips", "tiny/ar"], "unknown key 'vae'"),
