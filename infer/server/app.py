@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,7 +34,7 @@ from longvideo.infer.server.metrics import CONTENT_TYPE, ServerMetrics
 from longvideo.infer.server.reference_files import ReferenceChecker
 from longvideo.infer.server.references import References
 from longvideo.infer.server.security import OPEN_FOLDER, Guard, error_answer
-from longvideo.infer.server.served_folder import DATABASE, REFERENCES
+from longvideo.infer.server.served_folder import DATABASE, REFERENCES, for_clients
 from longvideo.infer.server.stream import Streams, serve_client
 from longvideo.infer.server.stream_routes import stream_routes
 
@@ -54,6 +55,8 @@ TINY_EXAMPLES = [
     "a green triangle pulses and a small pink square moves right over a gray background",
     "at night, a red star falls while a large cyan ring flies to the left",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
@@ -88,7 +91,7 @@ def build_app(pipeline: StreamingPipeline, settings: ServerSettings) -> FastAPI:
     app.state.settings, app.state.waiting = settings, WaitingConnections(settings.limits)
     app.state.streams, app.state.worker = streams, worker
     app.add_middleware(Guard, settings=settings)
-    _add_error_handlers(app)
+    _add_error_handlers(app, settings)
     token = _described_token(settings)
     _add_descriptions(app, pipeline, settings)
     _add_metrics(app, metrics, streams, store, token)
@@ -176,7 +179,7 @@ def _described_token(settings: ServerSettings) -> list[Any]:
     return [] if settings.token is None else [Depends(HTTPBearer(auto_error=False))]
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, settings: ServerSettings) -> None:
     @app.exception_handler(RequestValidationError)
     def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         errors = error.errors()
@@ -191,7 +194,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(WriteError)
     @app.exception_handler(StoreError)
     def full(_request: Request, error: UserError) -> JSONResponse:
-        return error_answer(HTTPStatus.INSUFFICIENT_STORAGE, "storage", str(error))
+        log.error("a request failed: %s", error)
+        return error_answer(HTTPStatus.INSUFFICIENT_STORAGE, "storage", for_clients(error, settings.folder))
 
     @app.exception_handler(Exception)
     def broken(_request: Request, _error: Exception) -> JSONResponse:

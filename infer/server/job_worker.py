@@ -15,7 +15,7 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.infer.script import Script
 from longvideo.infer.server.job_store import Job, JobStore
 from longvideo.infer.server.metrics import ServerMetrics
-from longvideo.infer.server.served_folder import FOOTAGE, PICTURES, VIDEOS
+from longvideo.infer.server.served_folder import FOOTAGE, PICTURES, VIDEOS, for_clients
 from longvideo.infer.writer import VideoWriter, count_playable_frames
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class JobWorker:
     def __init__(self, pipeline: StreamingPipeline, store: JobStore, folder: Path, metrics: ServerMetrics) -> None:
         """folder: folder of the server."""
         self._pipeline, self._store, self._metrics = pipeline, store, metrics
+        self._folder = folder
         self._videos, self._pictures, self._footage = folder / VIDEOS, folder / PICTURES, folder / FOOTAGE
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._closing = threading.Event()
@@ -123,8 +124,8 @@ class JobWorker:
         if future.cancelled() or (error := future.exception()) is None:
             return
         if isinstance(error, UserError):
-            message = str(error)
-            log.error("job %s failed: %s", job.id, message)
+            message = for_clients(error, self._folder)
+            log.error("job %s failed: %s", job.id, error)
         else:
             message = "the video could not be generated; the server's log has the reason"
             log.error("job %s failed", job.id, exc_info=error)

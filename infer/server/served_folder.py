@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ def served_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot use the folder {folder}: {reason(error)}") from error
         yield
+
+
+def for_clients(error: UserError, folder: Path) -> str:
+    """Return the message of an error with the names of files in the server's folder, whose path clients do not see."""
+    return str(error).replace(f"{folder}{os.sep}", "")
 
 
 def _make_private(folder: Path) -> None:

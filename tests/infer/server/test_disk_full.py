@@ -45,11 +45,13 @@ def test_a_job_fails_with_the_reason_and_the_server_recovers(model_folder: Path,
         wait_until(lambda: job_now(http, running)["frames"] > 100)
         fill_disk(process)
         failed = wait_for(http, running, "failed")
-        assert failed["error"]["code"] == "failed" and "cannot write" in failed["error"]["message"]
+        assert failed["error"]["code"] == "failed"
+        assert failed["error"]["message"].startswith(f"cannot write videos/{running['id']}.mp4: ")
         assert failed["completed_at"] is not None
         assert wait_for(http, queued, "failed")["error"]["message"].startswith("cannot write")
         refused = http.post("/v1/videos", json={"prompt": PROMPT})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage")
+        assert refused.json()["error"]["message"].startswith("cannot write the list of jobs jobs.sqlite: ")
         assert http.post(f"/v1/videos/{running['id']}/cancel").json()["status"] == "failed"
         assert http.delete(f"/v1/videos/{done['id']}").status_code in (200, 507)
         statuses = [job["status"] for job in http.get("/v1/videos").json()["data"]]
