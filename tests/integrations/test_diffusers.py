@@ -87,7 +87,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def test_tiny_gives_the_frames_of_the_streaming_pipeline_bit_for_bit() -> None:
-    streaming = StreamingPipeline.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    streaming = StreamingPipeline.from_pretrained("tiny", device="cpu", dtype=torch.float32, decoder="wan")
     prompt = "a small red circle drifts left over a black background"
     own = np.concatenate(list(streaming.stream(prompt, seconds=13 / FPS, steps=1, seed=5)))
     output = load("tiny")(prompt, num_frames=13, num_inference_steps=1, generator=seeded(5))

@@ -28,8 +28,8 @@ class DistillationConfig(Bounded):
     """Weights of the terms of the loss.
 
     l1: weight of the absolute error.
-    l2: weight of the squared error. It makes the decoder show small objects early in a run: until it does, the absolute
-        error is small, because they cover few pixels.
+    l2: weight of the squared error. It is largest where the decoder shows no object or rounds a corner, which changes
+        few pixels by much.
     edge: weight of the absolute error of differences between pixels that are neighbors in space.
     temporal: weight of the absolute error of differences between pixels that are neighbors in time.
     outlines: additional weight of the pixels near an outline, which is an edge of color in the full decoder's picture.
@@ -38,10 +38,10 @@ class DistillationConfig(Bounded):
     """
 
     l1: float = bounded(1.0, least=0)
-    l2: float = bounded(2.0, least=0)
+    l2: float = bounded(8.0, least=0)
     edge: float = bounded(1.0, least=0)
     temporal: float = bounded(0.5, least=0)
-    outlines: float = bounded(4.0, least=0)
+    outlines: float = bounded(16.0, least=0)
     compile: bool = True
     compile_mode: str = "default"
 
