@@ -13,7 +13,7 @@ from longvideo.infer.timeline import Step
 from longvideo.model.cache import ChunkWindow, past_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from longvideo.infer.script import ChunkTiming
     from longvideo.infer.timeline import LiveShot
@@ -76,20 +76,21 @@ class History:
         *,
         decode_lookback: int,
         capacity: int,
-        steps: Sequence[Step] = (),
-        records: Iterable[ChunkRecord] = (),
+        steps: Sequence[Step] | None = None,
+        records: Sequence[ChunkRecord] = (),
     ) -> None:
         """Start a history, or restore one.
 
         decode_lookback: number of earlier latent frames that a decoded frame depends on; see `longvideo.vae.halo`.
         capacity: number of the latest chunks whose latents are stored; more are stored if the next chunk needs them.
-        steps, records: steps of all chunks and records of the stored ones, of a history to restore.
+        steps, records: steps of all chunks and records of the stored ones, of a history to restore. Without steps,
+        every chunk has a record.
         """
         self._spec = spec
         self._lookback = -(-decode_lookback // spec.chunk_frames)
         # the next chunk needs the noise of the last one, and the latents that the decoder depends on
         self._capacity = max(capacity, self._lookback, 1)
-        self._steps = list(steps)
+        self._steps = [record.step for record in records] if steps is None else list(steps)
         self._records = {record.step.index: record for record in records}
         self._window = self._replayed()
 
@@ -179,18 +180,24 @@ class History:
         return shots
 
 
-def footage_records(chunks: Sequence[Tensor], shot: LiveShot, timing: ChunkTiming, *, seed: int) -> list[ChunkRecord]:
-    """Return the records of footage, as if it had been generated as the first chunks of a video.
+def footage_records(
+    chunks: Sequence[Tensor], shots: Sequence[LiveShot], timing: ChunkTiming, *, generators: Sequence[torch.Generator]
+) -> list[ChunkRecord]:
+    """Return the records of footage, as if it had been generated as the first chunks of a video or of several.
 
-    chunks: latents, [1, C, T, H, W] each. shot: that of their clean pass. seed: seed of the video's noise.
+    chunks: latents, [1, C, T, H, W] each, the same for all videos. shots: that of the clean pass of each video.
+    generators: source of each video's noise, from which the noise of these chunks is drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
+    prompts = tuple(shot.prompt for shot in shots)
+    negative_prompts = tuple(shot.negative_prompt for shot in shots)
     records = []
     for index, latents in enumerate(chunks):
         num_frames = timing.start(index + 1) - timing.start(index)
-        step = Step(index, (shot.prompt,), (shot.negative_prompt,), cut=False, num_frames=num_frames)
-        records.append(ChunkRecord(step, latents, (generator.get_state(),)))
-        generator = _advanced(generator.get_state(), latents)
+        step = Step(index, prompts, negative_prompts, cut=False, num_frames=num_frames)
+        noise = tuple(generator.get_state() for generator in generators)
+        records.append(ChunkRecord(step, latents.repeat(len(shots), 1, 1, 1, 1), noise))
+        for generator in generators:
+            _draw(generator, latents)
     return records
 
 
@@ -198,5 +205,10 @@ def _advanced(state: Tensor, latents: Tensor) -> torch.Generator:
     """Return a generator that was in a state and has generated the noise of one chunk since."""
     generator = torch.Generator()
     generator.set_state(state)
-    torch.randn(latents.shape[1:], generator=generator)
+    _draw(generator, latents)
     return generator
+
+
+def _draw(generator: torch.Generator, latents: Tensor) -> None:
+    """Draw the noise of a chunk with latents [B, C, T, H, W], of one sample."""
+    torch.randn(latents.shape[1:], generator=generator)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from longvideo.checkpoint.choices import adapter_choices
 from longvideo.checkpoint.chosen_adapters import open_choice
@@ -16,18 +17,19 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError, shown
 from longvideo.infer.batch import batch_scripts
-from longvideo.infer.beginning import BeginningChoice
+from longvideo.infer.beginning import Beginning, BeginningChoice
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_path, whole_number
+from longvideo.infer.planned_video import planned_inputs
 from longvideo.infer.prompt_rules import PromptRules, unknown_words_warning
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, check_seconds, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, model_identity, read_snapshot
 from longvideo.infer.stage_pool import StagePool
-from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, Step, SwitchMode, planned_steps
+from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, Step, SwitchMode
 from longvideo.infer.video_inputs import VideoInputs
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
@@ -35,9 +37,7 @@ from longvideo.rollout import branches
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    import torch
-
-    from longvideo.infer.beginning import Beginning, FirstPicture
+    from longvideo.infer.beginning import FirstPicture
     from longvideo.infer.footage import FootageSource
     from longvideo.infer.generation import GeneratedChunk, Models
 
@@ -279,7 +279,8 @@ class StreamingPipeline:
             self.models.decoder_label,
             len(footage),
         )
-        records = footage_records(footage, shot, self.chunk_timing, seed=sampling.seed)
+        generators = [torch.Generator().manual_seed(sampling.seed)]
+        records = footage_records(footage, [shot], self.chunk_timing, generators=generators)
         session = self._session({0: shot}, options, self._new_history(history_chunks, records))
         session.notice = beginning.warning
         self._warn_unknown_words([prompt, negative_prompt])
@@ -320,26 +321,16 @@ class StreamingPipeline:
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         for script in scripts:
             self.prompt_rules(options[0]).check_script(script)
-        timeline = planned_steps(plan_chunks(scripts[0], self.chunk_timing), scripts)
+        generators = [torch.Generator().manual_seed(own.seed) for own in options]
+        inputs = planned_inputs(self.models, scripts, options[0], generators=generators, beginning=Beginning())
         self._warn_unknown_words([text for script in scripts for text in script.texts])
-        inputs = VideoInputs.of(timeline, self.models.settings, options[0], seeds=[option.seed for option in options])
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
     def _video(
         self, script: Script, options: SamplingOptions, beginning: Beginning
     ) -> Generator[GeneratedChunk, None, None]:
-        footage, first = beginning.footage, LiveShot(script.shots[0].prompt, negative_prompt=script.negative_prompts[0])
-        plan = self.plan(script, continues=bool(footage))
-        records = footage_records(footage, first, self.chunk_timing, seed=options.seed)
-        inputs = VideoInputs.of(
-            planned_steps(plan, [script], first=len(footage)),
-            self.models.settings,
-            options,
-            seeds=[options.seed],
-            first_latent=beginning.first_latent,
-            past=self._new_history(0, records).past_of(len(footage)),
-        )
-        return self.generate(inputs)
+        generators = [torch.Generator().manual_seed(options.seed)]
+        return self.generate(planned_inputs(self.models, [script], options, generators=generators, beginning=beginning))
 
     def _session(self, shots: Shots, options: SessionOptions, history: History) -> Session:
         sampling, check = options.sampling, self.prompt_rules(options.sampling).check_shot
@@ -347,9 +338,14 @@ class StreamingPipeline:
         def generate(steps: LiveSteps, past: Past | None) -> Generator[GeneratedChunk, None, None]:
             if options.model != model_identity(self.models):
                 raise UserError("the adapters have changed since the session began; start another session")
-            settings, first_latent = self.models.settings, options.first_latent
+            generators = past.generators if past else [torch.Generator().manual_seed(sampling.seed)]
             inputs = VideoInputs.of(
-                steps, settings, sampling, seeds=[sampling.seed], first_latent=first_latent, past=past
+                steps,
+                self.models.settings,
+                sampling,
+                generators=generators,
+                first_latent=options.first_latent,
+                past=past,
             )
             return self.generate(inputs)
 
@@ -364,10 +360,10 @@ class StreamingPipeline:
     def _new_history(
         self, capacity: int, records: Sequence[ChunkRecord] = (), steps: Sequence[Step] | None = None
     ) -> History:
-        """Return a history of chunks. steps: of all chunks; None means that every chunk has a record."""
-        steps = [record.step for record in records] if steps is None else steps
-        lookback = self.models.decoder.lookback
-        return History(self.models.spec, decode_lookback=lookback, capacity=capacity, steps=steps, records=records)
+        models = self.models
+        return History(
+            models.spec, decode_lookback=models.decoder.lookback, capacity=capacity, steps=steps, records=records
+        )
 
     def generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:
         """Generate a video, or a batch of videos, from inputs that are already checked; yield its chunks.

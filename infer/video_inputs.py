@@ -42,19 +42,19 @@ class VideoInputs:
         settings: ModelSettings,
         options: SamplingOptions,
         *,
-        seeds: Sequence[int],
+        generators: Sequence[torch.Generator],
         first_latent: Tensor | None = None,
         past: Past | None = None,
     ) -> VideoInputs:
         """Return the inputs of a video that is sampled by options, or by the model's settings where they are None.
 
-        seeds: seed of each sample's noise, without effect where `past` has the generators.
+        The others are fields.
         """
         return cls(
             steps=steps,
             solver=UniPC(settings.steps if options.steps is None else options.steps, settings.shift),
             guidance=settings.guidance if options.guidance is None else options.guidance,
-            generators=past.generators if past else tuple(torch.Generator().manual_seed(seed) for seed in seeds),
+            generators=tuple(generators),
             first_latent=first_latent,
             past=past,
         )

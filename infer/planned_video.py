@@ -1,0 +1,48 @@
+"""The inputs of a video, or of a batch of videos, all of whose chunks are planned, with what they begin with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from longvideo.infer.history import History, footage_records
+from longvideo.infer.script import ChunkTiming, plan_chunks
+from longvideo.infer.timeline import LiveShot, planned_steps
+from longvideo.infer.video_inputs import VideoInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from longvideo.infer.beginning import Beginning
+    from longvideo.infer.generation import Models
+    from longvideo.infer.options import SamplingOptions
+    from longvideo.infer.script import Script
+
+
+def planned_inputs(
+    models: Models,
+    scripts: Sequence[Script],
+    options: SamplingOptions,
+    *,
+    generators: Sequence[torch.Generator],
+    beginning: Beginning,
+) -> VideoInputs:
+    """Return the inputs of videos with checked scripts.
+
+    scripts: that of each video; their shots have equal lengths. generators: source of each video's noise; that of
+    footage is drawn from them at once. beginning: what every video begins with.
+    """
+    footage, timing = beginning.footage, ChunkTiming.of(models.settings, models.decoder.config)
+    plan = plan_chunks(scripts[0], timing.after_footage if footage else timing)
+    shots = [LiveShot(script.shots[0].prompt, negative_prompt=script.negative_prompts[0]) for script in scripts]
+    records = footage_records(footage, shots, timing, generators=generators)
+    history = History(models.spec, decode_lookback=models.decoder.lookback, capacity=0, records=records)
+    return VideoInputs.of(
+        planned_steps(plan, scripts, first=len(footage)),
+        models.settings,
+        options,
+        generators=generators,
+        first_latent=beginning.first_latent,
+        past=history.past_of(len(footage)),
+    )
