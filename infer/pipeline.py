@@ -17,19 +17,19 @@ from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.picture_size import PictureSize
 from longvideo.errors import UserError, shown
 from longvideo.infer.batch import batch_scripts
-from longvideo.infer.beginning import Beginning, BeginningChoice
+from longvideo.infer.beginning import BeginningChoice
 from longvideo.infer.fit.formats import check_hardware, start_line
 from longvideo.infer.fit.placement import Placement
-from longvideo.infer.history import HISTORY_CHUNKS, ChunkRecord, History, Past, footage_records
+from longvideo.infer.history import HISTORY_CHUNKS, History
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions, check_path, whole_number
-from longvideo.infer.planned_video import planned_inputs
+from longvideo.infer.planned_video import footage_history, planned_inputs
 from longvideo.infer.prompt_rules import PromptRules, unknown_words_warning
 from longvideo.infer.script import ChunkPlan, ChunkTiming, Script, ShotRequest, check_seconds, plan_chunks
 from longvideo.infer.session import Session
 from longvideo.infer.snapshot import SessionOptions, model_identity, read_snapshot
 from longvideo.infer.stage_pool import StagePool
-from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, Step, SwitchMode
+from longvideo.infer.timeline import LiveShot, LiveSteps, Shots, SwitchMode
 from longvideo.infer.video_inputs import VideoInputs
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.rollout import branches
@@ -37,9 +37,10 @@ from longvideo.rollout import branches
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from longvideo.infer.beginning import FirstPicture
+    from longvideo.infer.beginning import Beginning, FirstPicture
     from longvideo.infer.footage import FootageSource
     from longvideo.infer.generation import GeneratedChunk, Models
+    from longvideo.infer.history import Past
 
 MAX_HISTORY_CHUNKS = 2**31
 
@@ -280,8 +281,8 @@ class StreamingPipeline:
             len(footage),
         )
         generators = [torch.Generator().manual_seed(sampling.seed)]
-        records = footage_records(footage, [shot], self.chunk_timing, generators=generators)
-        session = self._session({0: shot}, options, self._new_history(history_chunks, records))
+        history = footage_history(self.models, footage, [shot], generators=generators, capacity=history_chunks)
+        session = self._session({0: shot}, options, history)
         session.notice = beginning.warning
         self._warn_unknown_words([prompt, negative_prompt])
         return session
@@ -295,7 +296,13 @@ class StreamingPipeline:
         """
         check_path(path, "the snapshot")
         snapshot = read_snapshot(Path(path), model=model_identity(self.models), latent_shape=self.latent_shape)
-        history = self._new_history(HISTORY_CHUNKS, snapshot.records, snapshot.steps)
+        history = History(
+            self.models.spec,
+            decode_lookback=self.models.decoder.lookback,
+            capacity=HISTORY_CHUNKS,
+            steps=snapshot.steps,
+            records=snapshot.records,
+        )
         before, now = snapshot.options.decoder, self.models.decoder_label
         session = self._session(snapshot.shots, replace(snapshot.options, decoder=now), history)
         if before not in ("", now):
@@ -311,18 +318,23 @@ class StreamingPipeline:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
+        image: FirstPicture | None = None,
+        video: FootageSource | None = None,
+        video_seconds: float | None = None,
     ) -> np.ndarray:
         """Generate several videos of equal length together; return frames, uint8 [B, T, H, W, 3].
 
         prompts: for every video, a prompt for each shot. seconds: length of each shot, the same in all videos. seeds:
-        seed of each video; its noise depends on no other seed. steps, guidance: as in `stream`.
+        seed of each video; its noise depends on no other seed. The others are those of `stream`, for all videos: every
+        video begins with the same picture, or continues the same footage.
         """
         scripts = batch_scripts(prompts, seconds, seeds)
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         for script in scripts:
             self.prompt_rules(options[0]).check_script(script)
         generators = [torch.Generator().manual_seed(own.seed) for own in options]
-        inputs = planned_inputs(self.models, scripts, options[0], generators=generators, beginning=Beginning())
+        beginning = BeginningChoice(image, video, video_seconds).encode(self.models)
+        inputs = planned_inputs(self.models, scripts, options[0], generators=generators, beginning=beginning)
         self._warn_unknown_words([text for script in scripts for text in script.texts])
         return np.concatenate([chunk.frames for chunk in self.generate(inputs)], axis=1)
 
@@ -355,14 +367,6 @@ class StreamingPipeline:
             history,
             generate=generate,
             check_words=lambda *texts: self._warn_unknown_words(texts),
-        )
-
-    def _new_history(
-        self, capacity: int, records: Sequence[ChunkRecord] = (), steps: Sequence[Step] | None = None
-    ) -> History:
-        models = self.models
-        return History(
-            models.spec, decode_lookback=models.decoder.lookback, capacity=capacity, steps=steps, records=records
         )
 
     def generate(self, inputs: VideoInputs) -> Generator[GeneratedChunk, None, None]:

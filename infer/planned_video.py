@@ -1,4 +1,4 @@
-"""The inputs of a video, or of a batch of videos, all of whose chunks are planned, with what they begin with."""
+"""The inputs of a video, or of a batch of videos, all of whose chunks are planned, and the history of footage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import Tensor
 
     from longvideo.infer.beginning import Beginning
     from longvideo.infer.generation import Models
@@ -36,8 +37,7 @@ def planned_inputs(
     footage, timing = beginning.footage, ChunkTiming.of(models.settings, models.decoder.config)
     plan = plan_chunks(scripts[0], timing.after_footage if footage else timing)
     shots = [LiveShot(script.shots[0].prompt, negative_prompt=script.negative_prompts[0]) for script in scripts]
-    records = footage_records(footage, shots, timing, generators=generators)
-    history = History(models.spec, decode_lookback=models.decoder.lookback, capacity=0, records=records)
+    history = footage_history(models, footage, shots, generators=generators)
     return VideoInputs.of(
         planned_steps(plan, scripts, first=len(footage)),
         models.settings,
@@ -46,3 +46,17 @@ def planned_inputs(
         first_latent=beginning.first_latent,
         past=history.past_of(len(footage)),
     )
+
+
+def footage_history(
+    models: Models,
+    footage: Sequence[Tensor],
+    shots: Sequence[LiveShot],
+    *,
+    generators: Sequence[torch.Generator],
+    capacity: int = 0,
+) -> History:
+    """Return a history with the chunks of footage. The arguments are those of `footage_records` and `History`."""
+    timing = ChunkTiming.of(models.settings, models.decoder.config)
+    records = footage_records(footage, shots, timing, generators=generators)
+    return History(models.spec, decode_lookback=models.decoder.lookback, capacity=capacity, records=records)

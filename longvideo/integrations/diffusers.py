@@ -34,9 +34,7 @@ from longvideo.infer.fit.placement import Placement
 from longvideo.infer.loading import load_models
 from longvideo.infer.options import SamplingOptions
 from longvideo.infer.pipeline import StreamingPipeline
-from longvideo.infer.script import plan_chunks
-from longvideo.infer.timeline import Step, planned_steps
-from longvideo.infer.video_inputs import VideoInputs
+from longvideo.infer.planned_video import planned_inputs
 from longvideo.integrations.diffusers_arguments import (
     TENSOR_INPUTS,
     CallOptions,
@@ -56,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Iterator
 
     from longvideo.infer.script import Script
+    from longvideo.infer.timeline import Step
     from longvideo.integrations.diffusers_arguments import Frames
 
 DECODER_PRECISIONS: dict[torch.dtype, DecoderPrecision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -205,10 +204,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def stream(
         self, prompt: str | list[str] | Script, negative_prompt: str | list[str] | None = None, **options: Any
     ) -> Generator[Frames, None, None]:
-        """Generate videos; yield their frames chunk by chunk. The first chunk comes in two parts: its first frame, then
-        the others.
+        """Generate videos; yield their frames chunk by chunk.
 
-        The arguments are those of a call, without return_dict.
+        The first chunk comes in two parts, its first frame and then the others, unless it continues footage. The
+        arguments are those of a call, without return_dict.
         Raises UserError for a value that cannot be used, when it is called and not while iterating.
         """
         return self._generate(prompt, negative_prompt, CallOptions(**options))
@@ -223,10 +222,11 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         model, sampling = streaming.models.settings, call.sampling
         steps = model.steps if sampling.steps is None else sampling.steps
         self._guidance_scale = max(1.0, model.guidance if sampling.guidance is None else sampling.guidance)
-        rules = streaming.prompt_rules(SamplingOptions(guidance=self._guidance_scale))
+        options = SamplingOptions(steps, self._guidance_scale)
+        rules = streaming.prompt_rules(options)
         for script in own_scripts:
             rules.check_script(script)
-        plan = plan_chunks(scripts[0], streaming.chunk_timing)
+        plan = streaming.plan(scripts[0], continues=call.video is not None)
         check_noise(call.latents, (len(scripts), *streaming.latent_shape), plan.num_chunks)
         if message := streaming.unknown_words_warning([text for script in own_scripts for text in script.texts]):
             warnings.warn(message, UserWarning, stacklevel=3)
@@ -238,13 +238,10 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             progress.update()
             return call.after_step(self, next(numbers), timestep, sample)
 
-        inputs = VideoInputs(
-            steps=self._until_interrupted(planned_steps(plan, scripts)),
-            solver=ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents),
-            guidance=self._guidance_scale,
-            generators=generators,
-            first_latent=BeginningChoice(call.image).encode(streaming.models).first_latent,
-        )
+        beginning = BeginningChoice(call.image, call.video, call.video_seconds).encode(streaming.models)
+        inputs = planned_inputs(streaming.models, scripts, options, generators=generators, beginning=beginning)
+        solver = ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents)
+        inputs = replace(inputs, steps=self._until_interrupted(inputs.steps), solver=solver)
         scale = streaming.models.decoder.config.scale_factor_temporal
         return frames_of(streaming.generate(inputs), call.output_type, progress, temporal_scale=scale)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from longvideo.errors import UserError, known
 from longvideo.infer.beginning import FirstPicture
+from longvideo.infer.footage import FootageSource
 from longvideo.infer.frame_files import WHITE
 from longvideo.infer.generation import GeneratedChunk
-from longvideo.infer.options import MAX_STEPS, SamplingOptions, shown, whole_number
+from longvideo.infer.options import MAX_STEPS, SamplingOptions, check_beginning, shown, whole_number
 from longvideo.infer.script import MAX_SECONDS, Script, check_prompt
 
 if TYPE_CHECKING:
@@ -47,14 +48,15 @@ class CallOptions:
     model's own for both. num_videos_per_prompt: videos of each prompt. generator: CPU generators of the noise, one for
     all videos or one for each; None means torch's global one. A generator with the seed of `StreamingPipeline.stream`
     gives the same video. latents: noise of all chunks, [B, C, T, H, W], in place of what is drawn. image: first frame,
-    as in `StreamingPipeline.stream`. output_type: "np" for float32 [B, T, H, W, 3] from 0 to 1, "pt" for
-    [B, T, 3, H, W], "pil" for a list of pictures for each video, "latent" for normalized latents [B, C, T, H, W].
+    as in `StreamingPipeline.stream`. video, video_seconds: footage that all videos continue, as there.
+    output_type: "np" for float32 [B, T, H, W, 3] from 0 to 1, "pt" for [B, T, 3, H, W], "pil" for a list of pictures
+    for each video, "latent" for normalized latents [B, C, T, H, W].
     callback_on_step_end: function that is called as `callback(pipeline, step, timestep, {"latents": ...})` after every
     step, with the latents of the chunk in progress, and may return others under "latents". Steps are numbered over all
     chunks; `num_timesteps` is their number. It runs in the thread that denoises. callback_on_step_end_tensor_inputs:
     names of the tensors that it receives, of which "latents" is the only one. max_sequence_length: text positions; None
     means the model's own.
-    Raises UserError for an output type, a number or a name that cannot be used.
+    Raises UserError for an output type, a number or a name that cannot be used, and for an image with a video.
     """
 
     height: int | None = None
@@ -66,12 +68,15 @@ class CallOptions:
     generator: Generators = None
     latents: Tensor | None = None
     image: FirstPicture | None = None
+    video: FootageSource | None = None
+    video_seconds: float | None = None
     output_type: OutputType = "np"
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = TENSOR_INPUTS
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
+        check_beginning(self.image, self.video, self.video_seconds)
         known("output_type", self.output_type, OUTPUT_TYPES)
         for name in self.tensor_inputs:
             if name not in TENSOR_INPUTS:

@@ -104,6 +104,17 @@ def test_footage_prompt_and_seed_change_the_video(pipeline: StreamingPipeline, f
         assert not np.array_equal(video(pipeline, prompt, seconds=1, **options), base)
 
 
+@pytest.mark.parametrize("options", [{}, {"video_seconds": 1.5, "guidance": 2.0}])
+def test_a_batch_continues_footage_as_each_video_alone(
+    pipeline: StreamingPipeline, footage: Tensor, options: dict[str, Any]
+) -> None:
+    scripts = [[PROMPT, OTHER], [OTHER, PROMPT]]
+    batch = pipeline.generate_batch(scripts, seconds=[2, 2], seeds=[3, 4], video=footage, **options)
+    for row, (prompts, seed) in enumerate(zip(scripts, (3, 4), strict=True)):
+        alone = video(pipeline, prompts, seconds=4, seed=seed, video=footage, **options)
+        assert alone.shape == batch[row].shape and np.abs(alone.astype(int) - batch[row]).max() <= 1
+
+
 def test_the_decoder_continues_after_the_footage(pipeline: StreamingPipeline, footage: Tensor) -> None:
     chunks = list(pipeline.stream_chunks(PROMPT, seconds=2, video=footage))
     context = BeginningChoice(video=footage).encode(pipeline.models).footage
@@ -167,6 +178,8 @@ def test_footage_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.stream(PROMPT, seconds=1, **options)
+    with pytest.raises(UserError, match=message):
+        pipeline.generate_batch([[PROMPT]], seconds=[1], seeds=[0], **options)
 
 
 def test_a_model_without_an_encoder_is_named(pipeline: StreamingPipeline, tmp_path: Path) -> None:

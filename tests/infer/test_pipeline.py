@@ -197,6 +197,9 @@ def test_a_given_picture_is_the_first_frame(pipeline: StreamingPipeline, model_f
     assert not np.array_equal(frames, video(pipeline, PROMPTS[0], seconds=1))
     for image in (pixels, torch.from_numpy(pixels), Image.fromarray(pixels), str(tmp_path / "first.png")):
         assert np.array_equal(video(pipeline, PROMPTS[0], seconds=1, image=image), frames)
+    batch = pipeline.generate_batch([PROMPTS[:1], PROMPTS[1:2]], seconds=[1], seeds=[0, 1], image=pixels)
+    others = video(pipeline, PROMPTS[1], seconds=1, seed=1, image=pixels)
+    assert np.abs(batch.astype(int) - np.stack([frames, others])).max() <= 1
 
 
 def test_unknown_words_are_named_in_a_warning(pipeline: StreamingPipeline) -> None:

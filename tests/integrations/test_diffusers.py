@@ -35,10 +35,12 @@ from longvideo.integrations.diffusers_modules import model_folder
 from longvideo.quantization.number_formats import NumberFormats
 from longvideo.text.tokenizer import word_tokenizer
 from tests.checkpoint import small
+from tests.data.footage import square
 
 PROMPT = "a red ball moves left"
 FPS = 24
 FIRST, CHUNK = 29, 32
+PICTURE = np.full((64, 96, 3), (200, 30, 60), dtype=np.uint8)
 CPU = Placement(torch.device("cpu"), torch.device("cpu"), dtype=torch.float32)
 
 
@@ -144,8 +146,26 @@ def test_a_script_has_its_own_length_and_shots(pipe: CausalWanPipeline, referenc
 def test_a_first_picture_is_the_one_of_the_streaming_pipeline(
     pipe: CausalWanPipeline, reference: StreamingPipeline
 ) -> None:
-    picture = np.full((64, 96, 3), (200, 30, 60), dtype=np.uint8)
-    assert np.array_equal(as_bytes(frames(pipe, image=picture)[0]), expected(reference, image=picture))
+    assert np.array_equal(as_bytes(frames(pipe, image=PICTURE)[0]), expected(reference, image=PICTURE))
+
+
+@pytest.mark.filterwarnings("ignore:the video comes back from the model's autoencoder")
+@pytest.mark.parametrize("options", [{}, {"video_seconds": 1.5}])
+def test_continued_footage_is_that_of_the_streaming_pipeline(
+    pipe: CausalWanPipeline, reference: StreamingPipeline, options: dict[str, Any]
+) -> None:
+    options = {"video": square(90), **options}
+    own = expected(reference, **options)
+    assert np.array_equal(as_bytes(frames(pipe, **options)[0]), own) and not np.array_equal(own, expected(reference))
+    parts = [np.asarray(part) for part in pipe.stream(PROMPT, num_frames=70, num_inference_steps=1, **options)]
+    assert [part.shape[1] for part in parts] == [CHUNK, CHUNK, 70 - 2 * CHUNK]
+    assert frames(pipe, num_frames=70, output_type="latent", **options).shape[2] == 2 * 8 + 2
+    batch = frames(pipe, [PROMPT, PROMPT], generator=[seeded(), seeded(1)], **options)
+    singles = np.concatenate([frames(pipe, generator=seeded(seed), **options) for seed in range(2)])
+    assert np.abs(batch - singles).max() <= 2 / 255
+    known = 2 if len(options) == 1 else 1
+    noise = [torch.randn(1, 4, 8, 4, 6, generator=generator) for generator in [seeded()] * (known + 1)]
+    assert np.array_equal(as_bytes(frames(pipe, latents=noise[-1], generator=seeded(9), **options)[0]), own)
 
 
 # arguments
@@ -255,6 +275,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"latents": torch.zeros(1, 4, 8, 4, 6)},
         r"latents are \[1, 4, 8, 4, 6\]; expected .*\[1, 4, 16, 4, 6\]",
     ),
+    "picture and footage": ({"image": PICTURE, "video": square(90)}, "image and video exclude each other"),
+    "seconds of no footage": ({"video_seconds": 2}, "video_seconds is 2, but there is no video"),
+    "short footage": ({"video": square(28)}, "video has 28 frames at 24 per second"),
+    "footage": ({"video": 7}, "video is 7; expected a name or a path"),
     "tensors": ({"callback_on_step_end_tensor_inputs": ["image"]}, "has 'image'; expected only 'latents'"),
 }
 

@@ -62,7 +62,7 @@ def round_weights(module: nn.Module) -> None:
         parameter.copy_(parameter.bfloat16())
 
 
-def generated(folder: Path, prompts: list[tuple[str, ...]], seconds: tuple[float, ...], **options: int) -> np.ndarray:
+def generated(folder: Path, prompts: list[tuple[str, ...]], seconds: tuple[float, ...], **options: Any) -> np.ndarray:
     pipeline = StreamingPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
     return pipeline.generate_batch(prompts, seconds=seconds, seeds=range(len(prompts)), **options)
 
