@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longvideo.checkpoint.decoders import StoredDecoder
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.infer.background import BackgroundIterator
@@ -52,7 +53,7 @@ class Models:
     encoder: encoder of given frames, which may be loaded with the first ones. placement: devices and data type.
     formats: number formats; the precisions are not None and not "auto". group: ranks that share the denoising of every
     chunk, of which rank 0 decodes; None means one rank. folder: model that the transformer was loaded from, with its
-    adapters; None for random weights.
+    adapters; None for random weights. stored_decoder: file of the decoder; None for the model's autoencoder.
     """
 
     transformer: CausalTransformer
@@ -65,6 +66,7 @@ class Models:
     formats: NumberFormats
     group: ProcessGroup | None = None
     folder: ModelFolder | None = None
+    stored_decoder: StoredDecoder | None = None
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ def load_models(
             formats=formats,
             group=group,
             folder=folder,
+            stored_decoder=chosen,
         )
 
 

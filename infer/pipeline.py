@@ -133,8 +133,8 @@ class StreamingPipeline:
         adapters: as in `from_pretrained`. The transformer is read from its files again, after the old weights are
         freed: its bits are those of a new pipeline with these adapters, it takes the time of loading, no more memory
         than loading, and no copy of weights without adapters is kept.
-        Raises UserError while a video is generated and for a model without files, and CheckpointError for adapters that
-        cannot be used. The earlier adapters then stay.
+        Raises UserError while a video is generated, for a model without files and, before any weight is read, where a
+        GPU has too little memory; CheckpointError for adapters that cannot be used. The earlier adapters then stay.
         """
         folder = self.models.folder
         if folder is None:

@@ -11,6 +11,7 @@ from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.errors import UserError
 from longvideo.infer.generation import GeneratedChunk, Models, Stages, generate_chunks
 from longvideo.infer.loading import load_transformer
+from longvideo.infer.reloading import check_reloading
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import branches
 
@@ -67,13 +68,16 @@ class StagePool:
     def replace_transformer(self, folder: ModelFolder) -> None:
         """Load the transformer of a folder in place of the own one, which is freed first. Videos that begin wait.
 
-        Raises UserError while a video is generated. After an error in loading, the former transformer is loaded again.
+        Raises UserError while a video is generated, and, before any weight is read, where a GPU has too little memory.
+        After an error in loading, the former transformer is loaded again.
         """
         with self._lock:
             if self._running:
                 raise UserError("adapters cannot change while a video is generated; finish or close it first")
             former = self.models.folder
             assert former is not None
+            self._idle = None  # its memory is free for the check, and for the other transformer
+            check_reloading(self.models, folder)
             try:
                 self._load(folder)
             except BaseException:  # an interrupt too: without a transformer the pipeline could generate nothing more
@@ -83,8 +87,8 @@ class StagePool:
     def _load(self, folder: ModelFolder) -> None:
         empty = folder.build(TRANSFORMER)
         assert isinstance(empty, CausalTransformer)
-        # the old weights, and stages with their graphs, are freed before new memory is allocated
-        self._idle, self.models = None, replace(self.models, transformer=empty)
+        # the old weights are freed before new memory is allocated
+        self.models = replace(self.models, transformer=empty)
         transformer = load_transformer(folder, self.models.placement, self.models.formats)
         self.models = replace(self.models, transformer=transformer, folder=folder)
 

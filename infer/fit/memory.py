@@ -54,7 +54,8 @@ class Workload:
 
     batch: number of videos that are generated together, with the guidance of the settings. frees_text: whether the text
     encoder encodes all prompts before anything else is loaded, and is freed then. resident: bytes of the weights that
-    are on a device already, which the model uses where they are.
+    are on a device already, which the model uses where they are. loaded: bytes of the same model that are on a device
+    already, each of which is freed or used again while it is loaded.
     """
 
     shapes: ModelShapes
@@ -63,6 +64,7 @@ class Workload:
     batch: int = 1
     frees_text: bool = False
     resident: Mapping[torch.device, int] = field(default_factory=dict)
+    loaded: Mapping[torch.device, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> TransformerPrecision:
@@ -92,8 +94,6 @@ def estimate(workload: Workload) -> list[MemoryPart]:
     """
     shapes, placement = workload.shapes, workload.placement
     device, decode_device = numbered(placement.device), numbered(placement.decode_device)
-    transformer = _transformer(shapes.transformer)
-    text_encoder = None if shapes.text_encoder is None else _text_encoder(shapes.text_encoder)
     scale = shapes.autoencoder.scale_factor_spatial
     settings, fp8 = shapes.settings, workload.formats.decoder in FP8_FORMATS
     height, width = settings.height // scale, settings.width // scale
@@ -106,8 +106,8 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         devices=(device, decode_device),
         share=placement.decode_share,
     )
-    denoisers = {device: _denoiser(transformer, workload)}
-    text_encoders = {numbered(placement.text_device): _text_encoder_bytes(text_encoder, workload)}
+    denoisers = {device: _denoiser(_transformer(shapes.transformer), workload)}
+    text_encoders = {numbered(placement.text_device): _text_encoder_bytes(workload)}
     autoencoders = {decode_device: _decoder_values(config) * own_dtype.itemsize}
     parts = []
     for place in dict.fromkeys((device, decode_device)):
@@ -122,6 +122,23 @@ def estimate(workload: Workload) -> list[MemoryPart]:
         peak[RESIDENT] = -workload.resident.get(place, 0)
         parts += [MemoryPart(name, place, size) for name, size in peak.items() if size]
     return parts
+
+
+def loaded_bytes(workload: Workload) -> dict[torch.device, int]:
+    """Return the bytes that a loaded model takes on each GPU while no video is generated, with CUDA's context."""
+    shapes, placement = workload.shapes, workload.placement
+    _, weights = _loading_and_weights(_transformer(shapes.transformer), workload)
+    decoder_dtype = placement.decoder_dtype(workload.formats.decoder)
+    parts = (
+        (placement.device, weights),
+        (placement.text_device, _text_encoder_bytes(workload)),
+        (placement.decode_device, _decoder_values(shapes.decoder_config) * decoder_dtype.itemsize),
+    )
+    sizes = {numbered(device): CONTEXT_BYTES for device, _ in parts if device.type == "cuda"}
+    for device, size in parts:
+        if device.type == "cuda":
+            sizes[numbered(device)] += size
+    return sizes
 
 
 def decoding_parts(
@@ -261,10 +278,11 @@ def _linear(model: CausalTransformer, name: str) -> nn.Linear:
     return cast("nn.Linear", model.get_submodule(name))
 
 
-def _text_encoder_bytes(model: UMT5Encoder | None, workload: Workload) -> int:
+def _text_encoder_bytes(workload: Workload) -> int:
     precision, dtype = workload.formats.text_encoder, workload.placement.denoise_dtype
-    if model is None:
+    if workload.shapes.text_encoder is None:
         return 0
+    model = _text_encoder(workload.shapes.text_encoder)
     if precision == "bf16":
         return _num_values(model) * dtype.itemsize
     return quantized_bytes(model, precision, dtype, keep=POSITION_BIASES)

@@ -47,7 +47,8 @@ class Remedy:
 class Fit:
     """Memory of GPUs that streaming needs, and their free memory.
 
-    parts: parts of the memory of GPUs; CPUs are left out. free: free bytes of each GPU, if this machine has it.
+    parts: parts of the memory of GPUs; CPUs are left out. free: bytes of each GPU that are free or that the loaded
+    model takes, if this machine has it.
     has_small_decoder: whether the decoder is a tiny one. options: options of the command line that reduce the memory,
     the stronger ones last. remedy: the fastest set of them that is enough; None if
     all together are not, and if no GPU is insufficient.
@@ -80,7 +81,7 @@ def assess(workload: Workload) -> Fit:
     if present:
         torch.cuda.empty_cache()  # memory that torch has cached in this process counts as free
     is_small = not isinstance(workload.shapes.decoder_config, AutoencoderConfig)
-    fit = Fit(tuple(parts), {device: _free_bytes(device) for device in present}, is_small)
+    fit = Fit(tuple(parts), {device: _available_bytes(device, workload) for device in present}, is_small)
     if not fit.insufficient:
         return fit
     changes = _changes(workload)
@@ -101,7 +102,8 @@ def check_memory(workload: Workload) -> None:
         advice = f"with {options} it needs {fit.remedy.sizes()} ({fit.remedy.explained()})"
     else:
         advice = no_remedy(fit)
-    raise UserError("; ".join([*(_shortage(fit, device) for device in fit.insufficient), advice]))
+    shortages = [_shortage(fit, device, is_loaded=device in workload.loaded) for device in fit.insufficient]
+    raise UserError("; ".join([*shortages, advice]))
 
 
 def check_decoding_memory(parts: Sequence[MemoryPart]) -> None:
@@ -225,7 +227,7 @@ def _remedy(changes: Sequence[_Change], workload: Workload) -> Remedy | None:
         for change in choice:
             smaller = change.applied(smaller)
         needed = _totals(_gpu_parts(smaller))
-        if all(size <= _free_bytes(device) for device, size in needed.items()):
+        if all(size <= _available_bytes(device, workload) for device, size in needed.items()):
             return Remedy(tuple(change.option for change in choice), tuple(change.price for change in choice), needed)
     return None
 
@@ -239,6 +241,10 @@ def _gpu_parts(workload: Workload) -> list[MemoryPart]:
 def _other_device(device: torch.device) -> torch.device | None:
     """Return another GPU, the one with the most free memory; None if there is no other."""
     return max((other for other in cuda_devices() if other != device), key=_free_bytes, default=None)
+
+
+def _available_bytes(device: torch.device, workload: Workload) -> int:
+    return _free_bytes(device) + workload.loaded.get(device, 0)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -256,8 +262,9 @@ def _totals(parts: Sequence[MemoryPart]) -> dict[torch.device, int]:
     return {place: sum(part.bytes for part in parts if part.device == place) for place in places}
 
 
-def _shortage(fit: Fit, device: torch.device, *, work: str = "streaming") -> str:
+def _shortage(fit: Fit, device: torch.device, *, work: str = "streaming", is_loaded: bool = False) -> str:
     own = sorted((part for part in fit.parts if part.device == device), key=lambda part: -part.bytes)
     parts = ", ".join(f"{part.name} {part.bytes / 1e9:.1f}" for part in own)
     free, needed = gigabytes(fit.free[device]), gigabytes(fit.needed[device])
-    return f"{device} has {free} free; {work} needs about {needed}: {parts}"
+    place = f"{device} without the loaded model" if is_loaded else f"{device}"
+    return f"{place} has {free} free; {work} needs about {needed}: {parts}"

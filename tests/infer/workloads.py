@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from longvideo.infer.fit.shapes import ModelShapes, preset_shapes
 from longvideo.quantization.number_formats import NumberFormats
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+SetFree = Callable[..., list[torch.device]]
+"""The fixture `gpus`, which is called with the free memory of each GPU."""
 
 
 def shapes(**changes: Any) -> ModelShapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,7 @@ from longvideo.infer.loading import load_models
 from longvideo.kernels.backends import Backend
 from longvideo.quantization.number_formats import PACKED_CACHES, NumberFormats
 from longvideo.streaming.decoder_convolutions import Grid
-from tests.infer.workloads import CPU, FIRST, SECOND, shapes, total, workload
-
-SetFree = Callable[..., list[torch.device]]
-
-
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> SetFree:
-    """Give the machine GPUs with this much free memory, in GB; return the devices whose free memory was read."""
-
-    def set_free(*free: float) -> list[torch.device]:
-        devices: list[torch.device] = []
-
-        def mem_get_info(device: torch.device) -> tuple[int, int]:
-            devices.append(device)
-            return int(free[device.index] * 1e9), 10**12
-
-        monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
-        for function in ("product_backend", "convolution_backend"):
-            monkeypatch.setattr(refusal, function, lambda _name, _device: Backend(None, reason="no FP8 units"))
-        monkeypatch.setattr(
-            refusal, "cuda_devices", lambda: [torch.device("cuda", index) for index in range(len(free))]
-        )
-        return devices
-
-    return set_free
+from tests.infer.workloads import CPU, FIRST, SECOND, SetFree, shapes, total, workload
 
 
 def check(**changes: Any) -> None:
