@@ -24,7 +24,7 @@ from longvideo.quantization.number_formats import NumberFormats
 from longvideo.quantization.offloading import offload_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -45,21 +45,21 @@ def load_models(
     formats: NumberFormats = DEFAULT_FORMATS,
     decoder_name: str | None = None,
     group: ProcessGroup | None = None,
-    script: Script | None = None,
+    scripts: Sequence[Script] | None = None,
 ) -> Models:
     """Load the weights of an opened folder.
 
     formats: number formats; the default is that of the files. decoder_name: as in `choose_decoder`. group: ranks that
     share the denoising of every chunk (`longvideo.streaming.parallel`). All of them make the same calls, and rank 0
-    gets the frames. script: the only one that will be used, where it is known. On a GPU its prompts are then encoded
-    before anything else is loaded, and the text encoder is freed.
+    gets the frames. scripts: the only ones that will be used, where they are known. On a GPU their prompts are then
+    encoded before anything else is loaded, and the text encoder is freed.
     Raises UserError, before any weight is read, where a GPU has too little free memory.
     """
     chosen = choose_decoder(folder, decoder_name, device=placement.decode_device)
     shapes = folder_shapes(folder, chosen)
     check_shapes(shapes, formats, decode_share=placement.decode_share, name=str(folder.path))
     check_hardware(formats, placement)
-    known = script if placement.text_device.type == "cuda" else None
+    known = scripts if placement.text_device.type == "cuda" else None
     resident = resident_bytes(folder, placement, formats)
     check_memory(
         Workload(shapes=shapes, formats=formats, placement=placement, frees_text=known is not None, resident=resident)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from longvideo.text.known_prompts import KnownPrompts, PromptEncoder
 from longvideo.text.umt5 import POSITION_BIASES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.infer.fit.placement import Placement
@@ -36,15 +37,18 @@ def load_text_encoder(folder: ModelFolder, placement: Placement, formats: Number
 
 
 def encode_prompts(
-    load: Callable[[], PromptEncoder], script: Script, *, cut_prefix: str, device: torch.device
+    load: Callable[[], PromptEncoder], scripts: Sequence[Script], *, cut_prefix: str, device: torch.device
 ) -> KnownPrompts:
-    """Load a text encoder, encode all prompts and negative prompts of a script, and free the encoder.
+    """Load a text encoder, encode all prompts and negative prompts of scripts, and free the encoder.
 
-    Prompts are encoded with and without the words that announce a cut. load: function that loads the encoder. device:
-    device of the encoder.
+    Prompts of shots after a cut are encoded with and without the words that announce it. load: function that loads the
+    encoder. device: device of the encoder.
     """
-    texts = [chunk_text(shot.prompt, cut=cut, cut_prefix=cut_prefix) for shot in script.shots for cut in (False, True)]
-    known = KnownPrompts(load(), [*texts, *script.negative_prompts])
+    announced = partial(chunk_text, cut=True, cut_prefix=cut_prefix)
+    texts = [text for script in scripts for text in script.texts]
+    after_cuts = [announced(shot.prompt) for script in scripts for shot in script.shots[1:] if shot.cut]
+    counted = [announced(shot.prompt) for script in scripts for shot in script.shots]
+    known = KnownPrompts(load(), [*texts, *after_cuts], counted=counted)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # torch would keep the memory in blocks of the encoder's sizes
     return known

@@ -110,6 +110,14 @@ class VideoFolder:
             os.close(self._lock)
             self._lock = None
 
+    def unfinished(self) -> list[ListedVideo]:
+        """Return the videos that this process may have to generate.
+
+        Those that other processes generate are among them, since they wait again after a signal.
+        """
+        with self._changing():
+            return [video for video in self._read() if video.status != "done"]
+
     def claim(self) -> ListedVideo | None:
         """Return a waiting video that this process is to generate, or None if no video waits."""
         with self._changing():

@@ -65,7 +65,7 @@ def _text_encoder(shapes: ModelShapes, placement: Placement, formats: NumberForm
     if placement.text_device.type != "cuda":
         return load()
     script = Script.from_prompts(PROMPT, seconds=1.0)
-    return encode_prompts(load, script, cut_prefix=shapes.settings.cut_prefix, device=placement.text_device)
+    return encode_prompts(load, [script], cut_prefix=shapes.settings.cut_prefix, device=placement.text_device)
 
 
 def _random_encoder(

@@ -384,4 +384,4 @@ def _load(
         adapters=", ".join(one.short_description for one in folder.adapters) or None,
     )
     options = {"formats": formats, "decoder_name": decoder_name, "group": group}
-    return StreamingPipeline(load_models(folder, placement, script=video.script, **options)), header
+    return StreamingPipeline(load_models(folder, placement, scripts=[video.script], **options)), header

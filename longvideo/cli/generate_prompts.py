@@ -139,7 +139,9 @@ def generate_listed_videos(
                 return
             videos.join()
             release_large_blocks()
-            load = partial(load_models, folder, placement, formats=formats, decoder_name=decoder_name)
+            scripts = [script_of(video) for video in videos.unfinished()]
+            options = {"formats": formats, "decoder_name": decoder_name, "scripts": scripts}
+            load = partial(load_models, folder, placement, **options)
             _generate_videos(batch, load, videos, ranks=mesh.world)
     except Stopped as stop:
         raise typer.Exit(exit_code(stop.number)) from None

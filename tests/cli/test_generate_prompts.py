@@ -9,14 +9,23 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
+from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.generate_prompts import BatchFormat
 from longvideo.cli.main import main
+from longvideo.errors import UserError
+from longvideo.infer import loading
 from longvideo.infer.containers import CONTAINERS
+from longvideo.infer.fit.placement import Placement
+from longvideo.infer.generation import Models
+from longvideo.infer.loading import load_models
+from longvideo.infer.script import Script
+from longvideo.infer.text_encoder import encode_prompts
 from longvideo.infer.writer import count_playable_frames
 from tests.cli.test_generate import probe, restore_signals
 from tests.folders import file_names
@@ -77,6 +86,39 @@ def test_a_complete_video_whose_line_was_not_written_is_kept(
     assert "00000.mp4: 24 frames, complete before" in capsys.readouterr().out
     assert (out / "00000.mp4").stat().st_mtime_ns == before and probe(out / "00001.mp4")[0] == 24
     assert [row["status"] for row in listed(out)] == ["done", "done"]
+
+
+def test_the_prompts_of_unfinished_videos_are_all_that_a_run_or_its_continuation_encodes(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "videos"
+    lines = [{"prompts": ["a red ball"]}, {"prompts": ["a ball", "a square"], "seconds": 3, "negative_prompt": "blue"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--seconds", "1", "--guidance", "2", "--negative-prompt", "red", "-o", str(out)]
+    assert run(model_folder, file, *options) == 0
+    whole = {str(row["file"]): (out / str(row["file"])).read_bytes() for row in listed(out)}
+    seen: list[Models] = []
+
+    def load(folder: ModelFolder, placement: Placement, *, scripts: list[Script], **others: Any) -> Models:
+        """Free the text encoder on a CPU too."""
+        models = load_models(folder, placement, **others)
+        own, device = models.text_encoder, placement.text_device
+        known = encode_prompts(lambda: own, scripts, cut_prefix=folder.settings.cut_prefix, device=device)
+        seen.append(replace(models, text_encoder=known))
+        return seen[-1]
+
+    monkeypatch.setattr(loading, "load_models", load)
+    assert run(model_folder, file, *options, "--overwrite") == 0
+    assert {name: (out / name).read_bytes() for name in whole} == whole
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompts": ["a blue square"]}])))
+    rows = [listed(out)[0], {**listed(out)[1], "status": "generating"}]
+    (out / "videos.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (out / "00001.mp4").unlink()
+    assert run(model_folder, file, *options) == 0
+    assert {name: (out / name).read_bytes() for name in whole} == whole and probe(out / "00002.mp4")[0] == 24
+    seen[1].text_encoder.encode(["a ball", "a square", "blue", "a blue square", "red"])
+    with pytest.raises(UserError, match="freed after .* and 'a red ball' is not one of them"):
+        seen[1].text_encoder.encode(["a red ball"])
 
 
 @pytest.mark.parametrize("suffix", get_args(BatchFormat))

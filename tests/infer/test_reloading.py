@@ -102,7 +102,7 @@ def test_a_text_encoder_that_is_freed_is_not_counted(on_gpu: Models, gpus: SetFr
     assert folder is not None
     script = Script.from_prompts("a red ball", seconds=1.0)
     known = encode_prompts(
-        lambda: load_text_encoder(folder, HERE, FORMATS), script, cut_prefix="", device=HERE.text_device
+        lambda: load_text_encoder(folder, HERE, FORMATS), [script], cut_prefix="", device=HERE.text_device
     )
     own = workload(folder)
     without = replace(own, shapes=replace(own.shapes, text_encoder=None))

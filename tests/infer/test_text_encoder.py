@@ -31,7 +31,7 @@ PLACEMENT = Placement.choose("cpu", dtype=torch.float32)
 
 def encoded() -> KnownPrompts:
     load = partial(load_text_encoder, ModelFolder.open("tiny"), PLACEMENT, NumberFormats())
-    return encode_prompts(load, SCRIPT, cut_prefix="", device=PLACEMENT.text_device)
+    return encode_prompts(load, [SCRIPT], cut_prefix="", device=PLACEMENT.text_device)
 
 
 def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +55,32 @@ def test_known_prompts_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(frames, expected)
 
 
+def test_known_features_are_those_of_the_encoder_and_are_stored_without_zeros() -> None:
+    encoder = load_text_encoder(ModelFolder.open("tiny"), PLACEMENT, NumberFormats())
+    prompts = ["a red ball bounces", "", "a red ball bounces", "a " * 30]
+    known = KnownPrompts(encoder, prompts, counted=["a cut. a red ball bounces"])
+    for own, expected in zip(known.encode(prompts), encoder.encode(prompts), strict=True):
+        assert torch.equal(own, expected)
+    stored = sum(features.untyped_storage().nbytes() for features in known._features_SD.values())
+    width, tokens = encoder.model.config.d_model, sum(map(encoder.num_tokens, dict.fromkeys(prompts)))
+    assert stored == 4 * width * tokens
+    assert known.num_tokens("a cut. a red ball bounces") == encoder.num_tokens("a cut. a red ball bounces")
+    with pytest.raises(UserError, match="and 'a cut. a red ball bounces' is not one of them"):
+        known.encode(["a cut. a red ball bounces"])
+
+
+def test_a_shot_is_encoded_with_the_announcement_of_a_cut_only_where_it_may_have_one() -> None:
+    load = partial(load_text_encoder, ModelFolder.open("tiny"), PLACEMENT, NumberFormats())
+    shots = (ShotRequest("a ball", 1.0), ShotRequest("a cube", 1.0), ShotRequest("a star", 1.0, cut=False))
+    scripts = [Script(shots), Script((ShotRequest("a square", 1.0, negative_prompt="rain"),))]
+    known = encode_prompts(load, scripts, cut_prefix="cut. ", device=PLACEMENT.text_device)
+    known.encode(["a ball", "a cube", "cut. a cube", "a star", "a square", "", "rain"])
+    for prompt in ("cut. a ball", "cut. a star", "cut. a square"):
+        assert known.num_tokens(prompt) > known.num_tokens(prompt.removeprefix("cut. "))
+        with pytest.raises(UserError, match="is not one of them"):
+            known.encode([prompt])
+
+
 def test_another_prompt_is_refused() -> None:
     known = encoded()
     assert known.unknown_words("a  red ball bounces") == []
@@ -66,7 +92,7 @@ def test_another_prompt_is_refused() -> None:
 def test_a_gpu_frees_the_encoder_before_the_transformer_is_loaded() -> None:
     placement = Placement.choose("cuda")
     folder = ModelFolder.open("tiny")
-    known, own = (StreamingPipeline(load_models(folder, placement, script=script)) for script in (SCRIPT, None))
+    known, own = (StreamingPipeline(load_models(folder, placement, scripts=scripts)) for scripts in ([SCRIPT], None))
     assert not isinstance(known.models.text_encoder, TextEncoder)
     frames, expected = (
         np.concatenate(list(pipeline.stream(SCRIPT, guidance=2.0, steps=2, seed=4))) for pipeline in (known, own)

@@ -43,6 +43,7 @@ def test_finished_videos_are_skipped_and_others_begin_again(tmp_path: Path) -> N
         if video.line < 3:
             listed.set_status(video, "done")
     assert statuses(folder) == ["done", "done", "generating", "waiting"]
+    assert [video.line for video in listed.unfinished()] == [3, 4]
     assert json.loads((folder / "videos.jsonl").read_text().splitlines()[1]) == {
         "file": "00001.mp4", "line": 2, "prompt": ["a ball", "a cube"], "negative_prompt": ["", "rain"],
         "seconds": 2.0, "seed": 1, "status": "done",
