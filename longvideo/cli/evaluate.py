@@ -14,6 +14,7 @@ from longvideo.cli.evaluation_decoders import decoder
 from longvideo.cli.evaluation_extension import extension
 from longvideo.cli.evaluation_output import check_results_folder, print_report, score_table
 from longvideo.cli.evaluation_pictures import curves, sheet
+from longvideo.cli.evaluation_sensitivity import sensitivity
 from longvideo.cli.evaluation_videos import (
     SWITCH_CHUNKS,
     generate_videos,
@@ -260,6 +261,7 @@ app.command()(compare)
 app.command()(sheet)
 app.command()(curves)
 app.command()(decoder)
+app.command()(sensitivity)
 
 
 @app.command()

@@ -28,6 +28,12 @@ def quantize(
         list[str] | None,
         typer.Option(help="Official names of layers that are not packed; `*` matches any text. Can be repeated."),
     ] = None,
+    keep_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with one such name in each line, as `longvideo eval sensitivity` writes it; added to --keep."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
     """Pack the transformer's weights to NVFP4: 4 bits for each weight and an 8-bit scale for each group of 16.
@@ -47,7 +53,9 @@ def quantize(
     from longvideo.kernels.nvfp4 import reference
     from longvideo.kernels.nvfp4.format import Rule
     from longvideo.quantization.linear import CODES
+    from longvideo.quantization.selection import read_keep_file
 
+    names = [*(keep or ()), *(() if keep_file is None else read_keep_file(keep_file))]
     folder = ModelFolder.open(source)
     if folder.is_packed:
         raise UserError(f"{folder.path} has packed 4-bit weights; quantize the model that they were made from")
@@ -57,7 +65,7 @@ def quantize(
         error = (reference.dequantize(packed) - weight).norm() / weight.float().norm()
         errors.setdefault(layer.split(".", 2)[2], []).append(float(error))
 
-    options = ConversionOptions(precision="nvfp4", rule=Rule(rule), keep=tuple(keep or ()))
+    options = ConversionOptions(precision="nvfp4", rule=Rule(rule), keep=tuple(names))
     with bytes_progress("packing") as progress:
         convert_model(
             folder, destination, options, overwrite=overwrite, progress=replace(progress, on_packed=on_packed)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from longvideo.errors import UserError
+from longvideo.files import read_lines
 from longvideo.kernels.nvfp4.format import GROUP
 from longvideo.quantization.linear import NVFP4Linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from longvideo.model.transformer import CausalTransformer
 
@@ -46,6 +48,17 @@ def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> li
                 f"{name} has {layer.in_features} inputs; expected a multiple of {GROUP}; keep it with keep={name!r}"
             )
     return chosen
+
+
+def read_keep_file(path: Path) -> list[str]:
+    """Read patterns of layers that are not quantized, one in each line. Raises UserError for an empty line."""
+    lines = read_lines(path, what="file of layers to keep")
+    if lines[-1] == "":
+        lines.pop()  # the last line ends with a line break
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"{path}:{number} is empty; expected the name of a layer")
+    return [line.strip() for line in lines]
 
 
 def _is_linear(module: nn.Module) -> bool:
