@@ -118,6 +118,8 @@ def sensitivity(
         typer.echo(effect_table(effects, report.sigmas) + "\n")
     if "layers" in groupings:
         write_text(out / KEEP_FILE, "".join(f"{name}\n" for name in report.kept))
+    else:
+        (out / KEEP_FILE).unlink(missing_ok=True)  # that of earlier results, which are replaced
     options = {"model": model, "prompts": texts, "chunks": chunks, "steps": settings.steps, "seed": seed}
     write_json(out / "results.json", {**options, "budget": budget, **report_record(report)})
     console.print(f"written: {out}", soft_wrap=True)
@@ -149,10 +151,12 @@ def choose_variants(
 def choose_prompts(folder: ModelFolder, file: Path | None, *, num: int, seed: int) -> list[str]:
     """Return the first prompts of a file, or held-out captions of ShapeWorld.
 
-    Raises UserError without a file if the model was trained on other data, and for a file with too few prompts or with
-    more than the text of one shot in a line.
+    Raises UserError without a file if the model was trained on other data, and for a file with too few prompts, with
+    more than the text of one shot in a line, or with more tokens than the model reads.
     """
     from longvideo.evaluation.shapeworld import build_tasks
+    from longvideo.infer.prompt_rules import PromptRules
+    from longvideo.infer.script import Script
     from longvideo.shapeworld.world import WORLD_NAME
     from longvideo.text.prompt_file import PromptLine, read_prompt_file
 
@@ -165,7 +169,9 @@ def choose_prompts(folder: ModelFolder, file: Path | None, *, num: int, seed: in
     lines = read_prompt_file(file)
     if len(lines) < num:
         raise UserError(f"{file} has {len(lines)} prompts; expected at least {num}, the number in --num")
+    rules = PromptRules(folder.load_prompt_tokenizer(), folder.settings, guidance=None)
     for number, line in enumerate(lines[:num], 1):
         if line != PromptLine(line.shots[:1]):
             raise UserError(f"{file}:{number} is not a prompt alone; use a text file with a prompt in each line")
+        rules.check_script(Script.from_prompts(line.shots, seconds=1))
     return [line.shots[0] for line in lines[:num]]

@@ -2,9 +2,10 @@
 
 Latents, noise and context come from a roll-out of the unchanged model, and every pass is repeated on the same inputs,
 so the effect of one group of layers contains no other. An effect is the norm of the velocities' differences over the
-norm of the velocities, over all prompts and chunks. It has two parts: that of the steps, with the layers in NVFP4 while
-the context is exact; and that of the clean pass, with the layers in NVFP4 there while the steps are exact, which later
-chunks see in the keys and values of their context. The parts are added as independent errors are, by their squares.
+norm of the velocities, over all prompts and chunks; with guidance, over both copies of a sample. It has two parts: that
+of the steps, with the layers in NVFP4 while the context is exact; and that of the clean pass, with the layers in NVFP4
+there while the steps are exact, which later chunks see in the keys and values of their context. The parts are added as
+independent errors are, by their squares.
 """
 
 from __future__ import annotations

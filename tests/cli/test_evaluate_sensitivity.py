@@ -54,6 +54,19 @@ def test_kinds_and_blocks_are_the_default(
     assert not (out / "keep.txt").exists()
 
 
+def test_a_file_of_kept_layers_is_replaced_with_the_results(tmp_path: Path, model_folder: Path) -> None:
+    prompts, kept = tmp_path / "prompts.txt", tmp_path / "out" / "keep.txt"
+    prompts.write_text("a red ball\n")
+    few = ["--prompts", str(prompts), "--num", "1", "--chunks", "1", "--steps", "1", "--operands", "weights"]
+    command = ["eval", "sensitivity", str(model_folder), *few, "-o", str(kept.parent)]
+    assert main([*command, "--by", "layers", "--budget", "0"]) == 0
+    assert kept.read_text() == ""
+    assert main([*command, "--by", "blocks"]) == 2
+    assert kept.exists()
+    assert main([*command, "--by", "blocks", "--overwrite"]) == 0
+    assert not kept.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -61,6 +74,7 @@ def test_kinds_and_blocks_are_the_default(
         (["--operands", "input"], "--operands is 'input'; expected one of weights, inputs, both"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--prompts", "prompts.txt", "--num", "2"], "prompts.txt has 1 prompts; expected at least 2"),
+        (["--prompts", "long.txt", "--num", "1"], "tokens; expected at most 32; shorten 'a red ball a red ball"),
         (["--prompts", "shots.jsonl", "--num", "1"], "shots.jsonl:1 is not a prompt alone"),
         ([], "was not trained on ShapeWorld, whose captions are the default; use --prompts FILE"),
         (["-o", "prompts.txt"], "is a file; use a folder"),
@@ -76,11 +90,12 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red ball\n")
+    Path("long.txt").write_text("a red ball " * 20)
     Path("shots.jsonl").write_text('{"prompts": ["a red ball", "a blue ball"]}\n')
     assert main(["eval", "sensitivity", str(model_folder), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "shots.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "prompts.txt", "shots.jsonl"]
 
 
 @pytest.mark.parametrize(
