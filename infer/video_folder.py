@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,6 +26,7 @@ from longvideo.files import (
     write_json,
     write_text,
 )
+from longvideo.infer.picture_folder import check_pictures_alone, delete_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 LIST, SETTINGS, LOCK = "videos.jsonl", "settings.json", ".videos.lock"
 OTHER_FOLDER = "use another folder, or --overwrite to begin again"
+NAME = re.compile(r"\d+(\.\w+)?")
+"""Names of videos. Others in a list are damage: a video whose name leads elsewhere is not deleted."""
 IN_USE, CHANGE = 0, 1
 """Bytes of the lock file: one is locked while a process generates videos, the other while the list is changed."""
 
@@ -42,8 +46,8 @@ VideoStatus = Literal["waiting", "generating", "done"]
 class ListedVideo:
     """A line of the list.
 
-    file: name of the video in the folder. line: its line in the file of prompts, from 1. prompt, negative_prompt: those
-    of each shot. seconds: its length. seed: seed of its noise.
+    file: name of the video file, or of the folder of its pictures. line: its line in the file of prompts, from 1.
+    prompt, negative_prompt: those of each shot. seconds: its length. seed: seed of its noise.
     """
 
     file: str
@@ -69,8 +73,8 @@ class VideoFolder:
 
         A video is finished if its line and its file exist. settings: what else decides how the videos look.
         overwrite: delete the videos of an earlier list, and begin again.
-        Raises UserError, before anything is changed, for a folder with other videos or settings, or a damaged list,
-        and BusyError if other processes generate its videos.
+        Raises UserError, before anything is changed, for a folder with other videos or settings, a damaged list, or a
+        folder of pictures to delete that has other files, and BusyError if other processes generate its videos.
         """
         try:
             self._folder.mkdir(exist_ok=True)
@@ -82,8 +86,7 @@ class VideoFolder:
         if overwrite:
             with suppress(UserError):  # a damaged list names no files
                 earlier = self._read()
-            for video in (*earlier, *videos):
-                (self._folder / video.file).unlink(missing_ok=True)
+            _delete([self._folder / video.file for video in (*earlier, *videos)])
             earlier = []
         elif (self._folder / LIST).exists():
             earlier = self._read()
@@ -185,10 +188,23 @@ class VideoFolder:
                 )
 
 
+def _delete(paths: Sequence[Path]) -> None:
+    """Delete video files and folders of pictures that exist. Nothing is deleted if one folder has other files."""
+    folders = [path for path in dict.fromkeys(paths) if path.is_dir()]
+    for folder in folders:
+        check_pictures_alone(folder)
+    for path in dict.fromkeys(paths):
+        if path in folders:
+            delete_pictures(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _read_video(line: str, where: str) -> ListedVideo:
     value = parse_json(line, where=where)
     known = {field.name for field in fields(ListedVideo)}
-    if not isinstance(value, dict) or value.keys() != known or value["status"] not in get_args(VideoStatus):
+    is_line = isinstance(value, dict) and value.keys() == known and value["status"] in get_args(VideoStatus)
+    if not is_line or not NAME.fullmatch(str(value["file"])):
         raise UserError(f"{where} is damaged: it is not a line of a list of videos; {OTHER_FOLDER}")
     texts = {name: tuple(value[name]) for name in ("prompt", "negative_prompt")}
     return ListedVideo(**{**value, **texts})

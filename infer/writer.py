@@ -19,6 +19,7 @@ from longvideo.infer.closing import ClosedAtEnd
 from longvideo.infer.containers import ANIMATIONS, CONTAINERS, EVEN_SIDES, MAX_RATES
 from longvideo.infer.fragments import VideoFormat
 from longvideo.infer.options import check_frames, whole_number
+from longvideo.infer.picture_folder import count_folder_pictures
 from longvideo.infer.pictures import EXAMPLE, PNG, PictureWriter, check_pictures
 
 if TYPE_CHECKING:
@@ -83,9 +84,14 @@ def check_rate(fps: float, suffix: str) -> None:
 
 
 def count_playable_frames(path: Path) -> int:
-    """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video."""
+    """Return the number of frames that can be decoded; 0 for a missing file or one that is not a video.
+
+    path: video file, or a folder of pictures.
+    """
     import av
 
+    if path.is_dir():
+        return count_folder_pictures(path)
     if path.suffix.lower() in ANIMATIONS:
         return count_pictures(path)
     frames = 0

@@ -86,7 +86,11 @@ def generate(
         ),
     ] = None,
     batch_format: Annotated[
-        BatchFormat | None, typer.Option("--format", help="Format of the videos of `--prompts`.  [default: mp4]")
+        BatchFormat | None,
+        typer.Option(
+            "--format",
+            help="Format of the videos of `--prompts`; `png` is a folder of pictures for each.  [default: mp4]",
+        ),
     ] = None,
     seconds: Annotated[
         float | None,
@@ -173,8 +177,8 @@ def generate(
     `torchrun --no-python --nproc-per-node 2 longvideo generate -o film.mp4 ...`
 
     With `--prompts` every GPU generates other videos. Line 1 becomes `00000.mp4`, or has the suffix that `--format`
-    names, and the seed of each further line is one more. `videos.jsonl` lists them; the same command continues after a
-    stop. A line of a `.jsonl` is
+    names (`png`: the folder `00000`), and the seed of each further line is one more. `videos.jsonl` lists them; the
+    same command continues after a stop. A line of a `.jsonl` is
     `{"prompts": ["first shot", "second shot"], "negative_prompt": "blurry", "seconds": 10, "seed": 3}`, where the last
     three may be missing.
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from longvideo.infer.video_folder import ListedVideo, VideoFolder
     from longvideo.quantization.number_formats import NumberFormats
 
-BatchFormat = Literal["mp4", "mkv", "webm", "gif", "webp"]
+BatchFormat = Literal["mp4", "mkv", "webm", "gif", "webp", "png"]
+"""Suffixes of video files, and "png" for a folder of numbered pictures for each video."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class VideoBatch:
 
     file: prompts, as `longvideo.text.prompt_file` reads them. seconds: length of a video whose line has none.
     negative_prompt: that of a video whose line has none. options: sampling; the seed is that of the first line, and
-    each further line has the next one unless it states its own. format: suffix of the files. settings: what else
+    each further line has the next one unless it states its own. format: of the files. settings: what else
     decides how the videos look, to continue only with the same.
     """
 
@@ -65,7 +66,7 @@ class VideoBatch:
             seconds = self.seconds if line.seconds is None else float(line.seconds)
             seed = self.options.seed + index if line.seed is None else line.seed
             negative_prompts = line.negative_prompts or (self.negative_prompt,) * len(line.shots)
-            name = f"{index:05d}.{self.format}"
+            name = f"{index:05d}" if self.format == "png" else f"{index:05d}.{self.format}"
             video = ListedVideo(name, index + 1, line.shots, negative_prompts, seconds, seed)
             try:
                 script_of(video)
@@ -173,7 +174,11 @@ def _generate_videos(batch: VideoBatch, load: Callable[[], Models], videos: Vide
 def _generate(
     batch: VideoBatch, video: ListedVideo, pipeline: StreamingPipeline, show: Callable[[VideoTally], None]
 ) -> str:
-    """Write the file of a video and return the line about it. After a signal it holds the chunks that were finished."""
+    """Write a video and return the line about it.
+
+    After a signal a file holds the chunks that were finished, and there is no folder of pictures.
+    """
+    from longvideo.infer.picture_folder import PictureFolder
     from longvideo.infer.writer import VideoWriter, count_playable_frames
 
     path, script = batch.output / video.file, script_of(video)
@@ -185,7 +190,8 @@ def _generate(
     chunks = with_warnings(
         lambda: pipeline.stream(script, steps=steps, guidance=guidance, seed=video.seed), name=video.file
     )
-    with closing(chunks), VideoWriter(path, fps=pipeline.fps, overwrite=True) as writer:
+    output = PictureFolder(path) if batch.format == "png" else VideoWriter(path, fps=pipeline.fps, overwrite=True)
+    with closing(chunks), output as writer:
         for frames in chunks:
             writer.write(frames)
             tally.add(len(frames))

@@ -13,6 +13,7 @@ from longvideo.cli.printing import STDERR, printable, without_reader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from longvideo.infer.picture_folder import PictureFolder
     from longvideo.infer.pictures import PictureWriter
     from longvideo.infer.writer import VideoWriter
 
@@ -143,7 +144,7 @@ def with_warnings(begin: Callable[[], T], *, name: str = "") -> T:
     return result
 
 
-def summary(writer: VideoWriter | PictureWriter, tally: VideoTally, fps: float) -> str:
+def summary(writer: VideoWriter | PictureWriter | PictureFolder, tally: VideoTally, fps: float) -> str:
     """Return the line about a written video."""
     num_frames = writer.num_frames
     if num_frames == 0:

@@ -13,17 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.cli.generate_prompts import BatchFormat
 from longvideo.cli.main import main
+from longvideo.cli.stopping import Stopped
 from longvideo.errors import UserError
 from longvideo.infer import loading
 from longvideo.infer.containers import CONTAINERS
 from longvideo.infer.fit.placement import Placement
 from longvideo.infer.generation import Models
 from longvideo.infer.loading import load_models
+from longvideo.infer.pictures import PNG, PictureWriter
 from longvideo.infer.script import Script
 from longvideo.infer.text_encoder import encode_prompts
 from longvideo.infer.writer import count_playable_frames
@@ -121,7 +124,7 @@ def test_the_prompts_of_unfinished_videos_are_all_that_a_run_or_its_continuation
         seen[1].text_encoder.encode(["a red ball"])
 
 
-@pytest.mark.parametrize("suffix", get_args(BatchFormat))
+@pytest.mark.parametrize("suffix", [suffix for suffix in get_args(BatchFormat) if suffix != "png"])
 def test_every_format_is_written_and_continued(
     suffix: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,8 +147,71 @@ def test_every_format_is_written_and_continued(
     assert first.stat().st_mtime_ns == before and second.read_bytes() == whole
 
 
+def entries(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_folders_of_pictures_are_those_of_one_video_and_whole_or_missing(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out, names = tmp_path / "prompts.txt", tmp_path / "videos", [f"{number:05d}.png" for number in range(36)]
+    file.write_text("a red ball\na blue ball\na square\n")
+    options = ["--seconds", "1.5", "-o", str(out), "--format", "png"]
+    write, written = PictureWriter.write, [0]
+
+    def stopped(writer: PictureWriter, frames: np.ndarray) -> None:
+        write(writer, frames)
+        written[0] += len(frames)
+        if written[0] == 36 + 29:  # in the second video
+            raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureWriter, "write", stopped)
+        assert run(model_folder, file, *options) == 143
+    assert [(row["file"], row["status"]) for row in listed(out)] == [
+        ("00000", "done"),
+        ("00001", "waiting"),
+        ("00002", "waiting"),
+    ]
+    assert entries(out) == [".videos.lock", *(f"00000/{name}" for name in names), "settings.json", "videos.jsonl"]
+    rows = [{**row, "status": "generating"} for row in listed(out)]
+    (out / "videos.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (out / ".00001.0123abcd.part").mkdir()  # of a process that was killed
+    before = (out / "00000/00035.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(model_folder, file, *options) == 0
+    printed = capsys.readouterr().out
+    assert "00000: 36 frames, complete before" in printed and "00001: 36 frames, 1.50 s" in printed
+    assert (out / "00000/00035.png").stat().st_mtime_ns == before
+    assert [row["status"] for row in listed(out)] == ["done"] * 3
+    assert file_names(out) == [".videos.lock", "00000", "00001", "00002", "settings.json", "videos.jsonl"]
+    alone = ["generate", "--model", str(model_folder), *OPTIONS, "a blue ball", "--seed", "1", "--seconds", "1.5"]
+    assert main([*alone, "-o", str(tmp_path / "alone/%05d.png")]) == 0
+    assert file_names(tmp_path / "alone") == file_names(out / "00001") == names
+    for name in names:
+        assert (tmp_path / "alone" / name).read_bytes() == (out / "00001" / name).read_bytes()
+
+
+def test_another_format_deletes_pictures_and_no_other_files(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "videos"
+    file.write_text("a red ball\na blue ball\n")
+    options = ["--seconds", "0.2", "-o", str(out), "--format"]
+    assert run(model_folder, file, *options, "png") == 0
+    (out / "00001/notes.txt").write_text("mine")
+    before = entries(out)
+    capsys.readouterr()
+    assert run(model_folder, file, *options, "webm", "--overwrite") == 2
+    assert "00001: notes.txt in it is not a picture of a video; move it elsewhere" in capsys.readouterr().err
+    assert entries(out) == before
+    (out / "00001/notes.txt").unlink()
+    assert run(model_folder, file, *options, "webm", "--overwrite") == 0
+    assert file_names(out) == [".videos.lock", "00000.webm", "00001.webm", "settings.json", "videos.jsonl"]
+
+
 def test_formats_are_those_of_one_video() -> None:
-    assert {f".{suffix}" for suffix in get_args(BatchFormat)} == set(CONTAINERS)
+    assert {f".{suffix}" for suffix in get_args(BatchFormat)} == {*CONTAINERS, PNG}
 
 
 def test_another_format_is_refused_or_begins_again(

@@ -95,6 +95,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         ("settings", "were begun with steps=3, got 2; use the same options"),
         ("damaged", "videos.jsonl:2 is not JSON"),
         ("line", "videos.jsonl:2 is damaged"),
+        ("name", "videos.jsonl:2 is damaged"),
         ("no list", "00000.mp4 exists and is not in a videos.jsonl; use another folder"),
     ],
 )
@@ -112,7 +113,8 @@ def test_other_folders_are_refused_and_do_not_change(tmp_path: Path, change: str
     elif change == "no list":
         path.unlink()
     else:
-        lines[1] = "{\n" if change == "damaged" else '{"file": "00001.mp4"}\n'
+        elsewhere = lines[1].replace("00001.mp4", "../00001.mp4")
+        lines[1] = {"damaged": "{\n", "line": '{"file": "00001.mp4"}\n', "name": elsewhere}[change]
         path.write_text("".join(lines))
     before = {name: (tmp_path / name).read_bytes() for name in file_names(tmp_path)}
     with pytest.raises(UserError, match=message):
