@@ -48,7 +48,7 @@ __all__ = ["Script", "ShotRequest", "StreamingPipeline", "SwitchMode"]
 
 
 class StreamingPipeline:
-    """Generates videos from text, and from a first picture if there is one, chunk by chunk.
+    """Generates videos from text, and from a first picture or footage if there is one, chunk by chunk.
 
     The same seed on the same device with the same data type gives the same bits. Buffers and CUDA graphs of a video are
     used again for the next one; a video that starts while another one is generated gets its own.

@@ -230,6 +230,7 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_noise(call.latents, (len(scripts), *streaming.latent_shape), plan.num_chunks)
         if message := streaming.unknown_words_warning([text for script in own_scripts for text in script.texts]):
             warnings.warn(message, UserWarning, stacklevel=3)
+        beginning = BeginningChoice(call.image, call.video, call.video_seconds).encode(streaming.models)
         self._num_timesteps, self._interrupt = steps * plan.num_chunks, False
         progress = self.progress_bar(total=self._num_timesteps)  # pyright: ignore[reportCallIssue]
         numbers = count()
@@ -238,7 +239,6 @@ class CausalWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             progress.update()
             return call.after_step(self, next(numbers), timestep, sample)
 
-        beginning = BeginningChoice(call.image, call.video, call.video_seconds).encode(streaming.models)
         inputs = planned_inputs(streaming.models, scripts, options, generators=generators, beginning=beginning)
         solver = ObservedSolver(steps, model.shift, after_step=after_step, noise=call.latents)
         inputs = replace(inputs, steps=self._until_interrupted(inputs.steps), solver=solver)
