@@ -51,7 +51,7 @@ from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_sche
 from longvideo.training.recipe import Recipe
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import LORA, MODEL, describe_model
-from longvideo.training.sampling import SampleDecoder, Samples, sample_videos
+from longvideo.training.sampling import SampleDecoder, Samples, decode_samples, sample_latents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -352,9 +352,8 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
 
     def generate(self, clip: VideoRequest, autoencoder: Autoencoder, steps: int) -> Samples:
         """Return samples of every video, as the finished student generates it in `steps` steps."""
-        return sample_videos(
+        latents = sample_latents(
             self.roles.switch(Role.STUDENT),
-            autoencoder,
             replace(self.generation, steps=steps),
             self.spec,
             features_PJD=clip.features_PJD,
@@ -364,6 +363,7 @@ class DistillRecipe(Recipe[StudentObjective, RolloutSource]):
             first_latent=clip.first_latent,
             cache_type=self.cache_type,
         )
+        return decode_samples(autoencoder, latents)
 
     @property
     def generation(self) -> ModelSettings:

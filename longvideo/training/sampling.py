@@ -20,7 +20,7 @@ from longvideo.pixels import to_uint8
 from longvideo.rollout import CachedTransformer, branches, rollout
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
 
     from longvideo.checkpoint.folder import ModelFolder
     from longvideo.checkpoint.settings import ModelSettings
@@ -60,45 +60,6 @@ class Samples:
         return cls([frames for part in parts for frames in part.frames], torch.cat([part.latents for part in parts]))
 
 
-@torch.no_grad()
-def sample_videos(
-    transformer: CausalTransformer,
-    autoencoder: Autoencoder,
-    settings: ModelSettings,
-    spec: ChunkSpec,
-    *,
-    features_PJD: Tensor,
-    rows_NB: Tensor,
-    cuts: Sequence[bool],
-    seeds: Sequence[int],
-    first_latent: Tensor | None = None,
-    cache_type: type[ChunkCache] = KVCache,
-) -> Samples:
-    """Generate a video for every seed.
-
-    features_PJD: output of the text encoder for the texts of `batch_texts`. rows_NB: rows of `batch_texts`. cuts:
-    whether each chunk opens a shot. seeds: seed of each sample's noise. first_latent: [B, C, 1, h, w], normalized; it
-    is kept as the first latent frame. cache_type: class of the KV cache.
-    """
-    weight = autoencoder.post_quant_conv.weight
-    state, frames, all_latents = None, [], []
-    for latents in sample_latents(
-        transformer,
-        settings,
-        spec,
-        features_PJD=features_PJD,
-        rows_NB=rows_NB,
-        cuts=cuts,
-        seeds=seeds,
-        first_latent=first_latent,
-        cache_type=cache_type,
-    ):
-        video, state = autoencoder.decode(autoencoder.denormalize(latents).to(weight), state)
-        frames.append(to_uint8(video).cpu().numpy())
-        all_latents.append(latents.bfloat16().cpu())
-    return Samples(list(np.concatenate(frames, axis=1)), torch.cat(all_latents, dim=2))
-
-
 def sample_latents(
     transformer: CausalTransformer,
     settings: ModelSettings,
@@ -111,7 +72,12 @@ def sample_latents(
     first_latent: Tensor | None = None,
     cache_type: type[ChunkCache] = KVCache,
 ) -> Iterator[Tensor]:
-    """Return an iterator over the normalized latents of each chunk, [B, C, T, h, w]; arguments as `sample_videos`."""
+    """Return an iterator over the chunks of a video for every seed: normalized latents [B, C, T, h, w].
+
+    features_PJD: output of the text encoder for the texts of `batch_texts`. rows_NB: rows of `batch_texts`. cuts:
+    whether each chunk opens a shot. seeds: seed of each sample's noise. first_latent: [B, C, 1, h, w], normalized; it
+    is kept as the first latent frame. cache_type: class of the KV cache.
+    """
     return rollout(
         CachedTransformer(transformer, spec, batch=branches(settings.guidance) * len(seeds), cache_type=cache_type),
         _conditionings(transformer, features_PJD, rows_NB, cuts, first_latent),
@@ -120,6 +86,18 @@ def sample_latents(
         guidance=settings.guidance,
         clean_pass=settings.clean_pass,
     )
+
+
+@torch.no_grad()
+def decode_samples(autoencoder: Autoencoder, chunks: Iterable[Tensor]) -> Samples:
+    """Decode videos chunk by chunk. chunks: at least one, as `sample_latents` yields them."""
+    weight = autoencoder.post_quant_conv.weight
+    state, frames, all_latents = None, [], []
+    for latents in chunks:
+        video, state = autoencoder.decode(autoencoder.denormalize(latents).to(weight), state)
+        frames.append(to_uint8(video).cpu().numpy())
+        all_latents.append(latents.bfloat16().cpu())
+    return Samples(list(np.concatenate(frames, axis=1)), torch.cat(all_latents, dim=2))
 
 
 def _conditionings(

@@ -44,7 +44,7 @@ from longvideo.training.objective import check_stages, stage_at
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
-from longvideo.training.sampling import SampleDecoder, Samples, sample_videos
+from longvideo.training.sampling import SampleDecoder, Samples, decode_samples, sample_latents
 from longvideo.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -254,9 +254,8 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         prompts = [clip.captions[min(chunk, last)] for chunk in range(chunks)]
         cuts = [chunk <= last and bool(clip.cuts[chunk]) for chunk in range(chunks)]
         texts = batch_texts([prompts], cuts, cut_prefix=self.settings.cut_prefix)
-        return sample_videos(
+        latents = sample_latents(
             self.transformer,
-            autoencoder,
             self.settings,
             self.spec,
             features_PJD=torch.stack([clips.text(text) for text in texts.texts]).to(self.device),
@@ -264,6 +263,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             cuts=cuts,
             seeds=[seed],
         )
+        return decode_samples(autoencoder, latents)
 
     def _source(self, clips: Clips, stages: Sequence[ViewStage], views: ClipViewConfig, seed: int) -> ClipViewSource:
         pins_matter = self.config.objective.context == "window" and self.spec.pin_shots

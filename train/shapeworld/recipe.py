@@ -33,7 +33,7 @@ from longvideo.training.objective import check_stages
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
-from longvideo.training.sampling import Samples, sample_videos
+from longvideo.training.sampling import Samples, decode_samples, sample_latents
 from longvideo.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
@@ -335,9 +335,8 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         cuts = (False,) * chunks
         texts = batch_texts([[prompt] * chunks for prompt in prompts], cuts, cut_prefix=self.config.settings.cut_prefix)
         features, rows = self.text_encoder.encode(texts.texts)
-        return sample_videos(
+        latents = sample_latents(
             self.transformer,
-            self.autoencoder,
             self.config.settings,
             self.spec,
             features_PJD=features[rows],
@@ -345,6 +344,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             cuts=cuts,
             seeds=range(len(prompts)),
         )
+        return decode_samples(self.autoencoder, latents)
 
     def export(self, folder: Path) -> None:
         """Write a complete model folder."""
