@@ -10,8 +10,8 @@ import torch
 from longvideo.config.fields import Bounded, share
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.quantization.convert import TrainingBackend, TrainingLayers, train_in_nvfp4
-from longvideo.quantization.training import TrainingRecipe
+from longvideo.quantization.training.layers import TrainingBackend, TrainingLayers, train_in_nvfp4
+from longvideo.quantization.training.recipe import TrainingRecipe
 from longvideo.training.objective import seeded
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NVFP4Config(Bounded):
-    """Products in 4 bits, see `longvideo.quantization.training.TrainingRecipe`.
+    """Products in 4 bits, see `longvideo.quantization.training.recipe.TrainingRecipe`.
 
     enabled: whether the blocks train in NVFP4.
     keep: layers of the blocks that are not quantized, by official name, `*` for anything.

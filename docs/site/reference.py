@@ -48,8 +48,8 @@ API = {
     "Configuration": ("longvideo.config.loading.load_config", "longvideo.config.loading.to_yaml"),
     "Models": ("longvideo.model.transformer.CausalTransformer", "longvideo.model.spec.ChunkSpec"),
     "Low precision": (
-        "longvideo.quantization.convert.train_in_nvfp4",
-        "longvideo.quantization.training.TrainingRecipe",
+        "longvideo.quantization.training.layers.train_in_nvfp4",
+        "longvideo.quantization.training.recipe.TrainingRecipe",
         "longvideo.quantization.lora.add_lora",
     ),
 }

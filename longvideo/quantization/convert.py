@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from longvideo.errors import UserError
-from longvideo.kernels.backends import nvfp4_operations, product_backend, training_backend
-from longvideo.kernels.nvfp4 import te
+from longvideo.kernels.backends import nvfp4_operations, product_backend
 from longvideo.kernels.nvfp4.format import GROUP, Rule
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.fp8 import quantize_layers_fp8
@@ -17,7 +15,6 @@ from longvideo.quantization.linear import CODES, NVFP4Linear, RoundedGELU, Round
 from longvideo.quantization.number_formats import FP8_FORMATS
 from longvideo.quantization.products import W4A4, W4A16, Product, choose_w4a4
 from longvideo.quantization.selection import layers_to_quantize
-from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
 
     from longvideo.kernels.backends import TransformerPrecision
     from longvideo.kernels.fp8.format import FP8Rows
-
-TrainingBackend = Literal["te", "emulated"]
-"""What computes the products of NVFP4 training: TransformerEngine, or this project's emulation."""
 
 
 def quantize_layers(
@@ -55,89 +49,6 @@ def quantize_layers(
         model.set_submodule(name, packed)
         on_layer(name, linear, packed)
     return names
-
-
-@dataclass(frozen=True)
-class TrainingLayers:
-    """The layers of a model that train in NVFP4, with TransformerEngine or emulated.
-
-    seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses torch's CUDA generator.
-    description: name of the backend, and the reason if it is emulated.
-    """
-
-    layers: list[nn.Module]
-    seeds: RoundingSeeds | None
-    description: str
-
-    def set_rounding(self, rounds: bool) -> None:
-        """Set whether the layers multiply in 4 bits or in their own dtype."""
-        for layer in self.layers:
-            setattr(layer, "rounds", rounds)  # noqa: B010 - the type of TransformerEngine's layers is unknown here
-
-
-def train_in_nvfp4(
-    model: CausalTransformer,
-    recipe: TrainingRecipe,
-    *,
-    keep: Sequence[str] = (),
-    backend: TrainingBackend | None = None,
-) -> TrainingLayers:
-    """Replace linear layers in place by layers with the same parameters that train with NVFP4 products.
-
-    model: model on the device where it will train.
-    keep: patterns of layers that are not replaced, see `layers_to_quantize`; arXiv 2509.25149 keeps the first and last
-        blocks.
-    backend: "te" or "emulated"; by default "te" if it can run and supports the recipe.
-    Raises ValueError with the reason if the given backend cannot run.
-    """
-    names = layers_to_quantize(model, keep)
-    device = model.patch_embedding.weight.device
-    reason = training_backend(device).reason or _unsupported_by_te(recipe)
-    if backend == "te" and reason:
-        raise ValueError(f"the backend te cannot run on {device}: {reason}; use emulated")
-    if backend == "emulated" or reason:
-        description = f"emulated ({reason or 'nvfp4.backend=emulated'})"
-        seeds = RoundingSeeds(len(names), device)
-        layers = [
-            NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
-            for name, own in zip(names, seeds.values, strict=True)
-        ]
-    else:
-        description = "on FP4 units, through TransformerEngine"
-        te_recipe, seeds = _te_recipe(recipe), None
-        layers = [te.training_linear(_linear(model, name), te_recipe) for name in names]
-    for name, layer in zip(names, layers, strict=True):
-        model.set_submodule(name, layer)
-    return TrainingLayers(list(layers), seeds, description)
-
-
-def _te_recipe(recipe: TrainingRecipe) -> Any:
-    return te.recipe(
-        recipe.weights,
-        stochastic_gradients=recipe.stochastic_gradients,
-        hadamard=recipe.hadamard,
-        tiled_weights=recipe.tiles,
-    )
-
-
-def _unsupported_by_te(recipe: TrainingRecipe) -> str | None:
-    """Return why TransformerEngine does not support a recipe; None if it does."""
-    if recipe.inputs is not recipe.weights:
-        return (
-            f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"
-            f" {recipe.weights.value}; use static6 for both"
-        )
-    try:
-        _te_recipe(recipe)
-    except (ValueError, ImportError) as error:
-        return str(error)
-    return None
-
-
-def _linear(model: CausalTransformer, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
 
 
 def expect_packed(model: CausalTransformer, tensor_names: Iterable[str]) -> list[str]:

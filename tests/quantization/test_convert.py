@@ -15,9 +15,7 @@ from longvideo.checkpoint.settings import ModelSettings
 from longvideo.errors import CheckpointError, UserError
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.model.attention import Full
 from longvideo.model.config import PRESETS
-from longvideo.model.layout import TokenLayout
 from longvideo.model.transformer import Block, CausalTransformer, ModulatedNorm
 from longvideo.quantization.convert import (
     expect_packed,
@@ -25,11 +23,9 @@ from longvideo.quantization.convert import (
     quantize_layers,
     set_inputs,
     set_product,
-    train_in_nvfp4,
 )
 from longvideo.quantization.linear import NVFP4Linear, RoundedGELU, RoundedModulatedNorm
 from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
-from longvideo.quantization.training import TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -145,33 +141,6 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_gives_the_reason() -> 
     assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
     with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
         choose_w4a4(CPU, backend="torch")
-
-
-def test_training_layers_take_over_the_parameters() -> None:
-    model = small.model()
-    exact, parameters = small.velocity(model), dict(model.named_parameters())
-    trained = train_in_nvfp4(model, TrainingRecipe(), keep=["blocks.0.*", "blocks.2.*"])
-    assert trained.seeds is not None and trained.seeds.values.shape == (10, 2)
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    assert 0 < relative_error(small.velocity(model), exact) < 0.2
-    layout, sigma = TokenLayout.block_causal(small.SPEC, 1), torch.full((1, small.SPEC.chunk_frames), 0.5)
-    text = model.encode_text(small.features(1))
-    flow = model(small.latents(1), sigma, text, rope=model.rope(layout), attention=Full())
-    flow.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.norm() > 0, name
-    trained.set_rounding(False)
-    assert relative_error(small.velocity(model), exact) < 1e-6
-    trained.set_rounding(True)
-    assert relative_error(small.velocity(model), exact) > 1e-3
-
-
-def test_a_training_backend_that_cannot_run_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="the backend te cannot run on cpu: "):
-        train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
-    monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda _device: None)
-    with pytest.raises(ValueError, match="one rule, not adaptive and static6"):
-        train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
 
 
 def test_five_billion_parameters_pack_into_three_gigabytes() -> None:

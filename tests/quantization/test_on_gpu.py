@@ -19,7 +19,9 @@ from longvideo.model.transformer import CausalTransformer
 from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.lora import add_lora
 from longvideo.quantization.products import W4A16, EmulatedW4A4
-from longvideo.quantization.training import NVFP4TrainingLinear, RoundingSeeds, TrainingRecipe
+from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.recipe import TrainingRecipe
+from longvideo.quantization.training.seeds import RoundingSeeds
 from tests.golden import relative_error
 from tests.quantization import small
 

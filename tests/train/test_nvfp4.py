@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.distributed import Mesh
-from longvideo.quantization.convert import TrainingLayers
-from longvideo.quantization.training import RoundingSeeds
+from longvideo.quantization.training.layers import TrainingLayers
+from longvideo.quantization.training.seeds import RoundingSeeds
 from longvideo.train.nvfp4 import StepRounding
 from tests.train.test_sequence_parallel import SPEC, whole_batch
 

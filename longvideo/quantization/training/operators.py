@@ -1,123 +1,23 @@
-"""Linear layers that train in NVFP4: all three products of a step have 4-bit operands, emulated without FP4 units.
-
-Recipe of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in 16 x 16 tiles, so
-that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard transform on both
-operands of the weight gradient. The master weight is not rounded; each operand is rounded from it.
+"""Operators of a layer that trains in NVFP4: the product, and the two products of its backward pass.
 
 Shapes: M tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longvideo.kernels.backends import NVFP4Operations, nvfp4_operations
-from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule, check_groups
-
-SEEDS = 2
-"""Number of seeds of a layer, one for each product of its backward pass."""
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """Rounding of the operands.
-
-    inputs, weights: rules for rounding to nearest. Gradients always use `static6`, which stochastic rounding keeps
-        unbiased.
-    tiles: whether weights have tiles of 16 x 16, so that both passes use one rounding; otherwise each pass rounds along
-        the dimension that it sums over.
-    stochastic_gradients: whether gradients are rounded stochastically.
-    hadamard: whether the operands of the weight gradient are transformed.
-    """
-
-    inputs: Rule = Rule.ADAPTIVE
-    weights: Rule = Rule.STATIC6
-    tiles: bool = True
-    stochastic_gradients: bool = True
-    hadamard: bool = True
-
-
-class RoundingSeeds:
-    """Seeds of the stochastic rounding of all layers of a model, int64 [layers, 2] on its device.
-
-    Rounding has no other state: with the same seeds a step rounds in the same way.
-    """
-
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self.values = torch.arange(layers * SEEDS, device=device).view(layers, SEEDS)
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Draw new seeds from a generator on the host."""
-        drawn = torch.randint(2**62, self.values.shape, generator=generator)
-        self.values.copy_(drawn, non_blocking=True)
-
-
-class NVFP4TrainingLinear(nn.Linear):
-    """`nn.Linear` with NVFP4 operands in the forward product and in both backward products.
-
-    seeds: seeds of stochastic rounding, int64 [2] on the device of the layer; their owner changes them between steps.
-    While `rounds` is False, the layer is a plain `nn.Linear`.
-    Under autocast, inputs are rounded to its dtype first, as in every linear layer, but weights are not.
-    Raises ValueError unless inputs and outputs, along which the products sum, are multiples of 16.
-    """
-
-    seeds: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        recipe: TrainingRecipe,
-        seeds: Tensor,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
-        self.recipe = recipe
-        self.rounds = True
-        # a buffer, since a CUDA graph reads it at its address
-        self.register_buffer("seeds", seeds, persistent=False)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, recipe: TrainingRecipe, seeds: Tensor) -> NVFP4TrainingLinear:
-        """Return a layer that shares the parameters of another one."""
-        bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bias, recipe=recipe, seeds=seeds, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.rounds:
-            return super().forward(input)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
-        recipe = self.recipe
-        output = _product(
-            input.flatten(0, -2),
-            self.weight,
-            self.seeds,
-            recipe.inputs.value,
-            recipe.weights.value,
-            recipe.tiles,
-            recipe.stochastic_gradients,
-            recipe.hadamard,
-            self.weight.requires_grad and torch.is_grad_enabled(),
-        )[0].unflatten(0, input.shape[:-1])
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor, Rule
 
 
 # custom operators, which torch.compile does not look into: fusion would gain nothing inside
 @torch.library.custom_op("longvideo::nvfp4_product", mutates_args=())
-def _product(
+def product(
     x_MI: Tensor,
     weight_OI: Tensor,
     _seeds: Tensor,
@@ -176,7 +76,7 @@ def _product_backward(
     return grad_x, _multiply(operations, across, kept).to(weight_OI.dtype)
 
 
-@_product.register_fake
+@product.register_fake
 def _(
     x_MI: Tensor,
     weight_OI: Tensor,
@@ -225,7 +125,7 @@ def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None
     return grad_x, grad_weight, *(None,) * 7
 
 
-_product.register_autograd(_differentiate, setup_context=_save_for_backward)
+product.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _empty_operand(

@@ -1,0 +1,106 @@
+"""Replacement of the linear layers of a transformer by layers that train in NVFP4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from longvideo.kernels.backends import training_backend
+from longvideo.kernels.nvfp4 import te
+from longvideo.quantization.selection import layers_to_quantize
+from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.seeds import RoundingSeeds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longvideo.model.transformer import CausalTransformer
+    from longvideo.quantization.training.recipe import TrainingRecipe
+
+TrainingBackend = Literal["te", "emulated"]
+"""What computes the products of NVFP4 training: TransformerEngine, or this project's emulation."""
+
+
+@dataclass(frozen=True)
+class TrainingLayers:
+    """The layers of a model that train in NVFP4, with TransformerEngine or emulated.
+
+    seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses torch's CUDA generator.
+    description: name of the backend, and the reason if it is emulated.
+    """
+
+    layers: list[nn.Module]
+    seeds: RoundingSeeds | None
+    description: str
+
+    def set_rounding(self, rounds: bool) -> None:
+        """Set whether the layers multiply in 4 bits or in their own dtype."""
+        for layer in self.layers:
+            setattr(layer, "rounds", rounds)  # noqa: B010 - the type of TransformerEngine's layers is unknown here
+
+
+def train_in_nvfp4(
+    model: CausalTransformer,
+    recipe: TrainingRecipe,
+    *,
+    keep: Sequence[str] = (),
+    backend: TrainingBackend | None = None,
+) -> TrainingLayers:
+    """Replace linear layers in place by layers with the same parameters that train with NVFP4 products.
+
+    model: model on the device where it will train.
+    keep: patterns of layers that are not replaced, see `layers_to_quantize`; arXiv 2509.25149 keeps the first and last
+        blocks.
+    backend: "te" or "emulated"; by default "te" if it can run and supports the recipe.
+    Raises ValueError with the reason if the given backend cannot run.
+    """
+    names = layers_to_quantize(model, keep)
+    device = model.patch_embedding.weight.device
+    reason = training_backend(device).reason or _unsupported_by_te(recipe)
+    if backend == "te" and reason:
+        raise ValueError(f"the backend te cannot run on {device}: {reason}; use emulated")
+    if backend == "emulated" or reason:
+        description = f"emulated ({reason or 'nvfp4.backend=emulated'})"
+        seeds = RoundingSeeds(len(names), device)
+        layers = [
+            NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
+            for name, own in zip(names, seeds.values, strict=True)
+        ]
+    else:
+        description = "on FP4 units, through TransformerEngine"
+        te_recipe, seeds = _te_recipe(recipe), None
+        layers = [te.training_linear(_linear(model, name), te_recipe) for name in names]
+    for name, layer in zip(names, layers, strict=True):
+        model.set_submodule(name, layer)
+    return TrainingLayers(list(layers), seeds, description)
+
+
+def _te_recipe(recipe: TrainingRecipe) -> Any:
+    return te.recipe(
+        recipe.weights,
+        stochastic_gradients=recipe.stochastic_gradients,
+        hadamard=recipe.hadamard,
+        tiled_weights=recipe.tiles,
+    )
+
+
+def _unsupported_by_te(recipe: TrainingRecipe) -> str | None:
+    """Return why TransformerEngine does not support a recipe; None if it does."""
+    if recipe.inputs is not recipe.weights:
+        return (
+            f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"
+            f" {recipe.weights.value}; use static6 for both"
+        )
+    try:
+        _te_recipe(recipe)
+    except (ValueError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def _linear(model: CausalTransformer, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer

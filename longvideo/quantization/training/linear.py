@@ -1,0 +1,79 @@
+"""Linear layers that train in NVFP4: all three products of a step have 4-bit operands, emulated without FP4 units.
+
+Recipe of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in 16 x 16 tiles, so
+that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard transform on both
+operands of the weight gradient. The master weight is not rounded; each operand is rounded from it.
+
+Shapes: M tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longvideo.kernels.nvfp4.format import GROUP, check_groups
+from longvideo.quantization.training.operators import product
+
+if TYPE_CHECKING:
+    from longvideo.quantization.training.recipe import TrainingRecipe
+
+
+class NVFP4TrainingLinear(nn.Linear):
+    """`nn.Linear` with NVFP4 operands in the forward product and in both backward products.
+
+    seeds: seeds of stochastic rounding, int64 [2] on the device of the layer; their owner changes them between steps.
+    While `rounds` is False, the layer is a plain `nn.Linear`.
+    Under autocast, inputs are rounded to its dtype first, as in every linear layer, but weights are not.
+    Raises ValueError unless inputs and outputs, along which the products sum, are multiples of 16.
+    """
+
+    seeds: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        recipe: TrainingRecipe,
+        seeds: Tensor,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
+        self.recipe = recipe
+        self.rounds = True
+        # a buffer, since a CUDA graph reads it at its address
+        self.register_buffer("seeds", seeds, persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, recipe: TrainingRecipe, seeds: Tensor) -> NVFP4TrainingLinear:
+        """Return a layer that shares the parameters of another one."""
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bias, recipe=recipe, seeds=seeds, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.rounds:
+            return super().forward(input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        recipe = self.recipe
+        output = product(
+            input.flatten(0, -2),
+            self.weight,
+            self.seeds,
+            recipe.inputs.value,
+            recipe.weights.value,
+            recipe.tiles,
+            recipe.stochastic_gradients,
+            recipe.hadamard,
+            self.weight.requires_grad and torch.is_grad_enabled(),
+        )[0].unflatten(0, input.shape[:-1])
+        return output if self.bias is None else output + self.bias.to(output.dtype)
