@@ -44,6 +44,7 @@ class DeepSpeedEngine:
         precision: Literal["bf16", "fp32"],
         passes: int,
         ema_decay: float,
+        ema_start: int = 0,
         spike_factor: float = 0.0,
     ) -> None:
         if precision == "bf16" and zero_stage == 0:
@@ -59,7 +60,7 @@ class DeepSpeedEngine:
         self.mesh = mesh
         self.stage = zero_stage
         self.precision = precision
-        self.ema_decay = ema_decay
+        self.ema_decay, self.ema_start = ema_decay, ema_start
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         optimizer = torch.optim.AdamW(
@@ -243,7 +244,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
-        decay = decay_at(self.ema_decay, step)
+        decay = decay_at(self.ema_decay, step, self.ema_start)
         for parameter, average in zip(self.parameters, self.average.values(), strict=True):
             if average is not None:
                 own = self._own_part(parameter)

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 
 class ExponentialMovingAverage:
-    """average <- decay * average + (1 - decay) * weight after every step, with the decay of `decay_at`."""
+    """average <- decay * average + (1 - decay) * weight after every step, with the decay of `decay_at`.
 
-    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    start: step from which weights are averaged; until then the average is the weights themselves.
+    """
+
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], decay: float, start: int = 0) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"trainer.ema_decay is {decay}; expected a number from 0 to below 1")
-        self.decay = decay
+        self.decay, self.start = decay, start
         self.parameters = {name: p.detach() for name, p in named_parameters.items()}
         # without a decay the average is the weights themselves
         self.average = {name: p.float().clone() if decay else p.float() for name, p in self.parameters.items()}
@@ -28,7 +31,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after step `step` to the average."""
-        decay = decay_at(self.decay, step)
+        decay = decay_at(self.decay, step, self.start)
         averages, weights = list(self.average.values()), [p.float() for p in self.parameters.values()]
         torch._foreach_lerp_(averages, weights, 1.0 - decay)  # pyright: ignore[reportPrivateUsage]
 
@@ -59,6 +62,10 @@ class ExponentialMovingAverage:
             self.average[name].copy_(value)
 
 
-def decay_at(decay: float, step: int) -> float:
-    """Return the decay of the update after step `step`, from 0: small at first, so that early weights fade soon."""
-    return min(decay, (1 + step) / (10 + step))
+def decay_at(decay: float, step: int, start: int = 0) -> float:
+    """Return the decay of the update after step `step`, from 0: small at first, so that early weights fade soon.
+
+    start: step from which weights are averaged; before it the decay is 0, so the average is the weights.
+    """
+    averaged = step - start
+    return 0.0 if averaged < 0 else min(decay, (1 + averaged) / (10 + averaged))

@@ -50,8 +50,8 @@ class Engine(Trained, Protocol):
 class LocalEngine:
     """An `Engine` of one process and device: fp32 weights, forward passes under `precision.autocast`.
 
-    precision: number format of the products. ema_decay: see `decay_at`; 0 averages nothing. spike_factor: see
-    `LossGuard`.
+    precision: number format of the products. ema_decay, ema_start: see `decay_at`; a decay of 0 averages nothing.
+    spike_factor: see `LossGuard`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class LocalEngine:
         precision: TrainingPrecision,
         device: torch.device,
         ema_decay: float = 0.0,
+        ema_start: int = 0,
         spike_factor: float = 0.0,
     ) -> None:
         self.objective = objective
@@ -78,7 +79,7 @@ class LocalEngine:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.ema = ExponentialMovingAverage(self.named, ema_decay)
+        self.ema = ExponentialMovingAverage(self.named, ema_decay, ema_start)
         self.guard = LossGuard(spike_factor, device)
         self.skipped = torch.zeros((), device=device)
 

@@ -18,9 +18,11 @@ class OptimizerConfig(Bounded):
     """AdamW, with a linear warm-up of the learning rate.
 
     learning_rate: largest learning rate; a stage can replace it.
-    schedule: `constant`, or `cosine` down to `final_fraction` over all stages together.
+    schedule: `constant`; `cosine` down to `final_fraction` over all stages together; or `wsd` (warm-up, stable, decay),
+        which is constant until the last `decay_fraction` of all steps and then linear down to `final_fraction`.
     warmup_steps: number of steps in which the learning rate rises from 0.
-    final_fraction: share of the learning rate that the cosine ends at.
+    final_fraction: share of the learning rate that `cosine` and `wsd` end at.
+    decay_fraction: share of all steps in which the learning rate of `wsd` decays.
     beta1: decay of the running mean of the gradient.
     beta2: decay of the running mean of the squared gradient.
     eps: number added to the root of the squared gradient.
@@ -29,9 +31,10 @@ class OptimizerConfig(Bounded):
     """
 
     learning_rate: float = bounded(1e-3, above=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup_steps: int = steps_field(100)
     final_fraction: float = share(0.02)
+    decay_fraction: float = share(0.2)
     beta1: float = bounded(0.9, least=0, below=1)
     beta2: float = bounded(0.99, least=0, below=1)
     eps: float = bounded(1e-8, above=0)
@@ -60,8 +63,17 @@ def rate_schedule(config: OptimizerConfig, segments: Sequence[RateSegment]) -> C
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "constant":
             return peak * warmup
+        if config.schedule == "wsd":
+            onset = decay_onset(config, total)
+            progress = min(1.0, max(0, step - onset) / max(1, total - onset))
+            return peak * warmup * (1 - (1 - config.final_fraction) * progress)
         progress = min(1.0, step / max(1, total))
         cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
         return peak * warmup * cosine
 
     return rate
+
+
+def decay_onset(config: OptimizerConfig, total_steps: int) -> int:
+    """Return the step at which the learning rate of the schedule `wsd` starts to decay."""
+    return total_steps - round(config.decay_fraction * total_steps)

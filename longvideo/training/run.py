@@ -169,6 +169,7 @@ def new_engine(
             precision=trainer.precision,
             device=device,
             ema_decay=trainer.ema_decay,
+            ema_start=trainer.ema_start,
             spike_factor=trainer.spike_factor,
         )
     require("deepspeed", extra="train", purpose="training in several processes")
@@ -182,5 +183,6 @@ def new_engine(
         precision=resolve(trainer.precision, device),
         passes=passes,
         ema_decay=trainer.ema_decay,
+        ema_start=trainer.ema_start,
         spike_factor=trainer.spike_factor,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from longvideo.config.fields import Bounded, bounded
+from longvideo.config.fields import Bounded, bounded, steps_field
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.files import WriteError, read_json, write_json
@@ -44,6 +44,7 @@ class TrainerConfig(Bounded):
 
     precision: number format of the products; `auto` is bf16 on CUDA and fp32 on a CPU. Weights are always fp32.
     ema_decay: decay of the averaged weights for each step; the averages are what is exported. 0 exports the weights.
+    ema_start: step from which weights are averaged; until then the averages are the weights.
     log_every: number of steps between two lines of the log.
     sample_every: number of steps between two samples, for which the model is exported too.
     save_every: number of steps between two checkpoints.
@@ -57,6 +58,7 @@ class TrainerConfig(Bounded):
 
     precision: TrainingPrecision = "auto"
     ema_decay: float = bounded(0.999, least=0, below=1)
+    ema_start: int = steps_field(0)
     log_every: int = bounded(20, least=1)
     sample_every: int = bounded(0, least=0)
     save_every: int = bounded(1000, least=0)

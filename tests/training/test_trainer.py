@@ -19,7 +19,7 @@ from longvideo.files import WriteError, write_text
 from longvideo.training.checkpoint import layout
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.engine import LocalEngine
-from longvideo.training.optimizer import OptimizerConfig, RateSegment, rate_schedule
+from longvideo.training.optimizer import OptimizerConfig, RateSegment, decay_onset, rate_schedule
 from longvideo.training.run_folder import write_record
 from longvideo.training.run_log import RunLog
 from longvideo.training.stopping import RunStopped
@@ -295,6 +295,23 @@ def test_average_equals_its_definition() -> None:
     assert torch.equal(weight, trained)
 
 
+def test_before_its_start_the_average_is_the_weights() -> None:
+    weight = torch.nn.Parameter(torch.zeros(5))
+    late = ExponentialMovingAverage({"weight": weight}, decay=0.7, start=3)
+    early = ExponentialMovingAverage({"weight": weight}, decay=0.7)
+    for step in range(6):
+        with torch.no_grad():
+            weight += torch.randn(5, generator=torch.Generator().manual_seed(step))
+        late.update(step)
+        if step < 3:
+            assert torch.equal(late.average["weight"], weight)
+            early.average["weight"].copy_(weight)
+        else:
+            early.update(step - 3)
+            assert torch.equal(late.average["weight"], early.average["weight"])
+    assert not torch.equal(late.average["weight"], weight)
+
+
 def test_metrics_are_weighted_means_over_the_window(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, 5)
     trainer.run()
@@ -323,6 +340,18 @@ def test_learning_rate_warms_up_and_follows_its_segments() -> None:
     assert rate(100) == pytest.approx(0.5 * 0.1)
     constant = rate_schedule(OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0), [RateSegment(9)])
     assert {constant(step) for step in range(9)} == {1.0}
+
+
+def test_wsd_is_constant_and_then_falls_in_a_line_over_all_segments() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=4, decay_fraction=0.25, final_fraction=0.2)
+    rate = rate_schedule(config, [RateSegment(20), RateSegment(20, 0.5)])
+    assert decay_onset(config, 40) == 30
+    assert rate(1) == 0.5 and {rate(step) for step in range(3, 20)} == {1.0}
+    assert {rate(step) for step in range(20, 31)} == {0.5}
+    assert rate(35) == pytest.approx(0.5 * 0.6)
+    assert rate(40) == rate(50) == pytest.approx(0.5 * 0.2)
+    without = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=0, decay_fraction=0)
+    assert {rate_schedule(without, [RateSegment(9)])(step) for step in range(9)} == {1.0}
 
 
 def test_a_step_whose_loss_leaps_changes_nothing(tmp_path: Path) -> None:
