@@ -26,17 +26,20 @@ PROMPT = "a red ball bounces"
 
 @pytest.fixture(scope="module")
 def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an adapter of all linear layers of the blocks, in the naming of kohya."""
+    return adapter_of(model_folder, 0.2, tmp_path_factory.mktemp("adapters") / "style.safetensors")
+
+
+def adapter_of(model: Path, deviation: float, file: Path) -> Path:
+    """Write an adapter of all linear layers of the blocks, in the naming of kohya."""
     with OnMeta():
-        sizes = layer_sizes(CausalTransformer(ModelFolder.open(model_folder).transformer_config))
+        sizes = layer_sizes(CausalTransformer(ModelFolder.open(model).transformer_config))
     generator = torch.Generator().manual_seed(7)
     tensors: dict[str, torch.Tensor] = {}
     for layer, (rows, columns) in sizes.items():
         name = f"lora_unet_{layer.replace('.', '_')}"
-        tensors[f"{name}.lora_down.weight"] = 0.2 * torch.randn(4, columns, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = 0.2 * torch.randn(rows, 4, generator=generator)
+        tensors[f"{name}.lora_down.weight"] = deviation * torch.randn(4, columns, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = deviation * torch.randn(rows, 4, generator=generator)
         tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    file = tmp_path_factory.mktemp("adapters") / "style.safetensors"
     save_file(tensors, file)
     return file
 
@@ -158,3 +161,23 @@ def test_after_an_adapter_that_cannot_be_read_the_earlier_ones_stay(
             pipeline.set_adapters([wrong])
     assert np.array_equal(video(pipeline), before)
     assert pipeline.models.adapters == ("/".join(adapter.parts[-2:]) + ":0.5",)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4", "nvfp4-weights"])
+def test_a_gpu_changes_adapters_that_recorded_passes_contain(precision: Any, tmp_path: Path) -> None:
+    """Weights in host memory are the form without CUDA graphs, and must give the same bits."""
+    packed = "fp32" if precision in ("bf16", "fp8") else "nvfp4"
+    convert_model(ModelFolder.open("tiny"), tmp_path / "base", ConversionOptions(precision=packed))
+    adapter = adapter_of(Path("tiny"), 0.02, tmp_path / "style.safetensors")
+    gpu: dict[str, Any] = {"device": "cuda", "precision": precision}
+    pipeline = StreamingPipeline.from_pretrained(tmp_path / "base", **gpu)
+    before = video(pipeline)
+    pipeline.set_adapters([f"{adapter}:0.5", adapter])
+    changed = video(pipeline)
+    assert not np.array_equal(changed, before)
+    for other in ({}, {"offload_weights": True}):
+        new = StreamingPipeline.from_pretrained(tmp_path / "base", adapters=[f"{adapter}:0.5", adapter], **gpu, **other)
+        assert np.array_equal(video(new), changed)
+    pipeline.set_adapters([])
+    assert np.array_equal(video(pipeline), before)
