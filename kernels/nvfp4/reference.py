@@ -8,8 +8,6 @@ it.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +16,12 @@ from longvideo.kernels.nvfp4.codes import decode_bytes, encode, pack, unpack
 from longvideo.kernels.nvfp4.format import (
     E2M1_MAX,
     GROUP,
-    HADAMARD_SIGNS,
     ExactOperand,
     NVFP4Tensor,
     Rule,
     check_groups,
 )
+from longvideo.kernels.nvfp4.hadamard import random_hadamard
 from longvideo.kernels.nvfp4.rounding import round_to_groups, to_nearest
 
 MX_GROUP = 32
@@ -77,7 +75,7 @@ def quantize_tiles_exact(x_RK: Tensor, rule: Rule, *, dtype: torch.dtype = torch
 def quantize_across(x_MC: Tensor, rule: Rule = Rule.ADAPTIVE, *, hadamard: bool = False) -> NVFP4Tensor:
     """Quantize the transpose of a matrix, [C, M], with M padded with zeros to a multiple of 16.
 
-    hadamard: whether to apply `random_hadamard` along M first, rounded to the dtype of x.
+    hadamard: whether to apply `random_hadamard` of 16 points along M first, rounded to the dtype of x.
     """
     return quantize(_across(x_MC, hadamard), rule)
 
@@ -171,21 +169,6 @@ def transpose(quantized: NVFP4Tensor) -> NVFP4Tensor:
     return NVFP4Tensor(pack(unpack(quantized.codes).t().contiguous()), scales, quantized.tensor_scale)
 
 
-def random_hadamard(x: Tensor) -> Tensor:
-    """Apply the orthogonal 16-point transform to every 16 consecutive values of the last dimension, after sign flips.
-
-    It spreads an outlier over its group. Applied to both operands of a product along the summed dimension, it does not
-    change the product. It is computed in float32 by the fast transform, whose order of sums a kernel can repeat.
-    """
-    check_groups(x.shape)
-    out = x.float().unflatten(-1, (-1, GROUP)) * _hadamard_signs(x.device)
-    for _ in range(GROUP.bit_length() - 1):
-        # the lowest bit of the index becomes the highest, so that after four rounds all values are in order again
-        even, odd = out[..., ::2], out[..., 1::2]
-        out = torch.cat((even + odd, even - odd), dim=-1)
-    return (out * GROUP**-0.5).flatten(-2).to(x.dtype)
-
-
 def quantize_dequantize_mxfp4(x: Tensor) -> Tensor:
     """Round to MXFP4 and back, for comparison: E2M1 codes, one power of two for every 32 of them, no tensor scale.
 
@@ -216,10 +199,3 @@ def _modulated(h_BLD: Tensor, shift_BTSD: Tensor, scale_BTSD: Tensor, eps: float
 
 def _gelu(h: Tensor) -> Tensor:
     return F.gelu(h.float(), approximate="tanh").to(h.dtype)
-
-
-# outside inference mode: a tensor made inside it could not be multiplied under autograd later
-@functools.cache
-@torch.inference_mode(False)
-def _hadamard_signs(device: torch.device) -> Tensor:
-    return torch.tensor(HADAMARD_SIGNS, dtype=torch.float32, device=device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4.format import Rule
+from longvideo.kernels.nvfp4.hadamard import random_hadamard
 from longvideo.quantization.training import operators
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.recipe import TrainingRecipe
@@ -73,8 +74,8 @@ def test_stochastic_gradients_are_unbiased() -> None:
         assert leaf.grad is not None and layer.weight.grad is not None
         draws.append((leaf.grad.flatten(), layer.weight.grad.flatten()))
     weight = reference.dequantize(reference.quantize(layer.weight.detach(), Rule.STATIC6, tile_rows=16))
-    across = reference.random_hadamard(nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
-    spun = reference.random_hadamard(nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
+    across = random_hadamard(nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
+    spun = random_hadamard(nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 8)).t().contiguous())
     expected = (grad @ weight).flatten(), (spun @ reference.dequantize(reference.quantize(across)).t()).flatten()
     for samples, mean in zip(zip(*draws, strict=True), expected, strict=True):
         stacked = torch.stack(samples)
