@@ -173,12 +173,17 @@ def to_nearest(x: Tensor) -> Tensor:
 def _stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """Round to one of the two nearest E2M1 values; the probability of the upper one makes the mean exact."""
     magnitude = x.abs()
-    step = _octave(magnitude) * 0.5
+    step = e2m1_step(magnitude)
     steps = magnitude / step
     lower = torch.floor(steps)
     # not floor(steps + draw): that sum may be rounded up beyond a number that is an E2M1 value already
     up = torch.rand(x.shape, generator=generator, device=x.device) < steps - lower
     return torch.copysign((lower + up) * step, x)
+
+
+def e2m1_step(magnitude: Tensor) -> Tensor:
+    """Return the distance of the two E2M1 numbers around a magnitude, float32."""
+    return _octave(magnitude) * 0.5
 
 
 def _octave(magnitude: Tensor) -> Tensor:
