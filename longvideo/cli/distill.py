@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from longvideo.distill.config import Distillation
-    from longvideo.distill.distillation import DistillRecipe
+    from longvideo.distill.dmd_recipe import DmdRecipe
     from longvideo.distill.engine import PairedEngine
     from longvideo.distributed import Mesh
     from longvideo.training.options import RunOptions
@@ -45,12 +45,12 @@ def run(options: RunOptions) -> None:
     require("peft", extra="train", purpose="longvideo distill")
     from longvideo.distill.config import Distillation
 
-    def build(config: Distillation, device: torch.device, mesh: Mesh) -> DistillRecipe:
-        from longvideo.distill.distillation import DistillRecipe
+    def build(config: Distillation, device: torch.device, mesh: Mesh) -> DmdRecipe:
+        from longvideo.distill.dmd_recipe import DmdRecipe
 
-        return DistillRecipe(config, device, mesh, dry_run=options.dry_run > 0)
+        return DmdRecipe(config, device, mesh, dry_run=options.dry_run > 0)
 
-    def build_engine(_config: Distillation, recipe: DistillRecipe, mesh: Mesh, _device: torch.device) -> PairedEngine:
+    def build_engine(_config: Distillation, recipe: DmdRecipe, mesh: Mesh, _device: torch.device) -> PairedEngine:
         return recipe.engine(mesh)
 
     train(options, Distillation, build, default_config="tiny/dmd", build_engine=build_engine)

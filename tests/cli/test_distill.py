@@ -31,7 +31,7 @@ from tests.cli.distillation import arguments
 from tests.golden import relative_error
 from tests.training.killing import run_killed
 
-PRELOADED = ["torch", "longvideo.distill.distillation", "longvideo.training.run"]
+PRELOADED = ["torch", "longvideo.distill.dmd_recipe", "longvideo.training.run"]
 
 
 def velocity(model: CausalTransformer) -> Tensor:
@@ -263,7 +263,7 @@ def test_scripts_of_several_shots_are_computed_one_by_one(
 
 def test_clips_give_captions_cuts_and_first_frames(distill_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from longvideo.distill.config import Distillation
-    from longvideo.distill.distillation import DistillRecipe
+    from longvideo.distill.dmd_recipe import DmdRecipe
     from longvideo.distributed import Mesh
     from tests.data import footage
 
@@ -291,7 +291,7 @@ def test_clips_give_captions_cuts_and_first_frames(distill_folder: Path, capsys:
         lora=LoraSettings(rank=4),
         backbone=BackboneConfig(precision="bf16"),
     )
-    recipe = DistillRecipe(config, torch.device("cpu"))
+    recipe = DmdRecipe(config, torch.device("cpu"))
     dataset = EncodedDataset.open(distill_folder / "clips")
     seen = []
     for step in range(2):

@@ -28,7 +28,7 @@ pytest.importorskip("deepspeed")
 STEPS = 16
 LAST_KILL = 8
 COMPARED = 3
-PRELOADED = ["torch", "deepspeed", "longvideo.train.clips.recipe", "longvideo.distill.distillation"]
+PRELOADED = ["torch", "deepspeed", "longvideo.train.clips.recipe", "longvideo.distill.dmd_recipe"]
 STAGES = {"train": (0, 1, 2, 3), "distill": (0, 1, 2)}  # of ZeRO
 CONSTANT = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-3")
 OFTEN = ("trainer.precision=fp32", "trainer.log_every=1", "trainer.sample_every=0", "parallel.micro_batch=1")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.distill.config import BackboneConfig, Distillation, SampleConfig
-from longvideo.distill.distillation import DistillRecipe
+from longvideo.distill.dmd_recipe import DmdRecipe
 from longvideo.distill.prompts import ChunkScript, DistillStage
 from longvideo.distill.roles import LoraSettings, Role
 from longvideo.distill.self_forcing import CacheFill
@@ -153,7 +153,7 @@ def test_a_sample_of_the_student_is_what_the_exported_model_generates(
         stages=[DistillStage(frames=16, batch=1, steps=1)],
         samples=SampleConfig(prompts=1, chunks=3, steps=[2]),
     )
-    recipe = DistillRecipe(config, CPU)
+    recipe = DmdRecipe(config, CPU)
     generator = torch.Generator().manual_seed(1)
     for weight in recipe.roles.trained(Role.STUDENT).values():
         weight.data.normal_(std=0.2, generator=generator)
