@@ -11,7 +11,7 @@ from longvideo.config.fields import Bounded, share
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.training.layers import TrainingBackend, TrainingLayers, train_in_nvfp4
-from longvideo.quantization.training.recipe import TrainingRecipe
+from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from longvideo.training.objective import seeded
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class NVFP4Config(Bounded):
             inputs=self.inputs,
             weights=self.weights,
             tiles=self.tiles,
-            stochastic_gradients=self.stochastic_gradients,
-            hadamard=self.hadamard,
+            gradients=GradientRounding.STOCHASTIC if self.stochastic_gradients else GradientRounding.NEAREST,
+            hadamard_points=16 if self.hadamard else 0,
         )
 
 

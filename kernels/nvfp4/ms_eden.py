@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longvideo.kernels.nvfp4 import draws
 from longvideo.kernels.nvfp4.codes import encode, pack
 from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, E4M3_TINY, GROUP, TENSOR_SCALE_MIN, NVFP4Tensor
 from longvideo.kernels.nvfp4.hadamard import random_hadamard
@@ -25,21 +24,19 @@ SCALE_MAX = 256.0
 CLIP = E2M1_MAX * (16 / 17) / 0.93
 """Magnitude to which the largest value of a group is mapped. At 6 x 16/17 nothing is clipped, since rounding to E4M3
 makes a scale smaller by up to 1/17; a group with a scale larger by 1/0.93 clips, and has the lowest squared error."""
-SIGNS, SCALES = range(2)
-"""Streams of the seeds: signs of the transform, and rounding of the scales."""
 
 
-def quantize_ms_eden(x: Tensor, *, signs_seed: Tensor | None, scales_seed: Tensor) -> NVFP4Tensor:
+def quantize_ms_eden(x: Tensor, signs: Tensor | None, draw: Tensor) -> NVFP4Tensor:
     """Transform the last dimension, which must be a multiple of 128, and round it.
 
-    Both operands of a product need the same signs, and scales that are rounded independently.
+    Both operands of a product need the same signs, and draws that are independent.
 
-    signs_seed, scales_seed: int64 scalars on the device of x.
-    Raises ValueError without a seed for the signs, since the result would be biased.
+    signs: random numbers that are 1 or -1, float32 [128]. draw: random numbers in [0, 1), float32 [..., K / 16].
+    Raises ValueError without signs, since the fixed ones of the transform would make the result biased.
     """
-    if signs_seed is None:
-        raise ValueError("MS-EDEN is biased with fixed signs; expected a seed from which its signs are drawn")
-    rotated = random_hadamard(x, POINTS, signs=draws.signs(signs_seed, POINTS, stream=SIGNS))
+    if signs is None:
+        raise ValueError("MS-EDEN is biased with fixed signs; expected signs that are redrawn in every step")
+    rotated = random_hadamard(x, POINTS, signs=signs)
     groups = rotated.float().unflatten(-1, (-1, GROUP))
     amax = largest_magnitude(rotated).clamp_min(CLIP * SCALE_MAX * TENSOR_SCALE_MIN)
     tensor_scale = amax / (CLIP * SCALE_MAX)
@@ -48,7 +45,6 @@ def quantize_ms_eden(x: Tensor, *, signs_seed: Tensor | None, scales_seed: Tenso
     scaled = groups / (scale * tensor_scale).unsqueeze(-1)
     values = to_nearest(scaled.clamp(-E2M1_MAX, E2M1_MAX))
     corrected = (scale * _correction(scaled, values)).clamp(0.0, E4M3_MAX)
-    draw = draws.uniform(scales_seed, corrected.shape, stream=SCALES)
     return NVFP4Tensor(pack(encode(values)).view(*x.shape[:-1], -1), _stochastic_e4m3(corrected, draw), tensor_scale)
 
 

@@ -20,11 +20,15 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def signs(seed: int) -> Tensor:
-    return draws.signs(torch.tensor(seed), POINTS, stream=ms_eden.SIGNS)
+    return draws.signs(torch.tensor(seed), POINTS)
 
 
-def rounded(x: Tensor, draw: int, *, operand: int = 0) -> NVFP4Tensor:
-    return quantize_ms_eden(x, signs_seed=torch.tensor(draw), scales_seed=torch.tensor(draw + 2**40 * (operand + 1)))
+def draw(x: Tensor, seed: int, operand: int = 0) -> Tensor:
+    return draws.uniform(torch.tensor(seed), torch.Size((*x.shape[:-1], x.shape[-1] // 16)), stream=operand + 1)
+
+
+def rounded(x: Tensor, seed: int, *, operand: int = 0) -> NVFP4Tensor:
+    return quantize_ms_eden(x, signs(seed), draw(x, seed, operand))
 
 
 def undo(rotated: Tensor, seed: int) -> Tensor:
@@ -36,8 +40,8 @@ def undo(rotated: Tensor, seed: int) -> Tensor:
 @pytest.mark.parametrize("x", [gaussian(4, 256), torch.ones(4, 256)], ids=["gaussian", "constant"])
 def test_the_bias_of_the_vector_is_below_one_percent(x: Tensor) -> None:
     mean = torch.zeros_like(x)
-    for draw in range(DRAWS):
-        mean += undo(reference.dequantize(rounded(x, draw)), draw) / DRAWS
+    for seed in range(DRAWS):
+        mean += undo(reference.dequantize(rounded(x, seed)), seed) / DRAWS
     # an error of 10 % per draw leaves 0.3 % after 1000
     assert (mean - x).norm() < 0.01 * x.norm()
 
@@ -46,8 +50,8 @@ def test_the_bias_of_the_inner_product_is_below_one_percent() -> None:
     a = gaussian(256)
     b = 0.5 * a + 0.5 * gaussian(256, seed=1)
     products = []
-    for draw in range(DRAWS):
-        left, right = (reference.dequantize(rounded(x, draw, operand=i)) for i, x in enumerate((a, b)))
+    for seed in range(DRAWS):
+        left, right = (reference.dequantize(rounded(x, seed, operand=i)) for i, x in enumerate((a, b)))
         products.append(left @ right)
     assert abs(torch.stack(products).mean() / (a @ b) - 1) < 0.01
 
@@ -56,8 +60,8 @@ def test_with_fixed_signs_the_bias_would_be_larger() -> None:
     """The tests above can fail: the mean over scales alone keeps the error of rounding to nearest."""
     x = gaussian(4, 256)
     mean = torch.zeros_like(x)
-    for draw in range(DRAWS):
-        fixed = quantize_ms_eden(x, signs_seed=torch.tensor(0), scales_seed=torch.tensor(draw))
+    for seed in range(DRAWS):
+        fixed = quantize_ms_eden(x, signs(0), draw(x, seed))
         mean += undo(reference.dequantize(fixed), 0) / DRAWS
     assert (mean - x).norm() > 0.05 * x.norm()
 
@@ -65,11 +69,11 @@ def test_with_fixed_signs_the_bias_would_be_larger() -> None:
 def test_the_squared_error_is_below_half_of_that_of_stochastic_rounding() -> None:
     x = gaussian(64, 512)
     errors = {"ms-eden": 0.0, "stochastic": 0.0}
-    for draw in range(8):
-        rotated = random_hadamard(x, POINTS, signs=signs(draw))
-        stochastic = reference.quantize_exact(rotated, Rule.STATIC6, seed=draw, dtype=torch.float32)
+    for seed in range(8):
+        rotated = random_hadamard(x, POINTS, signs=signs(seed))
+        stochastic = reference.quantize_exact(rotated, Rule.STATIC6, seed=seed, dtype=torch.float32)
         errors["stochastic"] += (stochastic.values * stochastic.tensor_scale - rotated).square().sum().item()
-        errors["ms-eden"] += (reference.dequantize(rounded(x, draw)) - rotated).square().sum().item()
+        errors["ms-eden"] += (reference.dequantize(rounded(x, seed)) - rotated).square().sum().item()
     assert errors["ms-eden"] < 0.5 * errors["stochastic"]
 
 
@@ -99,8 +103,8 @@ def test_codes_are_nearest_and_scales_are_corrected_by_the_two_nearest_numbers()
 def test_the_mean_of_a_stochastic_scale_is_exact() -> None:
     x = torch.tensor([0.0, 2.0**-9, 0.9 * 2.0**-9, 0.3, 1.0, 1.03, 17.7, 255.0, 256.0, 300.0, 447.0, 448.0])
     count = 2**14
-    draw = draws.uniform(torch.tensor(3), torch.Size((count, x.numel())))
-    values = ms_eden._stochastic_e4m3(x.expand(count, -1), draw).double()
+    table = x.expand(count, -1)
+    values = ms_eden._stochastic_e4m3(table, draws.uniform(torch.tensor(3), table.shape)).double()
     standard_error = values.std(0) / count**0.5
     assert ((values.mean(0) - x).abs() <= 4 * standard_error).all()
     assert [len(column.unique()) for column in values.t()] == [1, 1, 2, 2, 1, 2, 2, 2, 1, 2, 2, 1]
@@ -108,7 +112,7 @@ def test_the_mean_of_a_stochastic_scale_is_exact() -> None:
 
 def test_fixed_signs_are_refused() -> None:
     with pytest.raises(ValueError, match="biased with fixed signs"):
-        quantize_ms_eden(gaussian(128), signs_seed=None, scales_seed=torch.tensor(0))
+        quantize_ms_eden(gaussian(128), None, torch.zeros(8))
 
 
 def test_the_same_seeds_give_the_same_bits_and_others_do_not() -> None:
@@ -116,7 +120,7 @@ def test_the_same_seeds_give_the_same_bits_and_others_do_not() -> None:
     first, again = rounded(x, 1), rounded(x, 1)
     assert torch.equal(first.codes, again.codes)
     assert torch.equal(first.scales.view(torch.uint8), again.scales.view(torch.uint8))
-    other = quantize_ms_eden(x, signs_seed=torch.tensor(1), scales_seed=torch.tensor(2))
+    other = quantize_ms_eden(x, signs(1), draw(x, 2))
     assert torch.equal(first.codes, other.codes) and not torch.equal(
         first.scales.view(torch.uint8), other.scales.view(torch.uint8)
     )

@@ -20,7 +20,7 @@ from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.lora import add_lora
 from longvideo.quantization.products import W4A16, EmulatedW4A4
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
-from longvideo.quantization.training.recipe import TrainingRecipe
+from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from longvideo.quantization.training.seeds import RoundingSeeds
 from tests.golden import relative_error
 from tests.quantization import small
@@ -128,7 +128,7 @@ def test_adapters_train_on_a_packed_backbone() -> None:
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_a_training_layer_gives_the_products_of_the_cpu(tiles: bool) -> None:
-    recipe = TrainingRecipe(tiles=tiles, stochastic_gradients=False)
+    recipe = TrainingRecipe(tiles=tiles, gradients=GradientRounding.NEAREST)
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     x, grad = torch.randn(40, 64), torch.randn(40, 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -11,16 +12,33 @@ from longvideo.kernels.backends import training_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.recipe import (
+    BackwardOperands,
+    GradientRounding,
+    HadamardProducts,
+    HadamardSigns,
+    TrainingRecipe,
+    WeightEstimator,
+)
 from longvideo.quantization.training.seeds import RoundingSeeds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from longvideo.model.transformer import CausalTransformer
-    from longvideo.quantization.training.recipe import TrainingRecipe
 
 TrainingBackend = Literal["te", "emulated"]
 """What computes the products of NVFP4 training: TransformerEngine, or this project's emulation."""
+TE_PARTS: dict[str, tuple[Enum | float, ...]] = {
+    "backward_operands": (BackwardOperands.ORIGINALS,),
+    "gradients": (GradientRounding.NEAREST, GradientRounding.STOCHASTIC),
+    "hadamard_points": (0, 16),
+    "hadamard_products": (HadamardProducts.WGRAD,),
+    "hadamard_signs": (HadamardSigns.FIXED,),
+    "estimator": (WeightEstimator.STRAIGHT_THROUGH,),
+    "outlier_quantile": (1.0,),
+}
+"""Values of a recipe's settings that TransformerEngine supports; it refuses some combinations itself."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,8 @@ def train_in_nvfp4(
 def _te_recipe(recipe: TrainingRecipe) -> Any:
     return te.recipe(
         recipe.weights,
-        stochastic_gradients=recipe.stochastic_gradients,
-        hadamard=recipe.hadamard,
+        stochastic_gradients=recipe.gradients is GradientRounding.STOCHASTIC,
+        hadamard=recipe.hadamard_points > 0,
         tiled_weights=recipe.tiles,
     )
 
@@ -93,6 +111,9 @@ def _unsupported_by_te(recipe: TrainingRecipe) -> str | None:
             f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"
             f" {recipe.weights.value}; use static6 for both"
         )
+    for name, values in TE_PARTS.items():
+        if (value := getattr(recipe, name)) not in values:
+            return f"TransformerEngine has no {name}={value.value if isinstance(value, Enum) else value}"
     try:
         _te_recipe(recipe)
     except (ValueError, ImportError) as error:

@@ -1,8 +1,8 @@
 """Linear layers that train in NVFP4: all three products of a step have 4-bit operands, emulated without FP4 units.
 
-Recipe of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in 16 x 16 tiles, so
-that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard transform on both
-operands of the weight gradient. The master weight is not rounded; each operand is rounded from it.
+The default recipe is that of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149, section 4): weights in
+16 x 16 tiles, so that forward and backward see the same rounding; gradients rounded stochastically; a random Hadamard
+transform on both operands of the weight gradient. The master weight is not rounded; each operand is rounded from it.
 
 Shapes: M tokens, I inputs, O outputs.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class NVFP4TrainingLinear(nn.Linear):
     """`nn.Linear` with NVFP4 operands in the forward product and in both backward products.
 
-    seeds: seeds of stochastic rounding, int64 [2] on the device of the layer; their owner changes them between steps.
+    seeds: seeds of the random numbers of a step, int64 [2] on the device of the layer, one for each backward product;
+        their owner changes them between steps.
     While `rounds` is False, the layer is a plain `nn.Linear`.
     Under autocast, inputs are rounded to its dtype first, as in every linear layer, but weights are not.
     Raises ValueError unless inputs and outputs, along which the products sum, are multiples of 16.
@@ -45,7 +46,7 @@ class NVFP4TrainingLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
-        self.recipe = recipe
+        self.encoded_recipe = recipe.encode()
         self.rounds = True
         # a buffer, since a CUDA graph reads it at its address
         self.register_buffer("seeds", seeds, persistent=False)
@@ -64,16 +65,7 @@ class NVFP4TrainingLinear(nn.Linear):
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        recipe = self.recipe
-        output = product(
-            input.flatten(0, -2),
-            self.weight,
-            self.seeds,
-            recipe.inputs.value,
-            recipe.weights.value,
-            recipe.tiles,
-            recipe.stochastic_gradients,
-            recipe.hadamard,
-            self.weight.requires_grad and torch.is_grad_enabled(),
-        )[0].unflatten(0, input.shape[:-1])
+        keep = self.weight.requires_grad and torch.is_grad_enabled()
+        flat = product(input.flatten(0, -2), self.weight, self.seeds, self.encoded_recipe, keep)[0]
+        output = flat.unflatten(0, input.shape[:-1])
         return output if self.bias is None else output + self.bias.to(output.dtype)

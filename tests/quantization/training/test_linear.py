@@ -11,7 +11,7 @@ from longvideo.kernels.nvfp4.format import Rule
 from longvideo.kernels.nvfp4.hadamard import random_hadamard
 from longvideo.quantization.training import operators
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
-from longvideo.quantization.training.recipe import TrainingRecipe
+from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from longvideo.quantization.training.seeds import RoundingSeeds
 from tests.golden import relative_error
 
@@ -34,7 +34,7 @@ def training_layer(recipe: TrainingRecipe, seed: int = 0) -> NVFP4TrainingLinear
 @pytest.mark.parametrize("tiles", [True, False])
 def test_training_products_are_those_of_rounded_operands(tiles: bool) -> None:
     """Without randomness, the forward and both backward products equal the slow definition."""
-    recipe = TrainingRecipe(tiles=tiles, stochastic_gradients=False, hadamard=False)
+    recipe = TrainingRecipe(tiles=tiles, gradients=GradientRounding.NEAREST, hadamard_points=0)
     layer, x, grad = (
         training_layer(recipe),
         inputs(),
@@ -147,9 +147,9 @@ def test_the_operators_of_training_are_described_as_they_are(keep: bool) -> None
     x, weight, seeds = inputs().flatten(0, 1), linear().weight.detach(), torch.tensor([1, 2])
     if keep:
         x, weight = x.requires_grad_(), weight.requires_grad_()
-    settings = ("adaptive", "static6", True, True, True)
-    torch.library.opcheck(operators.product, (x, weight, seeds, *settings, keep))
+    recipe = TrainingRecipe().encode()
+    torch.library.opcheck(operators.product, (x, weight, seeds, recipe, keep))
     if keep:
-        _, *kept = operators.product(x.detach(), weight.detach(), seeds, *settings, True)
-        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, *settings[1:])
+        _, *kept = operators.product(x.detach(), weight.detach(), seeds, recipe, True)
+        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, recipe)
         torch.library.opcheck(operators._product_backward, arguments)
