@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from longvideo.infer.saved_latents import decode_videos
+from longvideo.pixels import psnr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from longvideo.infer.saved_latents import SavedLatents
     from longvideo.streaming.decoders import DecoderModel
 
-PEAK = 255
 DRIFT_SHARE = 0.1
 """Share of the parts of a video at either end whose means are compared."""
 
@@ -49,12 +49,6 @@ class DecoderComparison:
     @property
     def _ends(self) -> int:
         return max(1, round(DRIFT_SHARE * len(self.errors)))
-
-
-def psnr(errors: tuple[float, ...]) -> float:
-    """Return the peak signal-to-noise ratio of mean squared differences in dB; infinity if there is no difference."""
-    mean = float(np.mean(errors)) if errors else 0.0
-    return float("inf") if mean == 0 else float(10 * np.log10(PEAK**2 / mean))
 
 
 def compare_decoders(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longvideo.infer.decoder_comparison import psnr
+from longvideo.pixels import psnr
 
 if TYPE_CHECKING:
     from longvideo.infer.generation import Models

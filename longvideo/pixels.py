@@ -1,12 +1,21 @@
-"""Conversion between pixels of 8 bits and video in [-1, 1]."""
+"""Pixels of 8 bits: their conversion from and to video in [-1, 1], and the measure of their difference."""
 
 from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 LEVELS = 127.5
 """Number of 8-bit levels for each unit of a video in [-1, 1]."""
+PEAK = 255
+"""Largest 8-bit level."""
 
 
 def to_uint8(video_BCTHW: Tensor) -> Tensor:
@@ -18,3 +27,9 @@ def to_uint8(video_BCTHW: Tensor) -> Tensor:
 def from_uint8(pixels: Tensor) -> Tensor:
     """Return uint8 pixels as float32 in [-1, 1], in the same shape."""
     return pixels.float().div(LEVELS).sub(1)
+
+
+def psnr(errors: Sequence[float]) -> float:
+    """Return the peak signal-to-noise ratio of mean squared differences in dB; infinity if there is no difference."""
+    mean = fmean(errors) if errors else 0.0
+    return math.inf if mean == 0 else 10 * math.log10(PEAK**2 / mean)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longvideo.infer.bench.kernels import KernelMismatch
 from longvideo.infer.bench.timing import median_ms
-from longvideo.infer.decoder_comparison import psnr
 from longvideo.kernels.backends import decoder_operations
+from longvideo.pixels import psnr
 from longvideo.streaming.decoder import StreamingDecoder
 from longvideo.streaming.decoder_convolutions import Grid
 from longvideo.streaming.decoder_plan import plan_stages

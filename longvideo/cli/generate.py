@@ -48,6 +48,7 @@ from longvideo.errors import UserError
 from longvideo.infer.options import SamplingOptions, check_beginning
 from longvideo.infer.script import Script
 from longvideo.machine.launcher import is_main_process
+from longvideo.machine.preloading import preload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,6 +186,7 @@ def generate(
     `torchrun --no-python --nproc-per-node 8 longvideo generate --prompts prompts.txt -o videos`
     """
     start = time.perf_counter()
+    preload("longvideo.infer.writer", "longvideo.infer.loading", "longvideo.infer.pipeline")
     from longvideo.infer.writer import OutputFile
     from longvideo.quantization.number_formats import NumberFormats
 
