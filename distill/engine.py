@@ -77,6 +77,10 @@ class PairedEngine:
         of_roles = {role: engine.shapes() for role, engine in self.engines.items()}
         return {f"{role}/{name}": shape for role, shapes in of_roles.items() for name, shape in shapes.items()}
 
+    def more_shapes(self) -> dict[str, torch.Size]:
+        of_roles = {role: engine.more_shapes() for role, engine in self.engines.items()}
+        return {f"{role}/{name}": shape for role, shapes in of_roles.items() for name, shape in shapes.items()}
+
     def whole(self, name: str, kind: str) -> Tensor:
         role, _, own = name.partition("/")
         return self.engines[role].whole(own, kind)

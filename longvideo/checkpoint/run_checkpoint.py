@@ -3,8 +3,9 @@
 A checkpoint is a folder `step_0001200`. Its state.json holds the step, the numbers of the engine, and the length and
 SHA-256 of every other file. The tensors of a trained parameter are stored whole, as NAME/weight, NAME/average,
 NAME/exp_avg, NAME/exp_avg_sq and NAME/step, for every engine and number of processes. They are in files of three parts:
-weights_RANK_NUMBER.safetensors, ema_... and optimizer_.... Names in a checkpoint of a distillation begin with student/
-or critic/. The state of a rank's recipe is in recipe_RANK_NUMBER.safetensors.
+weights_RANK_NUMBER.safetensors, ema_... and optimizer_.... States that only some settings need are in states_....
+Names in a checkpoint of a distillation begin with student/ or critic/. The state of a rank's recipe is in
+recipe_RANK_NUMBER.safetensors.
 
 Format 1, which has no checksums and different files for one process and for several, is still read.
 """
@@ -37,6 +38,8 @@ WEIGHT, AVERAGE, MOMENTS, STEP = "weight", "average", ("exp_avg", "exp_avg_sq"),
 AVERAGED, TRAINED = "ema", "weights"
 PARTS: dict[str, tuple[str, ...]] = {TRAINED: (WEIGHT,), AVERAGED: (AVERAGE,), "optimizer": (*MOMENTS, STEP)}
 """Kinds of tensors in the files of each part."""
+OTHERS = "states"
+"""Part with tensors of all other kinds, which only some settings need."""
 RECIPE = "recipe"
 ENTRIES = (AVERAGED, TRAINED)
 ROLES = ("student", "critic")
@@ -124,11 +127,11 @@ def find_damage(folder: Path, files: Mapping[str, FileRecord]) -> str | None:
         return next((problem for problem in problems if problem), None)
 
 
-def open_tensors(folder: Path, state: RunState, parts: Collection[str] = tuple(PARTS)) -> Weights:
-    """Open the tensors of trained parameters. parts: keys of PARTS. Raises DamagedError."""
+def open_tensors(folder: Path, state: RunState, parts: Collection[str] = (*PARTS, OTHERS)) -> Weights:
+    """Open the tensors of trained parameters. parts: keys of PARTS, or OTHERS. Raises DamagedError."""
     try:
         if state.format == 1:
-            return _tensors_of_format_1(folder, parts)
+            return _tensors_of_format_1(folder, [part for part in parts if part in PARTS])
         names = [name for name in state.files if name.split("_")[0] in parts]
         return join([safetensors_file.open_file(folder / name) for name in names])
     except CheckpointError as error:

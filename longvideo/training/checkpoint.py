@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longvideo.checkpoint.run_checkpoint import (
     MOMENTS,
+    OTHERS,
     PARTS,
     RECIPE,
     STATE_FILE,
@@ -35,7 +36,7 @@ from longvideo.files import TEMPORARY_SUFFIX, WriteError, reason, temporary_name
 from longvideo.training.tensor_files import write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 
 NAME = re.compile(r"step_(\d{7,})")
 
@@ -52,8 +53,12 @@ class Trained(Protocol):
         """Return the shape of every trained parameter."""
         ...
 
+    def more_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of tensors that only some settings need, by NAME/KIND; `put` may leave them out."""
+        ...
+
     def whole(self, name: str, kind: str) -> Tensor:
-        """Return the weight, average, moment or step of a parameter. Every rank calls it."""
+        """Return the weight, average, moment, step or other tensor of a parameter. Every rank calls it."""
         ...
 
     def put(self, name: str, kind: str, stored: Lazy) -> None:
@@ -84,14 +89,21 @@ class Checkpoint:
         """Open the tensors that each rank stored for itself when the checkpoint was written."""
         return open_recipes(self.folder, self.state)
 
-    def load(self, trained: Trained) -> None:
-        """Set all tensors and counts of an engine. Raises CheckpointError first if they belong to another model."""
+    def load(self, trained: Trained) -> list[str]:
+        """Set all tensors and counts of an engine; return lines about states of other settings.
+
+        Raises CheckpointError first if the tensors belong to another model.
+        """
         tensors = open_tensors(self.folder, self.state)
-        shapes = trained.shapes()
+        shapes, more = trained.shapes(), trained.more_shapes()
         check_same(shapes, _weight_shapes(tensors))
         for name, info in layout(shapes).items():
             trained.put(*_divided(name), tensors.tensors.get(name) or _never_updated(name, info))
+        for name in more:
+            if name in tensors.tensors:
+                trained.put(*_divided(name), tensors.tensors[name])
         trained.put_counts(self.state.counts)
+        return _notes_on_states(more, {name for name in tensors.infos if _part(name) == OTHERS})
 
 
 class CheckpointFolder:
@@ -166,12 +178,14 @@ class CheckpointFolder:
 
         Ranks wait for each other in `whole`, so a rank on which writing has failed still goes through all tensors.
         """
-        rank, infos = self.mesh.rank, layout(trained.shapes())
+        rank, infos = self.mesh.rank, layout(trained.shapes(), trained.more_shapes())
         share = _shares(infos, self.mesh.world)[rank]
         records: dict[str, FileRecord] = {}
         refusal: str | None = None
-        for part, kinds in PARTS.items():
-            names = [name for name in infos if _divided(name)[1] in kinds]
+        for part in (*PARTS, OTHERS):
+            names = [name for name in infos if _part(name) == part]
+            if not names:
+                continue
             values = _own_values(trained, names, share)
             try:
                 if refusal is None:
@@ -243,14 +257,18 @@ class CheckpointFolder:
                 shutil.rmtree(hidden)
 
 
-def layout(shapes: Mapping[str, torch.Size]) -> dict[str, TensorInfo]:
-    """Return all tensors of a checkpoint except those of the recipe, in the order in which they are written."""
-    return {
+def layout(shapes: Mapping[str, torch.Size], more: Mapping[str, torch.Size] | None = None) -> dict[str, TensorInfo]:
+    """Return all tensors of a checkpoint except those of the recipe, in the order in which they are written.
+
+    shapes: shapes of the parameters. more: as of `Trained.more_shapes`.
+    """
+    every_run = {
         f"{name}/{kind}": TensorInfo(() if kind == STEP else tuple(shape), torch.float32)
         for kinds in PARTS.values()
         for name, shape in shapes.items()
         for kind in kinds
     }
+    return every_run | {name: TensorInfo(tuple(shape), torch.float32) for name, shape in (more or {}).items()}
 
 
 def check_same(own: Mapping[str, torch.Size], stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -287,6 +305,20 @@ def _divided(name: str) -> tuple[str, str]:
     """Return the name of a parameter and the kind of its tensor."""
     parameter, _, kind = name.rpartition("/")
     return parameter, kind
+
+
+def _part(name: str) -> str:
+    """Return the part of a checkpoint that a tensor belongs to."""
+    kind = _divided(name)[1]
+    return next((part for part, kinds in PARTS.items() if kind in kinds), OTHERS)
+
+
+def _notes_on_states(own: Iterable[str], stored: Collection[str]) -> list[str]:
+    """Return lines about states that a resumed run starts anew or does not use, since its settings are others."""
+    missing = sorted({_divided(name)[1] for name in own if name not in stored})
+    unused = sorted({_divided(name)[1] for name in stored if name not in set(own)})
+    notes = [f"the checkpoint has no {', '.join(missing)}, which starts anew"] if missing else []
+    return [*notes, f"the checkpoint's {', '.join(unused)} is not used by these settings"] if unused else notes
 
 
 def _weight_shapes(tensors: Weights) -> dict[str, tuple[int, ...]]:

@@ -17,9 +17,10 @@ from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read, read_range
 from longvideo.errors import ConfigError
 from longvideo.training.ema import decay_at
-from longvideo.training.engine import add_metrics, all_finite
+from longvideo.training.engine import add_metrics, all_finite, optimizer_shapes
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
+from longvideo.training.optimizer import new_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -63,14 +64,12 @@ class DeepSpeedEngine:
         self.ema_decay, self.ema_start = ema_decay, ema_start
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,  # the fused kernel reads on the device whether to skip a step
-        )
+        optimizer = new_optimizer(config, self.parameters)
+        if zero_stage > 0 and optimizer.more_states():
+            raise ConfigError(
+                f"optimizer.name={config.name} needs whole gradients, which parallel.zero_stage={zero_stage} divides;"
+                " use optimizer.name=spam or adamw, or parallel.zero_stage=0 with trainer.precision=fp32"
+            )
         # the classes that DeepSpeed returns have no common base
         self.engine: Any
         self.optimizer: Any
@@ -171,6 +170,10 @@ class DeepSpeedEngine:
     def shapes(self) -> dict[str, torch.Size]:
         return {name: self._shape(parameter) for name, parameter in self.named.items()}
 
+    def more_shapes(self) -> dict[str, torch.Size]:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer_shapes(inner, self.named)
+
     @torch.no_grad()
     def whole(self, name: str, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -194,6 +197,9 @@ class DeepSpeedEngine:
         if kind == STEP:
             for state in self._adam_states_of(parameter):
                 state[STEP].clamp_(min=float(read(stored)))
+            return
+        if f"{name}/{kind}" in self.more_shapes():
+            self.optimizer.state[parameter][kind] = read(stored).to(parameter.device)
             return
         part = self._read_own(parameter, stored)
         if kind == WEIGHT:
@@ -324,6 +330,7 @@ class DeepSpeedEngine:
                 device = parameter.device if inner.defaults.get("fused") else "cpu"
                 state["step"] = torch.zeros((), device=device)
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+                state |= {name: torch.zeros(size, device=device) for name, size in inner.more_states().items()}
         for state in self._adam_states():
             state["step"].zero_()  # DeepSpeed may create the states by a step without gradients
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):

@@ -6,20 +6,22 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longvideo.checkpoint.run_checkpoint import AVERAGE, STEP, WEIGHT
+from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read
 from longvideo.training.checkpoint import Trained
 from longvideo.training.ema import ExponentialMovingAverage
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
+from longvideo.training.optimizer import new_optimizer
 from longvideo.training.precision import TrainingPrecision, autocast, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from longvideo.training.adamw import FusedAdamW
     from longvideo.training.optimizer import OptimizerConfig
 
 
@@ -71,14 +73,7 @@ class LocalEngine:
         self.gradient_clip = config.gradient_clip
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = new_optimizer(config, self.parameters)
         self.ema = ExponentialMovingAverage(self.named, ema_decay, ema_start)
         self.guard = LossGuard(spike_factor, device)
         self.skipped = torch.zeros((), device=device)
@@ -116,6 +111,9 @@ class LocalEngine:
     def shapes(self) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in self.named.items()}
 
+    def more_shapes(self) -> dict[str, torch.Size]:
+        return optimizer_shapes(self.optimizer, self.named)
+
     def whole(self, name: str, kind: str) -> Tensor:
         parameter = self.named[name]
         if kind == WEIGHT:
@@ -125,7 +123,9 @@ class LocalEngine:
         state = self.optimizer.state[parameter]
         if kind in state:
             return state[kind]
-        return torch.zeros(() if kind == STEP else parameter.shape)
+        if kind == STEP:
+            return torch.zeros(())
+        return torch.zeros(self.more_shapes().get(f"{name}/{kind}", parameter.shape))
 
     @torch.no_grad()
     def put(self, name: str, kind: str, stored: Lazy) -> None:
@@ -134,7 +134,7 @@ class LocalEngine:
             parameter.copy_(value)
         elif kind == AVERAGE:
             self.ema.put(name, value)
-        elif kind == STEP:
+        elif kind not in MOMENTS:
             self.optimizer.state[parameter][kind] = value.to(parameter.device)
         else:
             # the fused update requires moments with the strides of the weights
@@ -163,11 +163,16 @@ class LocalEngine:
             group["lr"] = learning_rate
         # the fused kernel reads this flag on the device, as for torch.amp.GradScaler: skipping needs no host sync
         found_inf = (~torch.isfinite(gradient_norm)).float()
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = found_inf
         self.optimizer.step()
         self.skipped += found_inf
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_shapes(optimizer: FusedAdamW, named: Mapping[str, nn.Parameter]) -> dict[str, torch.Size]:
+    """Return the shapes of an optimizer's states other than moments and steps, by NAME/KIND."""
+    sizes = optimizer.more_states()
+    return {f"{name}/{kind}": torch.Size((size,)) for name in named for kind, size in sizes.items()}
 
 
 @torch.no_grad()

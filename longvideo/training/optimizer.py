@@ -1,4 +1,4 @@
-"""AdamW and its learning rate as a function of the step."""
+"""The optimizer of a run, and its learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from longvideo.config.fields import Bounded, bounded, share, steps_field
+from longvideo.errors import ConfigError
+from longvideo.training.adamw import FusedAdamW
 from longvideo.training.objective import stage_at
+from longvideo.training.spam import Spam
+from longvideo.training.stable_spam import StableSpam
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import nn
+
+OptimizerName = Literal["adamw", "spam", "stable-spam"]
+DEFAULT_RESETS = {"spam": 500, "stable-spam": 1000}
+"""Number of updates between two resets that the papers use."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Bounded):
-    """AdamW, with a linear warm-up of the learning rate.
+    """AdamW or one of its descendants, with a linear warm-up of the learning rate.
 
+    name: `adamw`; `spam`, which clips spikes of single gradient values and resets its moments (arXiv 2501.06842); or
+        `stable-spam`, which clips by the largest gradients so far and smooths the norm of every parameter's gradient
+        (arXiv 2502.17055).
     learning_rate: largest learning rate; a stage can replace it.
     schedule: `constant`; `cosine` down to `final_fraction` over all stages together; or `wsd` (warm-up, stable, decay),
         which is constant until the last `decay_fraction` of all steps and then linear down to `final_fraction`.
@@ -28,8 +41,17 @@ class OptimizerConfig(Bounded):
     eps: number added to the root of the squared gradient.
     weight_decay: share of each weight, times the learning rate, that a step takes away.
     gradient_clip: largest norm of the gradient; 0 clips nothing.
+    reset_every: number of updates after which `spam` and `stable-spam` set both running means to zero; by default 500
+        and 1000, and 0 never.
+    reset_warmup: number of updates after a reset in which the learning rate of `spam` rises again.
+    spike_ratio: ratio of a squared gradient value to its running mean above which `spam` clips the value.
+    spike_after: number of updates after a reset in which `spam` clips nothing, since that mean is still far too small.
+    largest_decay: decay of the running mean of the largest gradient value, by which `stable-spam` clips.
+    norm_decay: decay of the running mean of a gradient's norm in `stable-spam`.
+    norm_square_decay: decay of the running mean of the squared norm in `stable-spam`.
     """
 
+    name: OptimizerName = "adamw"
     learning_rate: float = bounded(1e-3, above=0)
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup_steps: int = steps_field(100)
@@ -40,6 +62,58 @@ class OptimizerConfig(Bounded):
     eps: float = bounded(1e-8, above=0)
     weight_decay: float = bounded(0.0, least=0)
     gradient_clip: float = bounded(1.0, least=0)
+    reset_every: int | None = bounded(None, least=0)
+    reset_warmup: int = bounded(150, least=0)
+    spike_ratio: float = bounded(5000.0, above=0)
+    spike_after: int = bounded(20, least=1)
+    largest_decay: float = bounded(0.999, above=0, below=1)
+    norm_decay: float = bounded(0.7, above=0, below=1)
+    norm_square_decay: float = bounded(0.9, above=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "adamw" and self.reset_every is not None:
+            raise ConfigError(
+                f"reset_every is {self.reset_every}, but adamw has no resets; use name=spam or stable-spam"
+            )
+        if self.name == "spam" and 0 < self.resets < self.reset_warmup:
+            raise ConfigError(
+                f"reset_warmup is {self.reset_warmup}; expected at most {self.resets}, the updates between two resets"
+            )
+
+    @property
+    def resets(self) -> int:
+        """Number of updates between two resets, 0 for none."""
+        return DEFAULT_RESETS.get(self.name, 0) if self.reset_every is None else self.reset_every
+
+
+def new_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> FusedAdamW:
+    """Return the optimizer of a configuration; its states on a device follow from the parameters alone."""
+    adamw = {
+        "learning_rate": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "spam":
+        return Spam(
+            parameters,
+            spike_ratio=config.spike_ratio,
+            spike_after=config.spike_after,
+            reset_warmup=config.reset_warmup,
+            reset_every=config.resets,
+            **adamw,
+        )
+    if config.name == "stable-spam":
+        return StableSpam(
+            parameters,
+            largest_decay=config.largest_decay,
+            norm_decay=config.norm_decay,
+            norm_square_decay=config.norm_square_decay,
+            reset_every=config.resets,
+            **adamw,
+        )
+    return FusedAdamW(parameters, **adamw)
 
 
 @dataclass(frozen=True)

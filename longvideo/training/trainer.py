@@ -300,8 +300,7 @@ class Trainer:
             self._print(f"{self.checkpoints.folder}: ignored {', '.join(strangers)}, which are not checkpoints")
         if checkpoint is None:
             return 0
-        checkpoint.load(self.engine)
-        notes = self.recipe.load(checkpoint, self.mesh)
+        notes = [*checkpoint.load(self.engine), *self.recipe.load(checkpoint, self.mesh)]
         for note in (*_differences(checkpoint.state, self.engine.arithmetic), *notes):
             self._print(note)
         return checkpoint.step
