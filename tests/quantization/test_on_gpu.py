@@ -20,10 +20,11 @@ from longvideo.quantization.convert import quantize_layers, set_product
 from longvideo.quantization.lora import add_lora
 from longvideo.quantization.products import W4A16, EmulatedW4A4
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
-from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
+from longvideo.quantization.training.recipe import GradientRounding
 from longvideo.quantization.training.seeds import RoundingSeeds
 from tests.golden import relative_error
 from tests.quantization import small
+from tests.quantization.training.parts import DETERMINISTIC, PARTS, without_host_draws
 
 pytestmark = pytest.mark.gpu
 
@@ -126,9 +127,9 @@ def test_adapters_train_on_a_packed_backbone() -> None:
     assert on_gpu == pytest.approx(on_cpu, rel=0.05)
 
 
-@pytest.mark.parametrize("tiles", [True, False])
-def test_a_training_layer_gives_the_products_of_the_cpu(tiles: bool) -> None:
-    recipe = TrainingRecipe(tiles=tiles, gradients=GradientRounding.NEAREST)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_training_layer_gives_the_products_of_the_cpu(name: str) -> None:
+    recipe = without_host_draws(PARTS[name])
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     x, grad = torch.randn(40, 64), torch.randn(40, 48)
@@ -141,15 +142,18 @@ def test_a_training_layer_gives_the_products_of_the_cpu(tiles: bool) -> None:
         output.backward(grad.to(device))
         assert leaf.grad is not None and layer.weight.grad is not None
         results.append([t.detach().cpu() for t in (output, leaf.grad, layer.weight.grad)])
+    # the corrections of MS-EDEN are sums, whose last bit may round a few scales the other way
+    limit = 0.02 if recipe.gradients is GradientRounding.MS_EDEN else 1e-3
     for mine, theirs in zip(*results, strict=True):
-        assert relative_error(mine, theirs) < 1e-3
+        assert relative_error(mine, theirs) < limit
 
 
-def test_a_compiled_training_layer_never_waits_and_draws_anew_from_a_graph() -> None:
+@pytest.mark.parametrize("name", ["default", "luq", "radix4", "ms-eden dequantized", "dge", "outliers"])
+def test_a_compiled_training_layer_never_waits_and_draws_anew_from_a_graph(name: str) -> None:
     seeds = RoundingSeeds(1, torch.device("cuda"))
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48, device="cuda")
-    layer = NVFP4TrainingLinear.from_linear(linear, recipe=TrainingRecipe(), seeds=seeds.values[0])
+    layer = NVFP4TrainingLinear.from_linear(linear, recipe=PARTS[name], seeds=seeds.values[0])
     compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
     x = torch.randn(64, 64, device="cuda")
 
@@ -169,5 +173,5 @@ def test_a_compiled_training_layer_never_waits_and_draws_anew_from_a_graph() -> 
         other = gradient(compiled)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again) and torch.equal(first, other) == (name in DETERMINISTIC)
     assert torch.equal(other, gradient(layer))

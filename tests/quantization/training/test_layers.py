@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.quantization.training.layers import train_in_nvfp4
-from longvideo.quantization.training.recipe import TrainingRecipe
+from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -38,3 +39,6 @@ def test_a_training_backend_that_cannot_run_gives_the_reason(monkeypatch: pytest
     monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda _device: None)
     with pytest.raises(ValueError, match="one rule, not adaptive and static6"):
         train_in_nvfp4(small.model(), TrainingRecipe(), backend="te")
+    recipe = TrainingRecipe(inputs=Rule.STATIC6, gradients=GradientRounding.LUQ)
+    with pytest.raises(ValueError, match="TransformerEngine has no gradients=luq; use emulated"):
+        train_in_nvfp4(small.model(), recipe, backend="te")
