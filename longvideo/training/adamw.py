@@ -1,4 +1,4 @@
-"""AdamW in torch's fused form, and AdamW whose moments start anew after some number of updates."""
+"""AdamW in torch's fused form, and AdamW whose moments start again after some number of updates."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class FusedAdamW(torch.optim.AdamW):
 
 
 class ResettingAdamW(FusedAdamW):
-    """AdamW whose moments and whose bias correction start anew after some number of updates.
+    """AdamW whose moments and whose bias correction start again after some number of updates.
 
     reset_every: number of updates between two resets; 0 resets never. `step` of a parameter's state is the number of
-    updates since the last one. All counts are on the device, because a skipped step is no update.
+    updates since the last one. All counts are on the device, because a skipped step does not update.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, reset_every: int, **adamw: Any) -> None:

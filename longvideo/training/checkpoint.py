@@ -314,10 +314,10 @@ def _part(name: str) -> str:
 
 
 def _notes_on_states(own: Iterable[str], stored: Collection[str]) -> list[str]:
-    """Return lines about states that a resumed run starts anew or does not use, since its settings are others."""
+    """Return lines about states that a resumed run starts again or does not use, since its settings are others."""
     missing = sorted({_divided(name)[1] for name in own if name not in stored})
     unused = sorted({_divided(name)[1] for name in stored if name not in set(own)})
-    notes = [f"the checkpoint has no {', '.join(missing)}, which starts anew"] if missing else []
+    notes = [f"the checkpoint has no {', '.join(missing)}, which starts again"] if missing else []
     return [*notes, f"the checkpoint's {', '.join(unused)} is not used by these settings"] if unused else notes
 
 

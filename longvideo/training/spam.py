@@ -24,7 +24,7 @@ class Spam(ResettingAdamW):
     v is the running mean of g^2 before this update. After a reset, and at the start, v is far too small for such a
     bound, so that the first `spike_after` updates clip nothing, as in the authors' code. In the same phase the learning
     rate, also that of weight decay, is multiplied by (1 - cos(pi n / reset_warmup)) / 2 in update n, counted from 1,
-    until n reaches `reset_warmup`. The bias correction of the moments starts anew with them.
+    until n reaches `reset_warmup`. The bias correction of the moments starts again with them.
     """
 
     def __init__(

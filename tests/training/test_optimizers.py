@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_optimizer_is_resumed_with_a_line(tmp_path: Path
     train(adam, range(2))
     train(stable, range(2))
     for engine, other, line in (
-        (adam, stable, "the checkpoint has no gradient_statistics, which starts anew"),
+        (adam, stable, "the checkpoint has no gradient_statistics, which starts again"),
         (stable, adam, "the checkpoint's gradient_statistics is not used by these settings"),
     ):
         folder = CheckpointFolder(tmp_path / line[:20], keep=1)
