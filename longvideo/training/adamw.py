@@ -34,9 +34,25 @@ class FusedAdamW(torch.optim.AdamW):
         super().__init__(parameters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.found_inf = self.grad_scale = None
 
-    def more_states(self) -> dict[str, int]:
-        """Return the names of a parameter's states other than AdamW's, each a vector, and their lengths."""
+    def more_states(self, parameter: nn.Parameter) -> dict[str, torch.Size]:
+        """Return the names and shapes of a parameter's states other than AdamW's."""
+        del parameter
         return {}
+
+    def skipped(self, device: torch.device) -> Tensor:
+        """Return 1 if this step changes nothing, else 0."""
+        return torch.zeros((), device=device) if self.found_inf is None else self.found_inf.clamp(max=1.0)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Return a parameter's state, with zeros for what is not there yet."""
+        state, device = self.state[parameter], parameter.device
+        if STEP not in state:
+            state[STEP] = torch.zeros((), device=device)
+            state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        for name, shape in self.more_states(parameter).items():
+            if name not in state:
+                state[name] = torch.zeros(shape, device=device)
+        return state
 
 
 class ResettingAdamW(FusedAdamW):
@@ -72,21 +88,11 @@ class ResettingAdamW(FusedAdamW):
         """Return the learning rate of this update."""
         return group["lr"]
 
-    def skipped(self, device: torch.device) -> Tensor:
-        """Return 1 if this step changes nothing, else 0."""
-        return torch.zeros((), device=device) if self.found_inf is None else self.found_inf.clamp(max=1.0)
-
     def _current_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return a parameter's state; create it, or reset it if its updates are used up and the step is not skipped."""
-        state, device = self.state[parameter], parameter.device
-        if not state:
-            state[STEP] = torch.zeros((), device=device)
-            state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-        for name, size in self.more_states().items():
-            if name not in state:
-                state[name] = torch.zeros(size, device=device)
+        """Return a parameter's state, reset if its updates are used up and the step is not skipped."""
+        state = self.state_of(parameter)
         if self.reset_every:
-            resets = (state[STEP] >= self.reset_every) & (self.skipped(device) == 0)
+            resets = (state[STEP] >= self.reset_every) & (self.skipped(parameter.device) == 0)
             torch._foreach_mul_([state[name] for name in (*MOMENTS, STEP)], (~resets).float())  # pyright: ignore
         return state
 

@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         optimizer = new_optimizer(config, self.parameters)
-        if zero_stage > 0 and optimizer.more_states():
+        if zero_stage > 0 and any(map(optimizer.more_states, self.parameters)):
             raise ConfigError(
                 f"optimizer.name={config.name} needs whole gradients, which parallel.zero_stage={zero_stage} divides;"
                 " use optimizer.name=spam or adamw, or parallel.zero_stage=0 with trainer.precision=fp32"
@@ -330,7 +330,7 @@ class DeepSpeedEngine:
                 device = parameter.device if inner.defaults.get("fused") else "cpu"
                 state["step"] = torch.zeros((), device=device)
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-                state |= {name: torch.zeros(size, device=device) for name, size in inner.more_states().items()}
+                state |= {n: torch.zeros(shape, device=device) for n, shape in inner.more_states(parameter).items()}
         for state in self._adam_states():
             state["step"].zero_()  # DeepSpeed may create the states by a step without gradients
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):

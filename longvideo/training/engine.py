@@ -171,8 +171,11 @@ class LocalEngine:
 
 def optimizer_shapes(optimizer: FusedAdamW, named: Mapping[str, nn.Parameter]) -> dict[str, torch.Size]:
     """Return the shapes of an optimizer's states other than moments and steps, by NAME/KIND."""
-    sizes = optimizer.more_states()
-    return {f"{name}/{kind}": torch.Size((size,)) for name in named for kind, size in sizes.items()}
+    return {
+        f"{name}/{kind}": shape
+        for name, parameter in named.items()
+        for kind, shape in optimizer.more_states(parameter).items()
+    }
 
 
 @torch.no_grad()

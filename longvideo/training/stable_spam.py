@@ -38,8 +38,9 @@ class StableSpam(ResettingAdamW):
         super().__init__(parameters, **resetting)
         self.decays = (largest_decay, norm_decay, norm_square_decay)
 
-    def more_states(self) -> dict[str, int]:
-        return {STATISTICS: 1 + len(self.decays)}
+    def more_states(self, parameter: nn.Parameter) -> dict[str, torch.Size]:
+        del parameter
+        return {STATISTICS: torch.Size((1 + len(self.decays),))}
 
     def transform(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         gradient = parameter.grad
