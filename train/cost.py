@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from longvideo.quantization.selection import linear_layers
 from longvideo.training.memory import (
     BlockMemory,
     EngineMemory,
@@ -19,6 +20,7 @@ from longvideo.training.memory import (
 if TYPE_CHECKING:
     from longvideo.model.config import TransformerConfig
     from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer
 
 BACKWARD = 3
 """Arithmetic of a forward and a backward pass, in multiples of a forward pass."""
@@ -40,6 +42,22 @@ def clip_flops(config: TransformerConfig, spec: ChunkSpec, chunks: int, visible:
     block = 2 * chunks * tokens * (per_token + cross) + chunks * text + attention
     patch = config.patch_size[1] * config.patch_size[2] * (config.in_channels + config.out_channels)
     return BACKWARD * (config.num_layers * block + 2 * 2 * chunks * tokens * dim * patch)
+
+
+def linear_multiply_adds(model: CausalTransformer, spec: ChunkSpec) -> dict[str, int]:
+    """Return the multiply-adds of each linear layer of the blocks for one chunk, in a forward pass of training.
+
+    Each of the two products of a backward pass has as many. Layers see both copies of a chunk, cross-attention's k and
+    v see its prompt.
+    """
+    work: dict[str, int] = {}
+    for name in linear_layers(model):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        is_of_prompt = name.endswith((".cross_attn.k", ".cross_attn.v"))
+        rows = model.config.text_len if is_of_prompt else 2 * spec.tokens_per_chunk
+        work[name] = rows * layer.in_features * layer.out_features
+    return work
 
 
 def estimate_memory(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from longvideo.flow.schedule import FlowSchedule
     from longvideo.model.spec import ChunkSpec
     from longvideo.train.batch import ViewBatch
-    from longvideo.train.nvfp4 import StepRounding
+    from longvideo.train.step_rounding import StepRounding
 
 KEPT_PLANS = 32
 """Number of plans that are kept: masks and rotations, one for each pattern of cuts."""
@@ -86,7 +86,7 @@ class TeacherForcing(Objective):
     """Trains a transformer, and its text encoder if there is one, on views of any number of chunks.
 
     text_encoder: tokens to features; None if batches contain features. bank: recycles errors of batches with an
-    `Origin` while gradients are enabled. rounding: rounding of a transformer that trains in 4 bits. context: noise
+    `Origin` while gradients are enabled. rounding: rounding of a transformer in low precision. context: noise
     level at which generation caches finished chunks, and so at which the clean copy is shown.
     """
 
@@ -127,7 +127,7 @@ class TeacherForcing(Objective):
     def facts(self) -> list[str]:
         """Return the parts of the start line about attention, products and compilation."""
         config = self.config
-        products = "not quantized" if self.rounding is None else f"NVFP4, {self.rounding.layers.description}"
+        products = "not quantized" if self.rounding is None else self.rounding.description
         return [
             f"attention: {config.attention} ({attention_backend('bf16', self.device)}), context {config.context}",
             f"products of the blocks: {products}",

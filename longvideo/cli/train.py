@@ -98,7 +98,7 @@ def clips(options: RunOptions) -> None:
     Presets: `wan/ar` (the default), `cpu/clips`.
 
     Keys most used: `data`, `initialize`, `stages[0].chunks`, `stages[0].batch`, `stages[0].steps`,
-    `optimizer.learning_rate`, `parallel.sequence`, `parallel.zero_stage`, `nvfp4.enabled`, `trainer.save_every`.
+    `optimizer.learning_rate`, `parallel.sequence`, `parallel.zero_stage`, `products.format`, `trainer.save_every`.
     `longvideo config keys train clips` explains all.
     """
     from longvideo.train.clips.recipe import ClipRecipe, ClipTraining

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,7 +105,7 @@ def train(
     files = [find_config(name) for name in options.configs or [default_config]]
     config = load_config(schema, files, options.overrides)
     if shipped := shipped_models(config, options.overrides):
-        config = load_config(schema, files, [*options.overrides, *(f"{key}={model}" for key, model in shipped.items())])
+        config = dataclasses.replace(config, **shipped)
 
     from longvideo.training.run import run
     from longvideo.training.stopping import RunStopped

@@ -4,11 +4,13 @@ A schema is a (nested) frozen dataclass; each default is written there and nowhe
 raise ConfigError, which names the key, the file, and the nearest valid key.
 """
 
+import copy
 import dataclasses
 import difflib
+import logging
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib import resources
 from pathlib import Path
@@ -28,6 +30,17 @@ COMMAND_LINE = "command line"
 MISSING = "???"
 NEARNESS = 0.6
 MOST_SHOWN = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Present name of a key of earlier versions, and the present form of its values, where that differs.
+
+    A schema lists such keys by their earlier names in a class variable `renamed`.
+    """
+
+    key: str
+    values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
@@ -125,11 +138,44 @@ def _set_item(config: DictConfig, steps: Sequence[str], index: int, value: objec
 
 
 def _merge(config: DictConfig, values: Mapping[str, Any], schema: type, *, source: str) -> DictConfig:
+    values = _with_present_names(values, getattr(schema, "renamed", {}), source)
     known = _Checker(schema, source).check(values, schema, "")
     try:
         return cast("DictConfig", OmegaConf.merge(config, known))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from error
+
+
+def _with_present_names(values: Mapping[str, Any], renamed: Mapping[str, Renamed], source: str) -> Mapping[str, Any]:
+    """Return values with earlier keys under their present names; a message names what to write instead.
+
+    Raises ConfigError where a source sets a key under both names.
+    """
+    present: dict[str, Any] = copy.deepcopy(dict(values))
+    for old, new in renamed.items():
+        section_name, _, name = old.rpartition(".")
+        section = present.get(section_name)
+        if not isinstance(section, dict) or name not in section:
+            continue
+        value = section.pop(name)
+        if not section:
+            del present[section_name]
+        changed = new.values.get(value, value) if isinstance(value, Hashable) else value
+        target: Any = present
+        *parents, leaf = new.key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        if leaf in target:
+            raise ConfigError(f"{source}: {old} is the earlier name of {new.key}, which is set too; remove {old}")
+        target[leaf] = changed
+        message = "%s: %s=%s is read as %s=%s; write that"
+        logging.getLogger(__name__).info(message, source, old, _flow(value), new.key, _flow(changed))
+    return present
+
+
+def _flow(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    return yaml.safe_dump(to_plain(value), default_flow_style=True, width=10**9).removesuffix("\n...\n").strip()
 
 
 def _build(config: DictConfig, *, source: str) -> object:

@@ -100,15 +100,15 @@ def test_a_run_goes_on_from_another_runs_model(trained: Path, capsys: pytest.Cap
 @pytest.mark.slow
 def test_training_in_four_bits_is_resumed_with_the_same_bits_and_validated(trained: Path) -> None:
     sizes = ("model.attention_head_dim=16", "model.ffn_dim=32", "validation={batches: 2, batch: 3, clips: 32}")
-    more = (*sizes, "nvfp4.enabled=true", "optimizer.schedule=constant", "trainer.save_every=2")
+    more = (*sizes, "products.format=nvfp4", "optimizer.schedule=constant", "trainer.save_every=2")
     four, two = "stages=[{steps: 4, chunks: 1, batch: 3}]", "stages=[{steps: 2, chunks: 1, batch: 3}]"
     assert main(ar_arguments(trained, "fp4", *more, four)) == 0
     assert main(ar_arguments(trained, "fp4_cut", *more, two)) == 0
     shutil.copytree(trained / "fp4_cut", trained / "fp4_then_fp32")
     assert main(ar_arguments(trained, "fp4_cut", *more, four)) == 0
     # the last two steps round nothing, nor does validation then
-    assert main(ar_arguments(trained, "fp4_then_fp32", *more, four, "nvfp4.enabled=false")) == 0
-    assert main(ar_arguments(trained, "fp4_half", *more, four, "nvfp4.until=0.5")) == 0
+    assert main(ar_arguments(trained, "fp4_then_fp32", *more, four, "products.format=bf16")) == 0
+    assert main(ar_arguments(trained, "fp4_half", *more, four, "products.until=0.5")) == 0
     names = ("fp4", "fp4_cut", "fp4_then_fp32", "fp4_half")
     whole, cut, switched, half = (
         load_file(trained / name / "checkpoints" / "step_0000004" / "weights_00000_00000.safetensors") for name in names

@@ -1,11 +1,12 @@
+import logging
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
-from longvideo.config.loading import find_config, load_config, to_yaml
+from longvideo.config.loading import Renamed, find_config, load_config, to_yaml
 from longvideo.errors import ConfigError
 
 
@@ -214,3 +215,31 @@ def test_find_config_prefers_a_file_and_names_the_nearest_packaged_one(
         find_config("tiny/vea")
     with pytest.raises(ConfigError, match="packaged: tiny/vae"):
         find_config("qqqqqqqqqqq")
+
+
+@dataclass(frozen=True)
+class Later:
+    """A schema in which `inner.size` was `old.big`, and `name` was `old.title`."""
+
+    renamed: ClassVar = {"old.big": Renamed("inner.size", {True: 9}), "old.title": Renamed("name")}
+
+    name: str = "tiny"
+    inner: dict[str, int] = field(default_factory=dict)
+
+
+def test_an_earlier_name_is_read_in_a_file_and_a_message_names_the_present_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path, "old: {big: true, title: large}\n")
+    with caplog.at_level(logging.INFO):
+        config = load_config(Later, [file])
+    assert config == Later("large", {"size": 9})
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        f"{file}: old.big=true is read as inner.size=9; write that",
+        f"{file}: old.title=large is read as name=large; write that",
+    ]
+    with pytest.raises(ConfigError, match=r"old.title is the earlier name of name, which is set too; remove old.title"):
+        load_config(Later, [write(tmp_path, "old: {title: large}\nname: small\n")])
+    with pytest.raises(ConfigError, match="unknown key 'old'"):
+        load_config(Later, overrides=["old.other=1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from longvideo.train.batch import ViewStage
 from longvideo.train.clips.views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
 from longvideo.train.error_recycling import ErrorBank
-from longvideo.train.nvfp4 import NVFP4Config, prepare
+from longvideo.train.products import NVFP4_KEYS, ProductsConfig, prepare
 from longvideo.train.recycling_config import ErrorRecyclingConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
 from longvideo.train.validation import validation_loss
@@ -50,6 +50,7 @@ from longvideo.training.trainer import TrainerConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from longvideo.train.step_rounding import Phases
     from longvideo.training.checkpoint import Checkpoint
     from longvideo.vae.autoencoder import Autoencoder
 
@@ -86,7 +87,7 @@ class ClipTraining(Bounded):
         than that of the model in `initialize` is refused.
     views: what is taken from a clip, and how much noise it gets.
     objective: how the loss is computed.
-    nvfp4: training in 4 bits.
+    products: number format of the products of the blocks.
     recycle_errors: whether to add the model's own earlier errors to its inputs.
     recycling: how errors are kept and added.
     stages: runs of steps, one after another.
@@ -96,6 +97,8 @@ class ClipTraining(Bounded):
     validation: loss on held-out clips, and videos that are generated for every sample.
     """
 
+    renamed: ClassVar = NVFP4_KEYS
+
     seed: int = seed_field()
     data: str | None = None
     initialize: str | None = None
@@ -103,7 +106,7 @@ class ClipTraining(Bounded):
     settings: ModelSettings = field(default_factory=ModelSettings)
     views: ClipViewConfig = field(default_factory=ClipViewConfig)
     objective: TeacherForcingConfig = field(default_factory=lambda: TeacherForcingConfig(checkpoint=True))
-    nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
+    products: ProductsConfig = field(default_factory=ProductsConfig)
     recycle_errors: bool = False
     recycling: ErrorRecyclingConfig = field(default_factory=ErrorRecyclingConfig)
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage(steps=600, batch=1, chunks=12)])
@@ -119,8 +122,13 @@ class ClipTraining(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stages(self.stages)
+        self.phases()  # refuses an end of the products that does not exist
         if self.preset not in PRESETS:
             raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+
+    def phases(self) -> Phases:
+        """Return the phase of the products in every step."""
+        return self.products.phases(self.optimizer, sum(stage.steps for stage in self.stages))
 
 
 class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
@@ -168,11 +176,12 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             mesh=mesh,
             bank=self.bank,
             rounding=prepare(
-                config.nvfp4,
+                config.products,
                 self.transformer,
+                config.phases(),
+                spec=self.spec,
                 seed=config.seed,
                 place=mesh.place,
-                total_steps=sum(stage.steps for stage in config.stages),
             ),
             context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
         )
@@ -378,7 +387,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             size=2 if bf16 else FP32,
             checkpoint=self.objective_config.checkpoint,
             compiled=self.objective_config.compile,
-            nvfp4=config.nvfp4.enabled,
+            nvfp4=config.products.format == "nvfp4",
             copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
         )
         return estimate_memory(

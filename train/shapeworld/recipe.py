@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from longvideo.shapeworld.captions import caption, vocabulary
 from longvideo.shapeworld.world import WORLD_NAME, Split, recolor, sample_scenes
 from longvideo.text.encoder import TextEncoder
 from longvideo.train.batch import ViewStage
-from longvideo.train.nvfp4 import NVFP4Config, prepare
+from longvideo.train.products import NVFP4_KEYS, ProductsConfig, prepare
 from longvideo.train.shapeworld.captions import tokenize_captions
 from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
 from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from longvideo.train.step_rounding import Phases
     from longvideo.training.checkpoint import Checkpoint
 
 
@@ -130,7 +131,7 @@ class ArTraining(Bounded):
     bank: encoded clips, kept on the device.
     views: what is taken from a clip, and how much noise it gets.
     objective: how the loss is computed.
-    nvfp4: training in 4 bits.
+    products: number format of the products of the blocks.
     stages: runs of steps, one after another.
     optimizer: optimizer and its schedule.
     trainer: logs, samples and checkpoints.
@@ -138,6 +139,8 @@ class ArTraining(Bounded):
     rollout: videos that are generated for every sample.
     validation: loss on held-out scenes.
     """
+
+    renamed: ClassVar = NVFP4_KEYS
 
     seed: int = seed_field()
     vae: str = "runs/vae/model"
@@ -150,7 +153,7 @@ class ArTraining(Bounded):
     bank: BankConfig = field(default_factory=BankConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     objective: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
-    nvfp4: NVFP4Config = field(default_factory=NVFP4Config)
+    products: ProductsConfig = field(default_factory=ProductsConfig)
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage()])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -161,6 +164,7 @@ class ArTraining(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stages(self.stages)
+        self.phases()  # refuses an end of the products that does not exist
         if (self.settings.height, self.settings.width) != (self.scenes.height, self.scenes.width):
             raise ConfigError(
                 f"settings.height and width are {self.settings.height}x{self.settings.width}; expected"
@@ -177,6 +181,10 @@ class ArTraining(Bounded):
                 " clips with cuts need settings.offset_per_shot=0, and with objective.context=window also"
                 " settings.pin_shots=false; change these or set bank.cut_fraction=0"
             )
+
+    def phases(self) -> Phases:
+        """Return the phase of the products in every step."""
+        return self.products.phases(self.optimizer, sum(stage.steps for stage in self.stages))
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -212,11 +220,12 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             device=device,
             mesh=mesh,
             rounding=prepare(
-                config.nvfp4,
+                config.products,
                 self.transformer,
+                config.phases(),
+                spec=self.spec,
                 seed=config.seed,
                 place=mesh.place,
-                total_steps=sum(stage.steps for stage in config.stages),
             ),
             context=context_level(
                 UniPC(config.settings.steps, config.settings.shift), clean_pass=config.settings.clean_pass

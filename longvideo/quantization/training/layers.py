@@ -12,6 +12,7 @@ from longvideo.kernels.backends import training_backend
 from longvideo.kernels.nvfp4 import te
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import (
     BackwardOperands,
     GradientRounding,
@@ -45,18 +46,21 @@ TE_PARTS: dict[str, tuple[Enum | float, ...]] = {
 class TrainingLayers:
     """The layers of a model that train in NVFP4, with TransformerEngine or emulated.
 
-    seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses torch's CUDA generator.
-    description: name of the backend, and the reason if it is emulated.
+    layers: layers by name. seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses
+    torch's CUDA generator. description: name of the backend, and the reason if it is emulated.
     """
 
-    layers: list[nn.Module]
+    layers: dict[str, nn.Module]
     seeds: RoundingSeeds | None
     description: str
 
-    def set_rounding(self, rounds: bool) -> None:
-        """Set whether the layers multiply in 4 bits or in their own dtype."""
-        for layer in self.layers:
-            setattr(layer, "rounds", rounds)  # noqa: B010 - the type of TransformerEngine's layers is unknown here
+    def set_phase(self, phase: TrainingPhase) -> None:
+        """Set in which passes the layers multiply in 4 bits; in the others they multiply in the dtype of the input."""
+        for layer in self.layers.values():
+            if isinstance(layer, NVFP4TrainingLinear):
+                layer.phase = phase
+            else:
+                setattr(layer, "rounds", phase is TrainingPhase.BOTH)  # noqa: B010 - TransformerEngine's type is unknown here
 
 
 def train_in_nvfp4(
@@ -65,6 +69,7 @@ def train_in_nvfp4(
     *,
     keep: Sequence[str] = (),
     backend: TrainingBackend | None = None,
+    backward_alone: bool = False,
 ) -> TrainingLayers:
     """Replace linear layers in place by layers with the same parameters that train with NVFP4 products.
 
@@ -72,27 +77,28 @@ def train_in_nvfp4(
     keep: patterns of layers that are not replaced, see `layers_to_quantize`; arXiv 2509.25149 keeps the first and last
         blocks.
     backend: "te" or "emulated"; by default "te" if it can run and supports the recipe.
+    backward_alone: whether some steps round the backward pass alone (`TrainingPhase.BACKWARD`).
     Raises ValueError with the reason if the given backend cannot run.
     """
     names = layers_to_quantize(model, keep)
     device = model.patch_embedding.weight.device
-    reason = training_backend(device).reason or _unsupported_by_te(recipe)
+    reason = training_backend(device).reason or _unsupported_by_te(recipe, backward_alone=backward_alone)
     if backend == "te" and reason:
         raise ValueError(f"the backend te cannot run on {device}: {reason}; use emulated")
     if backend == "emulated" or reason:
-        description = f"emulated ({reason or 'nvfp4.backend=emulated'})"
+        description = f"emulated ({reason or 'products.backend=emulated'})"
         seeds = RoundingSeeds(len(names), device)
-        layers = [
-            NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
+        layers: dict[str, nn.Module] = {
+            name: NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
             for name, own in zip(names, seeds.values, strict=True)
-        ]
+        }
     else:
         description = "on FP4 units, through TransformerEngine"
         te_recipe, seeds = _te_recipe(recipe), None
-        layers = [te.training_linear(_linear(model, name), te_recipe) for name in names]
-    for name, layer in zip(names, layers, strict=True):
+        layers = {name: te.training_linear(_linear(model, name), te_recipe) for name in names}
+    for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return TrainingLayers(list(layers), seeds, description)
+    return TrainingLayers(layers, seeds, description)
 
 
 def _te_recipe(recipe: TrainingRecipe) -> Any:
@@ -104,8 +110,10 @@ def _te_recipe(recipe: TrainingRecipe) -> Any:
     )
 
 
-def _unsupported_by_te(recipe: TrainingRecipe) -> str | None:
+def _unsupported_by_te(recipe: TrainingRecipe, *, backward_alone: bool) -> str | None:
     """Return why TransformerEngine does not support a recipe; None if it does."""
+    if backward_alone:
+        return "TransformerEngine cannot round the backward pass alone"
     if recipe.inputs is not recipe.weights:
         return (
             f"TransformerEngine rounds inputs and weights by one rule, not {recipe.inputs.value} and"

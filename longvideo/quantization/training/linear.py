@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4.format import GROUP, check_groups
 from longvideo.quantization.training.operators import product
+from longvideo.quantization.training.phase import TrainingPhase
 
 if TYPE_CHECKING:
     from longvideo.quantization.training.recipe import TrainingRecipe
@@ -26,7 +27,7 @@ class NVFP4TrainingLinear(nn.Linear):
 
     seeds: seeds of the random numbers of a step, int64 [2] on the device of the layer, one for each backward product;
         their owner changes them between steps.
-    While `rounds` is False, the layer is a plain `nn.Linear`.
+    phase: passes whose operands are rounded; in `TrainingPhase.NEITHER` the layer is a plain `nn.Linear`.
     Under autocast, inputs are rounded to its dtype first, as in every linear layer, but weights are not.
     Raises ValueError unless inputs and outputs, along which the products sum, are multiples of 16.
     """
@@ -47,7 +48,7 @@ class NVFP4TrainingLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         check_groups(torch.Size((out_features, in_features)), tile_rows=GROUP)
         self.encoded_recipe = recipe.encode()
-        self.rounds = True
+        self.phase = TrainingPhase.BOTH
         # a buffer, since a CUDA graph reads it at its address
         self.register_buffer("seeds", seeds, persistent=False)
 
@@ -60,12 +61,13 @@ class NVFP4TrainingLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.rounds:
+        if self.phase is TrainingPhase.NEITHER:
             return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         keep = self.weight.requires_grad and torch.is_grad_enabled()
-        flat = product(input.flatten(0, -2), self.weight, self.seeds, self.encoded_recipe, keep)[0]
+        rounds = self.phase is TrainingPhase.BOTH
+        flat = product(input.flatten(0, -2), self.weight, self.seeds, self.encoded_recipe, rounds, keep)[0]
         output = flat.unflatten(0, input.shape[:-1])
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -24,24 +24,29 @@ from longvideo.quantization.training.recipe import BackwardOperands, TrainingRec
 # custom operators, which torch.compile does not look into: fusion would gain nothing inside
 @torch.library.custom_op("longvideo::nvfp4_product", mutates_args=())
 def product(
-    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, keep: bool
+    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, rounds: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the product [M, O], and what the weight gradient needs of the input.
 
     That is the codes, scales and tensor scale of an operand, and its outliers [M, I], empty if the recipe clamps none.
     The weight gradient sums over tokens, so its operand has other groups. It is rounded here and kept in 4 bits; if
     backward operands come from the dequantized ones, that of the forward product is kept instead.
-    keep: whether the weight gradient is needed; otherwise all of it is empty.
+    rounds: whether the operands of the product itself are rounded. keep: whether the weight gradient is needed;
+    otherwise all that it needs is empty.
     """
     recipe = TrainingRecipe.decode(encoded_recipe)
     operations, dtype = nvfp4_operations(x_MI.device), x_MI.dtype
-    weight = _weight(operations, weight_OI, recipe, dtype)
-    x_MI, outliers_MI = x_MI.contiguous(), x_MI.new_empty(0)
+    original_MI = x_MI = x_MI.contiguous()
+    outliers_MI = x_MI.new_empty(0)
     if recipe.outlier_quantile < 1:
         x_MI, outliers_MI = split_outliers(x_MI, recipe.outlier_quantile)
-    output = _multiply(operations, operations.quantize_exact(x_MI, recipe.inputs, dtype=dtype), weight)
-    if outliers_MI.numel():
-        output += operations.add_scaled_bias(F.linear(outliers_MI, weight.values), weight.tensor_scale)
+    if rounds:
+        weight = _weight(operations, weight_OI, recipe, dtype)
+        output = _multiply(operations, operations.quantize_exact(x_MI, recipe.inputs, dtype=dtype), weight)
+        if outliers_MI.numel():
+            output += operations.add_scaled_bias(F.linear(outliers_MI, weight.values), weight.tensor_scale)
+    else:
+        output = F.linear(original_MI, weight_OI.to(dtype))
     if not keep:
         return output, *_empty_operand(x_MI), x_MI.new_empty(0)
     if recipe.backward_operands is BackwardOperands.DEQUANTIZED:
@@ -87,7 +92,7 @@ def _product_backward(
 
 @product.register_fake
 def _(
-    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, keep: bool
+    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, _rounds: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     recipe = TrainingRecipe.decode(encoded_recipe)
     tokens, width = x_MI.shape
@@ -117,14 +122,14 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, seeds, ctx.encoded_recipe, _ = inputs
+    _, weight, seeds, ctx.encoded_recipe, _, _ = inputs
     ctx.save_for_backward(weight, *output[1:], seeds)
 
 
 def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _product_backward(grad_MO, *ctx.saved_tensors, ctx.encoded_recipe)
     grad_x, grad_weight = (grad if grad.numel() else None for grad in grads)
-    return grad_x, grad_weight, None, None, None
+    return grad_x, grad_weight, None, None, None, None
 
 
 product.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -9,6 +9,7 @@ from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.attention import Full
 from longvideo.model.layout import TokenLayout
 from longvideo.quantization.training.layers import train_in_nvfp4
+from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from tests.golden import relative_error
 from tests.quantization import small
@@ -27,9 +28,9 @@ def test_training_layers_take_over_the_parameters() -> None:
     flow.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
-    trained.set_rounding(False)
+    trained.set_phase(TrainingPhase.NEITHER)
     assert relative_error(small.velocity(model), exact) < 1e-6
-    trained.set_rounding(True)
+    trained.set_phase(TrainingPhase.BOTH)
     assert relative_error(small.velocity(model), exact) > 1e-3
 
 
@@ -42,3 +43,9 @@ def test_a_training_backend_that_cannot_run_gives_the_reason(monkeypatch: pytest
     recipe = TrainingRecipe(inputs=Rule.STATIC6, gradients=GradientRounding.LUQ)
     with pytest.raises(ValueError, match="TransformerEngine has no gradients=luq; use emulated"):
         train_in_nvfp4(small.model(), recipe, backend="te")
+
+
+def test_transformer_engine_cannot_round_the_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longvideo.kernels.nvfp4.te.unavailable", lambda _device: None)
+    with pytest.raises(ValueError, match="cannot round the backward pass alone; use emulated"):
+        train_in_nvfp4(small.model(), TrainingRecipe(), backend="te", backward_alone=True)

@@ -11,6 +11,7 @@ from longvideo.kernels.nvfp4.format import Rule
 from longvideo.kernels.nvfp4.hadamard import random_hadamard
 from longvideo.quantization.training import operators
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from longvideo.quantization.training.seeds import RoundingSeeds
 from tests.golden import relative_error
@@ -142,14 +143,34 @@ def test_training_in_four_bits_fits_a_linear_map() -> None:
     assert relative_error(layer(x).detach(), expected) < 1.25 * rounding_alone < 0.25
 
 
+def test_the_backward_pass_alone_rounds_its_operands_as_before() -> None:
+    """In the phase `BACKWARD` the output is that of a plain layer and the gradients are those of the phase `BOTH`."""
+    layer, x = training_layer(TrainingRecipe()), inputs().requires_grad_()
+    grad = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2))
+    results = {}
+    for phase in TrainingPhase:
+        layer.zero_grad()
+        x.grad, layer.phase = None, phase
+        output = layer(x)
+        output.backward(grad)
+        assert x.grad is not None and layer.weight.grad is not None
+        results[phase] = (output.detach(), x.grad, layer.weight.grad)
+    rounded, mixed, plain = (
+        results[phase] for phase in (TrainingPhase.BOTH, TrainingPhase.BACKWARD, TrainingPhase.NEITHER)
+    )
+    torch.testing.assert_close(mixed[0], plain[0])
+    assert torch.equal(mixed[1], rounded[1]) and torch.equal(mixed[2], rounded[2])
+    assert relative_error(rounded[0], plain[0]) > 0.01 and relative_error(mixed[1], plain[1]) > 0.01
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_operators_of_training_are_described_as_they_are(keep: bool) -> None:
     x, weight, seeds = inputs().flatten(0, 1), linear().weight.detach(), torch.tensor([1, 2])
     if keep:
         x, weight = x.requires_grad_(), weight.requires_grad_()
     recipe = TrainingRecipe().encode()
-    torch.library.opcheck(operators.product, (x, weight, seeds, recipe, keep))
+    torch.library.opcheck(operators.product, (x, weight, seeds, recipe, True, keep))
     if keep:
-        _, *kept = operators.product(x.detach(), weight.detach(), seeds, recipe, True)
+        _, *kept = operators.product(x.detach(), weight.detach(), seeds, recipe, True, True)
         arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, recipe)
         torch.library.opcheck(operators._product_backward, arguments)

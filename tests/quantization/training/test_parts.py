@@ -316,9 +316,9 @@ def test_the_operators_are_described_as_they_are(name: str) -> None:
     """A compiled graph relies on the shapes that an operator declares."""
     recipe = PARTS[name].encode()
     x, weight = gaussian(TOKENS, INPUTS, seed=1), gaussian(OUTPUTS, INPUTS, seed=0)
-    torch.library.opcheck(operators.product, (x.requires_grad_(), weight.requires_grad_(), SEEDS, recipe, True))
+    torch.library.opcheck(operators.product, (x.requires_grad_(), weight.requires_grad_(), SEEDS, recipe, True, True))
     x, weight = x.detach(), weight.detach()
-    _, *kept = operators.product(x, weight, SEEDS, recipe, True)
+    _, *kept = operators.product(x, weight, SEEDS, recipe, True, True)
     grad = gaussian(TOKENS, OUTPUTS, seed=2)
     torch.library.opcheck(operators._product_backward, (grad, weight, *kept, SEEDS, recipe))
 

@@ -345,7 +345,7 @@ def test_training_goes_on_without_a_damaged_video(
         ("parallel.sequence=3", "parallel.sequence is 3; expected a divisor of the 1 ranks: 1"),
         ("data=nowhere", "nowhere has no dataset.json"),
         ("stages=[{chunks: 3}]", "a stage has chunks=3; expected at most 2"),
-        ("nvfp4.inputs=adaptiv", "nvfp4.inputs is 'adaptiv'; expected one of"),
+        ("products.parts.inputs=adaptiv", "products.parts.inputs is 'adaptiv'; expected one of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

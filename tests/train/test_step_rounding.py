@@ -9,16 +9,16 @@ from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.distributed import Mesh
 from longvideo.quantization.training.layers import TrainingLayers
 from longvideo.quantization.training.seeds import RoundingSeeds
-from longvideo.train.nvfp4 import StepRounding
+from longvideo.train.step_rounding import Phases, StepRounding
 from tests.train.test_sequence_parallel import SPEC, whole_batch
 
 LAYERS = 3
 
 
 def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
-    own: list[nn.Module] = [nn.Identity() for _ in range(LAYERS)]
+    own: dict[str, nn.Module] = {str(number): nn.Identity() for number in range(LAYERS)}
     layers = TrainingLayers(own, RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
-    return StepRounding(layers, seed=seed, place=mesh.place, steps=100.0)
+    return StepRounding(layers, Phases(100.0), seed=seed, place=mesh.place)
 
 
 def seeds(mesh: Mesh, *, step: int = 5, seed: int = 0) -> dict[tuple[int, int], Tensor]:

@@ -1,0 +1,179 @@
+"""Number format of the products of the blocks in training: configuration, recipes, and the layers that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Literal
+
+from longvideo.config.fields import Bounded, bounded, share
+from longvideo.config.loading import Renamed
+from longvideo.errors import ConfigError
+from longvideo.kernels.nvfp4.format import Rule
+from longvideo.quantization.training.layers import TrainingBackend, train_in_nvfp4
+from longvideo.quantization.training.phase import TrainingPhase
+from longvideo.quantization.training.recipe import (
+    BackwardOperands,
+    GradientRounding,
+    HadamardProducts,
+    HadamardSigns,
+    TrainingRecipe,
+    WeightEstimator,
+)
+from longvideo.quantization.training.recipes import RECIPES, NamedRecipe, RecipeName
+from longvideo.train.cost import linear_multiply_adds
+from longvideo.train.step_rounding import Phases, StepRounding
+from longvideo.training.optimizer import OptimizerConfig, decay_onset
+
+if TYPE_CHECKING:
+    from longvideo.model.spec import ChunkSpec
+    from longvideo.model.transformer import CausalTransformer
+
+DEFAULT_RECIPE: RecipeName = "best"
+
+
+@dataclass(frozen=True)
+class PartsConfig(Bounded):
+    """Single parts that replace those of the recipe; null is the recipe's own part.
+
+    inputs: rule for the scales of inputs, such as `static6` or `adaptive`.
+    weights: rule for the scales of weights, such as `static6` or `adaptive`.
+    tiles: whether a scale of the weights covers a tile of 16 x 16 values rather than 16 values of a row.
+    backward_operands: what weights and inputs of the backward products are rounded from: `originals`, or `dequantized`
+        operands of the forward product.
+    gradients: rounding of gradients: `nearest`, `stochastic`, `ms-eden`, `luq` or `radix4`.
+    hadamard_points: number of points of the random Hadamard transform: 16, 64 or 128; 0 for no transform.
+    hadamard_products: products whose operands are transformed: `wgrad`, or `both` backward products.
+    hadamard_signs: signs of the transform: `fixed`, or `redrawn` for every pass.
+    estimator: derivative of the rounding of weights: `straight-through`, or `dge`.
+    outlier_quantile: quantile of the magnitudes of inputs, up to 1, at which they are clamped; what exceeds it is
+        multiplied in 16 bits.
+    """
+
+    inputs: Rule | None = None
+    weights: Rule | None = None
+    tiles: bool | None = None
+    backward_operands: BackwardOperands | None = None
+    gradients: GradientRounding | None = None
+    hadamard_points: int | None = bounded(None, least=0)
+    hadamard_products: HadamardProducts | None = None
+    hadamard_signs: HadamardSigns | None = None
+    estimator: WeightEstimator | None = None
+    outlier_quantile: float | None = bounded(None, above=0, most=1)
+
+    @property
+    def replaced(self) -> dict[str, object]:
+        """The parts that are set, by name."""
+        parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        return {name: value for name, value in parts.items() if value is not None}
+
+    def of(self, recipe: TrainingRecipe) -> TrainingRecipe:
+        """Return a recipe with the parts that are set here in place of its own."""
+        return dataclasses.replace(recipe, **self.replaced)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ProductsConfig(Bounded):
+    """Number format of the products of the blocks' linear layers, forward and backward.
+
+    format: `bf16` leaves the products in the dtype of `trainer.precision`; `nvfp4` rounds their operands to 4 bits.
+    recipe: for nvfp4 `nvidia`, `quartet2`, `tetrajet2` or `best`, which is the default.
+    parts: single parts of the recipe that are replaced.
+    keep: layers of the blocks that stay in bf16, by official name, `*` for anything, in addition to the recipe's.
+    until: share of all steps with products in this format, or `decay`: up to the step at which the learning rate of
+        `optimizer.schedule=wsd` starts to decay.
+    tail: products of the steps after `until`: `bf16`, or `forward`, which leaves only the forward pass in bf16.
+    backend: `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
+    """
+
+    format: Literal["bf16", "nvfp4"] = "bf16"
+    recipe: RecipeName | None = None
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    keep: list[str] = field(default_factory=list)
+    until: float | int | Literal["decay"] = share(1.0)
+    tail: Literal["bf16", "forward"] = "bf16"
+    backend: TrainingBackend | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format == "nvfp4":
+            try:
+                self.parts.of(self.named[1].parts)
+            except ValueError as error:
+                raise ConfigError(f"products.parts: {error}") from error
+            return
+        unused = ["recipe"] * (self.recipe is not None) + [f"parts.{name}" for name in self.parts.replaced]
+        if unused:
+            raise ConfigError(
+                f"products.{unused[0]} is of products.format=nvfp4, but products.format is {self.format}; use"
+                f" products.format=nvfp4 or products.{unused[0]}=null"
+            )
+
+    @property
+    def named(self) -> tuple[RecipeName, NamedRecipe]:
+        """The recipe of products in 4 bits, by name."""
+        name = DEFAULT_RECIPE if self.recipe is None else self.recipe
+        return name, RECIPES[name]
+
+    def phases(self, optimizer: OptimizerConfig, total_steps: int) -> Phases:
+        """Return the phase of every step. Raises ConfigError where the learning rate has no onset of a decay."""
+        tail = TrainingPhase.BACKWARD if self.tail == "forward" else TrainingPhase.NEITHER
+        if self.until != "decay":
+            return Phases(self.until * total_steps, tail)
+        if optimizer.schedule != "wsd":
+            raise ConfigError(
+                f"products.until=decay is the step at which the learning rate starts to decay, but"
+                f" optimizer.schedule={optimizer.schedule} has no such step; use optimizer.schedule=wsd, or a share"
+                " of the steps such as products.until=0.8"
+            )
+        return Phases(decay_onset(optimizer, total_steps), tail)
+
+
+NVFP4_KEYS = {
+    "nvfp4.enabled": Renamed("products.format", {True: "nvfp4", False: "bf16"}),
+    "nvfp4.keep": Renamed("products.keep"),
+    "nvfp4.until": Renamed("products.until"),
+    "nvfp4.backend": Renamed("products.backend"),
+    "nvfp4.inputs": Renamed("products.parts.inputs"),
+    "nvfp4.weights": Renamed("products.parts.weights"),
+    "nvfp4.tiles": Renamed("products.parts.tiles"),
+    "nvfp4.stochastic_gradients": Renamed("products.parts.gradients", {True: "stochastic", False: "nearest"}),
+    "nvfp4.hadamard": Renamed("products.parts.hadamard_points", {True: 16, False: 0}),
+}
+"""Keys of the section `nvfp4`, which earlier versions had, and their present names."""
+
+
+def prepare(
+    config: ProductsConfig,
+    transformer: CausalTransformer,
+    phases: Phases,
+    *,
+    spec: ChunkSpec,
+    seed: int,
+    place: int,
+) -> StepRounding | None:
+    """Prepare a transformer, which is on its device, for training as configured; None if nothing is to round."""
+    if config.format == "bf16":
+        return None
+    name, recipe = config.named
+    work = linear_multiply_adds(transformer, spec)
+    blocks = recipe.kept_blocks(len(transformer.blocks))
+    try:
+        layers = train_in_nvfp4(
+            transformer,
+            config.parts.of(recipe.parts),
+            keep=[*config.keep, *(f"blocks.{number}.*" for number in blocks)],
+            backend=config.backend,
+            backward_alone=phases.tail is TrainingPhase.BACKWARD,
+        )
+    except ValueError as error:
+        raise ConfigError(f"products: {error}") from error
+    four_bits = sum(work[layer] for layer in layers.layers) / sum(work.values())
+    changed = "".join(f", {part}={_shown(value)}" for part, value in config.parts.replaced.items())
+    description = f"NVFP4 for {four_bits:.1%} of the multiply-adds (recipe {name}{changed}), {layers.description}"
+    return StepRounding(layers, phases, seed=seed, place=place, description=description)
+
+
+def _shown(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
