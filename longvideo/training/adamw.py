@@ -44,7 +44,7 @@ class FusedAdamW(torch.optim.AdamW):
         return torch.zeros((), device=device) if self.found_inf is None else self.found_inf.clamp(max=1.0)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return a parameter's state, with zeros for what is not there yet."""
+        """Return a parameter's state, with zeros before its first step."""
         state, device = self.state[parameter], parameter.device
         if STEP not in state:
             state[STEP] = torch.zeros((), device=device)
