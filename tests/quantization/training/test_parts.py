@@ -18,7 +18,7 @@ from longvideo.kernels.nvfp4.luq import quantize_luq_exact
 from longvideo.kernels.nvfp4.ms_eden import quantize_ms_eden
 from longvideo.kernels.nvfp4.outliers import split_outliers
 from longvideo.kernels.nvfp4.radix4 import Phase, quantize_radix4_exact
-from longvideo.quantization.training import operators
+from longvideo.quantization.training import backward_products, operators
 from longvideo.quantization.training.backward_products import GRADIENTS, OTHERS, SIGNS
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.recipe import (
@@ -309,6 +309,22 @@ def test_no_part_reads_a_number_on_the_host(name: str) -> None:
     step(x, weight, grad, SEEDS)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         step(*(mode.from_tensor(tensor) for tensor in (x, weight, grad, SEEDS)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", PARTS)
+def test_the_kernels_give_the_bits_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("longvideo.kernels.nvfp4.triton")
+    recipe = without_host_draws(PARTS[name]).encode()
+    x, grad = (gaussian(TOKENS, width, seed=width).bfloat16() for width in (INPUTS, OUTPUTS))
+    weight, steps = gaussian(OUTPUTS, INPUTS, seed=0), []
+    for operations in (reference, kernels):
+        for module in (operators, backward_products):
+            monkeypatch.setattr(module, "nvfp4_operations", lambda _device, own=operations: own)
+        output, *kept = operators.product._init_fn(x, weight, SEEDS, recipe, True)
+        steps.append((output, *operators._product_backward._init_fn(grad, weight, *kept, SEEDS, recipe)))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*steps, strict=True))
 
 
 @pytest.mark.parametrize("name", PARTS)
