@@ -11,11 +11,12 @@ from longvideo.infer.script import Script, ShotRequest
 
 
 def batch_scripts(
-    prompts: Sequence[Sequence[str]], seconds: Sequence[float], seeds: Sequence[int]
+    prompts: Sequence[Sequence[str]], seconds: Sequence[float], seeds: Sequence[int], negative_prompt: str = ""
 ) -> tuple[Script, ...]:
     """Return the script of each video; their shots have the same lengths.
 
     prompts: for every video, a prompt for each shot. seconds: length of each shot. seeds: seed of each video.
+    negative_prompt: of all videos.
     Raises UserError for other numbers of them, or values of other types.
     """
     shots = [(f"prompts[{index}]", own) for index, own in enumerate(prompts if isinstance(prompts, Sequence) else ())]
@@ -29,4 +30,4 @@ def batch_scripts(
         raise UserError(
             f"every video needs {len(seconds)} prompts, one for each length; give as many prompts as seconds"
         )
-    return tuple(Script(tuple(map(ShotRequest, own, seconds))) for own in prompts)
+    return tuple(Script(tuple(map(ShotRequest, own, seconds)), negative_prompt) for own in prompts)

@@ -209,8 +209,7 @@ class StreamingPipeline:
         model attends to. negative_prompt: text that guidance leads away from, in shots that state none; it needs
         guidance other than 1.
         Raises UserError for a value that cannot be used, when it is called and not while iterating. Warns (UserWarning)
-        about words that the model has not learned, and about a picture or a video that its autoencoder cannot
-        hold.
+        about words that the model has not learned, and about a picture or video that its autoencoder cannot hold.
         """
         script = Script.from_prompts(prompts, seconds=seconds, negative_prompt=negative_prompt)
         options = SamplingOptions(steps, guidance, seed)
@@ -321,6 +320,7 @@ class StreamingPipeline:
         image: FirstPicture | None = None,
         video: FootageSource | None = None,
         video_seconds: float | None = None,
+        negative_prompt: str = "",
     ) -> np.ndarray:
         """Generate several videos of equal length together; return frames, uint8 [B, T, H, W, 3].
 
@@ -328,7 +328,7 @@ class StreamingPipeline:
         seed of each video; its noise depends on no other seed. The others are those of `stream`, for all videos: every
         video begins with the same picture, or continues the same footage.
         """
-        scripts = batch_scripts(prompts, seconds, seeds)
+        scripts = batch_scripts(prompts, seconds, seeds, negative_prompt)
         options = [SamplingOptions(steps, guidance, seed) for seed in seeds]
         for script in scripts:
             self.prompt_rules(options[0]).check_script(script)

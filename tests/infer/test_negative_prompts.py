@@ -45,6 +45,17 @@ def test_guidance_away_from_the_prompt_itself_is_no_guidance(pipeline: Streaming
     assert difference(video(pipeline, PROMPT, seconds=2, **GUIDED), plain) > 1
 
 
+def test_a_batch_is_guided_away_from_the_same_text(pipeline: StreamingPipeline) -> None:
+    options: dict[str, Any] = {"guidance": 3.0, "negative_prompt": NEGATIVE}
+    batch = pipeline.generate_batch([[PROMPT], [OTHER]], seconds=[2], seeds=[4, 5], **options)
+    for frames, prompt, seed in zip(batch, (PROMPT, OTHER), (4, 5), strict=True):
+        assert np.abs(frames.astype(int) - video(pipeline, prompt, seconds=2, seed=seed, **options)).max() <= 1
+    plain = pipeline.generate_batch([[PROMPT], [OTHER]], seconds=[2], seeds=[4, 5], guidance=3.0)
+    assert difference(batch, plain) > 1
+    with pytest.raises(UserError, match="guidance"):
+        pipeline.generate_batch([[PROMPT]], seconds=[2], seeds=[4], guidance=1.0, negative_prompt=NEGATIVE)
+
+
 def test_a_negative_prompt_changes_with_its_shot(pipeline: StreamingPipeline) -> None:
     seconds = (FIRST + CHUNK) / 24, CHUNK / 24
     shots = [ShotRequest(PROMPT, length, cut=False) for length in seconds]
