@@ -302,7 +302,7 @@ def test_no_part_reads_a_number_on_the_host(name: str) -> None:
     )
 
     def step(x: Tensor, weight: Tensor, grad: Tensor, seeds: Tensor) -> None:
-        _, *kept = operators.product._init_fn(x, weight, seeds, recipe, True)
+        _, *kept = operators.product._init_fn(x, weight, seeds, recipe, True, True)
         operators._product_backward._init_fn(grad, weight, *kept, seeds, recipe)
 
     # once with numbers, since tables that are built in the first call are kept
@@ -322,7 +322,7 @@ def test_the_kernels_give_the_bits_of_the_definition(name: str, monkeypatch: pyt
     for operations in (reference, kernels):
         for module in (operators, backward_products):
             monkeypatch.setattr(module, "nvfp4_operations", lambda _device, own=operations: own)
-        output, *kept = operators.product._init_fn(x, weight, SEEDS, recipe, True)
+        output, *kept = operators.product._init_fn(x, weight, SEEDS, recipe, True, True)
         steps.append((output, *operators._product_backward._init_fn(grad, weight, *kept, SEEDS, recipe)))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*steps, strict=True))
 
