@@ -15,7 +15,7 @@ from tests.model.small import SPEC, features, latents
 
 CONFIG = dataclasses.replace(small.CONFIG, attention_head_dim=16, ffn_dim=48)
 
-__all__ = ["CONFIG", "SPEC", "features", "latents", "model", "velocity"]
+__all__ = ["CONFIG", "SPEC", "features", "latents", "model", "trained_velocity", "velocity"]
 
 
 def model(seed: int = 0) -> CausalTransformer:
@@ -25,6 +25,11 @@ def model(seed: int = 0) -> CausalTransformer:
 
 @torch.no_grad()
 def velocity(transformer: CausalTransformer) -> Tensor:
+    return trained_velocity(transformer)
+
+
+def trained_velocity(transformer: CausalTransformer) -> Tensor:
+    """Return a velocity through which gradients reach the model."""
     layout = TokenLayout.block_causal(SPEC, 1)
     device = transformer.patch_embedding.weight.device
     text = transformer.encode_text(features(1).to(device))
