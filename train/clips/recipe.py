@@ -31,7 +31,6 @@ from longvideo.train.error_recycling import ErrorBank
 from longvideo.train.products import NVFP4_KEYS, ProductsConfig, prepare
 from longvideo.train.recycling_config import ErrorRecyclingConfig
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.train.validation import validation_loss
 from longvideo.training.memory import (
     FP32,
     ROWS_MASKED,
@@ -46,6 +45,7 @@ from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.sampling import SampleDecoder, Samples, decode_samples, sample_latents
 from longvideo.training.trainer import TrainerConfig
+from longvideo.training.validation import validation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,13 +28,13 @@ from longvideo.train.shapeworld.latent_bank import BankConfig, LatentBank
 from longvideo.train.shapeworld.scenes import FPS, SceneConfig, ScenePool
 from longvideo.train.shapeworld.views import ViewConfig, ViewSource
 from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.train.validation import validation_loss
 from longvideo.training.objective import check_stages
 from longvideo.training.optimizer import OptimizerConfig, RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
 from longvideo.training.sampling import Samples, decode_samples, sample_latents
 from longvideo.training.trainer import TrainerConfig
+from longvideo.training.validation import validation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
