@@ -1,20 +1,23 @@
-"""The frozen transformer that student, critic and teacher share: loaded, packed and compiled."""
+"""Transformers of a distillation: loaded, packed and compiled."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from longvideo.checkpoint.adapters import UP_NAME, Adapter
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.distill.roles import LoraRoles, Role
 from longvideo.model.transformer import Block, CausalTransformer
 from longvideo.quantization.convert import with_precision
 from longvideo.training.precision import TrainingPrecision, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from longvideo.checkpoint.folder import ModelFolder
+    from longvideo.distill.roles import LoraSettings
     from longvideo.model.config import TransformerConfig
     from longvideo.quantization.number_formats import NumberFormats
 
@@ -31,19 +34,23 @@ def load_backbone(
     device: torch.device,
     seed: int,
 ) -> CausalTransformer:
-    """Load a backbone, or make one of this shape from a seed where there is no folder, and pack it.
-
-    Only one backbone at a time is in full precision on the device.
-    """
-    if folder is not None:
-        transformer = folder.load_transformer(device=device, dtype=dtype)
-    else:
-        with OnMeta():
-            transformer = CausalTransformer(shape)
-        transformer = transformer.to(dtype).to_empty(device=device)
-        transformer.initialize(torch.Generator(device).manual_seed(seed))
+    """Load a backbone and pack it. Only one backbone at a time is in full precision on the device."""
+    transformer = load_frozen(folder, shape, dtype=dtype, device=device, seed=seed)
     packed = folder is not None and folder.is_packed
-    return with_precision(transformer.requires_grad_(False), formats.precision_of(packed=packed), packed=packed)
+    return with_precision(transformer, formats.precision_of(packed=packed), packed=packed)
+
+
+def load_frozen(
+    folder: ModelFolder | None, shape: TransformerConfig, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> CausalTransformer:
+    """Load a transformer without gradients, or make one of this shape from a seed where there is no folder."""
+    if folder is not None:
+        return folder.load_transformer(device=device, dtype=dtype).requires_grad_(False)
+    with OnMeta():
+        transformer = CausalTransformer(shape)
+    transformer = transformer.to(dtype).to_empty(device=device)
+    transformer.initialize(torch.Generator(device).manual_seed(seed))
+    return transformer.requires_grad_(False)
 
 
 def compile_blocks(*backbones: CausalTransformer | None) -> None:
@@ -62,9 +69,14 @@ def compute_dtype(precision: TrainingPrecision, device: torch.device) -> torch.d
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[resolve(precision, device)]
 
 
+def stored_adapter(weights: Mapping[str, nn.Parameter], lora: LoraSettings) -> Adapter:
+    """Return an adapter in host memory."""
+    return Adapter({name: weight.detach().cpu() for name, weight in weights.items()}, lora.rank, lora.scaling)
+
+
 @torch.no_grad()
-def set_student(adapter: Adapter, roles: LoraRoles) -> None:
-    """Set the student's adapter to stored weights of the same rank and layers."""
-    for name, weight in roles.trained(Role.STUDENT).items():
-        scale = adapter.scaling / roles.scaling if name.endswith(UP_NAME) else 1.0
+def set_adapter(weights: Mapping[str, nn.Parameter], adapter: Adapter, *, scaling: float) -> None:
+    """Set the weights of an adapter to stored ones of the same rank and layers. scaling: that of the adapter to set."""
+    for name, weight in weights.items():
+        scale = adapter.scaling / scaling if name.endswith(UP_NAME) else 1.0
         weight.copy_(scale * adapter.weights[name])

@@ -31,6 +31,14 @@ def check_same_shape(student: ModelFolder, teacher: ModelFolder) -> None:
                 )
 
 
+def check_not_packed(folder: ModelFolder, use: str) -> None:
+    """Raise CheckpointError for packed weights. use: what the model is in the distillation."""
+    if folder.is_packed:
+        raise CheckpointError(
+            f"{use} {folder.path} has packed 4-bit weights; expected bf16 weights; use the one that it was packed from"
+        )
+
+
 def check_adapter(adapter: Adapter, lora: LoraSettings, shape: TransformerConfig, model: str, name: str) -> None:
     """Raise CheckpointError unless an adapter has the rank and the layers of `lora` and fits the model.
 

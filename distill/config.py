@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from longvideo.checkpoint.settings import ModelSettings
 from longvideo.config.fields import Bounded, bounded, seed_field, share
 from longvideo.distill.objectives import DmdConfig
 from longvideo.distill.prompts import SHAPEWORLD, DistillStage, ShapeWorldConfig
+from longvideo.distill.qad import QadConfig
 from longvideo.distill.roles import LoraSettings
 from longvideo.distill.self_forcing import RolloutConfig
 from longvideo.distributed import ParallelConfig
@@ -19,6 +21,13 @@ from longvideo.quantization.number_formats import DifferentiablePrecision, Numbe
 from longvideo.training.objective import check_stages
 from longvideo.training.optimizer import OptimizerConfig
 from longvideo.training.trainer import TrainerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OF_DMD = ("student_every", "critic_first", "rollout", "dmd", "critic_optimizer")
+"""Keys that only the method dmd uses."""
+OF_ADAPTERS = ("lora", "adapter")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class SampleConfig(Bounded):
 class Distillation(Bounded):
     """Configuration of `longvideo distill`.
 
+    method: what the student learns: to need few steps (`dmd`), or to compute in 4 bits (`qad`).
     seed: seed of adapters, prompts and noise.
     model: folder of the causal model; it gives the student, and the teacher too unless `teacher` is set. `--dry-run`
         needs none: it uses random weights and noise instead of prompts.
@@ -70,23 +80,26 @@ class Distillation(Bounded):
     image_fraction: share of the steps whose videos begin with a given frame, of `data`.
     negative_prompt: prompt that the teacher's guidance moves away from, in all videos. Another one in a line of
         `prompts` is refused; its `seconds` and `seed`, which `generate --prompts` reads, are not used.
-    student_every: number of steps of the critic for each step of the student.
-    critic_first: number of steps at the start that train the critic alone, for a student that starts from `adapter`.
+    student_every: of dmd, number of steps of the critic for each step of the student.
+    critic_first: of dmd, number of steps at the start that train the critic alone, for a student that starts from
+        `adapter`.
     compile: whether to compile the blocks, without their attention; only on CUDA.
-    merge: whether to export whole weights in addition to the adapter.
+    merge: whether to export whole weights too: of dmd those with the adapter added, by default; of qad those in bf16.
     backbone: number formats of the frozen weights.
     lora: size of the adapters.
-    rollout: how the student generates.
+    rollout: how the student of dmd generates.
     dmd: the distribution matching loss.
+    qad: quantization-aware distillation.
     shapeworld: prompts of ShapeWorld.
     stages: runs of steps, one after another.
     optimizer: optimizer of the student.
-    critic_optimizer: optimizer of the critic.
+    critic_optimizer: optimizer of the critic of dmd.
     trainer: logs, samples and checkpoints.
     parallel: division over several processes.
     samples: videos that are generated for every sample.
     """
 
+    method: Literal["dmd", "qad"] = "dmd"
     seed: int = seed_field()
     model: str | None = None
     preset: str = "wan2.2-ti2v-5b"
@@ -100,11 +113,12 @@ class Distillation(Bounded):
     student_every: int = bounded(5, least=1)
     critic_first: int = bounded(0, least=0)
     compile: bool = False
-    merge: bool = True
+    merge: bool | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     dmd: DmdConfig = field(default_factory=DmdConfig)
+    qad: QadConfig = field(default_factory=QadConfig)
     shapeworld: ShapeWorldConfig = field(default_factory=ShapeWorldConfig)
     stages: list[DistillStage] = field(default_factory=lambda: [DistillStage()])
     optimizer: OptimizerConfig = field(
@@ -143,5 +157,49 @@ class Distillation(Bounded):
             )
         if self.parallel.zero_stage > 2:
             raise ConfigError(
-                "parallel.zero_stage is 3; expected 0, 1 or 2, because the trained weights are small in distillation"
+                "parallel.zero_stage is 3; expected 0, 1 or 2, because roll-outs need whole weights on every GPU"
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raise ConfigError for a key that has another value than its default and that the method does not use."""
+        if self.method == "dmd":
+            self._refuse(("qad",), "method=dmd", "set method=qad")
+            return
+        self._refuse(OF_DMD, "method=qad", "leave it out, or start from a preset such as tiny/qad")
+        if self.qad.train == "weights":
+            self._refuse(OF_ADAPTERS, "qad.train=weights", "set qad.train=lora")
+        if self.backbone.precision != "nvfp4":
+            raise ConfigError(
+                f"backbone.precision is {self.backbone.precision!r}; expected 'nvfp4', the number format that"
+                " method=qad trains for"
+            )
+
+    def _refuse(self, names: tuple[str, ...], choice: str, remedy: str) -> None:
+        for own in fields(self):
+            if own.name in names:
+                for key in _set_keys(own.name, getattr(self, own.name), _default(own)):
+                    raise ConfigError(f"{key} is set, and {choice} does not use it; {remedy}")
+
+    @property
+    def exports_whole(self) -> bool:
+        """Whether whole weights are exported in addition to what the method exports."""
+        return self.method == "dmd" if self.merge is None else self.merge
+
+    @property
+    def validates(self) -> bool:
+        """Whether a loss on held-out videos is computed."""
+        return self.method == "qad" and self.qad.validation_batches > 0
+
+
+def _set_keys(key: str, value: Any, default: Any) -> Iterator[str]:
+    """Yield the keys, at `key` or below it, whose values are not their defaults."""
+    if is_dataclass(value):
+        for own in fields(value):
+            yield from _set_keys(f"{key}.{own.name}", getattr(value, own.name), getattr(default, own.name))
+    elif value != default:
+        yield key
+
+
+def _default(of: Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()

@@ -19,7 +19,7 @@ from longvideo.distill.prompts import (
     ShapeWorldScripts,
     check_whole_chunks,
 )
-from longvideo.distill.script_sources import ScriptModel, open_scripts, read_own_prompts
+from longvideo.distill.script_sources import ScriptModel, ScriptSets, open_scripts, read_own_prompts
 from longvideo.distributed import Mesh
 from longvideo.errors import ConfigError
 from longvideo.kernels.backends import attention_backend, product_backend
@@ -60,7 +60,7 @@ class DistillRecipe(Recipe[AnyObjective, AnySource]):
     def __init__(
         self, config: Distillation, device: torch.device, mesh: Mesh | None = None, *, dry_run: bool = False
     ) -> None:
-        self.config, self.device, self.dry_run = config, device, dry_run
+        self.config, self.device, self.mesh, self.dry_run = config, device, mesh or Mesh(), dry_run
         self.folder = self.teacher_folder = None
         self.shape = PRESETS[config.preset]
         self.settings, self.spec = config.settings, chunk_spec(config.settings)
@@ -80,12 +80,12 @@ class DistillRecipe(Recipe[AnyObjective, AnySource]):
         lines = None if self.folder is None else read_own_prompts(config)
         self.segments = [RateSegment(stage.steps, stage.learning_rate) for stage in config.stages]
         self.dtype = compute_dtype(config.trainer.precision, device)
-        self._check_memory(mesh or Mesh())
+        self._check_memory()
         self.scripts = self._open_scripts(lines)
         self.decoder = None
         if self.folder is not None and "vae" in self.folder.parts:
             self.decoder = SampleDecoder(self.folder, device=device, dtype=self.dtype)
-        self.clips = self.clips_of(self.scripts, config.stages)
+        self.clips = self.clips_of(self.scripts.train, config.stages)
         self.build()
 
     @abstractmethod
@@ -93,7 +93,7 @@ class DistillRecipe(Recipe[AnyObjective, AnySource]):
         """Raise the errors of the method, before a weight is read."""
 
     @abstractmethod
-    def estimate(self, stage: DistillStage, mesh: Mesh) -> MemoryEstimate:
+    def estimate(self, stage: DistillStage) -> MemoryEstimate:
         """Estimate the memory of a step of a stage."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class DistillRecipe(Recipe[AnyObjective, AnySource]):
         """Load the networks; set the objective and the source."""
 
     @abstractmethod
-    def engine(self, mesh: Mesh) -> Engine:
+    def engine(self) -> Engine:
         """Return the engine of everything that is trained."""
 
     @property
@@ -202,23 +202,24 @@ class DistillRecipe(Recipe[AnyObjective, AnySource]):
         (_, p, q), spec = self.shape.patch_size, self.spec
         return self.shape.in_channels, spec.chunk_frames, spec.grid_height * p, spec.grid_width * q
 
-    def _open_scripts(self, lines: Sequence[tuple[str, ...]] | None) -> Scripts:
+    def _open_scripts(self, lines: Sequence[tuple[str, ...]] | None) -> ScriptSets:
         if self.folder is None:
-            return NoiseScripts(self.shape.text_len, self.shape.text_dim, dtype=self.dtype, device=self.device)
+            shape = self.shape
+            return ScriptSets(NoiseScripts(shape.text_len, shape.text_dim, dtype=self.dtype, device=self.device))
         model = ScriptModel(self.folder, self.latent_shape, self.device, self.dtype)
         return open_scripts(self.config, model, lines)
 
-    def _check_memory(self, mesh: Mesh) -> None:
+    def _check_memory(self) -> None:
         """Print the memory of a step before a weight is read; raise ConfigError if it cannot fit."""
-        estimates = [self.estimate(stage, mesh) for stage in self.config.stages]
-        report_estimate(max(estimates, key=lambda estimate: estimate.total), self.device, mesh, self.remedy)
+        estimates = [self.estimate(stage) for stage in self.config.stages]
+        report_estimate(max(estimates, key=lambda estimate: estimate.total), self.device, self.mesh, self.remedy)
 
     def _shown(self) -> tuple[list[VideoRequest], list[str], list[Scene]]:
         """Return what to generate, a caption for each video, and, for ShapeWorld, the scenes to judge by."""
         config = self.config.samples
         numbers = range(config.prompts)
-        if not isinstance(self.scripts, ShapeWorldScripts):
-            scripts = [self.scripts.draw(0, number, config.chunks) for number in numbers]
+        if not isinstance(self.scripts.train, ShapeWorldScripts):
+            scripts = [self.scripts.train.draw(0, number, config.chunks) for number in numbers]
             clips = [self.clips.assemble([script], 0, [number]) for number, script in enumerate(scripts)]
             return clips, [" / ".join(dict.fromkeys(script.prompts)) for script in scripts], []
         scenes = sample_scenes(config.prompts, seed=self.config.seed, split="heldout", pair_fraction=0.5)

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longvideo.checkpoint.adapters import Adapter
-from longvideo.distill.backbone import compile_blocks, load_backbone, set_student
+from longvideo.distill.backbone import compile_blocks, load_backbone, set_adapter, stored_adapter
 from longvideo.distill.compatibility import check_adapter
 from longvideo.distill.distillation import DistillRecipe
 from longvideo.distill.engine import PairedEngine
-from longvideo.distill.memory import adapter_parameters, estimate_memory
+from longvideo.distill.memory import adapter_parameters, backbone_bytes, estimate_memory
 from longvideo.distill.merging import save_merged
 from longvideo.distill.objectives import CriticObjective, NoisyCopies, RoleObjective, StudentObjective
 from longvideo.distill.prompts import DistillStage, RolloutSource
 from longvideo.distill.roles import LoraRoles, Role
 from longvideo.distill.self_forcing import SelfForcing
-from longvideo.distributed import Mesh, divide_batch
+from longvideo.distributed import divide_batch
 from longvideo.flow.unipc import UniPC
 from longvideo.machine.launcher import launched
 from longvideo.rollout import context_level
@@ -52,7 +52,7 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
             student, config.lora, teacher=teacher, new_cache=partial(self.new_cache, student), seed=config.seed
         )
         if self.first_adapter is not None:
-            set_student(self.first_adapter, self.roles)
+            set_adapter(self.roles.trained(Role.STUDENT), self.first_adapter, scaling=config.lora.scaling)
         if config.compile and self.device.type == "cuda":
             compile_blocks(student, teacher)
         teacher_settings = self.settings if self.teacher_folder is None else self.teacher_folder.settings
@@ -63,9 +63,9 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
     def student(self) -> CausalTransformer:
         return self.roles.switch(Role.STUDENT)
 
-    def engine(self, mesh: Mesh) -> PairedEngine:
+    def engine(self) -> PairedEngine:
         """Return the engines of student and critic as one."""
-        config = self.config
+        config, mesh = self.config, self.mesh
         passes = self.source.passes(mesh, config.parallel.micro_batch) if launched() else 1
 
         def new(objective: RoleObjective, optimizer: OptimizerConfig, ema_decay: float) -> Engine:
@@ -87,9 +87,9 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
     def export(self, folder: Path) -> None:
         """Write the student's adapter next to the model folder, and that folder too unless `merge` is false."""
         assert self.folder is not None, "a dry run exports nothing"
-        adapter = self.adapter()
+        adapter = stored_adapter(self.roles.trained(Role.STUDENT), self.config.lora)
         adapter.save(folder.parent / LORA, base=str(self.config.model))
-        if self.config.merge:
+        if self.config.exports_whole:
             save_merged(
                 self.folder.with_adapters([adapter.stored()]),
                 folder,
@@ -100,7 +100,7 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
 
     def next_steps(self, folder: Path) -> list[str]:
         lora = folder / LORA
-        if not self.config.merge:
+        if not self.config.exports_whole:
             words = ["longvideo", "merge", str(self.config.model), str(lora), str(folder / MODEL)]
             words += ["--steps", str(self.config.rollout.steps)]
             if self.config.rollout.cache_fill != "clean":
@@ -111,13 +111,8 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
             return [f"adapter: {lora}", *describe_model(folder)]
         return [f"adapter: {lora}", f"model: {folder / MODEL} (transformer only)"]
 
-    def adapter(self) -> Adapter:
-        """Return the student's adapter, in host memory."""
-        weights = {name: weight.detach().cpu() for name, weight in self.roles.trained(Role.STUDENT).items()}
-        return Adapter(weights, self.config.lora.rank, self.config.lora.alpha / self.config.lora.rank)
-
-    def estimate(self, stage: DistillStage, mesh: Mesh) -> MemoryEstimate:
-        config, chunks = self.config, stage.frames // self.spec.chunk_frames
+    def estimate(self, stage: DistillStage) -> MemoryEstimate:
+        config, mesh, chunks = self.config, self.mesh, stage.frames // self.spec.chunk_frames
         clips, passes = divide_batch(stage.batch, mesh, config.parallel.micro_batch)
         count = adapter_parameters(self.shape, config.lora)
         student, critic = (
@@ -126,13 +121,13 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
             )
             for averaged in (config.trainer.ema_decay > 0, False)
         )
+        frozen = backbone_bytes(self.shape, self.dtype.itemsize, packed=config.backbone.precision != "bf16")
         return estimate_memory(
             self.shape,
             self.spec,
             student + critic,
             BlockMemory(self.dtype.itemsize, checkpoint=config.dmd.checkpoint, compiled=config.compile),
-            backbones=1 if config.teacher is None else 2,
-            packed=config.backbone.precision != "bf16",
+            frozen=frozen if config.teacher is None else 2 * frozen,
             kv_cache=config.backbone.kv_cache,
             clips=clips,
             chunks=chunks,

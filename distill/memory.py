@@ -35,23 +35,27 @@ def adapter_parameters(config: TransformerConfig, lora: LoraSettings) -> int:
     return lora.rank * sum(sum(sizes[name]) for name in lora.layers(sizes))
 
 
+def block_parameters(config: TransformerConfig) -> int:
+    """Count the parameters of all blocks."""
+    with OnMeta():
+        return sum(parameter.numel() for parameter in CausalTransformer(config).blocks.parameters())
+
+
 def estimate_memory(
     config: TransformerConfig,
     spec: ChunkSpec,
     engines: EngineMemory,
     blocks: BlockMemory,
     *,
-    backbones: int,
-    packed: bool,
+    frozen: float,
     kv_cache: CachePrecision,
     clips: int,
     chunks: int,
 ) -> MemoryEstimate:
     """Estimate the peak memory of a step on one rank: one chunk with a gradient, and the cache of a clip.
 
-    engines: memory of the student's and the critic's engine. backbones: 2 if the teacher has weights of its own, else
-    1. packed: whether weights of the blocks have 4 bits. kv_cache: number format of the cache. clips: number of clips
-    of one pass. chunks: number of chunks of a clip.
+    engines: memory of the engines of everything that is trained. frozen: bytes of the weights that are not. kv_cache:
+    number format of the cache. clips: number of clips of one pass. chunks: number of chunks of a clip.
     """
     tokens = clips * spec.tokens_per_chunk
     row = row_bytes(config, tokens, blocks.size)
@@ -62,7 +66,7 @@ def estimate_memory(
     exact_chunks = spec.exact_chunks if kv_cache == "nvfp4-mixed" else 0
     return MemoryEstimate(
         engine=engines,
-        frozen=backbones * _backbone_bytes(config, blocks.size, packed=packed),
+        frozen=frozen,
         text=contexts + text_bytes(config, prompts=clips, uses=clips, size=blocks.size),
         activations=row * config.num_layers * blocks.kept(config) + head_bytes(config, tokens, blocks.size),
         block=row * (blocks.running(config) + 2 * slots),
@@ -70,7 +74,8 @@ def estimate_memory(
     )
 
 
-def _backbone_bytes(config: TransformerConfig, size: int, *, packed: bool) -> float:
+def backbone_bytes(config: TransformerConfig, size: int, *, packed: bool) -> float:
+    """Return the bytes of a frozen transformer. size: of a number. packed: whether its blocks have 4-bit weights."""
     with OnMeta():
         model = CausalTransformer(config)
     in_blocks = sum(outputs * inputs for outputs, inputs in layer_sizes(model).values())

@@ -211,7 +211,7 @@ class StudentObjective(RoleObjective):
         clip, rollout, index = batch.clip, batch.rollout, batch.index
         walk = self.walk(clip, index)
         if index:
-            walk.finish(*self.rollouts.to_keep(clip, rollout, index - 1))
+            walk.finish(*rollout.kept[index - 1])
         step, x = rollout.exits[index], rollout.inputs[index]
         velocity = walk.velocity(
             x, self.rollouts.model_sigma(clip, index, step), checkpoint=self.copies.config.checkpoint

@@ -20,7 +20,7 @@ from longvideo.distributed import Mesh, common_passes, divide_batch
 from longvideo.errors import ConfigError, UserError, shown
 from longvideo.model.conditioning import batch_texts
 from longvideo.shapeworld.captions import caption
-from longvideo.shapeworld.world import sample_scene
+from longvideo.shapeworld.world import Split, sample_scene
 from longvideo.text.encoder import TextEncoder, clean_prompt
 from longvideo.text.prompt_file import read_prompt_file
 from longvideo.training.objective import seeded, stage_at
@@ -80,10 +80,10 @@ class ShapeWorldConfig(Bounded):
 
 
 class ShapeWorldScripts(Scripts):
-    """Scenes of the training split, with a new phrasing each time; all videos of a step are cut at the same chunk."""
+    """Scenes of a split, with a new phrasing each time; all videos of a step are cut at the same chunk."""
 
-    def __init__(self, config: ShapeWorldConfig, encoder: TextEncoder, *, seed: int) -> None:
-        self.config, self.encoder, self.seed = config, encoder, seed
+    def __init__(self, config: ShapeWorldConfig, encoder: TextEncoder, *, seed: int, split: Split = "train") -> None:
+        self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
         self._generator = torch.Generator()
 
     def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
@@ -95,7 +95,7 @@ class ShapeWorldScripts(Scripts):
         for _ in range(1 if cut is None else 2):
             scene_seed, phrasing = torch.randint(2**31, (2,), generator=generator).tolist()
             pair = bool(torch.rand((), generator=generator) < self.config.pair_fraction)
-            scene = sample_scene(scene_seed, split="train", num_sprites=2 if pair else 1)
+            scene = sample_scene(scene_seed, split=self.split, num_sprites=2 if pair else 1)
             prompts.append(caption(scene, phrasing, omit=self.config.omit))
         shots = [int(cut is not None and chunk >= cut) for chunk in range(num_chunks)]
         return ChunkScript(tuple(prompts[s] for s in shots), tuple(chunk in (0, cut) for chunk in range(num_chunks)))
@@ -136,13 +136,23 @@ class FileScripts(Scripts):
 class ClipScripts(Scripts):
     """Captions and cuts of encoded clips, and, for a share of them, the first frame too."""
 
-    def __init__(self, clips: EncodedDataset, *, image_fraction: float, seed: int, device: torch.device) -> None:
-        self.clips, self.image_fraction, self.seed, self.device = clips, image_fraction, seed, device
-        self.order = Order(len(clips), seed)
+    def __init__(
+        self,
+        clips: EncodedDataset,
+        *,
+        numbers: Sequence[int],
+        image_fraction: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """numbers: of the clips to use."""
+        self.clips, self.numbers = clips, numbers
+        self.image_fraction, self.seed, self.device = image_fraction, seed, device
+        self.order = Order(len(numbers), seed)
         self._generator = torch.Generator()
 
     def draw(self, step: int, number: int, num_chunks: int) -> ChunkScript:
-        index = self.order.item(number)
+        index = self.numbers[self.order.item(number)]
         clip = self.clips.clips[index]
         generator = seeded(self._generator, self.seed, "image", step)
         has_image = bool(torch.rand((), generator=generator) < self.image_fraction)

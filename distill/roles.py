@@ -16,7 +16,7 @@ from longvideo.errors import ConfigError, shown
 from longvideo.quantization.lora import TARGETS, LoraLinear, add_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from longvideo.model.attention import AttentionPattern, Filling
     from longvideo.model.cache import ChunkCache
@@ -67,7 +67,9 @@ class Roles(Protocol):
         """Return the trained parameters of the student or of the critic, by name."""
         ...
 
-    def new_cache(self, batch: int, /) -> ChunkCache: ...
+    def new_cache(self, role: Role, batch: int, /) -> ChunkCache:
+        """Return an empty cache for the network of a role."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class LoraSettings(Bounded):
         super().__post_init__()
         if not self.targets:
             raise ConfigError(f"lora.targets is empty; expected some of {', '.join(TARGETS)}")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of every update."""
+        return self.alpha / self.rank
 
     def layers(self, names: Iterable[str]) -> list[str]:
         """Return those of the layers of a model that are updated. Raises ConfigError for a target without a layer."""
@@ -135,10 +142,9 @@ class LoraRoles:
         }
         self._new_cache = new_cache
         self._active: Role | None = None
-        self.scaling = lora.alpha / lora.rank
         generator = torch.Generator().manual_seed(seed)
         for role in (Role.STUDENT, Role.CRITIC):
-            _initialize(self.trained(role), generator, self.device)
+            initialize_adapter(self.trained(role), generator, self.device)
         self.switch(Role.STUDENT)
 
     def switch(self, role: Role) -> CausalTransformer:
@@ -151,16 +157,20 @@ class LoraRoles:
         return self.backbones[role]
 
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
-        """Return the low-rank weights, named `blocks.0.self_attn.q.lora_A` and so on."""
-        weights = {}
-        for name, layer in self.backbones[role].named_modules():
-            if isinstance(layer, LoraLinear) and role.value in layer.lora_A:
-                weights[f"{name}.lora_A"] = layer.lora_A[role.value].weight
-                weights[f"{name}.lora_B"] = layer.lora_B[role.value].weight
-        return weights
+        return adapter_weights(self.backbones[role], role)
 
-    def new_cache(self, batch: int) -> ChunkCache:
+    def new_cache(self, _role: Role, batch: int) -> ChunkCache:
         return self._new_cache(batch)
+
+
+def adapter_weights(model: CausalTransformer, role: Role) -> dict[str, nn.Parameter]:
+    """Return the low-rank weights of a role's adapter, named `blocks.0.self_attn.q.lora_A` and so on."""
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear) and role.value in layer.lora_A:
+            weights[f"{name}.lora_A"] = layer.lora_A[role.value].weight
+            weights[f"{name}.lora_B"] = layer.lora_B[role.value].weight
+    return weights
 
 
 def _has_target(name: str, target: str) -> bool:
@@ -169,7 +179,8 @@ def _has_target(name: str, target: str) -> bool:
 
 
 @torch.no_grad()
-def _initialize(weights: dict[str, nn.Parameter], generator: torch.Generator, device: torch.device) -> None:
+def initialize_adapter(weights: Mapping[str, nn.Parameter], generator: torch.Generator, device: torch.device) -> None:
+    """Draw an adapter without an effect on the output, in float32."""
     for name, weight in weights.items():
         fresh = torch.zeros(weight.shape)
         if name.endswith(".lora_A"):

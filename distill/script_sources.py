@@ -23,9 +23,12 @@ from longvideo.errors import ConfigError
 from longvideo.model.conditioning import chunk_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from longvideo.distill.config import Distillation
+
+HELD_OUT = 10
+"""Number of prompts of which one is held out for validation."""
 
 
 def read_own_prompts(config: Distillation) -> list[tuple[str, ...]] | None:
@@ -48,26 +51,59 @@ class ScriptModel:
     dtype: torch.dtype
 
 
-def open_scripts(config: Distillation, model: ScriptModel, lines: Sequence[tuple[str, ...]] | None) -> Scripts:
+@dataclass(frozen=True)
+class ScriptSets:
+    """Prompts. held_out: those for validation, None where nothing is validated."""
+
+    train: Scripts
+    held_out: Scripts | None = None
+
+
+def open_scripts(config: Distillation, model: ScriptModel, lines: Sequence[tuple[str, ...]] | None) -> ScriptSets:
     """Return the prompts of a configuration. lines: those of its file, None where it names none.
 
-    Raises ConfigError for encoded clips that do not fit the model.
+    Raises ConfigError for encoded clips that do not fit the model, and for too few prompts.
     """
     if config.data is not None:
-        return ClipScripts(
-            _open_clips(config, config.data, model),
-            image_fraction=config.image_fraction,
-            seed=config.seed,
-            device=model.device,
-        )
-    encoder = model.folder.load_text_encoder(device=model.device, dtype=model.dtype)
+        clips = _open_clips(config, config.data, model)
+
+        def of_clips(numbers: range) -> Scripts:
+            return ClipScripts(
+                clips,
+                numbers=numbers,
+                image_fraction=config.image_fraction,
+                seed=config.seed,
+                device=model.device,
+            )
+
+        return _divided(config, len(clips), config.data, of_clips)
+    encoder = model.folder.load_text_encoder(device=model.device, dtype=model.dtype).requires_grad_(False)
     if lines is None:
-        return ShapeWorldScripts(config.shapeworld, encoder.requires_grad_(False), seed=config.seed)
+        held_out = ShapeWorldScripts(config.shapeworld, encoder, seed=config.seed, split="heldout")
+        train = ShapeWorldScripts(config.shapeworld, encoder, seed=config.seed)
+        return ScriptSets(train, held_out if config.validates else None)
     settings = model.folder.settings
     texts = [text for shots in lines for text in shots]
     texts += [chunk_text(text, cut=True, cut_prefix=settings.cut_prefix) for shots in lines for text in shots[1:]]
     features = encode_all(encoder, [*texts, config.negative_prompt])
-    return FileScripts(lines, features, seed=config.seed, text_len=settings.text_len, device=model.device)
+
+    def of_lines(numbers: range) -> Scripts:
+        chosen = [lines[number] for number in numbers]
+        return FileScripts(chosen, features, seed=config.seed, text_len=settings.text_len, device=model.device)
+
+    return _divided(config, len(lines), config.prompts, of_lines)
+
+
+def _divided(config: Distillation, count: int, name: str, part: Callable[[range], Scripts]) -> ScriptSets:
+    """Hold out the last tenth of numbered prompts, at least one, if a run validates."""
+    if not config.validates:
+        return ScriptSets(part(range(count)))
+    if count == 1:
+        raise ConfigError(
+            f"{name} has 1 prompt; expected at least 2, of which one is held out; set qad.validation_batches=0"
+        )
+    first = count - max(1, count // HELD_OUT)
+    return ScriptSets(part(range(first)), part(range(first, count)))
 
 
 def _open_clips(config: Distillation, name: str, model: ScriptModel) -> EncodedDataset:

@@ -1,7 +1,7 @@
-"""Roll the student out on its own chunks and record the inputs of its last steps (Self Forcing, arXiv 2506.08009).
+"""Roll the student out on its own chunks and record the inputs of some steps (Self Forcing, arXiv 2506.08009).
 
-No gradient is kept here. The solver step that a chunk ends at is drawn; the student's loss runs that step again, chunk
-by chunk, with a gradient.
+No gradient is kept here. A solver step of every chunk is drawn; the student's loss runs that step again, chunk by
+chunk, with a gradient. A chunk ends at that step, or, where `finishes` is set, at the last one.
 
 Shapes: B batch, C channels, T latent frames of a chunk, H W latent size.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longvideo.config.fields import Bounded, bounded
-from longvideo.distill.dmd import x0_of
+from longvideo.distill.dmd import guided, x0_of
 from longvideo.distill.roles import Role, Roles
 from longvideo.distill.walk import VideoRequest, Walk
 from longvideo.flow.schedule import NUM_TRAIN_TIMESTEPS
@@ -55,17 +55,18 @@ class RolloutConfig(Bounded):
 class Rollout:
     """Result of a rollout, for each chunk.
 
-    latents: [B, C, T, H, W], the clean latents. inputs: [B, C, T, H, W], input of the chunk's last solver step. exits:
-    number of that step.
+    exits: number of the drawn solver step. latents: [B, C, T, H, W], the clean latents. inputs: [B, C, T, H, W], input
+    of the drawn step. kept: latents and noise levels whose keys and values later chunks see.
     """
 
+    exits: list[int]
     latents: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    exits: list[int] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class SelfForcing:
-    """The student's rollout, and the last step of every chunk again."""
+    """The student's rollout, and the drawn step of every chunk again."""
 
     def __init__(
         self,
@@ -77,10 +78,16 @@ class SelfForcing:
         shift: float,
         seed: int,
         clean_pass: bool = True,
+        guidance: float = 1.0,
+        finishes: bool = False,
     ) -> None:
-        """shape: [C, T, H, W] of a chunk's latents. clean_pass: whether the student runs clean passes."""
+        """shape: [C, T, H, W] of a chunk's latents.
+
+        clean_pass: whether the student runs clean passes. guidance: scale of the student's classifier-free guidance.
+        finishes: whether a chunk runs all solver steps, rather than end at the drawn one.
+        """
         self.roles, self.config, self.spec, self.shape, self.seed = roles, config, spec, shape, seed
-        self.clean_pass = clean_pass
+        self.clean_pass, self.guidance, self.finishes = clean_pass, guidance, finishes
         self.solver = UniPC(config.steps, shift)
         self._generator = torch.Generator()
 
@@ -103,25 +110,38 @@ class SelfForcing:
     @torch.no_grad()
     def roll_out(self, clip: VideoRequest, purpose: str) -> Rollout:
         """Generate a clip. purpose: use of the clip, so that critic and student get different ones."""
-        walk = self.walk(Role.STUDENT, clip)
-        rollout = Rollout(exits=self.exits(clip, purpose))
-        for index, last in enumerate(rollout.exits):
+        walks = [self.walk(Role.STUDENT, clip, negative=negative) for negative in self.branches]
+        rollout = Rollout(self.exits(clip, purpose))
+        for index, drawn in enumerate(rollout.exits):
+            last = self.solver.num_steps - 1 if self.finishes else drawn
             trajectory = self.solver.start(self.noise(clip, index, purpose))
             for step in range(last + 1):
                 x = clip.hold(index, trajectory.sample)
                 trajectory.sample = x
-                velocity = walk.velocity(x, self.model_sigma(clip, index, step))
+                sigma = self.model_sigma(clip, index, step)
+                velocity, *unconditional = (walk.velocity(x, sigma) for walk in walks)
+                if unconditional:
+                    velocity = guided(velocity, *unconditional, self.guidance)
+                if step == drawn:
+                    rollout.inputs.append(x)
                 if step < last:
                     trajectory.step(velocity)
-            rollout.inputs.append(x)
-            rollout.latents.append(self.result(clip, index, x, velocity, last))
+            latents = self.result(clip, index, x, velocity, last)
+            rollout.latents.append(latents)
+            rollout.kept.append((latents, torch.zeros_like(sigma)) if self.clean_pass else (x, sigma))
             if index + 1 < clip.num_chunks:
-                walk.finish(*self.to_keep(clip, rollout, index))
+                for walk in walks:
+                    walk.finish(*rollout.kept[index])
         return rollout
+
+    @property
+    def branches(self) -> tuple[bool, ...]:
+        """Whether the prompt is the negative one, for each prediction of a step."""
+        return (False,) if self.guidance == 1 else (False, True)
 
     def walk(self, role: Role, clip: VideoRequest, *, negative: bool = False) -> Walk:
         network = self.roles.switch(role)
-        return Walk(network, clip, self.spec, self.roles.new_cache(clip.batch), negative=negative)
+        return Walk(network, clip, self.spec, self.roles.new_cache(role, clip.batch), negative=negative)
 
     def model_sigma(self, clip: VideoRequest, index: int, step: int) -> Tensor:
         """Return the noise levels [B, T] that the network is given at a step."""
@@ -132,9 +152,3 @@ class SelfForcing:
         """Return the clean latents of a chunk that ends at a step."""
         sigma = self.solver.sigmas[step] * clip.weight(index, self.spec.chunk_frames)
         return clip.hold(index, x0_of(x_BCTHW, velocity_BCTHW, sigma))
-
-    def to_keep(self, clip: VideoRequest, rollout: Rollout, index: int) -> tuple[Tensor, Tensor]:
-        """Return the latents and noise levels of a finished chunk whose keys and values later chunks see."""
-        if not self.clean_pass:
-            return rollout.inputs[index], self.model_sigma(clip, index, rollout.exits[index])
-        return rollout.latents[index], torch.zeros(clip.batch, self.spec.chunk_frames, device=self.roles.device)

@@ -27,9 +27,10 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 EXPORTED_FILE = "exported.json"
 CHECKPOINTS, MODEL, LORA, SAMPLES = "checkpoints", "model", "lora", "samples"
+MODEL_BF16 = "model_bf16"
 OWN_NAMES = frozenset(
     {LOCK_FILE, CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, EXPORTED_FILE, CHECKPOINTS, MODEL, LORA, SAMPLES}
-    | {TENSORBOARD, WANDB, WANDB_ID_FILE}
+    | {MODEL_BF16, TENSORBOARD, WANDB, WANDB_ID_FILE}
 )
 """Names of everything that a run writes into its folder."""
 

@@ -56,7 +56,7 @@ def test_the_command_shows_the_values_of_a_preset_below_a_key(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "optimzer"], "'optimzer' is not a key; expected one of seed, model,"),
+        (["distill", "optimzer"], "'optimzer' is not a key; expected one of method, seed, model,"),
         (["tiny/dmb"], "did you mean 'tiny/dmd'?"),
         (["distill", "lora", "dmd"], "'dmd' is one word too many"),
     ],

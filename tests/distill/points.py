@@ -105,7 +105,7 @@ class ThreeNetworks:
     def trained(self, role: Role) -> dict[str, nn.Parameter]:
         return dict(self.networks[role].named_parameters())
 
-    def new_cache(self, _batch: int) -> KVCache:
+    def new_cache(self, _role: Role, _batch: int) -> KVCache:
         return KVCache(CacheSizes(SPEC, num_layers=0, num_heads=1, head_dim=2))
 
 

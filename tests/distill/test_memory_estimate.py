@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longvideo.distill.memory import adapter_parameters, estimate_memory
+from longvideo.distill.memory import adapter_parameters, backbone_bytes, estimate_memory
 from longvideo.distill.roles import LoraSettings
 from longvideo.distributed import ParallelConfig
 from longvideo.model.cache import CACHES
@@ -33,8 +33,7 @@ def test_measured_peaks_are_estimated_within_a_tenth(packed: bool, backbones: in
         SPEC,
         student + critic,
         BlockMemory(2, checkpoint=True, compiled=False),
-        backbones=backbones,
-        packed=packed,
+        frozen=backbones * backbone_bytes(SHAPE, 2, packed=packed),
         kv_cache="nvfp4" if packed else "bf16",
         clips=1,
         chunks=CHUNKS,
@@ -49,8 +48,7 @@ def test_exact_copies_of_a_mixed_cache_are_counted() -> None:
             SPEC,
             engine_memory(0, ParallelConfig(), ranks=1, bf16=False, passes=CHUNKS, averaged=False),
             BlockMemory(2, checkpoint=True, compiled=False),
-            backbones=1,
-            packed=True,
+            frozen=0.0,
             kv_cache=kv_cache,
             clips=2,
             chunks=CHUNKS,
@@ -74,8 +72,7 @@ def test_measured_peaks_of_deepspeed_are_estimated_within_a_tenth(
         SPEC,
         engine + engine,
         BlockMemory(2, checkpoint=True, compiled=False),
-        backbones=1,
-        packed=True,
+        frozen=backbone_bytes(SHAPE, 2, packed=True),
         kv_cache="nvfp4",
         clips=1,
         chunks=chunks,

@@ -42,7 +42,7 @@ def test_gradient_equals_the_analytic_one_at_known_densities() -> None:
         .view(4, POINTS, 2)
         .movedim(-1, 1)[..., None, None]
     )
-    (gradient,) = copies.gradients(what, Rollout([x0], [x0], [1]))
+    (gradient,) = copies.gradients(what, Rollout([1], [x0], [x0]))
     (noise,), (sigma,) = copies.draw(what, "student")
 
     def score(mixture: Mixture, x: Tensor) -> Tensor:

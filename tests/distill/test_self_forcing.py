@@ -39,8 +39,11 @@ def generated(
     ]
     noises = iter([rollouts.noise(clip, index, "student") for index in range(clip.num_chunks)])
     monkeypatch.setattr("longvideo.rollout._noise", lambda *_: next(noises))
+    type(roles.new_cache(Role.STUDENT, 1))
     generated = rollout(
-        CachedTransformer(student, videos.SPEC, batch=len(clip.samples), cache_type=type(roles.new_cache(1))),
+        CachedTransformer(
+            student, videos.SPEC, batch=len(clip.samples), cache_type=type(roles.new_cache(Role.STUDENT, 1))
+        ),
         chunks,
         solver=rollouts.solver,
         generators=[torch.Generator() for _ in clip.samples],
