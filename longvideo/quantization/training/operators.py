@@ -67,8 +67,12 @@ def _product_backward(
     outliers_MI: Tensor,
     seeds: Tensor,
     encoded_recipe: str,
+    rounds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the input [M, I] and of the weight [O, I], which is empty if no operand was kept."""
+    """Return the gradients of the input [M, I] and of the weight [O, I], which is empty if no operand was kept.
+
+    rounds: whether the forward product rounded the weight, so that the estimator of its rounding applies.
+    """
     recipe = TrainingRecipe.decode(encoded_recipe)
     operations, dtype = nvfp4_operations(grad_MO.device), grad_MO.dtype
     grad_MO = grad_MO.contiguous()
@@ -85,7 +89,7 @@ def _product_backward(
     if outliers_MI.numel():
         grad_weight += grad_MO.t() @ outliers_MI
     grad_weight = grad_weight.to(weight_OI.dtype)
-    if recipe.estimator is WeightEstimator.DGE:
+    if rounds and recipe.estimator is WeightEstimator.DGE:
         grad_weight *= dge.weight_derivative(weight_OI, recipe.weights, tile_rows=GROUP if recipe.tiles else 1)
     return grad_x, grad_weight
 
@@ -116,18 +120,19 @@ def _(
     _outliers_MI: Tensor,
     _seeds: Tensor,
     _encoded_recipe: str,
+    _rounds: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_weight = torch.empty_like(weight_OI) if codes.numel() else weight_OI.new_empty(0)
     return grad_MO.new_empty(grad_MO.shape[0], weight_OI.shape[1]), grad_weight
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, seeds, ctx.encoded_recipe, _, _ = inputs
+    _, weight, seeds, ctx.encoded_recipe, ctx.rounds, _ = inputs
     ctx.save_for_backward(weight, *output[1:], seeds)
 
 
 def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _product_backward(grad_MO, *ctx.saved_tensors, ctx.encoded_recipe)
+    grads = _product_backward(grad_MO, *ctx.saved_tensors, ctx.encoded_recipe, ctx.rounds)
     grad_x, grad_weight = (grad if grad.numel() else None for grad in grads)
     return grad_x, grad_weight, None, None, None, None
 

@@ -172,5 +172,5 @@ def test_the_operators_of_training_are_described_as_they_are(keep: bool) -> None
     torch.library.opcheck(operators.product, (x, weight, seeds, recipe, True, keep))
     if keep:
         _, *kept = operators.product(x.detach(), weight.detach(), seeds, recipe, True, True)
-        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, recipe)
+        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, recipe, True)
         torch.library.opcheck(operators._product_backward, arguments)

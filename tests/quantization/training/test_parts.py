@@ -21,6 +21,7 @@ from longvideo.kernels.nvfp4.radix4 import Phase, quantize_radix4_exact
 from longvideo.quantization.training import backward_products, operators
 from longvideo.quantization.training.backward_products import GRADIENTS, OTHERS, SIGNS
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import (
     BackwardOperands,
     GradientRounding,
@@ -188,6 +189,17 @@ def test_gradients_stay_near_the_exact_ones(name: str) -> None:
         assert (got[key] - gradient).norm() < limit * gradient.norm(), key
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_an_unrounded_forward_product_keeps_the_gradients_of_a_rounded_one_but_for_the_estimator(name: str) -> None:
+    x, grad = gaussian(TOKENS, INPUTS, seed=1), gaussian(TOKENS, OUTPUTS, seed=2)
+    expected = of_part(replace(PARTS[name], estimator=WeightEstimator.STRAIGHT_THROUGH))
+    layer = layer_of(PARTS[name])
+    layer.phase = TrainingPhase.BACKWARD
+    got = results(layer, x, grad)
+    torch.testing.assert_close(got["output"], F.linear(x, layer.weight.detach(), layer.bias.detach()))
+    assert torch.equal(got["dgrad"], expected["dgrad"]) and torch.equal(got["wgrad"], expected["wgrad"])
+
+
 def test_outliers_lower_the_error_of_heavy_tailed_inputs() -> None:
     x = gaussian(TOKENS, INPUTS, seed=1) * gaussian(TOKENS, INPUTS, seed=5).mul(1.5).exp()
     grad = gaussian(TOKENS, OUTPUTS, seed=2)
@@ -303,7 +315,7 @@ def test_no_part_reads_a_number_on_the_host(name: str) -> None:
 
     def step(x: Tensor, weight: Tensor, grad: Tensor, seeds: Tensor) -> None:
         _, *kept = operators.product._init_fn(x, weight, seeds, recipe, True, True)
-        operators._product_backward._init_fn(grad, weight, *kept, seeds, recipe)
+        operators._product_backward._init_fn(grad, weight, *kept, seeds, recipe, True)
 
     # once with numbers, since tables that are built in the first call are kept
     step(x, weight, grad, SEEDS)
@@ -323,7 +335,7 @@ def test_the_kernels_give_the_bits_of_the_definition(name: str, monkeypatch: pyt
         for module in (operators, backward_products):
             monkeypatch.setattr(module, "nvfp4_operations", lambda _device, own=operations: own)
         output, *kept = operators.product._init_fn(x, weight, SEEDS, recipe, True, True)
-        steps.append((output, *operators._product_backward._init_fn(grad, weight, *kept, SEEDS, recipe)))
+        steps.append((output, *operators._product_backward._init_fn(grad, weight, *kept, SEEDS, recipe, True)))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*steps, strict=True))
 
 
@@ -336,7 +348,7 @@ def test_the_operators_are_described_as_they_are(name: str) -> None:
     x, weight = x.detach(), weight.detach()
     _, *kept = operators.product(x, weight, SEEDS, recipe, True, True)
     grad = gaussian(TOKENS, OUTPUTS, seed=2)
-    torch.library.opcheck(operators._product_backward, (grad, weight, *kept, SEEDS, recipe))
+    torch.library.opcheck(operators._product_backward, (grad, weight, *kept, SEEDS, recipe, True))
 
 
 @pytest.mark.parametrize("name", PARTS)
