@@ -20,7 +20,7 @@ from longvideo.kernels.nvfp4 import te
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
 if TYPE_CHECKING:
-    from longvideo.kernels.fp8.format import FP8Rows
+    from longvideo.kernels.fp8.format import FP8Rows, FP8Tensor
     from longvideo.kernels.kv_dequant.format import QuantizedSlots
     from longvideo.kernels.vae.format import FP8Kernel
 
@@ -207,6 +207,14 @@ class FP8Operations(Protocol):
     def matmul(self, a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor: ...
 
 
+class FP8TensorProducts(Protocol):
+    """Products of tensors in FP8 with one scale each; `longvideo.kernels.fp8.reference` defines them."""
+
+    def matmul_tensors(
+        self, a_RK: FP8Tensor, b_CK: FP8Tensor, out_dtype: torch.dtype, *, fast_sums: bool = False
+    ) -> Tensor: ...
+
+
 class NormOperations(Protocol):
     """Operations between the products of a block; `longvideo.kernels.norm.reference` defines them."""
 
@@ -322,6 +330,17 @@ def fp8_operations(device: torch.device) -> FP8Operations:
     else:
         from longvideo.kernels.fp8 import reference as operations
     return operations
+
+
+def fp8_tensor_products(device: torch.device) -> FP8TensorProducts:
+    """Return `scaled_mm` on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
+    if device.type == "cuda":
+        if reason := fp8_products.unavailable(device):
+            raise ValueError(reason)
+        return fp8_products
+    from longvideo.kernels.fp8 import reference
+
+    return reference
 
 
 def kv_operations(device: torch.device) -> KVOperations:

@@ -131,6 +131,12 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
+    def largest_on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the largest of each value over all ranks, in place, without waiting for the device."""
+        if self.world > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place."""
         if self.world > 1:

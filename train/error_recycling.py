@@ -222,7 +222,7 @@ class ErrorBank:
         and those that do not fit into a bucket are left out. Raises CheckpointError for errors of another
         configuration.
         """
-        states = [state for state in states if state.infos]
+        states = [state for state in states if "errors" in state.infos]
         for state in states:
             self._check(state.infos["errors"])
         first, stride = rank, world

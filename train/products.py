@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from longvideo.config.fields import Bounded, bounded, share
 from longvideo.config.loading import Renamed
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.quantization.training.layers import TrainingBackend, train_in_nvfp4
+from longvideo.quantization.selection import matching_layers
+from longvideo.quantization.training.fp8 import FP8Scaling
+from longvideo.quantization.training.layers import TrainingBackend, TrainingLayers, train_in_fp8, train_in_nvfp4
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import (
     BackwardOperands,
@@ -27,10 +29,18 @@ from longvideo.train.step_rounding import Phases, StepRounding
 from longvideo.training.optimizer import OptimizerConfig, decay_onset
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from longvideo.distributed import Mesh
     from longvideo.model.spec import ChunkSpec
     from longvideo.model.transformer import CausalTransformer
 
-DEFAULT_RECIPE: RecipeName = "best"
+RECIPE_NAMES: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "fp8": tuple(scaling.value for scaling in FP8Scaling),
+    "nvfp4": tuple(RECIPES),
+}
+"""Names of the recipes of each format."""
 
 
 @dataclass(frozen=True)
@@ -77,44 +87,56 @@ class PartsConfig(Bounded):
 class ProductsConfig(Bounded):
     """Number format of the products of the blocks' linear layers, forward and backward.
 
-    format: `bf16` leaves the products in the dtype of `trainer.precision`; `nvfp4` rounds their operands to 4 bits.
-    recipe: for nvfp4 `nvidia`, `quartet2`, `tetrajet2` or `best`, which is the default.
-    parts: single parts of the recipe that are replaced.
+    format: `bf16` leaves the products in the dtype of `trainer.precision`; `fp8` and `nvfp4` round their operands to 8
+        and 4 bits.
+    recipe: for nvfp4 `nvidia`, `quartet2`, `tetrajet2` or `best`, which is the default; for fp8 `current`, which is the
+        default, or `delayed`.
+    parts: single parts of a recipe of nvfp4 that are replaced.
     keep: layers of the blocks that stay in bf16, by official name, `*` for anything, in addition to the recipe's.
+    fp8: with nvfp4, layers of the blocks in FP8, by official name, also those that the recipe keeps in bf16.
     until: share of all steps with products in this format, or `decay`: up to the step at which the learning rate of
         `optimizer.schedule=wsd` starts to decay.
     tail: products of the steps after `until`: `bf16`, or `forward`, which leaves only the forward pass in bf16.
-    backend: `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
+    backend: for nvfp4 `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
     """
 
-    format: Literal["bf16", "nvfp4"] = "bf16"
-    recipe: RecipeName | None = None
+    format: Literal["bf16", "fp8", "nvfp4"] = "bf16"
+    recipe: Literal["nvidia", "quartet2", "tetrajet2", "best", "current", "delayed"] | None = None
     parts: PartsConfig = field(default_factory=PartsConfig)
     keep: list[str] = field(default_factory=list)
+    fp8: list[str] = field(default_factory=list)
     until: float | int | Literal["decay"] = share(1.0)
     tail: Literal["bf16", "forward"] = "bf16"
     backend: TrainingBackend | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.recipe is not None and self.recipe not in (recipes := RECIPE_NAMES[self.format]):
+            owner = next(name for name, known in RECIPE_NAMES.items() if self.recipe in known)
+            use = f"use products.format={owner} or products.recipe={recipes[0] if recipes else 'null'}"
+            raise ConfigError(
+                f"products.recipe={self.recipe} is of {owner}, but products.format is {self.format}; {use}"
+            )
         if self.format == "nvfp4":
             try:
-                self.parts.of(self.named[1].parts)
+                self.nvfp4_recipe()
             except ValueError as error:
                 raise ConfigError(f"products.parts: {error}") from error
             return
-        unused = ["recipe"] * (self.recipe is not None) + [f"parts.{name}" for name in self.parts.replaced]
-        if unused:
-            raise ConfigError(
-                f"products.{unused[0]} is of products.format=nvfp4, but products.format is {self.format}; use"
-                f" products.format=nvfp4 or products.{unused[0]}=null"
-            )
+        settings = {"fp8": self.fp8, "backend": self.backend, **{f"parts.{name}": True for name in self.parts.replaced}}
+        for name, value in settings.items():
+            if value:
+                raise ConfigError(
+                    f"products.{name} is of products.format=nvfp4, but products.format is {self.format}; use"
+                    f" products.format=nvfp4 or leave products.{name} out"
+                )
 
-    @property
-    def named(self) -> tuple[RecipeName, NamedRecipe]:
-        """The recipe of products in 4 bits, by name."""
-        name = DEFAULT_RECIPE if self.recipe is None else self.recipe
-        return name, RECIPES[name]
+    def nvfp4_recipe(self) -> tuple[str, NamedRecipe]:
+        """Return the recipe of products in 4 bits, with the parts that are set, and its name with them."""
+        name = "best" if self.recipe is None else self.recipe
+        named = RECIPES[cast("RecipeName", name)]
+        shown = "".join(f", {part}={_shown(value)}" for part, value in self.parts.replaced.items())
+        return f"{name}{shown}", dataclasses.replace(named, parts=self.parts.of(named.parts))
 
     def phases(self, optimizer: OptimizerConfig, total_steps: int) -> Phases:
         """Return the phase of every step. Raises ConfigError where the learning rate has no onset of a decay."""
@@ -151,28 +173,44 @@ def prepare(
     *,
     spec: ChunkSpec,
     seed: int,
-    place: int,
+    mesh: Mesh,
 ) -> StepRounding | None:
     """Prepare a transformer, which is on its device, for training as configured; None if nothing is to round."""
     if config.format == "bf16":
         return None
-    name, recipe = config.named
     work = linear_multiply_adds(transformer, spec)
-    blocks = recipe.kept_blocks(len(transformer.blocks))
     try:
-        layers = train_in_nvfp4(
-            transformer,
-            config.parts.of(recipe.parts),
-            keep=[*config.keep, *(f"blocks.{number}.*" for number in blocks)],
-            backend=config.backend,
-            backward_alone=phases.tail is TrainingPhase.BACKWARD,
-        )
+        if config.format == "fp8":
+            name = config.recipe or FP8Scaling.CURRENT.value
+            layers = train_in_fp8(transformer, FP8Scaling(name), keep=config.keep)
+        else:
+            name, recipe = config.nvfp4_recipe()
+            layers = _in_nvfp4(config, transformer, recipe, backward_alone=phases.tail is TrainingPhase.BACKWARD)
     except ValueError as error:
         raise ConfigError(f"products: {error}") from error
-    four_bits = sum(work[layer] for layer in layers.layers) / sum(work.values())
-    changed = "".join(f", {part}={_shown(value)}" for part, value in config.parts.replaced.items())
-    description = f"NVFP4 for {four_bits:.1%} of the multiply-adds (recipe {name}{changed}), {layers.description}"
-    return StepRounding(layers, phases, seed=seed, place=place, description=description)
+    formats = [("NVFP4", layers.nvfp4), ("FP8", layers.fp8)]
+    shares = [f"{format} for {_share(own, work):.1%}" for format, own in formats if own]
+    description = f"{', '.join(shares)} of the multiply-adds (recipe {name}), {layers.description}"
+    return StepRounding(layers, phases, seed=seed, mesh=mesh, description=description)
+
+
+def _in_nvfp4(
+    config: ProductsConfig, transformer: CausalTransformer, recipe: NamedRecipe, *, backward_alone: bool
+) -> TrainingLayers:
+    kept = set(matching_layers(transformer, config.keep, what="products.keep"))
+    blocks = recipe.kept_blocks(len(transformer.blocks))
+    return train_in_nvfp4(
+        transformer,
+        recipe.parts,
+        keep=[*config.keep, *(f"blocks.{number}.*" for number in blocks)],
+        fp8=[name for name in matching_layers(transformer, config.fp8, what="products.fp8") if name not in kept],
+        backend=config.backend,
+        backward_alone=backward_alone,
+    )
+
+
+def _share(layers: Iterable[str], work: Mapping[str, int]) -> float:
+    return sum(work[name] for name in layers) / sum(work.values())
 
 
 def _shown(value: object) -> object:

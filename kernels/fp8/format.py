@@ -1,4 +1,4 @@
-"""FP8 with a float32 scale for each row; E4M3 is defined by the OCP 8-bit Floating Point Specification 1.0."""
+"""FP8 (E4M3, E5M2) with a float32 scale for each row or tensor: OCP 8-bit Floating Point Specification 1.0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longvideo.kernels.nvfp4.format import E4M3_MAX
 
 SCALE_MIN = 2.0**-126  # the smallest normal float32: a smaller scale would lose bits, or be zero
 
-__all__ = ["E4M3_MAX", "SCALE_MIN", "FP8Rows"]
+__all__ = ["E4M3_MAX", "SCALE_MIN", "FP8Rows", "FP8Tensor"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,14 @@ class FP8Rows:
     def shape(self) -> torch.Size:
         """Shape of the tensor that is represented."""
         return self.values.shape
+
+
+@dataclass(frozen=True)
+class FP8Tensor:
+    """A matrix in E4M3 or E5M2 with one scale. It represents `values * scale`.
+
+    values: float8_e4m3fn or float8_e5m2. scale: float32 scalar.
+    """
+
+    values: Tensor
+    scale: Tensor

@@ -1,4 +1,4 @@
-"""Row-wise FP8 products in plain torch: the definition that every kernel is compared with; it also runs on a CPU."""
+"""FP8 products in plain torch: the definition that every kernel is compared with; it also runs on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.fp8.format import E4M3_MAX, SCALE_MIN, FP8Rows
+from longvideo.kernels.fp8.format import E4M3_MAX, SCALE_MIN, FP8Rows, FP8Tensor
 
 
 def quantize_rows(x: Tensor) -> FP8Rows:
@@ -39,3 +39,30 @@ def matmul(a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) 
     product = a.values.float() @ b.values.float().t()
     scaled = product * a.scales.unsqueeze(-1) * b.scales
     return (scaled if bias is None else scaled + bias.float()).to(out_dtype)
+
+
+def quantize_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor:
+    """Quantize a tensor to E4M3 or E5M2 with one scale, by which `amax` becomes the largest number of the format.
+
+    amax: float32 scalar; larger magnitudes saturate. Arithmetic is in float32, rounding to nearest, ties to even.
+    """
+    scale, largest = tensor_scale(amax, dtype), torch.finfo(dtype).max
+    return FP8Tensor((x.float() * scale.reciprocal()).clamp(-largest, largest).to(dtype), scale)
+
+
+def tensor_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scale by which `amax` becomes the largest number of a format; 1 for an amax of zero."""
+    scale = (amax / torch.full_like(amax, torch.finfo(dtype).max)).clamp_min(SCALE_MIN)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def matmul_tensors(a_RK: FP8Tensor, b_CK: FP8Tensor, out_dtype: torch.dtype, *, fast_sums: bool = False) -> Tensor:
+    """Multiply a matrix by the transpose of another: [R, C]. The float32 product is multiplied by both scales.
+
+    fast_sums: whether tensor cores may keep fewer bits of the sums than float32; here they are in float32.
+    """
+    del fast_sums
+    # autocast would cast the operands of the product
+    with torch.autocast(a_RK.values.device.type, enabled=False):
+        product = a_RK.values.float() @ b_CK.values.float().t()
+    return (product * (a_RK.scale * b_CK.scale)).to(out_dtype)

@@ -1,4 +1,4 @@
-"""Row-wise FP8 products on tensor cores through `torch.nn.functional.scaled_mm`, in torch since 2.10.
+"""FP8 products on tensor cores through `torch.nn.functional.scaled_mm`, in torch since 2.10.
 
 Limits of `scaled_mm` (torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp): it takes matrices only, K and N must be
 multiples of 16, and a bias must be bfloat16 with a bfloat16 result and is refused with a float32 result.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from longvideo.kernels.fp8.format import FP8Rows
+    from longvideo.kernels.fp8.format import FP8Rows, FP8Tensor
 
 WITH_FP8_UNITS = (8, 9)
 SIZE_MULTIPLE = 16
@@ -69,3 +69,28 @@ def matmul(a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) 
     if bias is not None and not within:
         product = product + bias.to(out_dtype)
     return product.view(*a.shape[:-1], columns)
+
+
+def matmul_tensors(a_RK: FP8Tensor, b_CK: FP8Tensor, out_dtype: torch.dtype, *, fast_sums: bool = False) -> Tensor:
+    """Multiply a matrix by the transpose of another: [R, C], see `reference.matmul_tensors`. C is a multiple of 16.
+
+    K is padded with zeros to a multiple of 16. One of the two may be in E5M2. fast_sums: whether the tensor cores'
+    fast accumulation is used.
+    """
+    padding = -a_RK.values.shape[1] % SIZE_MULTIPLE
+    a, b = (_padded(x.values, padding) for x in (a_RK, b_CK))
+    return functional.scaled_mm(
+        a,
+        b.t(),
+        a_RK.scale,
+        functional.ScalingType.TensorWise,
+        b_CK.scale,
+        functional.ScalingType.TensorWise,
+        output_dtype=out_dtype,
+        use_fast_accum=fast_sums,
+    )
+
+
+def _padded(x: Tensor, columns: int) -> Tensor:
+    """Return a contiguous matrix with columns of zeros added, as bytes, for which torch has the operators."""
+    return functional.pad(x.view(torch.uint8), (0, columns)).contiguous().view(x.dtype)

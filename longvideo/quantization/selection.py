@@ -33,13 +33,8 @@ def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> li
     keep: patterns of official module names, in which `*` stands for anything: "blocks.0.*", "*.ffn.2".
     Raises UserError for a pattern that matches no layer, and for a layer with inputs that are not a multiple of 16.
     """
-    names = linear_layers(model)
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"layers are named like {names[0]!r}"
-            raise UserError(f"keep pattern {pattern!r} matches no linear layer of the blocks; {hint}")
-    chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in keep)]
+    kept = set(matching_layers(model, keep, what="keep"))
+    chosen = [name for name in linear_layers(model) if name not in kept]
     for name in chosen:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | NVFP4Linear)
@@ -48,6 +43,20 @@ def layers_to_quantize(model: CausalTransformer, keep: Sequence[str] = ()) -> li
                 f"{name} has {layer.in_features} inputs; expected a multiple of {GROUP}; keep it with keep={name!r}"
             )
     return chosen
+
+
+def matching_layers(model: CausalTransformer, patterns: Sequence[str], *, what: str) -> list[str]:
+    """Return the names of the linear layers of the blocks that a pattern names, in the model's order.
+
+    what: name of the setting in errors. Raises UserError for a pattern that matches no layer.
+    """
+    names = linear_layers(model)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"layers are named like {names[0]!r}"
+            raise UserError(f"{what} pattern {pattern!r} matches no linear layer of the blocks; {hint}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def read_keep_file(path: Path) -> list[str]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from longvideo.checkpoint.run_checkpoint import RunState
+from longvideo.checkpoint.safetensors_file import open_file
 from longvideo.config.loading import find_config, load_config
-from longvideo.errors import ConfigError, UserError
+from longvideo.distributed import Mesh
+from longvideo.errors import CheckpointError, ConfigError, UserError
 from longvideo.kernels.nvfp4.format import Rule
+from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
@@ -29,11 +36,11 @@ from tests.quantization import small
 PRESETS: dict[str, type] = {"cpu/ar": ArTraining, "wan/ar": ClipTraining}
 
 
-def prepared(**settings: object) -> tuple[StepRounding, dict[str, nn.Module]]:
+def prepared(format: str = "nvfp4", **settings: object) -> tuple[StepRounding, dict[str, nn.Module]]:
     model = small.model()
-    config = ProductsConfig(format="nvfp4", **settings)  # type: ignore[arg-type]
+    config = ProductsConfig(format=format, **settings)  # type: ignore[arg-type]
     phases = config.phases(OptimizerConfig(), 10)
-    rounding = prepare(config, model, phases, spec=small.SPEC, seed=0, place=0)
+    rounding = prepare(config, model, phases, spec=small.SPEC, seed=0, mesh=Mesh())
     assert rounding is not None
     return rounding, dict(model.named_modules())
 
@@ -65,7 +72,7 @@ def test_nvidia_keeps_the_blocks_of_its_paper_in_proportion_to_the_depth(num_blo
 def test_the_recipe_reaches_the_layers_and_the_kept_ones_stay_plain() -> None:
     rounding, modules = prepared(recipe="nvidia", parts=PartsConfig(tiles=False), keep=["blocks.0.*"])
     layers = {name: module for name, module in modules.items() if isinstance(module, NVFP4TrainingLinear)}
-    assert layers and layers.keys() == rounding.layers.layers.keys()
+    assert layers and layers.keys() == rounding.layers.nvfp4.keys()
     assert not any(name.startswith("blocks.0.") for name in layers)
     expected = dataclasses.replace(RECIPES["nvidia"].parts, tiles=False)
     assert {TrainingRecipe.decode(layer.encoded_recipe) for layer in layers.values()} == {expected}
@@ -96,6 +103,49 @@ def test_multiply_adds_are_those_of_a_forward_pass() -> None:
         layer.register_forward_hook(count)
     small.velocity(model)
     assert counted == linear_multiply_adds(model, small.SPEC)
+
+
+def test_named_layers_are_in_fp8_even_if_the_recipe_keeps_them_in_bf16() -> None:
+    rounding, modules = prepared(recipe="nvidia", fp8=["*.self_attn.*"], keep=["*.self_attn.o"])
+    expected = {name for name in modules if name.endswith((".self_attn.q", ".self_attn.k", ".self_attn.v"))}
+    layers = {name: module for name, module in modules.items() if isinstance(module, FP8TrainingLinear)}
+    assert layers.keys() == rounding.layers.fp8.keys() == expected
+    assert {layer.scaling for layer in layers.values()} == {FP8Scaling.CURRENT}
+    assert not expected & rounding.layers.nvfp4.keys()
+    assert re.match(r"NVFP4 for [\d.]+%, FP8 for [\d.]+% of the multiply-adds \(recipe nvidia\)", rounding.description)
+    with pytest.raises(UserError, match="products.fp8 pattern 'blocks.0.attn' matches no linear layer"):
+        prepared(fp8=["blocks.0.attn"])
+
+
+def test_fp8_replaces_all_layers_that_are_not_kept() -> None:
+    rounding, modules = prepared("fp8", keep=["blocks.0.*"])
+    layers = [name for name, module in modules.items() if isinstance(module, FP8TrainingLinear)]
+    assert len(layers) == 10 * (small.CONFIG.num_layers - 1) and not rounding.layers.nvfp4
+    assert "(recipe current), emulated (a CPU has no FP8 units)" in rounding.description
+    rounding.begin(10)
+    assert {layer.phase for layer in rounding.layers.fp8.values()} == {TrainingPhase.NEITHER}
+
+
+def test_a_run_resumes_with_the_magnitudes_of_delayed_scaling(tmp_path: Path) -> None:
+    written, _ = prepared("fp8", recipe="delayed")
+    for step in range(3):
+        written.begin(step)
+        for number, layer in enumerate(written.delayed):
+            layer.amaxes[:, 0] = float(step + number)
+    save_file(written.state(), tmp_path / "recipe.safetensors")
+    stored = open_file(tmp_path / "recipe.safetensors")
+    resumed, _ = prepared("fp8", recipe="delayed")
+    state = RunState(step=3, ranks=1)
+    assert resumed.load(state, [stored]) == []
+    for own in (written, resumed):
+        own.begin(3)
+    assert all(torch.equal(mine.amaxes, own.amaxes) for mine, own in zip(written.delayed, resumed.delayed, strict=True))
+    assert resumed.delayed[4].amaxes[0, 1:4].tolist() == [6, 5, 4]
+    (note,) = prepared("fp8", recipe="delayed")[0].load(state, [])
+    assert note == "the checkpoint has no magnitudes of FP8: the histories of delayed scaling start empty"
+    assert prepared("fp8")[0].load(state, [stored]) == []
+    with pytest.raises(CheckpointError, match="magnitudes of FP8 have shape .*; resume with the products.keep"):
+        prepared("fp8", recipe="delayed", keep=["*.ffn.*"])[0].load(state, [stored])
 
 
 def test_layers_follow_the_phase_of_the_step() -> None:
@@ -131,7 +181,13 @@ def test_the_onset_of_the_decay_ends_the_first_phase() -> None:
             ["products.format=nvfp4", "products.until=decay"],
             "products.until=decay is the step at which .* use optimizer",
         ),
-        (["products.recipe=nvidia"], "products.recipe is of products.format=nvfp4, but products.format is bf16"),
+        (
+            ["products.recipe=nvidia"],
+            "=nvidia is of nvfp4, but products.format is bf16; use products.format=nvfp4",
+        ),
+        (["products.format=fp8", "products.recipe=best"], "is of nvfp4, but products.format is fp8; .*=current$"),
+        (["products.format=fp8", "products.fp8=['*']"], "products.fp8 is of products.format=nvfp4"),
+        (["products.format=fp8", "products.backend=te"], "products.backend is of products.format=nvfp4"),
         (["products.parts.tiles=false"], "products.parts.tiles is of products.format=nvfp4"),
         (["products.format=nvfp4", "products.recipe=foo"], "products.recipe is 'foo'; expected one of 'nvidia'"),
         (

@@ -17,8 +17,8 @@ LAYERS = 3
 
 def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
     own: dict[str, nn.Module] = {str(number): nn.Identity() for number in range(LAYERS)}
-    layers = TrainingLayers(own, RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
-    return StepRounding(layers, Phases(100.0), seed=seed, place=mesh.place)
+    layers = TrainingLayers(own, {}, RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
+    return StepRounding(layers, Phases(100.0), seed=seed, mesh=mesh)
 
 
 def seeds(mesh: Mesh, *, step: int = 5, seed: int = 0) -> dict[tuple[int, int], Tensor]:
@@ -50,10 +50,9 @@ def test_seeds_of_views_places_steps_layers_and_runs_differ() -> None:
 
 
 def test_a_resume_with_other_ranks_is_said_to_be_comparable() -> None:
-    own = rounding(Mesh())
-    assert own.note(RunState(step=4, ranks=1), Mesh()) is None
+    assert rounding(Mesh()).load(RunState(step=4, ranks=1), []) == []
     for state, mesh in ((RunState(step=4, ranks=2), Mesh()), (RunState(step=4, ranks=2, sequence=2), Mesh(2, 0))):
-        note = own.note(state, mesh)
-        assert note is not None and note.startswith("ranks ") == (state.ranks != mesh.world), note
+        (note,) = rounding(mesh).load(state, [])
+        assert note.startswith("ranks ") == (state.ranks != mesh.world), note
         assert "parallel.sequence 2 -> 1" in note or state.sequence == 1
         assert note.endswith("losses are comparable, not equal")

@@ -181,7 +181,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
                 config.phases(),
                 spec=self.spec,
                 seed=config.seed,
-                place=mesh.place,
+                mesh=mesh,
             ),
             context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
         )
@@ -205,17 +205,19 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         return stage.batch * clip_flops(self.transformer.config, self.spec, stage.chunks, visible)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the recycled errors of this rank."""
-        return {} if self.bank is None else self.bank.state()
+        """Return the recycled errors of this rank, and the state of its products."""
+        rounding = self.objective.rounding
+        errors = {} if self.bank is None else self.bank.state()
+        return errors | ({} if rounding is None else rounding.state())
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         rounding, written = self.objective.rounding, checkpoint.state
-        notes = [] if rounding is None else [rounding.note(written, mesh)]
+        notes = [] if rounding is None else rounding.load(written, checkpoint.recipes())
         if self.bank is not None:
             self.bank.load(checkpoint.recipes(), rank=mesh.rank, world=mesh.world)
             if changed := written.changed_ranks(mesh.world, mesh.sequence):
                 notes.append(f"{changed}: recycled errors are divided again, so losses are comparable, not equal")
-        return [note for note in notes if note is not None]
+        return notes
 
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out clips, each with noise of its own that never changes."""

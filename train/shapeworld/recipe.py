@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
 from longvideo.checkpoint.settings import ModelSettings, chunk_spec
@@ -225,7 +226,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
                 config.phases(),
                 spec=self.spec,
                 seed=config.seed,
-                place=mesh.place,
+                mesh=mesh,
             ),
             context=context_level(
                 UniPC(config.settings.steps, config.settings.shift), clean_pass=config.settings.clean_pass
@@ -312,9 +313,14 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
         }
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
+        del mesh
         rounding = self.objective.rounding
-        note = None if rounding is None else rounding.note(checkpoint.state, mesh)
-        return [] if note is None else [note]
+        return [] if rounding is None else rounding.load(checkpoint.state, checkpoint.recipes())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of the products."""
+        rounding = self.objective.rounding
+        return {} if rounding is None else rounding.state()
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Generate videos of held-out prompts, draw a strip of each, and let the judge score all of them."""

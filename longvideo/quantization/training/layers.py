@@ -1,4 +1,4 @@
-"""Replacement of the linear layers of a transformer by layers that train in NVFP4."""
+"""Replacement of the linear layers of a transformer by layers that train in NVFP4 or FP8."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from longvideo.kernels.backends import training_backend
+from longvideo.kernels.fp8.scaled_mm import missing_fp8_units
 from longvideo.kernels.nvfp4 import te
 from longvideo.quantization.selection import layers_to_quantize
+from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import (
@@ -44,20 +46,22 @@ TE_PARTS: dict[str, tuple[Enum | float, ...]] = {
 
 @dataclass(frozen=True)
 class TrainingLayers:
-    """The layers of a model that train in NVFP4, with TransformerEngine or emulated.
+    """The layers of a model that train in low precision.
 
-    layers: layers by name. seeds: seeds of stochastic rounding in the emulation; None for TransformerEngine, which uses
-    torch's CUDA generator. description: name of the backend, and the reason if it is emulated.
+    nvfp4: layers in NVFP4 by name, with TransformerEngine or emulated. fp8: layers in FP8 by name. seeds: seeds of
+    stochastic rounding in the emulation; None for TransformerEngine, which uses torch's CUDA generator, and where no
+    layer is in NVFP4. description: name of the backend, and the reason if it is emulated.
     """
 
-    layers: dict[str, nn.Module]
+    nvfp4: dict[str, nn.Module]
+    fp8: dict[str, FP8TrainingLinear]
     seeds: RoundingSeeds | None
     description: str
 
     def set_phase(self, phase: TrainingPhase) -> None:
-        """Set in which passes the layers multiply in 4 bits; in the others they multiply in the dtype of the input."""
-        for layer in self.layers.values():
-            if isinstance(layer, NVFP4TrainingLinear):
+        """Set which passes are in low precision; in the others the layers multiply in the dtype of the input."""
+        for layer in (*self.nvfp4.values(), *self.fp8.values()):
+            if isinstance(layer, NVFP4TrainingLinear | FP8TrainingLinear):
                 layer.phase = phase
             else:
                 setattr(layer, "rounds", phase is TrainingPhase.BOTH)  # noqa: B010 - TransformerEngine's type is unknown here
@@ -68,6 +72,7 @@ def train_in_nvfp4(
     recipe: TrainingRecipe,
     *,
     keep: Sequence[str] = (),
+    fp8: Sequence[str] = (),
     backend: TrainingBackend | None = None,
     backward_alone: bool = False,
 ) -> TrainingLayers:
@@ -76,11 +81,12 @@ def train_in_nvfp4(
     model: model on the device where it will train.
     keep: patterns of layers that are not replaced, see `layers_to_quantize`; arXiv 2509.25149 keeps the first and last
         blocks.
+    fp8: names of layers that train in FP8 instead, with current scaling, whatever `keep` names.
     backend: "te" or "emulated"; by default "te" if it can run and supports the recipe.
     backward_alone: whether some steps round the backward pass alone (`TrainingPhase.BACKWARD`).
     Raises ValueError with the reason if the given backend cannot run.
     """
-    names = layers_to_quantize(model, keep)
+    names = layers_to_quantize(model, [*keep, *fp8])
     device = model.patch_embedding.weight.device
     reason = training_backend(device).reason or _unsupported_by_te(recipe, backward_alone=backward_alone)
     if backend == "te" and reason:
@@ -98,7 +104,31 @@ def train_in_nvfp4(
         layers = {name: te.training_linear(_linear(model, name), te_recipe) for name in names}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return TrainingLayers(layers, seeds, description)
+    return TrainingLayers(layers, _replace_by_fp8(model, fp8, FP8Scaling.CURRENT), seeds, description)
+
+
+def train_in_fp8(model: CausalTransformer, scaling: FP8Scaling, *, keep: Sequence[str] = ()) -> TrainingLayers:
+    """Replace linear layers in place by layers with the same parameters that train with FP8 products.
+
+    model, keep: as of `train_in_nvfp4`. Raises ValueError with the reason on a GPU without FP8 units.
+    """
+    layers = _replace_by_fp8(model, layers_to_quantize(model, keep), scaling)
+    on_gpu = model.patch_embedding.weight.device.type == "cuda"
+    return TrainingLayers(
+        {}, layers, None, "through torch's scaled_mm" if on_gpu else "emulated (a CPU has no FP8 units)"
+    )
+
+
+def _replace_by_fp8(
+    model: CausalTransformer, names: Sequence[str], scaling: FP8Scaling
+) -> dict[str, FP8TrainingLinear]:
+    device = model.patch_embedding.weight.device
+    if names and device.type == "cuda" and (reason := missing_fp8_units(device, "FP8 products", "use bf16 for them")):
+        raise ValueError(reason)
+    layers = {name: FP8TrainingLinear.from_linear(_linear(model, name), scaling=scaling) for name in names}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
 
 
 def _te_recipe(recipe: TrainingRecipe) -> Any:
