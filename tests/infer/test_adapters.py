@@ -176,7 +176,8 @@ def test_a_gpu_changes_adapters_that_recorded_passes_contain(precision: Any, tmp
     pipeline.set_adapters([f"{adapter}:0.5", adapter])
     changed = video(pipeline)
     assert not np.array_equal(changed, before)
-    for other in ({}, {"offload_weights": True}):
+    others: tuple[dict[str, Any], ...] = ({}, {"offload_weights": True})
+    for other in others:
         new = StreamingPipeline.from_pretrained(tmp_path / "base", adapters=[f"{adapter}:0.5", adapter], **gpu, **other)
         assert np.array_equal(video(new), changed)
     pipeline.set_adapters([])

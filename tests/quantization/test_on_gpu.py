@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -175,3 +177,22 @@ def test_a_compiled_training_layer_never_waits_and_draws_anew_from_a_graph(name:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again) and torch.equal(first, other) == (name in DETERMINISTIC)
     assert torch.equal(other, gradient(layer))
+
+
+@pytest.mark.parametrize("name", ["luq", "radix4", "ms-eden dequantized", "dge", "outliers"])
+def test_tables_are_made_before_a_graph_is_recorded(name: str) -> None:
+    """A process of its own has made none before."""
+    program = (
+        "import torch\n"
+        "from longvideo.quantization.training.layers import train_in_nvfp4\n"
+        "from tests.quantization import small\n"
+        "from tests.quantization.training.parts import PARTS\n"
+        "model = small.model().cuda()\n"
+        f"train_in_nvfp4(model, PARTS[{name!r}], backend='emulated')\n"
+        "layer = torch.compile(model.blocks[0].self_attn.q, mode='reduce-overhead')\n"
+        "for _ in range(4):\n"
+        "    torch.compiler.cudagraph_mark_step_begin()\n"
+        "    layer(torch.ones(64, model.config.dim, device='cuda')).sum().backward()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]

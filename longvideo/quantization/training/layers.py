@@ -13,7 +13,7 @@ from longvideo.kernels.fp8.scaled_mm import missing_fp8_units
 from longvideo.kernels.nvfp4 import te
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear
-from longvideo.quantization.training.linear import NVFP4TrainingLinear
+from longvideo.quantization.training.linear import NVFP4TrainingLinear, make_constants
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import (
     BackwardOperands,
@@ -94,6 +94,7 @@ def train_in_nvfp4(
     if backend == "emulated" or reason:
         description = f"emulated ({reason or 'products.backend=emulated'})"
         seeds = RoundingSeeds(len(names), device)
+        make_constants(recipe, device)
         layers: dict[str, nn.Module] = {
             name: NVFP4TrainingLinear.from_linear(_linear(model, name), recipe=recipe, seeds=own)
             for name, own in zip(names, seeds.values, strict=True)

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from longvideo.kernels.nvfp4.format import GROUP, check_groups
+from longvideo.kernels.nvfp4.hadamard import HADAMARD_POINTS
 from longvideo.quantization.training.operators import product
 from longvideo.quantization.training.phase import TrainingPhase
 
 if TYPE_CHECKING:
     from longvideo.quantization.training.recipe import TrainingRecipe
+
+
+LARGEST_TRANSFORM = max(HADAMARD_POINTS)
 
 
 class NVFP4TrainingLinear(nn.Linear):
@@ -71,3 +75,21 @@ class NVFP4TrainingLinear(nn.Linear):
         flat = product(input.flatten(0, -2), self.weight, self.seeds, self.encoded_recipe, rounds, keep)[0]
         output = flat.unflatten(0, input.shape[:-1])
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def make_constants(recipe: TrainingRecipe, device: torch.device) -> None:
+    """Run both passes of a small layer once, so that the tables that operations keep exist.
+
+    If one were made while a CUDA graph is recorded, it would lie in the memory of the graph, which torch refuses.
+    """
+    layer = NVFP4TrainingLinear(
+        LARGEST_TRANSFORM,
+        LARGEST_TRANSFORM,
+        recipe=recipe,
+        seeds=torch.zeros(2, dtype=torch.int64, device=device),
+        device=device,
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        layer(torch.ones(LARGEST_TRANSFORM, LARGEST_TRANSFORM, dtype=dtype, device=device)).sum().backward()
