@@ -82,7 +82,7 @@ class NVFP4TrainingLinear(nn.Linear):
 def make_constants(recipe: TrainingRecipe, device: torch.device) -> None:
     """Run both passes of a small layer once, so that the tables that operations keep exist.
 
-    If one were made while a CUDA graph is recorded, it would lie in the memory of the graph, which torch refuses.
+    If one were made while a CUDA graph is recorded, its memory would be part of the graph, which torch refuses.
     """
     layer = NVFP4TrainingLinear(
         LARGEST_TRANSFORM,
