@@ -95,7 +95,7 @@ def clips(options: RunOptions) -> None:
 
     On a CPU, in a minute or two: `longvideo train clips cpu/clips data=MANIFEST --output runs/try_clips`
 
-    Presets: `wan/ar` (the default), `cpu/clips`.
+    Presets: `wan/ar` (the default), `wan/ar_nvfp4`, `wan/ar_64s`, `cpu/clips`.
 
     Keys most used: `data`, `initialize`, `stages[0].chunks`, `stages[0].batch`, `stages[0].steps`,
     `optimizer.learning_rate`, `parallel.sequence`, `parallel.zero_stage`, `products.format`, `trainer.save_every`.

@@ -134,6 +134,16 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not out.exists()
 
 
+@pytest.mark.parametrize("preset", ["wan/ar_nvfp4", "wan/ar_64s"])
+def test_a_dry_run_takes_the_presets_in_nvfp4(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("settings={height: 32, width: 64}", "stages=[{chunks: 2, batch: 2, steps: 1}]", "parallel.sequence=1")
+    command = ["train", *RANDOM_CLIPS, preset, *sizes, "trainer.precision=fp32", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    started, timed = capsys.readouterr().out.splitlines()
+    assert "NVFP4 for 100.0% of the multiply-adds (recipe best), emulated" in started
+    assert timed.startswith("stage 0 | 1 steps | first ")
+
+
 def test_train_ar_with_data_trains_clips_and_names_that_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from longvideo.checkpoint.modules import OnMeta
-from longvideo.distributed import ParallelConfig
+from longvideo.config.loading import find_config, load_config
+from longvideo.distributed import Mesh, ParallelConfig, divide_batch
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
+from longvideo.train.clips.recipe import ClipTraining
 from longvideo.train.cost import copied_rows, estimate_memory
 from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
 
@@ -105,3 +107,31 @@ def test_the_line_has_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         r" gradients 18\.6, activations 15\.5, one block 7\.7",
         line,
     )
+
+
+@pytest.mark.parametrize(
+    ("preset", "ranks", "gib"),
+    [("wan/ar_nvfp4", 4, 81.1), ("wan/ar_nvfp4", 8, 71.8), ("wan/ar_64s", 8, 102.9), ("wan/ar_64s", 64, 91.7)],
+)
+def test_the_presets_in_nvfp4_fit_the_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, preset: str, ranks: int, gib: float
+) -> None:
+    """On GPUs of 80 and of 140 GiB: clips of 96 and of 384 latent frames."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = load_config(ClipTraining, [find_config(preset)])
+    (stage,) = config.stages
+    mesh = Mesh(ranks, 0, config.parallel.sequence)
+    # a replica has at least the four clips that the preset's comment names
+    clips, passes = divide_batch(max(stage.batch, mesh.replicas * 4), mesh, config.parallel.micro_batch)
+    engine = engine_memory(
+        NUM_PARAMETERS, config.parallel, ranks=ranks, bf16=True, passes=passes, averaged=config.trainer.ema_decay > 0
+    )
+    masked = config.objective.attention == "masked"
+    copies = ROWS_MASKED / 2 if masked else copied_rows(stage.chunks, mesh.sequence)
+    blocks = BlockMemory(2, checkpoint=config.objective.checkpoint, compiled=True, nvfp4=True, copies=copies)
+    total = estimate_memory(
+        SHAPE, SPEC, engine, blocks, chunks=stage.chunks, clips=clips, sequence=mesh.sequence, autocast=False
+    ).total
+    assert config.products.format == "nvfp4" and clips == 1
+    assert total / GIB == pytest.approx(gib, abs=0.1)
