@@ -103,7 +103,7 @@ class DmdRecipe(DistillRecipe[StudentObjective, RolloutSource]):
         if not self.config.exports_whole:
             words = ["longvideo", "merge", str(self.config.model), str(lora), str(folder / MODEL)]
             words += ["--steps", str(self.config.rollout.steps)]
-            if self.config.rollout.cache_fill != "clean":
+            if not self.generation.clean_pass:
                 words.append("--no-clean-pass")
             return [f"adapter: {lora}", f"next: {shlex.join(words)}"]
         assert self.folder is not None

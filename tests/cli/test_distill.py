@@ -143,10 +143,17 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(distill_folder: Path) -
     assert adapters[0] == adapters[1]
 
 
-def test_two_step_training_goes_on_from_an_adapter(distill_folder: Path, distill_run: Path) -> None:
+def test_two_step_training_goes_on_from_an_adapter(
+    distill_folder: Path, distill_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = (f"adapter={distill_run / 'lora'}", "rollout.steps=2", "optimizer.learning_rate=1e-12", "lora.alpha=4")
     assert main(arguments(distill_folder, "two", *more, "samples.prompts=0", "merge=false", steps=2)) == 0
     assert not (distill_folder / "two" / "model").exists()
+    merge = capsys.readouterr().out.splitlines()[-1]
+    assert merge.startswith("next: longvideo merge") and merge.endswith("--steps 2")
+    last_step = (*more, "rollout.cache_fill=last_step", "samples.prompts=0", "merge=false")
+    assert main(arguments(distill_folder, "kept", *last_step, steps=2)) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--steps 2 --no-clean-pass")
     before, after = Adapter.load(distill_run / "lora"), Adapter.load(distill_folder / "two" / "lora")
     assert (before.scaling, after.scaling) == (2.0, 1.0)
     for layer in before.layers:
