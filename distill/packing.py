@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
+from longvideo.checkpoint.packed import is_of_packed_layer
 from longvideo.checkpoint.parts import TRANSFORMER
 from longvideo.checkpoint.tensors import InMemory
 from longvideo.files import write_json
@@ -25,11 +26,14 @@ RECORD_FILE = "distillation.json"
 
 
 def with_trained(source: ModelFolder, weights: Mapping[str, Tensor]) -> ModelFolder:
-    """Return a model with other values of some weights of its transformer, by official name."""
+    """Return a model in bfloat16 with other values of some weights of its transformer.
+
+    weights: by official name. Packed layers stay as they are.
+    """
     part = source.stored[TRANSFORMER]
-    trained = {name: InMemory(weight.detach().to(STORED).cpu()) for name, weight in weights.items()}
-    changed = part.with_weights(part.weights.replaced(trained))
-    return replace(source, stored={**source.stored, TRANSFORMER: changed})
+    trained = {name: InMemory(weight.detach().cpu()) for name, weight in weights.items()}
+    changed = part.weights.replaced(trained).cast(STORED, keep=is_of_packed_layer)
+    return replace(source, stored={**source.stored, TRANSFORMER: part.with_weights(changed)})
 
 
 def save_student(

@@ -123,7 +123,7 @@ class QadRecipe(DistillRecipe[QadObjective, ChunkSource]):
         else:
             adapter = stored_adapter(weights, self.config.lora)
             adapter.save(folder.parent / LORA, base=str(folder))
-            packed, whole = self.folder, self.folder.with_adapters([adapter.stored()])
+            packed, whole = with_trained(self.folder, {}), self.folder.with_adapters([adapter.stored()])
         save = partial(save_student, settings=self.generation, record=self._record())
         save(packed, folder, precision="nvfp4")
         if self.config.exports_whole:

@@ -1,8 +1,8 @@
 """Linear layers that compute generation's 4-bit products of a weight that is trained.
 
-Every product rounds the input, and reads a weight that `pack` rounded as `longvideo quantize` does: to bfloat16, then
-in groups of 16. The backward pass takes both roundings for the identity (straight-through, arXiv 1308.3432), and
-multiplies the gradient by the rounded weight and the rounded input, in the dtype of the input.
+Every product rounds the input, and reads a weight that `pack` rounded as `longvideo quantize` packs a stored model: to
+bfloat16, then in groups of 16. The backward pass takes both roundings for the identity (straight-through, arXiv
+1308.3432), and multiplies the gradient by the rounded weight and the rounded input, in the dtype of the input.
 
 Shapes: M tokens, I inputs, O outputs.
 """

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed compute what one process does, at every ZeRO stage that adapters may have."""
+"""Two ranks under DeepSpeed compute what one process does, at every ZeRO stage that a distillation may have."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ pytest.importorskip("deepspeed")
 
 from longvideo.distill.engine import PairedEngine
 from longvideo.distill.objectives import CriticObjective, RoleObjective, StudentObjective
+from longvideo.distill.qad import ComparedChunk, QadObjective
 from longvideo.distill.roles import Role
 from longvideo.distill.walk import VideoRequest
 from longvideo.distributed import Mesh, build_mesh
+from longvideo.model.cache import NVFP4KVCache
 from longvideo.training.checkpoint import CheckpointFolder
 from longvideo.training.engine import Engine, LocalEngine
 from longvideo.training.optimizer import OptimizerConfig
-from tests.distill import videos
+from tests.distill import quantized, videos
 from tests.golden import relative_error
 from tests.model import small
 from tests.training.processes import run_in_processes
@@ -94,3 +96,50 @@ def test_two_ranks_at_every_stage_distil_as_one_process(tmp_path: Path) -> None:
     for results in (*first, *second):
         for name, weight in expected.items():
             assert relative_error(results[name], weight) < 2e-4, name
+
+
+def engine_of_qad(mesh: Mesh, stage: int | None) -> tuple[Engine, QadObjective]:
+    """stage: of ZeRO; None is the engine of one process."""
+    objective = quantized.objective(quantized.networks(cache_type=NVFP4KVCache), guidance=2.0)
+    if stage is None:
+        return LocalEngine(objective, OPTIMIZER, precision="fp32", device=CPU, ema_decay=0.7), objective
+    from longvideo.training.deepspeed_engine import DeepSpeedEngine
+
+    passes = 2 * len(videos.clip().cuts) * SAMPLES // mesh.replicas
+    engine = DeepSpeedEngine(
+        objective, OPTIMIZER, mesh=mesh, zero_stage=stage, precision="fp32", passes=passes, ema_decay=0.7
+    )
+    return engine, objective
+
+
+def train_qad(mesh: Mesh, stage: int | None) -> dict[str, Tensor]:
+    """Return all trained weights, averaged."""
+    engine, objective = engine_of_qad(mesh, stage)
+    for step in range(3):
+        clips = shares(mesh, step)
+        parts = [
+            ComparedChunk(clip, index, negative)
+            for clip in clips
+            for negative in (False, True)
+            for index in range(clip.num_chunks)
+        ]
+        engine.train_step(parts, step, 1e-3)
+    with engine.averaged():
+        return {name: weight.detach().clone() for name, weight in objective.named_parameters()}
+
+
+def qad_at_every_stage(_folder: str) -> list[dict[str, Tensor]]:
+    mesh = build_mesh(1)
+    return [train_qad(mesh, stage) for stage in STAGES]
+
+
+@pytest.mark.slow
+def test_two_ranks_at_every_stage_train_a_quantized_student_as_one_process(tmp_path: Path) -> None:
+    before = {name: weight.detach().clone() for name, weight in engine_of_qad(Mesh(), None)[1].named_parameters()}
+    expected = train_qad(Mesh(), None)
+    for results in run_in_processes(2, qad_at_every_stage, str(tmp_path)):
+        assert len(results) == len(STAGES)
+        for weights in results:
+            for name, weight in expected.items():
+                update = relative_error(weights[name] - before[name], weight - before[name])
+                assert update < 2e-2, (name, update)
