@@ -13,7 +13,7 @@ import typer
 from longvideo.cli.main import command_line, main
 from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide_batch
 from longvideo.model.config import PRESETS
-from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.clips.config import ClipTraining
 from longvideo.train.vae.recipe import VaeTraining
 from tests.docs_blocks import python_files
 from tests.options import OPTIONS

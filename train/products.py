@@ -11,7 +11,7 @@ from longvideo.config.fields import Bounded, bounded, share
 from longvideo.config.loading import Renamed
 from longvideo.errors import ConfigError
 from longvideo.kernels.nvfp4.format import Rule
-from longvideo.quantization.selection import matching_layers
+from longvideo.quantization.selection import layers_to_quantize, matching_layers
 from longvideo.quantization.training.fp8 import FP8Scaling
 from longvideo.quantization.training.layers import TrainingBackend, TrainingLayers, train_in_fp8, train_in_nvfp4
 from longvideo.quantization.training.phase import TrainingPhase
@@ -22,10 +22,13 @@ from longvideo.quantization.training.recipe import (
     HadamardSigns,
     TrainingRecipe,
     WeightEstimator,
+    WeightsOverTime,
 )
 from longvideo.quantization.training.recipes import RECIPES, NamedRecipe, RecipeName
+from longvideo.quantization.training.weights_over_time import state_bytes
 from longvideo.train.cost import linear_multiply_adds
 from longvideo.train.step_rounding import Phases, StepRounding
+from longvideo.train.weight_states import weight_history
 from longvideo.training.optimizer import OptimizerConfig, decay_onset
 
 if TYPE_CHECKING:
@@ -59,6 +62,16 @@ class PartsConfig(Bounded):
     estimator: derivative of the rounding of weights: `straight-through`, or `dge`.
     outlier_quantile: quantile of the magnitudes of inputs, up to 1, at which they are clamped; what exceeds it is
         multiplied in 16 bits.
+    weights_over_time: what happens to weights that oscillate between two numbers in 4 bits: `none`, `q-ema`,
+        `q-ramping` or `reset`.
+    average_decay: decay of the averages of `q-ema` for each step.
+    measure_oscillation: whether the share of oscillating weights is measured where nothing needs it.
+    oscillation_every: number of steps between the ends of two measurements.
+    oscillation_steps: number of steps of a measurement.
+    oscillation_bound: path of a rounded weight divided by that of the weight from which on the weight oscillates.
+    ramping_unit: ratio of paths for which `q-ramping` averages `ramping_gain` more gradients.
+    ramping_gain: number of those gradients.
+    ramping_most: largest number of gradients that `q-ramping` averages.
     """
 
     inputs: Rule | None = None
@@ -71,6 +84,15 @@ class PartsConfig(Bounded):
     hadamard_signs: HadamardSigns | None = None
     estimator: WeightEstimator | None = None
     outlier_quantile: float | None = bounded(None, above=0, most=1)
+    weights_over_time: WeightsOverTime | None = None
+    average_decay: float | None = bounded(None, least=0, below=1)
+    measure_oscillation: bool | None = None
+    oscillation_every: int | None = bounded(None, least=1)
+    oscillation_steps: int | None = bounded(None, least=1)
+    oscillation_bound: float | None = bounded(None, above=0)
+    ramping_unit: float | None = bounded(None, above=0)
+    ramping_gain: int | None = bounded(None, least=1)
+    ramping_most: int | None = bounded(None, least=1)
 
     @property
     def replaced(self) -> dict[str, object]:
@@ -174,11 +196,15 @@ def prepare(
     spec: ChunkSpec,
     seed: int,
     mesh: Mesh,
+    warmup_steps: int,
 ) -> StepRounding | None:
-    """Prepare a transformer, which is on its device, for training as configured; None if nothing is to round."""
+    """Prepare a transformer, which is on its device, for training as configured; None if nothing is to round.
+
+    warmup_steps: number of steps in which the learning rate rises; weights are followed after them.
+    """
     if config.format == "bf16":
         return None
-    work = linear_multiply_adds(transformer, spec)
+    work, history = linear_multiply_adds(transformer, spec), None
     try:
         if config.format == "fp8":
             name = config.recipe or FP8Scaling.CURRENT.value
@@ -186,12 +212,30 @@ def prepare(
         else:
             name, recipe = config.nvfp4_recipe()
             layers = _in_nvfp4(config, transformer, recipe, backward_alone=phases.tail is TrainingPhase.BACKWARD)
+            history = weight_history(layers, recipe.parts, mesh=mesh, start=warmup_steps)
     except ValueError as error:
         raise ConfigError(f"products: {error}") from error
     formats = [("NVFP4", layers.nvfp4), ("FP8", layers.fp8)]
     shares = [f"{format} for {_share(own, work):.1%}" for format, own in formats if own]
     description = f"{', '.join(shares)} of the multiply-adds (recipe {name}), {layers.description}"
-    return StepRounding(layers, phases, seed=seed, mesh=mesh, description=description)
+    return StepRounding(layers, phases, seed=seed, mesh=mesh, description=description, history=history)
+
+
+def weight_state_bytes(config: ProductsConfig, transformer: CausalTransformer, *, ranks: int) -> float:
+    """Return the bytes on a rank of the states of the weights that train in 4 bits, without the moments.
+
+    transformer: model of the shape that will train, on any device. Raises ConfigError for an unknown layer in `keep`.
+    """
+    if config.format != "nvfp4":
+        return 0.0
+    recipe = config.nvfp4_recipe()[1]
+    blocks = recipe.kept_blocks(len(transformer.blocks))
+    try:
+        names = layers_to_quantize(transformer, [*config.keep, *(f"blocks.{n}.*" for n in blocks), *config.fp8])
+    except ValueError as error:
+        raise ConfigError(f"products: {error}") from error
+    num_weights = sum(transformer.get_parameter(f"{name}.weight").numel() for name in names)
+    return state_bytes(recipe.parts, num_weights, ranks=ranks)
 
 
 def _in_nvfp4(

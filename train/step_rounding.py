@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longvideo.checkpoint.tensors import Weights
     from longvideo.distributed import Mesh
     from longvideo.quantization.training.layers import TrainingLayers
+    from longvideo.quantization.training.weights_over_time import WeightHistory
 
 AMAXES = "fp8_amaxes"
 ONE_SCALE = "a tensor's scale is that of all values that a rank computes together, so losses are comparable, not equal"
@@ -39,19 +40,32 @@ class Phases:
 class StepRounding:
     """Rounding of a model's layers, as a function of seed, step, the first view of a pass and the place.
 
-    mesh: the ranks of the run. description: products of the blocks, for the start line of a run.
+    mesh: the ranks of the run. description: products of the blocks, for the start line of a run. history: states of
+    the weights that train in 4 bits, if a part of the recipe needs some.
     """
 
-    def __init__(self, layers: TrainingLayers, phases: Phases, *, seed: int, mesh: Mesh, description: str = "") -> None:
+    def __init__(
+        self,
+        layers: TrainingLayers,
+        phases: Phases,
+        *,
+        seed: int,
+        mesh: Mesh,
+        description: str = "",
+        history: WeightHistory | None = None,
+    ) -> None:
         self.layers, self.phases, self.seed, self.mesh = layers, phases, seed, mesh
-        self.description = description
+        self.description, self.history = description, history
         self.delayed = [layer for layer in layers.fp8.values() if layer.scaling is FP8Scaling.DELAYED]
         self._step = 0
         self._generator = torch.Generator()
 
     def begin(self, step: int) -> None:
         self._step = step
-        self.layers.set_phase(self.phases.at(step))
+        phase = self.phases.at(step)
+        self.layers.set_phase(phase)
+        if self.history is not None:
+            self.history.begin(rounds=phase is TrainingPhase.BOTH)
         if self.delayed:
             amaxes = self._amaxes()
             amaxes[..., 0] = self.mesh.largest_on_device(amaxes[..., 0].contiguous())

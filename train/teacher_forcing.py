@@ -106,6 +106,7 @@ class TeacherForcing(Objective):
     ) -> None:
         super().__init__()
         self.rounding = rounding
+        self.weight_states = None if rounding is None else rounding.history
         self.context = context
         self.bank = bank
         self.transformer = transformer

@@ -29,7 +29,7 @@ def _ar() -> type:
 
 
 def _clips() -> type:
-    from longvideo.train.clips.recipe import ClipTraining
+    from longvideo.train.clips.config import ClipTraining
 
     return ClipTraining
 

@@ -101,7 +101,8 @@ def clips(options: RunOptions) -> None:
     `optimizer.learning_rate`, `parallel.sequence`, `parallel.zero_stage`, `products.format`, `trainer.save_every`.
     `longvideo config keys train clips` explains all.
     """
-    from longvideo.train.clips.recipe import ClipRecipe, ClipTraining
+    from longvideo.train.clips.config import ClipTraining
+    from longvideo.train.clips.recipe import ClipRecipe
 
     def build(config: ClipTraining, device: torch.device, mesh: Mesh) -> ClipRecipe:
         return ClipRecipe(config, device, mesh, dry_run=options.dry_run > 0)

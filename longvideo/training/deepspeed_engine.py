@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from longvideo.checkpoint.run_checkpoint import AVERAGE, MOMENTS, STEP, WEIGHT
 from longvideo.checkpoint.tensors import Lazy, read, read_range
 from longvideo.errors import ConfigError
+from longvideo.training.deepspeed_settings import deepspeed_settings, optimizer_on_shards
 from longvideo.training.ema import decay_at
-from longvideo.training.engine import add_metrics, all_finite, optimizer_shapes
+from longvideo.training.engine import add_metrics, all_finite, more_shapes
 from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
-from longvideo.training.optimizer import new_optimizer
+from longvideo.training.ramping import RampingAdamW
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -64,12 +65,8 @@ class DeepSpeedEngine:
         self.ema_decay, self.ema_start = ema_decay, ema_start
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
-        optimizer = new_optimizer(config, self.parameters)
-        if zero_stage > 0 and any(map(optimizer.more_states, self.parameters)):
-            raise ConfigError(
-                f"optimizer.name={config.name} needs whole gradients, which parallel.zero_stage={zero_stage} divides;"
-                " use optimizer.name=spam or adamw, or parallel.zero_stage=0 with trainer.precision=fp32"
-            )
+        self.states = objective.weight_states
+        optimizer = optimizer_on_shards(config, self.parameters, self.states, zero_stage=zero_stage)
         # the classes that DeepSpeed returns have no common base
         self.engine: Any
         self.optimizer: Any
@@ -77,7 +74,7 @@ class DeepSpeedEngine:
             model=objective,
             model_parameters=self.parameters,  # pyright: ignore[reportArgumentType]
             optimizer=optimizer,
-            config=_settings(zero_stage, precision, passes, config.gradient_clip),
+            config=deepspeed_settings(zero_stage, precision, passes, config.gradient_clip),
             dist_init_required=False,
         )
         # DeepSpeed creates these groups with torch's default timeout
@@ -112,6 +109,8 @@ class DeepSpeedEngine:
             # DeepSpeed itself skips the step if a loss is finite but its gradient is not
             found_inf = torch.maximum(found_inf, _not_finite(norm))
         self.skipped += found_inf
+        if self.states is not None:
+            metrics |= self.states.after_step(step, found_inf, self)
         self._update_average(step)
         return metrics | {"grad": as_ratio(norm)}
 
@@ -172,13 +171,15 @@ class DeepSpeedEngine:
 
     def more_shapes(self) -> dict[str, torch.Size]:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer_shapes(inner, self.named)
+        return more_shapes(inner, self.named, self.states)
 
     @torch.no_grad()
     def whole(self, name: str, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self.named[name]
+        if self.states is not None and f"{name}/{kind}" in self.states.shapes():
+            return self.states.whole(name, kind)
         if kind == STEP:
             return next(self._adam_states_of(parameter))[STEP].float()
         if kind == AVERAGE:
@@ -198,18 +199,37 @@ class DeepSpeedEngine:
             for state in self._adam_states_of(parameter):
                 state[STEP].clamp_(min=float(read(stored)))
             return
+        if self.states is not None and f"{name}/{kind}" in self.states.shapes():
+            self.states.put(name, kind, read(stored))
+            return
         if f"{name}/{kind}" in self.more_shapes():
             self.optimizer.state[parameter][kind] = read(stored).to(parameter.device)
             return
         part = self._read_own(parameter, stored)
         if kind == WEIGHT:
             self._put_weight(parameter, stored, part)
+            if self.states is not None:
+                self.states.weight_loaded(name)
         elif kind in MOMENTS:
             self._put_moment(parameter, kind, part)
         elif (average := self.average[name]) is not None:
             own = self._own_part(parameter)
             assert own is not None
             average.copy_(part.view_as(average) if self.ema_decay else own)
+
+    @torch.no_grad()
+    def replace(self, name: str, values: Tensor) -> None:
+        """Set numbers of a weight in its own dtype, and those of this rank's master."""
+        parameter = self.named[name]
+        parameter.data.copy_(torch.where(values.isnan(), parameter.data, values))
+        if not self._is_plain(parameter) and (own := self._own_part(parameter)) is not None:
+            start, count, _ = self._own_range(parameter)
+            new = values.flatten().narrow(0, start, count)
+            own.copy_(torch.where(new.isnan(), own, new))
+
+    def set_periods(self, name: str, periods: Tensor) -> None:
+        assert isinstance(self.optimizer, RampingAdamW)
+        self.optimizer.set_periods(self.named[name], periods)
 
     def counts(self) -> dict[str, float]:
         return {"skipped": self.num_skipped(), **self.guard.state()}
@@ -351,19 +371,3 @@ class DeepSpeedEngine:
 def _not_finite(x: Tensor) -> Tensor:
     """Return 1 where a value is infinite or NaN, and 0 elsewhere."""
     return (~torch.isfinite(x)).float()
-
-
-def _settings(zero_stage: int, precision: str, passes: int, gradient_clip: float) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
-        "gradient_clipping": gradient_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero_stage},
-        "bf16": {"enabled": precision == "bf16"},
-        # the gradients of a single pass are not added up
-        "data_types": {"grad_accum_dtype": "bf16" if precision == "bf16" and passes == 1 else "fp32"},
-        "communication_data_type": "fp32",
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }

@@ -16,12 +16,14 @@ from longvideo.training.guard import LossGuard
 from longvideo.training.objective import Objective, as_ratio
 from longvideo.training.optimizer import new_optimizer
 from longvideo.training.precision import TrainingPrecision, autocast, resolve
+from longvideo.training.ramping import RampingAdamW
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from longvideo.training.adamw import FusedAdamW
+    from longvideo.training.objective import WeightStates
     from longvideo.training.optimizer import OptimizerConfig
 
 
@@ -73,7 +75,8 @@ class LocalEngine:
         self.gradient_clip = config.gradient_clip
         self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
-        self.optimizer = new_optimizer(config, self.parameters)
+        self.states = objective.weight_states
+        self.optimizer = new_optimizer(config, self.parameters, () if self.states is None else self.states.ramped)
         self.ema = ExponentialMovingAverage(self.named, ema_decay, ema_start)
         self.guard = LossGuard(spike_factor, device)
         self.skipped = torch.zeros((), device=device)
@@ -87,7 +90,9 @@ class LocalEngine:
             (guarded / len(shares) if len(shares) > 1 else guarded).backward()
             add_metrics(metrics, {"loss": loss, **more})
         norm = self.clip()
-        self.step(learning_rate, norm)
+        skipped = self.step(learning_rate, norm)
+        if self.states is not None:
+            metrics |= self.states.after_step(step, skipped, self)
         self.ema.update(step)
         return metrics | {"grad": as_ratio(norm)}
 
@@ -112,10 +117,12 @@ class LocalEngine:
         return {name: parameter.shape for name, parameter in self.named.items()}
 
     def more_shapes(self) -> dict[str, torch.Size]:
-        return optimizer_shapes(self.optimizer, self.named)
+        return more_shapes(self.optimizer, self.named, self.states)
 
     def whole(self, name: str, kind: str) -> Tensor:
         parameter = self.named[name]
+        if self.states is not None and f"{name}/{kind}" in self.states.shapes():
+            return self.states.whole(name, kind)
         if kind == WEIGHT:
             return parameter
         if kind == AVERAGE:
@@ -130,8 +137,12 @@ class LocalEngine:
     @torch.no_grad()
     def put(self, name: str, kind: str, stored: Lazy) -> None:
         parameter, value = self.named[name], read(stored)
-        if kind == WEIGHT:
+        if self.states is not None and f"{name}/{kind}" in self.states.shapes():
+            self.states.put(name, kind, value)
+        elif kind == WEIGHT:
             parameter.copy_(value)
+            if self.states is not None:
+                self.states.weight_loaded(name)
         elif kind == AVERAGE:
             self.ema.put(name, value)
         elif kind not in MOMENTS:
@@ -139,6 +150,15 @@ class LocalEngine:
         else:
             # the fused update requires moments with the strides of the weights
             self.optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
+
+    @torch.no_grad()
+    def replace(self, name: str, values: Tensor) -> None:
+        parameter = self.named[name]
+        parameter.copy_(torch.where(values.isnan(), parameter, values))
+
+    def set_periods(self, name: str, periods: Tensor) -> None:
+        assert isinstance(self.optimizer, RampingAdamW)
+        self.optimizer.set_periods(self.named[name], periods)
 
     def counts(self) -> dict[str, float]:
         return {"skipped": self.num_skipped(), **self.guard.state()}
@@ -157,8 +177,8 @@ class LocalEngine:
         largest = self.gradient_clip or math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, largest, foreach=True)
 
-    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
-        """Update the weights unless the gradient norm is not finite, and clear the gradients."""
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> Tensor:
+        """Update the weights unless the gradient norm is not finite; clear the gradients. Return 1 if it skipped."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # the fused kernel reads this flag on the device, as for torch.amp.GradScaler: skipping needs no host sync
@@ -167,15 +187,19 @@ class LocalEngine:
         self.optimizer.step()
         self.skipped += found_inf
         self.optimizer.zero_grad(set_to_none=True)
+        return found_inf
 
 
-def optimizer_shapes(optimizer: FusedAdamW, named: Mapping[str, nn.Parameter]) -> dict[str, torch.Size]:
-    """Return the shapes of an optimizer's states other than moments and steps, by NAME/KIND."""
-    return {
+def more_shapes(
+    optimizer: FusedAdamW, named: Mapping[str, nn.Parameter], states: WeightStates | None
+) -> dict[str, torch.Size]:
+    """Return the shapes of all states except moments and steps, by NAME/KIND."""
+    of_optimizer = {
         f"{name}/{kind}": shape
         for name, parameter in named.items()
         for kind, shape in optimizer.more_states(parameter).items()
     }
+    return of_optimizer | ({} if states is None else states.shapes())
 
 
 @torch.no_grad()

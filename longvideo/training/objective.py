@@ -14,18 +14,55 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from longvideo.distributed import Mesh
+    from longvideo.quantization.training.weights_over_time import WeightEngine
 
 
 SIGMA_BUCKETS = 4
 """Number of ranges of the noise level that have a metric each."""
 
 
+class WeightStates(Protocol):
+    """States of weights besides those of the optimizer, such as averages, and what they do after every step."""
+
+    @property
+    def setting(self) -> str:
+        """The setting that needs these states, for messages."""
+        ...
+
+    @property
+    def ramped(self) -> Sequence[nn.Parameter]:
+        """Parameters whose numbers have update periods, see `RampingAdamW`."""
+        ...
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of all states, by NAME/KIND."""
+        ...
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """Return a state of a weight. Every rank calls it."""
+        ...
+
+    def put(self, name: str, kind: str, value: Tensor) -> None:
+        """Set a state of a weight from a checkpoint."""
+        ...
+
+    def weight_loaded(self, name: str) -> None:
+        """Note that a weight was set from a checkpoint."""
+        ...
+
+    def after_step(self, step: int, skipped: Tensor, engine: WeightEngine, /) -> dict[str, Tensor]:
+        """Follow the weights after a step; return metrics, the same in every step. skipped: 1 for a skipped step."""
+        ...
+
+
 class Objective(nn.Module):
     """A module whose parameters are trained and whose forward returns the loss and its metrics.
 
     A metric is a scalar, or `ratio(total, weight)` if the mean over steps is to be weighted. Metrics stay on the device
-    until a log step.
+    until a log step. weight_states: states of the weights besides those of the optimizer.
     """
+
+    weight_states: WeightStates | None = None
 
     def begin(self, step: int) -> None:
         """Prepare a step; called before its first batch."""

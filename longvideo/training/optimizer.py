@@ -10,6 +10,7 @@ from longvideo.config.fields import Bounded, bounded, share, steps_field
 from longvideo.errors import ConfigError
 from longvideo.training.adamw import FusedAdamW
 from longvideo.training.objective import stage_at
+from longvideo.training.ramping import RampingAdamW
 from longvideo.training.spam import Spam
 from longvideo.training.stable_spam import StableSpam
 
@@ -87,14 +88,26 @@ class OptimizerConfig(Bounded):
         return DEFAULT_RESETS.get(self.name, 0) if self.reset_every is None else self.reset_every
 
 
-def new_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> FusedAdamW:
-    """Return the optimizer of a configuration; its states on a device follow from the parameters alone."""
+def new_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], ramped: Sequence[nn.Parameter] = ()
+) -> FusedAdamW:
+    """Return the optimizer of a configuration.
+
+    ramped: as of `RampingAdamW`. Raises ConfigError if another optimizer than AdamW is to ramp.
+    """
     adamw = {
         "learning_rate": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
+    if ramped:
+        if config.name != "adamw":
+            raise ConfigError(
+                f"products.parts.weights_over_time=q-ramping changes adamw, but optimizer.name is {config.name}; use"
+                " optimizer.name=adamw, or weights_over_time=reset"
+            )
+        return RampingAdamW(parameters, ramped=ramped, **adamw)
     if config.name == "spam":
         return Spam(
             parameters,

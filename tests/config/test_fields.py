@@ -12,7 +12,7 @@ from longvideo.config.fields import BOUNDS
 from longvideo.config.loading import find_config, load_config
 from longvideo.distill.config import Distillation
 from longvideo.errors import ConfigError
-from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.clips.config import ClipTraining
 from longvideo.train.shapeworld.recipe import ArTraining
 from longvideo.train.vae.recipe import VaeTraining
 from longvideo.training.optimizer import OptimizerConfig

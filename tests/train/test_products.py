@@ -25,7 +25,7 @@ from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.recipe import GradientRounding, TrainingRecipe
 from longvideo.quantization.training.recipes import RECIPES
-from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.clips.config import ClipTraining
 from longvideo.train.cost import linear_multiply_adds
 from longvideo.train.products import PartsConfig, ProductsConfig, prepare
 from longvideo.train.shapeworld.recipe import ArTraining
@@ -40,7 +40,7 @@ def prepared(format: str = "nvfp4", **settings: object) -> tuple[StepRounding, d
     model = small.model()
     config = ProductsConfig(format=format, **settings)  # type: ignore[arg-type]
     phases = config.phases(OptimizerConfig(), 10)
-    rounding = prepare(config, model, phases, spec=small.SPEC, seed=0, mesh=Mesh())
+    rounding = prepare(config, model, phases, spec=small.SPEC, seed=0, mesh=Mesh(), warmup_steps=0)
     assert rounding is not None
     return rounding, dict(model.named_modules())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longvideo.config.loading import to_yaml
 from longvideo.train.batch import ViewStage
-from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.clips.config import ClipTraining
 from longvideo.training.config_changes import changes_line
 
 CONFIG = ClipTraining(data="clips", stages=[ViewStage(steps=4), ViewStage(steps=6)])

@@ -26,7 +26,8 @@ from longvideo.infer.pipeline import StreamingPipeline
 from longvideo.pixels import to_uint8
 from longvideo.text.encoder import TextEncoder
 from longvideo.train.batch import ViewStage
-from longvideo.train.clips.recipe import ClipRecipe, ClipTraining, ClipValidationConfig
+from longvideo.train.clips.config import ClipTraining, ClipValidationConfig
+from longvideo.train.clips.recipe import ClipRecipe
 from longvideo.train.clips.views import RandomClip, RandomClips
 from longvideo.train.shapeworld.latent_bank import BankConfig
 from longvideo.train.shapeworld.recipe import ArRecipe, ArTraining, HeldOutRolloutConfig, TransformerShape

@@ -3,132 +3,44 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longvideo.checkpoint.folder import ModelFolder
-from longvideo.checkpoint.modules import OnMeta
-from longvideo.checkpoint.settings import VAE_SCALE, ModelSettings, check_settings, chunk_spec
-from longvideo.config.fields import Bounded, bounded, seed_field
-from longvideo.distributed import Mesh, ParallelConfig, check_sequence, divide_batch
+from longvideo.checkpoint.settings import VAE_SCALE, check_settings, chunk_spec
+from longvideo.distributed import Mesh, check_sequence
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
-from longvideo.machine.launcher import launched
 from longvideo.model.cache import visible_chunks
 from longvideo.model.conditioning import batch_texts
-from longvideo.model.config import PRESETS, TransformerConfig
+from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import context_level
 from longvideo.train.batch import ViewStage
+from longvideo.train.clips.memory import check_memory
 from longvideo.train.clips.views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
-from longvideo.train.cost import clip_flops, copied_rows, estimate_memory
+from longvideo.train.cost import clip_flops
 from longvideo.train.error_recycling import ErrorBank
-from longvideo.train.products import NVFP4_KEYS, ProductsConfig, prepare
-from longvideo.train.recycling_config import ErrorRecyclingConfig
-from longvideo.train.teacher_forcing import TeacherForcing, TeacherForcingConfig, runnable
-from longvideo.training.memory import (
-    FP32,
-    ROWS_MASKED,
-    BlockMemory,
-    MemoryEstimate,
-    engine_memory,
-    report_estimate,
-)
-from longvideo.training.objective import check_stages, stage_at
-from longvideo.training.optimizer import OptimizerConfig, RateSegment
+from longvideo.train.products import prepare
+from longvideo.train.teacher_forcing import TeacherForcing, runnable
+from longvideo.training.objective import stage_at
+from longvideo.training.optimizer import RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.sampling import SampleDecoder, Samples, decode_samples, sample_latents
-from longvideo.training.trainer import TrainerConfig
 from longvideo.training.validation import validation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from longvideo.train.step_rounding import Phases
+    from longvideo.train.clips.config import ClipTraining
     from longvideo.training.checkpoint import Checkpoint
     from longvideo.vae.autoencoder import Autoencoder
-
-
-@dataclass(frozen=True)
-class ClipValidationConfig(Bounded):
-    """What is measured and drawn for every sample.
-
-    data: folder of encoded clips to compute the loss on, always with the same noise.
-    batch: number of clips in a batch.
-    batches: number of batches; 0 computes no loss.
-    prompts: number of clips whose captions are made into videos, from the validation data if there is some.
-    chunks: number of chunks of such a video.
-    """
-
-    data: str | None = None
-    batch: int = bounded(8, least=1)
-    batches: int = bounded(2, least=0)
-    prompts: int = bounded(2, least=0)
-    chunks: int = bounded(4, least=1)
-
-
-@dataclass(frozen=True)
-class ClipTraining(Bounded):
-    """Configuration of `longvideo train clips`.
-
-    seed: seed of weights, data and noise.
-    data: folder that `longvideo data encode` made, or a manifest of videos, which are encoded again in every epoch.
-        `--dry-run` needs neither: it uses noise of the shapes of `settings`.
-    initialize: model folder to take everything else from, its settings too. Without one, a transformer of `preset`
-        starts from random weights.
-    preset: shape of a transformer that starts from random weights.
-    settings: chunks, picture size and generation defaults of a model that starts from random weights; a value other
-        than that of the model in `initialize` is refused.
-    views: what is taken from a clip, and how much noise it gets.
-    objective: how the loss is computed.
-    products: number format of the products of the blocks.
-    recycle_errors: whether to add the model's own earlier errors to its inputs.
-    recycling: how errors are kept and added.
-    stages: runs of steps, one after another.
-    optimizer: optimizer and its schedule.
-    trainer: logs, samples and checkpoints.
-    parallel: division over several processes.
-    validation: loss on held-out clips, and videos that are generated for every sample.
-    """
-
-    renamed: ClassVar = NVFP4_KEYS
-
-    seed: int = seed_field()
-    data: str | None = None
-    initialize: str | None = None
-    preset: str = "wan2.2-ti2v-5b"
-    settings: ModelSettings = field(default_factory=ModelSettings)
-    views: ClipViewConfig = field(default_factory=ClipViewConfig)
-    objective: TeacherForcingConfig = field(default_factory=lambda: TeacherForcingConfig(checkpoint=True))
-    products: ProductsConfig = field(default_factory=ProductsConfig)
-    recycle_errors: bool = False
-    recycling: ErrorRecyclingConfig = field(default_factory=ErrorRecyclingConfig)
-    stages: list[ViewStage] = field(default_factory=lambda: [ViewStage(steps=600, batch=1, chunks=12)])
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, schedule="constant", beta2=0.999, gradient_clip=10)
-    )
-    trainer: TrainerConfig = field(
-        default_factory=lambda: TrainerConfig(ema_decay=0.99, log_every=1, save_every=100, max_skipped_steps=10)
-    )
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    validation: ClipValidationConfig = field(default_factory=ClipValidationConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_stages(self.stages)
-        self.phases()  # refuses an end of the products that does not exist
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
-
-    def phases(self) -> Phases:
-        """Return the phase of the products in every step."""
-        return self.products.phases(self.optimizer, sum(stage.steps for stage in self.stages))
 
 
 class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
@@ -148,7 +60,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         )
         self.spec = chunk_spec(self.settings)
         self.objective_config = runnable(config.objective, config.parallel)
-        self._check_memory(shape, device, mesh)
+        check_memory(config, shape, self.spec, device, mesh)
         self.mesh = mesh
         self.device = device
         self.clips = self._open_clips(config.data, dry_run=dry_run)
@@ -182,6 +94,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
                 spec=self.spec,
                 seed=config.seed,
                 mesh=mesh,
+                warmup_steps=config.optimizer.warmup_steps,
             ),
             context=context_level(UniPC(self.settings.steps, self.settings.shift), clean_pass=self.settings.clean_pass),
         )
@@ -352,53 +265,3 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
                 )
         clips.check_texts(settings.cut_prefix)
         return clips
-
-    def _check_memory(self, shape: TransformerConfig, device: torch.device, mesh: Mesh) -> None:
-        """Print the memory of a step before anything is loaded; raise ConfigError if it cannot fit."""
-        config = self.config
-        with OnMeta():
-            num_parameters = sum(p.numel() for p in CausalTransformer(shape).parameters())
-        estimate = max(
-            (self._estimate(stage, shape, num_parameters, device, mesh) for stage in config.stages),
-            key=lambda estimate: estimate.total,
-        )
-        report_estimate(
-            estimate,
-            device,
-            mesh,
-            "use more ranks, a higher parallel.sequence or parallel.zero_stage, fewer chunks, or"
-            " objective.checkpoint=true",
-        )
-
-    def _estimate(
-        self, stage: ViewStage, shape: TransformerConfig, num_parameters: int, device: torch.device, mesh: Mesh
-    ) -> MemoryEstimate:
-        config = self.config
-        clips, passes = divide_batch(stage.batch, mesh, config.parallel.micro_batch)
-        bf16 = config.trainer.precision != "fp32" and device.type == "cuda"
-        engine = engine_memory(
-            num_parameters,
-            config.parallel,
-            ranks=mesh.world,
-            bf16=bf16,
-            passes=passes,
-            averaged=config.trainer.ema_decay > 0,
-        )
-        blockwise = config.objective.attention == "blockwise"
-        blocks = BlockMemory(
-            size=2 if bf16 else FP32,
-            checkpoint=self.objective_config.checkpoint,
-            compiled=self.objective_config.compile,
-            nvfp4=config.products.format == "nvfp4",
-            copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
-        )
-        return estimate_memory(
-            shape,
-            self.spec,
-            engine,
-            blocks,
-            chunks=stage.chunks,
-            clips=clips,
-            sequence=mesh.sequence,
-            autocast=bf16 and not launched(),
-        )

@@ -227,6 +227,7 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
                 spec=self.spec,
                 seed=config.seed,
                 mesh=mesh,
+                warmup_steps=config.optimizer.warmup_steps,
             ),
             context=context_level(
                 UniPC(config.settings.steps, config.settings.shift), clean_pass=config.settings.clean_pass

@@ -22,6 +22,7 @@ from longvideo.quantization.training.recipe import (
     HadamardSigns,
     TrainingRecipe,
     WeightEstimator,
+    WeightsOverTime,
 )
 from longvideo.quantization.training.seeds import RoundingSeeds
 
@@ -40,6 +41,7 @@ TE_PARTS: dict[str, tuple[Enum | float, ...]] = {
     "hadamard_signs": (HadamardSigns.FIXED,),
     "estimator": (WeightEstimator.STRAIGHT_THROUGH,),
     "outlier_quantile": (1.0,),
+    "weights_over_time": (WeightsOverTime.NONE, WeightsOverTime.Q_RAMPING, WeightsOverTime.RESET),
 }
 """Values of a recipe's settings that TransformerEngine supports; it refuses some combinations itself."""
 

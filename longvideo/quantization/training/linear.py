@@ -55,6 +55,8 @@ class NVFP4TrainingLinear(nn.Linear):
         self.phase = TrainingPhase.BOTH
         # a buffer, since a CUDA graph reads it at its address
         self.register_buffer("seeds", seeds, persistent=False)
+        # not a buffer, since those of a model in bf16 are cast
+        self.average = torch.empty(0, device=seeds.device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, recipe: TrainingRecipe, seeds: Tensor) -> NVFP4TrainingLinear:
@@ -64,6 +66,10 @@ class NVFP4TrainingLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer
 
+    def round_toward(self, average: Tensor) -> None:
+        """Round weights to the neighbor that is nearer to this average, float32, whose owner changes it in place."""
+        self.average = average
+
     def forward(self, input: Tensor) -> Tensor:
         if self.phase is TrainingPhase.NEITHER:
             return super().forward(input)
@@ -72,7 +78,9 @@ class NVFP4TrainingLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(kind))
         keep = self.weight.requires_grad and torch.is_grad_enabled()
         rounds = self.phase is TrainingPhase.BOTH
-        flat = product(input.flatten(0, -2), self.weight, self.seeds, self.encoded_recipe, rounds, keep)[0]
+        flat = product(input.flatten(0, -2), self.weight, self.average, self.seeds, self.encoded_recipe, rounds, keep)[
+            0
+        ]
         output = flat.unflatten(0, input.shape[:-1])
         return output if self.bias is None else output + self.bias.to(output.dtype)
 

@@ -19,20 +19,27 @@ from longvideo.kernels.nvfp4.format import GROUP, ExactOperand, NVFP4Tensor
 from longvideo.kernels.nvfp4.outliers import split_outliers
 from longvideo.quantization.training.backward_products import BackwardProduct
 from longvideo.quantization.training.recipe import BackwardOperands, TrainingRecipe, WeightEstimator
+from longvideo.quantization.training.rounded_weight import rounded_weight
 
 
 # custom operators, which torch.compile does not look into: fusion would gain nothing inside
 @torch.library.custom_op("longvideo::nvfp4_product", mutates_args=())
 def product(
-    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, rounds: bool, keep: bool
+    x_MI: Tensor,
+    weight_OI: Tensor,
+    average_OI: Tensor,
+    seeds: Tensor,
+    encoded_recipe: str,
+    rounds: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the product [M, O], and what the weight gradient needs of the input.
 
     That is the codes, scales and tensor scale of an operand, and its outliers [M, I], empty if the recipe clamps none.
     The weight gradient sums over tokens, so its operand has other groups. It is rounded here and kept in 4 bits; if
     backward operands come from the dequantized ones, that of the forward product is kept instead.
-    rounds: whether the operands of the product itself are rounded. keep: whether the weight gradient is needed;
-    otherwise all that it needs is empty.
+    average_OI: average toward which the weight is rounded; empty for none. rounds: whether the operands of the product
+    itself are rounded. keep: whether the weight gradient is needed; otherwise all that it needs is empty.
     """
     recipe = TrainingRecipe.decode(encoded_recipe)
     operations, dtype = nvfp4_operations(x_MI.device), x_MI.dtype
@@ -41,7 +48,7 @@ def product(
     if recipe.outlier_quantile < 1:
         x_MI, outliers_MI = split_outliers(x_MI, recipe.outlier_quantile)
     if rounds:
-        weight = _weight(operations, weight_OI, recipe, dtype)
+        weight = rounded_weight(operations, weight_OI, average_OI, recipe, dtype)
         output = _multiply(operations, operations.quantize_exact(x_MI, recipe.inputs, dtype=dtype), weight)
         if outliers_MI.numel():
             output += operations.add_scaled_bias(F.linear(outliers_MI, weight.values), weight.tensor_scale)
@@ -61,6 +68,7 @@ def product(
 def _product_backward(
     grad_MO: Tensor,
     weight_OI: Tensor,
+    average_OI: Tensor,
     codes: Tensor,
     scales: Tensor,
     tensor_scale: Tensor,
@@ -77,7 +85,7 @@ def _product_backward(
     operations, dtype = nvfp4_operations(grad_MO.device), grad_MO.dtype
     grad_MO = grad_MO.contiguous()
     dgrad, wgrad = BackwardProduct.dgrad(recipe, seeds), BackwardProduct.wgrad(recipe, seeds)
-    weight = _weight_of_dgrad(dgrad, weight_OI, dtype)
+    weight = _weight_of_dgrad(dgrad, weight_OI, average_OI, dtype)
     grad_x = _multiply(operations, dgrad.round_gradient(grad_MO, across=False), weight)
     if not codes.numel():
         return grad_x, weight_OI.new_empty(0)
@@ -96,7 +104,13 @@ def _product_backward(
 
 @product.register_fake
 def _(
-    x_MI: Tensor, weight_OI: Tensor, seeds: Tensor, encoded_recipe: str, _rounds: bool, keep: bool
+    x_MI: Tensor,
+    weight_OI: Tensor,
+    _average_OI: Tensor,
+    seeds: Tensor,
+    encoded_recipe: str,
+    _rounds: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     recipe = TrainingRecipe.decode(encoded_recipe)
     tokens, width = x_MI.shape
@@ -114,6 +128,7 @@ def _(
 def _(
     grad_MO: Tensor,
     weight_OI: Tensor,
+    _average_OI: Tensor,
     codes: Tensor,
     _scales: Tensor,
     _tensor_scale: Tensor,
@@ -127,14 +142,14 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, seeds, ctx.encoded_recipe, ctx.rounds, _ = inputs
-    ctx.save_for_backward(weight, *output[1:], seeds)
+    _, weight, average, seeds, ctx.encoded_recipe, ctx.rounds, _ = inputs
+    ctx.save_for_backward(weight, average, *output[1:], seeds)
 
 
 def _differentiate(ctx: Any, grad_MO: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _product_backward(grad_MO, *ctx.saved_tensors, ctx.encoded_recipe, ctx.rounds)
     grad_x, grad_weight = (grad if grad.numel() else None for grad in grads)
-    return grad_x, grad_weight, None, None, None, None
+    return grad_x, grad_weight, None, None, None, None, None
 
 
 product.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -151,21 +166,16 @@ def _empty_operand(
     )
 
 
-def _weight(operations: NVFP4Operations, weight_OI: Tensor, recipe: TrainingRecipe, dtype: torch.dtype) -> ExactOperand:
-    rounded = operations.quantize_tiles_exact if recipe.tiles else operations.quantize_exact
-    return rounded(weight_OI, recipe.weights, dtype=dtype)
-
-
-def _weight_of_dgrad(dgrad: BackwardProduct, weight_OI: Tensor, dtype: torch.dtype) -> ExactOperand:
+def _weight_of_dgrad(dgrad: BackwardProduct, weight_OI: Tensor, average_OI: Tensor, dtype: torch.dtype) -> ExactOperand:
     """Return the transpose of the weight as an operand of a product along outputs, [I, O]."""
     operations, recipe = dgrad.operations, dgrad.recipe
     if recipe.tiles and not dgrad.points:
-        exact = _weight(operations, weight_OI, recipe, dtype)
+        exact = rounded_weight(operations, weight_OI, average_OI, recipe, dtype)
         # a transposed tile of 16 x 16 has the same values
         return ExactOperand(exact.values.t(), exact.tensor_scale)
     if recipe.backward_operands is BackwardOperands.ORIGINALS:
         return operations.exact(dgrad.round_other(weight_OI, recipe.weights), dtype)
-    forward = _weight(operations, weight_OI, recipe, dtype)
+    forward = rounded_weight(operations, weight_OI, average_OI, recipe, dtype)
     again = operations.exact(dgrad.round_other(forward.values, recipe.weights), dtype)
     return ExactOperand(again.values, again.tensor_scale * forward.tensor_scale)
 

@@ -168,9 +168,9 @@ def test_the_operators_of_training_are_described_as_they_are(keep: bool) -> None
     x, weight, seeds = inputs().flatten(0, 1), linear().weight.detach(), torch.tensor([1, 2])
     if keep:
         x, weight = x.requires_grad_(), weight.requires_grad_()
-    recipe = TrainingRecipe().encode()
-    torch.library.opcheck(operators.product, (x, weight, seeds, recipe, True, keep))
+    recipe, none = TrainingRecipe().encode(), torch.empty(0)
+    torch.library.opcheck(operators.product, (x, weight, none, seeds, recipe, True, keep))
     if keep:
-        _, *kept = operators.product(x.detach(), weight.detach(), seeds, recipe, True, True)
-        arguments = (torch.randn(40, 32), weight.detach(), *kept, seeds, recipe, True)
+        _, *kept = operators.product(x.detach(), weight.detach(), none, seeds, recipe, True, True)
+        arguments = (torch.randn(40, 32), weight.detach(), none, *kept, seeds, recipe, True)
         torch.library.opcheck(operators._product_backward, arguments)

@@ -34,6 +34,8 @@ from tests.quantization.training.parts import DEQUANTIZED, DETERMINISTIC, MS_EDE
 
 TOKENS, INPUTS, OUTPUTS = 40, 48, 32
 SEEDS = torch.tensor([3, 2**40 + 7])
+NONE = torch.empty(0)
+"""Average of a weight that has none."""
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
@@ -313,14 +315,14 @@ def test_no_part_reads_a_number_on_the_host(name: str) -> None:
         gaussian(TOKENS, OUTPUTS, seed=2),
     )
 
-    def step(x: Tensor, weight: Tensor, grad: Tensor, seeds: Tensor) -> None:
-        _, *kept = operators.product._init_fn(x, weight, seeds, recipe, True, True)
-        operators._product_backward._init_fn(grad, weight, *kept, seeds, recipe, True)
+    def step(x: Tensor, weight: Tensor, grad: Tensor, seeds: Tensor, none: Tensor) -> None:
+        _, *kept = operators.product._init_fn(x, weight, none, seeds, recipe, True, True)
+        operators._product_backward._init_fn(grad, weight, none, *kept, seeds, recipe, True)
 
     # once with numbers, since tables that are built in the first call are kept
-    step(x, weight, grad, SEEDS)
+    step(x, weight, grad, SEEDS, NONE)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        step(*(mode.from_tensor(tensor) for tensor in (x, weight, grad, SEEDS)))
+        step(*(mode.from_tensor(tensor) for tensor in (x, weight, grad, SEEDS, NONE)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
@@ -334,8 +336,8 @@ def test_the_kernels_give_the_bits_of_the_definition(name: str, monkeypatch: pyt
     for operations in (reference, kernels):
         for module in (operators, backward_products):
             monkeypatch.setattr(module, "nvfp4_operations", lambda _device, own=operations: own)
-        output, *kept = operators.product._init_fn(x, weight, SEEDS, recipe, True, True)
-        steps.append((output, *operators._product_backward._init_fn(grad, weight, *kept, SEEDS, recipe, True)))
+        output, *kept = operators.product._init_fn(x, weight, NONE, SEEDS, recipe, True, True)
+        steps.append((output, *operators._product_backward._init_fn(grad, weight, NONE, *kept, SEEDS, recipe, True)))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*steps, strict=True))
 
 
@@ -344,11 +346,13 @@ def test_the_operators_are_described_as_they_are(name: str) -> None:
     """A compiled graph relies on the shapes that an operator declares."""
     recipe = PARTS[name].encode()
     x, weight = gaussian(TOKENS, INPUTS, seed=1), gaussian(OUTPUTS, INPUTS, seed=0)
-    torch.library.opcheck(operators.product, (x.requires_grad_(), weight.requires_grad_(), SEEDS, recipe, True, True))
+    torch.library.opcheck(
+        operators.product, (x.requires_grad_(), weight.requires_grad_(), NONE, SEEDS, recipe, True, True)
+    )
     x, weight = x.detach(), weight.detach()
-    _, *kept = operators.product(x, weight, SEEDS, recipe, True, True)
+    _, *kept = operators.product(x, weight, NONE, SEEDS, recipe, True, True)
     grad = gaussian(TOKENS, OUTPUTS, seed=2)
-    torch.library.opcheck(operators._product_backward, (grad, weight, *kept, SEEDS, recipe, True))
+    torch.library.opcheck(operators._product_backward, (grad, weight, NONE, *kept, SEEDS, recipe, True))
 
 
 @pytest.mark.parametrize("name", PARTS)

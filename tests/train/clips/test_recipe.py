@@ -22,7 +22,8 @@ from longvideo.distributed import Mesh, build_mesh
 from longvideo.errors import ConfigError, UserError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.train.batch import ViewStage
-from longvideo.train.clips.recipe import ClipRecipe, ClipTraining
+from longvideo.train.clips.config import ClipTraining
+from longvideo.train.clips.recipe import ClipRecipe
 from longvideo.train.clips.video_clips import VideoClips
 from longvideo.train.clips.views import ClipViewConfig, ClipViewSource, RandomClip, RandomClips
 from longvideo.training.checkpoint import CheckpointFolder
