@@ -198,7 +198,7 @@ class NVFP4Operations(Protocol):
 
 
 class FP8Operations(Protocol):
-    """Operations of row-wise FP8 products; `longvideo.kernels.fp8.reference` defines them."""
+    """Operations of FP8 products, with a scale for each row or one for a tensor; `kernels.fp8.reference` defines them."""
 
     def quantize_rows(self, x: Tensor) -> FP8Rows: ...
 
@@ -206,9 +206,13 @@ class FP8Operations(Protocol):
 
     def matmul(self, a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor: ...
 
+    def largest_magnitude(self, x: Tensor) -> Tensor: ...
 
-class FP8TensorProducts(Protocol):
-    """Products of tensors in FP8 with one scale each; `longvideo.kernels.fp8.reference` defines them."""
+    def quantize_tensor(self, x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor: ...
+
+    def quantize_transposed(self, x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor: ...
+
+    def quantize_both(self, x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[FP8Tensor, FP8Tensor]: ...
 
     def matmul_tensors(
         self, a_RK: FP8Tensor, b_CK: FP8Tensor, out_dtype: torch.dtype, *, fast_sums: bool = False
@@ -330,17 +334,6 @@ def fp8_operations(device: torch.device) -> FP8Operations:
     else:
         from longvideo.kernels.fp8 import reference as operations
     return operations
-
-
-def fp8_tensor_products(device: torch.device) -> FP8TensorProducts:
-    """Return `scaled_mm` on CUDA, plain torch elsewhere. Raises ValueError where neither can run."""
-    if device.type == "cuda":
-        if reason := fp8_products.unavailable(device):
-            raise ValueError(reason)
-        return fp8_products
-    from longvideo.kernels.fp8 import reference
-
-    return reference
 
 
 def kv_operations(device: torch.device) -> KVOperations:

@@ -11,7 +11,10 @@ from longvideo.kernels.nvfp4.format import E4M3_MAX
 
 SCALE_MIN = 2.0**-126  # the smallest normal float32: a smaller scale would lose bits, or be zero
 
-__all__ = ["E4M3_MAX", "SCALE_MIN", "FP8Rows", "FP8Tensor"]
+SIZE_MULTIPLE = 16
+"""Number of which the sizes of a product's operands are multiples, on tensor cores."""
+
+__all__ = ["E4M3_MAX", "SCALE_MIN", "SIZE_MULTIPLE", "FP8Rows", "FP8Tensor"]
 
 
 @dataclass(frozen=True)

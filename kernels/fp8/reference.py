@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longvideo.kernels.fp8.format import E4M3_MAX, SCALE_MIN, FP8Rows, FP8Tensor
+from longvideo.kernels.fp8.format import E4M3_MAX, SCALE_MIN, SIZE_MULTIPLE, FP8Rows, FP8Tensor
 
 
 def quantize_rows(x: Tensor) -> FP8Rows:
@@ -41,13 +41,28 @@ def matmul(a: FP8Rows, b: FP8Rows, bias: Tensor | None, out_dtype: torch.dtype) 
     return (scaled if bias is None else scaled + bias.float()).to(out_dtype)
 
 
-def quantize_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor:
-    """Quantize a tensor to E4M3 or E5M2 with one scale, by which `amax` becomes the largest number of the format.
+def quantize_tensor(x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor:
+    """Quantize a matrix to E4M3 or E5M2 with one scale, by which `amax` becomes the largest number of the format.
 
     amax: float32 scalar; larger magnitudes saturate. Arithmetic is in float32, rounding to nearest, ties to even.
     """
     scale, largest = tensor_scale(amax, dtype), torch.finfo(dtype).max
-    return FP8Tensor((x.float() * scale.reciprocal()).clamp(-largest, largest).to(dtype), scale)
+    return FP8Tensor((x_RC.float() * scale.reciprocal()).clamp(-largest, largest).to(dtype), scale)
+
+
+def quantize_transposed(x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> FP8Tensor:
+    """Quantize the transpose of a matrix, [C, R], with R padded with zeros to a multiple of 16."""
+    return quantize_tensor(F.pad(x_RC, (0, 0, 0, -x_RC.shape[0] % SIZE_MULTIPLE)).t().contiguous(), amax, dtype)
+
+
+def quantize_both(x_RC: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[FP8Tensor, FP8Tensor]:
+    """Return `quantize_tensor` and `quantize_transposed` of a matrix."""
+    return quantize_tensor(x_RC, amax, dtype), quantize_transposed(x_RC, amax, dtype)
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return max |x| as a float32 scalar; NaN if x holds NaN."""
+    return x.abs().amax().float()
 
 
 def tensor_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longvideo.kernels.fp8.format import SIZE_MULTIPLE
+
 if TYPE_CHECKING:
     from longvideo.kernels.fp8.format import FP8Rows, FP8Tensor
 
 WITH_FP8_UNITS = (8, 9)
-SIZE_MULTIPLE = 16
 REMEDY = "use --precision bf16 or nvfp4-weights"
 
 
@@ -92,5 +93,7 @@ def matmul_tensors(a_RK: FP8Tensor, b_CK: FP8Tensor, out_dtype: torch.dtype, *, 
 
 
 def _padded(x: Tensor, columns: int) -> Tensor:
-    """Return a contiguous matrix with columns of zeros added, as bytes, for which torch has the operators."""
-    return functional.pad(x.view(torch.uint8), (0, columns)).contiguous().view(x.dtype)
+    """Return a contiguous matrix with columns of zeros added, through bytes, for which torch has the operator."""
+    if not columns:
+        return x.contiguous()
+    return functional.pad(x.view(torch.uint8), (0, columns)).view(x.dtype)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from longvideo.errors import UserError
 from longvideo.kernels.backends import FP8Operations, fp8_operations
 from longvideo.kernels.fp8 import reference
-from longvideo.kernels.fp8.format import FP8Rows
-from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
+from longvideo.kernels.fp8.format import SIZE_MULTIPLE, FP8Rows
 from longvideo.quantization.selection import linear_layers
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -135,6 +136,57 @@ def test_kernel_rounds_every_step_and_tie_as_the_definition(device: str) -> None
     expected = reference.quantize_rows(x)
     assert expected.scales.item() == 1.0
     assert_same_bits(kernels.quantize_rows(x.to(device)), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (70, 130), (129, 33)])
+def test_a_matrix_has_the_bits_of_the_definition_also_transposed(
+    shape: tuple[int, int], form: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    pytest.importorskip("triton")
+    from longvideo.kernels.fp8 import triton as kernels
+
+    x = (random(*shape) * 10 ** random(*shape, seed=1)).to(dtype)
+    for amax in (x.abs().amax().float(), x.abs().amax().float() / 8):
+        both = kernels.quantize_both(x.to(device), amax.to(device), form)
+        alone = (
+            kernels.quantize_tensor(x.to(device), amax.to(device), form),
+            kernels.quantize_transposed(x.to(device), amax.to(device), form),
+        )
+        assert alone[1].values.shape == (shape[1], -(-shape[0] // 16) * 16)
+        for quantized in (both, alone):
+            for mine, expected in zip(quantized, reference.quantize_both(x, amax, form), strict=True):
+                assert torch.equal(mine.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
+                assert torch.equal(mine.scale.cpu(), expected.scale)
+
+
+def test_e5m2_rounds_every_step_and_tie_as_the_definition(device: str) -> None:
+    pytest.importorskip("triton")
+    from longvideo.kernels.fp8 import triton as kernels
+
+    steps = torch.arange(124, dtype=torch.uint8).view(torch.float8_e5m2).float()
+    ties = (steps[1:] + steps[:-1]) / 2
+    both = torch.cat((steps, ties, ties.nextafter(torch.tensor(INFINITY)), ties.nextafter(torch.tensor(0.0))))
+    x, amax = torch.cat((both, -both, torch.tensor([1e9, -1e9])))[None], torch.tensor(57344.0)
+    mine, expected = (
+        one.quantize_tensor(y, z, torch.float8_e5m2)
+        for one, y, z in ((kernels, x.to(device), amax.to(device)), (reference, x, amax))
+    )
+    assert torch.equal(mine.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
+    spoiled = kernels.quantize_tensor(
+        torch.tensor([[1.0, math.nan]], device=device), amax.to(device), torch.float8_e5m2
+    )
+    assert spoiled.values.float()[0].isnan().tolist() == [False, True]
+
+
+def test_the_largest_magnitude_is_that_of_the_definition(device: str) -> None:
+    pytest.importorskip("triton")
+    from longvideo.kernels.fp8 import triton as kernels
+
+    for x in (random(50, 70).bfloat16(), -random(3, 3).abs(), torch.zeros(2, 2), torch.tensor([[1.0, math.nan]])):
+        mine, expected = kernels.largest_magnitude(x.to(device)).cpu(), reference.largest_magnitude(x)
+        assert mine.dtype == torch.float32 and torch.equal(mine, expected) or mine.isnan() and expected.isnan()
 
 
 def test_kernel_keeps_the_extremes_of_the_definition(device: str) -> None:

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvideo.kernels.backends import fp8_tensor_products
-from longvideo.kernels.fp8 import reference
-from longvideo.kernels.fp8.format import FP8Tensor
-from longvideo.kernels.fp8.scaled_mm import SIZE_MULTIPLE
+from longvideo.kernels.backends import fp8_operations
+from longvideo.kernels.fp8.format import SIZE_MULTIPLE, FP8Tensor
+from longvideo.kernels.fp8.reference import tensor_scale
 from longvideo.quantization.training.phase import TrainingPhase
 
 HISTORY = 16
@@ -139,19 +138,24 @@ def _product(
     rounds: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the product [M, O], and the values of the input [M, I] as bytes for the weight gradient.
+    """Return the product [M, O], and the values of the transposed input for the weight gradient, bytes [I, M padded].
 
     rounds: whether the operands of the product itself are rounded. keep: whether the input is needed; otherwise its
     values are empty.
     """
-    products, dtype = fp8_tensor_products(x_MI.device), x_MI.dtype
-    x = reference.quantize_tensor(x_MI, x_amax, FORWARD)
-    if rounds:
-        weight = reference.quantize_tensor(weight_OI, weight_amax, FORWARD)
-        output = products.matmul_tensors(x, weight, dtype, fast_sums=True)
-    else:
+    operations, dtype = fp8_operations(x_MI.device), x_MI.dtype
+    x_MI, empty = x_MI.contiguous(), x_MI.new_empty(0, dtype=torch.uint8)
+    if not rounds:
         output = F.linear(x_MI, weight_OI.to(dtype))
-    return output, x.values.view(torch.uint8) if keep else x_MI.new_empty(0, dtype=torch.uint8)
+        across = operations.quantize_transposed(x_MI, x_amax, FORWARD) if keep else None
+    else:
+        if keep:
+            x, across = operations.quantize_both(x_MI, x_amax, FORWARD)
+        else:
+            x, across = operations.quantize_tensor(x_MI, x_amax, FORWARD), None
+        weight = operations.quantize_tensor(weight_OI, weight_amax, FORWARD)
+        output = operations.matmul_tensors(x, weight, dtype, fast_sums=True)
+    return output, empty if across is None else across.values.view(torch.uint8)
 
 
 @torch.library.custom_op("longvideo::fp8_training_product_backward", mutates_args=("gradient_amaxes",))
@@ -165,18 +169,19 @@ def _product_backward(
     delayed_scaling: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the input [M, I] and of the weight [O, I], which is empty if no input was kept."""
-    products, dtype = fp8_tensor_products(grad_MO.device), grad_MO.dtype
-    own = grad_MO.abs().amax().float()
+    operations, dtype = fp8_operations(grad_MO.device), grad_MO.dtype
+    own = operations.largest_magnitude(grad_MO)
     amax = _delayed(gradient_amaxes, own) if delayed_scaling else own
     if delayed_scaling:
         _record(gradient_amaxes, own)
-    grad = reference.quantize_tensor(grad_MO, amax, BACKWARD)
-    weight = reference.quantize_tensor(weight_OI, weight_amax, FORWARD)
-    grad_x = products.matmul_tensors(grad, _transposed(weight), dtype)
+    weight = operations.quantize_transposed(weight_OI, weight_amax, FORWARD)
     if not x_values.numel():
-        return grad_x, weight_OI.new_empty(0)
-    x = FP8Tensor(x_values.view(FORWARD), reference.tensor_scale(x_amax, FORWARD))
-    return grad_x, products.matmul_tensors(_transposed(grad), _transposed(x), dtype).to(weight_OI.dtype)
+        grad = operations.quantize_tensor(grad_MO, amax, BACKWARD)
+        return operations.matmul_tensors(grad, weight, dtype), weight_OI.new_empty(0)
+    grad, across = operations.quantize_both(grad_MO, amax, BACKWARD)
+    x = FP8Tensor(x_values.view(FORWARD), tensor_scale(x_amax, FORWARD))
+    grad_weight = operations.matmul_tensors(across, x, dtype).to(weight_OI.dtype)
+    return operations.matmul_tensors(grad, weight, dtype), grad_weight
 
 
 @_product.register_fake
@@ -190,7 +195,9 @@ def _(
     _rounds: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    values = torch.empty_like(x_MI, dtype=torch.uint8) if keep else x_MI.new_empty(0, dtype=torch.uint8)
+    tokens, width = x_MI.shape
+    shape = (width, -(-tokens // SIZE_MULTIPLE) * SIZE_MULTIPLE) if keep else (0,)
+    values = x_MI.new_empty(shape, dtype=torch.uint8)
     return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0]), values
 
 
@@ -221,8 +228,3 @@ def _differentiate(ctx: Any, grad_MO: Tensor, _: Tensor) -> tuple[Tensor | None,
 
 
 _product.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-def _transposed(x: FP8Tensor) -> FP8Tensor:
-    """Return the transpose, contiguous, through bytes, for which torch has the operators."""
-    return FP8Tensor(x.values.view(torch.uint8).t().contiguous().view(x.values.dtype), x.scale)

@@ -1,4 +1,4 @@
-"""Row-wise FP8 on CUDA: Triton quantizes, `scaled_mm` multiplies; `reference` defines both.
+"""Quantization of rows to E4M3, as `kernels.fp8.reference` defines it.
 
 A program has a whole row in registers, so each number is read once and written once. Kernels compute in float32, divide
 once per row by the rules of IEEE 754, and are launched without FMA contraction.
@@ -16,10 +16,7 @@ from torch import Tensor
 from triton import knobs
 
 from longvideo.kernels.fp8.format import E4M3_MAX, SCALE_MIN, FP8Rows
-from longvideo.kernels.fp8.scaled_mm import matmul
 from longvideo.kernels.nvfp4.triton.arithmetic import encode_scale, magnitude_bits, round_to
-
-__all__ = ["gelu_tanh_quantize_rows", "matmul", "quantize_rows"]
 
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
@@ -105,13 +102,13 @@ def _quantize_kernel(
     scale = tl.div_rn(amax, _E4M3_MAX)
     scale = tl.where(scale < _SCALE_MIN, _SCALE_MIN, scale)
     scale = tl.where(amax == 0, 1.0, scale)
-    values = _e4m3_bytes(x * tl.div_rn(1.0, scale))
+    values = e4m3_bytes(x * tl.div_rn(1.0, scale))
     tl.store(values_pointer + row * columns + column, values, mask=inside)
     tl.store(scales_pointer + row, scale)
 
 
 @triton.jit
-def _e4m3_bytes(x):
+def e4m3_bytes(x):
     """Round float32 to E4M3, to nearest, ties to even, saturating; return the bytes."""
     if _SOFTWARE_ROUNDING:
         magnitude = tl.abs(x)
