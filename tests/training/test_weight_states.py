@@ -125,9 +125,9 @@ def test_the_states_take_the_memory_of_the_estimate(part: WeightsOverTime) -> No
     engine = local_engine(part)
     train(engine, range(1))
     states = set(engine.more_shapes())
-    taken = sum(engine.whole(*name.rsplit("/", 1)).nbytes for name in states)
+    num_bytes = sum(engine.whole(*name.rsplit("/", 1)).nbytes for name in states)
     recipe = TrainingRecipe(weights_over_time=part, measure_oscillation=True)
-    assert taken == state_bytes(recipe, 2 * WIDTH * WIDTH, ranks=1)
+    assert num_bytes == state_bytes(recipe, 2 * WIDTH * WIDTH, ranks=1)
 
 
 def sharded(part: WeightsOverTime, cases: list[tuple[int, str]], folder: str) -> list[tuple[Any, dict[str, Tensor]]]:
