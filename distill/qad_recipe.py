@@ -28,7 +28,7 @@ from longvideo.training.memory import BlockMemory, MemoryEstimate, engine_memory
 from longvideo.training.precision import resolve
 from longvideo.training.run import new_engine
 from longvideo.training.run_folder import LORA, MODEL, MODEL_BF16, describe_model
-from longvideo.training.validation import validation_loss
+from longvideo.training.validation import validation_losses
 
 if TYPE_CHECKING:
     from longvideo.checkpoint.settings import ModelSettings
@@ -95,12 +95,12 @@ class QadRecipe(DistillRecipe[QadObjective, ChunkSource]):
         )
 
     def validate(self) -> dict[str, float]:
-        """Return the loss on held-out videos, with the weights as they are now."""
+        """Return losses on held-out videos, with the weights as they are now."""
         config = self.config
         self.networks.pack()
         if self.held_out is None:
             return {}
-        loss = validation_loss(
+        return validation_losses(
             self.objective,
             self.held_out,
             batches=config.qad.validation_batches,
@@ -108,7 +108,6 @@ class QadRecipe(DistillRecipe[QadObjective, ChunkSource]):
             micro_batch=config.parallel.micro_batch,
             precision="fp32",
         )
-        return {"val_loss": loss}
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         self.networks.pack()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longvideo.training.precision import TrainingPrecision, autocast
+from longvideo.training.window import Window
 
 if TYPE_CHECKING:
     from longvideo.distributed import Mesh
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     objective: Objective,
     source: BatchSource,
     *,
@@ -22,17 +23,21 @@ def validation_loss(
     mesh: Mesh,
     micro_batch: int | None,
     precision: TrainingPrecision,
-) -> float:
-    """Return the mean loss of the first `batches` batches of a source, the same on all ranks.
+) -> dict[str, float]:
+    """Return the mean loss of the first `batches` batches of a source, and the objective's metrics, for all ranks.
+
+    The loss is `val_loss`, and a metric such as `mse_0.25` is `val_mse_0.25`; one without weight is left out.
 
     micro_batch: number of videos of a pass, as in training. precision: number format of the products.
     """
     device = next(objective.parameters()).device
-    total = torch.zeros((), device=device)
+    total, window = torch.zeros((), device=device), Window(device, mesh)
     for number in range(batches):
         shares = source.shares(number, mesh, micro_batch)
         for share in shares:
             with autocast(precision, device):
-                loss, _ = objective(share)
+                loss, metrics = objective(share)
             total += loss / (len(shares) * mesh.world * batches)
-    return float(mesh.sum(total))
+            window.add(metrics, size=0)
+    means = window.means() if window.names else {}
+    return {"val_loss": float(mesh.sum(total)), **{f"val_{name}": mean for name, mean in means.items()}}

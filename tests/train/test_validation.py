@@ -27,10 +27,10 @@ def recipe(folder: Path, mesh: Mesh, *more: str) -> ArRecipe:
     return built
 
 
-def loss(folder: Path, sequence: int, *more: str) -> float:
-    """Return the loss that this rank reports. sequence: number of ranks that share the frames of a view."""
+def losses(folder: Path, sequence: int, *more: str) -> dict[str, float]:
+    """Return the losses that this rank reports. sequence: number of ranks that share the frames of a view."""
     mesh = Mesh() if sequence == 0 else build_mesh(sequence)
-    return recipe(folder, mesh, *more).validate()["val_loss"]
+    return recipe(folder, mesh, *more).validate()
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_two_ranks_report_the_loss_of_one_process(folder: Path, sequence: int) -> None:
-    expected = loss(folder, 0)
-    assert run_in_processes(2, loss, folder, sequence) == pytest.approx([expected] * 2, rel=1e-5)
+    expected = losses(folder, 0)
+    assert {"val_loss", "val_mse", "val_mse_0.25", "val_mse_1"} <= expected.keys()
+    for reported in run_in_processes(2, losses, folder, sequence):
+        assert reported == pytest.approx(expected, rel=1e-5)
 
 
 def test_passes_do_not_change_the_loss_and_its_products_have_the_precision_of_training(folder: Path) -> None:
-    expected = loss(folder, 0)
-    assert loss(folder, 0, "parallel.micro_batch=1") == pytest.approx(expected, rel=1e-5)
-    in_bf16 = loss(folder, 0, "trainer.precision=bf16")
+    expected = losses(folder, 0)
+    assert losses(folder, 0, "parallel.micro_batch=1") == pytest.approx(expected, rel=1e-5)
+    in_bf16 = losses(folder, 0, "trainer.precision=bf16")
     assert in_bf16 != expected and in_bf16 == pytest.approx(expected, rel=0.05)

@@ -33,7 +33,7 @@ from longvideo.training.optimizer import RateSegment
 from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import MODEL, describe_model
 from longvideo.training.sampling import SampleDecoder, Samples, decode_samples, sample_latents
-from longvideo.training.validation import validation_loss
+from longvideo.training.validation import validation_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,19 +133,17 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         return notes
 
     def validate(self) -> dict[str, float]:
-        """Return the loss on held-out clips, each with noise of its own that never changes."""
+        """Return losses on held-out clips, each with noise of its own that never changes."""
         if self.validation is None or not self.config.validation.batches:
             return {}
-        return {
-            "val_loss": validation_loss(
-                self.objective,
-                self.validation,
-                batches=self.config.validation.batches,
-                mesh=self.mesh,
-                micro_batch=self.config.parallel.micro_batch,
-                precision=self.config.trainer.precision,
-            )
-        }
+        return validation_losses(
+            self.objective,
+            self.validation,
+            batches=self.config.validation.batches,
+            mesh=self.mesh,
+            micro_batch=self.config.parallel.micro_batch,
+            precision=self.config.trainer.precision,
+        )
 
     def sample(self, step: int, folder: Path) -> dict[str, float]:
         """Generate videos from the captions of some clips and draw a strip of each."""

@@ -35,7 +35,7 @@ from longvideo.training.recipe import Recipe
 from longvideo.training.run_folder import describe_model
 from longvideo.training.sampling import Samples, decode_samples, sample_latents
 from longvideo.training.trainer import TrainerConfig
-from longvideo.training.validation import validation_loss
+from longvideo.training.validation import validation_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -302,16 +302,14 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             return {}
         if not self.validation.bank.filled:
             self.validation.start(0)
-        return {
-            "val_loss": validation_loss(
-                self.objective,
-                self.validation,
-                batches=self.config.validation.batches,
-                mesh=self.mesh,
-                micro_batch=self.config.parallel.micro_batch,
-                precision=self.config.trainer.precision,
-            )
-        }
+        return validation_losses(
+            self.objective,
+            self.validation,
+            batches=self.config.validation.batches,
+            mesh=self.mesh,
+            micro_batch=self.config.parallel.micro_batch,
+            precision=self.config.trainer.precision,
+        )
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         del mesh
