@@ -198,7 +198,7 @@ class NVFP4Operations(Protocol):
 
 
 class FP8Operations(Protocol):
-    """Operations of FP8 products, with a scale for each row or one for a tensor; `kernels.fp8.reference` defines them."""
+    """Operations of FP8 products with a scale for each row or tensor; `kernels.fp8.reference` defines them."""
 
     def quantize_rows(self, x: Tensor) -> FP8Rows: ...
 
