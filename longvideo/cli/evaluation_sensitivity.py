@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longvideo.model.transformer import CausalTransformer
 
 KEEP_FILE = "keep.txt"
+DTYPES = ("stored", "fp32")
 
 Name = TypeVar("Name", bound=str)
 
@@ -59,6 +60,13 @@ def sensitivity(
             min=0, max=1, help="Largest share of the multiply-adds that the layers in keep.txt have, with --by layers."
         ),
     ] = 0.05,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number format of all that is not in NVFP4: `stored`, or `fp32`, which shows effects that are smaller"
+            " than those of bf16."
+        ),
+    ] = "stored",
     device: Device = None,
     out: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.json and keep.txt.")] = Path(
         "runs/sensitivity"
@@ -79,6 +87,7 @@ def sensitivity(
     """
     from dataclasses import replace
 
+    import torch
     from rich.console import Console
 
     from longvideo.checkpoint.folder import ModelFolder
@@ -90,6 +99,7 @@ def sensitivity(
     SamplingOptions(steps, seed=seed)
     groupings = chosen_names("--by", by or ("kinds", "blocks"), GROUPINGS)
     known_operands = chosen_names("--operands", operands or OPERANDS, OPERANDS)
+    (chosen_dtype,) = chosen_names("--dtype", (dtype,), DTYPES)
     check_results_folder(out, overwrite=overwrite)
     check_target_below(out / KEEP_FILE, overwrite=overwrite)
     folder, where = ModelFolder.open(model), pick_device(device)
@@ -97,7 +107,7 @@ def sensitivity(
         raise UserError(f"{folder.path} has packed 4-bit weights; use the folder that it was quantized from")
     settings = folder.settings if steps is None else replace(folder.settings, steps=steps)
     texts = choose_prompts(folder, prompts, num=num, seed=seed)
-    transformer = folder.load_transformer(device=where)
+    transformer = folder.load_transformer(device=where, dtype=torch.float32 if chosen_dtype == "fp32" else None)
     variants = choose_variants(transformer, groupings, known_operands, all_of_each=operands is not None)
     text_encoder = folder.load_text_encoder(device=where)
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +130,14 @@ def sensitivity(
         write_text(out / KEEP_FILE, "".join(f"{name}\n" for name in report.kept))
     else:
         (out / KEEP_FILE).unlink(missing_ok=True)  # that of earlier results, which are replaced
-    options = {"model": model, "prompts": texts, "chunks": chunks, "steps": settings.steps, "seed": seed}
+    options = {
+        "model": model,
+        "prompts": texts,
+        "chunks": chunks,
+        "steps": settings.steps,
+        "seed": seed,
+        "dtype": dtype,
+    }
     write_json(out / "results.json", {**options, "budget": budget, **report_record(report)})
     console.print(f"written: {out}", soft_wrap=True)
 

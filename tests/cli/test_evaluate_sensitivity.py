@@ -54,6 +54,23 @@ def test_kinds_and_blocks_are_the_default(
     assert not (out / "keep.txt").exists()
 
 
+def test_float32_leaves_out_the_roundings_of_the_stored_format(tmp_path: Path, model_folder: Path) -> None:
+    prompts, half = tmp_path / "prompts.txt", tmp_path / "bf16"
+    prompts.write_text("a red ball\n")
+    assert main(["convert", str(model_folder), str(half), "--precision", "bf16"]) == 0
+    few = ["--prompts", str(prompts), "--num", "1", "--chunks", "1", "--steps", "1", "--by", "blocks"]
+    effects = {}
+    for dtype in ("stored", "fp32"):
+        out = tmp_path / dtype
+        assert main(["eval", "sensitivity", str(half), *few, "--dtype", dtype, "-o", str(out)]) == 0
+        record = json.loads((out / "results.json").read_text())
+        assert record["dtype"] == dtype
+        effects[dtype] = [effect["error"] for effect in record["effects"]]
+    # the operands in 4 bits are nearly the same, so both see the same effects up to the roundings of bf16
+    assert effects["fp32"] != effects["stored"]
+    assert effects["fp32"] == pytest.approx(effects["stored"], rel=0.2)
+
+
 def test_a_file_of_kept_layers_is_replaced_with_the_results(tmp_path: Path, model_folder: Path) -> None:
     prompts, kept = tmp_path / "prompts.txt", tmp_path / "out" / "keep.txt"
     prompts.write_text("a red ball\n")
@@ -72,6 +89,7 @@ def test_a_file_of_kept_layers_is_replaced_with_the_results(tmp_path: Path, mode
     [
         (["--by", "kind"], "--by is 'kind'; expected one of kinds, blocks, layers"),
         (["--operands", "input"], "--operands is 'input'; expected one of weights, inputs, both"),
+        (["--dtype", "fp16"], "--dtype is 'fp16'; expected one of stored, fp32"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--prompts", "prompts.txt", "--num", "2"], "prompts.txt has 1 prompts; expected at least 2"),
         (["--prompts", "long.txt", "--num", "1"], "tokens; expected at most 32; shorten 'a red ball a red ball"),
