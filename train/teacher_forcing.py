@@ -25,6 +25,7 @@ from longvideo.rollout import CLEAN_CONTEXT, ContextLevel
 from longvideo.train.error_recycling import ErrorBank, Injected
 from longvideo.train.prediction_errors import prediction_errors
 from longvideo.train.sequence_parallel import UlyssesAttention
+from longvideo.train.weight_states import layer_watch
 from longvideo.training.objective import Objective, by_noise_level, compile_fact, ratio
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class TeacherForcing(Objective):
         super().__init__()
         self.rounding = rounding
         self.weight_states = None if rounding is None else rounding.history
+        self.layer_watch = None if rounding is None else layer_watch(rounding.layers)
         self.context = context
         self.bank = bank
         self.transformer = transformer

@@ -1,4 +1,4 @@
-"""The states of a transformer's weights that train in 4 bits."""
+"""The states of a transformer's weights that train in 4 bits, and what measures its layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from longvideo.quantization.training.linear import NVFP4TrainingLinear
 from longvideo.quantization.training.weights_over_time import WeightHistory
+from longvideo.training.layer_watch import LayerWatch
 
 if TYPE_CHECKING:
     from longvideo.distributed import Mesh
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 TRANSFORMER = "transformer"
 """Name of the transformer in the objectives that train it."""
+
+
+def layer_watch(layers: TrainingLayers) -> LayerWatch | None:
+    """Return what measures the emulated layers in 4 bits, or None if there are none."""
+    emulated = {
+        f"{TRANSFORMER}.{name}.weight": layer
+        for name, layer in layers.nvfp4.items()
+        if isinstance(layer, NVFP4TrainingLinear)
+    }
+    return LayerWatch(emulated) if emulated else None
 
 
 def weight_history(layers: TrainingLayers, recipe: TrainingRecipe, *, mesh: Mesh, start: int) -> WeightHistory | None:

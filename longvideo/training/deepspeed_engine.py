@@ -100,6 +100,8 @@ class DeepSpeedEngine:
             self.engine.backward(guarded)
             norm = self._plain_norm()
             if self.engine.is_gradient_accumulation_boundary():
+                if self.objective.layer_watch is not None:
+                    self.objective.layer_watch.add_gradients(self._whole_gradient)
                 found_inf = self._skip_where(num_bad if norm is None else num_bad + _not_finite(norm))
             self.engine.step()
             add_metrics(metrics, {"loss": loss, **more})
@@ -276,6 +278,13 @@ class DeepSpeedEngine:
                 own = self._own_part(parameter)
                 assert own is not None
                 average.lerp_(own, 1.0 - decay)
+
+    def _whole_gradient(self, name: str) -> Tensor | None:
+        """Return the gradient of a step between its last backward pass and the update. Every rank calls it."""
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self.named[name]
+        return parameter.grad if self._is_plain(parameter) else safe_get_full_grad(parameter)
 
     def _plain_norm(self) -> Tensor | None:
         """Return the norm of the gradients if DeepSpeed clips them without recording it."""

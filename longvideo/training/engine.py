@@ -89,6 +89,8 @@ class LocalEngine:
             guarded = self.guard(loss)
             (guarded / len(shares) if len(shares) > 1 else guarded).backward()
             add_metrics(metrics, {"loss": loss, **more})
+        if self.objective.layer_watch is not None:
+            self.objective.layer_watch.add_gradients(lambda name: self.named[name].grad)
         norm = self.clip()
         skipped = self.step(learning_rate, norm)
         if self.states is not None:

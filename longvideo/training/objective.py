@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from longvideo.distributed import Mesh
     from longvideo.quantization.training.weights_over_time import WeightEngine
+    from longvideo.training.layer_watch import LayerWatch
 
 
 SIGMA_BUCKETS = 4
@@ -60,9 +61,11 @@ class Objective(nn.Module):
 
     A metric is a scalar, or `ratio(total, weight)` if the mean over steps is to be weighted. Metrics stay on the device
     until a log step. weight_states: states of the weights besides those of the optimizer.
+    layer_watch: measures the layers that train in 4 bits, where there are some.
     """
 
     weight_states: WeightStates | None = None
+    layer_watch: LayerWatch | None = None
 
     def begin(self, step: int) -> None:
         """Prepare a step; called before its first batch."""

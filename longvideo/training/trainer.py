@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from longvideo.training.stopping import RunStopped, StopSignals
 from longvideo.training.window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from longvideo.checkpoint.run_checkpoint import RunState
@@ -46,6 +46,9 @@ class TrainerConfig(Bounded):
     ema_decay: decay of the averaged weights for each step; the averages are what is exported. 0 exports the weights.
     ema_start: step from which weights are averaged; until then the averages are the weights.
     log_every: number of steps between two lines of the log.
+    layers_every: number of steps between two records of every layer that trains in 4 bits: norm of the gradient, share
+        of inputs and gradients that become zero in 4 bits, largest inputs, weights and gradients; 0 for no record. Such
+        a step is not compiled.
     sample_every: number of steps between two samples, for which the model is exported too.
     save_every: number of steps between two checkpoints.
     keep_checkpoints: number of checkpoints to keep; older ones are removed.
@@ -60,6 +63,7 @@ class TrainerConfig(Bounded):
     ema_decay: float = bounded(0.999, least=0, below=1)
     ema_start: int = steps_field(0)
     log_every: int = bounded(20, least=1)
+    layers_every: int = bounded(0, least=0)
     sample_every: int = bounded(0, least=0)
     save_every: int = bounded(1000, least=0)
     keep_checkpoints: int = bounded(2, least=1)
@@ -107,6 +111,11 @@ class Trainer:
         self.total_steps = sum(segment.steps for segment in recipe.segments)
         self.learning_rate: Callable[[int], float] = rate_schedule(optimizer, recipe.segments)
         self.device = device
+        if config.layers_every and recipe.objective.layer_watch is None:
+            raise ConfigError(
+                f"trainer.layers_every is {config.layers_every}, but no layer trains in emulated 4 bits; use"
+                " products.format=nvfp4, or trainer.layers_every=0"
+            )
 
     def run(self, *, resume: ResumeChoice = "auto", deadline: float = math.inf, config_text: str = "") -> bool:
         """Train to the last step, or until `time.monotonic()` passes `deadline`; return whether all steps are done.
@@ -154,7 +163,8 @@ class Trainer:
                 with window.paused():
                     self.save(step)
                 saved = step
-            self.one_step(step, window)
+            with self.watched(step, log):
+                self.one_step(step, window)
             step += 1
             if step % self.config.log_every == 0 or step == self.total_steps:
                 self.report(step, window, log)
@@ -187,6 +197,17 @@ class Trainer:
     def ending(self, deadline: float, signals: StopSignals) -> Ending:
         """Return whether and why to stop before the next step. All ranks get the same answer."""
         return Ending(*self.mesh.largest([signals.number, int(time.monotonic() >= deadline)]))
+
+    @contextmanager
+    def watched(self, step: int, log: RunLog) -> Generator[None]:
+        """Record the layers in the steps that `layers_every` names; the host waits for the device in those alone."""
+        watch, every = self.recipe.objective.layer_watch, self.config.layers_every
+        if watch is None or not every or (step + 1) % every:
+            yield
+            return
+        with watch.watching(), without_compilation(self.device):
+            yield
+        log.record({"step": step + 1, **watch.values(self.mesh)})
 
     def one_step(self, step: int, window: Window) -> None:
         """Train one step, and add its metrics to the window."""

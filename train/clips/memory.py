@@ -70,7 +70,7 @@ def clip_memory(
     blocks = BlockMemory(
         size=2 if bf16 else FP32,
         checkpoint=objective.checkpoint,
-        compiled=objective.compile,
+        compiled=objective.compile and not config.trainer.layers_every,  # a step that is recorded is not compiled
         nvfp4=config.products.format == "nvfp4",
         copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
     )
