@@ -256,9 +256,11 @@ def test_the_cpu_sized_forms_in_the_help_train(
     assert main(["train", "ar", "cpu/ar", *ar, "--device", "cpu", "--out", "ar"]) == 0
     dmd = ("stages=[{frames: 8, batch: 1, steps: 2}]", "samples.prompts=0")
     assert main(["distill", "cpu/dmd", *dmd, "--device", "cpu", "--out", "dmd"]) == 0
+    qad = ("stages=[{frames: 8, batch: 1, steps: 1}]", "samples.prompts=0", "qad.validation_batches=0")
+    assert main(["distill", "cpu/qad", *qad, "--device", "cpu", "--out", "qad"]) == 0
     clips = ("stages=[{steps: 1, chunks: 1, batch: 1}]", "--dry-run", "1")
     assert main(["train", "clips", "cpu/clips", *clips, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("model: ")] == [
-        f"model: {name}/model" for name in ("vae", "ar", "dmd")
+        f"model: {name}/model" for name in ("vae", "ar", "dmd", "qad")
     ]
