@@ -18,7 +18,7 @@ TRANSFORMER = "transformer"
 
 
 def layer_watch(layers: TrainingLayers) -> LayerWatch | None:
-    """Return what measures the emulated layers in 4 bits, or None if there are none."""
+    """Return what measures the emulated layers in 4 bits, or None if no layer is emulated."""
     emulated = {
         f"{TRANSFORMER}.{name}.weight": layer
         for name, layer in layers.nvfp4.items()
