@@ -160,21 +160,7 @@ class TeacherForcing(Objective):
             )
         # validation is too short to be worth a compilation
         run = self._run if torch.is_grad_enabled() else self._loss
-        loss, metrics, velocity = run(
-            clean,
-            injected.context,
-            injected.latents,
-            injected.noise,
-            batch.context_noise,
-            batch.sigma,
-            batch.context_sigma,
-            batch.loss_mask,
-            batch.ids,
-            batch.mask,
-            batch.features,
-            batch.mean_weight,
-            plan=self.plan(clean.shape[2] // self.spec.chunk_frames, batch.cuts),
-        )
+        loss, metrics, velocity = self._run_on(run, batch, injected)
         if bank is not None and origin is not None:
             noisy = self.schedule.add_noise(injected.latents, injected.noise, batch.sigma)
             target = self.schedule.velocity(clean, injected.noise)
@@ -189,6 +175,30 @@ class TeacherForcing(Objective):
                 trained_BQ=origin.trained_BQ,
             )
         return loss, metrics
+
+    def predict(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
+        """Return the velocity of the noisy copy and its target, without recycled errors and compilation."""
+        injected = Injected(batch.clean, batch.clean, batch.noise, torch.empty(0))
+        return self._run_on(self._loss, batch, injected)[2], self.schedule.velocity(batch.clean, batch.noise)
+
+    def _run_on(
+        self, run: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]], batch: ViewBatch, injected: Injected
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        return run(
+            batch.clean,
+            injected.context,
+            injected.latents,
+            injected.noise,
+            batch.context_noise,
+            batch.sigma,
+            batch.context_sigma,
+            batch.loss_mask,
+            batch.ids,
+            batch.mask,
+            batch.features,
+            batch.mean_weight,
+            plan=self.plan(batch.clean.shape[2] // self.spec.chunk_frames, batch.cuts),
+        )
 
     def plan(self, chunks: int, cuts: tuple[bool, ...] | None) -> ViewPlan:
         """Return the plan of a view with this number of own chunks.

@@ -11,6 +11,7 @@ from longvideo.distributed import ParallelConfig
 from longvideo.errors import ConfigError
 from longvideo.model.config import PRESETS
 from longvideo.train.batch import ViewStage
+from longvideo.train.clips.coreset import CoresetConfig
 from longvideo.train.clips.views import ClipViewConfig
 from longvideo.train.products import NVFP4_KEYS, ProductsConfig
 from longvideo.train.recycling_config import ErrorRecyclingConfig
@@ -56,6 +57,7 @@ class ClipTraining(Bounded):
     views: what is taken from a clip, and how much noise it gets.
     objective: how the loss is computed.
     products: number format of the products of the blocks.
+    coreset: selection of the clips on which 4 bits matter most.
     recycle_errors: whether to add the model's own earlier errors to its inputs.
     recycling: how errors are kept and added.
     stages: runs of steps, one after another.
@@ -75,6 +77,7 @@ class ClipTraining(Bounded):
     views: ClipViewConfig = field(default_factory=ClipViewConfig)
     objective: TeacherForcingConfig = field(default_factory=lambda: TeacherForcingConfig(checkpoint=True))
     products: ProductsConfig = field(default_factory=ProductsConfig)
+    coreset: CoresetConfig = field(default_factory=CoresetConfig)
     recycle_errors: bool = False
     recycling: ErrorRecyclingConfig = field(default_factory=ErrorRecyclingConfig)
     stages: list[ViewStage] = field(default_factory=lambda: [ViewStage(steps=600, batch=1, chunks=12)])
@@ -90,6 +93,11 @@ class ClipTraining(Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stages(self.stages)
+        if self.coreset.share < 1 and self.products.format != "nvfp4":
+            raise ConfigError(
+                f"coreset.share is {self.coreset.share}, but products.format is {self.products.format}; clips are"
+                " selected by what 4 bits change, so use products.format=nvfp4 or coreset.share=1"
+            )
         self.phases()  # refuses an end of the products that does not exist
         if self.preset not in PRESETS:
             raise ConfigError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")

@@ -22,6 +22,7 @@ from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
 from longvideo.rollout import context_level
 from longvideo.train.batch import ViewStage
+from longvideo.train.clips.coreset import SELECTION, Coreset, velocity_norms
 from longvideo.train.clips.memory import check_memory
 from longvideo.train.clips.views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
 from longvideo.train.cost import clip_flops
@@ -101,7 +102,8 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         self.decoder = None
         if self.folder is not None and "vae" in self.folder.parts:
             self.decoder = SampleDecoder(self.folder, device=device, dtype=torch.float32)
-        self.source = self._source(self.clips, config.stages, config.views, config.seed)
+        self.coreset = self._new_coreset()
+        self.source = self._source(self.clips, config.stages, config.views, config.seed, self.coreset)
         self.source.check(mesh, config.parallel.micro_batch)
         self.validation = None
         if self.held_out is not None:
@@ -118,10 +120,11 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         return stage.batch * clip_flops(self.transformer.config, self.spec, stage.chunks, visible)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the recycled errors of this rank, and the state of its products."""
+        """Return the recycled errors of this rank, the state of its products, and the selected clips."""
         rounding = self.objective.rounding
         errors = {} if self.bank is None else self.bank.state()
-        return errors | ({} if rounding is None else rounding.state())
+        selected = {} if self.coreset is None else self.coreset.state()
+        return errors | selected | ({} if rounding is None else rounding.state())
 
     def load(self, checkpoint: Checkpoint, mesh: Mesh) -> list[str]:
         rounding, written = self.objective.rounding, checkpoint.state
@@ -130,6 +133,9 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             self.bank.load(checkpoint.recipes(), rank=mesh.rank, world=mesh.world)
             if changed := written.changed_ranks(mesh.world, mesh.sequence):
                 notes.append(f"{changed}: recycled errors are divided again, so losses are comparable, not equal")
+        stored = checkpoint.recipes()
+        if self.coreset is not None and stored and SELECTION in stored[0].infos:
+            notes += [note for note in [self.coreset.load(stored[0].read(SELECTION))] if note is not None]
         return notes
 
     def validate(self) -> dict[str, float]:
@@ -187,7 +193,14 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
         )
         return decode_samples(autoencoder, latents)
 
-    def _source(self, clips: Clips, stages: Sequence[ViewStage], views: ClipViewConfig, seed: int) -> ClipViewSource:
+    def _source(
+        self,
+        clips: Clips,
+        stages: Sequence[ViewStage],
+        views: ClipViewConfig,
+        seed: int,
+        coreset: Coreset | None = None,
+    ) -> ClipViewSource:
         pins_matter = self.config.objective.context == "window" and self.spec.pin_shots
         return ClipViewSource(
             clips,
@@ -199,6 +212,29 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
             cuts_matter=bool(self.spec.offset_per_shot) or pins_matter,
             cut_prefix=self.settings.cut_prefix,
             device=self.device,
+            coreset=coreset,
+        )
+
+    def _new_coreset(self) -> Coreset | None:
+        """Return the selection of clips, or None if all of them are used."""
+        config, num_clips = self.config, len(self.clips.clips)
+        if config.coreset.share == 1:
+            return None
+        stage = ViewStage(batch=self.mesh.replicas, chunks=max(stage.chunks for stage in config.stages))
+        every_clip = self._source(self.clips, [stage], ClipViewConfig(prompt_dropout=0.0), config.seed)
+        return Coreset(
+            config.coreset,
+            num_clips=num_clips,
+            num_views=sum(stage.steps * stage.batch for stage in config.stages),
+            seed=config.seed,
+            norms=lambda: velocity_norms(
+                self.objective,
+                every_clip,
+                num_clips=num_clips,
+                mesh=self.mesh,
+                precision=config.trainer.precision,
+                device=self.device,
+            ),
         )
 
     def export(self, folder: Path) -> None:

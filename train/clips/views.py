@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from longvideo.flow.schedule import FlowSchedule
+    from longvideo.train.clips.coreset import Coreset
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class ClipViewSource:
     """Views as a function of seed and step. An epoch shows every clip once, in a new order.
 
     cuts_matter: whether cuts change positions or what is seen; views then cannot share a pass. cut_prefix: text that
-    the text encoder reads before the caption of a chunk that opens a shot after another one.
+    the text encoder reads before the caption of a chunk that opens a shot after another one. coreset: clips to draw
+    from; by default all of them.
     """
 
     unit = "tok"
@@ -119,7 +121,9 @@ class ClipViewSource:
         cuts_matter: bool,
         cut_prefix: str,
         device: torch.device,
+        coreset: Coreset | None = None,
     ) -> None:
+        self.coreset = coreset
         if not clips.clips:
             raise ConfigError("the data set has no clips; encode at least one")
         for stage in stages:
@@ -164,14 +168,18 @@ class ClipViewSource:
         """Read this rank's part; a thread reads that of the next step at the same time."""
         stage = stage_at(self.stages, step)
         size, passes = divide_batch(stage.batch, mesh, micro_batch)
+        if self.coreset is not None:
+            self.coreset.prepare(self._place(step, 0), self._place(step, stage.batch - 1))
         draw = self._draw(step)
         if self._ahead is not None and self._ahead[0] == step:
             read = self._ahead[1].result()
         else:
             read = self._read_all(step, draw, mesh)
         draw, tensors = self._readable(step, draw, read, mesh)
-        following = self._draw(step + 1)
-        self._ahead = (step + 1, self._reader.submit(self._read_all, step + 1, following, mesh))
+        last = self._place(step + 1, stage_at(self.stages, step + 1).batch - 1)
+        if self.coreset is None or self.coreset.covers(last):
+            following = self._draw(step + 1)
+            self._ahead = (step + 1, self._reader.submit(self._read_all, step + 1, following, mesh))
         own = stage.chunks // mesh.sequence
         chunks = range(mesh.place * own, (mesh.place + 1) * own)
         frames = slice(chunks.start * self.clips.chunk_frames, chunks.stop * self.clips.chunk_frames)
@@ -255,7 +263,7 @@ class ClipViewSource:
         def rand(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator)
 
-        clip = [self._clip(step, view) for view in range(count)]
+        clip = [self.clip_of(step, view) for view in range(count)]
         latest = self.clips.num_chunks - chunks
         later = 1 + torch.randint(max(latest, 1), (count,), generator=generator)
         # a view of one chunk that does not begin its clip would be context alone
@@ -274,18 +282,27 @@ class ClipViewSource:
         dropped = rand(count) < config.prompt_dropout
         return _Draw(clip, first_chunk.tolist(), dropped.tolist(), sigma, context_sigma, loss_mask)
 
-    def _clip(self, step: int, view: int) -> int:
-        """Return the clip of a view; all earlier steps have gone through the epochs view by view."""
+    def _place(self, step: int, view: int) -> int:
+        """Return the place of a view among all views; all earlier steps have gone through the epochs view by view."""
         done = 0
         for stage in self.stages:
             inside = min(step, stage.steps) if stage is not self.stages[-1] else step
             done, step = done + inside * stage.batch, step - inside
-        epoch, place = divmod(done + view, len(self.clips.clips))
+        return done + view
+
+    def clip_of(self, step: int, view: int) -> int:
+        """Return the number of the clip of a view."""
+        if self.coreset is not None:
+            return self._instead(self.coreset.clip(self._place(step, view)))
+        epoch, place = divmod(self._place(step, view), len(self.clips.clips))
         if epoch not in self._orders:
             generator = seeded(torch.Generator(), self.seed, "epoch", epoch)
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = torch.randperm(len(self.clips.clips), generator=generator).tolist()
-        clip = self._orders[epoch][place]
+        return self._instead(self._orders[epoch][place])
+
+    def _instead(self, clip: int) -> int:
+        """Return a clip, or the next one that can be read."""
         while clip in self.unreadable:
             clip = (clip + 1) % len(self.clips.clips)
         return clip

@@ -96,7 +96,7 @@ def test_a_rank_reads_its_own_frames_and_no_others() -> None:
 
 def test_an_epoch_shows_every_clip_once() -> None:
     views = source(Counted(count=6))
-    seen = [views._clip(step, view) for step in range(6) for view in range(BATCH)]
+    seen = [views.clip_of(step, view) for step in range(6) for view in range(BATCH)]
     epochs = [seen[first : first + 6] for first in range(0, 24, 6)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -161,8 +161,8 @@ def test_another_clip_takes_the_place_of_one_that_cannot_be_read(capsys: pytest.
     views, whole = source(Failing(2, 3), max_bad=2), source(Counted())
     for step in range(6):
         (got,), (plain,) = views.shares(step, Mesh(), None), whole.shares(step, Mesh(), None)
-        clips = [4 if clip in (2, 3) else clip for clip in (whole._clip(step, view) for view in range(BATCH))]
-        assert [views._clip(step, view) for view in range(BATCH)] == clips
+        clips = [4 if clip in (2, 3) else clip for clip in (whole.clip_of(step, view) for view in range(BATCH))]
+        assert [views.clip_of(step, view) for view in range(BATCH)] == clips
         assert torch.equal(got.sigma, plain.sigma) and torch.equal(got.noise, plain.noise)
     assert views.unreadable == {2, 3} and "skipped: clip 2 is damaged" in capsys.readouterr().err
     late = source(Failing(2, 3), max_bad=2)
@@ -187,7 +187,7 @@ def clips_of_a_rank(max_bad: int) -> list[list[int]]:
     seen = []
     for step in range(4):
         views.shares(step, mesh, None)
-        seen.append([views._clip(step, view) for view in range(BATCH)])
+        seen.append([views.clip_of(step, view) for view in range(BATCH)])
     return seen
 
 
