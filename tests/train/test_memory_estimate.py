@@ -14,7 +14,7 @@ from longvideo.distributed import Mesh, ParallelConfig, divide_batch
 from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
-from longvideo.train.clips.recipe import ClipTraining
+from longvideo.train.clips.config import ClipTraining
 from longvideo.train.cost import copied_rows, estimate_memory
 from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
 
