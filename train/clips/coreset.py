@@ -1,8 +1,8 @@
 """Adaptive coreset selection: train on the clips on which rounding to 4 bits matters most (ACS, arXiv 2306.07215).
 
 The score of a clip is b |p_q - y| + (1 - b) |p_q - p| with b = cos(pi t / 2E): p_q and p are the velocities with and
-without 4-bit products, y is the target, t the epoch and E the number of epochs (equation 12 of the paper, with
-velocities in the place of class probabilities).
+without 4-bit products, y is the target, t the epoch and E the number of epochs. Velocities take the place
+of the paper's class probabilities.
 """
 
 from __future__ import annotations
