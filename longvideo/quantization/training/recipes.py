@@ -12,6 +12,7 @@ from longvideo.quantization.training.recipe import (
     HadamardProducts,
     HadamardSigns,
     TrainingRecipe,
+    WeightsOverTime,
 )
 
 RecipeName = Literal["nvidia", "quartet2", "tetrajet2", "best"]
@@ -58,6 +59,7 @@ RECIPES: dict[RecipeName, NamedRecipe] = {
             backward_operands=BackwardOperands.DEQUANTIZED,
             gradients=GradientRounding.STOCHASTIC,
             hadamard_points=0,
+            weights_over_time=WeightsOverTime.RESET,
         )
     ),
     "best": NamedRecipe(TrainingRecipe(inputs=Rule.ADAPTIVE)),
@@ -69,8 +71,9 @@ nvidia: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149): weigh
     blocks of the paper in higher precision, in proportion to the depth.
 quartet2: Quartet II (arXiv 2601.22813): groups of 1 x 16 under `adaptive` in the forward product; MS-EDEN with redrawn
     signs for all operands of both backward products, whose weights and inputs come from the dequantized ones.
-tetrajet2: the products of TetraJet-v2 (arXiv 2510.27527): groups of 1 x 16, stochastic rounding of gradients, and
-    backward operands from the dequantized ones, here rounded to nearest. Its control of outliers is not part of this.
+tetrajet2: TetraJet-v2 (arXiv 2510.27527): groups of 1 x 16, stochastic rounding of gradients, backward operands from
+    the dequantized ones, here rounded to nearest, and the reset of oscillating weights. Its control of outliers is not
+    part of this.
 best: the parts of `nvidia` with `adaptive` inputs and all blocks in 4 bits, which has the lowest loss of the recipes
     that docs/nvfp4.md compares on tiny-teacher ("What training in four bits costs"), up to differences between equal
     runs.
