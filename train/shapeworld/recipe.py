@@ -211,13 +211,12 @@ class ArRecipe(Recipe[TeacherForcing, ViewSource]):
             chunk_counts=[stage.chunks for stage in config.stages],
         )
         self.spec = chunk_spec(config.settings, self.autoencoder.config.scale_factor_spatial)
-        schedule = FlowSchedule(config.settings.shift)
         self.objective = TeacherForcing(
             self.transformer,
             self.text_encoder,
             runnable(config.objective, config.parallel),
             spec=self.spec,
-            schedule=schedule,
+            schedule=FlowSchedule(config.settings.shift),
             device=device,
             mesh=mesh,
             rounding=prepare(
