@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PEFT_STEM, PEFT_CONFIG, PEFT_PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
-DIFFUSERS_PREFIX, KOHYA_PREFIX, COMFY_PREFIX = "transformer.", "lora_unet_", "diffusion_model."
+DIFFUSERS_PREFIX, COMFY_PREFIX, OTHER_PREFIXES = "transformer.", "diffusion_model.", ("pipe.dit.", "unet.")
+KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_")
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFY_PREFIX, names.MODEL_PREFIX)
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFY_PREFIX, *OTHER_PREFIXES, names.MODEL_PREFIX)
 
 DOWN, UP, UP_BIAS, MAGNITUDE = "lora_A", "lora_B", "bias of lora_B", "lora_magnitude_vector"
 ALPHA, WEIGHT_CHANGE, BIAS_CHANGE, MODULATION_CHANGE = "alpha", "diff", "diff_b", "diff_m"
@@ -230,6 +231,6 @@ def _layer_names(stem: str) -> tuple[str, str]:
     bare = names.strip_wrappers(stem)
     while prefix := next((prefix for prefix in PREFIXES if bare.startswith(prefix)), ""):
         bare = bare.removeprefix(prefix)
-    if bare.startswith(KOHYA_PREFIX):
-        return names.from_underscores(bare.removeprefix(KOHYA_PREFIX)), bare
+    if kohya := next((prefix for prefix in KOHYA_PREFIXES if bare.startswith(prefix)), ""):
+        return names.from_underscores(bare.removeprefix(kohya)), bare
     return names.to_official(f"{bare}.weight").removesuffix(".weight"), bare

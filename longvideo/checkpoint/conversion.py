@@ -27,7 +27,7 @@ from longvideo.checkpoint.saving import MAX_SHARD_BYTES, SaveOptions
 from longvideo.checkpoint.scaled import ScaledE4M3
 from longvideo.checkpoint.targets import TARGETS, ConversionTask
 from longvideo.checkpoint.tensors import Expanded, Weights, is_one_byte_float
-from longvideo.checkpoint.updates import report_widened
+from longvideo.checkpoint.updates import merged, report_widened
 from longvideo.errors import CheckpointError, UserError
 from longvideo.files import locked_target, write_file, write_folder
 from longvideo.kernels.nvfp4.format import Rule
@@ -170,7 +170,10 @@ def _in_precision(source: ModelFolder, options: ConversionOptions, on_packed: pa
         own = own.cast(torch.bfloat16, keep=lambda name: not _is_fp8(own, name))
         layers = [name for name in layers_to_quantize(model, options.keep) if f"{name}.weight" in own.tensors]
         return packed.pack(own, layers, options.rule, on_packed=on_packed)
-    return packed.unpack(own).cast(DTYPES[options.precision])
+    dtype = DTYPES[options.precision]
+    if source.adapters:
+        own = merged(source.base_weights, source.adapters, dtype=dtype)
+    return packed.unpack(own).cast(dtype)
 
 
 def _without_padding(weights: Weights) -> Weights:

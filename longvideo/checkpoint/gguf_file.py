@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SUFFIX = ".gguf"
+SUFFIX, MAGIC = ".gguf", b"GGUF"
 ARCHITECTURE, ORIGINAL_SHAPE = "general.architecture", "comfy.gguf.orig_shape."
 PLAIN_TYPES = {
     "F64": torch.float64,
@@ -39,6 +39,12 @@ PLAIN_TYPES = {
 VALUES_AT_ONCE = 2**20
 DAMAGE = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError, OSError)
 """Errors of the package gguf for damaged files."""
+
+
+def is_gguf(file: Path) -> bool:
+    """Return whether a file begins as GGUF does, whatever its name."""
+    with file.open("rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC
 
 
 def open_file(file: Path) -> Weights:

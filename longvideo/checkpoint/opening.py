@@ -50,16 +50,17 @@ class WeightReader:
     def _open_file(self, path: Path) -> Weights:
         if not path.is_file():
             raise CheckpointError(f"there is no weight file {path}")
-        if path.suffix in pickle_file.SUFFIXES:
+        is_gguf = path.suffix == gguf_file.SUFFIX or gguf_file.is_gguf(path)
+        if path.suffix in pickle_file.SUFFIXES and not is_gguf:
             return pickle_file.open_file(path, self.entry)
         if self.entry is not None:
             raise CheckpointError(f"{path} has one set of weights and no entry {self.entry!r}; leave --entry out")
         if path.name.endswith(".index.json"):
             return _open_index(path)
+        if is_gguf:
+            return gguf_file.open_file(path)
         if path.suffix == SAFETENSORS:
             return safetensors_file.open_file(path)
-        if path.suffix == gguf_file.SUFFIX:
-            return gguf_file.open_file(path)
         raise CheckpointError(
             f"{path} is not a weight file; expected .safetensors, .safetensors.index.json, .pt, .pth or .gguf"
         )

@@ -130,6 +130,8 @@ def _write_modelopt(task: ConversionTask) -> None:
     entry = {diffusers_json.QUANTIZATION: diffusers_json.modelopt_json(algorithm, ignored)}
     write_json(folder / "config.json", read_json(folder / "config.json") | entry)
     write_json(folder / "hf_quant_config.json", diffusers_json.modelopt_quantization(algorithm, ignored))
+    # other programs do not read it; without it the commands here would take the settings of the 5B
+    write_json(task.path / SETTINGS_FILE, asdict(task.model.settings))
 
 
 def _anything(model: ModelFolder, weights: Mapping[str, Weights]) -> None:

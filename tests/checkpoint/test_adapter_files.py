@@ -88,6 +88,9 @@ NAMINGS = {
     "peft's state of an adapter `style`": file_of(
         lambda name: f"base_model.model.{name}", "lora_A.style.weight", "lora_B.style.weight", False
     ),
+    "OneTrainer": file_of(lambda name: kohya(name).replace("lora_unet_", "lora_transformer_"), *DOWN_UP, True),
+    "DiffSynth's pipeline": file_of(lambda name: f"pipe.dit.{name}", *AB, False),
+    "a model called unet": file_of(lambda name: f"unet.{diffusers(name)}", *AB, False),
     "bare": file_of(lambda name: name, *AB, False),
 }
 
@@ -244,6 +247,20 @@ def test_two_adapters_are_added_in_their_order_with_their_strengths(ours: ModelF
         state = ModelFolder.open(tmp_path / result).load_transformer().state_dict()
         for name, tensor in exact.items():
             check_rounding(state[name], tensor, 0.0)
+
+
+def test_a_conversion_to_float32_keeps_the_sum_in_float32(ours: ModelFolder, tmp_path: Path) -> None:
+    file, half = tmp_path / "adapter.safetensors", tmp_path / "bf16"
+    save_file(NAMINGS["kohya and musubi"](), file)
+    assert main(["convert", str(ours.path), str(half), "--precision", "bf16"]) == 0
+    words = ["--adapter", str(file), "--precision", "fp32"]
+    assert main(["convert", str(half), str(tmp_path / "whole"), *words]) == 0
+    before, after = (ModelFolder.open(path).load_transformer().state_dict() for path in (half, tmp_path / "whole"))
+    for layer, (down, up) in pairs().items():
+        name = f"{layer}.weight"
+        exact = before[name].double() + ALPHA / RANK * (up.double() @ down.double())
+        assert after[name].dtype == torch.float32
+        check_rounding(after[name], exact, 0.0)
 
 
 def test_dora_depends_on_the_order_and_scales_its_change() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from longvideo.checkpoint import gguf_file, names
 from longvideo.checkpoint.conversion import ConversionOptions, convert_model
 from longvideo.checkpoint.folder import ModelFolder
+from longvideo.checkpoint.opening import open_weights
 from longvideo.cli.main import main
 from longvideo.errors import CheckpointError, UserError
 from longvideo.model.transformer import CausalTransformer
@@ -93,6 +94,13 @@ def test_a_transformer_opens_with_the_values_that_the_package_reads(
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     assert kind in (Kind.Q4_K, Kind.Q6_K) or (loaded[LAYER] - state[LAYER]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin"])
+def test_a_file_with_another_name_is_recognized_by_its_content(name: str, tmp_path: Path) -> None:
+    values = write(tmp_path / "x.gguf", {"a": torch.randn(4, 32)}, Kind.F32)
+    (tmp_path / "x.gguf").rename(tmp_path / name)
+    assert torch.equal(open_weights(tmp_path / name).read("a"), values["a"])
 
 
 def test_a_file_with_the_prefix_of_comfyui_opens(ours: ModelFolder, tmp_path: Path) -> None:

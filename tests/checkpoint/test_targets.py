@@ -60,6 +60,7 @@ def test_the_layout_of_modelopt_has_our_codes_and_scales_and_comes_back_bit_for_
         assert values["quant_algo"] == "W4A16_NVFP4"
         ignored = values.get("ignore") or values["exclude_modules"]
         assert "proj_out" in ignored and "blocks.0.attn1.to_q" in ignored and "blocks.1.attn1.to_q" not in ignored
+    assert ModelFolder.open(tmp_path / "modelopt").settings == ours.settings
     convert_model(ModelFolder.open(tmp_path / "modelopt"), tmp_path / "back", ConversionOptions())
     assert fingerprints(ModelFolder.open(tmp_path / "back")) == fingerprints(packed)
 
