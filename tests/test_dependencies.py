@@ -48,7 +48,11 @@ OWNED = {
 BROUGHT_BY_TORCH = {"triton"}  # where torch is built for CUDA; elsewhere nothing needs it
 NEEDED_BY = {"torch.utils.tensorboard": "tensorboard", "starlette.requests": "python-multipart"}
 """Modules that need another package for what is used of them."""
-OWN_ENVIRONMENT = {"tests/fixtures/make_nvfp4_oracles.py", "tests/fixtures/make_spiece.py"}
+OWN_ENVIRONMENT = {
+    "tests/fixtures/make_modelopt_exports.py",
+    "tests/fixtures/make_nvfp4_oracles.py",
+    "tests/fixtures/make_spiece.py",
+}
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:

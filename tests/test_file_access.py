@@ -16,6 +16,7 @@ WRITERS = {
     "longvideo/training/checkpoint.py": "it fills the temporary folder of write_folder",
     "longvideo/training/run_log.py": "it fills the temporary file of write_file",
     "longvideo/training/tensor_files.py": "it fills the temporary folder of write_folder",
+    "train/comparison/runs.py": "a run prints into its log as it goes",
     "infer/frame_files.py": "it fills the temporary file of write_file",
     "infer/writer.py": "a video grows in place, so that it can be played at any time",
     "infer/server/media.py": "a video grows in place, so that it can be played at any time",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 FILES = (".yaml", ".yml")
+MOST_READ = 1 << 16
+"""Number of bytes of a log that are searched for the error of a run."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,15 @@ class RecipeRun:
             code = subprocess.run(self.command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if code == 0:
             return None
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self._last_words().splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"]
         return f"ended with code {code}: {errors[-1]}"
+
+    def _last_words(self) -> str:
+        """Return the end of what the run printed, which may be long and need not be text."""
+        with self.log.open("rb") as log:
+            log.seek(-min(MOST_READ, self.log.stat().st_size), os.SEEK_END)
+            return log.read().decode(errors="replace")
 
 
 def train_words(kind: str, arguments: Sequence[str], folder: Path, *, device: str | None) -> tuple[str, ...]:
