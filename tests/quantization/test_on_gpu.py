@@ -191,6 +191,7 @@ def test_tables_are_made_before_a_graph_is_recorded(name: str) -> None:
         f"train_in_nvfp4(model, PARTS[{name!r}], backend='emulated')\n"
         "layer = torch.compile(model.blocks[0].self_attn.q, mode='reduce-overhead')\n"
         "for _ in range(4):\n"
+        "    model.zero_grad()\n"
         "    torch.compiler.cudagraph_mark_step_begin()\n"
         "    layer(torch.ones(64, model.config.dim, device='cuda')).sum().backward()\n"
     )
