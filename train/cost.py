@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from longvideo.model.cache import visible_chunks
 from longvideo.quantization.selection import linear_layers
 from longvideo.training.memory import (
     BlockMemory,
@@ -42,6 +43,11 @@ def clip_flops(config: TransformerConfig, spec: ChunkSpec, chunks: int, visible:
     block = 2 * chunks * tokens * (per_token + cross) + chunks * text + attention
     patch = config.patch_size[1] * config.patch_size[2] * (config.in_channels + config.out_channels)
     return BACKWARD * (config.num_layers * block + 2 * 2 * chunks * tokens * dim * patch)
+
+
+def seen_chunks(spec: ChunkSpec, chunks: int, context: Literal["all", "window"]) -> Tensor | None:
+    """Return the chunks that a chunk sees in training, bool [chunks, chunks]; None for all earlier ones."""
+    return visible_chunks(spec, [False] * chunks) if context == "window" else None
 
 
 def linear_multiply_adds(model: CausalTransformer, spec: ChunkSpec) -> dict[str, int]:

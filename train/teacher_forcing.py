@@ -60,12 +60,12 @@ class TeacherForcingConfig:
     checkpoint: bool = False
 
 
-def runnable(config: TeacherForcingConfig, parallel: ParallelConfig) -> TeacherForcingConfig:
+def runnable(config: TeacherForcingConfig, parallel: ParallelConfig, *, ranks: int = 1) -> TeacherForcingConfig:
     """Return the configuration, without compilation if ZeRO shards the weights; that is logged.
 
     DeepSpeed gathers a layer's weights when the layer is called, which compiled code does not do.
     """
-    if not (config.compile and launched() and parallel.zero_stage == 3):
+    if not (config.compile and (launched() or ranks > 1) and parallel.zero_stage == 3):
         return config
     logging.getLogger(__name__).warning("objective.compile is off because parallel.zero_stage=3 shards the weights")
     return replace(config, compile=False)

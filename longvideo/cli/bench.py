@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from longvideo.cli.bench_options import Output, Preset, check_outputs, named_shapes, print_backends
+from longvideo.cli.bench_plan import plan
 from longvideo.cli.bench_recipes import recipes
 from longvideo.cli.bench_stream import parallel, stream
 from longvideo.cli.model_options import Device
@@ -238,3 +239,4 @@ def decoder(
 app.command()(stream)
 app.command()(parallel)
 app.command()(recipes)
+app.command()(plan)

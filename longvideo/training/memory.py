@@ -74,13 +74,13 @@ def engine_memory(
     averaged: bool,
     states: float = 0.0,
 ) -> EngineMemory:
-    """Return the memory of the engine that `new_engine` chooses for this process.
+    """Return the memory of the engine that `new_engine` chooses for this process, or for one of several ranks.
 
     bf16: whether DeepSpeed's weights are bf16. passes: number of backward passes of a step. averaged: whether there is
     an average of the weights. states: bytes of other states of weights on a rank; all optimizers have two moments.
     """
     more = EngineMemory(weights=0.0, optimizer=states, gradients=0.0)
-    if launched():
+    if launched() or ranks > 1:
         zero_stage = parallel.zero_stage
         return more + _deepspeed_engine(num_parameters, bf16=bf16, ranks=ranks, zero_stage=zero_stage, passes=passes)
     return more + _local_engine(num_parameters, passes=passes, averaged=averaged)

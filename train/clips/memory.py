@@ -56,7 +56,7 @@ def clip_memory(
     """Estimate the peak memory of a step of a stage. model: transformer of the shape that trains, on any device."""
     clips, passes = divide_batch(stage.batch, mesh, config.parallel.micro_batch)
     bf16 = config.trainer.precision != "fp32" and device.type == "cuda"
-    objective = runnable(config.objective, config.parallel)
+    objective = runnable(config.objective, config.parallel, ranks=mesh.world)
     engine = engine_memory(
         sum(parameter.numel() for parameter in model.parameters()),
         config.parallel,
@@ -82,5 +82,5 @@ def clip_memory(
         chunks=stage.chunks,
         clips=clips,
         sequence=mesh.sequence,
-        autocast=bf16 and not launched(),
+        autocast=bf16 and not (launched() or mesh.world > 1),
     )

@@ -16,7 +16,6 @@ from longvideo.distributed import Mesh, check_sequence
 from longvideo.errors import ConfigError
 from longvideo.flow.schedule import FlowSchedule
 from longvideo.flow.unipc import UniPC
-from longvideo.model.cache import visible_chunks
 from longvideo.model.conditioning import batch_texts
 from longvideo.model.config import PRESETS
 from longvideo.model.transformer import CausalTransformer
@@ -25,7 +24,7 @@ from longvideo.train.batch import ViewStage
 from longvideo.train.clips.coreset import SELECTION, Coreset, velocity_norms
 from longvideo.train.clips.memory import check_memory
 from longvideo.train.clips.views import ClipInfo, Clips, ClipViewConfig, ClipViewSource, RandomClips
-from longvideo.train.cost import clip_flops
+from longvideo.train.cost import clip_flops, seen_chunks
 from longvideo.train.error_recycling import ErrorBank
 from longvideo.train.products import prepare
 from longvideo.train.teacher_forcing import TeacherForcing, runnable
@@ -114,9 +113,7 @@ class ClipRecipe(Recipe[TeacherForcing, ClipViewSource]):
 
     def flops(self, step: int) -> float:
         stage = stage_at(self.config.stages, step)
-        visible = None
-        if self.config.objective.context == "window":
-            visible = visible_chunks(self.spec, [False] * stage.chunks)
+        visible = seen_chunks(self.spec, stage.chunks, self.config.objective.context)
         return stage.batch * clip_flops(self.transformer.config, self.spec, stage.chunks, visible)
 
     def state(self) -> dict[str, Tensor]:
