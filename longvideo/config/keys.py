@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -103,6 +104,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, parts))
     if annotation is type(None):
         return "None"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " | ".join(str(member.value) for member in annotation)
     return annotation.__name__ if origin is None and isinstance(annotation, type) else str(annotation)
 
 

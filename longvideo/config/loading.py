@@ -326,7 +326,7 @@ def _describe(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return f"one of {', '.join(member.name for member in annotation)}"
+        return f"one of {', '.join(repr(member.value) for member in annotation)}"
     if typing.get_origin(annotation) is None and isinstance(annotation, type):
         return annotation.__name__
     return str(annotation).replace("typing.", "")
@@ -340,7 +340,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, Enum):
-        return value.name
+        return value.value
     return str(value) if isinstance(value, Path) else value
 
 

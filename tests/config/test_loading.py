@@ -11,8 +11,8 @@ from longvideo.errors import ConfigError
 
 
 class Kind(Enum):
-    SHAPES = 1
-    REAL = 2
+    SHAPES = "shapes"
+    REAL = "real"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def test_an_unknown_key_far_from_all_lists_the_valid_ones() -> None:
         ("limit=x", "limit is 'x'; expected int"),
         ("compile=perhaps", "compile is 'perhaps'; expected bool"),
         ("mode=movie", "mode is 'movie'; expected one of 'image', 'clip'"),
-        ("kind=OTHER", "kind is 'OTHER'; expected one of SHAPES, REAL"),
+        ("kind=OTHER", "kind is 'OTHER'; expected one of 'shapes', 'real'"),
         ("optimizer=3", "optimizer is 3; expected the keys learning_rate, betas"),
         ("optimizer=null", "optimizer is None; expected the keys learning_rate, betas"),
         ("optimizer.betas=[1,2,3]", "optimizer.betas is [1, 2, 3]; expected tuple[float, float]"),
