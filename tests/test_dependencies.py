@@ -39,6 +39,8 @@ OWNED = {
     "longvideo.quantization.lora": "train",
     "longvideo.training": "train",
     "longvideo.training.run_log": "wandb",
+    "longvideo.kernels.te": "te",
+    "longvideo.kernels.fp8.te": "te",
     "longvideo.kernels.nvfp4.te": "te",
     "longvideo.kernels.attention.cudnn_fp8": "cudnn",
     "longvideo.integrations": "diffusers",

@@ -44,6 +44,12 @@ RECIPE_NAMES: dict[str, tuple[str, ...]] = {
     "nvfp4": tuple(RECIPES),
 }
 """Names of the recipes of each format."""
+BACKEND_NAMES: dict[str, tuple[TrainingBackend, ...]] = {
+    "bf16": (),
+    "fp8": ("te", "torch"),
+    "nvfp4": ("te", "emulated"),
+}
+"""Backends of each format, the first that can run is the default."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ class ProductsConfig(Bounded):
     until: share of all steps with products in this format, or `decay`: up to the step at which the learning rate of
         `optimizer.schedule=wsd` starts to decay.
     tail: products of the steps after `until`: `bf16`, or `forward`, which leaves only the forward pass in bf16.
-    backend: for nvfp4 `te` (TransformerEngine, on Blackwell) or `emulated`; by default the first that can run.
+    backend: `te` (TransformerEngine: nvfp4 on Blackwell, fp8 on Hopper and newer), or in its place `emulated` for nvfp4
+        and `torch` for fp8; by default the first that can run.
     """
 
     format: Literal["bf16", "fp8", "nvfp4"] = "bf16"
@@ -139,13 +146,16 @@ class ProductsConfig(Bounded):
             raise ConfigError(
                 f"products.recipe={self.recipe} is of {owner}, but products.format is {self.format}; {use}"
             )
+        if self.backend is not None and self.backend not in (backends := BACKEND_NAMES[self.format]):
+            use = f"use {' or '.join(backends)}" if backends else "leave it out"
+            raise ConfigError(f"products.backend={self.backend} does not compute products in {self.format}; {use}")
         if self.format == "nvfp4":
             try:
                 self.nvfp4_recipe()
             except ValueError as error:
                 raise ConfigError(f"products.parts: {error}") from error
             return
-        settings = {"fp8": self.fp8, "backend": self.backend, **{f"parts.{name}": True for name in self.parts.replaced}}
+        settings = {"fp8": self.fp8, **{f"parts.{name}": True for name in self.parts.replaced}}
         for name, value in settings.items():
             if value:
                 raise ConfigError(
@@ -208,7 +218,13 @@ def prepare(
     try:
         if config.format == "fp8":
             name = config.recipe or FP8Scaling.CURRENT.value
-            layers = train_in_fp8(transformer, FP8Scaling(name), keep=config.keep)
+            layers = train_in_fp8(
+                transformer,
+                FP8Scaling(name),
+                keep=config.keep,
+                backend=config.backend,
+                backward_alone=phases.tail is TrainingPhase.BACKWARD,
+            )
         else:
             name, recipe = config.nvfp4_recipe()
             layers = _in_nvfp4(config, transformer, recipe, backward_alone=phases.tail is TrainingPhase.BACKWARD)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longvideo.errors import CheckpointError
-from longvideo.quantization.training.fp8 import FP8Scaling, next_step
+from longvideo.quantization.training.fp8 import next_step
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.training.objective import seeded
 
@@ -56,7 +56,7 @@ class StepRounding:
     ) -> None:
         self.layers, self.phases, self.seed, self.mesh = layers, phases, seed, mesh
         self.description, self.history = description, history
-        self.delayed = [layer for layer in layers.fp8.values() if layer.scaling is FP8Scaling.DELAYED]
+        self.delayed = layers.delayed
         self._step = 0
         self._generator = torch.Generator()
 
@@ -68,7 +68,9 @@ class StepRounding:
             self.history.begin(rounds=phase is TrainingPhase.BOTH)
         if self.delayed:
             amaxes = self._amaxes()
-            amaxes[..., 0] = self.mesh.largest_on_device(amaxes[..., 0].contiguous())
+            # a magnitude that is not finite would spoil the steps after it
+            of_step = amaxes[..., 0].nan_to_num(0.0, 0.0, 0.0)
+            amaxes[..., 0] = self.mesh.largest_on_device(of_step)
             self._set_amaxes(next_step(amaxes))
 
     def next_pass(self, first_view: int) -> None:
@@ -115,4 +117,4 @@ class StepRounding:
 
     def _set_amaxes(self, amaxes: Tensor) -> None:
         for layer, own in zip(self.delayed, amaxes, strict=True):
-            layer.amaxes.copy_(own)
+            layer.set_amaxes(own)

@@ -187,7 +187,11 @@ def test_the_onset_of_the_decay_ends_the_first_phase() -> None:
         ),
         (["products.format=fp8", "products.recipe=best"], "is of nvfp4, but products.format is fp8; .*=current$"),
         (["products.format=fp8", "products.fp8=['*']"], "products.fp8 is of products.format=nvfp4"),
-        (["products.format=fp8", "products.backend=te"], "products.backend is of products.format=nvfp4"),
+        (
+            ["products.format=fp8", "products.backend=emulated"],
+            "=emulated does not compute .* use te or torch$",
+        ),
+        (["products.backend=te"], "products.backend=te does not compute products in bf16; leave it out"),
         (["products.parts.tiles=false"], "products.parts.tiles is of products.format=nvfp4"),
         (["products.format=nvfp4", "products.recipe=foo"], "products.recipe is 'foo'; expected one of 'nvidia'"),
         (

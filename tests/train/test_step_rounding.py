@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longvideo.checkpoint.run_checkpoint import RunState
 from longvideo.distributed import Mesh
+from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear
 from longvideo.quantization.training.layers import TrainingLayers
 from longvideo.quantization.training.seeds import RoundingSeeds
 from longvideo.train.step_rounding import Phases, StepRounding
@@ -16,8 +17,8 @@ LAYERS = 3
 
 
 def rounding(mesh: Mesh, *, seed: int = 0) -> StepRounding:
-    own: dict[str, nn.Module] = {str(number): nn.Identity() for number in range(LAYERS)}
-    layers = TrainingLayers(own, {}, RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
+    own = {str(number): FP8TrainingLinear(16, 16, scaling=FP8Scaling.CURRENT) for number in range(LAYERS)}
+    layers = TrainingLayers(own, {}, (), RoundingSeeds(LAYERS, torch.device("cpu")), description="emulated")
     return StepRounding(layers, Phases(100.0), seed=seed, mesh=mesh)
 
 
