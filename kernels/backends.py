@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from longvideo.kernels.vae.format import FP8Kernel
 
 
-TransformerPrecision = Literal["bf16", "nvfp4", "nvfp4-weights", "fp8", "fp8-emulated"]
+TransformerPrecision = Literal["bf16", "nvfp4", "nvfp4-weights", "fp8", "fp8-emulated", "nvfp4-te"]
 """Number format of the products in the blocks of a transformer; `NumberFormats` explains each."""
 AttentionPrecision = Literal["bf16", "fp8", "fp8-emulated"]
 """Number format of attention to the past."""
 FP4_PRODUCTS = "torch scaled_mm on FP4 units"
+FP4_PRODUCTS_OF_TE = "TransformerEngine on FP4 units"
 FP4_TRAINING = "TransformerEngine on FP4 units, for the recipes that it supports"
 FP8_PRODUCTS = "torch scaled_mm on FP8 units, rows of E4M3"
 FP8_ATTENTION = "cuDNN frontend, E4M3"
@@ -64,6 +65,10 @@ def product_backend(precision: TransformerPrecision, device: torch.device) -> Ba
         if reason := nvfp4_products.unavailable(device):
             return Backend(f"{kernels_on(device)} and {library}", is_emulated=True, reason=reason, native=FP4_PRODUCTS)
         return Backend(FP4_PRODUCTS)
+    if precision == "nvfp4-te":
+        if reason := te.product_unavailable(device):
+            return Backend(None, reason=f"{reason}; or use --precision nvfp4", native=FP4_PRODUCTS_OF_TE)
+        return Backend(FP4_PRODUCTS_OF_TE)
     if precision == "fp8":
         reason = fp8_products.unavailable(device)
         return Backend(None, reason=reason, native=FP8_PRODUCTS) if reason else Backend(FP8_PRODUCTS)

@@ -25,6 +25,15 @@ def missing_package() -> str | None:
     return None
 
 
+def outdated() -> str | None:
+    """Return why the installed version does not take scales and operands of the caller; None if it does."""
+    from transformer_engine.pytorch import quantization  # pyright: ignore[reportMissingImports]
+
+    if hasattr(quantization, "QuantizerRole"):
+        return None
+    return "the installed TransformerEngine does not take scales of the caller; install 2.20 or newer"
+
+
 def linear_of(linear: nn.Linear) -> nn.Module:
     """Return a `te.Linear` with the parameters of a layer and without memory of its own, to be run under `autocast`."""
     import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROMPT = "a red ball bounces"
 COMPARED_CHUNKS = 2
 COMPARED_LATENTS = 2
-VELOCITY_BOUNDS = {"bf16": 2.5e-2, "nvfp4-weights": 2.5e-2, "fp8": 0.1, "nvfp4": 0.15}
+VELOCITY_BOUNDS = {"bf16": 2.5e-2, "nvfp4-weights": 2.5e-2, "fp8": 0.1, "nvfp4": 0.15, "nvfp4-te": 0.15}
 """Largest relative error of velocities by precision. The paths round intermediate values in different places."""
 FP8_ATTENTION_BOUND = 0.15
 """Largest relative error of velocities with FP8 attention. The plain path has attention in the model's data type."""

@@ -42,7 +42,7 @@ latents of the solver."""
 WIDTHS_OF_PASS = 9
 """Largest number of activations as wide as the model in a pass: h, an input, q, k, v, the q of cross-attention, the
 output of attention, two updates."""
-QUANTIZING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29}
+QUANTIZING_BYTES = {"fp8": 12, "fp8-emulated": 12, "nvfp4": 29, "nvfp4-weights": 29, "nvfp4-te": 29}
 """Bytes for each weight of a layer while it is quantized, with the result: the tensors alive in `from_linear`."""
 
 GRAPHS, CONTEXT, RESIDENT = "CUDA graphs", "CUDA context", "loaded before"
@@ -261,7 +261,7 @@ def _loading_and_weights(model: CausalTransformer, workload: Workload) -> tuple[
     elif precision != "bf16":
         matrices += num_quantized // 2 + num_quantized // GROUP
         # FP4 units need a copy of the scales in another order
-        more = num_quantized // GROUP if precision == "nvfp4" else 0
+        more = num_quantized // GROUP if precision in ("nvfp4", "nvfp4-te") else 0
     weights = (num_values - num_weights) * size + matrices + more
     quantizing = 0 if precision == "bf16" else QUANTIZING_BYTES[precision] * largest
     loading = num_values * size + quantizing

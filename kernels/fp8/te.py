@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ROWS_MULTIPLE = 16
-"""Number of which the rows of an input are a multiple, since the weight gradient sums over them."""
 OPERANDS = ("input", "weight", "grad_output")
 """TransformerEngine's names of the operands that are rounded, in the order of the rows of scales and magnitudes."""
 GRADIENT = OPERANDS.index("grad_output")
@@ -33,15 +31,6 @@ def unavailable(device: torch.device) -> str | None:
 
     available, reason = engine.is_fp8_available(return_reason=True)
     return None if available else f"TransformerEngine has no FP8 here: {reason}"
-
-
-def delayed_unavailable() -> str | None:
-    """Return why the installed TransformerEngine cannot round by scales of the caller; None if it can."""
-    from transformer_engine.pytorch import quantization  # pyright: ignore[reportMissingImports]
-
-    if hasattr(quantization, "QuantizerRole"):
-        return None
-    return "the installed TransformerEngine has no recipes with scales of one's own; install 2.20 or newer"
 
 
 def current_recipe() -> Any:

@@ -1,7 +1,7 @@
 """NVFP4 through TransformerEngine: random Hadamard, stochastic rounding and 2-D weights, fused on Blackwell.
 
-A layer is `te.Linear`, run inside `kernels.te.autocast(recipe(...))`. All names are public ones of TransformerEngine
-2.9 or newer. Version 2.20 has the adaptive rules, 2.16 has not.
+For training, a layer is `te.Linear`, run inside `kernels.te.autocast(recipe(...))`. Version 2.20 of TransformerEngine
+has the adaptive rules, 2.16 has not. For inference, `matmul` multiplies operands that this project rounds.
 """
 
 from __future__ import annotations
@@ -9,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from longvideo.kernels import te
-from longvideo.kernels.nvfp4.format import Rule
+from longvideo.kernels.nvfp4.codes import SWIZZLE_ROWS
+from longvideo.kernels.nvfp4.format import E2M1_MAX, E4M3_MAX, Rule
 from longvideo.kernels.nvfp4.scaled_mm import missing_hardware
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
+    from longvideo.kernels.nvfp4.scaled_mm import ScaledOperand
+
+LARGEST = E2M1_MAX * E4M3_MAX
+"""Magnitude of a tensor with the scale 1 in TransformerEngine."""
 FOUR_OVER_SIX = {Rule.ADAPTIVE: "MSE", Rule.ADAPTIVE_ABS: "MAE"}
 
 
@@ -68,3 +75,39 @@ def recipe(
             " newer, or use static6"
         )
     return NVFP4BlockScaling(**settings)
+
+
+def product_unavailable(device: torch.device) -> str | None:
+    """Return why `matmul` cannot run on a device; None if it can."""
+    return unavailable(device) or te.outdated()
+
+
+def matmul(a: ScaledOperand, b: ScaledOperand, bias: Tensor | None = None) -> Tensor:
+    """Multiply a [M, K] by the transpose of b [N, K] and add a bias [N], in bfloat16: [M, N].
+
+    The operands are those of `scaled_mm.matmul`, whose bytes TransformerEngine reads too. The bias is rounded to
+    bfloat16, and added before the result is rounded. There is no backward pass.
+    """
+    from transformer_engine.pytorch.cpp_extensions import general_gemm  # pyright: ignore[reportMissingImports]
+
+    rounded = None if bias is None else bias.to(torch.bfloat16)
+    output, *_ = general_gemm(_storage(b), _storage(a), out_dtype=torch.bfloat16, layout="TN", bias=rounded)
+    return output
+
+
+def _storage(operand: ScaledOperand) -> Any:
+    """Return an operand as TransformerEngine holds it: the scale of a tensor is given by its largest magnitude."""
+    from transformer_engine.pytorch import DType, NVFP4TensorStorage  # pyright: ignore[reportMissingImports]
+
+    rows = -(-operand.packed.shape[0] // SWIZZLE_ROWS) * SWIZZLE_ROWS
+    return NVFP4TensorStorage(
+        rowwise_data=operand.packed.view(torch.uint8),
+        rowwise_scale_inv=operand.scales.view(torch.uint8).view(rows, -1),
+        columnwise_data=None,
+        columnwise_scale_inv=None,
+        amax_rowwise=(operand.tensor_scale * LARGEST).reshape(1),
+        amax_columnwise=None,
+        fp4_dtype=DType.kFloat4E2M1,
+        quantizer=None,
+        with_gemm_swizzled_scales=True,
+    )

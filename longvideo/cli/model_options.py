@@ -69,7 +69,8 @@ Precision: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="Format of the transformer: `bf16`, `fp8` or `nvfp4` (weights and inputs of the blocks in 8 or 4 bits), or"
-        " `nvfp4-weights`. `fp8` needs a GPU with FP8 units.  [default: the format of the files]"
+        " `nvfp4-weights`. `fp8` needs a GPU with FP8 units. `nvfp4-te` is `nvfp4` through TransformerEngine, and needs"
+        " FP4 units.  [default: the format of the files]"
     ),
 ]
 KVCacheFormat: TypeAlias = Annotated[

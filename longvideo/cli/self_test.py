@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from longvideo.infer.fit.placement import pick_dtype
 from longvideo.kernels import backends
+from longvideo.kernels.fp8 import te as te_fp8
 from longvideo.kernels.nvfp4 import reference
+from longvideo.kernels.nvfp4 import te as te_nvfp4
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.quantization.linear import NVFP4Linear
-from longvideo.quantization.products import choose_w4a4
+from longvideo.quantization.products import ProductBackend, choose_w4a4
 
 H264_ENCODER = "libx264"
 KERNEL_OPERATIONS = (
@@ -66,7 +70,13 @@ def operations(device: torch.device) -> list[Operation]:
 
 def self_test(device: torch.device) -> list[Check]:
     """Run small numeric checks on a device. A check that cannot run has not passed."""
-    return [_checked(name, check, device) for name, check in CHECKS.items()]
+    checks = dict(CHECKS)
+    if te_fp8.unavailable(device) is None:
+        checks["layer of TransformerEngine in FP8"] = _te_layer_in_fp8
+    if te_nvfp4.product_unavailable(device) is None:
+        checks["product of 4-bit operands by TransformerEngine"] = partial(_product, backend="te")
+        checks["layer of TransformerEngine in NVFP4"] = _te_layer_in_nvfp4
+    return [_checked(name, check, device) for name, check in checks.items()]
 
 
 def _kernels(device: torch.device) -> list[Operation]:
@@ -150,13 +160,13 @@ def _kernels_equal_reference(device: torch.device) -> Finding:
     return differing == 0, f"{differing} codes and scales differ"
 
 
-def _product(device: torch.device) -> Finding:
+def _product(device: torch.device, *, backend: ProductBackend | None = None) -> Finding:
     x, weight = _gaussian(device, 64, 256), _gaussian(device, 96, 256, seed=1)
     layer = torch.nn.Linear(256, 96, bias=False, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.copy_(weight)
     packed = NVFP4Linear.from_linear(layer)
-    packed.set_product(choose_w4a4(device))
+    packed.set_product(choose_w4a4(device, backend=backend))
     result = packed(x.bfloat16()).double()
     operands = (reference.quantize(x.bfloat16()), packed.quantized_weight)
     a, b = (reference.dequantize(operand).double() for operand in operands)
@@ -173,6 +183,32 @@ def _gradient(device: torch.device) -> Finding:
     packed(x).square().sum().backward()
     norm = 0.0 if x.grad is None else float(x.grad.norm())
     return norm > 0, f"norm {norm:.3g}, expected above 0"
+
+
+def _te_layer_in_fp8(device: torch.device) -> Finding:
+    # weights and inputs have 3 fractional bits, gradients 2
+    return _errors_of_te_layer(device, te_fp8.current_recipe(), within=(0.05, 0.08))
+
+
+def _te_layer_in_nvfp4(device: torch.device) -> Finding:
+    return _errors_of_te_layer(device, te_nvfp4.recipe(), within=(0.16, 0.25))
+
+
+def _errors_of_te_layer(device: torch.device, recipe: Any, *, within: tuple[float, float]) -> Finding:
+    """Compare a layer's products with those in bf16. within: bounds of the relative error, forward and of gradients."""
+    from longvideo.quantization.training.te_linear import TETrainingLinear
+
+    plain = torch.nn.Linear(256, 128, device=device, dtype=torch.bfloat16)
+    x, gradient, results = _gaussian(device, 64, 256), _gaussian(device, 64, 128, seed=1), list[list[torch.Tensor]]()
+    for layer in (TETrainingLinear(plain, recipe), plain):
+        leaf = x.bfloat16().requires_grad_()
+        output = layer(leaf)
+        gradients = torch.autograd.grad(output, (leaf, plain.weight), gradient.bfloat16())
+        results.append([output.detach().float(), *(part.float() for part in gradients)])
+    errors = [float((own - exact).norm() / exact.norm()) for own, exact in zip(*results, strict=True)]
+    passed = all(0.001 < error < bound for error, bound in zip(errors, (within[0], within[1], within[1]), strict=True))
+    measured = ", ".join(f"{error:.4f}" for error in errors)
+    return passed, f"relative errors {measured}, expected below {within[0]}, and {within[1]} of gradients"
 
 
 def _cache(device: torch.device) -> Finding:

@@ -85,20 +85,21 @@ def with_precision(
     packed: whether its layers hold 4-bit weights already. device: device where it will run, to which its layers are
     moved one after another, so that the device never holds more than one unquantized layer; None means where it is.
     stored: as of `quantize_layers_fp8`.
-    Raises UserError where the device has no FP8 products, and for FP8 with packed layers.
+    Raises UserError where the device has no such products, and for FP8 with packed layers.
     """
     device = device or transformer.patch_embedding.weight.device
+    backend = product_backend(precision, device)
+    if backend.name is None:
+        raise UserError(str(backend.reason))
     if precision in FP8_FORMATS:
-        backend = product_backend(precision, device)
-        if backend.name is None:
-            raise UserError(str(backend.reason))
         quantize_layers_fp8(transformer, device=device, stored=stored)
     elif precision != "bf16" and not packed:
         quantize_layers(transformer, device=device)
     transformer.to(device)
-    if precision in ("nvfp4", "nvfp4-weights"):
-        weights_only = precision == "nvfp4-weights"
-        set_product(transformer, W4A16(nvfp4_operations(device)) if weights_only else choose_w4a4(device))
+    if precision == "nvfp4-weights":
+        set_product(transformer, W4A16(nvfp4_operations(device)))
+    elif precision in ("nvfp4", "nvfp4-te"):
+        set_product(transformer, choose_w4a4(device, backend="te" if precision == "nvfp4-te" else None))
     return transformer
 
 

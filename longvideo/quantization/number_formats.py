@@ -33,8 +33,9 @@ class NumberFormats:
     """Number formats of a transformer and of its KV cache; `parse` checks those that users name.
 
     precision: format of the products in the blocks. "bf16" (float32 on a CPU without bfloat16 units); "nvfp4" for
-        weights and inputs; "nvfp4-weights" for the weights alone; "fp8" for weights and inputs in E4M3 with a scale for
-        each row, which has no gradient. None is "nvfp4" where the weights are stored in 4 bits, otherwise "bf16".
+        weights and inputs; "nvfp4-te" for the same with TransformerEngine's products; "nvfp4-weights" for the weights
+        alone; "fp8" for weights and inputs in E4M3 with a scale for each row, which has no gradient. None is "nvfp4"
+        where the weights are stored in 4 bits, otherwise "bf16".
     kv_cache: format of the keys and values of the chunks already made. "bf16" is the dtype of the model; "nvfp4" has
         all chunks in 4 bits; "nvfp4-mixed" too, and reads the sink and the newest finished chunk as in "bf16".
     attention: "bf16", or "fp8" for queries, keys, values and probabilities in E4M3, the cache included.
@@ -43,8 +44,9 @@ class NumberFormats:
     text_encoder: "bf16" is the dtype of the model; "fp8" and "nvfp4" have weights in 8 or 4 bits, which are dequantized
         for each product and need no FP8 or FP4 units.
 
-    "fp8" needs FP8 units and is refused on devices without them. "fp8-emulated" computes the same numbers slowly in
-    plain torch on a CPU; it is for tests. NVFP4 is emulated exactly on devices without FP4 units.
+    "fp8" needs FP8 units and "nvfp4-te" FP4 units; they are refused on devices without them. "fp8-emulated" computes
+    the same numbers slowly in plain torch on a CPU; it is for tests. "nvfp4" is emulated exactly on devices without
+    FP4 units.
     """
 
     precision: TransformerPrecision | None = None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvideo.kernels.backends import NVFP4Operations, nvfp4_operations, product_backend
-from longvideo.kernels.nvfp4 import scaled_mm
+from longvideo.kernels.nvfp4 import scaled_mm, te
 from longvideo.kernels.nvfp4.format import ExactOperand, NVFP4Tensor, Rule
 
 logger = logging.getLogger(__name__)
@@ -143,24 +143,40 @@ class ScaledW4A4(W4A4):
         return scaled_mm.matmul(operand.matrix, weight, bias).unflatten(0, operand.leading)
 
 
+class TransformerEngineW4A4(ScaledW4A4):
+    """`ScaledW4A4`, whose operands TransformerEngine multiplies."""
+
+    def __call__(self, x: Input, weight: Weight, bias: Tensor | None) -> Tensor:
+        operand = self.prepare(x) if isinstance(x, Tensor) else x
+        assert isinstance(operand, FlatOperand) and isinstance(weight, scaled_mm.ScaledOperand)
+        return te.matmul(operand.matrix, weight, bias).unflatten(0, operand.leading)
+
+
 def _flat(quantized: NVFP4Tensor) -> FlatOperand:
     matrix = NVFP4Tensor(quantized.codes.flatten(0, -2), quantized.scales.flatten(0, -2), quantized.tensor_scale)
     return FlatOperand(scaled_mm.operand(matrix), quantized.shape[:-1])
 
 
-ProductBackend = Literal["torch", "emulated"]
-W4A4_PRODUCTS: dict[ProductBackend, type[W4A4]] = {"torch": ScaledW4A4, "emulated": EmulatedW4A4}
+ProductBackend = Literal["torch", "te", "emulated"]
+W4A4_PRODUCTS: dict[ProductBackend, type[W4A4]] = {
+    "torch": ScaledW4A4,
+    "te": TransformerEngineW4A4,
+    "emulated": EmulatedW4A4,
+}
 
 
 def choose_w4a4(device: torch.device, rule: Rule = Rule.ADAPTIVE, *, backend: ProductBackend | None = None) -> W4A4:
     """Return the fastest product of 4-bit weights and inputs that a device can run, or that of a backend.
 
-    backend: "torch" (FP4 units) or "emulated". The choice is logged with its reason.
+    backend: "torch" or "te" (TransformerEngine), both on FP4 units, or "emulated"; by default "torch" or "emulated".
+    The choice is logged with its reason.
     Raises ValueError with the reason if the given backend cannot run.
     """
     products = product_backend("nvfp4", device)
     if backend == "torch" and products.is_emulated:
         raise ValueError(f"the backend torch cannot run on {device}: {products.reason}; use emulated")
+    if backend == "te" and (reason := te.product_unavailable(device)):
+        raise ValueError(f"the backend te cannot run on {device}: {reason}; use torch or emulated")
     operations = nvfp4_operations(device)
     if backend is not None:
         return W4A4_PRODUCTS[backend](operations, rule)

@@ -226,3 +226,18 @@ def test_the_native_product_equals_the_reference(rule: Rule, shape: tuple[int, i
     assert ((product.double() - expected).abs() <= tolerance).all()
     biased = scaled_mm.matmul(scaled_mm.operand(a), scaled_mm.operand(b), bias)
     assert torch.equal(biased, product + bias)
+
+
+@pytest.mark.sm100
+@pytest.mark.parametrize("shape", [(1, 16, 32), (37, 48, 192), (128, 256, 1024)])
+@pytest.mark.parametrize("rule", [Rule.STATIC6, Rule.ADAPTIVE])
+def test_the_product_of_transformer_engine_equals_the_reference(rule: Rule, shape: tuple[int, int, int]) -> None:
+    if (reason := te.product_unavailable(CUDA)) is not None:
+        pytest.skip(reason)
+    rows, columns, depth = shape
+    a = reference.quantize(gaussian(rows, depth).to(CUDA), rule)
+    b = reference.quantize(gaussian(columns, depth, seed=1).to(CUDA), rule)
+    bias = gaussian(columns, seed=2).to(CUDA)
+    product = te.matmul(scaled_mm.operand(a), scaled_mm.operand(b), bias)
+    expected = reference.matmul(a, b, bias.bfloat16()).double()
+    assert (product.double() - expected).norm() < 2 * BFLOAT16_ROUNDING * expected.norm()

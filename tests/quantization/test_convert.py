@@ -23,6 +23,7 @@ from longvideo.quantization.convert import (
     quantize_layers,
     set_inputs,
     set_product,
+    with_precision,
 )
 from longvideo.quantization.linear import NVFP4Linear, RoundedGELU, RoundedModulatedNorm
 from longvideo.quantization.products import W4A16, EmulatedW4A4, choose_w4a4
@@ -141,6 +142,15 @@ def test_the_backend_that_can_run_is_chosen_and_the_other_gives_the_reason() -> 
     assert isinstance(choose_w4a4(CPU), EmulatedW4A4)
     with pytest.raises(ValueError, match="backend torch cannot run on cpu: FP4 products need a CUDA GPU"):
         choose_w4a4(CPU, backend="torch")
+    with pytest.raises(ValueError, match="backend te cannot run on cpu: .*; use torch or emulated$"):
+        choose_w4a4(CPU, backend="te")
+
+
+def test_products_of_transformer_engine_are_refused_where_they_cannot_run_before_a_layer_is_packed() -> None:
+    model = small.model()
+    with pytest.raises(UserError, match=r"transformer_engine|FP4 products need.*; or use --precision nvfp4$"):
+        with_precision(model, "nvfp4-te")
+    assert not any(isinstance(module, NVFP4Linear) for module in model.modules())
 
 
 def test_five_billion_parameters_pack_into_three_gigabytes() -> None:

@@ -13,6 +13,7 @@ from longvideo.kernels.backends import training_backend
 from longvideo.kernels.fp8 import te as te_fp8
 from longvideo.kernels.fp8.scaled_mm import missing_fp8_units
 from longvideo.kernels.nvfp4 import te
+from longvideo.kernels.te import outdated
 from longvideo.quantization.selection import layers_to_quantize
 from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear
 from longvideo.quantization.training.linear import NVFP4TrainingLinear, make_constants
@@ -200,7 +201,7 @@ def _unsupported_in_fp8_by_te(device: torch.device, scaling: FP8Scaling, *, back
         return BACKWARD_ALONE
     if reason := te_fp8.unavailable(device):
         return reason
-    return te_fp8.delayed_unavailable() if scaling is FP8Scaling.DELAYED else None
+    return outdated() if scaling is FP8Scaling.DELAYED else None
 
 
 def _te_recipe(recipe: TrainingRecipe) -> Any:
