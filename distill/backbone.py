@@ -10,6 +10,7 @@ from torch import nn
 from longvideo.checkpoint.adapters import UP_NAME, Adapter
 from longvideo.checkpoint.modules import OnMeta
 from longvideo.model.transformer import Block, CausalTransformer
+from longvideo.quantization.compilation import leave_kernels_alone
 from longvideo.quantization.convert import with_precision
 from longvideo.training.precision import TrainingPrecision, resolve
 
@@ -54,7 +55,8 @@ def load_frozen(
 
 
 def compile_blocks(*backbones: CausalTransformer | None) -> None:
-    """Compile the blocks, except their attention."""
+    """Compile the blocks, except their attention and what launches kernels of this package."""
+    leave_kernels_alone()
     # three roles, with and without gradients, and the first block, whose input has no gradient: seven forms of each
     # function for each size of batch, of which the default limit of torch allows eight
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)

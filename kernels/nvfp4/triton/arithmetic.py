@@ -50,7 +50,6 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(0x80000000)
 _EXPONENT = tl.constexpr(0x7F800000)
 _E4M3_NAN = tl.constexpr(0x7F)
-_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 # times a power of two between 1 and 4: a float32 number whose last bit is worth a step of E2M1
 _E2M1_ANCHOR = tl.constexpr(2.0**22)
 # factor of E2M1 numbers in float32 that moves their codes to bit 22, even that of 0.5, which becomes denormal
@@ -231,7 +230,7 @@ def _of_rows(x, TILES: tl.constexpr):
 
 @triton.jit
 def _larger(left, right):
-    return tl.maximum(left, right, propagate_nan=_KEEP_NAN)
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
