@@ -170,6 +170,11 @@ class ProductsConfig(Bounded):
         shown = "".join(f", {part}={_shown(value)}" for part, value in self.parts.replaced.items())
         return f"{name}{shown}", dataclasses.replace(named, parts=self.parts.of(named.parts))
 
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether layers keep outliers of their inputs in 16 bits for the backward pass."""
+        return self.format == "nvfp4" and self.nvfp4_recipe()[1].parts.outlier_quantile < 1
+
     def phases(self, optimizer: OptimizerConfig, total_steps: int) -> Phases:
         """Return the phase of every step. Raises ConfigError where the learning rate has no onset of a decay."""
         tail = TrainingPhase.BACKWARD if self.tail == "forward" else TrainingPhase.NEITHER

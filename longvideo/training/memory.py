@@ -123,7 +123,8 @@ class BlockMemory:
     """How the blocks run.
 
     size: bytes of a number. checkpoint: whether blocks are recomputed. compiled: whether they are compiled. nvfp4:
-    whether their products are emulated 4-bit products. copies: rows of keys and values that attention copies.
+    whether their products are emulated 4-bit products. copies: rows of keys and values that attention copies. outliers:
+    whether the layers keep outliers of their inputs in 16 bits.
     """
 
     size: int
@@ -131,10 +132,13 @@ class BlockMemory:
     compiled: bool
     nvfp4: bool = False
     copies: float = 0.0
+    outliers: bool = False
 
     def running(self, config: TransformerConfig) -> float:
         """Return the rows that one block needs in its backward pass, with what is computed again."""
         rows = _feed_forward(config) + (ROWS_NVFP4 if self.nvfp4 else 0)
+        if self.outliers:
+            rows += _inputs(config)
         if self.checkpoint:
             rows += (ROWS_COMPILED if self.compiled else ROWS_EAGER) + 2 * self.copies
         return rows
@@ -144,6 +148,8 @@ class BlockMemory:
         if self.checkpoint:
             return 1
         rows = ROWS_KEPT_COMPILED if self.compiled else ROWS_KEPT_EAGER
+        if self.outliers:
+            rows += _inputs(config)
         return rows + _feed_forward(config) + self.copies - (ROWS_NVFP4 if self.nvfp4 else 0)
 
 
@@ -233,3 +239,8 @@ def report_estimate(estimate: MemoryEstimate, device: torch.device, mesh: Mesh, 
 def _feed_forward(config: TransformerConfig) -> float:
     """Return the rows of the feed-forward layer's hidden values before and after their activation."""
     return 2 * config.ffn_dim / config.dim
+
+
+def _inputs(config: TransformerConfig) -> float:
+    """Return the rows of the inputs of a block's linear layers: four of self-attention, two of cross-attention."""
+    return 4 + 2 + 1 + config.ffn_dim / config.dim

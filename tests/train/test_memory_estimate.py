@@ -15,6 +15,7 @@ from longvideo.model.config import PRESETS
 from longvideo.model.spec import ChunkSpec
 from longvideo.model.transformer import CausalTransformer
 from longvideo.train.clips.config import ClipTraining
+from longvideo.train.clips.plan import plan_step
 from longvideo.train.cost import copied_rows, estimate_memory
 from longvideo.training.memory import GIB, ROWS_MASKED, BlockMemory, MemoryEstimate, engine_memory
 
@@ -107,6 +108,19 @@ def test_the_line_has_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         r" gradients 18\.6, activations 15\.5, one block 7\.7",
         line,
     )
+
+
+def test_outliers_take_the_memory_of_the_inputs_of_a_block() -> None:
+    """With recomputation those of one block: a number of 16 bits for each input of its eight layers of tokens."""
+    words = ("stages=[{chunks: 12, batch: 1, steps: 1}]", "parallel.sequence=4", "products.format=nvfp4")
+    clamped = (*words, "products.parts.outlier_quantile=0.99")
+    plain, with_outliers = (
+        plan_step(config, config.stages[0], 4).memory
+        for config in (load_config(ClipTraining, [find_config("wan/ar")], list(each)) for each in (words, clamped))
+    )
+    tokens = 12 * 2 * 7040 / 4
+    assert with_outliers.block - plain.block == pytest.approx(tokens * (7 * 3072 + 14336) * 2)
+    assert with_outliers.activations == plain.activations
 
 
 @pytest.mark.parametrize(

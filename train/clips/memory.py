@@ -72,6 +72,7 @@ def clip_memory(
         checkpoint=objective.checkpoint,
         compiled=objective.compile and not config.trainer.layers_every,  # a step that is recorded is not compiled
         nvfp4=config.products.format == "nvfp4",
+        outliers=config.products.keeps_outliers,
         copies=copied_rows(stage.chunks, mesh.sequence) if blockwise else ROWS_MASKED / 2,
     )
     return estimate_memory(
