@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +24,6 @@ from longvideo.kernels.nvfp4 import reference
 from longvideo.kernels.nvfp4 import te as te_nvfp4
 from longvideo.kernels.nvfp4.format import Rule
 from longvideo.model.transformer import CausalTransformer
-from longvideo.quantization.lora import TARGETS, add_lora
 from longvideo.quantization.training.fp8 import FP8Scaling, FP8TrainingLinear, next_step
 from longvideo.quantization.training.layers import TrainingLayers, train_in_fp8
 from longvideo.quantization.training.phase import TrainingPhase
@@ -255,6 +253,11 @@ def test_a_transformer_keeps_its_names_and_computes_what_torchs_products_do(scal
 @pytest.mark.usefixtures("fp8_engine")
 @pytest.mark.parametrize("scaling", FP8Scaling)
 def test_adapters_train_on_top_of_its_layers(scaling: FP8Scaling) -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    from longvideo.quantization.lora import TARGETS, add_lora
+
     model, layers = trained(scaling, "te")
     before = small.velocity(model)
     adapted = add_lora(model, LoraConfig(r=4, target_modules=list(TARGETS)))
@@ -341,6 +344,7 @@ def test_a_run_resumes_bit_for_bit(
 ) -> None:
     settings = [f"products.recipe={scaling.value}", "products.backend=te"]
     if launcher:
+        pytest.importorskip("deepspeed")
         settings.append("parallel.zero_stage=1")
     whole, cut, printed = run_whole_and_cut(data, tmp_path, *settings, device="cuda", launcher=launcher)
     assert len(whole) == 4 and whole == cut
