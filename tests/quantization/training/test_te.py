@@ -29,7 +29,6 @@ from longvideo.quantization.training.layers import TrainingLayers, train_in_fp8
 from longvideo.quantization.training.phase import TrainingPhase
 from longvideo.quantization.training.te_linear import TEDelayedLinear, TETrainingLinear
 from tests.checkpoint import small as small_folder
-from tests.data import footage
 from tests.golden import relative_error
 from tests.quantization import small
 
@@ -276,6 +275,9 @@ def test_adapters_train_on_top_of_its_layers(scaling: FP8Scaling) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model folder whose layers have sizes that are multiples of 16, and clips encoded with it."""
+    pytest.importorskip("av")
+    from tests.data import footage
+
     folder = tmp_path_factory.mktemp("clips")
     torch.manual_seed(0)
     transformer = CausalTransformer(replace(small_folder.TRANSFORMER, attention_head_dim=16)).eval()
