@@ -10,7 +10,7 @@ Shapes: M tokens, I inputs, O outputs, H steps of a history.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from longvideo.kernels.backends import fp8_operations
 from longvideo.kernels.fp8.format import SIZE_MULTIPLE, FP8Tensor
 from longvideo.kernels.fp8.reference import tensor_scale
 from longvideo.quantization.training.phase import TrainingPhase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HISTORY = 16
 """Number of earlier steps whose largest magnitudes delayed scaling uses."""
@@ -75,6 +78,14 @@ class FP8TrainingLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.amaxes = torch.zeros(3, 1 + HISTORY, device=linear.weight.device)
         return layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Change the parameters, as for a model in bf16, but not the dtype of the magnitudes."""
+        amaxes = self.amaxes
+        super()._apply(fn, recurse)
+        if self.amaxes.dtype != amaxes.dtype:
+            self.amaxes = amaxes.to(self.amaxes.device)
+        return self
 
     def set_amaxes(self, amaxes: Tensor) -> None:
         """Set the magnitudes of this step and of earlier ones."""

@@ -83,6 +83,14 @@ def test_delayed_scaling_uses_the_largest_magnitude_of_earlier_steps() -> None:
     assert own.amaxes[0, 1:4].tolist() == [float(x.abs().amax()) for x in reversed(steps)]
 
 
+def test_magnitudes_stay_in_float32_in_a_model_in_bf16() -> None:
+    own = layer(FP8Scaling.DELAYED)
+    own.amaxes[:] = 1 + 2**-20
+    own.bfloat16()
+    assert own.weight.dtype == torch.bfloat16 and own.amaxes.dtype == torch.float32
+    assert (own.amaxes == 1 + 2**-20).all()
+
+
 def test_a_magnitude_leaves_the_history_after_its_steps() -> None:
     amaxes = torch.zeros(3, 1 + HISTORY)
     amaxes[:, 0] = 7.0
