@@ -10,7 +10,7 @@ Shapes: M tokens, I inputs, O outputs, H steps of a history.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class FP8TrainingLinear(nn.Linear):
         layer.amaxes = torch.zeros(3, 1 + HISTORY, device=linear.weight.device)
         return layer
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8TrainingLinear:
         """Change the parameters, as for a model in bf16, but not the dtype of the magnitudes."""
         amaxes = self.amaxes
         super()._apply(fn, recurse)
