@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 
 from longvideo.config.fields import Bounded, bounded
 from longvideo.errors import ConfigError
 from longvideo.machine.launcher import is_main_process
+
+Group = TypeVar("Group", bound="GroupConfig")
 
 FEW_CLIPS = 4
 """Largest number of clips that a dry run encodes at once."""
@@ -48,7 +50,7 @@ class GroupConfig(Bounded):
                 f"bank.initial_clips is {self.initial_clips}; expected at most {self.clips}, which is bank.clips"
             )
 
-    def of_dry_run(self) -> Self:
+    def of_dry_run(self: Group) -> Group:
         """Return sizes with few clips before the first step; steps that are only timed need no more."""
         few = math.gcd(self.group, FEW_CLIPS)
         return replace(self, initial_clips=few, group=few)
